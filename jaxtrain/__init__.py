@@ -1,0 +1,26 @@
+"""jaxtrain: a data- and model-parallel trainer for vision models in JAX and Flax.
+
+    from jaxtrain import load_config, train, evaluate
+    result = train(load_config("configs/quickstart.py"), workdir="runs/digits")
+
+The three are imported when they are first used, so that `jaxtrain.config` and the command line's checks need no JAX.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from jaxtrain.evaluation import evaluate
+    from jaxtrain.recipes import load_config
+    from jaxtrain.train import train
+
+__all__ = ["__version__", "evaluate", "load_config", "train"]
+__version__ = "0.1.0"
+
+_HOMES = {"evaluate": "jaxtrain.evaluation", "load_config": "jaxtrain.recipes", "train": "jaxtrain.train"}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxtrain' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

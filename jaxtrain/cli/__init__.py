@@ -1,0 +1,82 @@
+"""The command line: `jaxtrain COMMAND ...`. Each command is a module with `add_arguments(parser)` and `run(arguments)`."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import NoReturn
+
+from jaxtrain.cli import config, data, evaluate, layout, train
+from jaxtrain.errors import ConfigError, JaxtrainError
+from jaxtrain.recipes import add_working_directory, split_override
+
+COMMANDS = {"train": train, "evaluate": evaluate, "data": data, "config": config, "layout": layout}
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are `ConfigError`s, so that they leave by the same door (and exit code) as every other."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message[0].upper()}{message[1:]}; see {self.prog} --help.")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs a command and returns its exit code: 0, or `JaxtrainError.exit_code` with one sentence on standard error."""
+    add_working_directory()
+    try:
+        arguments = parse(sys.argv[1:] if argv is None else argv)
+        COMMANDS[arguments.command].run(arguments)
+    except JaxtrainError as error:
+        return _fail(str(error), error.exit_code)
+    except KeyboardInterrupt:
+        return _fail("Stopped at once; the last checkpoint is as it was.", 130)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `jaxtrain layout | head` is no error
+        return 0
+    except Exception:
+        return _fail(f"This should not happen; please report it.\n{traceback.format_exc()}", 70)
+    return 0
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The command's arguments; `overrides` has the (dotted name, text) pairs of every --config.KEY=VALUE."""
+    overrides, rest = split_overrides(list(argv))
+    parser = _Parser(prog="jaxtrain", description="Trains vision models in JAX.", allow_abbrev=False)
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
+    for name, module in COMMANDS.items():
+        help_text = (module.__doc__ or "").splitlines()[0]
+        sub = commands.add_parser(name, help=help_text, description=module.__doc__, allow_abbrev=False)
+        module.add_arguments(sub)
+    arguments = parser.parse_args(rest)
+    if overrides and not hasattr(arguments, "config"):
+        raise ConfigError(f"--config.{overrides[0][0]}: jaxtrain {arguments.command} takes no config.")
+    arguments.overrides = overrides
+    return arguments
+
+
+def split_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
+    """Takes the overrides out of `argv`: `--config.KEY=VALUE`, `--config.KEY VALUE`, and `--config.KEY` for true."""
+    overrides, rest = [], []
+    words = iter(range(len(argv)))
+    for index in words:
+        word = argv[index]
+        if not word.startswith("--config."):
+            rest.append(word)
+        elif "=" in word:
+            overrides.append(split_override(word))
+        elif index + 1 < len(argv) and not argv[index + 1].startswith("--"):
+            overrides.append(split_override(f"{word}={argv[next(words)]}"))
+        else:
+            overrides.append(split_override(f"{word}=true"))
+    return overrides, rest
+
+
+def _fail(text: str, code: int) -> int:
+    """Prints `text` and returns `code`. One of several processes leaves at once: JAX's own exit waits 300 s for the others."""
+    print(f"jaxtrain: {text}", file=sys.stderr, flush=True)
+    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
+        os._exit(code)
+    return code

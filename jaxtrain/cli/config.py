@@ -1,0 +1,24 @@
+"""Show the resolved config of a recipe, and where each value came from."""
+
+import argparse
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxtrain.config import flatten, to_dict
+from jaxtrain.recipes import resolve
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """FILE; overrides are taken out before."""
+    parser.add_argument("config", metavar="FILE[:ARGUMENT,...]", help="a recipe and its arguments; --config.KEY=VALUE changes a field")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """One row a field."""
+    found = resolve(arguments.config, arguments.overrides)
+    table = Table("field", "value", "from", box=None, pad_edge=False)
+    for key, value in flatten(to_dict(found.config)).items():
+        table.add_row(f"config.{key}", repr(value), found.origins[key])
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(table, soft_wrap=not console.is_terminal)

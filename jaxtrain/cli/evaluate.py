@@ -1,0 +1,49 @@
+"""Evaluate a run's checkpoint: accuracy, top-5, and the accuracy of each class."""
+
+import argparse
+import json
+import math
+
+from rich.console import Console
+from rich.table import Table
+
+from jaxtrain.cli import start
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """RUN, --split, --checkpoint, --ema, --json, devices."""
+    parser.add_argument("workdir", metavar="RUN", help="the work directory of a run")
+    parser.add_argument("--split", choices=("train", "val", "test"), default="test")
+    parser.add_argument("--checkpoint", default="best", help="best, latest, a step, or epoch:N (default: best)")
+    parser.add_argument("--ema", action="store_true", help="evaluate the moving average of the weights")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    start.add_device_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints the result."""
+    start.start_devices(arguments)
+    from jaxtrain.evaluation import evaluate  # noqa: PLC0415
+
+    found = evaluate(
+        arguments.workdir,
+        split=arguments.split,
+        checkpoint=arguments.checkpoint,
+        ema=arguments.ema,
+        num_devices=arguments.devices,
+    )
+    result = found.result
+    if arguments.json:
+        classes = {n: None if math.isnan(a) else a for n, a in zip(found.class_names, result.per_class, strict=True)}
+        numbers = {"loss": result.loss, "accuracy": result.accuracy, "top5": result.top5, "examples": result.examples}
+        print(json.dumps({"step": found.step, "split": arguments.split, **numbers, "per_class": classes}, indent=2))
+        return
+    console = Console(highlight=False, markup=False, emoji=False)
+    console.print(
+        f"step {found.step}, {arguments.split}: accuracy {result.accuracy:.4f}, top-5 {result.top5:.4f}, "
+        f"loss {result.loss:.4f} ({result.examples} examples)"
+    )
+    table = Table("class", "accuracy", box=None, pad_edge=False)
+    for name, accuracy in zip(found.class_names, result.per_class, strict=True):
+        table.add_row(name, "-" if math.isnan(accuracy) else f"{accuracy:.4f}")
+    console.print(table)

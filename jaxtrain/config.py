@@ -1,0 +1,458 @@
+"""The config of a run: frozen dataclasses, all validation, and durations. Imports no JAX.
+
+A recipe (a file in `configs/`) returns a locked `ml_collections.ConfigDict` made by `recipe(Config(...))`. After the
+flags have changed fields of it, `from_dict` rebuilds these dataclasses, and they validate themselves: a bad value is one
+`ConfigError` that names the field, the value found and the values allowed.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+import types
+import typing
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from jaxtrain.errors import ConfigError
+
+AUGMENTATIONS = ("none", "light", "heavy", "resize_crop")
+RESIDENCIES = ("auto", "device", "stream")
+LR_SCALINGS = ("linear", "sqrt", "none")
+SCHEDULES = ("constant", "step", "cosine", "linear", "wsd")
+PRECISIONS = ("auto", "f32", "bf16", "fp16", "f64")
+REMATS = ("none", "full", "dots")
+STEMS = ("auto", "cifar", "imagenet")
+
+
+# ---------------------------------------------------------------------------------------------------------- durations
+
+_UNITS = {
+    "": "steps", "step": "steps", "steps": "steps",
+    "epoch": "epochs", "epochs": "epochs",
+    "example": "examples", "examples": "examples",
+    "minute": "minutes", "minutes": "minutes", "min": "minutes",
+}  # fmt: skip
+_DURATION = re.compile(r"\s*([0-9]+(?:\.[0-9]*)?(?:[eE][0-9]+)?)\s*([a-zA-Z]*)\s*")
+
+
+@dataclasses.dataclass(frozen=True)
+class Duration:
+    """A length of training, written as "500", "500 steps", "2.5 epochs", "1e6 examples" or "30 minutes"."""
+
+    value: float
+    unit: str
+
+    @classmethod
+    def parse(cls, text: str, field: str, *, minutes: bool = False) -> Duration:
+        """Reads `text`; `minutes` says whether wall-clock time is allowed. Raises `ConfigError` naming `field`."""
+        match = _DURATION.fullmatch(text)
+        unit = _UNITS.get(match[2].lower()) if match else None
+        if match is None or unit is None or (unit == "minutes" and not minutes):
+            units = "steps, epochs or examples" + (" or minutes" if minutes else "")
+            raise ConfigError(f"{field}={text!r} is not a duration; write a number of {units}, such as '5 epochs'.")
+        return cls(float(match[1]), unit)
+
+    def steps(self, examples_per_epoch: int, global_batch: int) -> int:
+        """The number of optimizer steps, rounded up, so that any positive duration is at least one step."""
+        if self.unit == "steps":
+            return math.ceil(self.value)
+        examples = self.value * examples_per_epoch if self.unit == "epochs" else self.value
+        return math.ceil(examples / global_batch - 1e-9)
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds; only for a duration in minutes."""
+        return self.value * 60.0
+
+
+# ------------------------------------------------------------------------------------------------------------- checks
+
+
+def _require(condition: bool, field: str, value: object, wanted: str) -> None:
+    if not condition:
+        raise ConfigError(f"config.{field}={value!r}: must be {wanted}.")
+
+
+def _one_of(field: str, value: str, allowed: Iterable[str]) -> None:
+    allowed = tuple(allowed)
+    if value not in allowed:
+        raise ConfigError(f"config.{field}={value!r}: must be one of {', '.join(allowed)}.{did_you_mean(value, allowed)}")
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """' Did you mean X?' when a known word is close to `word`, else ''."""
+    close = difflib.get_close_matches(word, list(known), n=1)
+    return f" Did you mean {close[0]!r}?" if close else ""
+
+
+class _Section:
+    """Checks every field's type and that floats are finite, then the section's own rules (`_validate`)."""
+
+    _prefix = ""
+
+    def __post_init__(self) -> None:
+        hints = typing.get_type_hints(type(self))
+        for field in dataclasses.fields(self):  # type: ignore[arg-type]
+            value, wanted = getattr(self, field.name), hints[field.name]
+            name = self._prefix + field.name
+            if wanted is float and type(value) is int:
+                object.__setattr__(self, field.name, value := float(value))
+            if wanted is tuple and type(value) is list:
+                object.__setattr__(self, field.name, value := _tuples(value))
+            if type(value) is not wanted:
+                raise ConfigError(f"config.{name}={value!r}: must be {_KIND.get(wanted, wanted.__name__)}.")
+            if wanted is float and not math.isfinite(value):
+                raise ConfigError(f"config.{name}={value!r}: must be a finite number.")
+        self._validate()
+
+    def _validate(self) -> None:
+        """Overridden by sections with rules of their own."""
+
+    def _min(self, low: float, *names: str) -> None:
+        for name in names:
+            _require(getattr(self, name) >= low, self._prefix + name, getattr(self, name), f"at least {low:g}")
+
+    def _between(self, low: float, high: float, *names: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            _require(low <= value < high, self._prefix + name, value, f"at least {low:g} and below {high:g}")
+
+
+_KIND = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", tuple: "a tuple"}
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(_tuples(v) for v in value) if isinstance(value, (list, tuple)) else value
+
+
+# ----------------------------------------------------------------------------------------------------------- sections
+
+
+@dataclasses.dataclass(frozen=True)
+class DataConfig(_Section):
+    """What is trained on, and how it becomes batches.
+
+    name: `digits`, `synthetic`, `cifar10`, `cifar100`, `folder:PATH`, any prepared TFDS name, or `package.module:factory`.
+    dir: data directory; empty means `$JAXTRAIN_DATA_DIR`, then `~/.cache/jaxtrain/data`.
+    global_batch: examples per optimizer step over all devices. batch_per_device > 0 sets it at first start instead.
+    image_size: side in pixels that the model sees; 0 keeps the source's own.
+    augmentation: `none`; `light` (pad-4 crop, flip); `heavy` (light, RandAugment, colour jitter, random erasing);
+        `resize_crop` (resize to 8/7 of image_size, random crop, flip; evaluation takes the centre crop).
+    mixup, cutmix: the Beta distribution's alpha (Zhang 2018, Yun 2019); 0 is off; both on: one of them a batch, at random.
+    mean, std: per-channel normalization in [0, 1]; empty means the source's own.
+    examples: use only the first so many training examples (for `synthetic`: how many there are); 0 means all.
+    validation: share of the training set held out where the data set has no validation split of its own.
+    split_seed: decides which examples those are; independent of `seed`.
+    residency: keep the data set on the device (`device`), read it as it goes (`stream`), or decide by size (`auto`).
+    workers: reading processes for `stream`; -1 takes them from the CPUs this process may use, 0 reads in this process.
+    prepare_per_host: every host prepares its own copy (local disks) instead of process 0 alone.
+    prepare_timeout: minutes that the other processes wait while the data set is prepared.
+    """
+
+    _prefix = "data."
+
+    name: str = "digits"
+    dir: str = ""
+    global_batch: int = 128
+    batch_per_device: int = 0
+    image_size: int = 0
+    augmentation: str = "none"
+    mixup: float = 0.0
+    cutmix: float = 0.0
+    mean: tuple = ()
+    std: tuple = ()
+    examples: int = 0
+    validation: float = 0.1
+    split_seed: int = 0
+    residency: str = "auto"
+    workers: int = -1
+    prepare_per_host: bool = False
+    prepare_timeout: float = 60.0
+
+    def _validate(self) -> None:
+        _require(bool(self.name), "data.name", self.name, "the name of a data set")
+        self._min(1, "global_batch")
+        self._min(0, "batch_per_device", "image_size", "mixup", "cutmix", "examples", "split_seed")
+        self._min(-1, "workers")
+        self._between(0.0, 1.0, "validation")
+        _require(self.prepare_timeout > 0, "data.prepare_timeout", self.prepare_timeout, "above 0 minutes")
+        _one_of("data.augmentation", self.augmentation, AUGMENTATIONS)
+        _one_of("data.residency", self.residency, RESIDENCIES)
+        _require(len(self.mean) == len(self.std), "data.std", self.std, f"as long as data.mean={self.mean!r}")
+        for name in ("mean", "std"):
+            values = getattr(self, name)
+            numbers = all(type(v) in (int, float) and math.isfinite(v) for v in values)
+            _require(numbers, "data." + name, values, "a tuple of finite numbers, one a channel")
+        _require(all(v > 0 for v in self.std), "data.std", self.std, "above 0")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig(_Section):
+    """Which classifier.
+
+    name: `mlp`, `vgg11` ... `vgg19_bn`, `resnet18` ... `resnet152`, `swin_tiny|small|base`, or `package.module:Class`.
+    num_classes: 0 means the data set's.
+    width: channels of the first stage (ResNet, VGG: 64; Swin-T: 96) or hidden width (MLP: 512); 0 is the model's own.
+    depths: blocks a stage, e.g. (1, 1, 1, 1); empty is the model's own.
+    stem: `cifar` (3x3, stride 1) or `imagenet` (7x7, stride 2, max-pool); `auto` decides by image size (ResNet, VGG).
+    patch, window: Swin's; 0 decides by image size.
+    dropout, drop_path: rates; -1 is the model's own. drop_path is the last block's (stochastic depth, Huang 2016).
+    bn_groups: BatchNorm takes its statistics over this many groups of the global batch; 1 is the whole batch.
+    """
+
+    _prefix = "model."
+
+    name: str = "resnet18"
+    num_classes: int = 0
+    width: int = 0
+    depths: tuple = ()
+    stem: str = "auto"
+    patch: int = 0
+    window: int = 0
+    dropout: float = -1.0
+    drop_path: float = -1.0
+    bn_groups: int = 1
+
+    def _validate(self) -> None:
+        self._min(0, "num_classes", "width", "patch", "window")
+        self._min(1, "bn_groups")
+        _require(self.num_classes != 1, "model.num_classes", 1, "at least 2")
+        _one_of("model.stem", self.stem, STEMS)
+        depths = all(type(d) is int and d > 0 for d in self.depths)
+        _require(depths, "model.depths", self.depths, "a tuple of whole numbers above 0")
+        for name in ("dropout", "drop_path"):
+            value = getattr(self, name)
+            _require(value == -1 or 0 <= value < 1, "model." + name, value, "at least 0 and below 1 (or -1: the model's own)")
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimConfig(_Section):
+    """How parameters are updated.
+
+    name: `sgd`, `adamw`, `lamb`, `lars`, `lion`, `muon`, or `package.module:factory`.
+    learning_rate: at a global batch of `lr_reference_batch`; `lr_scaling` (linear, sqrt, none) carries it to another.
+    schedule: `constant`, `step` (times `step_gamma` at each share of the run in `step_at`), `cosine`, `linear`, `wsd`
+        (warm-up, stable, and linear decay over the last `decay_share` of the run); ends at `final_scale` of the peak.
+    warmup: linear warm-up, a duration ("5 epochs", "500 steps", "1e5 examples").
+    weight_decay: decoupled except in `sgd` and `lars` (where it joins the gradient, as in PyTorch and You 2017);
+        never on biases, norms and position tables.
+    clip_norm: clips the global gradient norm; 0 is off.
+    ema: decay of the exponential moving average of the weights; 0 is off.
+    loss: `cross_entropy` or `package.module:function`, `(logits [B, C], targets [B, C]) -> [B]`.
+    """
+
+    _prefix = "optim."
+
+    name: str = "sgd"
+    learning_rate: float = 0.1
+    lr_reference_batch: int = 256
+    lr_scaling: str = "linear"
+    momentum: float = 0.9
+    nesterov: bool = False
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    schedule: str = "cosine"
+    warmup: str = "0"
+    step_at: tuple = (0.3, 0.6, 0.8)
+    step_gamma: float = 0.2
+    decay_share: float = 0.2
+    final_scale: float = 0.0
+    clip_norm: float = 0.0
+    label_smoothing: float = 0.0
+    ema: float = 0.0
+    loss: str = "cross_entropy"
+
+    def _validate(self) -> None:
+        self._min(0, "learning_rate", "weight_decay", "clip_norm", "step_gamma")
+        self._min(1, "lr_reference_batch")
+        _require(self.eps > 0, "optim.eps", self.eps, "above 0")
+        self._between(0.0, 1.0, "momentum", "b1", "b2", "label_smoothing", "ema")
+        _one_of("optim.lr_scaling", self.lr_scaling, LR_SCALINGS)
+        _one_of("optim.schedule", self.schedule, SCHEDULES)
+        _require(0 < self.decay_share <= 1, "optim.decay_share", self.decay_share, "above 0 and at most 1")
+        _require(0 <= self.final_scale <= 1, "optim.final_scale", self.final_scale, "between 0 and 1")
+        shares = all(type(s) in (int, float) and 0 < s < 1 for s in self.step_at)
+        rising = shares and list(self.step_at) == sorted(self.step_at)
+        _require(rising, "optim.step_at", self.step_at, "rising shares of the run, between 0 and 1")
+        Duration.parse(self.warmup, "config.optim.warmup")
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainConfig(_Section):
+    """How long, how precisely, how often it reports.
+
+    epochs, steps: the run's length; steps > 0 overrides epochs.
+    log_every: steps between rows of metrics.jsonl. eval_every: duration between validations; "0" only at the end.
+    deterministic: bit-for-bit repeatable on a GPU too, at a cost (docs/troubleshooting.md).
+    precision: `auto` (bf16 compute on a GPU, f32 on CPU; stored, and kept on resume), `f32`, `bf16`, `fp16` (dynamic loss
+        scale), `f64` (for proofs, on CPU).
+    remat: what the backward pass computes again instead of storing: `none`, `dots` (keeps only the results of matrix
+        products and convolutions), `full` (keeps only each layer's input).
+    """
+
+    _prefix = "train."
+
+    epochs: int = 200
+    steps: int = 0
+    log_every: int = 50
+    eval_every: str = "1 epoch"
+    deterministic: bool = False
+    precision: str = "auto"
+    remat: str = "none"
+
+    def _validate(self) -> None:
+        self._min(1, "epochs", "log_every")
+        self._min(0, "steps")
+        _one_of("train.precision", self.precision, PRECISIONS)
+        _one_of("train.remat", self.remat, REMATS)
+        Duration.parse(self.eval_every, "config.train.eval_every")
+
+
+@dataclasses.dataclass(frozen=True)
+class LayoutConfig(_Section):
+    """Where every leaf of the state lives; changes no number of the run (docs/architecture.md).
+
+    data, replica, tensor: sizes of the mesh axes; data=-1 fills the devices. The batch is split over replica x data.
+    zero: 0 nothing, 1 optimizer state, 2 and gradient accumulator, 3 and parameters are sharded over `data`.
+    microbatches: parts that the global batch is computed in, one after the other.
+    rules: extra tensor-parallel rules, ((regex over the leaf's path, (axis or None per dim, ...)), ...); first match wins.
+    """
+
+    _prefix = "layout."
+
+    data: int = -1
+    replica: int = 1
+    tensor: int = 1
+    zero: int = 0
+    microbatches: int = 1
+    rules: tuple = ()
+
+    def _validate(self) -> None:
+        _require(self.data == -1 or self.data >= 1, "layout.data", self.data, "at least 1, or -1 to fill the devices")
+        self._min(1, "replica", "tensor", "microbatches")
+        _require(self.zero in (0, 1, 2, 3), "layout.zero", self.zero, "0, 1, 2 or 3")
+        for rule in self.rules:
+            ok = isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str) and isinstance(rule[1], tuple)
+            _require(ok, "layout.rules", rule, "a pair ('regex', (axis or None per dim, ...))")
+            try:
+                re.compile(rule[0])
+            except re.error as error:
+                raise ConfigError(f"config.layout.rules: {rule[0]!r} is not a regular expression ({error}).") from None
+            axes = [axis for axis in rule[1] if axis is not None]
+            known = all(axis in ("data", "tensor") for axis in axes) and len(set(axes)) == len(axes)
+            _require(known, "layout.rules", rule, "made of 'data', 'tensor' and None, each axis at most once")
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointConfig(_Section):
+    """What is kept, and where a run starts from.
+
+    every: duration between saves, in steps, epochs, examples or minutes; "0" saves only the best and the last.
+    keep: how many of the latest are kept, beside the best and the milestones. milestone_every: kept for good; "0" is off.
+    resume: `auto` (the newest, if any), `latest`, `best`, a step, `epoch:12`, a path, or `none` (a fresh run).
+    allow_changes: let a run go on although settings that change its numbers differ from the stored ones.
+    """
+
+    _prefix = "checkpoint."
+
+    every: str = "1 epoch"
+    keep: int = 2
+    milestone_every: str = "0"
+    resume: str = "auto"
+    allow_changes: bool = False
+
+    def _validate(self) -> None:
+        self._min(1, "keep")
+        Duration.parse(self.every, "config.checkpoint.every", minutes=True)
+        Duration.parse(self.milestone_every, "config.checkpoint.milestone_every")
+        _require(bool(self.resume), "checkpoint.resume", self.resume, "auto, latest, best, a step, epoch:N, a path or none")
+
+
+@dataclasses.dataclass(frozen=True)
+class Config(_Section):
+    """A whole run. `seed` decides initialisation, order, augmentation and dropout; Python and NumPy are seeded with it too."""
+
+    seed: int = 0
+    data: DataConfig = DataConfig()
+    model: ModelConfig = ModelConfig()
+    optim: OptimConfig = OptimConfig()
+    train: TrainConfig = TrainConfig()
+    layout: LayoutConfig = LayoutConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+
+    def _validate(self) -> None:
+        _require(0 <= self.seed < 2**31, "seed", self.seed, "at least 0 and below 2**31")
+        batch, parts, groups = self.data.global_batch, self.layout.microbatches, self.model.bn_groups
+        if self.data.batch_per_device:
+            return  # the batch is known once the devices are; `resolve_batch` checks it then
+        self.check_batch(batch, parts, groups)
+
+    @staticmethod
+    def check_batch(batch: int, parts: int, groups: int) -> None:
+        """Raises `ConfigError` unless `batch` divides into the microbatches and the BatchNorm groups."""
+        for name, count in (("layout.microbatches", parts), ("model.bn_groups", groups)):
+            if batch % count:
+                raise ConfigError(
+                    f"config.data.global_batch={batch} does not divide into config.{name}={count} equal parts; "
+                    f"the nearest that do are {batch // count * count or count} and {(batch // count + 1) * count}."
+                )
+
+
+SECTIONS: Mapping[str, type[_Section]] = types.MappingProxyType(
+    {f.name: f.default.__class__ for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.default)}  # type: ignore[misc]
+)
+
+
+# --------------------------------------------------------------------------------------------------------- conversion
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """Plain nested dicts, as stored in `config.json`."""
+    return dataclasses.asdict(config)
+
+
+def from_dict(values: Mapping[str, Any]) -> Config:
+    """Rebuilds and validates a `Config`. Raises `ConfigError` for an unknown key, a wrong type or a bad value."""
+    sections: dict[str, Any] = {}
+    known = [f.name for f in dataclasses.fields(Config)]
+    for name, value in values.items():
+        if name not in known:
+            raise ConfigError(f"config.{name} does not exist.{did_you_mean(name, flat_keys())}")
+        if name not in SECTIONS:
+            sections[name] = value
+            continue
+        if not isinstance(value, Mapping):
+            raise ConfigError(f"config.{name}={value!r}: must be a section with keys, such as config.{name}.{_example(name)}.")
+        fields = [f.name for f in dataclasses.fields(SECTIONS[name])]  # type: ignore[arg-type]
+        for key in value:
+            if key not in fields:
+                raise ConfigError(f"config.{name}.{key} does not exist.{did_you_mean(f'{name}.{key}', flat_keys())}")
+        sections[name] = SECTIONS[name](**{k: _tuples(v) for k, v in value.items()})
+    return Config(**sections)
+
+
+def _example(section: str) -> str:
+    return dataclasses.fields(SECTIONS[section])[0].name  # type: ignore[arg-type]
+
+
+def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Plain nested dicts from any mappings, such as a `ConfigDict`."""
+    return {k: plain(v) if isinstance(v, Mapping) or hasattr(v, "items") else v for k, v in values.items()}
+
+
+def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{'data.name': ..., ...}: one entry a field."""
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= flatten(value, f"{prefix}{key}.") if isinstance(value, Mapping) else {prefix + key: value}
+    return flat
+
+
+def flat_keys() -> list[str]:
+    """Every field's dotted name."""
+    return list(flatten(to_dict(Config())))

@@ -1,0 +1,166 @@
+"""What a data set is: three random-access sources of `uint8` images and their labels."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from jaxtrain.errors import DataError
+
+_CHUNK = 1024  # examples read at once where a whole source is read
+
+
+class Source(Protocol):
+    """Random access to examples. Reading workers get a pickled copy, so a source holds paths rather than open files."""
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(height, width, channels) of every image."""
+        ...
+
+    def __len__(self) -> int: ...
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Images uint8 [n, H, W, C] and labels int32 [n] of the examples `indices`, int64 [n].
+
+        Raises `DataError` naming the file and the record of an example that cannot be read.
+        """
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Dataset:
+    """A data set cut into splits; `validation` and `test` may be empty.
+
+    mean, std: per channel, of pixels in [0, 1]; what the images are normalized with.
+    fingerprint: SHA-256 (hex) of what identifies the content and the splits; equal on every process and path.
+    """
+
+    name: str
+    train: Source
+    validation: Source
+    test: Source
+    num_classes: int
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    fingerprint: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a loader finds, before `sources.load` cuts the missing splits and applies the config.
+
+    validation, test: the data set's own, or None where it has none.
+    labels: int [len(train)], for a stratified test split; None where reading them all would cost too much.
+    identity: text that identifies the content.
+    """
+
+    train: Source
+    validation: Source | None
+    test: Source | None
+    class_names: tuple[str, ...]
+    mean: tuple[float, ...]
+    std: tuple[float, ...]
+    identity: str
+    labels: np.ndarray | None = None
+
+
+def channel_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """(mean, std) where a data set does not bring its own: ImageNet's for RGB, else 0.5 and 0.25."""
+    if channels == 3:
+        return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+    return (0.5,) * channels, (0.25,) * channels
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ArraySource:
+    """Examples held in memory: images uint8 [N, H, W, C], labels int32 [N]."""
+
+    images: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return _image_shape(self.images)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.images[indices], self.labels[indices]
+
+
+class MappedSource:
+    """Examples in two `.npy` files, memory-mapped: only rows that are read take memory, and a pickle is two paths."""
+
+    def __init__(self, images: Path, labels: Path):
+        """Raises `DataError` naming the file that is not such an array."""
+        self._paths = (images, labels)
+        try:
+            self._arrays = tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in self._paths)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{images.parent}: the decoded images cannot be read ({error}).") from None
+
+    def __reduce__(self):
+        return MappedSource, self._paths
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return _image_shape(self._arrays[0])
+
+    def __len__(self) -> int:
+        return len(self._arrays[1])
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = self._arrays
+        return np.asarray(images[indices]), np.asarray(labels[indices])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Subset:
+    """The examples `indices` (int64 [n]) of another source, in that order."""
+
+    base: Source
+    indices: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.base.shape
+
+    def __len__(self) -> int:
+        return len(self.indices)
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        return self.base.read(self.indices[indices])
+
+
+def _image_shape(images: np.ndarray) -> tuple[int, int, int]:
+    _, height, width, channels = images.shape
+    return height, width, channels
+
+
+def nbytes(source: Source) -> int:
+    """Bytes of all its images and labels, decoded."""
+    height, width, channels = source.shape
+    return len(source) * (height * width * channels + np.dtype(np.int32).itemsize)
+
+
+def chunks(source: Source) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
+    """Reads a whole source in order; yields (index of the first example, images, labels)."""
+    for start in range(0, len(source), _CHUNK):
+        images, labels = source.read(np.arange(start, min(start + _CHUNK, len(source)), dtype=np.int64))
+        yield start, images, labels
+
+
+def materialize(source: Source) -> tuple[np.ndarray, np.ndarray]:
+    """The whole source as arrays: images uint8 [N, H, W, C] and labels int32 [N]."""
+    all_images, all_labels = np.empty((len(source), *source.shape), np.uint8), np.empty(len(source), np.int32)
+    for start, images, labels in chunks(source):
+        all_images[start : start + len(images)] = images
+        all_labels[start : start + len(labels)] = labels
+    return all_images, all_labels

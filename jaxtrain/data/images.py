@@ -1,0 +1,158 @@
+"""Image files: decoding with Pillow, and image folders."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import os
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from jaxtrain.config import did_you_mean
+from jaxtrain.data import base
+from jaxtrain.errors import DataError
+
+_EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
+_MODES = {1: "L", 3: "RGB", 4: "RGBA"}
+# Above this an image is taken for a decompression bomb: 2**26 pixels are 200 MB of RGB, a file of a few kB can say so.
+_MAX_PIXELS = 1 << 26
+
+
+def decode(data: bytes, where: str, *, channels: int, side: int = 0) -> np.ndarray:
+    """uint8 [H, W, channels] of an encoded image.
+
+    side: > 0 takes the centre square and resizes it (bilinear, antialiased), so H = W = side.
+    where: names the file or record in the `DataError` that a truncated, garbage, empty or oversized image raises.
+    """
+    if not data:
+        raise DataError(f"{where} is empty.")
+    try:
+        with Image.open(io.BytesIO(data)) as image:  # reads the header only
+            width, height = image.size
+            if width * height > _MAX_PIXELS:
+                raise Image.DecompressionBombError(f"{width} x {height} pixels; at most {_MAX_PIXELS:,} are read")
+            pixels = image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
+            array = np.asarray(_centre_square(pixels, side) if side else pixels)
+    except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, ...
+        raise DataError(f"{where} is not a readable image ({error or type(error).__name__}).") from None
+    return array[:, :, None] if array.ndim == 2 else array
+
+
+def _centre_square(image: Image.Image, side: int) -> Image.Image:
+    width, height = image.size
+    if (width, height) == (side, side):
+        return image
+    square = min(width, height)  # cut while resizing: resizing all of a 1 x 10,000 image first would take gigabytes
+    left, top = (width - square) / 2, (height - square) / 2
+    box = (left, top, left + square, top + square)
+    return image.resize((side, side), Image.Resampling.BILINEAR, box=box)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class FolderSource:
+    """Images in files, decoded when read.
+
+    files: paths below `root`. labels: int32 [n]. side: of the square that every image is resized and cropped to.
+    """
+
+    root: Path
+    files: tuple[str, ...]
+    labels: np.ndarray
+    side: int
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.side, self.side, 3
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        images = np.empty((len(indices), *self.shape), np.uint8)
+        for row, index in enumerate(indices):
+            path = self.root / self.files[index]
+            images[row] = decode(_read_bytes(path), f"{path} (class {path.parent.name!r})", channels=3, side=self.side)
+        return images, self.labels[indices]
+
+
+def _read_bytes(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{path} (class {path.parent.name!r}) cannot be read ({error.strerror}).") from None
+
+
+def folder(path: Path, side: int) -> base.Parts:
+    """Finds the images of PATH/{train,val|validation,test}/CLASS/*, or of PATH/CLASS/* where there are no splits.
+
+    Classes are the folders' names, sorted; other files than images are left alone. Raises `DataError` for a class or a
+    split without images, a class that training lacks, and a link that leaves `path` (it could name any file).
+    """
+    root = path.resolve()
+    if not root.is_dir():
+        raise DataError(f"config.data.name='folder:{path}': there is no such folder.")
+    split_of = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
+    found = {split_of[entry.name]: entry.name for entry in _listing(root, root) if entry.name in split_of}
+    if found and "train" not in found:
+        raise DataError(f"{root}: has {', '.join(sorted(found.values()))} but no train.")
+    splits = found or {"train": "."}
+    classes = tuple(e.name for e in _listing(root / splits["train"], root) if e.is_dir())
+    if len(classes) < 2:
+        raise DataError(f"{root / splits['train']}: needs a folder of images for each of at least 2 classes.")
+    digest = hashlib.sha256(f"{side} {classes}".encode())
+    sources = {split: _split_source(root, name, classes, side, digest) for split, name in splits.items()}
+    mean, std = base.channel_statistics(3)
+    return base.Parts(
+        train=sources["train"],
+        validation=sources.get("validation"),
+        test=sources.get("test"),
+        class_names=classes,
+        mean=mean,
+        std=std,
+        identity=digest.hexdigest(),
+        labels=sources["train"].labels,
+    )
+
+
+def _split_source(root: Path, split: str, classes: tuple[str, ...], side: int, digest: hashlib._Hash) -> FolderSource:
+    files: list[str] = []
+    labels: list[int] = []
+    for folder_entry in _listing(root / split, root):
+        name = folder_entry.name
+        if not folder_entry.is_dir():
+            continue
+        if name not in classes:
+            raise DataError(f"{root / split / name}: training has no class {name!r}.{did_you_mean(name, classes)}")
+        images = [e for e in _listing(root / split / name, root) if e.name.lower().endswith(_EXTENSIONS)]
+        if not images:
+            raise DataError(f"{root / split / name}: the class has no images ({', '.join(_EXTENSIONS)}).")
+        for entry in images:
+            digest.update(f"{split}/{name}/{entry.name} {_size(entry)}\n".encode())
+        files += [os.path.join(split, name, entry.name) for entry in images]
+        labels += [classes.index(name)] * len(images)
+    if not files:
+        raise DataError(f"{root / split}: the split has no images.")
+    return FolderSource(root, tuple(files), np.array(labels, np.int32), side)
+
+
+def _size(entry: os.DirEntry[str]) -> int:
+    try:
+        return entry.stat().st_size
+    except OSError as error:  # a dangling link
+        raise DataError(f"{entry.path} cannot be read ({error.strerror}).") from None
+
+
+def _listing(folder_path: Path, root: Path) -> list[os.DirEntry[str]]:
+    """Entries sorted by name, without hidden ones; raises `DataError` for a link that leads out of `root`."""
+    try:
+        with os.scandir(folder_path) as entries:
+            visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
+    except OSError as error:
+        raise DataError(f"{folder_path} cannot be read ({error.strerror}).") from None
+    for entry in visible:
+        if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
+            raise DataError(f"{entry.path}: the link leads out of {root}; copy what it points to, or mount it there.")
+    return visible

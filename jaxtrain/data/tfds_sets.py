@@ -1,0 +1,438 @@
+"""The one module that knows TFDS: CIFAR builders that need no TensorFlow, and data sets that TFDS has prepared.
+
+TFDS's own CIFAR builders import TensorFlow to read the archive and to encode the images. Here a builder hands `Image` an
+encoded PNG as a file object, which TFDS stores as it is; downloads, checksums, versions and record files stay TFDS's.
+Beside the records lie the decoded images as `.npy` files, which training maps into memory: decoding 60,000 PNGs takes
+6.5 s at every start (9,000 a second, measured), mapping and hashing the arrays 0.1 s.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import hashlib
+import io
+import json
+import os
+import re
+import shutil
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import tensorflow_datasets as tfds
+from PIL import Image
+
+from jaxtrain.data import base, cifar, images
+from jaxtrain.errors import ConfigError, DataError
+
+_MANIFEST = "jaxtrain.json"
+_SPLITS = ("train", "test")
+
+
+# ------------------------------------------------------------------------------------------------------ CIFAR builders
+
+
+class _Cifar(tfds.core.GeneratorBasedBuilder):
+    """Writes the official files as PNG records, in the official order, so that record i is official example i."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    official_name: str
+
+    @property
+    def official(self) -> cifar.Official:
+        return cifar.OFFICIAL[self.official_name]
+
+    @property
+    def url_infos(self) -> Any:
+        """Size and checksum of the archive; by its file name, TFDS also finds it in the manual directory."""
+        size = tfds.core.utils.Size(self.official.archive_bytes)
+        known = tfds.core.download.checksums.UrlInfo(size, self.official.archive_sha256, self.official.archive)
+        return {self.official.url: known}
+
+    def _info(self) -> Any:
+        labels = {feature: tfds.features.ClassLabel() for feature in self.official.labels}
+        image = tfds.features.Image(shape=(32, 32, 3), encoding_format="png")
+        return tfds.core.DatasetInfo(
+            builder=self,
+            description="CIFAR: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.",
+            features=tfds.features.FeaturesDict({"image": image, **labels}),
+            supervised_keys=("image", "label"),
+            homepage="https://www.cs.toronto.edu/~kriz/cifar.html",
+            disable_shuffling=True,
+        )
+
+    def _split_generators(self, dl_manager: Any) -> Any:
+        files = _official_files(self.name, self.official, dl_manager)
+        for feature, names in cifar.class_names(self.official, files).items():
+            self.info.features[feature].names = names  # type: ignore[index]
+        return {split: self._generate_examples(files, split) for split in _SPLITS}
+
+    def _generate_examples(self, files: dict[str, bytes], split: str) -> Any:
+        for number, (image, labels) in enumerate(cifar.examples(self.official, files, split)):
+            encoded = io.BytesIO()
+            Image.fromarray(image).save(encoded, format="PNG")
+            encoded.seek(0)
+            yield number, {"image": encoded, **labels}
+
+
+class JaxtrainCifar10(_Cifar):
+    """CIFAR-10: 60,000 colour images of 32 x 32 pixels in 10 classes. Its TFDS name is `jaxtrain_cifar10`."""
+
+    official_name = "cifar10"
+
+
+class JaxtrainCifar100(_Cifar):
+    """CIFAR-100: 60,000 colour images of 32 x 32 pixels in 100 classes. Its TFDS name is `jaxtrain_cifar100`."""
+
+    official_name = "cifar100"
+
+
+_BUILDERS: dict[str, type[_Cifar]] = {builder.official_name: builder for builder in (JaxtrainCifar10, JaxtrainCifar100)}
+
+
+def _official_files(builder_name: str, official: cifar.Official, dl_manager: Any) -> dict[str, bytes]:
+    """The official files from the manual directory, or from the archive that TFDS has or fetches."""
+    downloads = Path(dl_manager.download_dir)
+    manual = downloads / "manual"
+    if (manual / official.folder).exists():
+        return cifar.read_folder(official, manual / official.folder)
+    archive = manual / official.archive
+    if archive.exists() and archive.stat().st_size != official.archive_bytes:
+        size = archive.stat().st_size
+        raise DataError(f"{archive} has {size:,} bytes, the official archive {official.archive_bytes:,}: copy it again.")
+    try:
+        if not archive.exists() and not any((downloads / builder_name).rglob("*.tar.gz")):
+            # TFDS would try for 200 s and then wait without limit; this finds a missing network at once.
+            urllib.request.urlopen(urllib.request.Request(official.url, method="HEAD"), timeout=20).close()
+        path = Path(dl_manager.download(official.url))
+    except Exception as error:  # urllib's, requests' and TFDS's own, among them a checksum that differs
+        reason = " ".join(str(error).split())
+        raise DataError(
+            f"{official.url} could not be fetched ({reason}); put {official.archive} ({official.archive_bytes:,} bytes) "
+            f"or the folder {official.folder} extracted from it into {manual}/ and run again."
+        ) from None
+    return cifar.read_archive(official, path, dl_manager.iter_archive(path))
+
+
+# -------------------------------------------------------------------------------------------- preparing CIFAR, checking
+
+
+def cifar_directory(name: str, root: Path) -> Path:
+    """Where TFDS keeps the prepared records of `name` ("cifar10" or "cifar100")."""
+    builder = _BUILDERS[name]
+    return root / builder.name / str(builder.VERSION)
+
+
+def prepare_cifar(name: str, root: Path, timeout: float) -> Path:
+    """Downloads and prepares `name` under `root` unless that is done; returns the directory of the prepared files.
+
+    One process of this host works while others wait for up to `timeout` minutes. An interrupted preparation leaves
+    nothing that counts as prepared, and the next call does it again. Raises `DataError`: no network and no official files
+    (which file to put where), files that differ from the official ones, a damaged preparation, or a full disk.
+    """
+    directory = cifar_directory(name, root)
+    if (directory / _MANIFEST).exists():
+        _manifest(directory)
+        return directory
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+        with _lock(root / f"{directory.parent.name}.lock", timeout):
+            if not (directory / _MANIFEST).exists():
+                print(f"Preparing {name} in {directory} (once, about 20 s) ...", file=sys.stderr, flush=True)
+                _generate(name, root)
+                _write_arrays(name, directory)
+    except OSError as error:
+        raise DataError(f"{error.filename or root} cannot be written ({error.strerror}) while preparing {name}.") from None
+    return directory
+
+
+def _generate(name: str, root: Path) -> None:
+    """Lets TFDS write the records; it builds them in a temporary directory, and renames that when all is done."""
+    directory = cifar_directory(name, root)
+    for leftover in [
+        *directory.parent.glob(f"{tfds.core.constants.INCOMPLETE_PREFIX}*"),
+        *(root / "downloads" / directory.parent.name).glob("**/*.tmp.*"),
+    ]:
+        shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed: we hold the lock
+    builder = _BUILDERS[name](data_dir=root)
+    config = tfds.download.DownloadConfig(try_download_gcs=False)
+    with contextlib.redirect_stdout(sys.stderr):  # where TFDS's progress goes; stdout is the program's own
+        builder.download_and_prepare(
+            file_format="array_record", download_dir=root / "downloads", download_config=config
+        )
+
+
+def _write_arrays(name: str, directory: Path) -> None:
+    """Decodes all records into `.npy` files, and last of all writes the manifest that makes the directory count."""
+    for split, count in cifar.OFFICIAL[name].examples.items():
+        source = TfdsSource(directory, split)
+        if len(source) != count:
+            raise DataError(f"{directory}: {split} has {len(source):,} records and must have {count:,}; delete it.")
+        for path, array in zip(_array_paths(directory, split), base.materialize(source), strict=True):
+            with open(f"{path}.tmp", "wb") as file:
+                np.save(file, array, allow_pickle=False)
+            os.replace(f"{path}.tmp", path)
+    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(directory.iterdir())}
+    temporary = directory / f"{_MANIFEST}.tmp"
+    temporary.write_text(json.dumps({"class_names": TfdsSource(directory, "train").class_names, "files": files}, indent=1))
+    os.replace(temporary, directory / _MANIFEST)
+
+
+def _array_paths(directory: Path, split: str) -> tuple[Path, Path]:
+    return directory / f"images-{split}.npy", directory / f"labels-{split}.npy"
+
+
+def _manifest(directory: Path) -> dict[str, Any]:
+    """The manifest, after every file's size was compared with it."""
+    try:
+        manifest = json.loads((directory / _MANIFEST).read_text())
+        wanted = {name: entry["bytes"] for name, entry in manifest["files"].items()}
+    except (OSError, ValueError, KeyError) as error:
+        raise DataError(f"{directory / _MANIFEST} is damaged ({error}); {_again(directory)}") from None
+    for name, size in wanted.items():
+        path = directory / name
+        found = path.stat().st_size if path.exists() else None
+        if found != size:
+            what = "is missing" if found is None else f"has {found:,} bytes and must have {size:,}"
+            raise DataError(f"{path} {what}; {_again(directory)}")
+    return manifest
+
+
+def _again(directory: Path) -> str:
+    return f"delete {directory} and run `jaxtrain data prepare {directory.parent.name.removeprefix('jaxtrain_')}`."
+
+
+def _check_hash(directory: Path, manifest: dict[str, Any], name: str) -> None:
+    if _sha256(directory / name) != manifest["files"][name]["sha256"]:
+        raise DataError(f"{directory / name} has changed since it was prepared (SHA-256 differs); {_again(directory)}")
+
+
+def _sha256(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+@contextlib.contextmanager
+def _lock(path: Path, timeout: float) -> Iterator[None]:
+    """Holds an exclusive lock, which the operating system frees when the process dies; waits up to `timeout` minutes."""
+    deadline = time.monotonic() + 60 * timeout
+    with open(path, "w") as file:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                if time.monotonic() > deadline:
+                    raise DataError(
+                        f"{path}: another process still prepares the data after {timeout:g} minutes "
+                        "(config.data.prepare_timeout)."
+                    ) from None
+                time.sleep(0.2)
+            else:
+                break
+        yield
+
+
+def load_cifar(name: str, root: Path) -> base.Parts:
+    """The prepared data set; raises `DataError` when it is not prepared, incomplete, or its arrays have changed."""
+    directory = cifar_directory(name, root)
+    if not (directory / _MANIFEST).exists():
+        raise DataError(f"{name} is not prepared in {root} (no {directory}): run `jaxtrain data prepare {name}`.")
+    manifest = _manifest(directory)
+    sources: dict[str, base.Source] = {}
+    for split in _SPLITS:
+        paths = _array_paths(directory, split)
+        for path in paths:
+            _check_hash(directory, manifest, path.name)
+        sources[split] = base.MappedSource(*paths)
+    official = cifar.OFFICIAL[name]
+    return base.Parts(
+        train=sources["train"],
+        validation=None,
+        test=sources["test"],
+        class_names=tuple(manifest["class_names"]),
+        mean=official.mean,
+        std=official.std,
+        identity=json.dumps([name, *official.files.values()]),
+    )
+
+
+def verify_cifar(name: str, root: Path) -> dict[str, int]:
+    """Reads every record again and compares it with the arrays, then all hashes; returns split -> number of records.
+
+    Raises `DataError` naming the file, and the record where one is damaged.
+    """
+    parts = load_cifar(name, root)
+    directory = cifar_directory(name, root)
+    counts: dict[str, int] = {}
+    for split, arrays in (("train", parts.train), ("test", parts.test)):
+        assert arrays is not None
+        records = TfdsSource(directory, split)
+        for (start, *found), (_, *wanted) in zip(base.chunks(records), base.chunks(arrays), strict=True):
+            same = (found[0] == wanted[0]).all(axis=(1, 2, 3)) & (found[1] == wanted[1])
+            if not same.all():
+                record = records.where(start + int(np.argmin(same)))
+                raise DataError(f"{record} differs from {_array_paths(directory, split)[0].name}; {_again(directory)}")
+        counts[split] = len(records)
+    manifest = _manifest(directory)
+    for file in manifest["files"]:
+        _check_hash(directory, manifest, file)
+    return counts
+
+
+# ------------------------------------------------------------------------------------------------------ prepared by TFDS
+
+
+class TfdsSource:
+    """One split of a data set that TFDS has prepared as array_record; images are decoded when read."""
+
+    def __init__(self, directory: Path, split: str, side: int = 0):
+        """side: of the square that images are resized and cropped to; 0 where all have one size.
+
+        Raises `DataError` when the files are missing or damaged, have no random access, or hold no labelled images.
+        """
+        self._arguments = (directory, split, side)
+        self._side = side
+        try:
+            builder = tfds.builder_from_directory(directory)
+            info = builder.info
+            formats = {str(getattr(f, "value", f)) for f in info.available_file_formats()}
+        except Exception as error:  # TFDS raises what its parsers raise
+            raise DataError(f"{directory} is not a complete TFDS data set ({error}); prepare it again.") from None
+        if "array_record" not in formats:
+            raise DataError(
+                f"{directory} is stored as {' and '.join(sorted(formats))}, which has no random access: run `tfds "
+                f"convert_format --dataset_version_dir={directory} --out_file_format=array_record`."
+            )
+        self._image, self._label = _keys(directory, info)
+        image, label = info.features[self._image], info.features[self._label]
+        height, width, self._channels = image.shape
+        if image.np_dtype != np.uint8 or self._channels not in (1, 3, 4):
+            raise DataError(f"{directory}: images are {image.np_dtype} x {self._channels}; only 8-bit images are read.")
+        self.shape = (side, side, self._channels) if side else (height, width, self._channels)
+        self.class_names: tuple[str, ...] = tuple(label.names)
+        decoders = {self._image: tfds.decode.SkipDecoding()}
+        try:
+            self._records = builder.as_data_source(split, decoders=decoders, file_format="array_record")
+            self._files = [(Path(f.filename), f.take) for f in info.splits[split].file_instructions]
+        except Exception as error:
+            raise DataError(f"{directory}: the split {split!r} cannot be opened ({error}).") from None
+        for path, _ in self._files:
+            if not path.exists():
+                raise DataError(f"{path} is missing; prepare the data set again.")
+
+    def __reduce__(self):
+        return TfdsSource, self._arguments
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def where(self, index: int) -> str:
+        """'FILE: record N' of example `index`."""
+        for path, count in self._files:
+            if index < count:
+                return f"{path}: record {index}"
+            index -= count
+        raise IndexError(index)
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        pixels = np.empty((len(indices), *self.shape), np.uint8)
+        labels = np.empty(len(indices), np.int32)
+        for row, (index, record) in enumerate(zip(indices, self._fetch(indices), strict=True)):
+            where = self.where(int(index))
+            image = images.decode(record[self._image], where, channels=self._channels, side=self._side)
+            if image.shape != self.shape:
+                raise DataError(f"{where} is an image of shape {image.shape}; the data set's is {self.shape}.")
+            label = int(record[self._label])
+            if not 0 <= label < len(self.class_names):
+                raise DataError(f"{where} has label {label}; the data set has {len(self.class_names)} classes.")
+            pixels[row], labels[row] = image, label
+        return pixels, labels
+
+    def _fetch(self, indices: np.ndarray) -> list[dict[str, Any]]:
+        try:
+            return list(self._records.__getitems__([int(i) for i in indices]))
+        except Exception:  # one record of many is damaged; which, is found by reading each alone
+            return [self._fetch_one(int(i)) for i in indices]
+
+    def _fetch_one(self, index: int) -> dict[str, Any]:
+        try:
+            return self._records[index]
+        except Exception as error:  # array_record raises what its C++ library reports, TFDS what its parser meets
+            reason = " ".join(str(error).split())
+            raise DataError(f"{self.where(index)} is damaged ({reason}).") from None
+
+
+def _keys(directory: Path, info: Any) -> tuple[str, str]:
+    """Names of the image feature and of the label feature."""
+    names = info.supervised_keys or tuple(info.features)
+    found = [
+        next((n for n in names if isinstance(info.features.get(n), kind)), None)
+        for kind in (tfds.features.Image, tfds.features.ClassLabel)
+    ]
+    if found[0] is None or found[1] is None:
+        raise DataError(f"{directory}: has features {', '.join(info.features)}, but an image with a class is needed.")
+    return found[0], found[1]
+
+
+_NAME = re.compile(r"(?P<name>[a-zA-Z]\w*)(?:/(?P<config>\w[\w.-]*))?(?::(?P<version>[\d*]+\.[\d*]+\.[\d*]+))?")
+
+
+def known_names(root: Path) -> list[str]:
+    """Names of data sets that are prepared in `root` or that TFDS could prepare."""
+    prepared = [path for levels in ("*/*", "*/*/*") for path in root.glob(f"{levels}/features.json")]
+    names = [path.relative_to(root).parts[0] for path in prepared]
+    return sorted({*names, *tfds.list_builders(with_community_datasets=False)})
+
+
+def find(name: str, root: Path) -> Path:
+    """Directory of the prepared data set `name`, `name/config` or `name:1.0.0`; the newest version that matches.
+
+    Raises `DataError` when it is not prepared in `root`, with what to run.
+    """
+    match = _NAME.fullmatch(name)
+    if match is None:
+        raise ConfigError(f"config.data.name={name!r}: a TFDS data set is written name, name/config or name:1.0.0.")
+    top = root / match["name"] / (match["config"] or "")
+    pattern = re.compile((match["version"] or "*.*.*").replace(".", r"\.").replace("*", r"\d+"))
+    versions = [p.parent for p in top.glob("*/features.json") if pattern.fullmatch(p.parent.name)]
+    if versions:
+        return max(versions, key=lambda path: tuple(int(part) for part in path.name.split(".")))
+    configs = sorted({str(p.parents[1].relative_to(root)) for p in top.glob("*/*/features.json")})
+    if configs and match["config"] is None:
+        raise DataError(f"config.data.name={name!r}: choose one of its configs: {', '.join(configs)}.")
+    raise DataError(
+        f"{name} is not prepared in {root} (no {top}/{match['version'] or '*.*.*'}): run `tfds build {match['name']} "
+        f"--data_dir={root} --file_format=array_record`, where TensorFlow is installed."
+    )
+
+
+def load_prepared(directory: Path, root: Path, side: int) -> base.Parts:
+    """The data set in `directory`, below `root`; `side` is used where its images differ in size.
+
+    Raises `DataError` when it is damaged, and `ConfigError` when a side is needed and is 0.
+    """
+    train = TfdsSource(directory, "train")
+    if None in train.shape and not side:
+        raise ConfigError(
+            f"config.data.image_size=0: the images in {directory} differ in size; set the side they are cut to."
+        )
+    side = side if None in train.shape else 0
+    info = tfds.builder_from_directory(directory).info
+    present = [split for split in info.splits if info.splits[split].num_examples]
+    own = {split: TfdsSource(directory, split, side) for split in ("train", "validation", "test") if split in present}
+    mean, std = base.channel_statistics(train.shape[2])
+    files = [(p.name, p.stat().st_size) for p in sorted(directory.iterdir()) if not p.name.startswith(".")]
+    return base.Parts(
+        train=own["train"],
+        validation=own.get("validation"),
+        test=own.get("test"),
+        class_names=train.class_names,
+        mean=mean,
+        std=std,
+        identity=json.dumps([str(directory.relative_to(root)), side, files]),
+    )

@@ -1,0 +1,133 @@
+"""Brings a run onto the devices: state, compiled programs, batches. Says what lies where, and checks that it does."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.errors import DeviceMemoryError
+from jaxtrain.evaluate import EvalResult, Evaluator, make_evaluator
+from jaxtrain.feed import Feed, make_feed
+from jaxtrain.parallel.audit import Audit, audit
+from jaxtrain.parallel.layout import Layout, Placement, bytes_per_device
+from jaxtrain.resume import Resume
+from jaxtrain.run import Run
+from jaxtrain.state import TrainState, create_state
+from jaxtrain.step import Step, make_step
+
+PyTree = Any
+log = logging.getLogger("jaxtrain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """step: one update (see `jaxtrain.step`). evaluate: `(split, params, batch_stats) -> EvalResult`. feed: batches."""
+
+    step: Step
+    evaluate: Callable[[str, PyTree, PyTree], EvalResult]
+    feed: Feed
+
+
+def start_engine(run: Run, resume: Resume) -> tuple[Engine, TrainState]:
+    """Makes or restores the state, compiles the step and audits the layout. Evaluation compiles when it is first used."""
+    began = time.perf_counter()
+    state = create_state(run.init, run.layout)
+    if resume.start is not None:
+        with contextlib.closing(Checkpoints(resume.start.directory, read_only=True)) as checkpoints:
+            state = checkpoints.restore(resume.start.step, state, allow_changes=run.config.checkpoint.allow_changes)
+        log.info("resumed from %s", resume.start.directory / str(resume.start.step))
+    feed = make_feed(run.dataset, run.layout, run.config.data.residency, run.config.data.workers)
+    where = "resident on the devices" if feed.offsets else "streamed"
+    table = layout_table(run.layout, state)
+    for line in summary(run, table):
+        log.info("%s", line)
+    step = _compile_step(run, feed, state)
+    for note in audit(run.layout, table, state, step.programs).notes:
+        log.info("%s", note)
+    log.info("data %s; compiled in %.1f s", where, time.perf_counter() - began)
+    return Engine(step, make_evaluation(run, feed), feed), state
+
+
+def layout_table(layout: Layout, state: TrainState) -> dict[str, list[Placement]]:
+    """Where every leaf lies, by tree: the state's, and the gradient accumulator's as `gradients`."""
+    return layout.table(state) | {"gradients": layout.gradients(state.params)}
+
+
+def make_evaluation(run: Run, feed: Feed) -> Callable[[str, PyTree, PyTree], EvalResult]:
+    """A function that evaluates weights on a split; compiled at its first call."""
+    batch = run.config.data.global_batch // run.layout.config.microbatches
+    compiled: dict[Any, Evaluator] = {}
+
+    def evaluate(split: str, params: PyTree, batch_stats: PyTree) -> EvalResult:
+        # Under ZeRO-1 and 2 the average is sharded and the weights are not: two programs.
+        where = tuple(leaf.sharding for leaf in jax.tree.leaves((params, batch_stats)))
+        if where not in compiled:
+            with contextlib.closing(feed.evaluation(split, batch)) as batches:
+                compiled[where] = make_evaluator(run.task, run.layout, params, batch_stats, next(batches), feed.resident)
+        with contextlib.closing(feed.evaluation(split, batch)) as batches:
+            return compiled[where](params, batch_stats, batches, feed.resident)
+
+    return evaluate
+
+
+def _compile_step(run: Run, feed: Feed, state: TrainState) -> Step:
+    examples = feed.train(
+        seed=run.config.seed, global_batch=run.config.data.global_batch, first_step=0, first_example=0, steps=1
+    )
+    with contextlib.closing(examples) as batches:
+        batch = next(batches)
+    try:
+        return make_step(run.task, run.layout, state, batch, feed.resident)
+    except jax.errors.JaxRuntimeError as error:
+        raise_if_out_of_memory(error)
+        raise
+
+
+def raise_if_out_of_memory(error: Exception) -> None:
+    """Turns XLA's out-of-memory error into a `DeviceMemoryError` that says what helps."""
+    if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
+        raise DeviceMemoryError(
+            "The step does not fit the devices' memory. In this order: raise config.layout.microbatches, use "
+            "config.train.remat=dots or full, raise config.layout.zero, use more devices, or lower config.data.global_batch. "
+            f"XLA said: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def summary(run: Run, table: dict[str, list[Placement]]) -> list[str]:
+    """The layout and the batch, in the few lines that are printed at start."""
+    mesh, config = run.layout.mesh, run.config
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
+    held = ", ".join(f"{tree} {_size(bytes_per_device(leaves))}" for tree, leaves in table.items() if bytes_per_device(leaves))
+    batch, parts = config.data.global_batch, config.layout.microbatches
+    ways = mesh.shape["replica"] * mesh.shape["data"]
+    lines = [
+        f"model: {config.model.name}, {sum(_elements(leaf) for leaf in table['params']):,} parameters, "
+        f"{config.train.precision}; {mesh.size} x {mesh.devices.flat[0].device_kind} ({axes}), zero {config.layout.zero}",
+        f"batch: {batch} global, {batch // jax.process_count()} a process, {batch // ways} a device, "
+        f"{batch // parts // ways} a device and microbatch ({parts})",
+        f"memory per device at rest: {held}",
+        f"data: {config.data.name}, {len(run.dataset.train)} train, {len(run.dataset.validation)} validation, "
+        f"{len(run.dataset.test)} test; {run.steps} steps",
+    ]
+    lines += [f"{tree}/{leaf.path}: {leaf.note}" for tree, leaves in table.items() for leaf in leaves if leaf.note and tree != "gradients"]
+    return lines
+
+
+def _elements(leaf: Placement) -> int:
+    return functools.reduce(lambda a, b: a * b, leaf.shape, 1)
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count = count / 1024  # type: ignore[assignment]
+    raise AssertionError

@@ -1,0 +1,61 @@
+"""Typed errors. Each carries the process exit code that `main` ends with (sysexits.h where one fits)."""
+
+
+class JaxtrainError(Exception):
+    """Base of every error that jaxtrain raises on purpose; its text is one clear sentence for a person."""
+
+    exit_code = 70
+
+
+class ConfigError(JaxtrainError):
+    """A setting, a flag or a recipe is wrong; raised before any device is touched where that is possible."""
+
+    exit_code = 64
+
+
+class DataError(JaxtrainError):
+    """A data set is missing, incomplete or damaged."""
+
+    exit_code = 65
+
+
+class CheckpointError(JaxtrainError):
+    """A checkpoint is missing, damaged, or belongs to another model."""
+
+    exit_code = 66
+
+
+class DeviceMemoryError(JaxtrainError):
+    """The program does not fit the devices' memory; restarting it unchanged cannot help."""
+
+    exit_code = 70
+
+
+class WorkdirError(JaxtrainError):
+    """The work directory cannot be written, or belongs to a run with another config."""
+
+    exit_code = 73
+
+
+class NumericError(JaxtrainError):
+    """The loss or the gradient norm became NaN or infinite; the state before that update is kept."""
+
+    exit_code = 76
+
+
+class EnvironmentMismatchError(JaxtrainError):
+    """The processes, devices or versions found are not those that the run was told to use."""
+
+    exit_code = 78
+
+
+class InterruptedRunError(JaxtrainError):
+    """Ctrl-C: the run saved a checkpoint and stopped."""
+
+    exit_code = 130
+
+
+class PreemptedError(JaxtrainError):
+    """SIGTERM: the run saved a checkpoint and stopped; start it again to go on."""
+
+    exit_code = 75

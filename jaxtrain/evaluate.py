@@ -1,0 +1,120 @@
+"""Evaluation: every example counts exactly once, on any number of devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxtrain.data.augment import eval_inputs
+from jaxtrain.models.layers import Context
+from jaxtrain.parallel.layout import Layout
+from jaxtrain.precision import at_least_f32
+from jaxtrain.task import Batch, Resident, Task, select, wrapper
+
+PyTree = Any
+
+
+@flax.struct.dataclass
+class EvalBatch:
+    """A padded batch. batch: as in training, with one microbatch. mask: bool [1, B], false where an example is padding."""
+
+    batch: Batch
+    mask: jax.Array
+
+
+@flax.struct.dataclass
+class EvalSums:
+    """loss: sum over examples. top5: how many labels are among the five largest logits. correct, count: [num_classes]."""
+
+    loss: jax.Array
+    top5: jax.Array
+    correct: jax.Array
+    count: jax.Array
+
+
+@dataclasses.dataclass(frozen=True)
+class EvalResult:
+    """Means over every example of a split. per_class: accuracy of each class (NaN where the split has none of it)."""
+
+    loss: float
+    accuracy: float
+    top5: float
+    examples: int
+    per_class: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Evaluator:
+    """The compiled evaluation. Call it with weights, statistics and the batches of a split."""
+
+    zeros: Callable[[], EvalSums]
+    add: jax.stages.Compiled
+
+    def __call__(
+        self, params: PyTree, batch_stats: PyTree, batches: Iterable[EvalBatch], resident: Resident
+    ) -> EvalResult:
+        """Reads the result once, at the end: the batches are dispatched without waiting."""
+        sums = self.zeros()
+        for batch in batches:
+            sums = self.add(sums, params, batch_stats, batch, resident)
+        return summarize(jax.device_get(sums))
+
+
+def summarize(sums: EvalSums) -> EvalResult:
+    """Means from sums that are on the host."""
+    count = float(np.sum(sums.count))
+    with np.errstate(invalid="ignore"):
+        per_class = np.asarray(sums.correct) / np.asarray(sums.count)
+    return EvalResult(
+        loss=float(sums.loss) / count,
+        accuracy=float(np.sum(sums.correct)) / count,
+        top5=float(sums.top5) / count,
+        examples=int(count),
+        per_class=tuple(float(x) for x in per_class),
+    )
+
+
+def make_evaluator(
+    task: Task, layout: Layout, params: PyTree, batch_stats: PyTree, batch: EvalBatch, resident: Resident
+) -> Evaluator:
+    """Compiles the evaluation of one batch, for weights that lie as `params` do."""
+    zeros = jax.jit(functools.partial(_zeros, task.preprocess.num_classes, params), out_shardings=layout.sharding())
+    add = jax.jit(functools.partial(_add, task, layout), out_shardings=layout.sharding(), donate_argnums=0)
+    sums = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding()), jax.eval_shape(zeros)
+    )
+    return Evaluator(zeros, add.lower(sums, params, batch_stats, batch, resident).compile())
+
+
+def _zeros(num_classes: int, params: PyTree) -> EvalSums:
+    dtype = at_least_f32(jax.tree.leaves(params)[0].dtype)
+    classes = jnp.zeros(num_classes, dtype)
+    return EvalSums(jnp.zeros((), dtype), jnp.zeros((), dtype), classes, classes)
+
+
+def _add(
+    task: Task, layout: Layout, sums: EvalSums, params: PyTree, batch_stats: PyTree, batch: EvalBatch, resident: Resident
+) -> EvalSums:
+    images, labels = select(batch.batch, resident, 0, layout)
+    mask = batch.mask[0].astype(sums.loss.dtype)
+    inputs = eval_inputs(task.preprocess, images)
+    context = Context(example=jnp.arange(labels.shape[0], dtype=jnp.int32))
+    logits, _ = task.model.apply(params, batch_stats, inputs, context, wrap=wrapper(layout, params, "none"))
+    classes = jax.nn.one_hot(labels, logits.shape[-1], dtype=sums.loss.dtype)
+    losses = task.loss(logits, classes.astype(logits.dtype)).astype(sums.loss.dtype)
+    best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
+    correct = (best[:, 0] == labels) * mask
+    return EvalSums(
+        # A padded row repeats a real example; its loss may be anything but must not turn the sum into NaN.
+        loss=sums.loss + jnp.sum(jnp.where(mask > 0, losses, 0)),
+        top5=sums.top5 + jnp.sum(jnp.any(best == labels[:, None], -1) * mask),
+        correct=sums.correct + correct @ classes,
+        count=sums.count + mask @ classes,
+    )

@@ -1,0 +1,127 @@
+"""Puts batches on the devices: the host's rows become one global array, each process giving the part that it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtrain.data.order import eval_batches, index_stream
+from jaxtrain.data.sources import Dataset, Source, is_cheap, materialize, nbytes
+from jaxtrain.data.stream import default_workers, eval_stream, train_stream
+from jaxtrain.evaluate import EvalBatch
+from jaxtrain.parallel.layout import Layout
+from jaxtrain.task import Batch, Resident
+
+# `data.residency=auto` keeps a data set on the devices up to this share of their memory, or this size where it is unknown.
+RESIDENT_SHARE = 0.1
+RESIDENT_BYTES = 1 << 30
+
+
+class Placer:
+    """Which part of a batch [parts, size, ...] this process holds, and how it becomes one global array."""
+
+    def __init__(self, layout: Layout, parts: int, size: int):
+        self._shape, self._sharding, self._replicated = (parts, size), layout.batch, layout.sharding()
+        spans = {
+            index[1].indices(size)[:2] for index in self._sharding.addressable_devices_indices_map(self._shape).values()
+        }
+        self._columns = np.concatenate([np.arange(*span) for span in sorted(spans)])
+        # Positions in the global batch, in the order in which `batch` wants the rows.
+        self.positions = (np.arange(parts)[:, None] * size + self._columns).ravel()
+
+    def batch(self, rows: np.ndarray) -> jax.Array:
+        """The global array [parts, size, ...] from this process's `rows` [len(positions), ...]."""
+        local = rows.reshape(self._shape[0], len(self._columns), *rows.shape[1:])
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[1].indices(self._shape[1])
+            first = int(np.searchsorted(self._columns, start))
+            return local[:, first : first + stop - start]
+
+        return _place((*self._shape, *rows.shape[1:]), self._sharding, shard)
+
+    def scalar(self, value: int) -> jax.Array:
+        """An int32 that every device has."""
+        return _place((), self._replicated, lambda _: np.int32(value))
+
+
+def _place(shape: tuple[int, ...], sharding: jax.sharding.Sharding, part: Callable[..., Any]) -> jax.Array:
+    """A global array from its parts on the host: the one transfer to the devices that the loop is meant to make."""
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_callback(shape, sharding, part)
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """Batches of a data set for one layout.
+
+    resident: every split, one after the other, on every device; `Resident()` when batches are streamed. offsets: the first
+    row of each split in it. workers: reading processes when streaming.
+    """
+
+    dataset: Dataset
+    layout: Layout
+    resident: Resident
+    offsets: Mapping[str, int]
+    workers: int
+
+    def train(
+        self, *, seed: int, global_batch: int, first_step: int, first_example: int, steps: int
+    ) -> Iterator[Batch]:
+        """Batches for the updates `first_step`, `first_step + 1`, ...; the same ones whether resident or streamed."""
+        parts, source = self.layout.config.microbatches, self.dataset.train
+        placer = Placer(self.layout, parts, global_batch // parts)
+        order: dict[str, Any] = {
+            "seed": seed, "global_batch": global_batch, "positions": placer.positions, "first_example": first_example, "steps": steps,
+        }  # fmt: skip
+        if self.offsets:
+            for number, rows in enumerate(index_stream(len(source), **order), first_step):
+                yield Batch(placer.scalar(number), rows=placer.batch(rows + np.int32(self.offsets["train"])))
+            return
+        with train_stream(source, workers=self.workers, **order) as stream:
+            for number, (images, labels) in enumerate(stream, first_step):
+                yield Batch(placer.scalar(number), images=placer.batch(images), labels=placer.batch(labels))
+
+    def evaluation(self, split: str, batch: int) -> Iterator[EvalBatch]:
+        """Every example of `split` once, in order, in batches of `batch`; the last is padded and masked."""
+        placer = Placer(self.layout, 1, batch)
+        step, source = placer.scalar(0), getattr(self.dataset, split)
+        if not len(source):
+            return
+        masks = ((rows[placer.positions], mask[placer.positions]) for rows, mask in eval_batches(len(source), batch))
+        if self.offsets:
+            for rows, mask in masks:
+                local = (rows + self.offsets[split]).astype(np.int32)
+                yield EvalBatch(Batch(step, rows=placer.batch(local)), placer.batch(mask))
+            return
+        with eval_stream(source, global_batch=batch, positions=placer.positions, workers=self.workers) as stream:
+            for (images, labels), (_, mask) in zip(stream, masks, strict=True):
+                yield EvalBatch(Batch(step, images=placer.batch(images), labels=placer.batch(labels)), placer.batch(mask))
+
+
+def make_feed(dataset: Dataset, layout: Layout, residency: str, workers: int) -> Feed:
+    """Decides where the data set lives, and puts it on the devices if it is there."""
+    splits: dict[str, Source] = {name: getattr(dataset, name) for name in ("train", "validation", "test")}
+    size = sum(nbytes(source) for source in splits.values())
+    if residency == "stream" or (residency == "auto" and size > _resident_limit(layout)):
+        if workers < 0:
+            workers = default_workers(cheap=is_cheap(dataset.train))
+        return Feed(dataset, layout, Resident(), {}, workers)
+    images, labels = zip(*(materialize(source) for source in splits.values()), strict=True)
+
+    def everywhere(array: np.ndarray) -> jax.Array:
+        return _place(array.shape, layout.sharding(), lambda _: array)
+
+    offsets = np.cumsum([0, *(len(source) for source in splits.values())])
+    resident = Resident(everywhere(np.concatenate(images)), everywhere(np.concatenate(labels)))
+    return Feed(dataset, layout, resident, dict(zip(splits, offsets.tolist(), strict=False)), workers)
+
+
+def _resident_limit(layout: Layout) -> float:
+    stats = layout.mesh.local_devices[0].memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    return limit * RESIDENT_SHARE if limit else RESIDENT_BYTES

@@ -1,0 +1,165 @@
+"""Where the time went: every second of the loop belongs to one category, so the categories add up to the wall time."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import statistics
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from types import MappingProxyType
+
+CATEGORIES: tuple[str, ...] = ("compile", "input", "step", "checkpoint", "evaluation", "other")
+# Work that comes now and then: not part of what a step takes, nor of the throughput of training.
+_BETWEEN_STEPS = ("compile", "checkpoint", "evaluation")
+
+WARMUP_STEPS = 2
+"""Steps after a start that throughput and step time leave out: caches fill and read-ahead starts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """A stretch of a run, or the difference of two.
+
+    seconds: wall time by category (`step` is dispatching steps and waiting for their results).
+    steps, examples: all those done. steady_*: those after the warm-up, and their time without the work between steps.
+    """
+
+    seconds: Mapping[str, float]
+    steps: int
+    examples: int
+    steady_examples: int
+    steady_seconds: float
+
+    def __sub__(self, other: Span) -> Span:
+        return Span(
+            {name: self.seconds[name] - other.seconds[name] for name in CATEGORIES},
+            self.steps - other.steps,
+            self.examples - other.examples,
+            self.steady_examples - other.steady_examples,
+            self.steady_seconds - other.steady_seconds,
+        )
+
+    @property
+    def wall(self) -> float:
+        """Seconds in all."""
+        return sum(self.seconds.values())
+
+    @property
+    def throughput(self) -> float:
+        """Examples per second of training; the warm-up counts only when there is nothing else. 0 without steps."""
+        if self.steady_examples:
+            return self.steady_examples / self.steady_seconds if self.steady_seconds else 0.0
+        training = self.wall - sum(self.seconds[name] for name in _BETWEEN_STEPS)
+        return self.examples / training if training else 0.0
+
+    @property
+    def data_wait(self) -> float:
+        """Seconds that a step waited for its batch, on average."""
+        return self.seconds["input"] / self.steps if self.steps else 0.0
+
+    def share(self, category: str) -> float:
+        """The part of the wall time that `category` took, in [0, 1]."""
+        return self.seconds[category] / self.wall if self.wall else 0.0
+
+    @property
+    def bound(self) -> str:
+        """The category that took the most time."""
+        return max(CATEGORIES, key=lambda name: self.seconds[name])
+
+
+class StepClock:
+    """Charges wall time to the category in force. Starts in `other`.
+
+        clock = StepClock()
+        with clock.charge("input"):
+            batch = next(batches)
+        with clock.charge("step"):
+            state, metrics = step(state, batch)
+        clock.step_done(examples)
+
+    Take `now()` at the start and the end of an epoch, or of the steps between two logged rows; the difference is its
+    `Span`. Blocks may be nested: the inner category counts.
+    """
+
+    def __init__(self, timer: Callable[[], float] = time.perf_counter):
+        self._timer = timer
+        self._seconds = dict.fromkeys(CATEGORIES, 0.0)
+        self._category = "other"
+        self._last = timer()
+        self._steps = self._examples = self._steady_examples = 0
+        self._steady_seconds = 0.0
+        self._step_began = 0.0  # on the clock of `_training_seconds`
+        self._recent: deque[float] = deque(maxlen=101)
+
+    @contextlib.contextmanager
+    def charge(self, category: str) -> Iterator[None]:
+        """Charges the time inside the block to `category`, one of `CATEGORIES`."""
+        if category not in self._seconds:
+            raise ValueError(f"category={category!r}: must be one of {', '.join(CATEGORIES)}")
+        before = self._switch(category)
+        try:
+            yield
+        finally:
+            self._switch(before)
+
+    def step_done(self, examples: int) -> None:
+        """Marks the end of an optimizer step over `examples`; its time began at the end of the one before."""
+        self._settle()
+        training = self._training_seconds()
+        seconds, self._step_began = training - self._step_began, training
+        self._steps += 1
+        self._examples += examples
+        if self._steps > WARMUP_STEPS:
+            self._recent.append(seconds)
+            self._steady_examples += examples
+            self._steady_seconds += seconds
+
+    def now(self) -> Span:
+        """Everything since the clock was made."""
+        self._settle()
+        return Span(
+            MappingProxyType(dict(self._seconds)),
+            self._steps,
+            self._examples,
+            self._steady_examples,
+            self._steady_seconds,
+        )
+
+    @property
+    def step_seconds(self) -> float | None:
+        """The median time of the last hundred steps, without the work between them; None during the warm-up."""
+        return statistics.median(self._recent) if self._recent else None
+
+    def _training_seconds(self) -> float:
+        return sum(seconds for name, seconds in self._seconds.items() if name not in _BETWEEN_STEPS)
+
+    def _switch(self, category: str) -> str:
+        self._settle()
+        before, self._category = self._category, category
+        return before
+
+    def _settle(self) -> None:
+        instant = self._timer()
+        self._seconds[self._category] += instant - self._last
+        self._last = instant
+
+
+_ADVICE = {
+    "compile": "keep compiled programs between starts with JAX_COMPILATION_CACHE_DIR=DIR",
+    "input": "raise config.data.workers, or keep the data set on the device with config.data.residency=device",
+    "step": "that is the work itself; more devices or a lower config.train.precision make it faster",
+    "checkpoint": "save less often with config.checkpoint.every",
+    "evaluation": "evaluate less often with config.train.eval_every",
+    "other": "the host is busy between steps; raise config.train.log_every, or leave it more CPU",
+}
+
+
+def explain(span: Span, what: str = "this epoch") -> str:
+    """One sentence: what bound `span`, and what would help. '' when no time has passed."""
+    if not span.wall:
+        return ""
+    bound = span.bound
+    name = {"step": "compute", "other": "other work"}.get(bound, bound)
+    return f"{what} was bound by {name} ({span.share(bound):.0%} of {span.wall:.1f} s): {_ADVICE[bound]}"

@@ -1,0 +1,58 @@
+"""Symptoms of docs/troubleshooting.md that a run detects by itself: a warning each, or '' when all is well."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+
+from jaxtrain.logging.clock import Span
+
+SLOW_DATA_SHARE = 0.2
+IMBALANCE = 1.3
+
+
+def slow_data(span: Span) -> str:
+    """The devices waited for data more than a fifth of the time that went into training steps.
+
+    Compilation, checkpoints and evaluation are left out: a first epoch that mostly compiles hides nothing.
+    """
+    waited = span.seconds["input"]
+    training = waited + span.seconds["step"] + span.seconds["other"]
+    if waited <= SLOW_DATA_SHARE * training:
+        return ""
+    return (
+        f"slow data: training waited for its input {waited / training:.0%} of the time "
+        f"({span.data_wait * 1e3:.1f} ms a step); raise config.data.workers, put config.data.dir on a faster disk, "
+        "or keep the data set on the device with config.data.residency=device."
+    )
+
+
+def imbalanced(seconds: Sequence[float]) -> str:
+    """One process takes more than 1.3 times as long for its own part of a step as the others.
+
+    Args:
+      seconds: for each process, the time of a step that it spent on its own (input and host work). The whole step will
+        not do: collectives make every process wait for the slowest, so all have the same.
+    """
+    if len(seconds) < 2:
+        return ""
+    slow = max(range(len(seconds)), key=seconds.__getitem__)
+    # the median of the others: of two processes, the slow one would be half of its own yardstick
+    others = statistics.median(s for process, s in enumerate(seconds) if process != slow)
+    if seconds[slow] <= IMBALANCE * others:
+        return ""
+    ratio = f"{seconds[slow] / others:.1f} times" if others else "and not"
+    return (
+        f"imbalanced: process {slow} needs {seconds[slow]:.3g} s for its part of a step, {ratio} the {others:.3g} s of "
+        "the others; look for other programs, a slower disk or fewer CPUs on its host."
+    )
+
+
+def loss_scale_at_floor(scale: float, floor: float) -> str:
+    """fp16 underflow: the dynamic loss scale fell as far as it may, so gradients overflow at any scale."""
+    if scale > floor:
+        return ""
+    return (
+        f"fp16 underflow: the loss scale is at its floor ({floor:g}), so gradients overflow and small ones are lost; "
+        "use config.train.precision=bf16, or lower config.optim.learning_rate or set config.optim.clip_norm."
+    )

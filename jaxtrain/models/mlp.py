@@ -1,0 +1,70 @@
+"""A perceptron with two hidden layers and dropout: 784-512-256-10 on 28 x 28 grey images (535,818 parameters)."""
+
+from __future__ import annotations
+
+import jax
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from jaxtrain.config import ModelConfig
+from jaxtrain.errors import ConfigError
+from jaxtrain.models import settings
+from jaxtrain.models.classifier import Classifier, layer_name
+from jaxtrain.models.layers import Context, Dropout, Layer, torch_dense
+
+NAMES = ("mlp",)
+
+
+class Hidden(Layer):
+    """Flatten, linear, ReLU, dropout."""
+
+    features: int
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """x [B, ...] -> [B, features]."""
+        x = x.reshape(x.shape[0], -1)
+        x = torch_dense(self.features, x.shape[-1], **self.types, name="linear")(x)
+        return Dropout(self.dropout, name="dropout")(nn.relu(x), context)
+
+
+class Head(Layer):
+    """The last linear map, in at least f32."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """x [B, C] -> logits [B, num_classes]."""
+        return torch_dense(self.num_classes, x.shape[-1], **self.wide_types, name="linear")(x)
+
+
+def build(
+    config: ModelConfig,
+    image_shape: settings.ImageShape,
+    num_classes: int,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+) -> Classifier:
+    """The perceptron with hidden layers of `config.width` (512) and half as many units, for images of any shape."""
+    settings.refuse(config, "depths", "stem", "patch", "window", "drop_path")
+    width = config.width or 512
+    if width < 2:
+        raise ConfigError(
+            f"config.model.width={width}: mlp's second hidden layer has half as many units; set at least 2."
+        )
+    rate = settings.dropout(config, 0.3)
+    first, second = layer_name(0), layer_name(1)
+    return Classifier(
+        layers=(
+            Hidden(dtype, param_dtype, width, rate),
+            Hidden(dtype, param_dtype, width // 2, rate),
+            Head(dtype, param_dtype, num_classes),
+        ),
+        tensor_rules=(  # the first layer's outputs are split, and with them the second's inputs: one reduction for both
+            (f"{first}/linear/kernel$", (None, "tensor")),
+            (f"{first}/linear/bias$", ("tensor",)),
+            (f"{second}/linear/kernel$", ("tensor", None)),
+        ),
+    )

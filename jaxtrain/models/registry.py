@@ -1,0 +1,63 @@
+"""Models by name."""
+
+from __future__ import annotations
+
+from jax.typing import DTypeLike
+
+from jaxtrain.config import ModelConfig, did_you_mean
+from jaxtrain.errors import ConfigError
+from jaxtrain.models import mlp, resnet, settings, swin, vgg
+from jaxtrain.models.classifier import Classifier
+from jaxtrain.plugins import load_dotted
+
+_BUILDERS = {name: family.build for family in (mlp, vgg, resnet, swin) for name in family.NAMES}
+
+
+def names() -> tuple[str, ...]:
+    """The models that come with jaxtrain."""
+    return tuple(_BUILDERS)
+
+
+def build(
+    config: ModelConfig,
+    image_shape: settings.ImageShape,
+    num_classes: int,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+) -> Classifier:
+    """The model that `config.name` means: one of `names()`, or a user's own, `package.module:Class`.
+
+    A user's class or function is called as `Class(config, image_shape=..., num_classes=..., dtype=...,
+    param_dtype=...)` and returns a `Classifier`.
+
+    Args:
+      config: the model section; 0, () and -1 in it mean the model's own.
+      image_shape: height, width and channels of the images that the model sees.
+      num_classes: the resolved number, at least 2.
+      dtype: of the computation and the activations. param_dtype: of the parameters.
+
+    Raises:
+      ConfigError: the name is unknown, a setting does not fit the model, or the images are too small for it.
+    """
+    settings.check_shapes(image_shape, num_classes)
+    if ":" in config.name:
+        factory = load_dotted(config.name, "model.name")
+        if not callable(factory):
+            raise ConfigError(f"config.model.name={config.name!r}: is {_kind(factory)}, not a class or function.")
+        model = factory(config, image_shape=image_shape, num_classes=num_classes, dtype=dtype, param_dtype=param_dtype)
+        if not isinstance(model, Classifier):
+            raise ConfigError(
+                f"config.model.name={config.name!r}: must return a jaxtrain.models.classifier.Classifier, "
+                f"and returned {_kind(model)}."
+            )
+        return model
+    if config.name not in _BUILDERS:
+        raise ConfigError(
+            f"config.model.name={config.name!r}: must be one of {', '.join(names())}, or package.module:Class."
+            f"{did_you_mean(config.name, names())}"
+        )
+    return _BUILDERS[config.name](config, image_shape, num_classes, dtype, param_dtype)
+
+
+def _kind(value: object) -> str:
+    return f"an object of type {type(value).__module__}.{type(value).__qualname__}"

@@ -1,0 +1,124 @@
+"""ResNet-18/34/50/101/152 (He et al. 2016) v1.5: a bottleneck's stride is on its 3x3 convolution, as in torchvision.
+
+For small images the stem is one 3x3 convolution without stride or pooling (stem "cifar").
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from jaxtrain.config import ModelConfig
+from jaxtrain.models import settings
+from jaxtrain.models.classifier import Classifier
+from jaxtrain.models.layers import (
+    BatchNorm,
+    Context,
+    Dropout,
+    DropPath,
+    Layer,
+    at_least_f32,
+    kaiming_normal,
+    torch_dense,
+)
+
+VARIANTS = {  # name: (bottleneck blocks, blocks a stage)
+    "resnet18": (False, (2, 2, 2, 2)),
+    "resnet34": (False, (3, 4, 6, 3)),
+    "resnet50": (True, (3, 4, 6, 3)),
+    "resnet101": (True, (3, 4, 23, 3)),
+    "resnet152": (True, (3, 8, 36, 3)),
+}
+NAMES = tuple(VARIANTS)
+
+
+class Stem(Layer):
+    """7x7 convolution and 3x3 max-pool, both of stride 2; if `small`, a 3x3 convolution alone. BatchNorm and ReLU."""
+
+    features: int
+    small: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """x [B, H, W, C] -> [B, H / 4, W / 4, features], or the same H and W if `small`."""
+        size, stride = (3, 1) if self.small else (7, 2)
+        x = _conv(self.features, size, stride, name="conv", **self.types)(x)
+        x = nn.relu(BatchNorm(self.param_dtype, name="bn")(x, context))
+        if self.small:
+            return x
+        return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
+
+
+class Block(Layer):
+    """A residual block of two 3x3 convolutions, or of 1x1, 3x3 and 1x1 to four times the channels (`bottleneck`)."""
+
+    features: int
+    stride: int
+    bottleneck: bool
+    drop_path: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """x [B, H, W, C] -> [B, H / stride, W / stride, features (x 4 for a bottleneck)]."""
+        c, s = self.features, self.stride
+        plan = ((1, c, 1), (3, c, s), (1, 4 * c, 1)) if self.bottleneck else ((3, c, s), (3, c, 1))
+        y = x
+        for i, (size, features, stride) in enumerate(plan, start=1):
+            last = i == len(plan)
+            # A zero scale makes the block the identity at first (Goyal et al. 2017, section 5.1).
+            scale_init = nn.initializers.zeros if last else nn.initializers.ones
+            y = _conv(features, size, stride, name=f"conv{i}", **self.types)(y)
+            y = BatchNorm(self.param_dtype, scale_init, name=f"bn{i}")(y, context)
+            y = y if last else nn.relu(y)
+        if x.shape[-1] != y.shape[-1] or s != 1:
+            x = _conv(y.shape[-1], 1, s, name="shortcut_conv", **self.types)(x)
+            x = BatchNorm(self.param_dtype, name="shortcut_bn")(x, context)
+        return nn.relu(x + DropPath(self.drop_path, name="drop_path")(y, context))
+
+
+class Head(Layer):
+    """Average over the map, dropout, and the last linear map, in at least f32."""
+
+    num_classes: int
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """x [B, H, W, C] -> logits [B, num_classes]."""
+        x = jnp.mean(x, (1, 2), dtype=at_least_f32(self.dtype))
+        x = Dropout(self.dropout, name="dropout")(x, context)
+        return torch_dense(self.num_classes, x.shape[-1], name="linear", **self.wide_types)(x)
+
+
+def _conv(features: int, size: int, stride: int, **options: Any) -> nn.Conv:
+    # Padding in numbers: "SAME" pads a strided convolution on the other side than PyTorch does.
+    options |= {"padding": size // 2, "use_bias": False, "kernel_init": kaiming_normal}
+    return nn.Conv(features, (size, size), stride, **options)
+
+
+def build(
+    config: ModelConfig,
+    image_shape: settings.ImageShape,
+    num_classes: int,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+) -> Classifier:
+    """ResNet `config.name` with `config.width` (64) channels in the first stage."""
+    settings.refuse(config, "patch", "window")
+    bottleneck, own_depths = VARIANTS[config.name]
+    small = settings.stem(config, image_shape) == "cifar"
+    settings.require_side(config, image_shape, 8 if small else 32, "" if small else " or config.model.stem='cifar'")
+    depths = settings.depths(config, own_depths)
+    width = config.width or 64
+    types = (dtype, param_dtype)
+
+    layers: list[nn.Module] = [Stem(*types, width, small)]
+    rates = iter(settings.drop_paths(config, 0.0, sum(depths)))
+    for stage, depth in enumerate(depths):
+        strides = [1 if stage == 0 else 2] + [1] * (depth - 1)
+        layers += [Block(*types, width * 2**stage, stride, bottleneck, next(rates)) for stride in strides]
+    return Classifier((*layers, Head(*types, num_classes, settings.dropout(config, 0.0))))

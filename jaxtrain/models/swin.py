@@ -1,0 +1,274 @@
+"""Swin Transformer T/S/B, version 1 (Liu et al. 2021, microsoft/Swin-Transformer).
+
+Self-attention within windows of the map, shifted by half a window in every second block, with a learned bias by
+relative position. On small images the patch is 2 and the window 4 instead of 4 and 7.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from jaxtrain.config import ModelConfig
+from jaxtrain.errors import ConfigError
+from jaxtrain.models import settings
+from jaxtrain.models.classifier import Classifier
+from jaxtrain.models.layers import Context, Dropout, DropPath, Layer, at_least_f32, torch_bias, torch_kernel
+
+VARIANTS = {  # name: (width, blocks a stage, drop-path rate)
+    "swin_tiny": (96, (2, 2, 6, 2), 0.2),
+    "swin_small": (96, (2, 2, 18, 2), 0.3),
+    "swin_base": (128, (2, 2, 18, 2), 0.5),
+}
+NAMES = tuple(VARIANTS)
+
+HEAD_DIM = 32
+
+# The reference's trunc_normal_(std=0.02) cuts at +-2, a hundred standard deviations: a normal distribution.
+normal = nn.initializers.normal(0.02)
+
+
+class PatchEmbed(Layer):
+    """A linear map of each patch of pixels, LayerNorm, dropout. Pads with zeros, below and right, to whole patches."""
+
+    features: int
+    patch: int
+    dropout: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """x [B, H, W, C] -> [B, H / patch, W / patch, features], rounded up."""
+        p = self.patch
+        padding = [(0, -x.shape[1] % p), (0, -x.shape[2] % p)]
+        init = {"kernel_init": torch_kernel, "bias_init": torch_bias(p * p * x.shape[-1])}
+        x = nn.Conv(self.features, (p, p), p, padding, name="conv", **init, **self.types)(x)
+        x = _norm("norm", self.types)(x)
+        return Dropout(self.dropout, name="dropout")(x, context)
+
+
+class WindowAttention(Layer):
+    """Multi-head self-attention within windows, with a bias by relative position (Liu et al. 2021, equation 4).
+
+    The kernels keep heads as a dim of their own, so that they can be split over devices: qkv [C, 3, heads, head_dim],
+    proj [heads, head_dim, C], bias_table [(2 * window - 1)^2, heads].
+    """
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, regions: np.ndarray) -> jax.Array:
+        """x [B, windows, N, C], with N = window^2, and regions int [windows, N] -> x's shape.
+
+        A value sees only those of the same region of its window: what a shift has put beside each other stays apart.
+        """
+        channels, window, wide = x.shape[-1], round(x.shape[-2] ** 0.5), at_least_f32(self.dtype)
+        head_dim = channels // self.heads
+        qkv = nn.DenseGeneral((3, self.heads, head_dim), kernel_init=normal, name="qkv", **self.types)(x)
+        q, k, v = jnp.moveaxis(qkv, -3, 0)
+
+        table = self.param("bias_table", normal, ((2 * window - 1) ** 2, self.heads), self.param_dtype)
+        bias = relative_position_bias(table.astype(wide), window)
+        if (regions != regions[:, :1]).any():
+            apart = regions[:, None, :, None] != regions[:, None, None, :]
+            bias = bias + jnp.where(apart, -100.0, 0.0).astype(wide)  # [windows, heads, N, N]; -100 as in the reference
+
+        scores = jnp.einsum("bwnhd,bwmhd->bwhnm", q, k)
+        attention = softmax_to(scores.astype(wide) * head_dim**-0.5 + bias, self.dtype)
+        y = jnp.einsum("bwhnm,bwmhd->bwnhd", attention, v)
+        return nn.DenseGeneral(channels, axis=(-2, -1), kernel_init=normal, name="proj", **self.types)(y)
+
+
+def relative_position_bias(table: jax.Array, window: int) -> jax.Array:
+    """table [(2 * window - 1)^2, heads] -> bias [heads, N, N], N = window^2.
+
+    The bias from row i, column k to row j, column l is the table's at row i - j, column k - l, both counted from
+    1 - window. Made of slices, not of a gather, whose gradient is a scatter: slow on a GPU and summed in any order.
+    """
+    side = 2 * window - 1
+    table = jnp.flip(table.reshape(side, side, -1), (0, 1))
+    rows = jnp.stack([table[window - 1 - i : side - i] for i in range(window)])  # [i, j, side, heads]
+    bias = jnp.stack([rows[:, :, window - 1 - k : side - k] for k in range(window)])  # [k, i, j, l, heads]
+    return bias.transpose(4, 1, 0, 2, 3).reshape(-1, window**2, window**2)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def softmax_to(x: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """Softmax over the last dim, computed in x's type (at least f32) and rounded to `dtype`.
+
+    Its gradient, too, is computed in x's type, but from the rounded result: a bf16 run does not store its attention in
+    f32 as well.
+    """
+    return jax.nn.softmax(x, -1).astype(dtype)
+
+
+def _softmax_forward(x: jax.Array, dtype: DTypeLike) -> tuple[Any, Any]:
+    y = softmax_to(x, dtype)
+    return y, y
+
+
+def _softmax_backward(dtype: DTypeLike, y: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    y, gradient = (a.astype(at_least_f32(dtype)) for a in (y, gradient))
+    return (y * (gradient - jnp.sum(y * gradient, -1, keepdims=True)),)
+
+
+softmax_to.defvjp(_softmax_forward, _softmax_backward)
+
+
+class Block(Layer):
+    """LayerNorm, attention in windows and a two-layer perceptron with GELU, each as a residual branch.
+
+    A map not larger than the window is one window of the map's own size, unshifted; one that does not divide into
+    windows is padded below and right with zeros after the norm, which are attended to, as in the reference.
+    """
+
+    heads: int
+    window: int
+    shifted: bool
+    dropout: float
+    drop_path: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """x [B, H, W, C] -> the same shape."""
+        height, width, channels = x.shape[1:]
+        window = min(self.window, height, width)
+        shift = window // 2 if self.shifted and window < min(height, width) else 0
+        padded = (height + -height % window, width + -width % window)
+
+        y = _norm("norm1", self.types)(x)
+        y = jnp.pad(y, ((0, 0), (0, padded[0] - height), (0, padded[1] - width), (0, 0)))
+        y = split_windows(jnp.roll(y, (-shift, -shift), (1, 2)), window)
+        regions = split_windows(shift_regions(*padded, window, shift)[None, :, :, None], window)[0, :, :, 0]
+        y = WindowAttention(self.dtype, self.param_dtype, self.heads, name="attn")(y, regions)
+        y = jnp.roll(join_windows(y, *padded), (shift, shift), (1, 2))[:, :height, :width]
+        y = Dropout(self.dropout, name="dropout1")(y, context)
+        x = x + DropPath(self.drop_path, name="drop_path1")(y, context)
+
+        y = _norm("norm2", self.types)(x)
+        y = nn.gelu(nn.Dense(4 * channels, kernel_init=normal, name="fc1", **self.types)(y), approximate=False)
+        y = Dropout(self.dropout, name="dropout2")(y, context)
+        y = nn.Dense(channels, kernel_init=normal, name="fc2", **self.types)(y)
+        y = Dropout(self.dropout, name="dropout3")(y, context)
+        return x + DropPath(self.drop_path, name="drop_path2")(y, context)
+
+
+def split_windows(x: Any, window: int) -> Any:
+    """x [B, H, W, C], of JAX or NumPy -> [B, windows, window^2, C], windows and their values in row-major order."""
+    b, h, w, c = x.shape
+    x = x.reshape(b, h // window, window, w // window, window, c)
+    return x.swapaxes(2, 3).reshape(b, -1, window**2, c)
+
+
+def join_windows(x: jax.Array, height: int, width: int) -> jax.Array:
+    """The inverse of `split_windows`."""
+    b, _, tokens, c = x.shape
+    window = round(tokens**0.5)
+    x = x.reshape(b, height // window, width // window, window, window, c)
+    return x.swapaxes(2, 3).reshape(b, height, width, c)
+
+
+def shift_regions(height: int, width: int, window: int, shift: int) -> np.ndarray:
+    """int [height, width]: which part of the unshifted map each value of the shifted one belongs to.
+
+    Three in each direction: before the last window, and in it before and after the end that was wrapped around.
+    """
+
+    def parts(length: int) -> np.ndarray:
+        at = np.arange(length)
+        return (at >= length - window).astype(int) + (at >= length - shift)
+
+    return parts(height)[:, None] * 3 + parts(width) if shift else np.zeros((height, width), int)
+
+
+class PatchMerging(Layer):
+    """Joins the channels of each 2x2 square, LayerNorm, a linear map to half of them. Pads an odd map with zeros."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """x [B, H, W, C] -> [B, H / 2, W / 2, 2 * C], rounded up."""
+        x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
+        b, h, w, c = x.shape
+        # The reference's order of the four: down the square's columns first.
+        x = x.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 4, 2, 5).reshape(b, h // 2, w // 2, 4 * c)
+        x = _norm("norm", self.types)(x)
+        return nn.Dense(2 * c, use_bias=False, kernel_init=normal, name="linear", **self.types)(x)
+
+
+class Head(Layer):
+    """LayerNorm, average over the map, and the last linear map, in at least f32."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """x [B, H, W, C] -> logits [B, num_classes]."""
+        x = jnp.mean(_norm("norm", self.wide_types)(x), (1, 2))
+        return nn.Dense(self.num_classes, kernel_init=normal, name="linear", **self.wide_types)(x)
+
+
+def _heads(channels: int) -> int:
+    return max(1, channels // HEAD_DIM)
+
+
+def _divides_into_heads(width: int, stages: Iterable[int]) -> bool:
+    return all(width * 2**stage % _heads(width * 2**stage) == 0 for stage in stages)
+
+
+def _norm(name: str, types: dict[str, Any]) -> nn.LayerNorm:
+    return nn.LayerNorm(epsilon=1e-5, name=name, **types)  # statistics in at least f32, in one pass
+
+
+def build(
+    config: ModelConfig,
+    image_shape: settings.ImageShape,
+    num_classes: int,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+) -> Classifier:
+    """Swin `config.name` with `config.width` channels in the first stage and heads of 32 channels."""
+    settings.refuse(config, "stem")
+    own_width, own_depths, own_drop_path = VARIANTS[config.name]
+    width, depths = config.width or own_width, settings.depths(config, own_depths)
+    small = settings.is_small(image_shape)
+    patch, window = config.patch or (2 if small else 4), config.window or (4 if small else 7)
+    settings.require_side(config, image_shape, patch * 8, ", or a smaller config.model.patch")
+    stages = range(len(depths))
+    if not _divides_into_heads(width, stages):
+        low = next(w for w in range(width, 0, -1) if _divides_into_heads(w, stages))
+        high = next(w for w in itertools.count(width) if _divides_into_heads(w, stages))
+        raise ConfigError(
+            f"config.model.width={width}: does not divide into heads of about {HEAD_DIM} channels in every stage; "
+            f"the nearest that do are {low} and {high}."
+        )
+    dropout = settings.dropout(config, 0.0)
+    types = (dtype, param_dtype)
+
+    layers: list[nn.Module] = [PatchEmbed(*types, width, patch, dropout)]
+    rates = iter(settings.drop_paths(config, own_drop_path, sum(depths)))
+    for stage, depth in enumerate(depths):
+        if stage > 0:
+            layers.append(PatchMerging(*types))
+        layers += [
+            Block(*types, _heads(width * 2**stage), window, i % 2 == 1, dropout, next(rates)) for i in range(depth)
+        ]
+    return Classifier(
+        layers=(*layers, Head(*types, num_classes)),
+        tensor_rules=(
+            ("attn/qkv/kernel$", (None, None, "tensor", None)),
+            ("attn/qkv/bias$", (None, "tensor", None)),
+            ("attn/bias_table$", (None, "tensor")),
+            ("attn/proj/kernel$", ("tensor", None, None)),
+            ("fc1/kernel$", (None, "tensor")),
+            ("fc1/bias$", ("tensor",)),
+            ("fc2/kernel$", ("tensor", None)),
+        ),
+        no_decay=("attn/bias_table$", "attn/qkv/bias$"),
+    )

@@ -1,0 +1,122 @@
+"""VGG-11/13/16/19, with and without BatchNorm (Simonyan and Zisserman 2015), as torchvision builds them.
+
+On small images (stem "cifar") the classifier sees what five poolings leave, 512 values at 32 px, and keeps its two
+hidden layers of 4096: 39.3M parameters for VGG-19-BN on CIFAR-100, as in chenyaofo/pytorch-cifar-models. On large ones
+(stem "imagenet") the map is first averaged to 7 x 7.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import linen as nn
+from jax.typing import DTypeLike
+
+from jaxtrain.config import ModelConfig
+from jaxtrain.models import settings
+from jaxtrain.models.classifier import Classifier, layer_name
+from jaxtrain.models.layers import BatchNorm, Context, Dropout, Layer, kaiming_normal
+
+DEPTHS = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
+NAMES = tuple(name + suffix for name in DEPTHS for suffix in ("", "_bn"))
+
+linear_init = nn.initializers.normal(0.01)
+
+
+class Conv(Layer):
+    """3x3 convolution, BatchNorm if `batch_norm`, ReLU, and a 2x2 max-pool if `pool`."""
+
+    features: int
+    batch_norm: bool
+    pool: bool
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """x [B, H, W, C] -> [B, H, W, features], or half of H and W, rounded down."""
+        x = nn.Conv(self.features, (3, 3), padding=1, kernel_init=kaiming_normal, name="conv", **self.types)(x)
+        if self.batch_norm:
+            x = BatchNorm(self.param_dtype, name="bn")(x, context)
+        x = nn.relu(x)
+        return max_pool_2x2(x) if self.pool else x
+
+
+class Hidden(Layer):
+    """Linear, ReLU and dropout over the flattened map, first averaged to `pool_to` x `pool_to` where that is not 0."""
+
+    features: int
+    dropout: float
+    pool_to: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """x [B, H, W, C] or [B, C] -> [B, features]."""
+        if self.pool_to:
+            x = adaptive_average_pool(x, self.pool_to)
+        x = x.reshape(x.shape[0], -1)
+        x = nn.relu(nn.Dense(self.features, kernel_init=linear_init, name="linear", **self.types)(x))
+        return Dropout(self.dropout, name="dropout")(x, context)
+
+
+class Head(Layer):
+    """The last linear map, in at least f32."""
+
+    num_classes: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """x [B, C] -> logits [B, num_classes]."""
+        return nn.Dense(self.num_classes, kernel_init=linear_init, name="linear", **self.wide_types)(x)
+
+
+def max_pool_2x2(x: jax.Array) -> jax.Array:
+    """The largest value of each 2x2 square of x [B, H, W, C]; an odd last row or column is left out."""
+    batch, height, width, channels = x.shape
+    x = x[:, : height // 2 * 2, : width // 2 * 2]
+    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+
+
+def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
+    """x [B, H, W, C] -> [B, size, size, C]: torch.nn.AdaptiveAvgPool2d, whose bins overlap where they do not divide."""
+    for axis in (1, 2):
+        length = x.shape[axis]
+        if length != size:
+            weights = np.zeros((length, size))
+            for i in range(size):
+                start, end = i * length // size, -(-(i + 1) * length // size)
+                weights[start:end, i] = 1 / (end - start)
+            x = jnp.moveaxis(jnp.tensordot(x, jnp.asarray(weights, x.dtype), (axis, 0)), -1, axis)
+    return x
+
+
+def build(
+    config: ModelConfig,
+    image_shape: settings.ImageShape,
+    num_classes: int,
+    dtype: DTypeLike,
+    param_dtype: DTypeLike,
+) -> Classifier:
+    """VGG `config.name`: `config.width` (64) channels at first, 8 times as many at last, 64 times in the classifier."""
+    settings.refuse(config, "patch", "window", "drop_path")
+    settings.require_side(config, image_shape, 32)
+    base, _, batch_norm = config.name.partition("_")
+    width = config.width or 64
+    types = (dtype, param_dtype)
+
+    layers: list[nn.Module] = []
+    for stage, depth in enumerate(settings.depths(config, DEPTHS[base])):
+        features = width * min(2**stage, 8)
+        layers += [Conv(*types, features, bool(batch_norm), pool=i == depth - 1) for i in range(depth)]
+    first, second = layer_name(len(layers)), layer_name(len(layers) + 1)
+    pool_to = 7 if settings.stem(config, image_shape) == "imagenet" else 0
+    rate = settings.dropout(config, 0.5)
+    layers.append(Hidden(*types, 64 * width, rate, pool_to))
+    layers.append(Hidden(*types, 64 * width, rate, pool_to=0))
+    return Classifier(
+        layers=(*layers, Head(*types, num_classes)),
+        tensor_rules=(  # the first layer's outputs are split, and with them the second's inputs: one reduction for both
+            (f"{first}/linear/kernel$", (None, "tensor")),
+            (f"{first}/linear/bias$", ("tensor",)),
+            (f"{second}/linear/kernel$", ("tensor", None)),
+        ),
+    )

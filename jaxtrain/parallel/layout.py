@@ -1,0 +1,200 @@
+"""The layout: a sharding for every leaf of the state, decided in one table (`Layout.table`).
+
+A leaf has two PartitionSpecs. *Computing*: what the tensor-parallel rules say; the forward and backward pass see
+parameters and gradients this way. *Storing*: the same, with the `data` axis added to one more dim for the trees that ZeRO
+shards (Rajbhandari 2020):
+
+    zero   optimizer state, EMA   gradient accumulator   parameters at rest
+    0      whole                  whole                  whole
+    1      data                   whole                  whole
+    2      data                   data                   whole
+    3      data                   data                   data
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtrain.config import LayoutConfig
+from jaxtrain.errors import ConfigError
+from jaxtrain.parallel.mesh import BATCH_AXES, batch_ways
+
+PyTree = Any
+Rule = tuple[str, tuple[str | None, ...]]
+
+# From which `zero` on a tree carries the data axis. Trees that are not named here are never sharded over it.
+ZERO_FROM: Mapping[str, int] = {"opt_state": 1, "ema": 1, "gradients": 2, "params": 3}
+
+# A leaf of at least so many bytes that ZeRO should shard and cannot is reported by name.
+LARGE_LEAF_BYTES = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Placement:
+    """Where one leaf lives: one row of the table.
+
+    spec: the PartitionSpec at rest; compute_spec: while it is used in the forward and backward pass. stage: its coordinate
+    on the mesh axis `stage`. note: why a rule or ZeRO left it whole, or "".
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: P
+    compute_spec: P
+    bytes_total: int
+    bytes_per_device: int
+    stage: int = 0
+    note: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """A mesh and the rules that place leaves on it. `rules` are the user's, then the model's; the first match wins."""
+
+    mesh: Mesh
+    config: LayoutConfig
+    rules: tuple[Rule, ...] = ()
+
+    # -------------------------------------------------------------------------------------------------- single leaves
+
+    def place(self, tree: str, path: str, shape: tuple[int, ...], dtype: Any) -> Placement:
+        """The placement of the leaf `path` of the state's `tree` (`params`, `opt_state`, `gradients`, ...)."""
+        compute, note = self._tensor_spec(path, shape)
+        spec = compute
+        itemsize = jax.dtypes.canonicalize_dtype(dtype).itemsize if not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else 4
+        size = math.prod(shape) * itemsize
+        if self.config.zero >= ZERO_FROM.get(tree, 99) and self.mesh.shape["data"] > 1:
+            spec = self._with_data(path, compute, shape)
+            if spec == compute and size >= LARGE_LEAF_BYTES:
+                note = f"no dim divides by data={self.mesh.shape['data']}: kept whole"
+        return Placement(path, shape, str(dtype), P(*spec), P(*compute), size, size // self._ways(spec), note=note)
+
+    def _ways(self, spec: tuple[str | None, ...]) -> int:
+        return math.prod(self.mesh.shape[axis] for axis in spec if axis)
+
+    def _rule(self, path: str) -> tuple[str | None, ...] | None:
+        return next((spec for pattern, spec in self.rules if re.search(pattern, path)), None)
+
+    def _tensor_spec(self, path: str, shape: tuple[int, ...]) -> tuple[tuple[str | None, ...], str]:
+        whole, ways = (None,) * len(shape), self.mesh.shape["tensor"]
+        rule = self._rule(path)
+        if rule is None or ways == 1:
+            return whole, ""
+        if len(rule) != len(shape):
+            raise ConfigError(f"config.layout.rules: {rule} has {len(rule)} dims but {path} has shape {shape}.")
+        for dim, axis in enumerate(rule):
+            if axis == "tensor" and shape[dim] % ways:
+                return whole, f"{shape[dim]} does not divide by tensor={ways}: kept whole"
+        return tuple(axis if axis == "tensor" else None for axis in rule), ""
+
+    def _with_data(self, path: str, compute: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[str | None, ...]:
+        """Adds `data` on the dim that a rule names, else on the largest that divides (of equals, the last)."""
+        ways = self.mesh.shape["data"]
+        free = [d for d in range(len(shape)) if compute[d] is None and shape[d] >= ways and shape[d] % ways == 0]
+        if not free:
+            return compute
+        rule = self._rule(path) or ()
+        named = [d for d in free if d < len(rule) and rule[d] == "data"]
+        dim = named[0] if named else max(free, key=lambda d: (shape[d], d))
+        return tuple("data" if d == dim else axis for d, axis in enumerate(compute))
+
+    # ---------------------------------------------------------------------------------------------------------- trees
+
+    def table(self, state: PyTree) -> dict[str, list[Placement]]:
+        """The placements of every leaf, by tree. `state`: the state's shapes, an object whose fields are trees.
+
+        A leaf of another tree that mirrors a parameter (a momentum, the EMA) is placed by that parameter's path and shape.
+        """
+        params = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
+        trees = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
+        placements = {
+            name: [
+                self._place_like(params, name, path_of(path), leaf)
+                for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+            ]
+            for name, tree in trees.items()
+        }
+        self._check_rules(placements["params"])
+        return placements
+
+    def gradients(self, params: PyTree) -> list[Placement]:
+        """The placements of the gradient accumulator's leaves, in the order of the leaves of `params`."""
+        leaves = jax.tree_util.tree_leaves_with_path(params)
+        return [self.place("gradients", path_of(path), leaf.shape, leaf.dtype) for path, leaf in leaves]
+
+    def _place_like(self, params: dict[str, Any], tree: str, path: str, leaf: Any) -> Placement:
+        parts = path.split("/")
+        suffixes = ("/".join(parts[i:]) for i in range(len(parts)))
+        owner = next((s for s in suffixes if s in params and params[s].shape == leaf.shape), path)
+        return dataclasses.replace(self.place(tree, owner, leaf.shape, leaf.dtype), path=path)
+
+    def _check_rules(self, params: list[Placement]) -> None:
+        for pattern, _ in self.config.rules:
+            if not any(re.search(pattern, leaf.path) for leaf in params):
+                raise ConfigError(f"config.layout.rules: {pattern!r} matches no parameter; see `jaxtrain layout` for their paths.")
+        ways = self.mesh.shape["tensor"]
+        if ways > 1 and not any("tensor" in leaf.compute_spec for leaf in params):
+            why = "; ".join(f"{leaf.path}: {leaf.note}" for leaf in params if leaf.note) or "it has no rule for this model"
+            raise ConfigError(f"config.layout.tensor={ways} splits no layer ({why}); use tensor=1 or give config.layout.rules.")
+
+    def shardings(self, state: PyTree) -> PyTree:
+        """A tree like `state` with a `NamedSharding` at every leaf: where each lives at rest."""
+        table = self.table(state)
+        trees = {}
+        for field in dataclasses.fields(state):
+            structure = jax.tree.structure(getattr(state, field.name))
+            trees[field.name] = structure.unflatten([self.sharding(leaf.spec) for leaf in table[field.name]])
+        return dataclasses.replace(state, **trees)
+
+    def sharding(self, spec: P = P()) -> NamedSharding:
+        """A `NamedSharding` on this mesh; without a spec, replicated."""
+        return NamedSharding(self.mesh, spec)
+
+    @property
+    def batch(self) -> NamedSharding:
+        """For arrays [microbatches, examples, ...]: every microbatch is split over `replica` and `data`."""
+        return self.sharding(P(None, BATCH_AXES))
+
+    @property
+    def examples(self) -> NamedSharding:
+        """For arrays [examples, ...]: one microbatch, split over `replica` and `data`."""
+        return self.sharding(P(BATCH_AXES))
+
+    # ---------------------------------------------------------------------------------------------------------- batch
+
+    def check_batch(self, global_batch: int, bn_groups: int, has_batch_norm: bool) -> None:
+        """Raises `ConfigError` unless the batch divides into microbatches and those over the devices."""
+        parts, ways = self.config.microbatches, batch_ways(self.mesh)
+        if global_batch % (parts * ways):
+            unit = parts * ways
+            near = sorted({max(global_batch // unit, 1) * unit, (global_batch // unit + 1) * unit})
+            raise ConfigError(
+                f"config.data.global_batch={global_batch} does not divide by layout.microbatches={parts} x {ways} batch shards "
+                f"(layout.replica={self.mesh.shape['replica']} x layout.data={self.mesh.shape['data']}); "
+                f"the nearest that do are {' and '.join(map(str, near))}."
+            )
+        if has_batch_norm and bn_groups % parts:
+            raise ConfigError(
+                f"config.model.bn_groups={bn_groups} does not divide by config.layout.microbatches={parts}, so a microbatch would "
+                f"not hold whole BatchNorm groups; use --config.model.bn_groups={parts} (this changes the run's numbers) "
+                "or --config.layout.microbatches=1."
+            )
+
+
+def path_of(path: tuple[Any, ...]) -> str:
+    """'layers_03/conv1/kernel' from JAX's key path."""
+    return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def bytes_per_device(placements: list[Placement]) -> int:
+    """Bytes of one tree that every device holds."""
+    return sum(leaf.bytes_per_device for leaf in placements)

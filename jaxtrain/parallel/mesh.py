@@ -1,0 +1,48 @@
+"""The one device mesh: axes `stage`, `replica`, `data`, `tensor`."""
+
+import math
+from collections.abc import Sequence
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh
+
+from jaxtrain.config import LayoutConfig
+from jaxtrain.errors import ConfigError
+
+AXES = ("stage", "replica", "data", "tensor")
+BATCH_AXES = ("replica", "data")
+
+
+def mesh_shape(config: LayoutConfig, num_devices: int) -> tuple[int, int, int, int]:
+    """Sizes of `AXES`. `data=-1` fills the devices. Raises `ConfigError` unless their product is `num_devices`."""
+    fixed = config.replica * config.tensor
+    data = config.data if config.data > 0 else max(num_devices // fixed, 1)
+    if fixed * data == num_devices:
+        return (1, config.replica, data, config.tensor)
+    found = f"layout.replica={config.replica} x layout.data={config.data} x layout.tensor={config.tensor}"
+    if num_devices % fixed == 0:
+        fix = f"use --config.layout.data={num_devices // fixed}" + (
+            f" or --devices {fixed * data}" if fixed * data < num_devices else ""
+        )
+    else:
+        product = _nearest_divisors(fixed, num_devices)
+        fix = f"the nearest products of replica and tensor that divide {num_devices} are {' and '.join(map(str, product))}"
+    raise ConfigError(f"config.{found} needs {fixed * data} devices but the run has {num_devices}; {fix}.")
+
+
+def _nearest_divisors(value: int, total: int) -> list[int]:
+    divisors = [d for d in range(1, total + 1) if total % d == 0]
+    below, above = [d for d in divisors if d < value], [d for d in divisors if d > value]
+    return below[-1:] + above[:1]
+
+
+def make_mesh(config: LayoutConfig, devices: Sequence[jax.Device]) -> Mesh:
+    """The mesh over `devices`, in their order: `tensor` neighbours are next to each other, then `data`, then `replica`."""
+    shape = mesh_shape(config, len(devices))
+    return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))
+
+
+def batch_ways(mesh: Mesh) -> int:
+    """Into how many parts the batch is split."""
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)

@@ -1,0 +1,51 @@
+"""What processes of one run do together outside compiled programs. Without `jax.distributed` there is one process."""
+
+from collections.abc import Callable
+
+import jax
+from jax._src import distributed  # the coordination service has no public door with a time-out (jax 0.10-0.12)
+from jax.experimental import multihost_utils
+
+from jaxtrain.errors import EnvironmentMismatchError, JaxtrainError
+
+
+def first_on_process_zero(name: str, action: Callable[[], None], timeout: float, *, every_process: bool = False) -> None:
+    """Runs `action` on process 0 while the others wait at the barrier `name`, `timeout` seconds at most.
+
+    A `JaxtrainError` of process 0 is raised on every process. With `every_process` each runs it for itself.
+    """
+    if jax.process_count() == 1 or every_process:
+        action()
+        return
+    client = distributed.global_state.client
+    key = f"jaxtrain/{name}"
+    if jax.process_index() == 0:
+        try:
+            action()
+        except JaxtrainError as error:
+            client.key_value_set(key, f"{type(error).__name__}:{error}")
+            raise
+        client.key_value_set(key, "done")
+        return
+    try:
+        answer = client.blocking_key_value_get(key, int(timeout * 1000))
+    except Exception as error:
+        raise EnvironmentMismatchError(
+            f"Process {jax.process_index()} waited {timeout:.0f} s for process 0 at {name!r} in vain; look at the log of process 0."
+        ) from error
+    if answer != "done":
+        kind, _, text = answer.partition(":")
+        raise next((c for c in JaxtrainError.__subclasses__() if c.__name__ == kind), JaxtrainError)(text)
+
+
+def same_everywhere(value: bool) -> bool:
+    """Process 0's `value`, on every process: for decisions that depend on a clock. A collective if there are several."""
+    if jax.process_count() == 1:
+        return value
+    return bool(multihost_utils.broadcast_one_to_all(value))
+
+
+def barrier(name: str) -> None:
+    """Returns once every process is here."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)

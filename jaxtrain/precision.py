@@ -1,0 +1,121 @@
+"""Numeric precision: which types a run stores and computes in, and fp16's dynamic loss scale.
+
+Parameters, optimizer state and running statistics are always stored in at least float32. Only the layers' arithmetic is
+done in `compute_dtype`; losses, norms and batch statistics are promoted to at least float32 (`at_least_f32`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+
+from jaxtrain.errors import ConfigError
+
+
+@dataclasses.dataclass(frozen=True)
+class Policy:
+    """The type that parameters are stored in, and the type that layers compute in."""
+
+    param_dtype: Any
+    compute_dtype: Any
+
+
+_POLICIES = {
+    "f32": Policy(jnp.float32, jnp.float32),
+    "bf16": Policy(jnp.float32, jnp.bfloat16),
+    "fp16": Policy(jnp.float32, jnp.float16),
+    "f64": Policy(jnp.float64, jnp.float64),
+}
+_ACCELERATORS = ("gpu", "cuda", "rocm", "tpu")
+
+
+def resolve(name: str, backend: str) -> str:
+    """What `train.precision=name` means on `backend` (`jax.default_backend()`).
+
+    `auto` is `bf16` on a GPU or TPU, which have units for it, and `f32` on CPU. The answer is stored with the run, so
+    that a resumed run keeps its precision on another backend too.
+    """
+    if name != "auto":
+        return name
+    return "bf16" if backend in _ACCELERATORS else "f32"
+
+
+def policy(name: str) -> Policy:
+    """The types of a resolved precision. Raises `ConfigError` for `f64` while JAX's 64-bit types are off."""
+    if name == "f64" and jnp.result_type(float) != jnp.float64:
+        raise ConfigError(
+            "config.train.precision='f64': JAX's 64-bit types are off; set JAX_ENABLE_X64=1, "
+            "or call jax.config.update('jax_enable_x64', True) before the first array is made."
+        )
+    return _POLICIES[name]
+
+
+def at_least_f32(dtype: Any) -> jnp.dtype:
+    """The type to accumulate `dtype` in: float32 for the half precisions, float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+# --------------------------------------------------------------------------------------------------------- loss scale
+
+INITIAL_SCALE = 2.0**15
+MAX_SCALE = 2.0**24
+MIN_SCALE = 1.0
+GROWTH_INTERVAL = 2000
+"""Good steps in a row before the scale doubles."""
+
+
+@flax.struct.dataclass
+class LossScale:
+    """What fp16 multiplies the loss by, so that small gradients do not underflow (Micikevicius 2018, section 3.2).
+
+    scale: float32, a power of two in [MIN_SCALE, MAX_SCALE]. The upper bound matters: a scale that may double for ever
+    becomes infinite and stays so (google/flax#2547). good_steps: int32, finite steps since the scale last changed.
+    """
+
+    scale: jax.Array
+    good_steps: jax.Array
+
+
+def initial_loss_scale(policy: Policy) -> LossScale | tuple[()]:
+    """The first `TrainState.loss_scale`: a `LossScale` for fp16, else `()`, a tree without leaves."""
+    if policy.compute_dtype != jnp.float16:
+        return ()
+    return LossScale(scale=jnp.asarray(INITIAL_SCALE, jnp.float32), good_steps=jnp.zeros((), jnp.int32))
+
+
+def adjust_loss_scale(loss_scale: LossScale | tuple[()], finite: jax.Array) -> LossScale | tuple[()]:
+    """The scale after a step whose loss and gradient norm were `finite` (bool scalar), or were not.
+
+    Halved after an overflow, doubled after `GROWTH_INTERVAL` good steps in a row, and always within its bounds.
+    """
+    if not isinstance(loss_scale, LossScale):
+        return loss_scale
+    scale, good_steps = loss_scale.scale, loss_scale.good_steps + 1
+    grows = good_steps >= GROWTH_INTERVAL
+    larger = jnp.where(grows, jnp.minimum(scale * 2, MAX_SCALE), scale)
+    smaller = jnp.maximum(scale / 2, MIN_SCALE)
+    return LossScale(
+        scale=jnp.where(finite, larger, smaller),
+        good_steps=jnp.where(finite & ~grows, good_steps, 0),
+    )
+
+
+def scale_factor(loss_scale: LossScale | tuple[()], dtype: Any) -> jax.Array:
+    """What the loss is multiplied by, and the gradients are divided by: a scalar of `dtype`; 1 without a scale."""
+    if not isinstance(loss_scale, LossScale):
+        return jnp.ones((), dtype)
+    return loss_scale.scale.astype(dtype)
+
+
+def at_floor(loss_scale: LossScale | tuple[()]) -> jax.Array:
+    """Whether the scale cannot shrink any further (bool scalar): a gradient that still overflows is a real one.
+
+    False without a scale.
+    """
+    if not isinstance(loss_scale, LossScale):
+        return jnp.zeros((), bool)
+    return loss_scale.scale <= MIN_SCALE

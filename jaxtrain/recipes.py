@@ -1,0 +1,195 @@
+"""Recipes: config files, their arguments, and overrides. Imports no JAX.
+
+A recipe is a Python file with `get_config(arg)` that returns `recipe(Config(...), arg, {...})`. `arg` is what stands behind
+the colon of `--config FILE:arg`: names joined by commas, the recipe's own or one of `LAYOUTS`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+import ml_collections
+from absl import flags
+from ml_collections import config_flags
+
+from jaxtrain.config import Config, did_you_mean, flat_keys, flatten, from_dict, plain, to_dict
+from jaxtrain.errors import ConfigError
+
+# Every recipe takes these arguments. They change only where things live, never a number of the run.
+LAYOUTS: Mapping[str, Mapping[str, int]] = MappingProxyType(
+    {
+        "dp": {"zero": 0},
+        "zero1": {"zero": 1},
+        "zero2": {"zero": 2},
+        "zero3": {"zero": 3},
+        "tensor2": {"tensor": 2},
+        "hybrid": {"replica": 2, "zero": 3},
+    }
+)
+Variant = Callable[[Config], Config]
+
+
+def recipe(config: Config, arg: str | None = "", variants: Mapping[str, Variant] | None = None) -> ml_collections.ConfigDict:
+    """The locked `ConfigDict` of `config` after the arguments in `arg`, applied from left to right.
+
+    Raises `ConfigError` for an argument that is neither in `variants` nor in `LAYOUTS`.
+    """
+    variants = variants or {}
+    for name in filter(None, (arg or "").split(",")):
+        if name in variants:
+            config = variants[name](config)
+        elif name in LAYOUTS:
+            config = change(config, **{f"layout.{key}": value for key, value in LAYOUTS[name].items()})
+        else:
+            known = [*variants, *LAYOUTS]
+            raise ConfigError(f"recipe argument {name!r}: must be one of {', '.join(known)}.{did_you_mean(name, known)}")
+    return ml_collections.ConfigDict(to_dict(config)).lock()
+
+
+def change(config: Config, **fields: Any) -> Config:
+    """`config` with fields replaced by their dotted names: `change(config, **{"optim.name": "adamw"})`."""
+    for name, value in fields.items():
+        section, _, key = name.rpartition(".")
+        if not section:
+            config = dataclasses.replace(config, **{key: value})
+            continue
+        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{key: value})})
+    return config
+
+
+@dataclasses.dataclass(frozen=True)
+class Resolved:
+    """A config and where each value came from. origins: dotted name -> `default`, `recipe`, `argument` or `flag`."""
+
+    config: Config
+    origins: Mapping[str, str]
+    name: str
+
+
+def load_config(spec: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> ml_collections.ConfigDict:
+    """The config of a recipe, checked.
+
+    Args:
+      spec: "configs/resnet50_cifar100.py:production,zero3".
+      overrides: {"train.steps": 20} or ["train.steps=20"]; a leading "--config." is accepted.
+
+    Returns:
+      A locked `ConfigDict`: its fields can be set, and `train` checks them again.
+
+    Raises:
+      ConfigError: in one sentence, for whatever is wrong.
+    """
+    if isinstance(overrides, Mapping):
+        pairs = [(key, str(value)) for key, value in overrides.items()]
+    else:
+        pairs = [split_override(text) for text in overrides]
+    return ml_collections.ConfigDict(to_dict(resolve(str(spec), pairs).config)).lock()
+
+
+def split_override(text: str) -> tuple[str, str]:
+    """("train.steps", "20") from "--config.train.steps=20" or "train.steps=20"."""
+    key, equals, value = text.removeprefix("--").removeprefix("config.").partition("=")
+    if not equals:
+        raise ConfigError(f"{text!r} is not an override; write --config.{key}=VALUE.")
+    return key, value
+
+
+def resolve(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Resolved:
+    """Runs the recipe and applies (dotted name, text) overrides; a later one wins."""
+    path, _, arg = spec.partition(":")
+    get_config = _load_recipe(Path(path))
+    plain_recipe, with_arg = (_call(get_config, path, each) for each in ("", arg))
+    values = _override(with_arg, list(overrides))
+    config = from_dict(plain(values))
+    default, base, variant, final = (flatten(plain(c)) for c in (to_dict(Config()), plain_recipe, with_arg, to_dict(config)))
+    flagged = {key for key, _ in overrides}
+    origins = {
+        key: "flag" if key in flagged
+        else "argument" if variant[key] != base[key]
+        else "recipe" if base[key] != default[key]
+        else "default"
+        for key in final
+    }  # fmt: skip
+    return Resolved(config, origins, Path(path).stem)
+
+
+def _load_recipe(path: Path) -> Callable[[str], Any]:
+    if not path.is_file():
+        there = ", ".join(sorted(p.name for p in path.parent.glob("*.py"))) if path.parent.is_dir() else ""
+        raise ConfigError(f"--config {path}: there is no such file." + (f" {path.parent} has {there}." if there else ""))
+    spec = importlib.util.spec_from_file_location(f"jaxtrain_recipe_{path.stem}", path)
+    if spec is None or spec.loader is None:
+        raise ConfigError(f"--config {path}: a recipe is a Python file, with a name that ends in .py.")
+    module = importlib.util.module_from_spec(spec)
+    try:
+        spec.loader.exec_module(module)
+    except Exception as error:
+        raise ConfigError(f"{_where(error, path)}: {type(error).__name__}: {error}") from error
+    get_config = getattr(module, "get_config", None)
+    if not callable(get_config):
+        raise ConfigError(f"--config {path}: the file must define get_config(arg).")
+    return get_config
+
+
+def _call(get_config: Callable[[str], Any], path: str, arg: str) -> ml_collections.ConfigDict:
+    try:
+        values = get_config(arg)
+    except ConfigError as error:
+        raise ConfigError(f"--config {path}{':' if arg else ''}{arg}: {error}") from error
+    except Exception as error:
+        raise ConfigError(f"{_where(error, Path(path))}: {type(error).__name__}: {error}") from error
+    if not isinstance(values, ml_collections.ConfigDict):
+        raise ConfigError(f"--config {path}: get_config returned {type(values).__name__}; return jaxtrain.recipes.recipe(...).")
+    return values
+
+
+def _where(error: Exception, path: Path) -> str:
+    """file:line of the recipe's line that failed."""
+    if isinstance(error, SyntaxError) and error.filename == str(path):
+        return f"{path}:{error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
+    return f"{path}:{lines[-1]}" if lines else str(path)
+
+
+def _override(values: ml_collections.ConfigDict, overrides: list[tuple[str, str]]) -> ml_collections.ConfigDict:
+    known = flat_keys()
+    for key, _ in overrides:
+        if key not in known:
+            raise ConfigError(f"config.{key} does not exist.{_suggest(key, known)}")
+    values = ml_collections.ConfigDict(values).lock()
+    for key, text in overrides:
+        # One at a time, so that an error is about this one. absl reads `sys_argv` to find the overridden keys.
+        argv = ["jaxtrain", f"--config.{key}={text}"]
+        found = flags.FlagValues()
+        config_flags.DEFINE_config_dict("config", values, flag_values=found, sys_argv=argv)
+        try:
+            found(argv)
+        except (flags.Error, TypeError, ValueError, SyntaxError) as error:
+            kind = type(flatten(plain(values))[key]).__name__
+            kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "tuple": "a tuple such as (0.5, 0.5)"}
+            raise ConfigError(f"config.{key}={text!r}: must be {kinds.get(kind, kind)}.") from error
+        values = found["config"].value
+    return values
+
+
+def _suggest(key: str, known: list[str]) -> str:
+    close = did_you_mean(key, known)
+    if close:
+        return close
+    last = key.rpartition(".")[2]
+    names = {name.rpartition(".")[2]: name for name in known}
+    close = did_you_mean(last, names)
+    return f" Did you mean {names[close.split(chr(39))[1]]!r}?" if close else ""
+
+
+def add_working_directory() -> None:
+    """Makes dotted names importable from the current directory, as they are with `python -m`."""
+    if "" not in sys.path and str(Path.cwd()) not in sys.path:
+        sys.path.insert(0, str(Path.cwd()))

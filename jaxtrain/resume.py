@@ -1,0 +1,124 @@
+"""Where a run starts: a checkpoint of its own, another's, or nothing; and whether its config may go on from there."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtrain import workdir as workdir_lib
+from jaxtrain.checkpoint import Checkpoints, Start, committed_steps, find_start
+from jaxtrain.config import Config, from_dict
+from jaxtrain.errors import WorkdirError
+from jaxtrain.run import make_schedule, total_steps
+from jaxtrain.workdir import Workdir
+
+log = logging.getLogger("jaxtrain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """How far a run has come. examples: consumed so far. epoch_*: sums since the epoch began. best_accuracy: so far, or -1."""
+
+    step: int = 0
+    examples: int = 0
+    epoch_loss: float = 0.0
+    epoch_correct: float = 0.0
+    epoch_examples: int = 0
+    best_accuracy: float = -1.0
+
+    def to_json(self, config: dict[str, Any]) -> dict[str, Any]:
+        """As stored in a checkpoint, with the config of the run beside it."""
+        return dataclasses.asdict(self) | {"config": config}
+
+    @classmethod
+    def from_json(cls, values: dict[str, Any]) -> Position:
+        """The inverse of `to_json`."""
+        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+
+
+@dataclasses.dataclass(frozen=True)
+class Resume:
+    """What a run goes on from. start: `None` for a fresh run. stored: the config there, if any."""
+
+    start: Start | None
+    position: Position
+    stored: Config | None
+
+
+def find(directory: Workdir, config: Config) -> Resume:
+    """Looks for what `checkpoint.resume` names. Raises `CheckpointError` when it is not there."""
+    start = find_start(directory.checkpoints, config.checkpoint.resume)
+    if start is None:
+        values = directory.read_config() if config.checkpoint.resume != "none" else None
+        return Resume(None, Position(), from_dict(values) if values else None)
+    checkpoints = Checkpoints(start.directory, read_only=True)
+    try:
+        values = checkpoints.position(start.step)
+    finally:
+        checkpoints.close()
+    return Resume(start, Position.from_json(values), from_dict(values["config"]))
+
+
+def refuse_changes(directory: Workdir, resume: Resume, config: Config) -> None:
+    """Raises `WorkdirError` where `config` differs from the stored one in what changes the numbers of the run.
+
+    The run's length is not looked at here: `refuse_length` needs the data set.
+    """
+    if resume.stored is None or config.checkpoint.allow_changes:
+        return
+    found = workdir_lib.changes(_plain(resume.stored), _plain(config))
+    refused = workdir_lib.refused(found, same_rates=True)
+    if refused:
+        raise WorkdirError(workdir_lib.refuse_text(directory.path, refused))
+
+
+def refuse_length(directory: Workdir, resume: Resume, config: Config, train_examples: int) -> None:
+    """Raises `WorkdirError` where another length of the run would have given a step already run another learning rate."""
+    if resume.stored is None or config.checkpoint.allow_changes:
+        return
+    found = [c for c in workdir_lib.changes(_plain(resume.stored), _plain(config)) if c.kind == "length"]
+    if not found:
+        return
+    steps = np.arange(resume.position.step)
+    old, new = (
+        np.asarray(make_schedule(c, train_examples, total_steps(c, train_examples))(steps)) for c in (resume.stored, config)
+    )
+    refused = workdir_lib.refused(found, same_rates=np.array_equal(old, new))
+    if refused:
+        raise WorkdirError(workdir_lib.refuse_text(directory.path, refused))
+
+
+def set_aside(directory: Workdir, resume: Resume, config: Config) -> Path | None:
+    """Moves what a run that starts here would overwrite to `superseded/<time>/`: later checkpoints, and copies of the metrics.
+
+    A fresh run (`checkpoint.resume=none`) moves everything. Returns the folder, or `None` if there was nothing in the way.
+    Nothing is lost: move it back to undo this. Only process 0 may call it.
+    """
+    folder = directory.path / "superseded" / time.strftime("%Y%m%d-%H%M%S")
+    fresh = resume.start is None and config.checkpoint.resume == "none"
+    own = [directory.config, directory.metrics_csv, directory.metrics_jsonl, directory.tensorboard, directory.result]
+    if fresh:
+        found = [path for path in (*own, directory.checkpoints) if path.exists()]
+    else:
+        steps = [step for step in committed_steps(directory.checkpoints) if step > resume.position.step]
+        found = [directory.checkpoints / str(step) for step in steps]
+    if not found:
+        return None
+    folder.mkdir(parents=True)
+    for path in found:
+        path.rename(folder / path.name)
+    if not fresh:
+        for path in (directory.metrics_csv, directory.metrics_jsonl):
+            if path.exists():
+                shutil.copy2(path, folder)
+    return folder
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(config)

@@ -1,0 +1,182 @@
+"""Assembles a run from its config: settings of JAX, data, layout, task. Compiles nothing and changes no file."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import logging
+import random
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+
+import jax
+import numpy as np
+import optax
+
+from jaxtrain.config import Config, DataConfig, Duration
+from jaxtrain.data import sources
+from jaxtrain.data.augment import Preprocess
+from jaxtrain.data.sources import Dataset
+from jaxtrain.errors import ConfigError
+from jaxtrain.models import registry
+from jaxtrain.optim import loss_fn, make, schedule
+from jaxtrain.parallel.layout import Layout
+from jaxtrain.parallel.mesh import batch_ways, make_mesh
+from jaxtrain.parallel.processes import first_on_process_zero
+from jaxtrain.precision import Policy, policy, resolve
+from jaxtrain.state import TrainState, initial_state
+from jaxtrain.task import Task
+
+log = logging.getLogger("jaxtrain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run computes and where. init: makes the fresh state; pure, of no arguments. steps: where the run ends."""
+
+    config: Config
+    dataset: Dataset
+    layout: Layout
+    task: Task
+    init: Callable[[], TrainState]
+    steps: int
+
+
+def select_devices(count: int) -> list[jax.Device]:
+    """The first `count` devices of each process, or all of them for 0. Raises `ConfigError` if there are fewer."""
+    if not count:
+        return jax.devices()
+    here = jax.local_device_count()
+    if count > here:
+        raise ConfigError(f"--devices {count}: this host has {here} ({jax.default_backend()}); --simulate-devices {count} makes CPU ones.")
+    by_process: dict[int, list[jax.Device]] = {}
+    for device in jax.devices():
+        by_process.setdefault(device.process_index, []).append(device)
+    return [device for devices in by_process.values() for device in devices[:count]]
+
+
+def decide(config: Config, stored: Config | None, devices: list[jax.Device]) -> Config:
+    """Fills in what depends on the machine, at the first start; a resumed run keeps what was decided then (`stored`)."""
+    ways = batch_ways(make_mesh(config.layout, devices))
+    precision, batch = config.train.precision, config.data.global_batch
+    if precision == "auto":
+        precision = stored.train.precision if stored else resolve("auto", jax.default_backend())
+    if config.data.batch_per_device:
+        batch = stored.data.global_batch if stored else config.data.batch_per_device * ways
+    Config.check_batch(batch, config.layout.microbatches, config.model.bn_groups)
+    return dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, precision=precision),
+        data=dataclasses.replace(config.data, global_batch=batch),
+    )
+
+
+@contextlib.contextmanager
+def settings(config: Config) -> Iterator[None]:
+    """JAX's process-wide settings for this run, and the seeds of Python and NumPy; JAX's are given back afterwards.
+
+    The transfer guard forbids implicit transfers to and between devices: each would stop the loop for a round trip. It is
+    set for the whole process, since the context manager of the same name would miss other threads.
+    """
+    random.seed(config.seed)
+    np.random.seed(config.seed)
+    wanted: dict[str, object] = {
+        "jax_enable_x64": config.train.precision == "f64" or jax.config.jax_enable_x64,
+        "jax_threefry_partitionable": True,  # or a layout would change the random numbers
+        "jax_persistent_cache_min_compile_time_secs": 0.2,
+    }
+    if not jax.config.jax_compilation_cache_dir:
+        wanted["jax_compilation_cache_dir"] = str(Path.home() / ".cache" / "jaxtrain" / "xla")
+    with _jax_config(wanted):
+        yield
+
+
+@contextlib.contextmanager
+def no_implicit_transfers() -> Iterator[None]:
+    """Inside, an implicit transfer from host to device or between devices raises, on every thread."""
+    with _jax_config({f"jax_transfer_guard_{way}": "disallow" for way in ("host_to_device", "device_to_device")}):
+        yield
+
+
+@contextlib.contextmanager
+def _jax_config(wanted: Mapping[str, object]) -> Iterator[None]:
+    before = {name: getattr(jax.config, name) for name in wanted}
+    for name, value in wanted.items():
+        jax.config.update(name, value)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+
+
+def load_data(config: DataConfig) -> Dataset:
+    """The data set, prepared if need be by process 0 while the others wait (by each, with `data.prepare_per_host`)."""
+    first_on_process_zero(
+        f"prepare the data set {config.name}",
+        functools.partial(sources.prepare, config),
+        config.prepare_timeout * 60,
+        every_process=config.prepare_per_host,
+    )
+    return sources.load(config, image_size=config.image_size)
+
+
+def make_run(
+    config: Config, dataset: Dataset, devices: list[jax.Device], *, start_step: int = 0, start_example: int = 0
+) -> Run:
+    """Everything that follows from the config and the data set. Raises `ConfigError` for what does not fit together."""
+    mesh = make_mesh(config.layout, devices)
+    types = policy(config.train.precision)
+    side = config.data.image_size or dataset.train.shape[0]
+    channels = dataset.train.shape[2]
+    shape = (side, side, channels)
+    classes = config.model.num_classes or dataset.num_classes
+    if classes < dataset.num_classes:
+        raise ConfigError(f"config.model.num_classes={classes}: the data set {dataset.name} has {dataset.num_classes}.")
+    model = registry.build(config.model, shape, classes, types.compute_dtype, types.param_dtype)
+    steps = total_steps(config, len(dataset.train), start_step, start_example)
+    rate = make_schedule(config, len(dataset.train), steps)
+    optimizer = make(config.optim, rate, model.no_decay)
+    layout = Layout(mesh, config.layout, config.layout.rules + model.tensor_rules)
+    mean, std = (config.data.mean, config.data.std) if config.data.mean else (dataset.mean, dataset.std)
+    preprocess = Preprocess(
+        image_size=side,
+        augmentation=config.data.augmentation,
+        mean=mean,
+        std=std,
+        num_classes=classes,
+        mixup=config.data.mixup,
+        cutmix=config.data.cutmix,
+        label_smoothing=config.optim.label_smoothing,
+        dtype=types.compute_dtype,
+    )
+    init = functools.partial(initial_state, config.seed, model, optimizer, types, shape, ema=config.optim.ema > 0)
+    task = Task(
+        model=model,
+        optimizer=optimizer,
+        schedule=rate,
+        loss=loss_fn(config.optim.loss),
+        preprocess=preprocess,
+        optim=config.optim,
+        seed=config.seed,
+        bn_groups=config.model.bn_groups,
+        remat=config.train.remat,
+    )
+    has_statistics = bool(jax.tree.leaves(jax.eval_shape(init).batch_stats))
+    layout.check_batch(config.data.global_batch, config.model.bn_groups, has_statistics)
+    return Run(config, dataset, layout, task, init, steps)
+
+
+def total_steps(config: Config, train_examples: int, start_step: int = 0, start_example: int = 0) -> int:
+    """The step at which the run ends: `train.steps`, or the epochs that are left after `start_example` examples."""
+    if config.train.steps:
+        return config.train.steps
+    left = max(config.train.epochs * train_examples - start_example, 0)
+    return start_step + -(-left // config.data.global_batch)
+
+
+def make_schedule(config: Config, train_examples: int, steps: int) -> optax.Schedule:
+    """The learning rate as a function of the step."""
+    warmup = Duration.parse(config.optim.warmup, "config.optim.warmup")
+    return schedule(config.optim, steps, warmup.steps(train_examples, config.data.global_batch), config.data.global_batch)

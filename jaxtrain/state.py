@@ -1,0 +1,69 @@
+"""The state of training: one tree, the same under every layout."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxtrain.models.classifier import Classifier
+from jaxtrain.parallel.layout import Layout
+from jaxtrain.precision import Policy, initial_loss_scale
+
+PyTree = Any
+
+# Random streams are fold_in(key(seed), role), then fold_in(step): a key never depends on what was drawn before it.
+INIT, AUGMENT, DROPOUT = range(3)
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a step changes.
+
+    step: int32, updates done so far. params, batch_stats: keyed by layer ('layers_03'). opt_state: optax's, of the whole
+    tree. ema: {'params', 'batch_stats'} averages, or () when `optim.ema` is off. loss_scale: fp16's, or ().
+    """
+
+    step: jax.Array
+    params: PyTree
+    batch_stats: PyTree
+    opt_state: PyTree
+    ema: PyTree
+    loss_scale: PyTree
+
+
+def role_key(seed: int | jax.Array, role: int) -> jax.Array:
+    """The root key of one random stream."""
+    return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), role)
+
+
+def initial_state(
+    seed: int | jax.Array,
+    model: Classifier,
+    optimizer: optax.GradientTransformation,
+    policy: Policy,
+    input_shape: tuple[int, ...],
+    *,
+    ema: bool,
+) -> TrainState:
+    """A fresh state; pure, for `jax.jit` and `jax.eval_shape`. `input_shape`: [H, W, C] of one example."""
+    params, batch_stats = model.init(role_key(seed, INIT), (1, *input_shape), policy.compute_dtype)
+    # The average starts at the weights themselves; a copy of its own, because both are donated.
+    average = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if ema else ()
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        params=params,
+        batch_stats=batch_stats,
+        opt_state=optimizer.init(params),
+        ema=average,
+        loss_scale=initial_loss_scale(policy),
+    )
+
+
+def create_state(init: Any, layout: Layout) -> TrainState:
+    """Runs `init` (a function of nothing) under jit, every leaf born where the layout puts it.
+
+    The values do not depend on the layout: JAX's threefry keys are partitionable.
+    """
+    return jax.jit(init, out_shardings=layout.shardings(jax.eval_shape(init)))()

@@ -1,0 +1,102 @@
+"""What a run computes (`Task`) and on what (`Batch`, `Resident`); shared by training and evaluation."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import optax
+
+from jaxtrain.config import OptimConfig
+from jaxtrain.data.augment import Preprocess
+from jaxtrain.models.classifier import Classifier
+from jaxtrain.parallel.layout import Layout, path_of
+
+PyTree = Any
+
+
+@flax.struct.dataclass
+class Batch:
+    """One global batch of B examples as M microbatches.
+
+    step: int32, the number of the update that this batch is for; a state at another step is left as it is. rows: int32
+    [M, B/M] row numbers into `Resident`, or `()`. images: uint8 [M, B/M, H, W, C] and labels: int32 [M, B/M], or `()`.
+    """
+
+    step: jax.Array
+    rows: Any = ()
+    images: Any = ()
+    labels: Any = ()
+
+
+@flax.struct.dataclass
+class Resident:
+    """A data set that lives on the devices: images uint8 [N, H, W, C], labels int32 [N]; both `()` when it is streamed."""
+
+    images: Any = ()
+    labels: Any = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """What a step computes; nothing of where."""
+
+    model: Classifier
+    optimizer: optax.GradientTransformation
+    schedule: optax.Schedule
+    loss: Callable[[jax.Array, jax.Array], jax.Array]
+    preprocess: Preprocess
+    optim: OptimConfig
+    seed: int
+    bn_groups: int = 1
+    remat: str = "none"
+
+
+def select(batch: Batch, resident: Resident, index: Any, layout: Layout) -> tuple[jax.Array, jax.Array]:
+    """Images uint8 [B/M, H, W, C] and labels int32 [B/M] of microbatch `index`, split over the batch axes."""
+    pick = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
+    if isinstance(batch.rows, tuple):
+        return pick(batch.images), pick(batch.labels)
+    rows = pick(batch.rows)
+    images = jax.lax.with_sharding_constraint(resident.images[rows], layout.examples)
+    return images, jax.lax.with_sharding_constraint(resident.labels[rows], layout.examples)
+
+
+def wrapper(layout: Layout, params: PyTree, remat: str) -> Callable[[Callable[..., Any], str], Callable[..., Any]] | None:
+    """What the layout and `remat` put around each layer's function: gather its parameters, and what not to store.
+
+    Under ZeRO-3 a layer's gathered parameters are never stored for the backward pass, which gathers them again
+    (Rajbhandari 2020, section 5.3; XLA:CPU merges the two gathers).
+    """
+    gather = layout.config.zero == 3
+    if not gather and remat == "none":
+        return None
+
+    def wrap(function: Callable[..., Any], name: str) -> Callable[..., Any]:
+        leaves, structure = jax.tree_util.tree_flatten_with_path(params.get(name, {}))
+        places = [layout.place("params", f"{name}/{path_of(path)}", leaf.shape, leaf.dtype) for path, leaf in leaves]
+        shardings = structure.unflatten([layout.sharding(place.compute_spec) for place in places])
+
+        def gathered(layer_params: PyTree, *args: Any) -> Any:
+            if gather:
+                layer_params = jax.lax.with_sharding_constraint(layer_params, shardings)
+            return function(layer_params, *args)
+
+        return jax.checkpoint(gathered, policy=_REMAT_POLICIES[remat])
+
+    return wrap
+
+
+def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name != "sharding_constraint"
+
+
+def _products(primitive: Any, *_: Any, **__: Any) -> bool:
+    return primitive.name in ("dot_general", "conv_general_dilated")
+
+
+_REMAT_POLICIES = {"none": _all_but_gathered, "dots": _products, "full": jax.checkpoint_policies.nothing_saveable}

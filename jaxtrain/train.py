@@ -1,0 +1,413 @@
+"""The training run: set up, resume, loop, evaluate, save. `train(config, workdir)` is the whole program; `main` calls it."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import logging
+import math
+import time
+from collections.abc import Mapping
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import multihost_utils
+from rich.console import Console
+
+from jaxtrain import config as config_lib
+from jaxtrain import resume as resume_lib
+from jaxtrain import workdir as workdir_lib
+from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.config import Config, Duration
+from jaxtrain.determinism import ask_for_determinism
+from jaxtrain.engine import Engine, start_engine
+from jaxtrain.errors import NumericError
+from jaxtrain.evaluate import EvalResult
+from jaxtrain.interrupt import Interrupt, catch_signals
+from jaxtrain.logging import manifest, symptoms
+from jaxtrain.logging.clock import Span, StepClock, explain
+from jaxtrain.logging.progress import NullProgress, Progress
+from jaxtrain.logging.records import NullRecords, Records
+from jaxtrain.logging.text import TextLog
+from jaxtrain.parallel.processes import barrier, same_everywhere
+from jaxtrain.precision import MIN_SCALE
+from jaxtrain.resume import Position, Resume
+from jaxtrain.run import (
+    Run,
+    decide,
+    load_data,
+    make_run,
+    no_implicit_transfers,
+    select_devices,
+    settings,
+)
+from jaxtrain.state import TrainState
+from jaxtrain.workdir import Workdir
+
+log = logging.getLogger("jaxtrain")
+
+# Metrics are read this many steps after their step was dispatched, so that the devices never wait for the host.
+READ_BEHIND = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns. history: the rows that this start added to metrics.jsonl. result: what result.json holds."""
+
+    state: TrainState
+    history: list[dict[str, Any]]
+    result: dict[str, Any]
+    workdir: Workdir
+
+
+def train(
+    config: Config | Mapping[str, Any], workdir: str | Path, *, num_devices: int = 0, quiet: bool = False
+) -> TrainResult:
+    """Trains until the configured length, going on from whatever `workdir` holds, and returns the last state.
+
+    Args:
+      config: a `Config`, or nested mappings of its fields such as the `ConfigDict` that `load_config` returns.
+      workdir: the directory of the run; made if it is not there.
+      num_devices: use the first so many devices of each host; 0 uses all.
+      quiet: print nothing (the log file is written all the same).
+
+    Raises:
+      JaxtrainError: one of the types in `jaxtrain.errors`, with one clear sentence. Never exits the process.
+    """
+    config = config if isinstance(config, Config) else config_lib.from_dict(config_lib.plain(config))
+    if config.train.deterministic:
+        ask_for_determinism()
+    directory = workdir_lib.prepare(workdir)
+    with contextlib.ExitStack() as stack:
+        console = Console(stderr=True, quiet=quiet)
+        stack.enter_context(TextLog(directory.log(jax.process_index()), jax.process_index(), console))
+        clock = StepClock()
+        log.info("work directory: %s", directory.path)
+        devices = select_devices(num_devices)
+        resume = resume_lib.find(directory, config)
+        config = decide(config, resume.stored, devices)
+        resume_lib.refuse_changes(directory, resume, config)
+        stack.enter_context(settings(config))
+        interrupt = stack.enter_context(catch_signals(jax.process_count() == 1))
+        with clock.charge("input"):
+            dataset = load_data(config.data)
+        resume_lib.refuse_length(directory, resume, config, len(dataset.train))
+        position = resume.position
+        run = make_run(config, dataset, devices, start_step=position.step, start_example=position.examples)
+        with clock.charge("compile"):
+            engine, state = start_engine(run, resume)
+        _take_over(directory, resume, config)
+        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(directory.checkpoints, config.checkpoint.keep)))
+        stack.enter_context(no_implicit_transfers())
+        with _Loop(run, engine, directory, checkpoints, clock, interrupt, position, console) as loop:
+            return loop.run_to_end(state)
+
+
+def _take_over(directory: Workdir, resume: Resume, config: Config) -> None:
+    """Process 0 makes the work directory this run's: sets aside what lies after its start, stores config and manifest."""
+    if jax.process_index() == 0:
+        step = resume.position.step
+        if folder := resume_lib.set_aside(directory, resume, config):
+            log.warning("What this directory held after step %d was moved to %s; move it back to undo this.", step, folder)
+        directory.write_config(config_lib.to_dict(config))
+        manifest.append_start(directory.manifest, manifest.environment(step))
+    barrier("the work directory is this run's")
+
+
+@dataclasses.dataclass(frozen=True)
+class Cadence:
+    """Tells after which steps something is due, from a duration. A pure function of the examples and steps done."""
+
+    duration: Duration
+    train_examples: int
+
+    def count(self, step: int, examples: int) -> int:
+        """How often it was due until then; never, for a duration of 0 or in minutes."""
+        value = Fraction(self.duration.value).limit_denominator(10**6)
+        if not value or self.duration.unit == "minutes":
+            return 0
+        done = {"steps": step, "examples": examples, "epochs": Fraction(examples, self.train_examples)}
+        return math.floor(done[self.duration.unit] / value)
+
+
+class _Loop:
+    """One start of a run: owns the records and the progress display, and closes them."""
+
+    def __init__(
+        self,
+        run: Run,
+        engine: Engine,
+        directory: Workdir,
+        checkpoints: Checkpoints,
+        clock: StepClock,
+        interrupt: Interrupt,
+        position: Position,
+        console: Console,
+    ):
+        self.run, self.engine, self.directory, self.checkpoints = run, engine, directory, checkpoints
+        self.clock, self.interrupt, self.position = clock, interrupt, position
+        self.config, self.train_examples = run.config, len(run.dataset.train)
+        self.started, self.first_step = time.perf_counter(), position.step
+        self.history: list[dict[str, Any]] = []
+        first = jax.process_index() == 0
+        self.records = Records(directory, position.step, position.examples // self.train_examples) if first else NullRecords()
+        self.progress = Progress(run.steps, position.step, console) if first else NullProgress()
+        self.epochs = self._epoch(run.steps) + 1
+        self.log_span = self.epoch_span = clock.now()
+        self.saved_step, self.saved_at = position.step, time.monotonic()
+        every, milestone = self.config.checkpoint.every, self.config.checkpoint.milestone_every
+        self.save_every = Duration.parse(every, "config.checkpoint.every", minutes=True)
+        self.saves = Cadence(self.save_every, self.train_examples)
+        self.milestones = self._cadence(milestone, "config.checkpoint.milestone_every")
+        self.evaluations = self._cadence(self.config.train.eval_every, "config.train.eval_every")
+        self.epoch_ends = self._cadence("1 epoch", "")
+
+    def __enter__(self) -> _Loop:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.progress.close()
+        self.records.close()
+
+    def _cadence(self, text: str, field: str) -> Cadence:
+        return Cadence(Duration.parse(text, field), self.train_examples)
+
+    @property
+    def _batch(self) -> int:
+        return self.config.data.global_batch
+
+    def _epoch(self, step: int) -> int:
+        """The epoch, from 0, that update `step` belongs to: that of its first example."""
+        return max(self._examples_at(step) - self._batch, 0) // self.train_examples
+
+    # ------------------------------------------------------------------------------------------------------ the loop
+
+    def run_to_end(self, state: TrainState) -> TrainResult:
+        """Steps, evaluations and saves until the last step; then the test, and result.json."""
+        steps = range(self.first_step + 1, self.run.steps + 1)
+        if not steps:
+            log.info("this run is complete: it is at step %d of %d", self.first_step, self.run.steps)
+        batches = self.engine.feed.train(
+            seed=self.config.seed,
+            global_batch=self._batch,
+            first_step=self.first_step,
+            first_example=self.position.examples,
+            steps=len(steps),
+        )
+        pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+        with contextlib.closing(batches):
+            for step in steps:
+                with self.clock.charge("input"):
+                    batch = next(batches)
+                with self.clock.charge("step"):
+                    state, metrics = self.engine.step(state, batch, self.engine.feed.resident)
+                    pending.append((step, metrics))
+                    pause = self._pauses_after(step)
+                    while len(pending) > (0 if pause else READ_BEHIND):
+                        self._read(*pending.popleft(), state)
+                self.clock.step_done(self._batch)
+                self.progress.advance(step)
+                if pause:
+                    self._between_steps(state)
+        return self._finish(state)
+
+    def _pauses_after(self, step: int) -> bool:
+        """Whether something is due after `step` that needs its metrics."""
+        return (
+            step == self.run.steps
+            or self.interrupt.asked
+            or any(self._due(cadence, step) for cadence in (self.epoch_ends, self.evaluations, self.saves, self.milestones))
+            or self._save_time_has_come(step)
+        )
+
+    def _due(self, cadence: Cadence, step: int) -> bool:
+        examples = self._examples_at(step)
+        return cadence.count(step, examples) > cadence.count(step - 1, examples - self._batch)
+
+    def _examples_at(self, step: int) -> int:
+        return self.position.examples + (step - self.position.step) * self._batch
+
+    def _save_time_has_come(self, step: int) -> bool:
+        """For `checkpoint.every` in minutes. Process 0's clock decides; asking it costs the others a collective."""
+        duration = self.save_every
+        if duration.unit != "minutes" or not duration.value:
+            return False
+        if jax.process_count() > 1 and step % self.config.train.log_every:
+            return False
+        return same_everywhere(time.monotonic() - self.saved_at >= duration.seconds)
+
+    # ----------------------------------------------------------------------------------------------------- one step
+
+    def _read(self, step: int, metrics: dict[str, jax.Array], state: TrainState) -> None:
+        """Adds a step's metrics to the epoch's sums, and writes a row when it is due. Raises `NumericError`."""
+        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
+        if values.pop("step") != step:
+            self._stop_at_bad_numbers(step, values, state)
+        skipped = values.pop("skipped")
+        if skipped and (text := symptoms.loss_scale_at_floor(values["loss_scale"] / 2, MIN_SCALE)):
+            log.warning("%s", text)
+        correct = values.pop("correct")
+        position = self.position
+        self.position = dataclasses.replace(
+            position,
+            step=step,
+            examples=position.examples + self._batch,
+            # an overflowed fp16 batch updated nothing, and its loss may be infinite
+            epoch_loss=position.epoch_loss + (0.0 if skipped else values["loss"] * self._batch),
+            epoch_correct=position.epoch_correct + (0.0 if skipped else correct),
+            epoch_examples=position.epoch_examples + (0 if skipped else self._batch),
+        )
+        if step % self.config.train.log_every == 0:
+            now = self.clock.now()
+            span, self.log_span = now - self.log_span, now
+            values = {"loss": values.pop("loss"), "accuracy": correct / self._batch, **values}
+            epoch = self._epoch(step)
+            rates = {"throughput": span.throughput, "throughput_per_device": span.throughput / self._devices}
+            row = {"step": step, "epoch": epoch, "phase": "train", **values, **rates, "data_wait": span.data_wait}
+            self.records.train_step(row)
+            self.history.append(row)
+            shown = {"loss": values["loss"], "accuracy": values["accuracy"]}
+            self.progress.update(step, epoch, self.epochs, shown, span.throughput, step_seconds=self.clock.step_seconds)
+
+    @property
+    def _devices(self) -> int:
+        return self.run.layout.mesh.size
+
+    def _stop_at_bad_numbers(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
+        self._save(state)  # every update since was refused, so this is the state before the bad one
+        self.checkpoints.wait()
+        raise NumericError(
+            f"The loss ({values['loss']:g}) or the gradient norm ({values['grad_norm']:g}) of step {step} is not finite; "
+            f"the run stopped before that update and saved step {self.position.step}. Try a lower "
+            "config.optim.learning_rate, config.optim.clip_norm=1.0, a longer config.optim.warmup, or precision f32."
+        )
+
+    # -------------------------------------------------------------------------------------------------- between steps
+
+    def _between_steps(self, state: TrainState) -> None:
+        """Epoch row, evaluation, checkpoint: whatever is due after the step that was read last."""
+        step, last = self.position.step, self.position.step == self.run.steps
+        ends_epoch = self._due(self.epoch_ends, step)
+        epoch = self._epoch(step)
+        if ends_epoch or last:
+            self._end_epoch(epoch)
+        accuracy = None
+        if len(self.run.dataset.validation) and (last or self._due(self.evaluations, step)):
+            accuracy = self._validate(state, epoch)
+        best = accuracy is not None and accuracy > self.position.best_accuracy
+        if best:
+            self.position = dataclasses.replace(self.position, best_accuracy=accuracy)
+        milestone = self._due(self.milestones, step)
+        due = self._due(self.saves, step) or self._save_time_has_come(step)
+        if best or last or milestone or due or self.interrupt.asked:
+            self._save(state, epoch + 1 if ends_epoch else -1, accuracy, milestone)
+        if self.interrupt.asked and not last:
+            self.checkpoints.wait()
+            raise self.interrupt.error(f"Stopped after step {step} and saved it; the same command goes on from there.")
+
+    def _end_epoch(self, epoch: int) -> None:
+        now = self.clock.now()
+        span, self.epoch_span = now - self.epoch_span, now
+        position = self.position
+        count = max(position.epoch_examples, 1)
+        loss, accuracy = position.epoch_loss / count, position.epoch_correct / count
+        self.records.epoch(epoch, "train", loss, accuracy, throughput=span.throughput, step=position.step)
+        bound = explain(span, f"epoch {epoch + 1}")
+        self.progress.message(f"epoch {epoch + 1}/{self.epochs}: loss {loss:.4f}, accuracy {accuracy:.4f}; {bound}")
+        for warning in (symptoms.slow_data(span), symptoms.imbalanced(self._own_seconds(span))):
+            if warning:
+                log.warning("%s", warning)
+        self.position = dataclasses.replace(position, epoch_loss=0.0, epoch_correct=0.0, epoch_examples=0)
+
+    def _own_seconds(self, span: Span) -> list[float]:
+        """Each process's seconds a step without waiting for the others; one collective an epoch."""
+        own = (span.seconds["input"] + span.seconds["other"]) / max(span.steps, 1)
+        if jax.process_count() == 1:
+            return [own]
+        return multihost_utils.process_allgather(own).tolist()
+
+    def _validate(self, state: TrainState, epoch: int) -> float:
+        """Evaluates the weights, and their average where there is one; returns the accuracy that decides which is best."""
+        began = time.perf_counter()
+        with self.clock.charge("evaluation"):
+            results = self._evaluate(state, "validation")
+        seconds = time.perf_counter() - began
+        self._record(epoch, "val", results, seconds)
+        return (results.get("ema") or results["raw"]).accuracy
+
+    def _evaluate(self, state: TrainState, split: str) -> dict[str, EvalResult]:
+        results = {"raw": self.engine.evaluate(split, state.params, state.batch_stats)}
+        if state.ema:
+            results["ema"] = self.engine.evaluate(split, state.ema["params"], state.ema["batch_stats"])
+        return results
+
+    def _record(self, epoch: int, phase: str, results: Mapping[str, EvalResult], seconds: float) -> None:
+        raw, step = results["raw"], self.position.step
+        extra = {"top5": raw.top5}
+        if "ema" in results:
+            extra |= {"ema_loss": results["ema"].loss, "ema_accuracy": results["ema"].accuracy, "ema_top5": results["ema"].top5}
+        throughput = raw.examples * len(results) / seconds
+        self.records.epoch(epoch, phase, raw.loss, raw.accuracy, throughput=throughput, step=step, extra=extra)
+        numbers = {"loss": raw.loss, "accuracy": raw.accuracy, "throughput": throughput, **extra}
+        self.history.append({"step": step, "epoch": epoch, "phase": phase, **numbers})
+        shown = f"loss {raw.loss:.4f}, accuracy {raw.accuracy:.4f}"
+        shown += f", EMA accuracy {extra['ema_accuracy']:.4f}" if "ema" in results else ""
+        self.progress.message(f"epoch {epoch + 1}/{self.epochs} {phase}: {shown}")
+
+    def _save(self, state: TrainState, epoch: int = -1, accuracy: float | None = None, milestone: bool = False) -> None:
+        step = self.position.step
+        if step == self.saved_step:
+            return
+        with self.clock.charge("checkpoint"):
+            self.records.flush()  # the rows up to this step must survive whatever the checkpoint survives
+            stored = self.position.to_json(config_lib.to_dict(self.config))
+            self.checkpoints.save(step, state, stored, epoch=epoch, val_accuracy=accuracy, milestone=milestone)
+        self.saved_step, self.saved_at = step, time.monotonic()
+
+    # --------------------------------------------------------------------------------------------------------- the end
+
+    def _finish(self, state: TrainState) -> TrainResult:
+        """Tests the last and the best weights, and writes result.json."""
+        with self.clock.charge("checkpoint"):
+            self.checkpoints.wait()
+        epoch, began = self._epoch(self.position.step), time.perf_counter()
+        with self.clock.charge("evaluation"):
+            last = self._test(state)
+            seconds = time.perf_counter() - began
+            best_step, best = self.checkpoints.best_step(), last
+            if best_step is not None and best_step != self.position.step:
+                best = self._test(self.checkpoints.restore_weights(best_step, state))
+        if "test" in last["results"]:
+            self._record(epoch, "test", last["results"]["test"], seconds)
+        whole = self.clock.now()
+        result = {
+            "step": self.position.step,
+            "steps": self.position.step,
+            "examples": self.position.examples,
+            "epochs": self.position.examples / self.train_examples,
+            "last": {"step": self.position.step} | last["summary"],
+            "best": {"step": self.position.step if best_step is None else best_step} | best["summary"],
+            "wall_seconds": time.perf_counter() - self.started,
+            "seconds": dict(whole.seconds),
+            "throughput": whole.throughput,
+            "devices": self._devices,
+            "device_kind": self.run.layout.mesh.devices.flat[0].device_kind,
+            "precision": self.config.train.precision,
+        }
+        self.records.result(result)
+        self.progress.message(explain(whole, "this run"))
+        log.info("result: %s", self.directory.result)
+        return TrainResult(state, self.history, result, self.directory)
+
+    def _test(self, state: TrainState) -> dict[str, Any]:
+        splits = {"validation": "validation", "test": "test"}
+        results = {name: self._evaluate(state, split) for name, split in splits.items() if len(getattr(self.run.dataset, split))}
+        summary: dict[str, Any] = {}
+        for name, each in results.items():
+            for weights, outcome in each.items():
+                key = name if weights == "raw" else f"{name}_{weights}"
+                summary[key] = {"loss": outcome.loss, "accuracy": outcome.accuracy, "top5": outcome.top5}
+        return {"results": results, "summary": summary}

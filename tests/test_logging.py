@@ -1,0 +1,702 @@
+"""Records, text log, progress, manifest, clock and symptoms, as a train loop and its reader see them."""
+
+import errno
+import io
+import json
+import logging
+import os
+import random
+import re
+import stat
+import struct
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rich.console import Console
+from tensorboardX.proto import event_pb2
+
+from jaxtrain import workdir as wd
+from jaxtrain.errors import WorkdirError
+from jaxtrain.logging import clock as clocks
+from jaxtrain.logging import manifest, symptoms
+from jaxtrain.logging.events import EventFile
+from jaxtrain.logging.progress import NullProgress, Progress, duration
+from jaxtrain.logging.records import NullRecords, Records
+from jaxtrain.logging.rows import EpochRow, MetricsCsv, MetricsJsonl
+from jaxtrain.logging.text import TextLog
+
+STEPS_AN_EPOCH = 4
+
+
+@pytest.fixture
+def run(tmp_path):
+    return wd.prepare(tmp_path / "run")
+
+
+def play(run, first, last, *, start=None, finish=False):
+    """A loop's records from step `first` (exclusive) to `last`: a row a step, two every fourth, a test at the end.
+
+    Numbers depend on the step alone, as those of an exactly resumed run do.
+    """
+    start = first if start is None else start
+    with Records(run, step=start, epochs_done=start // STEPS_AN_EPOCH) as records:
+        for step in range(first + 1, last + 1):
+            epoch = (step - 1) // STEPS_AN_EPOCH
+            loss = np.float32(1 / step)
+            records.train_step({"step": step, "epoch": epoch, "loss": loss, "accuracy": 1 - loss, "throughput": 834.5})
+            if step % STEPS_AN_EPOCH == 0:
+                records.epoch(epoch, "train", 2 / step, 0.5, 834.5, step=step)
+                records.epoch(epoch, "val", 3 / step, 0.25, 1000.0, step=step, extra={"top5": 0.75})
+        if finish:
+            records.epoch((last - 1) // STEPS_AN_EPOCH, "test", 0.125, 0.875, 2000.0, step=last)
+
+
+def json_rows(run):
+    return [json.loads(line) for line in run.metrics_jsonl.read_text().splitlines()]
+
+
+# -------------------------------------------------------------------------------------------------------------- CSV
+
+
+def test_csv_bytes(tmp_path):
+    path = tmp_path / "metrics.csv"
+    table = MetricsCsv(path)
+    assert path.read_bytes() == b"epoch,phase,loss,accuracy,throughput\n"
+    table.append(EpochRow(0, "train", 0.8215, 0.7132, 834.5))
+    table.append(EpochRow(0, "val", 0.82153712345, 1.0, 12345.678))
+    table.append(EpochRow(1, "train", float("nan"), 0.0, 0.0))
+    assert path.read_bytes() == (
+        b"epoch,phase,loss,accuracy,throughput\n"
+        b"0,train,0.8215,0.7132,834.5\n"
+        b"0,val,0.821537,1.0000,12345.7\n"
+        b"1,train,nan,0.0000,0.0\n"
+    )
+
+
+def test_csv_has_one_row_a_phase_and_epoch_and_one_test_row(tmp_path):
+    path = tmp_path / "metrics.csv"
+    table = MetricsCsv(path)
+    for row in [(0, "val", 0.9), (0, "train", 0.8), (0, "val", 0.7), (0, "test", 0.6), (1, "test", 0.5)]:
+        table.append(EpochRow(*row, accuracy=0.5, throughput=1.0))
+    expected = ["0,train,0.8000,0.5000,1.0", "0,val,0.7000,0.5000,1.0", "1,test,0.5000,0.5000,1.0"]
+    assert path.read_text().splitlines()[1:] == expected
+    assert [str(row) for row in MetricsCsv(path).rows] == expected
+
+
+def test_csv_drops_a_torn_row_even_when_it_looks_whole(tmp_path):
+    path = tmp_path / "metrics.csv"
+    MetricsCsv(path).append(EpochRow(0, "train", 0.5, 0.5, 834.5))
+    whole = path.read_bytes()
+    path.write_bytes(whole + b"1,train,0.8215,0.7132,8")
+    assert [row.epoch for row in MetricsCsv(path).rows] == [0]
+    assert path.read_bytes() == whole
+
+
+def test_csv_of_somebody_else_is_refused_untouched(tmp_path):
+    path = tmp_path / "metrics.csv"
+    for text in ("epoch,loss\n0,1.0\n", "notes"):
+        path.write_text(text)
+        with pytest.raises(WorkdirError, match="does not begin with 'epoch,phase,loss,accuracy,throughput'"):
+            MetricsCsv(path)
+        assert path.read_text() == text
+
+
+def test_an_unknown_phase_is_refused():
+    with pytest.raises(ValueError, match="phase='valid': must be one of train, val, test"):
+        EpochRow(0, "valid", 0.0, 0.0, 0.0)
+
+
+# ------------------------------------------------------------------------------------------------------------ JSONL
+
+
+def test_jsonl_keeps_full_precision_and_stays_json(run):
+    third, tiny = 1 / 3, 5e-324
+    with Records(run) as records:
+        records.train_step({"step": 1, "epoch": 0, "loss": third, "grad_norm": float("inf"), "learning_rate": tiny})
+        records.train_step({"step": 2, "epoch": 0, "loss": np.float32(third), "data_wait": np.float64("nan")})
+    text = run.metrics_jsonl.read_text()
+    assert "NaN" not in text
+    assert "Infinity" not in text
+    first, second = json_rows(run)
+    assert list(first) == ["step", "epoch", "phase", "loss", "grad_norm", "learning_rate"]
+    assert first == {"step": 1, "epoch": 0, "phase": "train", "loss": third, "grad_norm": None, "learning_rate": tiny}
+    assert second["loss"] == float(np.float32(third))
+    assert second["data_wait"] is None
+
+
+def test_jsonl_row_is_there_at_once(run):
+    """A killed process loses no row that it has logged."""
+    records = Records(run)
+    records.train_step({"step": 1, "epoch": 0, "loss": 0.5})
+    assert len(json_rows(run)) == 1
+    records.close()
+    records.close()
+
+
+def test_jsonl_torn_at_any_byte_is_read_up_to_the_last_whole_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps({"step": s, "phase": "train", "loss": s / 7}) + "\n" for s in (1, 2, 3)))
+    data = path.read_bytes()
+    third = data.rindex(b"{")
+    for cut in range(third, len(data) + 1):
+        path.write_bytes(data[:cut])
+        MetricsJsonl(path, step=9).close()
+        # the newline is not needed to know that the object is whole
+        assert path.read_bytes() == (data if cut >= len(data) - 1 else data[:third]), cut
+
+
+def test_a_damaged_line_in_the_middle_is_named(tmp_path, caplog):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1, "phase": "train"}\n{"ste\xff\n{"step": 3, "phase": "val"}\n')
+    with caplog.at_level(logging.WARNING, "jaxtrain"):
+        MetricsJsonl(path, step=9).close()
+    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
+    assert "line 2 is damaged" in caplog.text
+
+
+# ----------------------------------------------------------------------------------------------------------- resume
+
+
+@pytest.mark.parametrize("saved", [0, 3, 4, 5, 8])
+@pytest.mark.parametrize("killed", [8, 9, 11, 12])
+def test_resumed_records_equal_the_uninterrupted_ones(tmp_path, saved, killed):
+    straight, resumed = wd.prepare(tmp_path / "a"), wd.prepare(tmp_path / "b")
+    play(straight, 0, 14, finish=True)
+    play(resumed, 0, killed)
+    with open(resumed.metrics_jsonl, "ab") as file:
+        file.write(b'{"step": 13, "epo')
+    play(resumed, saved, 14, finish=True)
+    assert resumed.metrics_csv.read_bytes() == straight.metrics_csv.read_bytes()
+    assert resumed.metrics_jsonl.read_bytes() == straight.metrics_jsonl.read_bytes()
+
+
+def test_a_finished_run_that_is_tested_again_has_one_test_row(run):
+    play(run, 0, 8, finish=True)
+    before = run.metrics_csv.read_bytes(), run.metrics_jsonl.read_bytes()
+    play(run, 8, 8, finish=True)
+    assert (run.metrics_csv.read_bytes(), run.metrics_jsonl.read_bytes()) == before
+
+
+def test_a_longer_run_replaces_the_old_test_row(run):
+    play(run, 0, 8, finish=True)
+    play(run, 8, 12, finish=True)
+    tests = [row for row in MetricsCsv(run.metrics_csv).rows if row.phase == "test"]
+    assert [row.epoch for row in tests] == [2]
+    play(run, 12, 12)
+    assert [row for row in MetricsCsv(run.metrics_csv).rows if row.phase == "test"] == tests
+
+
+def test_an_undone_validation_gives_way_to_the_one_before_it_in_the_same_epoch(run):
+    with Records(run) as records:
+        records.epoch(0, "val", 0.9, 0.1, 10.0, step=1)
+        records.epoch(0, "val", 0.8, 0.2, 10.0, step=3)
+    assert "0,val,0.8000" in run.metrics_csv.read_text()
+    Records(run, step=2, epochs_done=0).close()
+    assert run.metrics_csv.read_text().splitlines()[1:] == ["0,val,0.9000,0.1000,10.0"]
+
+
+def test_whole_epochs_outlive_a_lost_step_level_file(run):
+    play(run, 0, 9)
+    before = run.metrics_csv.read_bytes()
+    run.metrics_jsonl.unlink()
+    Records(run, step=8, epochs_done=2).close()
+    assert run.metrics_csv.read_bytes() == before
+
+
+def test_a_fresh_run_forgets_everything(run):
+    play(run, 0, 9)
+    Records(run).close()
+    assert run.metrics_csv.read_text().splitlines() == ["epoch,phase,loss,accuracy,throughput"]
+    assert run.metrics_jsonl.read_bytes() == b""
+
+
+def test_result_is_whole_json(run):
+    with Records(run) as records:
+        records.result({"steps": np.int64(3), "test": {"accuracy": float("nan"), "loss": 0.1}, "devices": (1, 2)})
+    expected = {"steps": 3, "test": {"accuracy": None, "loss": 0.1}, "devices": [1, 2]}
+    assert json.loads(run.result.read_text()) == expected
+
+
+def test_a_full_disk_is_a_work_directory_error(run, monkeypatch):
+    def full(*_args):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    records = Records(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(WorkdirError, match="No space left on device"):
+            records.epoch(0, "train", 0.5, 0.5, 1.0, step=4)
+    records.close()
+
+
+def test_other_processes_record_nothing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with NullRecords() as records:
+        records.train_step({"step": 1, "epoch": 0, "loss": 0.5})
+        records.epoch(0, "train", 0.5, 0.5, 1.0, step=1)
+        records.result({})
+    assert list(tmp_path.iterdir()) == []
+
+
+# ------------------------------------------------------------------------------------------------------ TensorBoard
+
+
+def events(directory: Path):
+    """Every event of every file, in TensorBoard's order, read from the record format (length, crc, bytes, crc)."""
+    found = []
+    for path in sorted(directory.iterdir()):
+        data = path.read_bytes()
+        while data:
+            (length,) = struct.unpack_from("<Q", data)
+            found.append(event_pb2.Event.FromString(data[12 : 12 + length]))
+            data = data[16 + length :]
+    return found
+
+
+def test_tensorboard_holds_the_scalars_of_each_phase(run):
+    with Records(run) as records:
+        records.train_step({"step": 1, "epoch": 0, "loss": 0.5, "accuracy": None, "learning_rate": float("nan")})
+        records.epoch(0, "train", 0.25, 0.75, 10.0, step=4)
+        records.epoch(0, "val", 0.125, 0.5, 20.0, step=4, extra={"top5": np.float32(0.75), "split": "validation"})
+    shown = {
+        phase: {(e.step, v.tag, v.simple_value) for e in events(run.tensorboard / phase) for v in e.summary.value}
+        for phase in ("train", "val", "test")
+    }
+    epoch_means = {(4, "epoch/loss", 0.25), (4, "epoch/accuracy", 0.75), (4, "epoch/throughput", 10.0)}
+    assert shown["train"] == {(1, "loss", 0.5), *epoch_means}
+    assert shown["val"] == {(4, "loss", 0.125), (4, "accuracy", 0.5), (4, "throughput", 20.0), (4, "top5", 0.75)}
+    assert shown["test"] == set()
+
+
+def test_a_restart_in_the_same_second_or_after_the_clock_went_back_writes_a_later_file(tmp_path):
+    for instant in (1000.0, 1000.0, 900.0):
+        file = EventFile(tmp_path, step=0, now=lambda instant=instant: instant)
+        file.scalars(1, {"loss": 0.5})
+        file.close()
+        file.close()
+    assert [path.name.split(".")[3] for path in sorted(tmp_path.iterdir())] == [
+        "0000001000",
+        "0000001001",
+        "0000001002",
+    ]
+
+
+def test_a_resume_purges_later_steps_only(run):
+    play(run, 0, 6)
+    Records(run, step=5, epochs_done=1).close()
+    starts = [e.step for e in events(run.tensorboard / "train") if e.HasField("session_log")]
+    assert starts == [0, 6]
+
+
+def test_tensorboards_own_reader_sees_each_step_once(run):
+    reader = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    play(run, 0, 7)
+    play(run, 4, 9)
+    seen = reader.EventAccumulator(str(run.tensorboard / "train")).Reload()
+    assert [event.step for event in seen.Scalars("loss")] == list(range(1, 10))
+    assert seen.Scalars("loss")[8].value == np.float32(1 / 9)
+    seen = reader.EventAccumulator(str(run.tensorboard / "val")).Reload()
+    assert [event.step for event in seen.Scalars("loss")] == [4, 8]
+
+
+# --------------------------------------------------------------------------------------------------------- text log
+
+
+def pipe_console():
+    return Console(file=io.StringIO(), force_terminal=False, width=40)
+
+
+def test_text_log_goes_to_a_private_file_and_the_console(tmp_path):
+    path, console = tmp_path / "logs" / "process_0.log", pipe_console()
+    long = "[bold]" + "word " * 30 + ":smile:"
+    with TextLog(path, console=console):
+        logging.getLogger("jaxtrain").info(long)
+        logging.getLogger("jaxtrain.data").warning("look")
+        logging.getLogger("jaxtrain").debug("not asked for")
+    assert stat.S_IMODE(path.stat().st_mode) == 0o600
+    first, second = path.read_text().splitlines()
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z INFO " + re.escape(long), first)
+    assert second.endswith("Z WARNING look")
+    shown = console.file.getvalue().splitlines()
+    assert [line[9:] for line in shown] == [long, "WARNING: look"]
+    with TextLog(path, console=console):
+        logging.getLogger("jaxtrain").info("again")
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_other_processes_show_warnings_only(tmp_path):
+    console = pipe_console()
+    with TextLog(tmp_path / "process_1.log", process=1, console=console):
+        logging.getLogger("jaxtrain").info("quiet")
+        logging.getLogger("jaxtrain").warning("loud")
+    assert "quiet" in (tmp_path / "process_1.log").read_text()
+    assert "quiet" not in console.file.getvalue()
+    assert "loud" in console.file.getvalue()
+
+
+def test_the_loggers_of_the_embedding_program_are_left_alone(tmp_path):
+    root, ours = logging.getLogger(), logging.getLogger("jaxtrain")
+    before = root.level, list(root.handlers), ours.level, ours.propagate, list(ours.handlers)
+    seen = []
+    spy = logging.Handler()
+    spy.emit = seen.append
+    root.addHandler(spy)
+    try:
+        log = TextLog(tmp_path / "log", console=pipe_console())
+        ours.info("once")
+        log.close()
+        log.close()
+    finally:
+        root.removeHandler(spy)
+    assert seen == []
+    assert (root.level, list(root.handlers), ours.level, ours.propagate, list(ours.handlers)) == before
+
+
+def test_a_log_that_cannot_be_written_is_refused(tmp_path):
+    (tmp_path / "logs").write_text("a file")
+    with pytest.raises(WorkdirError):
+        TextLog(tmp_path / "logs" / "process_0.log", console=pipe_console())
+
+
+def test_a_closed_console_does_not_stop_the_run(tmp_path):
+    """`... | head` closes the pipe; rich would raise SystemExit."""
+    script = (
+        "import logging, sys; from pathlib import Path; from rich.console import Console\n"
+        "from jaxtrain.logging.text import TextLog\n"
+        "with TextLog(Path(sys.argv[1]), console=Console(file=sys.stdout)):\n"
+        "    sys.stdin.readline()\n"
+        "    for i in range(3): logging.getLogger('jaxtrain').info('line %d', i)\n"
+    )
+    child = subprocess.Popen(
+        [sys.executable, "-c", script, tmp_path / "log"], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert child.stdin is not None
+    assert child.stdout is not None
+    child.stdout.close()
+    child.stdin.write(b"\n")
+    child.stdin.close()
+    assert child.wait(60) == 0
+    text = (tmp_path / "log").read_text()
+    assert "line 0" in text
+    assert "line 2" in text
+    assert text.count("The console is closed") == 1
+
+
+# --------------------------------------------------------------------------------------------------------- progress
+
+
+def show(bar):
+    bar.advance(1199)
+    bar.update(1200, 2, 200, {"loss": 1.23456, "accuracy": 0.5}, 834.52, step_seconds=0.5)
+
+
+LINE = "epoch 3/200  step 1200/78000  loss 1.2346  accuracy 0.5000  834.5 images/s  ETA 10:40:00"
+
+
+def test_progress_in_a_pipe_is_one_line_a_logged_step(tmp_path):
+    console = pipe_console()
+    with TextLog(tmp_path / "log", console=console), Progress(78000, console=console) as bar:
+        bar.advance(1)
+        bar.update(1, 0, 200, {"loss": 2.0}, 0.0)
+        show(bar)
+        bar.message("validated")
+    first, second, third = (line[9:] for line in console.file.getvalue().splitlines())
+    assert first == "epoch 1/200  step 1/78000  loss 2.0000  0.0 images/s  ETA ?"
+    assert second == LINE
+    assert third == "validated"
+    assert LINE in (tmp_path / "log").read_text()
+
+
+def test_progress_on_a_terminal_is_a_bar_with_lines_above_it(tmp_path, monkeypatch):
+    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    master, slave = os.openpty()
+    shown = []
+
+    def read():
+        try:
+            while data := os.read(master, 65536):
+                shown.append(data)
+        except OSError:  # Linux ends a closed pty with EIO
+            pass
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    with os.fdopen(slave, "w") as terminal:
+        console = Console(file=terminal, width=60)
+        with TextLog(tmp_path / "log", console=console), Progress(78000, start_step=1000, console=console) as bar:
+            show(bar)
+            bar.message("validated")
+            logging.getLogger("jaxtrain").warning("beware")
+        bar.close()
+    reader.join(10)
+    os.close(master)
+    text = b"".join(shown).decode()
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
+    assert "\x1b[?25l" in text, "no live bar"
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor was not given back"
+    assert re.search(r"epoch 3/200 \S+ step 1200/78000  ETA 10:40:00\r\n", plain)
+    assert re.search(r"\nloss 1\.2346  accuracy 0\.5000  834\.5 images/s", plain)
+    assert "epoch 3/200  step" not in plain, "the log line was printed beside the bar"
+    assert re.search(r"\r\d\d:\d\d:\d\d validated\r\n", plain)
+    assert re.search(r"\r\d\d:\d\d:\d\d WARNING: beware\r\n", plain)
+    assert LINE in (tmp_path / "log").read_text()
+
+
+def test_a_dumb_terminal_gets_lines(monkeypatch):
+    monkeypatch.setenv("TERM", "dumb")
+    console = Console(file=io.StringIO(), force_terminal=True)
+    with Progress(10, console=console) as bar:
+        bar.advance(1)
+    assert console.file.getvalue() == ""
+
+
+def test_other_processes_show_no_progress(caplog):
+    with caplog.at_level(logging.INFO, "jaxtrain"), NullProgress() as bar:
+        show(bar)
+        bar.message("nothing")
+    assert caplog.text == ""
+
+
+def test_durations_read_as_clocks():
+    assert [duration(s) for s in (-3, 65.4, 3600, 2 * 86400 + 3 * 3600)] == [
+        "0:00:00",
+        "0:01:05",
+        "1:00:00",
+        "2d 3:00:00",
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------- manifest
+
+
+def test_manifest_has_an_entry_a_start(run):
+    manifest.append_start(run.manifest, manifest.environment(0, argv=["main", "--config=a.py"]))
+    manifest.append_start(run.manifest, manifest.environment(120))
+    first, second = json.loads(run.manifest.read_text())["starts"]
+    assert first["command"] == ["main", "--config=a.py"]
+    assert second["command"] == manifest.redact(sys.argv)
+    assert (first["step"], second["step"]) == (0, 120)
+    assert first["versions"]["jax"] == jax.__version__
+    assert first["versions"]["numpy"] == np.__version__
+    assert set(first["versions"]) == set(manifest.PACKAGES)
+    kinds = first["devices"].pop("kinds")
+    assert kinds[jax.devices()[0].device_kind] >= 1
+    assert sum(kinds.values()) == jax.device_count()
+    backend, processes = jax.default_backend(), jax.process_count()
+    assert first["devices"] == {"backend": backend, "count": jax.device_count(), "processes": processes}
+    assert re.fullmatch(r"\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\+00:00", first["started"])
+    assert set(first) >= {"python", "platform", "hostname", "git", "cpus", "environment"}
+
+
+def test_manifest_holds_no_secret(run):
+    canary = "hunter2"
+    env = {
+        "XLA_FLAGS": "--xla_cpu_use_thunk_runtime=true",
+        "JAX_PLATFORMS": "cpu",
+        "JAX_API_KEY": canary,
+        "JAX_PROXY": f"http://me:{canary}@proxy:80",
+        "WANDB_API_KEY": canary,
+        "HOME": canary,
+    }
+    argv = ["main", f"--api_key={canary}", "--token", canary, f"--config.password={canary}", f"https://u:{canary}@h/x"]
+    argv += [f"MY_SECRET={canary}", f"--aws-credentials={canary}", "--config.seed=3", "--token", "--verbose"]
+    entry = manifest.environment(0, argv=argv, env=env)
+    manifest.append_start(run.manifest, entry)
+    assert canary not in run.manifest.read_text()
+    assert list(entry["environment"]) == ["JAX_API_KEY", "JAX_PLATFORMS", "JAX_PROXY", "XLA_FLAGS"]
+    assert entry["environment"]["XLA_FLAGS"] == "--xla_cpu_use_thunk_runtime=true"
+    assert entry["command"][1:4] == ["--api_key=[redacted]", "--token", "[redacted]"]
+    assert entry["command"][-3:] == ["--config.seed=3", "--token", "--verbose"]
+
+
+def test_a_damaged_manifest_is_set_aside(run, caplog):
+    for text in ("{", "[]", '{"starts": 1}'):
+        run.manifest.write_text(text)
+        with caplog.at_level(logging.WARNING, "jaxtrain"):
+            manifest.append_start(run.manifest, {"step": 0})
+        assert json.loads(run.manifest.read_text()) == {"starts": [{"step": 0}]}
+        assert (run.path / "manifest.json.damaged").read_text() == text
+        assert "set aside" in caplog.text
+
+
+def test_git_state_is_of_the_source_tree(tmp_path):
+    def git(*arguments):
+        identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+        subprocess.run(["git", "-C", tmp_path, *identity, *arguments], check=True, capture_output=True)
+
+    source = tmp_path / "package"
+    source.mkdir()
+    assert manifest.git_state(source) is None
+    git("init")
+    assert manifest.git_state(source) is None
+    (source / "a.py").write_text("1")
+    git("add", ".")
+    git("commit", "-m", "one")
+    clean = manifest.git_state(source)
+    assert clean is not None
+    assert re.fullmatch("[0-9a-f]{40}", clean["commit"])
+    assert clean["dirty"] is False
+    (tmp_path / "elsewhere.txt").write_text("not the source")
+    assert manifest.git_state(source) == clean
+    (source / "a.py").write_text("2")
+    assert manifest.git_state(source) == {**clean, "dirty": True}
+    (tmp_path / "venv").mkdir()
+    assert manifest.git_state(tmp_path / "venv") is None, "an untracked package has no commit"
+
+
+# ------------------------------------------------------------------------------------------------------------ clock
+
+
+class Timer:
+    """A clock that stands still until told."""
+
+    def __init__(self):
+        self.time = 100.0
+
+    def __call__(self):
+        return self.time
+
+
+def spend(clock, timer, category, seconds):
+    with clock.charge(category):
+        timer.time += seconds
+
+
+def test_every_second_has_one_category():
+    rng, timer = random.Random(0), Timer()
+    clock = clocks.StepClock(timer)
+    for _ in range(200):
+        timer.time += rng.random()
+        with clock.charge(rng.choice(clocks.CATEGORIES)):
+            timer.time += rng.random()
+            with clock.charge(rng.choice(clocks.CATEGORIES)):
+                timer.time += rng.random()
+        if rng.random() < 0.5:
+            clock.step_done(8)
+    span = clock.now()
+    assert span.wall == pytest.approx(timer.time - 100.0, rel=1e-12)
+    assert all(span.seconds[name] > 0 for name in clocks.CATEGORIES)
+    assert sum(map(span.share, clocks.CATEGORIES)) == pytest.approx(1.0)
+
+
+def test_nested_time_counts_once_and_an_error_ends_a_block():
+    timer = Timer()
+    clock = clocks.StepClock(timer)
+    timer.time += 8
+
+    def evaluation_that_fails():
+        with clock.charge("evaluation"):
+            timer.time += 1
+            spend(clock, timer, "compile", 2)
+            timer.time += 4
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        evaluation_that_fails()
+    timer.time += 16
+    seconds = clock.now().seconds
+    assert (seconds["evaluation"], seconds["compile"], seconds["other"]) == (5, 2, 24)
+    with pytest.raises(ValueError, match="category='lunch'"), clock.charge("lunch"):
+        pass
+
+
+def steps(clock, timer, count, *, input_seconds=0.25, step_seconds=0.75):
+    for _ in range(count):
+        spend(clock, timer, "input", input_seconds)
+        spend(clock, timer, "step", step_seconds)
+        clock.step_done(32)
+
+
+def test_throughput_and_step_time_leave_out_warm_up_and_work_between_steps():
+    timer = Timer()
+    clock = clocks.StepClock(timer)
+    spend(clock, timer, "compile", 60)
+    assert clock.step_seconds is None
+    steps(clock, timer, clocks.WARMUP_STEPS, step_seconds=9.75)
+    assert clock.step_seconds is None
+    assert clock.now().throughput == pytest.approx(32 / 10), "a run of warm-up alone still has a throughput"
+    steps(clock, timer, 4)
+    spend(clock, timer, "checkpoint", 30)
+    spend(clock, timer, "evaluation", 30)
+    steps(clock, timer, 4)
+    assert clock.step_seconds == pytest.approx(1.0)
+    span = clock.now()
+    assert span.throughput == pytest.approx(32.0)
+    assert (span.steps, span.examples) == (clocks.WARMUP_STEPS + 8, 32 * (clocks.WARMUP_STEPS + 8))
+
+
+def test_a_difference_of_two_instants_is_the_span_between_them():
+    timer = Timer()
+    clock = clocks.StepClock(timer)
+    steps(clock, timer, 5)
+    before = clock.now()
+    steps(clock, timer, 4, input_seconds=1.0, step_seconds=1.0)
+    lap = clock.now() - before
+    assert (lap.steps, lap.examples, lap.wall) == (4, 128, pytest.approx(8.0))
+    assert lap.throughput == pytest.approx(16.0)
+    assert lap.data_wait == pytest.approx(1.0)
+    nothing = clock.now() - clock.now()
+    assert (nothing.throughput, nothing.data_wait, clocks.explain(nothing)) == (0.0, 0.0, "")
+
+
+@pytest.mark.parametrize(
+    ("category", "advice"),
+    [
+        ("input", "raise config.data.workers, or keep the data set on the device with config.data.residency=device"),
+        ("step", "more devices"),
+        ("compile", "JAX_COMPILATION_CACHE_DIR"),
+        ("checkpoint", "config.checkpoint.every"),
+        ("evaluation", "config.train.eval_every"),
+        ("other", "config.train.log_every"),
+    ],
+)
+def test_explain_names_the_bound_and_what_would_help(category, advice):
+    timer = Timer()
+    clock = clocks.StepClock(timer)
+    for name in clocks.CATEGORIES:
+        spend(clock, timer, name, 6.2 if name == category else 0.76)
+    text = clocks.explain(clock.now(), "epoch 3")
+    name = {"step": "compute", "other": "other work"}.get(category, category)
+    assert text.startswith(f"epoch 3 was bound by {name} (62% of 10.0 s): ")
+    assert advice in text
+
+
+# --------------------------------------------------------------------------------------------------------- symptoms
+
+
+def span_of(**seconds):
+    return clocks.Span({name: seconds.get(name, 0.0) for name in clocks.CATEGORIES}, 10, 320, 320, 1.0)
+
+
+def test_slow_data_is_seen_whatever_else_the_epoch_did():
+    assert symptoms.slow_data(span_of(input=2.0, step=8.0)) == ""
+    assert symptoms.slow_data(span_of()) == ""
+    text = symptoms.slow_data(span_of(input=3.0, step=7.0, compile=100.0))
+    assert "30% of the time (300.0 ms a step)" in text
+    assert "config.data.workers" in text
+    assert "config.data.residency=device" in text
+
+
+def test_imbalance_names_the_slow_process():
+    assert symptoms.imbalanced([1.0]) == ""
+    assert symptoms.imbalanced([1.0, 1.29]) == ""
+    assert symptoms.imbalanced([0.0, 0.0]) == ""
+    assert "process 0 needs 1.4 s for its part of a step, 1.4 times the 1 s of the others" in symptoms.imbalanced(
+        [1.4, 1.0]
+    )
+    assert "process 2" in symptoms.imbalanced([1.0, 1.1, 1.5, 1.0])
+    assert "process 1" in symptoms.imbalanced([0.0, 1.0])
+
+
+def test_fp16_underflow_is_said_at_the_floor_only():
+    assert symptoms.loss_scale_at_floor(2.0, 1.0) == ""
+    text = symptoms.loss_scale_at_floor(1.0, 1.0)
+    assert "floor (1)" in text
+    assert "config.train.precision=bf16" in text

@@ -1,0 +1,107 @@
+"""Precision by name, and fp16's dynamic loss scale."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxtrain import precision
+from jaxtrain.errors import ConfigError
+from jaxtrain.precision import LossScale
+
+
+@pytest.mark.parametrize(
+    ("name", "backend", "resolved"),
+    [
+        ("auto", "cpu", "f32"),
+        ("auto", "gpu", "bf16"),
+        ("auto", "cuda", "bf16"),
+        ("auto", "rocm", "bf16"),
+        ("auto", "tpu", "bf16"),
+        ("fp16", "cpu", "fp16"),
+        ("f32", "gpu", "f32"),
+    ],
+)
+def test_auto_follows_the_backend_and_a_named_precision_does_not(name, backend, resolved):
+    assert precision.resolve(name, backend) == resolved
+
+
+@pytest.mark.parametrize("name", ["f32", "bf16", "fp16"])
+def test_parameters_are_stored_in_f32_whatever_is_computed_in(name):
+    policy = precision.policy(name)
+    assert policy.param_dtype == jnp.float32
+    assert policy.compute_dtype == {"f32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}[name]
+
+
+def test_f64_needs_x64():
+    with pytest.raises(ConfigError, match=r"config\.train\.precision='f64'.*JAX_ENABLE_X64=1"), jax.enable_x64(False):
+        precision.policy("f64")
+    with jax.enable_x64(True):
+        assert precision.policy("f64") == precision.Policy(jnp.float64, jnp.float64)
+
+
+def scale(value, good_steps=0):
+    return LossScale(jnp.float32(value), jnp.int32(good_steps))
+
+
+def numbers(loss_scale):
+    return float(loss_scale.scale), int(loss_scale.good_steps)
+
+
+def test_only_fp16_has_a_loss_scale():
+    assert numbers(precision.initial_loss_scale(precision.policy("fp16"))) == (2.0**15, 0)
+    for name in ("f32", "bf16"):
+        none = precision.initial_loss_scale(precision.policy(name))
+        assert jax.tree.leaves(none) == []
+        assert precision.adjust_loss_scale(none, jnp.bool_(False)) == none
+        assert precision.scale_factor(none, jnp.float32) == 1
+        assert not precision.at_floor(none)
+
+
+def test_an_overflow_halves_the_scale_and_starts_the_count_again():
+    adjusted = precision.adjust_loss_scale(scale(2.0**15, 1500), jnp.bool_(False))
+    assert numbers(adjusted) == (2.0**14, 0)
+
+
+def test_the_scale_doubles_after_2000_good_steps():
+    last, count = precision.adjust_loss_scale(scale(2.0**15, 1998), jnp.bool_(True)), 1999
+    assert numbers(last) == (2.0**15, count)
+    assert numbers(precision.adjust_loss_scale(last, jnp.bool_(True))) == (2.0**16, 0)
+
+
+def test_the_scale_stays_within_its_bounds():
+    """flax's DynamicScale reaches infinity here and never returns (google/flax#2547)."""
+
+    def adjust_many(loss_scale, finite, times):
+        step = lambda _, s: precision.adjust_loss_scale(s, finite)  # noqa: E731
+        return jax.jit(lambda s: jax.lax.fori_loop(0, times, step, s))(loss_scale)
+
+    top = adjust_many(scale(2.0**15), jnp.bool_(True), 300_000)  # 150 doublings would pass f32's largest number
+    assert float(top.scale) == 2.0**24
+    bottom = adjust_many(top, jnp.bool_(False), 100)
+    assert float(bottom.scale) == 1.0
+
+
+def test_at_floor():
+    assert precision.at_floor(scale(1.0))
+    assert not precision.at_floor(scale(2.0))
+
+
+def test_no_leaf_changes_its_type():
+    before = jax.eval_shape(lambda: precision.initial_loss_scale(precision.policy("fp16")))
+    after = jax.eval_shape(precision.adjust_loss_scale, before, jax.ShapeDtypeStruct((), bool))
+    assert [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(before)] == [
+        (x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(after)
+    ]
+
+
+def test_scaling_saves_a_gradient_that_fp16_would_flush_to_zero():
+    loss_scale = precision.initial_loss_scale(precision.policy("fp16"))
+    factor = precision.scale_factor(loss_scale, jnp.float32)
+
+    def loss(weight, factor):
+        y = weight.astype(jnp.float16) * jnp.float16(1.0)
+        return y.astype(jnp.float32) * 1e-9 * factor
+
+    gradient = jax.grad(loss)
+    assert gradient(jnp.float32(1.0), 1.0) == 0
+    assert gradient(jnp.float32(1.0), factor) / factor == pytest.approx(1e-9, rel=1e-2)
