@@ -103,7 +103,7 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """The committed steps, rising."""
-        return sorted(self._manager.all_steps(read=True))
+        return committed_steps(self.directory)
 
     def best_step(self) -> int | None:
         """The step with the best validation accuracy."""

@@ -84,7 +84,7 @@ def _one_of(field: str, value: str, allowed: Iterable[str]) -> None:
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
     """' Did you mean X?' when a known word is close to `word`, else ''."""
-    close = difflib.get_close_matches(word, list(known), n=1)
+    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)
     return f" Did you mean {close[0]!r}?" if close else ""
 
 

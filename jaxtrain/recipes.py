@@ -55,13 +55,11 @@ def recipe(config: Config, arg: str | None = "", variants: Mapping[str, Variant]
 
 def change(config: Config, **fields: Any) -> Config:
     """`config` with fields replaced by their dotted names: `change(config, **{"optim.name": "adamw"})`."""
+    values = to_dict(config)
     for name, value in fields.items():
         section, _, key = name.rpartition(".")
-        if not section:
-            config = dataclasses.replace(config, **{key: value})
-            continue
-        config = dataclasses.replace(config, **{section: dataclasses.replace(getattr(config, section), **{key: value})})
-    return config
+        (values[section] if section else values)[key] = value
+    return from_dict(values)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -180,13 +178,14 @@ def _override(values: ml_collections.ConfigDict, overrides: list[tuple[str, str]
 
 
 def _suggest(key: str, known: list[str]) -> str:
-    close = did_you_mean(key, known)
-    if close:
-        return close
-    last = key.rpartition(".")[2]
-    names = {name.rpartition(".")[2]: name for name in known}
-    close = did_you_mean(last, names)
-    return f" Did you mean {names[close.split(chr(39))[1]]!r}?" if close else ""
+    """The nearest field, else the fields of the section that `key` names, else the sections."""
+    section, _, rest = key.partition(".")
+    fields = {name.removeprefix(section + "."): name for name in known if name.startswith(section + ".")}
+    if fields:
+        return did_you_mean(rest, fields) or f" config.{section} has {', '.join(fields)}."
+    same = [name for name in known if name.endswith("." + key.rpartition(".")[2])]
+    tops = dict.fromkeys(name.partition(".")[0] for name in known)
+    return did_you_mean(key, known) or (f" Did you mean {same[0]!r}?" if same else f" There are {', '.join(tops)}.")
 
 
 def add_working_directory() -> None:

@@ -76,7 +76,7 @@ def make_step(task: Task, layout: Layout, state: TrainState, batch: Batch, resid
     lowered = {
         "zeros": jax.jit(functools.partial(_zero_sums, state), out_shardings=sums_shardings).lower(),
         "gradients": jax.jit(accumulate, out_shardings=sums_shardings, donate_argnums=0).lower(sums, state, batch, resident, indices[0]),
-        "update": jax.jit(update, out_shardings=(state_shardings, layout.sharding()), donate_argnums=(0, 1)).lower(state, sums, batch.step),
+        "update": jax.jit(update, out_shardings=(state_shardings, layout.sharding()), donate_argnums=0).lower(state, sums, batch.step),
     }  # fmt: skip
     return Step({name: program.compile() for name, program in lowered.items()}, indices)
 

@@ -315,8 +315,8 @@ class _Loop:
         count = max(position.epoch_examples, 1)
         loss, accuracy = position.epoch_loss / count, position.epoch_correct / count
         self.records.epoch(epoch, "train", loss, accuracy, throughput=span.throughput, step=position.step)
-        bound = explain(span, f"epoch {epoch + 1}")
-        self.progress.message(f"epoch {epoch + 1}/{self.epochs}: loss {loss:.4f}, accuracy {accuracy:.4f}; {bound}")
+        bound = explain(span, "it")
+        self.progress.message(f"epoch {epoch + 1}/{self.epochs} train: loss {loss:.4f}, accuracy {accuracy:.4f}; {bound}")
         for warning in (symptoms.slow_data(span), symptoms.imbalanced(self._own_seconds(span))):
             if warning:
                 log.warning("%s", warning)

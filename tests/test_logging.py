@@ -88,6 +88,13 @@ def test_csv_has_one_row_a_phase_and_epoch_and_one_test_row(tmp_path):
     assert [str(row) for row in MetricsCsv(path).rows] == expected
 
 
+def test_csv_is_sorted_after_a_validation_in_the_middle_of_an_epoch(tmp_path):
+    table = MetricsCsv(tmp_path / "metrics.csv")
+    table.append(EpochRow(0, "val", 0.9, 0.5, 1.0))
+    table.append(EpochRow(0, "train", 0.8, 0.5, 1.0))
+    assert [line[:7] for line in (tmp_path / "metrics.csv").read_text().splitlines()[1:]] == ["0,train", "0,val,0"]
+
+
 def test_csv_drops_a_torn_row_even_when_it_looks_whole(tmp_path):
     path = tmp_path / "metrics.csv"
     MetricsCsv(path).append(EpochRow(0, "train", 0.5, 0.5, 834.5))
@@ -135,6 +142,16 @@ def test_jsonl_row_is_there_at_once(run):
     records.train_step({"step": 1, "epoch": 0, "loss": 0.5})
     assert len(json_rows(run)) == 1
     records.close()
+    records.close()
+
+
+def test_flush_syncs_the_rows_to_the_disk(run, monkeypatch):
+    records, synced, sync = Records(run), [], os.fsync
+    records.train_step({"step": 1, "epoch": 0, "loss": 0.5})
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_ino), sync(descriptor)))
+        records.flush()
+    assert run.metrics_jsonl.stat().st_ino in synced
     records.close()
 
 
@@ -341,6 +358,8 @@ def test_other_processes_show_warnings_only(tmp_path):
 
 def test_the_loggers_of_the_embedding_program_are_left_alone(tmp_path):
     root, ours = logging.getLogger(), logging.getLogger("jaxtrain")
+    found = ours.level
+    ours.setLevel(logging.ERROR)
     before = root.level, list(root.handlers), ours.level, ours.propagate, list(ours.handlers)
     seen = []
     spy = logging.Handler()
@@ -355,6 +374,7 @@ def test_the_loggers_of_the_embedding_program_are_left_alone(tmp_path):
         root.removeHandler(spy)
     assert seen == []
     assert (root.level, list(root.handlers), ours.level, ours.propagate, list(ours.handlers)) == before
+    ours.setLevel(found)
 
 
 def test_a_log_that_cannot_be_written_is_refused(tmp_path):
@@ -626,9 +646,10 @@ def test_throughput_and_step_time_leave_out_warm_up_and_work_between_steps():
     spend(clock, timer, "checkpoint", 30)
     spend(clock, timer, "evaluation", 30)
     steps(clock, timer, 4)
-    assert clock.step_seconds == pytest.approx(1.0)
     span = clock.now()
     assert span.throughput == pytest.approx(32.0)
+    steps(clock, timer, 1, step_seconds=99.0)
+    assert clock.step_seconds == pytest.approx(1.0), "one slow step does not move the median"
     assert (span.steps, span.examples) == (clocks.WARMUP_STEPS + 8, 32 * (clocks.WARMUP_STEPS + 8))
 
 

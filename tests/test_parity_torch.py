@@ -42,7 +42,17 @@ def torch_swin(image_size, patch, window, depths):
         drop_path_rate=0.0,
         attn_implementation="sdpa",  # the eager one takes its softmax in f32, also under f64
     )
-    return transformers.SwinForImageClassification(config)
+    model = transformers.SwinForImageClassification(config)
+    side = image_size // patch
+    for stage in model.swin.encoder.layers:
+        for block in stage.blocks:
+            # A map smaller than the window has a table of the map's size in the original; transformers keeps the
+            # window's, and fails.
+            old = block.attention.relative_position_bias
+            new = type(old)(old.relative_position_bias_table.shape[1], (min(window, side),) * 2)
+            block.attention.relative_position_bias = new
+        side = -(-side // 2)
+    return model
 
 
 def torch_vgg(depths, batch_norm):

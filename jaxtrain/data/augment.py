@@ -27,7 +27,7 @@ _CROP, _FLIP, _RAND_AUGMENT, _JITTER, _ERASE, _MIX = range(6)
 
 _ERASE_PROBABILITY = 0.25
 _ERASE_AREA = (0.02, 0.33)  # share of the image
-_ERASE_ASPECT = (0.3, 3.3)  # height / width
+_ERASE_LOG_ASPECT = (math.log(0.3), math.log(3.3))  # height / width
 _ERASE_TRIES = 10
 
 
@@ -87,12 +87,13 @@ def train_inputs(
     _check_channels(pre, images)
     keys = functools.partial(_example_keys, key, example)
     size = pre.image_size
-    if pre.augmentation == "resize_crop":
-        images = random_flip(random_crop(resize(images, pre.resized), size, keys(_CROP)), keys(_FLIP))
-    else:
-        images = resize(images, size)
+    if pre.augmentation != "none":
+        images = random_flip(images, keys(_FLIP))  # first, while they are small
+    images = resize(images, pre.resized if pre.augmentation == "resize_crop" else size)
     if pre.augmentation in ("light", "heavy"):
-        images = random_flip(random_crop(pad(images), size, keys(_CROP)), keys(_FLIP))
+        images = pad(images)
+    if pre.augmentation != "none":
+        images = random_crop(images, size, keys(_CROP))
     if pre.augmentation == "heavy":
         images = color_jitter(rand_augment(images, keys(_RAND_AUGMENT)), keys(_JITTER))
     x = normalize(pre, images)
@@ -216,7 +217,7 @@ def random_erase(x: jax.Array, keys: jax.Array) -> jax.Array:
     words = draw.words(keys, 1 + 2 * tries + 2)
     erase = draw.uniform(words[:, :1], x.dtype) < _ERASE_PROBABILITY
     area = side**2 * _between(*_ERASE_AREA, draw.uniform(words[:, 1 : 1 + tries], x.dtype))
-    log_aspect = _between(*map(math.log, _ERASE_ASPECT), draw.uniform(words[:, 1 + tries : 1 + 2 * tries], x.dtype))
+    log_aspect = _between(*_ERASE_LOG_ASPECT, draw.uniform(words[:, 1 + tries : 1 + 2 * tries], x.dtype))
     height = jnp.round(jnp.sqrt(area * jnp.exp(log_aspect))).astype(jnp.int32)  # [B, tries]
     width = jnp.round(jnp.sqrt(area * jnp.exp(-log_aspect))).astype(jnp.int32)
     fits = (height < side) & (width < side)

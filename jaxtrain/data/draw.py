@@ -23,7 +23,7 @@ def words(keys: jax.Array, count: int) -> jax.Array:
 
 
 def below(bound: int | jax.Array, word: jax.Array) -> jax.Array:
-    """int32 in 0 ... bound - 1, from 16 bits of each word; no value is more than bound / 2**16 likelier than another."""
+    """int32 in 0 ... bound - 1 (bound < 2**16), uniform to within bound / 2**16, from the upper half of each word."""
     return (((word >> 16) * jnp.asarray(bound, jnp.uint32)) >> 16).astype(jnp.int32)
 
 

@@ -220,26 +220,28 @@ def _smooth(images: jax.Array) -> jax.Array:
 # -------------------------------------------------------------------------------------------------------------- levels
 
 
-def _flatten(images: jax.Array) -> jax.Array:
-    """int32 [B, C, S * S] of images [B, S, S, C]."""
-    batch, side, _, channels = images.shape
-    return images.transpose(0, 3, 1, 2).reshape(batch, channels, side * side).astype(jnp.int32)
+def _table_entries(images: jax.Array) -> jax.Array:
+    """int32 [B, S * S * C]: for every value of [B, S, S, C] the index of its entry in its image's tables [C * 256]."""
+    batch, *_, channels = images.shape
+    entries = images.reshape(batch, -1, channels).astype(jnp.int32) + 256 * jnp.arange(channels, dtype=jnp.int32)
+    return entries.reshape(batch, -1)
 
 
 def _look_up(images: jax.Array, tables: jax.Array) -> jax.Array:
     """Maps every pixel of [B, S, S, C] through its image's and channel's table of 256 levels, uint8 [B, C, 256]."""
-    batch, side, _, channels = images.shape
-    mapped = jnp.take_along_axis(tables, _flatten(images), axis=2, mode="promise_in_bounds")
-    return mapped.reshape(batch, channels, side, side).transpose(0, 2, 3, 1)
+    tables = tables.reshape(len(images), -1)
+    mapped = jnp.take_along_axis(tables, _table_entries(images), axis=1, mode="promise_in_bounds")
+    return mapped.reshape(images.shape)
 
 
 def _level_tables(images: jax.Array, operation: jax.Array) -> jax.Array:
-    """uint8 [B, C, 256]: the new level of each level 0 ... 255."""
+    """uint8 [B, C, 256]: what each level 0 ... 255 becomes."""
+    batch, *_, channels = images.shape
 
-    def histogram(pixels: jax.Array) -> jax.Array:
-        return jnp.zeros(256, jnp.int32).at[pixels].add(1, mode="promise_in_bounds")
+    def histograms(entries: jax.Array) -> jax.Array:
+        return jnp.zeros(channels * 256, jnp.int32).at[entries].add(1, mode="promise_in_bounds")
 
-    counts = jax.vmap(jax.vmap(histogram))(_flatten(images))
+    counts = jax.vmap(histograms)(_table_entries(images)).reshape(batch, channels, 256)
     levels = jnp.arange(256, dtype=jnp.int32)
     low = jnp.where(counts > 0, levels, 255).min(2, keepdims=True)
     high = jnp.where(counts > 0, levels, 0).max(2, keepdims=True)

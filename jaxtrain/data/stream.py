@@ -12,10 +12,13 @@ stream within about a second; one that hangs in a system call (a dead network di
 from __future__ import annotations
 
 import dataclasses
+import gc
 import multiprocessing
 import os
 import signal
 import threading
+import time
+import weakref
 from typing import Any, Protocol
 
 import grain
@@ -105,12 +108,15 @@ class Stream:
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads its flags; from a Python program nobody has parsed any
         self._workers = workers
+        self._left = len(steps)
         threads = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READ_AHEAD)
         batches = grain.MapDataset.source(steps).to_iter_dataset(threads)
         if workers:
             processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_READ_AHEAD)
             batches = batches.mp_prefetch(processes, worker_init_fn=_start_worker)
         self._batches: Any = iter(batches)
+        self.close = weakref.finalize(self, _close, self._batches, workers)
+        """Ends the workers and frees what was read ahead. Runs once; at the latest when the program exits."""
         self._batches.get_state()  # makes the workers' iterators, without which there is nothing to start
         self._batches.start_prefetch()
 
@@ -118,10 +124,12 @@ class Stream:
         return self
 
     def __next__(self) -> tuple[np.ndarray, np.ndarray]:
+        if not self._left:
+            self.close()
+            raise StopIteration
         try:
             images, labels = next(self._batches)
-            return np.asarray(images), np.asarray(labels)  # plain views of Grain's shared-memory arrays
-        except (StopIteration, JaxtrainError):
+        except JaxtrainError:
             self.close()
             raise
         except Exception as error:
@@ -130,10 +138,8 @@ class Stream:
                 f"Reading with config.data.workers={self._workers} failed ({error}); a worker that was killed is often "
                 "short of memory or of /dev/shm, and one that cannot start needs `if __name__ == '__main__':` in the script."
             ) from error
-
-    def close(self) -> None:
-        """Ends the workers and frees what was read ahead; a second call does nothing."""
-        self._batches.close()
+        self._left -= 1
+        return np.asarray(images), np.asarray(labels)  # plain views of Grain's shared-memory arrays
 
     def __enter__(self) -> Stream:
         return self
@@ -142,13 +148,25 @@ class Stream:
         self.close()
 
 
+def _close(batches: Any, workers: int) -> None:
+    batches.close()
+    if workers:
+        gc.collect()  # the exceptions that Grain hands between threads are cycles, which hold the last shared memory
+
+
 def _start_worker(index: int, count: int) -> None:
     """Runs first in every worker: Ctrl-C is the parent's to handle, and the worker ends when the parent is gone."""
     del index, count
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
+
+
+def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
-        threading.Thread(target=lambda: (parent.join(), os._exit(1)), name="parent-watch", daemon=True).start()
+        parent.join()
+        time.sleep(2)  # by then the worker waits for room in its queue, and no shared memory is left half made
+        os._exit(1)
 
 
 def train_stream(

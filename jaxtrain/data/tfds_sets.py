@@ -161,6 +161,7 @@ def _generate(name: str, root: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed: we hold the lock
     builder = _BUILDERS[name](data_dir=root)
     config = tfds.download.DownloadConfig(try_download_gcs=False)
+    tfds.display_progress_bar(sys.stderr.isatty())  # in a log file it would be a line a second
     with contextlib.redirect_stdout(sys.stderr):  # where TFDS's progress goes; stdout is the program's own
         builder.download_and_prepare(
             file_format="array_record", download_dir=root / "downloads", download_config=config
@@ -368,15 +369,13 @@ class TfdsSource:
 
 
 def _keys(directory: Path, info: Any) -> tuple[str, str]:
-    """Names of the image feature and of the label feature."""
-    names = info.supervised_keys or tuple(info.features)
-    found = [
-        next((n for n in names if isinstance(info.features.get(n), kind)), None)
-        for kind in (tfds.features.Image, tfds.features.ClassLabel)
-    ]
-    if found[0] is None or found[1] is None:
+    """Names of the image feature and of the label feature: of the supervised keys if there are any, else the first."""
+    names = [n for n in info.supervised_keys or info.features if isinstance(n, str) and n in info.features]
+    image = [n for n in names if isinstance(info.features[n], tfds.features.Image)]
+    label = [n for n in names if isinstance(info.features[n], tfds.features.ClassLabel)]
+    if not image or not label:
         raise DataError(f"{directory}: has features {', '.join(info.features)}, but an image with a class is needed.")
-    return found[0], found[1]
+    return image[0], label[0]
 
 
 _NAME = re.compile(r"(?P<name>[a-zA-Z]\w*)(?:/(?P<config>\w[\w.-]*))?(?::(?P<version>[\d*]+\.[\d*]+\.[\d*]+))?")

@@ -7,7 +7,6 @@ writer and protocol buffers are enough.
 
 from __future__ import annotations
 
-import math
 import socket
 import time
 from collections.abc import Callable, Mapping
@@ -44,10 +43,9 @@ class EventFile:
         self._flush()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Adds `values` at `step`; numbers that are not finite cannot be drawn and are left out."""
-        drawn = [Summary.Value(tag=k, simple_value=v) for k, v in values.items() if math.isfinite(v)]
-        if drawn:
-            self._write(Event(wall_time=self._now(), step=step, summary=Summary(value=drawn)))
+        """Adds `values` at `step`."""
+        summary = Summary(value=[Summary.Value(tag=tag, simple_value=value) for tag, value in values.items()])
+        self._write(Event(wall_time=self._now(), step=step, summary=summary))
         if self._now() - self._flushed > FLUSH_SECONDS:
             self._flush()
 

@@ -118,7 +118,7 @@ class Records(NullRecords):
 
 
 def _scalars(numbers: Mapping[str, Any]) -> dict[str, float]:
-    """What TensorBoard can draw of `numbers`."""
+    """What TensorBoard can draw of `numbers`: no text, nothing that is not finite."""
     values = {key: plain(value) for key, value in numbers.items()}
     return {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 

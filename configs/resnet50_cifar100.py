@@ -1,0 +1,57 @@
+"""ResNet-50 on CIFAR-100: the main job.
+
+    python -m jaxtrain.main --config configs/resnet50_cifar100.py                        # one GPU, batch 128
+    python -m jaxtrain.main --config configs/resnet50_cifar100.py:multi,zero1            # four GPUs, batch 512
+    python -m jaxtrain.main --config configs/resnet50_cifar100.py:production,zero3       # eight GPUs, batch 1024
+
+The schedule (rate x 0.2 at 30, 60 and 80 % of 200 epochs) is weiaicunzai/pytorch-cifar100's.
+"""
+
+from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from jaxtrain.recipes import change, recipe
+
+
+def get_config(arg=""):
+    """`single` (the default), `multi`, `production`. The rate is 0.1 at a batch of 128, and grows with the batch."""
+    config = Config(
+        data=DataConfig(name="cifar100", global_batch=128, augmentation="light"),
+        model=ModelConfig(name="resnet50"),
+        optim=OptimConfig(
+            name="sgd",
+            learning_rate=0.1,
+            lr_reference_batch=128,
+            momentum=0.9,
+            weight_decay=5e-4,
+            schedule="step",
+            step_at=(0.3, 0.6, 0.8),
+            step_gamma=0.2,
+            warmup="1 epoch",
+        ),
+        train=TrainConfig(epochs=200),
+    )
+    return recipe(config, arg, {"single": single, "multi": multi, "production": production})
+
+
+def single(config):
+    """Batch 128, rate 0.1."""
+    return change(config, **{"data.global_batch": 128})
+
+
+def multi(config):
+    """Batch 512, rate 0.4."""
+    return change(config, **{"data.global_batch": 512, "optim.warmup": "5 epochs"})
+
+
+def production(config):
+    """Batch 1024, rate 0.8, bf16, clipping, 300 epochs, a milestone every 10."""
+    return change(
+        config,
+        **{
+            "data.global_batch": 1024,
+            "optim.warmup": "5 epochs",
+            "optim.clip_norm": 1.0,
+            "train.precision": "bf16",
+            "train.epochs": 300,
+            "checkpoint.milestone_every": "10 epochs",
+        },
+    )

@@ -1,0 +1,501 @@
+"""On-device augmentation against Pillow and NumPy, and its independence of how a batch is divided."""
+
+import collections
+import itertools
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image, ImageEnhance, ImageOps
+from scipy import stats
+
+from jaxtrain.data import augment, draw, randaugment
+from jaxtrain.errors import ConfigError
+
+OPS = randaugment.OPERATIONS
+ENHANCE = {
+    "brightness": ImageEnhance.Brightness,
+    "color": ImageEnhance.Color,
+    "contrast": ImageEnhance.Contrast,
+    "sharpness": ImageEnhance.Sharpness,
+}
+train_inputs = jax.jit(augment.train_inputs, static_argnums=0)
+eval_inputs = jax.jit(augment.eval_inputs, static_argnums=0)
+
+
+def preprocess(size: int, augmentation: str, channels: int = 3, **kwargs: Any) -> augment.Preprocess:
+    # With this mean and deviation, and black and white pixels, x is exactly -1 and 1.
+    return augment.Preprocess(size, augmentation, (0.5,) * channels, (0.5,) * channels, 10, **kwargs)
+
+
+def noise(batch: int, size: int, channels: int = 3, seed: int = 0) -> Any:
+    return np.random.default_rng(seed).integers(0, 256, (batch, size, size, channels), dtype=np.uint8)
+
+
+def batch_of(images: Any, seed: int = 1) -> Any:
+    labels = np.random.default_rng(seed).integers(0, 10, len(images), dtype=np.int32)
+    return images, labels, np.arange(len(images), dtype=np.int32)
+
+
+def keys_of(count: int, seed: int = 0) -> jax.Array:
+    return jax.random.split(jax.random.key(seed), count)
+
+
+def to_pixels(x: Any) -> np.ndarray:
+    return np.rint((np.asarray(x, np.float64) * 0.5 + 0.5) * 255).astype(np.uint8)
+
+
+def to_pillow(image: np.ndarray) -> Image.Image:
+    return Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+
+
+def from_pillow(image: Image.Image) -> np.ndarray:
+    array = np.asarray(image)
+    return array if array.ndim == 3 else array[..., None]
+
+
+# ------------------------------------------------------------------------------------------- one operation at a time
+
+
+def varied_images(size: int, channels: int) -> Any:
+    """Noise, a smooth picture, few levels, a narrow range, one level, and mostly one level."""
+    rng = np.random.default_rng(size)
+    y, x = np.mgrid[:size, :size] / size
+    smooth = np.stack([120 + 100 * np.sin(5 * x + 3 * y + c) for c in range(channels)], -1)
+    few = rng.choice([0, 90, 255], (size, size, channels))
+    narrow = rng.integers(100, 130, (size, size, channels))
+    flat = np.full((size, size, channels), 77)
+    mostly = np.where(rng.random((size, size, 1)) < 0.97, 200, rng.integers(0, 256, (size, size, channels)))
+    return np.stack([noise(1, size, channels)[0], smooth, few, narrow, flat, mostly]).astype(np.uint8)
+
+
+def pillow_operation(image: np.ndarray, name: str, negative: bool) -> np.ndarray:
+    """torchvision's RandAugment at magnitude 9 of 30, spelled out with Pillow."""
+    sign = -1 if negative else 1
+    pil, size = to_pillow(image), image.shape[0]
+
+    def affine(*matrix: float) -> Image.Image:
+        return pil.transform(pil.size, Image.Transform.AFFINE, matrix, Image.Resampling.NEAREST)
+
+    shift = -sign * int(150 / 331 * size * 9 / 30)
+    match name:
+        case "shear_x":
+            pil = affine(1, sign * 0.09, 0, 0, 1, 0)
+        case "shear_y":
+            pil = affine(1, 0, 0, sign * 0.09, 1, 0)
+        case "translate_x":
+            pil = affine(1, 0, shift, 0, 1, 0)
+        case "translate_y":
+            pil = affine(1, 0, 0, 0, 1, shift)
+        case "rotate":
+            pil = pil.rotate(sign * 9, Image.Resampling.NEAREST)
+        case "posterize":
+            pil = ImageOps.posterize(pil, 7)
+        case "solarize":
+            pil = ImageOps.solarize(pil, 179)  # whole levels from 178.5 on
+        case "autocontrast":
+            pil = ImageOps.autocontrast(pil)
+        case "equalize":
+            pil = ImageOps.equalize(pil)
+        case "brightness" | "color" | "contrast" | "sharpness":
+            pil = ENHANCE[name](pil).enhance(1 + sign * 0.27)
+    return from_pillow(pil)
+
+
+def exactly_whole(image: np.ndarray, name: str) -> np.ndarray:
+    """Where the exact result is a whole number, so that float rounding and a cut may land one below it."""
+    if name in ENHANCE:
+        degenerate = from_pillow(ENHANCE[name](to_pillow(image)).degenerate).astype(int)
+        return 27 * (image.astype(int) - degenerate) % 100 == 0
+    low, high = image.min((0, 1)).astype(int), image.max((0, 1)).astype(int)
+    return 255 * (image - low) % np.maximum(high - low, 1) == 0
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("size", [9, 32, 70])
+def test_operations_equal_pillow(size, channels):
+    images = varied_images(size, channels)
+    cases = list(itertools.product(images, range(len(OPS)), (False, True)))
+    stack, operation, negative = (np.array(column) for column in zip(*cases, strict=True))
+    ours = np.asarray(jax.jit(randaugment.apply_operation)(stack, operation.astype(np.int32), negative))
+    assert ours.dtype == np.uint8
+    for result, (image, number, sign) in zip(ours, cases, strict=True):
+        reference = pillow_operation(image, OPS[number], sign)
+        difference = result.astype(int) - reference
+        if OPS[number] in (*ENHANCE, "autocontrast"):
+            assert set(np.unique(difference)) <= {-1, 0, 1}, OPS[number]
+            difference = difference[~exactly_whole(image, OPS[number])]
+        assert not difference.any(), (OPS[number], sign)
+
+
+@pytest.mark.parametrize(
+    ("source", "size"), [(32, 256), (32, 37), (8, 32), (50, 24), (96, 32), (40, 5), (2, 5), (1, 4)]
+)
+def test_resize_equals_pillow(source, size):
+    images = np.concatenate([noise(2, source), np.where(noise(2, source) > 127, 255, 0).astype(np.uint8)])
+    reference = [np.asarray(Image.fromarray(image).resize((size, size), Image.Resampling.BILINEAR)) for image in images]
+    np.testing.assert_array_equal(jax.jit(augment.resize, static_argnums=1)(images, size), reference)
+
+
+def test_resize_of_an_oblong_image_equals_pillow():
+    images: Any = np.random.default_rng(0).integers(0, 256, (2, 20, 33, 1), dtype=np.uint8)
+    reference = [from_pillow(to_pillow(image).resize((24, 24), Image.Resampling.BILINEAR)) for image in images]
+    np.testing.assert_array_equal(augment.resize(images, 24), reference)
+
+
+def jitter_factors(jitter: Any, count: int) -> np.ndarray:
+    """[count, 3]: brightness, contrast and saturation of each key, as probes show them: grey, two-level, reddish."""
+
+    def probe(image: np.ndarray) -> np.ndarray:
+        return np.asarray(jitter(np.repeat(image.astype(np.uint8)[None], count, 0))).astype(float)
+
+    flat = np.full((8, 8, 3), 150)
+    brightness = (probe(flat)[:, 0, 0, 0] + 0.5) / 150
+    bands = probe(np.where(np.arange(8)[:, None, None] < 4, 60, 160) * np.ones_like(flat))
+    contrast = (bands[:, -1, 0, 0] - bands[:, 0, 0, 0]) / 100 / brightness
+    reddish = probe(flat - [0, 40, 80])
+    saturation = (reddish[..., 0] - reddish[..., 2]).mean((1, 2)) / 80 / brightness / contrast
+    return np.stack([brightness, contrast, saturation], 1)
+
+
+def test_color_jitter_equals_pillow_in_some_order():
+    count, atol = 150, 5  # the probes' rounding
+    keys = keys_of(count)
+    jitter = jax.jit(lambda images: randaugment.color_jitter(images, keys))
+    factors = jitter_factors(jitter, count)
+    for column in factors.T:
+        assert 0.58 < column.min() < 0.65
+        assert 1.35 < column.max() < 1.42
+
+    image = varied_images(8, 3)[0]  # noise, so that white and black are cut off, and the order shows
+    results = np.asarray(jitter(np.repeat(image[None], count, 0))).astype(int)
+    identified = set()
+    for result, values in zip(results, factors, strict=True):
+        errors = {}
+        for order in itertools.permutations(range(3)):
+            pil = to_pillow(image)
+            for i in order:
+                pil = ENHANCE[("brightness", "contrast", "color")[i]](pil).enhance(values[i])
+            errors[order] = np.abs(from_pillow(pil) - result).max()
+        best, second = sorted(errors, key=errors.__getitem__)[:2]
+        assert errors[best] <= atol
+        if errors[second] > 2 * atol:
+            identified.add(best)
+    assert len(identified) == 6
+
+
+def test_color_jitter_of_a_grey_image_is_brightness_and_contrast():
+    keys = keys_of(100)
+    images = np.repeat(varied_images(8, 1)[:1], 100, 0)
+    grey = np.asarray(randaugment.color_jitter(images, keys))
+    colored = np.asarray(randaugment.color_jitter(np.repeat(images, 3, 3), keys))
+    np.testing.assert_array_equal(np.repeat(grey, 3, 3), colored)
+
+
+def test_rand_augment_is_two_operations_in_turn():
+    """Every result is one that some pair of the 28 variants gives, as often as so many of the 784 pairs give it."""
+    image = varied_images(16, 3)[1]
+    operation, negative = np.arange(28, dtype=np.int32) // 2, np.arange(28) % 2 == 1
+    apply = jax.jit(randaugment.apply_operation)
+    once = np.asarray(apply(np.repeat(image[None], 28, 0), operation, negative))
+    twice = np.asarray(apply(np.repeat(once, 28, 0), np.tile(operation, 28), np.tile(negative, 28)))
+    expected = collections.Counter(result.tobytes() for result in twice)
+    assert len(expected) > 200  # most pairs can be told apart
+
+    count = 4000
+    results = np.asarray(jax.jit(randaugment.rand_augment)(np.repeat(image[None], count, 0), keys_of(count)))
+    found = collections.Counter(result.tobytes() for result in results)
+    assert found.keys() <= expected.keys()
+    for result, pairs in expected.items():
+        share = pairs / 784
+        assert abs(found[result] / count - share) < 5 * np.sqrt(share / count)
+
+
+def test_random_erase():
+    count, side = 4000, 32
+    erased = (
+        np.asarray(jax.jit(augment.random_erase)(np.ones((count, side, side, 1), np.float32), keys_of(count)))[..., 0]
+        == 0
+    )
+    rows, columns = erased.any(2), erased.any(1)
+    np.testing.assert_array_equal(erased, rows[:, :, None] & columns[:, None, :])  # a product of rows and columns
+    for line in (rows, columns):  # without gaps
+        assert (np.abs(np.diff(line.astype(int), axis=1, prepend=0, append=0)).sum(1) <= 2).all()
+    hit = erased.any((1, 2))
+    assert abs(hit.mean() - 0.25) < 0.03
+    height, width = rows[hit].sum(1), columns[hit].sum(1)
+    assert height.max() < side
+    assert width.max() < side
+    area, aspect = height * width / side**2, height / width
+    assert 0.015 < area.min() < 0.05
+    assert 0.28 < area.max() < 0.35
+    assert abs(area.mean() - 0.17) < 0.01  # uniform in 0.02 ... 0.33, but the widest do not fit
+    assert abs(np.log(aspect).mean()) < 0.1  # as often upright as lying
+    assert 0.25 < aspect.min() < 0.4
+    assert 2.5 < aspect.max() < 4
+    assert rows[hit].mean(0).min() > 0.05  # anywhere
+
+
+# --------------------------------------------------------------------------------------------------------- the chains
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_none_is_normalisation_only(channels):
+    mean, std = (0.4914, 0.4822, 0.4465)[:channels], (0.2470, 0.2435, 0.2616)[:channels]
+    pre = augment.Preprocess(8, "none", mean, std, 10)
+    images, labels, example = batch_of(noise(4, 8, channels))
+    x, targets = train_inputs(pre, images, labels, example, jax.random.key(0))
+    reference = (images / np.float32(255) - np.array(mean, np.float32)) / np.array(std, np.float32)
+    np.testing.assert_allclose(x, reference, rtol=1e-6, atol=1e-6)
+    np.testing.assert_array_equal(x, eval_inputs(pre, images))
+    np.testing.assert_array_equal(targets, np.eye(10)[labels])
+    assert x.dtype == targets.dtype == jnp.float32
+
+
+@pytest.mark.parametrize(("size", "channels", "border"), [(32, 3, 4), (8, 1, 1), (6, 3, 1)])
+def test_light_is_a_padded_crop_and_a_flip(size, channels, border):
+    count = 600
+    images, labels, example = batch_of(np.repeat(noise(1, size, channels), count, 0))
+    x, targets = train_inputs(preprocess(size, "light", channels), images, labels, example, jax.random.key(0))
+    assert x.shape == images.shape
+    np.testing.assert_array_equal(np.argmax(targets, 1), labels)
+
+    padded = np.pad(images[0], ((border, border), (border, border), (0, 0)))
+    windows = {}
+    for y, x0, flip in itertools.product(range(2 * border + 1), range(2 * border + 1), (False, True)):
+        window = padded[y : y + size, x0 : x0 + size]
+        # A flip before or after the crop gives the same set of pictures, as the borders are equally wide.
+        windows[(window[:, ::-1] if flip else window).tobytes()] = (y, x0, flip)
+    chosen = np.array([windows[image.tobytes()] for image in to_pixels(x)])
+    assert abs(chosen[:, 2].mean() - 0.5) < 0.08
+    for offsets in chosen[:, 0], chosen[:, 1]:
+        shares = np.bincount(offsets, minlength=2 * border + 1) / count
+        assert np.abs(shares - 1 / (2 * border + 1)).max() < 0.08
+    assert abs(np.corrcoef(chosen.T)[np.triu_indices(3, 1)]).max() < 0.15  # drawn independently
+
+
+def test_resize_crop_is_a_window_of_the_enlarged_image():
+    count, size, enlarged = 300, 21, 24
+    images, labels, example = batch_of(np.repeat(noise(1, 12), count, 0))
+    x, _ = train_inputs(preprocess(size, "resize_crop"), images, labels, example, jax.random.key(0))
+    windows = {}
+    for flip in (False, True):
+        source = images[0][:, ::-1] if flip else images[0]
+        large = np.asarray(Image.fromarray(source).resize((enlarged, enlarged), Image.Resampling.BILINEAR))
+        for y, x0 in itertools.product(range(4), range(4)):
+            windows[large[y : y + size, x0 : x0 + size].tobytes()] = (y, x0, flip)
+    chosen = {windows[image.tobytes()] for image in to_pixels(x)}
+    assert len(chosen) == 32  # every window, mirrored and not
+
+
+@pytest.mark.parametrize(("source", "size"), [(32, 224), (256, 224), (30, 28)])
+def test_evaluation_takes_the_centre(source, size):
+    images = noise(2, source)
+    enlarged = round(size * 8 / 7)
+    start = round((enlarged - size) / 2)
+    reference = np.stack(
+        [np.asarray(Image.fromarray(image).resize((enlarged, enlarged), Image.Resampling.BILINEAR)) for image in images]
+    )[:, start : start + size, start : start + size]
+    x = eval_inputs(preprocess(size, "resize_crop"), images)
+    np.testing.assert_array_equal(to_pixels(x), reference)
+    np.testing.assert_allclose(x, reference / 127.5 - 1, atol=1e-6)
+
+
+@pytest.mark.parametrize("augmentation", ["none", "light", "heavy"])
+def test_evaluation_of_the_others_is_a_plain_resize(augmentation):
+    images = noise(2, 12)
+    reference = [np.asarray(Image.fromarray(image).resize((16, 16), Image.Resampling.BILINEAR)) for image in images]
+    np.testing.assert_array_equal(to_pixels(eval_inputs(preprocess(16, augmentation), images)), reference)
+
+
+def test_heavy_changes_most_images_and_stays_in_range():
+    for size, channels in ((16, 3), (8, 1)):
+        images, labels, example = batch_of(np.repeat(varied_images(size, channels)[1:2], 64, 0))
+        x, targets = train_inputs(preprocess(size, "heavy", channels), images, labels, example, jax.random.key(0))
+        assert x.shape == images.shape
+        assert np.abs(x).max() <= 1
+        assert len({image.tobytes() for image in np.asarray(x)}) > 60
+        np.testing.assert_array_equal(np.argmax(targets, 1), labels)
+
+
+# ------------------------------------------------------------------------------------------------------ mixup, cutmix
+
+
+@pytest.mark.parametrize("batch", [8, 7])
+def test_mixup_mixes_neighbours(batch):
+    images, _, example = batch_of(noise(batch, 8))
+    labels = np.arange(batch, dtype=np.int32)
+    plain, one_hot = train_inputs(preprocess(8, "none"), images, labels, example, jax.random.key(0))
+    partner = np.array([min(i ^ 1, batch - 1) if i ^ 1 < batch else i for i in range(batch)])
+    shares = []
+    for seed in range(10):
+        x, targets = train_inputs(preprocess(8, "none", mixup=0.4), images, labels, example, jax.random.key(seed))
+        lam = float(targets[0, 0])
+        shares.append(lam)
+        np.testing.assert_allclose(x, lam * plain + (1 - lam) * plain[partner], atol=1e-6)
+        np.testing.assert_allclose(targets, lam * one_hot + (1 - lam) * one_hot[partner], atol=1e-6)
+        np.testing.assert_allclose(targets.sum(1), 1, atol=1e-6)
+    assert np.std(shares) > 0.1
+
+
+def black_and_white() -> Any:
+    images = np.stack([np.zeros((16, 16, 1), np.uint8), np.full((16, 16, 1), 255, np.uint8)])
+    return images, np.array([0, 1], np.int32), np.arange(2, dtype=np.int32)
+
+
+def test_cutmix_share_is_the_share_of_pixels():
+    """Of a black and a white neighbour: the label's share must be the share of pixels that kept their colour."""
+    images, labels, example = black_and_white()
+    shares, cut_off = [], 0
+    for seed in range(40):
+        x, targets = train_inputs(preprocess(16, "none", 1, cutmix=1.0), images, labels, example, jax.random.key(seed))
+        foreign = np.asarray(x[0, ..., 0]) > 0
+        np.testing.assert_array_equal(x[0], -x[1])
+        np.testing.assert_array_equal(np.abs(x), 1)
+        rows, columns = foreign.any(1), foreign.any(0)
+        np.testing.assert_array_equal(foreign, rows[:, None] & columns)
+        share = 1 - foreign.mean()
+        shares.append(share)
+        cut_off += rows.sum() != columns.sum()
+        np.testing.assert_allclose(targets[:, :2], [[share, 1 - share], [1 - share, share]], atol=1e-6)
+        np.testing.assert_allclose(targets.sum(1), 1, atol=1e-6)
+    assert np.std(shares) > 0.1
+    assert cut_off > 5  # boxes over the edge are cut, and the share follows
+
+
+def test_both_take_turns():
+    images, labels, example = black_and_white()
+    pre = preprocess(16, "none", 1, mixup=1.0, cutmix=1.0)
+    keys = keys_of(400)
+    x, _ = jax.vmap(lambda key: augment.train_inputs(pre, images, labels, example, key))(keys)
+    mixed = np.any(np.abs(np.asarray(x)) < 1, axis=(1, 2, 3, 4))
+    assert abs(mixed.mean() - 0.5) < 0.1
+
+
+@pytest.mark.parametrize("alpha", [0.1, 0.2, 0.8, 1.0, 4.0])
+def test_beta_quantile(alpha):
+    share = np.concatenate([np.linspace(0, 1, 1001), [1e-5, 1e-3, 1 - 1e-5]]).astype(np.float32)
+    ours = np.asarray(draw.beta_quantile(alpha, jnp.asarray(share)))
+    np.testing.assert_allclose(ours, stats.beta.ppf(share.astype(float), alpha, alpha), atol=2e-4)
+    assert ours.min() >= 0
+    assert ours.max() <= 1
+
+
+def test_label_smoothing():
+    images, labels, example = batch_of(noise(4, 8))
+    _, targets = train_inputs(preprocess(8, "none", label_smoothing=0.1), images, labels, example, jax.random.key(0))
+    np.testing.assert_allclose(targets, 0.9 * np.eye(10)[labels] + 0.01, atol=1e-7)
+
+
+# --------------------------------------------------------------------------------------------- the same on any layout
+
+
+@pytest.mark.parametrize(("augmentation", "channels"), [("light", 3), ("heavy", 3), ("heavy", 1), ("resize_crop", 3)])
+def test_an_example_is_augmented_alike_in_any_batch(augmentation, channels):
+    pre = preprocess(8, augmentation, channels)
+    images, labels, example = batch_of(noise(16, 8, channels))
+    key = jax.random.key(5)
+    x, targets = train_inputs(pre, images, labels, example, key)
+    order = np.random.default_rng(0).permutation(16)
+    permuted = train_inputs(pre, images[order], labels[order], example[order], key)
+    np.testing.assert_array_equal(permuted[0], x[order])
+    np.testing.assert_array_equal(permuted[1], targets[order])
+    np.testing.assert_array_equal(train_inputs(pre, images[3:8], labels[3:8], example[3:8], key)[0], x[3:8])
+
+    again = train_inputs(pre, images, labels, example, key)[0]
+    np.testing.assert_array_equal(again, x)
+    for other in (
+        train_inputs(pre, images, labels, example, jax.random.fold_in(key, 1))[0],
+        train_inputs(pre, images, labels, example + 16, key)[0],
+    ):
+        assert (np.asarray(other) != np.asarray(x)).any((1, 2, 3)).mean() > 0.7
+
+
+def test_microbatches_add_up_to_the_batch():
+    pre = preprocess(8, "heavy", mixup=0.5, cutmix=1.0, label_smoothing=0.1)
+    images, labels, example = batch_of(noise(8, 8))
+    for seed in range(4):
+        key = jax.random.key(seed)
+        whole = train_inputs(pre, images, labels, example, key)
+        parts = [train_inputs(pre, images[i : i + 4], labels[i : i + 4], example[i : i + 4], key) for i in (0, 4)]
+        for a, b in zip(whole, zip(*parts, strict=True), strict=True):
+            np.testing.assert_allclose(a, np.concatenate(b), atol=1e-6)
+
+
+def test_precisions_agree():
+    images, labels, example = batch_of(noise(16, 8))
+    key = jax.random.key(2)
+    results = {}
+    for dtype in ("float32", "bfloat16", "float16"):
+        pre = preprocess(8, "heavy", mixup=0.5, cutmix=1.0, dtype=jnp.dtype(dtype))
+        results[dtype] = train_inputs(pre, images, labels, example, key)
+    with jax.enable_x64(True):
+        pre = preprocess(8, "heavy", mixup=0.5, cutmix=1.0, dtype=jnp.dtype("float64"))
+        results["float64"] = train_inputs(pre, images, labels, example, key)
+        in_f32 = train_inputs(preprocess(8, "heavy", mixup=0.5, cutmix=1.0), images, labels, example, key)
+    x, targets = results["float32"]
+    for dtype, (other, other_targets) in results.items():
+        assert other.dtype == dtype
+        assert other_targets.dtype == ("float64" if dtype == "float64" else "float32")
+        if dtype == "float64":
+            np.testing.assert_allclose(other, x, atol=1e-5)
+            np.testing.assert_allclose(other_targets, targets, atol=1e-5)
+        else:
+            np.testing.assert_array_equal(other, x.astype(dtype))  # computed in float32, rounded once
+            np.testing.assert_array_equal(other_targets, targets)
+    np.testing.assert_array_equal(in_f32[0], x)  # x64 by itself changes nothing
+    assert in_f32[0].dtype == in_f32[1].dtype == jnp.float32
+
+
+def test_a_sharded_batch_stays_on_its_devices():
+    """Eight devices, two examples each: the compiled program has no collective, and the numbers are those of one."""
+    program = """
+        import re, jax, numpy as np
+        from jax.sharding import NamedSharding, PartitionSpec as P
+        from jaxtrain.data import augment
+
+        rng = np.random.default_rng(0)
+        images = rng.integers(0, 256, (16, 8, 8, 3), dtype=np.uint8)
+        labels, example = rng.integers(0, 10, 16, dtype=np.int32), np.arange(16, dtype=np.int32)
+        pre = augment.Preprocess(8, "heavy", (0.5,) * 3, (0.5,) * 3, 10, mixup=0.5, cutmix=1.0)
+        mesh = jax.sharding.Mesh(np.array(jax.devices()), ("data",))
+        split, whole = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
+        args = (images, labels, example, jax.random.key(3))
+        run = lambda *args: augment.train_inputs(pre, *args)
+        compiled = jax.jit(run, in_shardings=(split, split, split, whole), out_shardings=split).lower(*args).compile()
+        arrays = jax.device_put(args, (split, split, split, whole))
+        for ours, reference in zip(compiled(*arrays), jax.jit(run)(*args)):
+            np.testing.assert_allclose(ours, reference, atol=1e-6)
+            assert len(ours.sharding.device_set) == 8
+        print("collectives", re.findall(r"(all-[a-z]+|collective-[a-z]+|reduce-scatter)[-a-z]*\\(", compiled.as_text()))
+    """
+    flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+    environment = os.environ | {"XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"}
+    run = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(program)], env=environment, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr
+    assert "collectives []" in run.stdout
+
+
+# ------------------------------------------------------------------------------------------------------------- errors
+
+
+@pytest.mark.parametrize(
+    ("augmentation", "image_channels", "mean_channels", "message"),
+    [("none", 1, 3, "config.data.mean"), ("heavy", 4, 4, "1 or 3 channels (grey or RGB), not 4")],
+)
+def test_wrong_channels_are_refused(augmentation, image_channels, mean_channels, message):
+    images, labels, example = batch_of(noise(2, 8, image_channels))
+    pre = preprocess(8, augmentation, mean_channels)
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        augment.train_inputs(pre, images, labels, example, jax.random.key(0))
+    with pytest.raises(ConfigError, match=re.escape(message)):
+        augment.eval_inputs(pre, images)
