@@ -60,7 +60,14 @@ class Checkpoints:
             read_only=read_only,
             create=not read_only,
         )
-        handlers = {"state": ocp.PyTreeCheckpointHandler(), "position": ocp.JsonCheckpointHandler()}
+        # Whole leaves from one replica: splitting them among replicas would compile a slice program for each leaf and
+        # device, 9 s in the loop at the first save of a small ResNet on 8 devices (measured).
+        arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+        handlers = {
+            "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
+            "position": ocp.JsonCheckpointHandler(),
+        }
         self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     # ---------------------------------------------------------------------------------------------------------- write

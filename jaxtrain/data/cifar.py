@@ -10,9 +10,11 @@ import dataclasses
 import hashlib
 import io
 import pickle
+import tarfile
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, ClassVar
 
 import numpy as np
 
@@ -23,9 +25,11 @@ from jaxtrain.errors import DataError
 class Official:
     """One data set as published on https://www.cs.toronto.edu/~kriz/cifar.html.
 
-    archive_sha256: as Keras pins it; the page gives MD5 only. folder: what the archive extracts to.
+    archive_sha256: as Keras pins it; the page gives MD5 only.
+    folder: what the archive extracts to.
     files: name -> (bytes, MD5). splits: split -> its files, in order. examples: split -> how many.
-    meta: the file with the names of the classes. labels: feature -> (key of its names in `meta`, key in a split's file).
+    meta: the file with the names of the classes.
+    labels: feature -> (key of its class names in `meta`, key of its column in a split's file).
     mean, std: per channel, over the training images in [0, 1].
     """
 
@@ -104,15 +108,17 @@ def read_folder(official: Official, folder: Path) -> dict[str, bytes]:
     return files
 
 
-def read_archive(official: Official, path: Path, members: Iterator[tuple[str, IO[bytes]]]) -> dict[str, bytes]:
-    """The same from the archive at `path`, whose `members` are (path in the archive, open file)."""
+def read_archive(official: Official, path: Path) -> dict[str, bytes]:
+    """The same from the archive at `path`, of which nothing is extracted (and TFDS's reader imports TensorFlow)."""
     files: dict[str, bytes] = {}
     try:
-        for member, content in members:
-            folder, _, name = member.rpartition("/")
-            if folder == official.folder and name in official.files:
-                files[name] = content.read()
-    except Exception as error:  # tarfile, gzip and zlib each raise their own
+        with tarfile.open(path, "r:gz") as archive:
+            for member in archive:
+                folder, _, name = member.name.rpartition("/")
+                if folder == official.folder and name in official.files and member.size == official.files[name][0]:
+                    content = archive.extractfile(member)
+                    files[name] = content.read() if content else b""
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise DataError(f"{path} cannot be unpacked ({error}); delete it, and it will be fetched again.") from None
     for name in official.files:
         _check(official, name, files.get(name, b""), f"{path}: {name}")
@@ -145,7 +151,7 @@ def examples(official: Official, files: Mapping[str, bytes], split: str) -> Iter
 
 
 class _ArraysOnly(pickle.Unpickler):
-    _ALLOWED = {
+    _ALLOWED: ClassVar[Mapping[tuple[str, str], Any]] = {
         ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
         ("numpy", "ndarray"): np.ndarray,
         ("numpy", "dtype"): np.dtype,

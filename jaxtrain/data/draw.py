@@ -1,7 +1,7 @@
 """Random numbers for augmentation: few, loop-free, and the same for every compute dtype.
 
 `jax.random.uniform` and `beta` draw other values in float64 than in float32, and `beta` and `randint` compile to many
-instructions, `beta` also to `while` loops that stall a GPU. Here one call a purpose gives 32-bit words, and the rest is
+instructions, `beta` also to `while` loops that stall a GPU. Here one call gives 32-bit words, and the rest is
 arithmetic on those.
 """
 
@@ -33,7 +33,7 @@ def uniform(word: jax.Array, dtype: DTypeLike) -> jax.Array:
 
 
 def beta_quantile(alpha: float, share: jax.Array) -> jax.Array:
-    """The `share`-quantile (in [0, 1]) of Beta(alpha, alpha), within 1e-4; of a uniform share, a sample."""
+    """The `share`-quantile (in [0, 1]) of Beta(alpha, alpha), within 1e-3; of a uniform share, a sample."""
     table = jnp.asarray(_beta_table(alpha), share.dtype)
     place = jnp.minimum(share, 1 - share) * (2 * _BETA_BINS)
     bin_ = jnp.minimum(place.astype(jnp.int32), _BETA_BINS - 1)

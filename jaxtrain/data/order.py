@@ -1,8 +1,8 @@
 """The order of the examples: a pure function of (seed, number of the example).
 
-Training is one endless stream of epochs, and *example number* e of it is example `permutation(n, seed, e // n)[e % n]` of
-the training set. A batch is any range of numbers, so an epoch's remainder is carried into the next, every batch is whole,
-and one integer (how many examples were consumed) is the whole state of the data: any number of processes resumes from it.
+Training is one endless stream of epochs: *number* e of it is example `permutation(n, seed, e // n)[e % n]` of the
+training set. A batch is a range of numbers, so an epoch's remainder is carried into the next and every batch is whole.
+One integer, how many examples were consumed, is all the state there is, and any number of processes resumes from it.
 
 The permutation sorts raw words of the Philox bit generator, whose stream NumPy guarantees across versions and platforms
 (`np.random.Generator.permutation` has no such guarantee, NEP 19).

@@ -25,7 +25,6 @@ OPERATIONS = (
     "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color", "contrast",
     "sharpness", "posterize", "solarize", "autocontrast", "equalize",
 )  # fmt: skip
-OPERATIONS_PER_IMAGE = 2
 _STRENGTH = 9 / 30  # magnitude 9 on the scale of 0 ... 30
 
 # The largest value of each operation (magnitude 30), as in torchvision; those of the first two lines get a random sign.
@@ -41,17 +40,17 @@ _JITTER_ORDERS = np.array(list(itertools.permutations((_BRIGHTNESS, _CONTRAST, _
 _BLEND_BITS = 16  # blend factors are fixed-point
 
 
-def rand_augment(images: jax.Array, keys: jax.Array) -> jax.Array:
-    """Two random operations of magnitude 9 on each image.
+def rand_augment(images: jax.Array, words: jax.Array) -> jax.Array:
+    """Random operations of magnitude 9 on each image, one after the other.
 
     Args:
         images: uint8 [B, S, S, C], C 1 or 3.
-        keys: [B] PRNG keys, one an image.
+        words: random, uint32 [B, N], for N operations (2 in `heavy`).
 
     Returns:
         uint8 [B, S, S, C].
     """
-    turns = draw.below(2 * len(OPERATIONS), draw.words(keys, OPERATIONS_PER_IMAGE))
+    turns = draw.below(2 * len(OPERATIONS), words)
 
     def step(state: tuple[jax.Array, jax.Array], turn: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         return _operate(_look_up(*state), turn >> 1, (turn & 1) == 1), None
@@ -89,12 +88,11 @@ def _operate(images: jax.Array, operation: jax.Array, negative: jax.Array) -> tu
     return images, _level_tables(images, operation)
 
 
-def color_jitter(images: jax.Array, keys: jax.Array) -> jax.Array:
+def color_jitter(images: jax.Array, words: jax.Array) -> jax.Array:
     """Brightness, contrast and saturation by factors uniform in [0.6, 1.4], in random order, as in torchvision.
 
-    The hue stays. Args and result as in `rand_augment`.
+    The hue stays. Images and result as in `rand_augment`; words are random, uint32 [B, 4].
     """
-    words = draw.words(keys, 4)
     span = _fixed_point(1 + _JITTER) - _fixed_point(1 - _JITTER) + 1
     factors = _fixed_point(1 - _JITTER) + draw.below(span, words[:, :3])
     turns = jnp.asarray(_JITTER_ORDERS)[draw.below(len(_JITTER_ORDERS), words[:, 3])]

@@ -41,12 +41,13 @@ def load(config: DataConfig, *, image_size: int = 0) -> Dataset:
     image_size: side that the model sees. Sources with a size of their own keep it (the device resizes). Images that
     differ in size need it: they are stored at this side, or at 8/7 of it with `resize_crop` (224 -> 256).
 
-    Splits: a data set's own ones are used. Without a validation split, the share `config.validation` of training is held
-    out; with a validation but no test split (ImageNet), the validation split serves as both; with neither, a fifth of
-    every class is held out for the test first. `config.split_seed` alone decides which. `config.examples` then keeps the
-    first so many of the training examples, in split order.
+    Splits: a data set's own ones are used. Without a validation split, the share `config.validation` of training is
+    held out; with a validation but no test split (ImageNet), the validation split serves as both; with neither, a fifth
+    of every class is held out for the test first. `config.split_seed` alone decides which examples. `config.examples`
+    then keeps the first so many of the training examples, in split order.
 
-    Raises `ConfigError` for an unknown name or settings that do not fit the data, `DataError` for missing or damaged data.
+    Raises `ConfigError` for an unknown name or settings that do not fit the data, and `DataError` for data that is
+    missing or damaged.
     """
     if not _is_dotted(config.name):
         return _split(_find_parts(config, image_size), config)
@@ -100,7 +101,10 @@ def _is_dotted(name: str) -> bool:
 
 
 def _folder_path(config: DataConfig) -> Path:
-    return Path(config.name.removeprefix("folder:")).expanduser()
+    path = Path(config.name.removeprefix("folder:")).expanduser()
+    if not path.is_dir():
+        raise DataError(f"config.data.name={config.name!r}: there is no such folder.")
+    return path
 
 
 def _find_parts(config: DataConfig, image_size: int) -> base.Parts:
@@ -187,7 +191,9 @@ def _digits_file() -> Path:
         path = Path(place, "datasets", "data", "digits.csv.gz")
         if path.exists():
             return path
-    raise DataError("config.data.name='digits': scikit-learn brings these images; install it with `pip install scikit-learn`.")
+    raise DataError(
+        "config.data.name='digits': scikit-learn brings these images; install it with `pip install scikit-learn`."
+    )
 
 
 def _digits() -> base.Parts:
@@ -218,7 +224,7 @@ def _digits() -> base.Parts:
 class SyntheticSource:
     """Images made when read: a quarter of the class's prototype (4 x 4 random blocks) and three quarters of noise.
 
-    Example i of the source is example first + i of the endless set that `seed` means; its class is that number modulo 10.
+    Example i of the source is number `first + i` of the endless set that `seed` means; its class is that modulo 10.
     """
 
     seed: int

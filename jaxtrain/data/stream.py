@@ -32,7 +32,8 @@ from jaxtrain.errors import DataError, JaxtrainError
 _READ_AHEAD = 2  # batches ready beside the one in use, in this process or in each worker
 _MOST_WORKERS = 8  # more than one process's share of the memory bandwidth of a host does not pay
 
-def default_workers(*, cheap: bool, local_processes: int = 1) -> int:
+
+def default_workers(*, cheap: bool = False, local_processes: int = 1) -> int:
     """Reading processes, from the CPUs that this process may use; 0 (read in a thread here) with two CPUs or fewer.
 
     cheap: the source's examples need no decoding (`sources.is_cheap`), so workers would only add copies.
@@ -84,8 +85,8 @@ class _Steps:
     def __len__(self) -> int:
         return self.steps
 
-    def __getitem__(self, step: Any) -> tuple[np.ndarray, np.ndarray]:
-        indices = self.plan(int(step))
+    def __getitem__(self, index: Any) -> tuple[np.ndarray, np.ndarray]:
+        indices = self.plan(int(index))
         try:
             return self.source.read(indices)
         except JaxtrainError:
@@ -109,7 +110,8 @@ class Stream:
             flags.FLAGS.mark_as_parsed()  # Grain reads its flags; from a Python program nobody has parsed any
         self._workers = workers
         self._left = len(steps)
-        threads = grain.ReadOptions(num_threads=1, prefetch_buffer_size=_READ_AHEAD)
+        # One thread: Python runs one at a time, and more of them only hinder each other (measured).
+        threads = grain.ReadOptions(num_threads=0 if workers else 1, prefetch_buffer_size=0 if workers else _READ_AHEAD)
         batches = grain.MapDataset.source(steps).to_iter_dataset(threads)
         if workers:
             processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_READ_AHEAD)
@@ -135,8 +137,9 @@ class Stream:
         except Exception as error:
             self.close()
             raise JaxtrainError(
-                f"Reading with config.data.workers={self._workers} failed ({error}); a worker that was killed is often "
-                "short of memory or of /dev/shm, and one that cannot start needs `if __name__ == '__main__':` in the script."
+                f"Reading with config.data.workers={self._workers} failed ({error}); a worker that was killed is "
+                "often short of memory or of /dev/shm, and one that cannot start needs `if __name__ == '__main__':` "
+                "in the script."
             ) from error
         self._left -= 1
         return np.asarray(images), np.asarray(labels)  # plain views of Grain's shared-memory arrays

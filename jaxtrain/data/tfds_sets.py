@@ -1,7 +1,7 @@
 """The one module that knows TFDS: CIFAR builders that need no TensorFlow, and data sets that TFDS has prepared.
 
-TFDS's own CIFAR builders import TensorFlow to read the archive and to encode the images. Here a builder hands `Image` an
-encoded PNG as a file object, which TFDS stores as it is; downloads, checksums, versions and record files stay TFDS's.
+TFDS's own CIFAR builders import TensorFlow to read the archive and to encode the images. Here a builder hands `Image`
+an encoded PNG as a file object, which TFDS stores as it is; download, checksum, versions and record files stay TFDS's.
 Beside the records lie the decoded images as `.npy` files, which training maps into memory: decoding 60,000 PNGs takes
 6.5 s at every start (9,000 a second, measured), mapping and hashing the arrays 0.1 s.
 """
@@ -26,6 +26,8 @@ from typing import Any
 import numpy as np
 import tensorflow_datasets as tfds
 from PIL import Image
+from tensorflow_datasets.core import constants, utils
+from tensorflow_datasets.core.download import checksums
 
 from jaxtrain.data import base, cifar, images
 from jaxtrain.errors import ConfigError, DataError
@@ -50,8 +52,8 @@ class _Cifar(tfds.core.GeneratorBasedBuilder):
     @property
     def url_infos(self) -> Any:
         """Size and checksum of the archive; by its file name, TFDS also finds it in the manual directory."""
-        size = tfds.core.utils.Size(self.official.archive_bytes)
-        known = tfds.core.download.checksums.UrlInfo(size, self.official.archive_sha256, self.official.archive)
+        size = utils.Size(self.official.archive_bytes)
+        known = checksums.UrlInfo(size, self.official.archive_sha256, self.official.archive)
         return {self.official.url: known}
 
     def _info(self) -> Any:
@@ -104,19 +106,22 @@ def _official_files(builder_name: str, official: cifar.Official, dl_manager: Any
     archive = manual / official.archive
     if archive.exists() and archive.stat().st_size != official.archive_bytes:
         size = archive.stat().st_size
-        raise DataError(f"{archive} has {size:,} bytes, the official archive {official.archive_bytes:,}: copy it again.")
+        raise DataError(
+            f"{archive} has {size:,} bytes, the official archive {official.archive_bytes:,}: copy it again."
+        )
     try:
         if not archive.exists() and not any((downloads / builder_name).rglob("*.tar.gz")):
             # TFDS would try for 200 s and then wait without limit; this finds a missing network at once.
             urllib.request.urlopen(urllib.request.Request(official.url, method="HEAD"), timeout=20).close()
         path = Path(dl_manager.download(official.url))
     except Exception as error:  # urllib's, requests' and TFDS's own, among them a checksum that differs
-        reason = " ".join(str(error).split())
+        reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
         raise DataError(
-            f"{official.url} could not be fetched ({reason}); put {official.archive} ({official.archive_bytes:,} bytes) "
-            f"or the folder {official.folder} extracted from it into {manual}/ and run again."
+            f"{official.url} could not be fetched ({reason}): put {official.archive} "
+            f"({official.archive_bytes:,} bytes), or the folder {official.folder} that it extracts to, into {manual}/ "
+            "and run again."
         ) from None
-    return cifar.read_archive(official, path, dl_manager.iter_archive(path))
+    return cifar.read_archive(official, path)
 
 
 # -------------------------------------------------------------------------------------------- preparing CIFAR, checking
@@ -132,8 +137,8 @@ def prepare_cifar(name: str, root: Path, timeout: float) -> Path:
     """Downloads and prepares `name` under `root` unless that is done; returns the directory of the prepared files.
 
     One process of this host works while others wait for up to `timeout` minutes. An interrupted preparation leaves
-    nothing that counts as prepared, and the next call does it again. Raises `DataError`: no network and no official files
-    (which file to put where), files that differ from the official ones, a damaged preparation, or a full disk.
+    nothing that counts as prepared, and the next call does it again. Raises `DataError`: no network and no official
+    files (which file to put where), files that differ from the official ones, a damaged preparation, or a full disk.
     """
     directory = cifar_directory(name, root)
     if (directory / _MANIFEST).exists():
@@ -147,7 +152,8 @@ def prepare_cifar(name: str, root: Path, timeout: float) -> Path:
                 _generate(name, root)
                 _write_arrays(name, directory)
     except OSError as error:
-        raise DataError(f"{error.filename or root} cannot be written ({error.strerror}) while preparing {name}.") from None
+        reason = error.strerror or error
+        raise DataError(f"{error.filename or root} cannot be written while preparing {name} ({reason}).") from None
     return directory
 
 
@@ -155,7 +161,7 @@ def _generate(name: str, root: Path) -> None:
     """Lets TFDS write the records; it builds them in a temporary directory, and renames that when all is done."""
     directory = cifar_directory(name, root)
     for leftover in [
-        *directory.parent.glob(f"{tfds.core.constants.INCOMPLETE_PREFIX}*"),
+        *directory.parent.glob(f"{constants.INCOMPLETE_PREFIX}*"),
         *(root / "downloads" / directory.parent.name).glob("**/*.tmp.*"),
     ]:
         shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed: we hold the lock
@@ -180,7 +186,9 @@ def _write_arrays(name: str, directory: Path) -> None:
             os.replace(f"{path}.tmp", path)
     files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(directory.iterdir())}
     temporary = directory / f"{_MANIFEST}.tmp"
-    temporary.write_text(json.dumps({"class_names": TfdsSource(directory, "train").class_names, "files": files}, indent=1))
+    temporary.write_text(
+        json.dumps({"class_names": TfdsSource(directory, "train").class_names, "files": files}, indent=1)
+    )
     os.replace(temporary, directory / _MANIFEST)
 
 
@@ -193,7 +201,7 @@ def _manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest = json.loads((directory / _MANIFEST).read_text())
         wanted = {name: entry["bytes"] for name, entry in manifest["files"].items()}
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f"{directory / _MANIFEST} is damaged ({error}); {_again(directory)}") from None
     for name, size in wanted.items():
         path = directory / name
@@ -220,7 +228,7 @@ def _sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def _lock(path: Path, timeout: float) -> Iterator[None]:
-    """Holds an exclusive lock, which the operating system frees when the process dies; waits up to `timeout` minutes."""
+    """Holds an exclusive lock, which the operating system frees when the process dies; waits `timeout` minutes."""
     deadline = time.monotonic() + 60 * timeout
     with open(path, "w") as file:
         while True:
@@ -285,7 +293,7 @@ def verify_cifar(name: str, root: Path) -> dict[str, int]:
     return counts
 
 
-# ------------------------------------------------------------------------------------------------------ prepared by TFDS
+# ----------------------------------------------------------------------------------------------------- prepared by TFDS
 
 
 class TfdsSource:
@@ -300,7 +308,7 @@ class TfdsSource:
         self._side = side
         try:
             builder = tfds.builder_from_directory(directory)
-            info = builder.info
+            info: Any = builder.info
             formats = {str(getattr(f, "value", f)) for f in info.available_file_formats()}
         except Exception as error:  # TFDS raises what its parsers raise
             raise DataError(f"{directory} is not a complete TFDS data set ({error}); prepare it again.") from None
@@ -318,7 +326,7 @@ class TfdsSource:
         self.class_names: tuple[str, ...] = tuple(label.names)
         decoders = {self._image: tfds.decode.SkipDecoding()}
         try:
-            self._records = builder.as_data_source(split, decoders=decoders, file_format="array_record")
+            self._records = builder.as_data_source(split=split, decoders=decoders, file_format="array_record")
             self._files = [(Path(f.filename), f.take) for f in info.splits[split].file_instructions]
         except Exception as error:
             raise DataError(f"{directory}: the split {split!r} cannot be opened ({error}).") from None

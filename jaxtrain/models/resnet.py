@@ -121,4 +121,11 @@ def build(
     for stage, depth in enumerate(depths):
         strides = [1 if stage == 0 else 2] + [1] * (depth - 1)
         layers += [Block(*types, width * 2**stage, stride, bottleneck, next(rates)) for stride in strides]
-    return Classifier((*layers, Head(*types, num_classes, settings.dropout(config, 0.0))))
+    return Classifier(
+        (*layers, Head(*types, num_classes, settings.dropout(config, 0.0))),
+        tensor_rules=(  # a block's first convolution is split by outputs, and with it the second's inputs
+            ("conv1/kernel$", (None, None, None, "tensor")),
+            ("bn1/(scale|bias|mean|var)$", ("tensor",)),
+            ("conv2/kernel$", (None, None, "tensor", None)),
+        ),
+    )

@@ -1,0 +1,482 @@
+"""Order, splits, sources and streams: `jaxtrain/data/{order,sources,images,stream}.py`."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from jaxtrain.config import DataConfig
+from jaxtrain.data import base, order, sources, stream
+from jaxtrain.errors import ConfigError, DataError, JaxtrainError
+
+
+def sha(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).tobytes()).hexdigest()[:16]
+
+
+# --------------------------------------------------------------------------------------------------------------- order
+
+
+def test_order_is_fixed_forever():
+    """A change here reorders every run that resumes: these hashes hold across NumPy versions and platforms."""
+    assert order.permutation(8, 0, 0).tolist() == [0, 2, 1, 5, 4, 3, 6, 7]
+    assert sha(order.permutation(50_000, 7, 3)) == "80293edbb020ef86"
+    assert sha(order.split_permutation(50_000, 0)) == "d0e7728c8f8bde6b"
+    assert order.permutation(50_000, 7, 3).dtype == np.int64
+
+
+def test_each_epoch_is_another_permutation():
+    epochs = [order.permutation(1000, 5, epoch) for epoch in range(3)]
+    for epoch in epochs:
+        assert sorted(epoch) == list(range(1000))
+    assert (
+        len({sha(epoch) for epoch in [*epochs, order.permutation(1000, 6, 0), order.split_permutation(1000, 5)]}) == 5
+    )
+
+
+def test_remainder_is_carried_into_the_next_epoch():
+    batches = [order.batch_indices(10, 1, 4 * step, 4) for step in range(5)]
+    stream_ = np.concatenate(batches)
+    np.testing.assert_array_equal(stream_, np.concatenate([order.permutation(10, 1, 0), order.permutation(10, 1, 1)]))
+
+
+def test_a_batch_may_span_many_epochs():
+    np.testing.assert_array_equal(
+        order.batch_indices(3, 2, 7, 8), np.concatenate([order.permutation(3, 2, e) for e in range(5)])[7:15]
+    )
+
+
+@pytest.mark.parametrize("processes", [1, 2, 4])
+def test_processes_share_each_batch_without_loss_or_repeat(processes):
+    """Places are dealt out within each of two microbatches; put together they are the batch of one process."""
+    places = np.arange(16).reshape(2, processes, -1).swapaxes(0, 1).reshape(processes, -1)
+    streams = [order.index_stream(50, seed=3, global_batch=16, positions=p, first_example=0, steps=25) for p in places]
+    seen = []
+    for step, parts in enumerate(zip(*streams, strict=True)):
+        batch = np.empty(16, np.int32)
+        batch[np.concatenate(places)] = np.concatenate(parts)
+        np.testing.assert_array_equal(batch, order.batch_indices(50, 3, 16 * step, 16))
+        seen.append(batch)
+    np.testing.assert_array_equal(np.bincount(np.concatenate(seen)), np.full(50, 8))  # 400 examples: 8 epochs of 50
+
+
+def test_resume_needs_only_the_count_of_examples():
+    whole = np.concatenate([order.batch_indices(97, 0, 8 * step, 8) for step in range(30)])
+    resumed = order.index_stream(97, seed=0, global_batch=12, positions=np.arange(12), first_example=120, steps=10)
+    np.testing.assert_array_equal(np.concatenate(list(resumed)), whole[120:])
+
+
+@pytest.mark.parametrize(("n", "batch"), [(10, 4), (8, 4), (3, 8), (0, 4)])
+def test_evaluation_counts_each_example_once(n, batch):
+    counted = np.zeros(n, int)
+    for indices, mask in order.eval_batches(n, batch):
+        assert indices.shape == mask.shape == (batch,)
+        assert indices.max() < n
+        np.add.at(counted, indices[mask], 1)
+    assert (counted == 1).all()
+
+
+# -------------------------------------------------------------------------------------------------------------- splits
+
+
+def indices_of(source: base.Source) -> np.ndarray:
+    assert isinstance(source, base.Subset)
+    return source.indices
+
+
+def test_digits_splits():
+    dataset = sources.load(DataConfig(name="digits"))
+    parts = [indices_of(s) for s in (dataset.train, dataset.validation, dataset.test)]
+    assert [len(p) for p in parts] == [1294, 144, 359]
+    assert sorted(np.concatenate(parts)) == list(range(1797))  # disjoint, and nothing is lost
+    assert [sha(p) for p in parts] == ["b5f3da00619392bd", "a2221cde7b578242", "3258f4e6e1a3f760"]
+    labels = dataset.test.read(np.arange(359))[1]
+    assert np.bincount(labels).min() >= 34  # stratified: a fifth of each class
+
+
+def test_splits_follow_split_seed_alone():
+    load = lambda **changes: indices_of(sources.load(DataConfig(name="digits", **changes)).train).tolist()  # noqa: E731
+    assert load() == load(global_batch=7)
+    assert load() != load(split_seed=1)
+    assert load(examples=100) == load()[:100]
+    assert len(load(validation=0.0)) == 1797 - 359
+
+
+def test_digits_are_the_scanned_images():
+    dataset = sources.load(DataConfig(name="digits"))
+    assert isinstance(dataset.train, base.Subset)
+    pixels, labels = sources.materialize(dataset.train.base)
+    assert pixels.shape == (1797, 8, 8, 1)
+    assert pixels.dtype == np.uint8
+    assert (pixels.min(), pixels.max()) == (0, 255)
+    assert labels[:10].tolist() == list(range(10))  # scikit-learn's file begins so
+    assert (pixels.mean() / 255, pixels.std() / 255) == pytest.approx((dataset.mean[0], dataset.std[0]), abs=1e-3)
+    assert sources.nbytes(dataset.train.base) == pixels.nbytes + labels.nbytes
+
+
+def test_fingerprint_names_content_and_splits():
+    base_config = DataConfig(name="synthetic")
+    prints = {
+        sources.load(dataclasses.replace(base_config, **changes)).fingerprint
+        for changes in ({}, {"split_seed": 1}, {"validation": 0.2}, {"examples": 50}, {"name": "digits"})
+    }
+    assert len(prints) == 5
+    assert sources.load(base_config).fingerprint in prints
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (DataConfig(name="digts"), "Did you mean 'digits'"),
+        (DataConfig(name="digits", examples=1500), "1,294 training examples"),
+        (DataConfig(name="digits", mean=(0.5,) * 3, std=(0.5,) * 3), "config.data.mean"),
+        (DataConfig(name="os.path:joint"), "Did you mean 'join'"),
+        (DataConfig(name="folder:anywhere"), "config.data.image_size=0"),
+    ],
+)
+def test_settings_that_do_not_fit(config, words, tmp_path):
+    with pytest.raises(ConfigError, match=words):
+        sources.load(dataclasses.replace(config, dir=str(tmp_path)))
+
+
+# ----------------------------------------------------------------------------------------------------------- synthetic
+
+
+def test_synthetic_bytes_depend_on_the_seed_alone():
+    dataset = sources.load(DataConfig(name="synthetic"))
+    pixels, labels = dataset.train.read(np.array([5, 2, 5]))
+    assert dataset.train.shape == (28, 28, 1)
+    assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (10_000, 1000, 2000)
+    assert (sha(pixels), labels.tolist()) == ("75511cf98267b2f4", [0, 5, 0])
+    np.testing.assert_array_equal(pixels[0], pixels[2])
+    assert sha(sources.load(DataConfig(name="synthetic", split_seed=1)).train.read(np.array([5, 2, 5]))[0]) != sha(
+        pixels
+    )
+
+
+def test_synthetic_is_learnable_lazy_and_takes_a_size():
+    huge = sources.load(DataConfig(name="synthetic", examples=10**6), image_size=32)
+    assert huge.train.shape == (32, 32, 3)
+    pixels, labels = huge.train.read(np.arange(500))
+    means = np.stack([pixels[labels == label].mean(0) for label in range(10)])
+    unseen, wanted = huge.test.read(np.arange(200))
+    nearest = ((unseen[:, None].astype(float) - means) ** 2).sum((2, 3, 4)).argmin(1)
+    assert (nearest == wanted).mean() > 0.95
+    assert pixels.mean() / 255 == pytest.approx(huge.mean[0], abs=0.02)
+    assert pixels.std() / 255 == pytest.approx(huge.std[0], abs=0.02)
+
+
+# -------------------------------------------------------------------------------------------------------------- folder
+
+
+def write_image(path: Path, size: tuple[int, int] = (20, 12), value: int = 0, **options) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", size, (value, 255 - value, 7)).save(path, **options)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four classes of eight images of several sizes, modes and formats, beside files that are none."""
+    for label, name in enumerate(("ant", "bee", "cat", "dog")):
+        for k in range(8):
+            write_image(tmp_path / "set" / name / f"{k}.{'png' if k % 2 else 'jpg'}", (20 + k, 12 + label), 60 * label)
+    Image.new("L", (9, 30), 200).save(tmp_path / "set/ant/grey.png")
+    (tmp_path / "set/ant/notes.txt").write_text("not an image")
+    (tmp_path / "set/.hidden").mkdir()
+    return tmp_path / "set"
+
+
+def load_folder(path: Path, **changes) -> base.Dataset:
+    return sources.load(DataConfig(name=f"folder:{path}", **changes), image_size=14)
+
+
+def test_folder_without_splits_is_cut_by_class(folder):
+    dataset = load_folder(folder)
+    assert dataset.class_names == ("ant", "bee", "cat", "dog")
+    assert [len(s) for s in (dataset.train, dataset.validation, dataset.test)] == [23, 2, 8]
+    pixels, labels = sources.materialize(dataset.train)
+    assert pixels.shape == (23, 14, 14, 3)
+    coloured = np.ptp(pixels.astype(int), axis=-1).reshape(23, -1).max(1) > 0
+    np.testing.assert_allclose(pixels[coloured].mean((1, 2))[:, 0], 60 * labels[coloured], atol=3)
+    grey = ~coloured
+    assert (pixels[grey] == 200).all()  # converted to RGB
+
+
+def test_folder_stores_room_for_the_crop(folder):
+    config = DataConfig(name=f"folder:{folder}", augmentation="resize_crop")
+    assert sources.load(config, image_size=224).train.shape == (256, 256, 3)
+
+
+@pytest.mark.parametrize(
+    ("size", "side"), [((30, 10), 10), ((30, 10), 5), ((10, 30), 16), ((20, 12), 6), ((20, 12), 18), ((9, 9), 4)]
+)
+def test_folder_image_is_the_centre_of_the_resized_image(tmp_path, size, side):
+    """Against Pillow's resize of the whole image, then a crop."""
+    image = Image.effect_noise(size, 90).convert("RGB")
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+        for k in range(2):
+            image.save(tmp_path / name / f"{k}.png")
+    found = sources.load(DataConfig(name=f"folder:{tmp_path}", validation=0.0), image_size=side).train.read(
+        np.array([0])
+    )
+    scale = side / min(size)
+    whole = image.resize((round(size[0] * scale), round(size[1] * scale)), Image.Resampling.BILINEAR)
+    left, top = (whole.width - side) // 2, (whole.height - side) // 2
+    wanted = np.asarray(whole)[top : top + side, left : left + side].astype(int)
+    assert np.abs(found[0][0] - wanted).max() <= 1  # rounding of Pillow's fixed-point weights
+
+
+def test_folder_with_its_own_splits(folder, tmp_path):
+    top = tmp_path / "split"
+    top.mkdir()
+    os.rename(folder, top / "train")
+    for name in ("ant", "dog"):
+        write_image(top / "val" / name / "0.png")
+    dataset = load_folder(top)
+    assert [len(s) for s in (dataset.train, dataset.validation, dataset.test)] == [
+        33,
+        2,
+        2,
+    ]  # ImageNet has no test either
+    assert dataset.validation.read(np.arange(2))[1].tolist() == [0, 3]
+    write_image(top / "test/bee/0.png")
+    assert len(load_folder(top).test) == 1
+    assert load_folder(top).fingerprint != dataset.fingerprint
+    write_image(top / "val/dogs/0.png")
+    with pytest.raises(DataError, match=r"val/dogs: training has no class 'dogs'. Did you mean 'dog'"):
+        load_folder(top)
+
+
+def bomb() -> bytes:
+    """A PNG of a few bytes that declares 60,000 x 60,000 pixels."""
+    buffer = io.BytesIO()
+    Image.new("L", (1, 1)).save(buffer, format="PNG")
+    data = bytearray(buffer.getvalue())
+    data[16:24] = (60_000).to_bytes(4, "big") * 2
+    return bytes(data)
+
+
+def jpeg(size: tuple[int, int] = (64, 64)) -> bytes:
+    buffer = io.BytesIO()
+    Image.effect_noise(size, 80).convert("RGB").save(buffer, format="JPEG")
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"", "is empty"),
+        (b"\x00garbage" * 50, "is not a readable image"),
+        (jpeg()[:-200], "is not a readable image .*truncated"),
+        (bomb(), "is not a readable image"),
+    ],
+    ids=["zero-length", "garbage", "truncated", "bomb"],
+)
+@pytest.mark.filterwarnings("error")
+def test_bad_image_file_is_named(folder, content, words):
+    (folder / "bee" / "0.jpg").write_bytes(content)
+    dataset = load_folder(folder)  # finding the files reads none of them
+    assert isinstance(dataset.train, base.Subset)
+    with pytest.raises(DataError, match=rf"bee/0.jpg \(class 'bee'\) {words}"):
+        sources.materialize(dataset.train.base)
+    with pytest.raises(DataError, match=r"bee/0.jpg"):
+        sources.verify(DataConfig(name=f"folder:{folder}"))
+
+
+def test_a_large_image_below_the_bomb_limit_is_refused_too(monkeypatch, folder):
+    monkeypatch.setattr("jaxtrain.data.images._MAX_PIXELS", 300)
+    with pytest.raises(DataError, match="at most 300 are read"):
+        sources.verify(DataConfig(name=f"folder:{folder}"))
+
+
+def test_links_that_leave_the_folder_are_refused(folder, tmp_path):
+    write_image(tmp_path / "elsewhere.png")
+    (folder / "bee/inside.png").symlink_to(folder / "bee/1.png")
+    assert len(load_folder(folder, validation=0.0).train) == 26
+    (folder / "bee/outside.png").symlink_to(tmp_path / "elsewhere.png")
+    with pytest.raises(DataError, match=r"bee/outside.png: the link leads out of"):
+        load_folder(folder)
+
+
+def test_broken_folders(folder, tmp_path):
+    (folder / "empty").mkdir()
+    with pytest.raises(DataError, match="empty: the class has no images"):
+        load_folder(folder)
+    with pytest.raises(DataError, match="there is no such folder"):
+        load_folder(tmp_path / "nowhere")
+    write_image(tmp_path / "only/val/a/0.png")
+    with pytest.raises(DataError, match="has val but no train"):
+        load_folder(tmp_path / "only")
+    write_image(tmp_path / "one/a/0.png")
+    with pytest.raises(DataError, match="at least 2 classes"):
+        load_folder(tmp_path / "one")
+
+
+# --------------------------------------------------------------------------------------------------------- user's own
+
+
+def my_source(config: DataConfig, *, image_size: int) -> base.Dataset:
+    source = base.ArraySource(
+        np.full((6, image_size, image_size, 1), config.split_seed, np.uint8), np.zeros(6, np.int32)
+    )
+    return base.Dataset("mine", source, source, source, 2, ("a", "b"), (0.5,), (0.5,), "mine-1")
+
+
+def test_source_by_dotted_name(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    config = DataConfig(name="test_data:my_source", split_seed=9)
+    dataset = sources.load(config, image_size=5)
+    assert dataset.train.read(np.arange(2))[0].tolist() == np.full((2, 5, 5, 1), 9).tolist()
+    assert sources.prepare(config) is None
+    with pytest.raises(ConfigError, match="returned int, not a Dataset"):
+        sources.load(DataConfig(name="test_data:not_a_source"))
+
+
+def not_a_source(config: DataConfig, *, image_size: int) -> int:
+    return image_size
+
+
+# -------------------------------------------------------------------------------------------------------------- stream
+
+
+@dataclasses.dataclass(frozen=True)
+class Failing:
+    """Reads zeros; example 7 fails in the way that `how` says."""
+
+    how: str
+    shape = (2, 2, 1)
+
+    def __len__(self) -> int:
+        return 64
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        if 7 in indices:
+            if self.how == "damaged":
+                raise DataError("shard-3: record 7 is damaged.")
+            if self.how == "bug":
+                raise type("Odd", (Exception,), {})("does not pickle")
+            os.kill(os.getpid(), signal.SIGKILL)
+        return np.zeros((len(indices), 2, 2, 1), np.uint8), indices.astype(np.int32)
+
+
+def children() -> list:
+    return multiprocessing.active_children()
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_stream_gives_the_bytes_of_direct_reads(workers):
+    source = sources.load(DataConfig(name="digits")).train
+    positions = np.array([0, 1, 8, 9])
+    with stream.train_stream(
+        source, seed=3, global_batch=16, positions=positions, first_example=1280, workers=workers, steps=9
+    ) as batches:
+        got = list(batches)
+    assert len(got) == 9
+    for step, (pixels, labels) in enumerate(got):
+        wanted = source.read(order.batch_indices(len(source), 3, 1280 + 16 * step, 16)[positions])
+        np.testing.assert_array_equal(pixels, wanted[0])
+        np.testing.assert_array_equal(labels, wanted[1])
+        assert (pixels.dtype, labels.dtype, type(pixels)) == (np.uint8, np.int32, np.ndarray)
+    assert not children()
+
+
+def test_evaluation_stream_follows_its_masks():
+    source = sources.load(DataConfig(name="digits")).test
+    with stream.eval_stream(source, global_batch=100, positions=np.arange(50, 100), workers=0) as batches:
+        labels = [labels for _, labels in batches]
+    masks = [mask[50:] for _, mask in order.eval_batches(len(source), 100)]
+    wanted = source.read(np.concatenate([np.arange(50, 100) + 100 * k for k in range(3)] + [np.arange(350, 359)]))[1]
+    np.testing.assert_array_equal(np.concatenate(labels)[np.concatenate(masks)], wanted)
+
+
+@pytest.mark.parametrize(
+    ("how", "workers", "words"),
+    [
+        ("damaged", 0, "shard-3: record 7 is damaged."),
+        ("damaged", 2, "shard-3: record 7 is damaged."),
+        ("bug", 2, r"Failing failed to read examples .* \(Odd: does not pickle\)"),
+        ("killed", 1, r"config.data.workers=1 failed .*exit code -9"),
+    ],
+)
+def test_a_failing_read_ends_the_stream_with_its_reason(how, workers, words):
+    begin = time.monotonic()
+    batches = stream.train_stream(
+        Failing(how), seed=0, global_batch=4, positions=np.arange(4), first_example=0, workers=workers, steps=1000
+    )
+    with pytest.raises(JaxtrainError, match=words) as caught:
+        for _ in batches:
+            pass
+    assert isinstance(caught.value, DataError) == (how != "killed")
+    assert time.monotonic() - begin < 60  # it raises; it does not hang
+    assert not children()
+
+
+def test_closing_early_leaves_no_worker():
+    source = Failing("damaged")
+    batches = stream.train_stream(
+        source, seed=1, global_batch=2, positions=np.arange(2), first_example=0, workers=1, steps=10**6
+    )
+    next(batches)
+    assert children()
+    batches.close()
+    batches.close()
+    assert not children()
+
+
+def test_workers_end_when_the_program_is_killed(tmp_path):
+    script = tmp_path / "run.py"
+    script.write_text(
+        textwrap.dedent("""
+        import multiprocessing, os, time
+        import numpy as np
+        from jaxtrain.data import base, stream
+        if __name__ == "__main__":
+            source = base.ArraySource(np.zeros((64, 2, 2, 1), np.uint8), np.zeros(64, np.int32))
+            batches = stream.train_stream(source, seed=0, global_batch=4, positions=np.arange(4), first_example=0,
+                                          workers=1, steps=10**9)
+            next(batches)
+            print(*[child.pid for child in multiprocessing.active_children()], flush=True)
+            time.sleep(600)
+        """)
+    )
+    command, path = [sys.executable, str(script)], os.pathsep.join([str(Path(base.__file__).parents[2]), *sys.path])
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env={**os.environ, "PYTHONPATH": path}
+    ) as run:
+        assert run.stdout is not None
+        workers = [int(pid) for pid in run.stdout.readline().split()]
+        run.kill()
+    assert workers
+    deadline = time.monotonic() + 60
+    while any(Path(f"/proc/{pid}").exists() for pid in workers) and Path("/proc").exists():
+        assert time.monotonic() < deadline, "the worker outlived its parent"
+        time.sleep(0.1)
+
+
+@pytest.mark.parametrize(
+    ("cpus", "cheap", "local", "workers"),
+    [(1, False, 1, 0), (2, False, 1, 0), (6, False, 1, 4), (64, False, 1, 8), (64, True, 1, 0), (16, False, 4, 2)],
+)
+def test_default_workers_follow_the_cpus(monkeypatch, cpus, cheap, local, workers):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)), raising=False)
+    assert stream.default_workers(cheap=cheap, local_processes=local) == workers
+
+
+def test_cheap_sources_are_those_in_memory(folder):
+    assert sources.is_cheap(sources.load(DataConfig(name="digits")).train)
+    assert sources.is_cheap(sources.load(DataConfig(name="synthetic")).train)
+    assert not sources.is_cheap(load_folder(folder).train)
