@@ -50,7 +50,7 @@ class Duration:
         """Reads `text`; `minutes` says whether wall-clock time is allowed. Raises `ConfigError` naming `field`."""
         match = _DURATION.fullmatch(text)
         unit = _UNITS.get(match[2].lower()) if match else None
-        if match is None or unit is None or (unit == "minutes" and not minutes):
+        if match is None or unit is None or not math.isfinite(float(match[1])) or (unit == "minutes" and not minutes):
             units = "steps, epochs or examples" + (" or minutes" if minutes else "")
             raise ConfigError(f"{field}={text!r} is not a duration; write a number of {units}, such as '5 epochs'.")
         return cls(float(match[1]), unit)
@@ -397,9 +397,10 @@ class Config(_Section):
         """Raises `ConfigError` unless `batch` divides into the microbatches and the BatchNorm groups."""
         for name, count in (("layout.microbatches", parts), ("model.bn_groups", groups)):
             if batch % count:
+                near = sorted({max(batch // count, 1) * count, (batch // count + 1) * count})
                 raise ConfigError(
                     f"config.data.global_batch={batch} does not divide into config.{name}={count} equal parts; "
-                    f"the nearest that do are {batch // count * count or count} and {(batch // count + 1) * count}."
+                    f"the nearest that do {'are' if len(near) > 1 else 'is'} {' and '.join(map(str, near))}."
                 )
 
 

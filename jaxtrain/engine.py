@@ -7,7 +7,7 @@ import dataclasses
 import functools
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,7 +16,8 @@ from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.errors import DeviceMemoryError
 from jaxtrain.evaluate import EvalResult, Evaluator, make_evaluator
 from jaxtrain.feed import Feed, make_feed
-from jaxtrain.parallel.audit import Audit, audit
+from jaxtrain.optim import learning_rate
+from jaxtrain.parallel.audit import audit
 from jaxtrain.parallel.layout import Layout, Placement, bytes_per_device
 from jaxtrain.resume import Resume
 from jaxtrain.run import Run
@@ -84,18 +85,19 @@ def _compile_step(run: Run, feed: Feed, state: TrainState) -> Step:
     )
     with contextlib.closing(examples) as batches:
         batch = next(batches)
-    try:
-        return make_step(run.task, run.layout, state, batch, feed.resident)
-    except jax.errors.JaxRuntimeError as error:
-        raise_if_out_of_memory(error)
-        raise
+    return make_step(run.task, run.layout, state, batch, feed.resident)
 
 
-def raise_if_out_of_memory(error: Exception) -> None:
+@contextlib.contextmanager
+def explain_out_of_memory() -> Iterator[None]:
     """Turns XLA's out-of-memory error into a `DeviceMemoryError` that says what helps."""
-    if "RESOURCE_EXHAUSTED" in str(error) or "out of memory" in str(error).lower():
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
         raise DeviceMemoryError(
-            "The step does not fit the devices' memory. In this order: raise config.layout.microbatches, use "
+            "The run does not fit the devices' memory. In this order: raise config.layout.microbatches, use "
             "config.train.remat=dots or full, raise config.layout.zero, use more devices, or lower config.data.global_batch. "
             f"XLA said: {str(error).splitlines()[0]}"
         ) from error
@@ -103,7 +105,7 @@ def raise_if_out_of_memory(error: Exception) -> None:
 
 def summary(run: Run, table: dict[str, list[Placement]]) -> list[str]:
     """The layout and the batch, in the few lines that are printed at start."""
-    mesh, config = run.layout.mesh, run.config
+    mesh, config, optim = run.layout.mesh, run.config, run.config.optim
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
     held = ", ".join(f"{tree} {_size(bytes_per_device(leaves))}" for tree, leaves in table.items() if bytes_per_device(leaves))
     batch, parts = config.data.global_batch, config.layout.microbatches
@@ -114,6 +116,8 @@ def summary(run: Run, table: dict[str, list[Placement]]) -> list[str]:
         f"batch: {batch} global, {batch // jax.process_count()} a process, {batch // ways} a device, "
         f"{batch // parts // ways} a device and microbatch ({parts})",
         f"memory per device at rest: {held}",
+        f"optimizer: {optim.name}, peak learning rate {learning_rate(optim, batch):g} ({optim.learning_rate:g} at a batch of "
+        f"{optim.lr_reference_batch}, scaling {optim.lr_scaling}), {optim.schedule}",
         f"data: {config.data.name}, {len(run.dataset.train)} train, {len(run.dataset.validation)} validation, "
         f"{len(run.dataset.test)} test; {run.steps} steps",
     ]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import jax
 
-from jaxtrain.checkpoint import Checkpoints, find_start
+from jaxtrain.checkpoint import Checkpoints, committed_steps, find_start
 from jaxtrain.config import LayoutConfig, from_dict
 from jaxtrain.engine import make_evaluation
 from jaxtrain.errors import CheckpointError, ConfigError
@@ -47,7 +47,8 @@ def evaluate(
     """
     if split not in SPLITS:
         raise ConfigError(f"split={split!r}: must be one of train, val, test.")
-    start = find_start(Path(workdir) / "checkpoints", checkpoint)
+    directory = Path(workdir) / "checkpoints"
+    start = find_start(directory, checkpoint) if committed_steps(directory) else None
     if start is None:
         raise CheckpointError(f"{workdir} holds no checkpoint.")
     with contextlib.closing(Checkpoints(start.directory, read_only=True)) as checkpoints:

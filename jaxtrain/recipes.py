@@ -19,7 +19,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from jaxtrain.config import Config, did_you_mean, flat_keys, flatten, from_dict, plain, to_dict
+from jaxtrain.config import SECTIONS, Config, did_you_mean, flat_keys, flatten, from_dict, plain, to_dict
 from jaxtrain.errors import ConfigError
 
 # Every recipe takes these arguments. They change only where things live, never a number of the run.
@@ -101,10 +101,11 @@ def split_override(text: str) -> tuple[str, str]:
 
 def resolve(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Resolved:
     """Runs the recipe and applies (dotted name, text) overrides; a later one wins."""
+    overrides = list(overrides)
     path, _, arg = spec.partition(":")
     get_config = _load_recipe(Path(path))
     plain_recipe, with_arg = (_call(get_config, path, each) for each in ("", arg))
-    values = _override(with_arg, list(overrides))
+    values = _override(with_arg, overrides)
     config = from_dict(plain(values))
     default, base, variant, final = (flatten(plain(c)) for c in (to_dict(Config()), plain_recipe, with_arg, to_dict(config)))
     flagged = {key for key, _ in overrides}
@@ -120,16 +121,17 @@ def resolve(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Resolved:
 
 def _load_recipe(path: Path) -> Callable[[str], Any]:
     if not path.is_file():
-        there = ", ".join(sorted(p.name for p in path.parent.glob("*.py"))) if path.parent.is_dir() else ""
-        raise ConfigError(f"--config {path}: there is no such file." + (f" {path.parent} has {there}." if there else ""))
-    spec = importlib.util.spec_from_file_location(f"jaxtrain_recipe_{path.stem}", path)
+        folder = path if path.is_dir() else path.parent
+        there = ", ".join(sorted(p.name for p in folder.glob("*.py")))
+        raise ConfigError(f"--config {path}: there is no such file." + (f" {folder} has {there}." if there else ""))
+    spec = importlib.util.spec_from_file_location(f"jaxtrain_recipe_{path.stem}", path.absolute())
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config {path}: a recipe is a Python file, with a name that ends in .py.")
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
-    except Exception as error:
-        raise ConfigError(f"{_where(error, path)}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(_explain(error, path)) from error
     get_config = getattr(module, "get_config", None)
     if not callable(get_config):
         raise ConfigError(f"--config {path}: the file must define get_config(arg).")
@@ -141,24 +143,27 @@ def _call(get_config: Callable[[str], Any], path: str, arg: str) -> ml_collectio
         values = get_config(arg)
     except ConfigError as error:
         raise ConfigError(f"--config {path}{':' if arg else ''}{arg}: {error}") from error
-    except Exception as error:
-        raise ConfigError(f"{_where(error, Path(path))}: {type(error).__name__}: {error}") from error
+    except (Exception, SystemExit) as error:
+        raise ConfigError(_explain(error, Path(path))) from error
     if not isinstance(values, ml_collections.ConfigDict):
         raise ConfigError(f"--config {path}: get_config returned {type(values).__name__}; return jaxtrain.recipes.recipe(...).")
     return values
 
 
-def _where(error: Exception, path: Path) -> str:
-    """file:line of the recipe's line that failed."""
-    if isinstance(error, SyntaxError) and error.filename == str(path):
-        return f"{path}:{error.lineno}"
-    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == str(path)]
-    return f"{path}:{lines[-1]}" if lines else str(path)
+def _explain(error: BaseException, path: Path) -> str:
+    """"file:line: error" on one line, with the line of the recipe that failed."""
+    lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path.absolute())]
+    if isinstance(error, SyntaxError) and error.filename == str(path.absolute()):
+        lines.append(error.lineno)
+    where = f"{path}:{lines[-1]}" if lines and lines[-1] else str(path)
+    return f"{where}: {type(error).__name__}: {' '.join(str(error).split())}"
 
 
 def _override(values: ml_collections.ConfigDict, overrides: list[tuple[str, str]]) -> ml_collections.ConfigDict:
     known = flat_keys()
     for key, _ in overrides:
+        if key in SECTIONS:
+            raise ConfigError(f"config.{key} is a section; set one of its fields.{_suggest(key, known)}")
         if key not in known:
             raise ConfigError(f"config.{key} does not exist.{_suggest(key, known)}")
     values = ml_collections.ConfigDict(values).lock()

@@ -136,6 +136,8 @@ def make_run(
         raise ConfigError(f"config.model.num_classes={classes}: the data set {dataset.name} has {dataset.num_classes}.")
     model = registry.build(config.model, shape, classes, types.compute_dtype, types.param_dtype)
     steps = total_steps(config, len(dataset.train), start_step, start_example)
+    if (warmup := warmup_steps(config, len(dataset.train))) > steps:
+        log.warning("config.optim.warmup=%r is %d steps, longer than the run's %d.", config.optim.warmup, warmup, steps)
     rate = make_schedule(config, len(dataset.train), steps)
     optimizer = make(config.optim, rate, model.no_decay)
     layout = Layout(mesh, config.layout, config.layout.rules + model.tensor_rules)
@@ -178,5 +180,11 @@ def total_steps(config: Config, train_examples: int, start_step: int = 0, start_
 
 def make_schedule(config: Config, train_examples: int, steps: int) -> optax.Schedule:
     """The learning rate as a function of the step."""
-    warmup = Duration.parse(config.optim.warmup, "config.optim.warmup")
-    return schedule(config.optim, steps, warmup.steps(train_examples, config.data.global_batch), config.data.global_batch)
+    warmup = warmup_steps(config, train_examples)
+    return schedule(config.optim, steps, warmup, config.data.global_batch)
+
+
+def warmup_steps(config: Config, train_examples: int) -> int:
+    """`optim.warmup` in steps."""
+    duration = Duration.parse(config.optim.warmup, "config.optim.warmup")
+    return duration.steps(train_examples, config.data.global_batch)

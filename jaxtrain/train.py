@@ -23,7 +23,7 @@ from jaxtrain import workdir as workdir_lib
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.config import Config, Duration
 from jaxtrain.determinism import ask_for_determinism
-from jaxtrain.engine import Engine, start_engine
+from jaxtrain.engine import Engine, explain_out_of_memory, start_engine
 from jaxtrain.errors import NumericError
 from jaxtrain.evaluate import EvalResult
 from jaxtrain.interrupt import Interrupt, catch_signals
@@ -91,12 +91,13 @@ def train(
         config = decide(config, resume.stored, devices)
         resume_lib.refuse_changes(directory, resume, config)
         stack.enter_context(settings(config))
-        interrupt = stack.enter_context(catch_signals(jax.process_count() == 1))
+        interrupt = stack.enter_context(catch_signals())
         with clock.charge("input"):
             dataset = load_data(config.data)
         resume_lib.refuse_length(directory, resume, config, len(dataset.train))
         position = resume.position
         run = make_run(config, dataset, devices, start_step=position.step, start_example=position.examples)
+        stack.enter_context(explain_out_of_memory())
         with clock.charge("compile"):
             engine, state = start_engine(run, resume)
         _take_over(directory, resume, config)
@@ -204,6 +205,8 @@ class _Loop:
                     batch = next(batches)
                 with self.clock.charge("step"):
                     state, metrics = self.engine.step(state, batch, self.engine.feed.resident)
+                    for value in metrics.values():
+                        value.copy_to_host_async()
                     pending.append((step, metrics))
                     pause = self._pauses_after(step)
                     while len(pending) > (0 if pause else READ_BEHIND):
@@ -216,6 +219,7 @@ class _Loop:
 
     def _pauses_after(self, step: int) -> bool:
         """Whether something is due after `step` that needs its metrics."""
+        self.interrupt.poll(step)
         return (
             step == self.run.steps
             or self.interrupt.asked
@@ -265,23 +269,27 @@ class _Loop:
             span, self.log_span = now - self.log_span, now
             values = {"loss": values.pop("loss"), "accuracy": correct / self._batch, **values}
             epoch = self._epoch(step)
-            rates = {"throughput": span.throughput, "throughput_per_device": span.throughput / self._devices}
+            # Rows that are read at once, before an evaluation, have no time of their own: the median step stands in.
+            median = self.clock.step_seconds
+            throughput = span.throughput if span.steps or not median else self._batch / median
+            rates = {"throughput": throughput, "throughput_per_device": throughput / self._devices}
             row = {"step": step, "epoch": epoch, "phase": "train", **values, **rates, "data_wait": span.data_wait}
             self.records.train_step(row)
             self.history.append(row)
             shown = {"loss": values["loss"], "accuracy": values["accuracy"]}
-            self.progress.update(step, epoch, self.epochs, shown, span.throughput, step_seconds=self.clock.step_seconds)
+            self.progress.update(step, epoch, self.epochs, shown, throughput, step_seconds=self.clock.step_seconds)
 
     @property
     def _devices(self) -> int:
         return self.run.layout.mesh.size
 
     def _stop_at_bad_numbers(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
-        self._save(state)  # every update since was refused, so this is the state before the bad one
-        self.checkpoints.wait()
+        if self.position.step:
+            self._save(state)  # every update since was refused, so this is the state before the bad one
+            self.checkpoints.wait()
         raise NumericError(
-            f"The loss ({values['loss']:g}) or the gradient norm ({values['grad_norm']:g}) of step {step} is not finite; "
-            f"the run stopped before that update and saved step {self.position.step}. Try a lower "
+            f"The loss ({values['loss']:g}) or the gradient norm ({values['grad_norm']:g}) of step {step} is not finite; the "
+            f"run stopped before that update, and the state after step {self.position.step} is kept. Try a lower "
             "config.optim.learning_rate, config.optim.clip_norm=1.0, a longer config.optim.warmup, or precision f32."
         )
 

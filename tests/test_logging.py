@@ -672,7 +672,7 @@ def test_a_difference_of_two_instants_is_the_span_between_them():
     [
         ("input", "raise config.data.workers, or keep the data set on the device with config.data.residency=device"),
         ("step", "more devices"),
-        ("compile", "JAX_COMPILATION_CACHE_DIR"),
+        ("compile", "compile cache"),
         ("checkpoint", "config.checkpoint.every"),
         ("evaluation", "config.train.eval_every"),
         ("other", "config.train.log_every"),

@@ -2,9 +2,9 @@
 
 import argparse
 
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
+from jaxtrain.cli import start
 from jaxtrain.config import flatten, to_dict
 from jaxtrain.recipes import resolve
 
@@ -17,8 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """One row a field."""
     found = resolve(arguments.config, arguments.overrides)
-    table = Table("field", "value", "from", box=None, pad_edge=False)
+    table = Table(Column("field", overflow="fold"), Column("value", overflow="fold"), "from", box=None, pad_edge=False)
     for key, value in flatten(to_dict(found.config)).items():
         table.add_row(f"config.{key}", repr(value), found.origins[key])
-    console = Console(highlight=False, markup=False, emoji=False)
-    console.print(table, soft_wrap=not console.is_terminal)
+    start.console().print(table)

@@ -4,7 +4,6 @@ import argparse
 import json
 import math
 
-from rich.console import Console
 from rich.table import Table
 
 from jaxtrain.cli import start
@@ -38,7 +37,7 @@ def run(arguments: argparse.Namespace) -> None:
         numbers = {"loss": result.loss, "accuracy": result.accuracy, "top5": result.top5, "examples": result.examples}
         print(json.dumps({"step": found.step, "split": arguments.split, **numbers, "per_class": classes}, indent=2))
         return
-    console = Console(highlight=False, markup=False, emoji=False)
+    console = start.console()
     console.print(
         f"step {found.step}, {arguments.split}: accuracy {result.accuracy:.4f}, top-5 {result.top5:.4f}, "
         f"loss {result.loss:.4f} ({result.examples} examples)"

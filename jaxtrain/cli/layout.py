@@ -3,8 +3,7 @@
 import argparse
 import json
 
-from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from jaxtrain.cli import start
 
@@ -26,13 +25,14 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         print(json.dumps(layout, indent=2))
         return
-    console = Console(highlight=False, markup=False, emoji=False)
-    table = Table("leaf", "shape", "spec", "stage", "bytes per device", "note", box=None, pad_edge=False)
+    console = start.console()
+    first = Column("leaf", overflow="fold")
+    table = Table(first, "shape", "spec", "stage", "bytes per device", "note", box=None, pad_edge=False)
     for leaf in layout["leaves"]:
         shape = "x".join(map(str, leaf["shape"])) or "-"
         spec = ", ".join(str(axis) for axis in leaf["spec"])
         table.add_row(leaf["path"], shape, f"P({spec})", str(leaf["stage"]), f"{leaf['bytes_per_device']:,}", leaf["note"])
-    console.print(table, soft_wrap=not console.is_terminal)
+    console.print(table)
     axes = " x ".join(f"{name} {size}" for name, size in layout["mesh"].items())
     console.print(f"\n{layout['parameters']:,} parameters; mesh {axes}")
     for tree, count in layout["bytes_per_device"].items():

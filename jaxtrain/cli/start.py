@@ -9,10 +9,18 @@ import threading
 import time
 from pathlib import Path
 
+from rich.console import Console
+
 from jaxtrain.errors import ConfigError, EnvironmentMismatchError
 from jaxtrain.recipes import Resolved, resolve
 
 WAITING_NOTE_SECONDS = 10.0
+
+
+def console() -> Console:
+    """Standard output. A table that goes into a file or another program is not cut to the width of a screen."""
+    width = None if sys.stdout.isatty() else 1_000_000
+    return Console(width=width, highlight=False, markup=False, emoji=False)
 
 
 def add_config_argument(parser: argparse.ArgumentParser) -> None:

@@ -307,8 +307,8 @@ class TfdsSource:
         self._arguments = (directory, split, side)
         self._side = side
         try:
-            builder = tfds.builder_from_directory(directory)
-            info: Any = builder.info
+            builder: Any = tfds.builder_from_directory(directory)
+            info = builder.info
             formats = {str(getattr(f, "value", f)) for f in info.available_file_formats()}
         except Exception as error:  # TFDS raises what its parsers raise
             raise DataError(f"{directory} is not a complete TFDS data set ({error}); prepare it again.") from None
@@ -326,7 +326,7 @@ class TfdsSource:
         self.class_names: tuple[str, ...] = tuple(label.names)
         decoders = {self._image: tfds.decode.SkipDecoding()}
         try:
-            self._records = builder.as_data_source(split=split, decoders=decoders, file_format="array_record")
+            self._records = builder.as_data_source(split, decoders=decoders, file_format="array_record")
             self._files = [(Path(f.filename), f.take) for f in info.splits[split].file_instructions]
         except Exception as error:
             raise DataError(f"{directory}: the split {split!r} cannot be opened ({error}).") from None

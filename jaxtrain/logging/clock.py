@@ -147,7 +147,7 @@ class StepClock:
 
 
 _ADVICE = {
-    "compile": "keep compiled programs between starts with JAX_COMPILATION_CACHE_DIR=DIR",
+    "compile": "the next start of the same program finds it in the compile cache",
     "input": "raise config.data.workers, or keep the data set on the device with config.data.residency=device",
     "step": "",  # that is the work itself: nothing is in its way
     "checkpoint": "save less often with config.checkpoint.every",

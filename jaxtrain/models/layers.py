@@ -118,7 +118,8 @@ class BatchNorm(nn.Module):
             )
         # One pass over the activations, E[x^2] - E[x]^2: BatchNorm is bound by memory traffic.
         mean = jnp.mean(wide, axes, keepdims=True)
-        var = jnp.maximum(jnp.mean(jnp.square(wide), axes, keepdims=True) - jnp.square(mean), 0)
+        var = jnp.mean(jnp.square(wide), axes, keepdims=True) - jnp.square(mean)
+        var = jnp.where(var > 0, var, 0)  # rounding can make it negative
         y = _normalize(wide, mean, jax.lax.rsqrt(var + self.epsilon), scale, bias)
         if not self.is_initializing():
             unbiased = var * (count / (count - 1))

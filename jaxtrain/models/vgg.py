@@ -72,8 +72,16 @@ class Head(Layer):
 def max_pool_2x2(x: jax.Array) -> jax.Array:
     """The largest value of each 2x2 square of x [B, H, W, C]; an odd last row or column is left out."""
     batch, height, width, channels = x.shape
-    x = x[:, : height // 2 * 2, : width // 2 * 2]
-    return x.reshape(batch, height // 2, 2, width // 2, 2, channels).max((2, 4))
+    x = x[:, : height // 2 * 2, : width // 2 * 2].reshape(batch, height // 2, 2, width // 2, 2, channels)
+    x = _larger(x[:, :, 0], x[:, :, 1])
+    return _larger(x[:, :, :, 0], x[:, :, :, 1])
+
+
+def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
+    # Not `jnp.maximum` or `.max`: their gradients look for the values that equal the result, and where XLA computes the
+    # values again, rounded otherwise, none or too many do. Here one of the two always gets the whole gradient, the first
+    # of equals as in PyTorch. A third of the time of `nn.max_pool`'s gradient (a scatter) on CPU.
+    return jnp.where((a < b) | jnp.isnan(b), b, a)
 
 
 def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:

@@ -86,11 +86,13 @@ class Layout:
 
     def _tensor_spec(self, path: str, shape: tuple[int, ...]) -> tuple[tuple[str | None, ...], str]:
         whole, ways = (None,) * len(shape), self.mesh.shape["tensor"]
-        rule = self._rule(path)
-        if rule is None or ways == 1:
+        rule = self._rule(path) if shape else None  # an optimizer may keep a scalar for a parameter
+        if rule is None:
             return whole, ""
         if len(rule) != len(shape):
             raise ConfigError(f"config.layout.rules: {rule} has {len(rule)} dims but {path} has shape {shape}.")
+        if ways == 1:
+            return whole, ""
         for dim, axis in enumerate(rule):
             if axis == "tensor" and shape[dim] % ways:
                 return whole, f"{shape[dim]} does not divide by tensor={ways}: kept whole"
@@ -180,7 +182,7 @@ class Layout:
             raise ConfigError(
                 f"config.data.global_batch={global_batch} does not divide by layout.microbatches={parts} x {ways} batch shards "
                 f"(layout.replica={self.mesh.shape['replica']} x layout.data={self.mesh.shape['data']}); "
-                f"the nearest that do are {' and '.join(map(str, near))}."
+                f"the nearest that do {'are' if len(near) > 1 else 'is'} {' and '.join(map(str, near))}."
             )
         if has_batch_norm and bn_groups % parts:
             raise ConfigError(

@@ -1,0 +1,47 @@
+"""Checkpoints: how long the loop is blocked by an asynchronous save, against the whole write, and the restore."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from benchmarks.common import Spread, settings, synthetic
+from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig
+from jaxtrain.run import load_data, make_run
+from jaxtrain.state import create_state
+
+MODELS = {"resnet50, AdamW": "resnet50", "vgg19_bn, AdamW": "vgg19_bn"}
+REPEATS = 5
+
+
+def measure() -> list[dict[str, Any]]:
+    """Fresh states of CIFAR models with AdamW: parameters and two moments in f32."""
+    return [_measure(name, model) for name, model in MODELS.items()]
+
+
+def _measure(name: str, model: str) -> dict[str, Any]:
+    config = synthetic(Config(data=DataConfig(global_batch=16), model=ModelConfig(model), optim=OptimConfig(name="adamw")))
+    with settings(config):
+        run = make_run(config, load_data(config.data), jax.devices()[:1])
+        state = create_state(run.init, run.layout)
+        size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
+        blocked, whole, restored = [], [], []
+        with contextlib.closing(Checkpoints(Path(tempfile.mkdtemp(prefix="jaxtrain-bench-")) / "checkpoints", 1)) as checkpoints:
+            for step in range(1, REPEATS + 2):
+                began = time.perf_counter()
+                checkpoints.save(step, state, {"examples": 0}, epoch=-1)
+                blocked.append(time.perf_counter() - began)
+                checkpoints.wait()
+                whole.append(time.perf_counter() - began)
+                began = time.perf_counter()
+                jax.block_until_ready(checkpoints.restore(step, state))
+                restored.append(time.perf_counter() - began)
+    seconds = {"blocked": blocked[1:], "whole": whole[1:], "restore": restored[1:]}
+    return {"name": name, "bytes": size, **{key: dataclasses.asdict(Spread.of(values)) for key, values in seconds.items()}}

@@ -1,0 +1,95 @@
+"""What the benchmarks share: shrunk runs, repeats, and the machine they ran on."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxtrain.config import Config
+from jaxtrain.engine import Engine, start_engine
+from jaxtrain.recipes import change
+from jaxtrain.resume import Position, Resume
+from jaxtrain.run import Run, load_data, make_run, settings
+from jaxtrain.state import TrainState
+from jaxtrain.task import Batch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def machine() -> dict[str, Any]:
+    """Hardware, versions, commit and command."""
+    packages = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy")
+    model = next((line.split(":")[1].strip() for line in _lines("/proc/cpuinfo") if line.startswith("model name")), "")
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return {
+        "cpu": model or platform.processor(),
+        "cores": len(os.sched_getaffinity(0)),
+        "devices": [device.device_kind for device in jax.devices()],
+        "python": platform.python_version(),
+        "versions": {name: importlib.metadata.version(name) for name in packages},
+        "commit": commit.stdout.strip(),
+        "command": " ".join(["python", *sys.argv]),
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def _lines(path: str) -> list[str]:
+    return Path(path).read_text().splitlines() if Path(path).exists() else []
+
+
+@dataclasses.dataclass(frozen=True)
+class Spread:
+    """Median, minimum and maximum of repeats."""
+
+    median: float
+    least: float
+    most: float
+
+    @classmethod
+    def of(cls, values: list[float]) -> Spread:
+        """From the repeats themselves."""
+        return cls(statistics.median(values), min(values), max(values))
+
+
+def timed(function: Callable[[], Any], repeats: int) -> Spread:
+    """Seconds of `function()`, whose result is waited for."""
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(function())
+        seconds.append(time.perf_counter() - began)
+    return Spread.of(seconds)
+
+
+def synthetic(config: Config, **fields: Any) -> Config:
+    """`config` on learnable synthetic images of CIFAR's shape (random bytes: never time zeros)."""
+    return change(config, **{"data.name": "synthetic", "data.image_size": 32, "data.examples": 2048, **fields})
+
+
+def start(config: Config, devices: int = 1) -> tuple[Run, Engine, TrainState]:
+    """A compiled run. The caller is inside `settings(config)`."""
+    run = make_run(config, load_data(config.data), jax.devices()[:devices])
+    engine, state = start_engine(run, Resume(None, Position(), None))
+    return run, engine, state
+
+
+def batches(run: Run, engine: Engine, first_step: int, steps: int) -> Iterator[Batch]:
+    """The training batches of `steps` updates."""
+    batch = run.config.data.global_batch
+    return engine.feed.train(
+        seed=run.config.seed, global_batch=batch, first_step=first_step, first_example=first_step * batch, steps=steps
+    )
+
+
+__all__ = ["ROOT", "Spread", "batches", "machine", "settings", "start", "synthetic", "timed"]

@@ -1,0 +1,87 @@
+"""Runs the benchmarks of this machine, writes benchmarks/results/NAME.json, and puts the table into benchmarks/README.md.
+
+    python -m benchmarks.run NAME                  # everything: about 20 minutes on two cores
+    python -m benchmarks.run NAME steps inputs     # some of it; the rest of NAME.json stays
+    python -m benchmarks.run --table NAME          # the table alone
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from benchmarks import checkpoints, inputs, startup, steps
+from benchmarks.common import ROOT, machine
+
+BENCHMARKS: dict[str, Callable[[], Any]] = {
+    "steps": steps.per_model,
+    "layouts": steps.per_layout,
+    "overhead": steps.overhead,
+    "startup": startup.measure,
+    "quickstart": startup.quickstart,
+    "inputs": inputs.measure,
+    "checkpoints": checkpoints.measure,
+}
+BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
+
+
+def main() -> None:
+    """Parses the arguments, measures, and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", help="the file in benchmarks/results, such as cpu2")
+    parser.add_argument("benchmarks", nargs="*", choices=[[], *BENCHMARKS], help="default: all")
+    parser.add_argument("--table", action="store_true", help="measure nothing, write the table of the file")
+    arguments = parser.parse_args()
+    jax.config.update("jax_num_cpu_devices", 4)
+    path = ROOT / "benchmarks" / "results" / f"{arguments.name}.json"
+    results = json.loads(path.read_text()) if path.exists() else {}
+    if not arguments.table:
+        for name in arguments.benchmarks or BENCHMARKS:
+            print(name, flush=True)
+            results[name] = {"machine": machine(), "measured": BENCHMARKS[name]()}
+            path.parent.mkdir(exist_ok=True)
+            path.write_text(json.dumps(results, indent=1) + "\n")
+    readme = ROOT / "benchmarks" / "README.md"
+    before, _, rest = readme.read_text().partition(BEGIN)
+    readme.write_text(f"{before}{BEGIN}\n{table(results)}\n{END}{rest.partition(END)[2]}")
+
+
+def table(results: dict[str, Any]) -> str:
+    """Markdown of everything in a results file."""
+    found = next(iter(results.values()))["machine"]
+    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    lines = [f"{found['cpu']}, {found['cores']} cores; Python {found['python']}, {versions}; {found['date']}.", ""]
+    lines += ["| what | median | least - most |", "| -- | -- | -- |"]
+    measured = {name: result["measured"] for name, result in results.items()}
+    for group, label in (("steps", "step"), ("layouts", "ResNet-18 of width 16, batch 64")):
+        for row in measured.get(group, []):
+            detail = f", batch {row['batch']}" if group == "steps" else ""
+            name = f"{label}: {row['name']}{detail}, {row['images_per_second']:.0f} images/s"
+            lines.append(_row(name, row["seconds"], 1e3, "ms"))
+    if "overhead" in measured:
+        for key in ("real_data_over_cached_batch", "trainer_over_bare_step"):
+            lines.append(_row(key.replace("_", " "), measured["overhead"][key], 1, "x", 3))
+    for row in measured.get("startup", []):
+        for key in ("cold", "warm"):
+            lines.append(_row(f"first step of {row['name']}, {key} compile cache", row[key], 1, "s"))
+    for row in measured.get("quickstart", []):
+        lines.append(f"| whole quickstart, cold, seed {row['seed']}: test accuracy {row['test_accuracy']:.4f} | {row['seconds']:.1f} s | |")
+    for row in measured.get("inputs", []):
+        lines.append(_row(f"input, {row['name']}", row["images_per_second"], 1e-3, "k images/s"))
+    for row in measured.get("checkpoints", []):
+        for key in ("blocked", "whole", "restore"):
+            lines.append(_row(f"checkpoint of {row['name']} ({row['bytes'] / 1e6:.0f} MB), {key}", row[key], 1, "s", 3))
+    return "\n".join(lines)
+
+
+def _row(name: str, spread: dict[str, float], factor: float, unit: str, digits: int = 1) -> str:
+    median, least, most = (spread[key] * factor for key in ("median", "least", "most"))
+    return f"| {name} | {median:.{digits}f} {unit} | {least:.{digits}f} - {most:.{digits}f} |"
+
+
+if __name__ == "__main__":
+    main()

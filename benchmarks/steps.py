@@ -1,0 +1,113 @@
+"""Step time and images/s per model and layout; and what the trainer adds to the bare compiled step.
+
+A layout's simulated devices share this machine's cores: its figure shows what the layout costs, not what it would gain.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+import time
+from typing import Any
+
+import jax
+
+from benchmarks.common import Spread, batches, settings, start, synthetic
+from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
+from jaxtrain.train import train
+
+# name: (model, batch, steps a block). The sizes are what two cores can pay for.
+MODELS: dict[str, tuple[ModelConfig, int, int]] = {
+    "mlp": (ModelConfig("mlp"), 128, 50),
+    "resnet18": (ModelConfig("resnet18"), 32, 2),
+    "resnet50": (ModelConfig("resnet50"), 16, 2),
+    "vgg19_bn": (ModelConfig("vgg19_bn"), 32, 2),
+    "swin_tiny": (ModelConfig("swin_tiny"), 16, 2),
+}
+LAYOUTS: dict[str, tuple[LayoutConfig, int]] = {
+    "one device": (LayoutConfig(), 1),
+    "accumulate 4": (LayoutConfig(microbatches=4), 1),
+    "data 4": (LayoutConfig(), 4),
+    "data 4, zero 1": (LayoutConfig(zero=1), 4),
+    "data 4, zero 3": (LayoutConfig(zero=3), 4),
+    "data 2, tensor 2": (LayoutConfig(tensor=2), 4),
+}
+REPEATS = 5
+
+
+def _config(model: ModelConfig, batch: int, layout: LayoutConfig) -> Config:
+    model = dataclasses.replace(model, bn_groups=layout.microbatches)
+    optim = OptimConfig(learning_rate=0.01, schedule="constant")
+    return synthetic(Config(data=DataConfig(global_batch=batch, augmentation="light"), model=model, optim=optim, layout=layout))
+
+
+def per_model() -> list[dict[str, Any]]:
+    """One device, one microbatch, every model, the light augmentation in the step."""
+    return [_measure(name, config, batch, steps, 1) for name, (config, batch, steps) in MODELS.items()]
+
+
+def per_layout() -> list[dict[str, Any]]:
+    """A ResNet-18 of width 16, every layout."""
+    model = ModelConfig("resnet18", width=16)
+    return [_measure(name, model, 64, 2, count, layout) for name, (layout, count) in LAYOUTS.items()]
+
+
+def _measure(
+    name: str, model: ModelConfig, batch: int, steps: int, devices: int, layout: LayoutConfig | None = None
+) -> dict[str, Any]:
+    config = _config(model, batch, layout or LayoutConfig())
+    with settings(config):
+        run, engine, state = start(config, devices)
+        seconds = []
+        for repeat in range(REPEATS + 1):  # the first block warms up
+            block = list(batches(run, engine, repeat * steps, steps))
+            began = time.perf_counter()
+            for each in block:
+                state, metrics = engine.step(state, each, engine.feed.resident)
+            jax.block_until_ready((state, metrics))
+            seconds.append((time.perf_counter() - began) / steps)
+    spread = Spread.of(seconds[1:])
+    return {"name": name, "batch": batch, "seconds": dataclasses.asdict(spread), "images_per_second": batch / spread.median}
+
+
+def overhead() -> dict[str, Any]:
+    """Ratios of one process, measured in turns: real batches over one cached batch, and the trainer over the bare step."""
+    config = synthetic(
+        Config(
+            data=DataConfig(global_batch=64, augmentation="light"),
+            model=ModelConfig("resnet18", width=8),
+            optim=OptimConfig(learning_rate=0.01, schedule="constant"),
+            train=TrainConfig(steps=60, log_every=20, eval_every="0"),
+        ),
+        **{"checkpoint.every": "0"},
+    )
+    steps, cached_seconds, fed_seconds, trainer_seconds = 60, [], [], []
+    with settings(config):
+        run, engine, state = start(config)
+        number = 0
+        for _ in range(REPEATS + 1):
+            block = list(batches(run, engine, number, steps))
+            began = time.perf_counter()
+            for batch in block:
+                state, metrics = engine.step(state, dataclasses.replace(batch, rows=block[0].rows), engine.feed.resident)
+            jax.block_until_ready((state, metrics))
+            cached_seconds.append(time.perf_counter() - began)
+            number += steps
+            began = time.perf_counter()
+            for batch in batches(run, engine, number, steps):
+                state, metrics = engine.step(state, batch, engine.feed.resident)
+            jax.block_until_ready((state, metrics))
+            fed_seconds.append(time.perf_counter() - began)
+            number += steps
+            streamed = train(config, tempfile.mkdtemp(prefix="jaxtrain-bench-"), num_devices=1, quiet=True).result["seconds"]
+            trainer_seconds.append(streamed["step"] + streamed["input"] + streamed["other"])
+    pairs = list(zip(cached_seconds, fed_seconds, trainer_seconds, strict=True))[1:]
+    return {
+        "steps": steps,
+        "step_seconds": dataclasses.asdict(Spread.of([cached / steps for cached, _, _ in pairs])),
+        "real_data_over_cached_batch": dataclasses.asdict(Spread.of([fed / cached for cached, fed, _ in pairs])),
+        "trainer_over_bare_step": dataclasses.asdict(Spread.of([loop / cached for cached, _, loop in pairs])),
+    }
+
+
+__all__ = ["overhead", "per_layout", "per_model"]

@@ -1,0 +1,468 @@
+"""The command line: bad input is answered in one sentence with exit code 64; and what the commands print."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from jaxtrain import cli
+from jaxtrain.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from jaxtrain.errors import DataError
+from jaxtrain.recipes import LAYOUTS
+from jaxtrain.train import train
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = str(ROOT / "configs" / "quickstart.py")
+RESNET = str(ROOT / "configs" / "resnet50_cifar100.py")
+
+
+def sentence(capsys, argv, code=64) -> str:
+    """Runs a command that must fail with `code`, and returns the one line that it said."""
+    assert cli.main(argv) == code
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("jaxtrain: ")
+    assert said.err.count("\n") == 1, said.err
+    assert "Traceback" not in said.err
+    return said.err.removeprefix("jaxtrain: ").strip()
+
+
+# ------------------------------------------------------------------------------- wrong before any device is touched
+
+# (words behind `train --config quickstart.py`, what the sentence says)
+WRONG = [
+    # keys that do not exist
+    (["--config.train.epoch=3"], ["config.train.epoch does not exist", "Did you mean 'epochs'?"]),
+    (["--config.optim.learing_rate=3"], ["config.optim.learing_rate does not exist", "'learning_rate'"]),
+    (["--config.optim.lr=0.3"], ["config.optim.lr does not exist", "config.optim has name, learning_rate,"]),
+    (["--config.optm.name=adamw"], ["config.optm.name does not exist", "Did you mean 'optim.name'?"]),
+    (["--config.learning_rate=1"], ["config.learning_rate does not exist", "Did you mean 'optim.learning_rate'?"]),
+    (["--config.lrr=1"], ["config.lrr does not exist", "seed, data, model, optim, train, layout, checkpoint"]),
+    (["--config.optim=adamw"], ["config.optim is a section"]),
+    (["--config.data.name.x=1"], ["config.data.name.x does not exist"]),
+    (["--config.=3"], ["config. does not exist"]),
+    (["--config.Seed=3"], ["config.Seed does not exist", "Did you mean 'seed'?"]),
+    # wrong types
+    (["--config.train.steps=1.5"], ["config.train.steps='1.5'", "a whole number"]),
+    (["--config.train.steps=1e3"], ["config.train.steps='1e3'", "a whole number"]),
+    (["--config.train.steps="], ["config.train.steps=''", "a whole number"]),
+    (["--config.train.steps"], ["config.train.steps='true'", "a whole number"]),
+    (["--config.train.steps", "many"], ["config.train.steps='many'", "a whole number"]),
+    (["--config.data.global_batch=True"], ["config.data.global_batch='True'", "a whole number"]),
+    (["--config.optim.learning_rate=fast"], ["config.optim.learning_rate='fast'", "a number"]),
+    (["--config.optim.learning_rate=0,1"], ["config.optim.learning_rate='0,1'", "a number"]),
+    (["--config.optim.nesterov=maybe"], ["config.optim.nesterov='maybe'", "true or false"]),
+    (["--config.optim.step_at=(0.5,"], ["config.optim.step_at='(0.5,'", "a tuple such as"]),
+    (["--config.model.depths=deep"], ["config.model.depths=('deep',)", "whole numbers"]),
+    # not finite, out of range
+    (["--config.optim.learning_rate=nan"], ["config.optim.learning_rate=nan", "finite"]),
+    (["--config.optim.learning_rate=inf"], ["config.optim.learning_rate=inf", "finite"]),
+    (["--config.optim.learning_rate=1e400"], ["config.optim.learning_rate=inf", "finite"]),
+    (["--config.optim.learning_rate=-0.1"], ["config.optim.learning_rate=-0.1", "at least 0"]),
+    (["--config.optim.warmup=1e400"], ["config.optim.warmup='1e400'", "not a duration"]),
+    (["--config.optim.warmup=5 eons"], ["config.optim.warmup='5 eons'", "not a duration"]),
+    (["--config.optim.ema=1"], ["config.optim.ema=1.0", "below 1"]),
+    (["--config.seed=-1"], ["config.seed=-1", "at least 0"]),
+    (["--config.data.global_batch=0"], ["config.data.global_batch=0", "at least 1"]),
+    (["--config.data.augmentation=hevy"], ["config.data.augmentation='hevy'", "Did you mean 'heavy'?"]),
+    (["--config.train.precision=fp32"], ["config.train.precision='fp32'", "auto, f32, bf16, fp16, f64"]),
+    (["--config.layout.zero=4"], ["config.layout.zero=4", "0, 1, 2 or 3"]),
+    (["--config.layout.data=0"], ["config.layout.data=0", "at least 1, or -1"]),
+    (["--config.layout.rules=(('(',('tensor',)),)"], ["config.layout.rules", "not a regular expression"]),
+    (["--config.checkpoint.every=soon"], ["config.checkpoint.every='soon'", "not a duration"]),
+    # what does not divide, and which do
+    (["--config.layout.microbatches=3"], ["global_batch=64", "layout.microbatches=3", "63 and 66"]),
+    (["--config.model.bn_groups=5"], ["global_batch=64", "model.bn_groups=5", "60 and 65"]),
+    # words that absl would ignore silently
+    (["lr=0.3"], ["lr=0.3"]),
+    (["config.lr=0.2"], ["config.lr=0.2"]),
+    (["-config.optim.learning_rate=0.2"], ["-config.optim.learning_rate=0.2"]),
+    (["--optim.learning_rate=0.2"], ["--optim.learning_rate=0.2"]),
+    (["--device", "2"], ["--device 2"]),
+    (["--workdirr", "x"], ["--workdirr x"]),
+    (["--devices", "two"], ["--devices", "'two'"]),
+    (["--devices", "-1"], ["--devices -1", "at least 1"]),
+    (["--simulate-devices", "-8"], ["--simulate-devices -8", "at least 1"]),
+    (["--workdir"], ["--workdir", "expected one argument"]),
+]
+
+# whole commands
+WRONG_COMMANDS = [
+    ([], ["COMMAND"]),
+    (["trian"], ["'trian'", "'train'"]),
+    (["train"], ["--config"]),
+    (["train", "--confg", QUICKSTART], ["--config"]),
+    (["train", "--config"], ["--config", "expected one argument"]),
+    (["train", "--config", "configs/no_such_recipe.py"], ["configs/no_such_recipe.py", "no such file"]),
+    (["train", "--config", str(ROOT / "configs" / "quickstrat.py")], ["no such file", "quickstart.py"]),
+    (["train", "--config", str(ROOT / "configs")], ["no such file", "quickstart.py"]),
+    (["train", "--config", str(ROOT / "LICENSE")], ["LICENSE", "a name that ends in .py"]),
+    (["train", "--config", f"{QUICKSTART}:zero4"], ["'zero4'", *LAYOUTS]),
+    (["train", "--config", f"{RESNET}:prod,dp"], ["'prod'", "single, multi, production", *LAYOUTS]),
+    (["layout", "--config", QUICKSTART, "--jsn"], ["--jsn"]),
+    (["config"], ["FILE"]),
+    (["config", QUICKSTART, "lr=3"], ["lr=3"]),
+    (["data", "prep", "digits"], ["'prep'", "prepare"]),
+    (["data", "verify", "digits", "--config.data.dir=x"], ["--config.data.dir", "jaxtrain data takes no config"]),
+    (["evaluate", "runs/x", "--split", "tset"], ["'tset'", "test"]),
+]
+
+
+@pytest.mark.parametrize(("words", "parts"), WRONG, ids=" ".join)
+def test_a_typo_or_a_bad_value(capsys, words, parts):
+    text = sentence(capsys, ["train", "--config", QUICKSTART, *words])
+    assert all(part in text for part in parts), text
+
+
+@pytest.mark.parametrize(("argv", "parts"), WRONG_COMMANDS, ids=lambda value: " ".join(value)[-40:])
+def test_a_bad_command(capsys, argv, parts):
+    text = sentence(capsys, argv)
+    assert all(part in text for part in parts), text
+
+
+def test_there_are_many_typos_in_the_table():
+    assert len(WRONG) >= 40
+
+
+def run(*argv, **options) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    return subprocess.run(
+        [sys.executable, *argv], env=environment, capture_output=True, text=True, timeout=120, check=False, **options
+    )
+
+
+def test_they_are_answered_before_jax_is_imported():
+    code = """
+import json, sys
+from jaxtrain.cli import main
+for argv in json.load(sys.stdin):
+    assert main(argv) == 64, argv
+    assert "jax" not in sys.modules, argv
+"""
+    commands = [["train", "--config", QUICKSTART, *words] for words, _ in WRONG]
+    found = run("-c", code, input=json.dumps(commands + [argv for argv, _ in WRONG_COMMANDS]))
+    assert found.returncode == 0, found.stderr
+    assert found.stderr.count("\n") == len(WRONG) + len(WRONG_COMMANDS)
+
+
+@pytest.mark.parametrize("words", [["--config.optim.learing_rate=3"], ["lr=0.3"], ["--config.train.steps=nan"]])
+def test_the_exit_code_of_the_process(tmp_path, words):
+    found = run("-m", "jaxtrain.main", "--config", QUICKSTART, *words, cwd=tmp_path)
+    assert (found.returncode, found.stdout, found.stderr.count("\n")) == (64, "", 1)
+    assert not list(tmp_path.iterdir())
+
+
+# --------------------------------------------------------------------------------------------------- broken recipes
+
+HEAD = "from jaxtrain.config import *\nfrom jaxtrain.recipes import recipe\n"
+# (bytes of the file, the line that is to blame, what is said of it)
+BROKEN = {
+    "syntax": (b"x = 1\ndef get_config(arg='':\n    return x\n", 2, "SyntaxError"),
+    "indentation": (b"def get_config(arg=''):\n\tif arg:\n        return 1\n", 3, "TabError"),
+    "not-utf8": (b"def get_config(arg=''):\n    return '\xff\xfe'\n", None, "utf-8"),
+    "utf16": ("def get_config(arg=''):\n    return 1\n".encode("utf-16"), None, "SyntaxError"),
+    "nul": (b"x = 1\n\x00\n", None, "null bytes"),
+    "noise": (bytes(range(256)) * 8, None, "SyntaxError"),
+    "brackets": (b"(" * 5000, None, "Error"),
+    "import": (b"\nimport no_such_module\n", 2, "no_such_module"),
+    "raises": (b"def get_config(arg=''):\n    raise ValueError('one\\ntwo')\n", 2, "ValueError: one two"),
+    "assertion": (b"def get_config(arg=''):\n    assert 1 > 2\n", 2, "AssertionError"),
+    "exits": (b"import sys\ndef get_config(arg=''):\n    sys.exit(3)\n", 3, "SystemExit: 3"),
+    "exits-at-once": (b"import sys\nsys.exit(0)\n", 2, "SystemExit: 0"),
+    "recursion": (b"def get_config(arg=''):\n    return get_config(arg)\n", 2, "RecursionError"),
+    "unknown-field": (f"{HEAD}def get_config(arg=''):\n    return Config(sed=3)\n".encode(), 4, "'sed'"),
+    "bad-value": (
+        f"{HEAD}def get_config(arg=''):\n    return recipe(Config(seed=-3))\n".encode(),
+        None,
+        "config.seed=-3",
+    ),
+    "bad-value-outside": (f"{HEAD}CONFIG = Config(seed=-3)\n".encode(), 3, "config.seed=-3"),
+    "extra-key": (
+        f"{HEAD}def get_config(arg=''):\n    c = recipe(Config()).unlock()\n    c.optim.lr = 1; return c\n".encode(),
+        None,
+        "config.optim.lr does not exist",
+    ),
+    "no-argument": (f"{HEAD}def get_config():\n    return recipe(Config())\n".encode(), None, "get_config()"),
+    "returns-a-dict": (b"def get_config(arg=''):\n    return {'seed': 1}\n", None, "returned dict"),
+    "returns-nothing": (b"def get_config(arg=''):\n    pass\n", None, "returned NoneType"),
+    "nothing": (b"", None, "must define get_config"),
+    "not-a-function": (b"get_config = 3\n", None, "must define get_config"),
+}
+
+
+@pytest.mark.parametrize("name", BROKEN)
+@pytest.mark.parametrize("relative", [False, True])
+def test_a_broken_recipe_names_file_and_line(capsys, tmp_path, monkeypatch, name, relative):
+    data, line, said = BROKEN[name]
+    path = tmp_path / f"recipe_{name.replace('-', '_')}.py"
+    path.write_bytes(data)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "dont_write_bytecode", True)
+    named = path.name if relative else str(path)
+    text = sentence(capsys, ["config", named])
+    assert (f"{named}:{line}: " if line else named) in text or name == "extra-key"
+    assert said in text
+
+
+# --------------------------------------------------------------------------- what only shows with devices and data
+
+
+def tiny(*words) -> list[str]:
+    """The MLP recipe, small."""
+    recipe = str(ROOT / "configs" / "mlp_synthetic.py")
+    small = ["model.width=16", "data.examples=64", "data.global_batch=16", "train.steps=2", "checkpoint.every=0"]
+    return ["--config", recipe, *(f"--config.{field}" for field in small), *words]
+
+
+UNFIT = [
+    (
+        ["--config.model.name=resnet19"],
+        ["config.model.name='resnet19'", "vgg11, ", "swin_base", "Did you mean 'resnet18'?"],
+    ),
+    (["--config.optim.name=adam"], ["config.optim.name='adam'", "sgd, adamw, lamb, lars, lion, muon", "'adamw'"]),
+    (["--config.optim.loss=crossentropy"], ["config.optim.loss='crossentropy'", "'cross_entropy'"]),
+    (
+        ["--config.data.name=cifar11"],
+        ["config.data.name='cifar11'", "digits, synthetic, cifar10, cifar100", "Did you mean 'cifar10"],
+    ),
+    (["--config.model.name=no_such_module:Net"], ["config.model.name='no_such_module:Net'", "no_such_module"]),
+    (["--config.optim.name=math:nothing"], ["config.optim.name='math:nothing'", "has no 'nothing'"]),
+    (["--config.model.name=math:pi"], ["config.model.name='math:pi'", "not a class or function"]),
+    (["--config.optim.loss=math:pi"], ["config.optim.loss='math:pi'", "must be a function"]),
+    (["--config.model.num_classes=5"], ["config.model.num_classes=5", "has 10"]),
+    (["--config.model.depths=(1,1)"], ["config.model.depths=(1, 1)", "mlp"]),
+    (["--config.model.name=resnet18", "--config.model.depths=(1,1)"], ["config.model.depths=(1, 1)", "4 stages"]),
+    (["--config.model.name=vgg11"], ["config.model.name='vgg11'", "32 x 32", "28 x 28"]),
+    (["--config.data.mean=(1,2)", "--config.data.std=(1,2)"], ["config.data.mean=(1, 2)", "1 numbers"]),
+    (["--devices", "9"], ["--devices 9", "has 8", "--simulate-devices 9"]),
+    # a mesh that does not multiply to the devices, with the nearest that do
+    (
+        ["--config.layout.data=3"],
+        ["layout.data=3", "needs 3 devices but the run has 8", "layout.data=8 or --devices 3"],
+    ),
+    (["--config.layout.data=16"], ["needs 16 devices but the run has 8", "layout.data=8"]),
+    (["--config.layout.tensor=3"], ["layout.tensor=3", "the run has 8", "2 and 4"]),
+    (["--config.layout.replica=16"], ["layout.replica=16", "the run has 8", "divide 8 are 8"]),
+    (["--config.layout.replica=2", "--devices", "1"], ["layout.replica=2", "the run has 1"]),
+    # a batch that does not divide by what it is split over, with the nearest that do
+    (["--config.data.global_batch=20"], ["data.global_batch=20", "8 batch shards", "16 and 24"]),
+    (["--config.layout.microbatches=4"], ["data.global_batch=16", "microbatches=4 x 8 batch shards", "is 32"]),
+    (
+        ["--config.data.batch_per_device=3", "--config.model.bn_groups=5"],
+        ["global_batch=24", "bn_groups=5", "20 and 25"],
+    ),
+    # a microbatch must hold whole BatchNorm groups
+    (
+        ["--config.model.name=resnet18", "--config.data.image_size=8", "--config.layout.microbatches=2"],
+        ["config.model.bn_groups=1", "layout.microbatches=2", "--config.model.bn_groups=2"],
+    ),
+    # tensor parallelism that splits nothing, and user rules
+    (
+        ["--config.layout.tensor=2", "--config.model.width=17"],
+        ["config.layout.tensor=2 splits no layer", "linear/kernel", "17"],
+    ),
+    (["--config.layout.rules=(('no_such',('tensor',)),)"], ["'no_such' matches no parameter"]),
+    (
+        ["--config.layout.rules=(('layers_01/linear/kernel',('data',)),)"],
+        ["has 1 dims", "layers_01/linear/kernel", "(16, 8)"],
+    ),
+]
+
+
+@pytest.mark.parametrize("command", ["train", "layout"])
+@pytest.mark.parametrize(("words", "parts"), UNFIT, ids=lambda value: " ".join(value)[:60])
+def test_what_does_not_fit_together(capsys, tmp_path, command, words, parts):
+    where = ["--workdir", str(tmp_path)] if command == "train" else []
+    assert cli.main([command, *tiny(*where, *words)]) == 64
+    said = capsys.readouterr()
+    text = said.err.splitlines()[-1]  # `train` has named its work directory before
+    assert text.startswith("jaxtrain: ")
+    assert all(part in text for part in parts), text
+    assert not (tmp_path / "config.json").exists()
+
+
+def test_other_errors_have_other_exit_codes(capsys, monkeypatch):
+    def fails(error):
+        def run(arguments):
+            raise error
+
+        monkeypatch.setattr(cli.config, "run", run)
+        code = cli.main(["config", QUICKSTART])
+        return code, capsys.readouterr().err
+
+    assert fails(DataError("Some file is damaged.")) == (65, "jaxtrain: Some file is damaged.\n")
+    assert fails(KeyboardInterrupt())[0] == 130
+    code, said = fails(ValueError("a bug"))
+    assert code == 70
+    assert "please report" in said
+    assert "ValueError: a bug" in said
+
+
+# ------------------------------------------------------------------------------------------------------------- config
+
+
+def test_config_shows_every_value_and_where_it_came_from(capsys):
+    assert cli.main(["config", f"{RESNET}:multi,zero1", "--config.seed=3", "--config.data.dir", "somewhere"]) == 0
+    rows = {row.split()[0]: row.split() for row in capsys.readouterr().out.splitlines()}
+    assert rows["config.seed"] == ["config.seed", "3", "flag"]
+    assert rows["config.data.dir"] == ["config.data.dir", "'somewhere'", "flag"]
+    assert rows["config.data.global_batch"] == ["config.data.global_batch", "512", "argument"]
+    assert rows["config.layout.zero"][-1] == "argument"
+    assert rows["config.model.name"] == ["config.model.name", "'resnet50'", "recipe"]
+    assert rows["config.optim.ema"] == ["config.optim.ema", "0.0", "default"]
+
+
+# ------------------------------------------------------------------------------------------------------------- layout
+
+
+def test_layout_as_json(capsys):
+    words = tiny("--json", "--config.layout.zero=3", "--config.layout.tensor=2", "--config.optim.ema=0.9")
+    assert cli.main(["layout", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert set(found) == {"parameters", "mesh", "bytes_per_device", "leaves"}
+    assert found["parameters"] == 784 * 16 + 16 + 16 * 8 + 8 + 8 * 10 + 10
+    assert found["mesh"] == {"stage": 1, "replica": 1, "data": 4, "tensor": 2}
+    by_path = {leaf["path"]: leaf for leaf in found["leaves"]}
+    kernel = by_path["params/layers_00/linear/kernel"]
+    assert kernel == {
+        "tree": "params",
+        "path": "params/layers_00/linear/kernel",
+        "shape": [784, 16],
+        "dtype": "float32",
+        "spec": ["data", "tensor"],
+        "stage": 0,
+        "bytes_per_device": 784 * 16 * 4 // 8,
+        "note": "",
+    }
+    assert by_path["step"]["spec"] == by_path["step"]["shape"] == []
+    assert by_path["gradients/layers_00/linear/kernel"]["spec"] == ["data", "tensor"]
+    for tree in ("params", "opt_state", "ema", "gradients"):
+        leaves = [leaf for leaf in found["leaves"] if leaf["tree"] == tree]
+        assert found["bytes_per_device"][tree] == sum(leaf["bytes_per_device"] for leaf in leaves) > 0
+        assert sum(leaf["path"].endswith("layers_01/linear/kernel") for leaf in leaves) == (
+            2 if tree == "opt_state" else 1
+        )
+
+
+def test_layout_as_a_table(capsys):
+    assert cli.main(["layout", *tiny("--devices", "2", "--config.layout.zero=1")]) == 0
+    text = capsys.readouterr().out
+    assert "params/layers_00/linear/kernel" in text
+    assert "P(data, None)" in text
+    assert "12,786 parameters; mesh stage 1 x replica 1 x data 2 x tensor 1" in text
+    assert f"params: {12786 * 4:,} bytes per device" in text
+
+
+def test_layout_needs_no_data_of_cifar(capsys, tmp_path):
+    words = [f"--config.data.dir={tmp_path}", "--config.model.name=resnet18", "--config.model.width=8", "--json"]
+    assert cli.main(["layout", "--config", f"{RESNET}:zero3", *words]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert next(leaf for leaf in found["leaves"] if leaf["path"].endswith("linear/kernel"))["shape"] == [64, 100]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_reader_that_goes_away_is_no_error():
+    command = f"{sys.executable} -c 'from jaxtrain.cli import main; exit(main())'"
+    found = subprocess.run(
+        ["bash", "-c", f"{command} config {QUICKSTART} | head -1; exit ${{PIPESTATUS[0]}}"],
+        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert (found.returncode, found.stderr) == (0, "")
+
+
+# --------------------------------------------------------------------------------------------------------------- data
+
+
+def test_data_prepare_and_verify(capsys, tmp_path):
+    assert cli.main(["data", "prepare", "digits"]) == 0
+    said = capsys.readouterr().out
+    assert Path(said.removeprefix("digits: ").strip()).is_file()
+    assert cli.main(["data", "verify", "digits"]) == 0
+    counts = dict(reversed(part.split()) for part in capsys.readouterr().out.partition("sound; ")[2].split(", "))
+    assert sum(map(int, counts.values())) == 1797
+    assert set(counts) == {"train", "validation", "test"}
+    assert cli.main(["data", "prepare", "synthetic"]) == 0
+    assert "nothing on disk" in capsys.readouterr().out
+    text = sentence(capsys, ["data", "prepare", "cifra10", "--dir", str(tmp_path)])
+    assert "config.data.name='cifra10'" in text
+    assert "Did you mean 'cifar10'?" in text
+
+
+# ----------------------------------------------------------------------------------------------------------- evaluate
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory) -> Path:
+    """A finished run whose weights, and whose average, are neither at chance nor perfect."""
+    path = tmp_path_factory.mktemp("finished")
+    config = Config(
+        data=DataConfig(name="digits", global_batch=48),
+        model=ModelConfig(name="mlp", width=16),
+        optim=OptimConfig(learning_rate=0.1, lr_scaling="none", schedule="constant", ema=0.9),
+        train=TrainConfig(steps=30, eval_every="10 steps"),
+        checkpoint=CheckpointConfig(every="10 steps", keep=3),
+    )
+    train(config, path, num_devices=4, quiet=True)
+    return path
+
+
+def evaluated(capsys, *words) -> dict:
+    assert cli.main(["evaluate", *words, "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("devices", [[], ["--devices", "4"], ["--devices", "1"], ["--devices", "5"]])
+def test_evaluate_finds_what_the_run_found(capsys, finished, devices):
+    result = json.loads((finished / "result.json").read_text())
+    for words, wanted in [
+        ([], result["best"]["test"]),
+        (["--checkpoint", "latest"], result["last"]["test"]),
+        (["--checkpoint", "latest", "--ema"], result["last"]["test_ema"]),
+        (["--split", "val", "--ema"], result["best"]["validation_ema"]),
+    ][: 1 if devices else None]:
+        found = evaluated(capsys, str(finished), *words, *devices)
+        assert found["accuracy"] == wanted["accuracy"]
+        assert found["top5"] == wanted["top5"]
+        assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+    assert result["last"]["test"]["loss"] != result["last"]["test_ema"]["loss"]
+
+
+def test_the_accuracy_of_each_class(capsys, finished):
+    found = evaluated(capsys, str(finished), "--checkpoint", "20")
+    assert (found["step"], found["split"], found["examples"]) == (20, "test", 359)
+    assert list(found["per_class"]) == [str(digit) for digit in range(10)]
+    assert 0.2 < found["accuracy"] < 1
+    assert found["accuracy"] <= found["top5"] <= 1
+    assert min(found["per_class"].values()) <= found["accuracy"] <= max(found["per_class"].values())
+    assert cli.main(["evaluate", str(finished), "--checkpoint", "20"]) == 0
+    text = capsys.readouterr().out
+    assert f"step 20, test: accuracy {found['accuracy']:.4f}" in text
+    assert f"{found['per_class']['3']:.4f}" in text
+
+
+def test_evaluate_changes_nothing_in_the_run(capsys, finished):
+    before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
+    assert math.isfinite(evaluated(capsys, str(finished), "--split", "train")["loss"])
+    assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
+
+
+@pytest.mark.parametrize(
+    ("words", "code", "said"),
+    [
+        (["--checkpoint", "7"], 66, "only the steps 10, 20, 30"),
+        (["--checkpoint", "epoch:9"], 66, "epoch:9"),
+        (["--checkpoint", "nowhere"], 64, "nowhere"),
+        (["--devices", "9"], 64, "has 8"),
+    ],
+)
+def test_evaluate_what_is_not_there(capsys, finished, words, code, said):
+    assert said in sentence(capsys, ["evaluate", str(finished), *words], code)
+
+
+def test_evaluate_no_run(capsys, tmp_path):
+    assert f"{tmp_path} holds no checkpoint" in sentence(capsys, ["evaluate", str(tmp_path)], 66)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,164 @@
+"""The contract of every layout: the same numbers (docs/architecture.md). In f64, where a wrong scale cannot hide."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import parity
+import pytest
+
+import jaxtrain.data.augment
+import jaxtrain.step
+from jaxtrain.config import LayoutConfig
+from jaxtrain.engine import start_engine
+from jaxtrain.models.layers import Context
+from jaxtrain.recipes import LAYOUTS as LAYOUT_ARGUMENTS
+from jaxtrain.recipes import change, resolve
+from jaxtrain.resume import Position, Resume
+from jaxtrain.run import load_data, make_run, settings
+
+ONE = LayoutConfig(data=1)
+
+LAYOUTS = {
+    "data2": LayoutConfig(data=2),
+    "data8": LayoutConfig(data=8),
+    "accumulate4": LayoutConfig(data=1, microbatches=4),
+    "data2-accumulate2": LayoutConfig(data=2, microbatches=2),
+    "zero1": LayoutConfig(data=8, zero=1),
+    "zero2-accumulate2": LayoutConfig(data=4, zero=2, microbatches=2),
+    "zero3": LayoutConfig(data=8, zero=3),
+    "zero3-accumulate4": LayoutConfig(data=2, zero=3, microbatches=4),
+    "hybrid": LayoutConfig(data=2, replica=2, zero=3),
+    "hybrid-zero1-accumulate2": LayoutConfig(data=4, replica=2, zero=1, microbatches=2),
+    "tensor2": LayoutConfig(data=1, tensor=2),
+    "tensor2-data2-zero3": LayoutConfig(data=2, tensor=2, zero=3),
+    "tensor2-data2-zero2-accumulate2": LayoutConfig(data=2, tensor=2, zero=2, microbatches=2),
+}
+
+
+@functools.cache
+def reference(model: str) -> dict[str, np.ndarray]:
+    return parity.numbers(parity.run(model, ONE))
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("model", parity.MODELS)
+def test_a_layout_changes_no_number(model, layout):
+    found = parity.numbers(parity.run(model, LAYOUTS[layout]))
+    parity.assert_equal(found, reference(model), 1e-12)
+
+
+@pytest.mark.parametrize("model", parity.MODELS)
+def test_the_reference_learns(model):
+    losses = reference(model)["loss"]
+    assert len(losses) >= 6
+    assert np.ptp(losses) / losses[0] >= 0.05
+
+
+@pytest.mark.parametrize("layout", ["data8", "zero2-accumulate2"])
+@pytest.mark.parametrize("model", ["mlp", "resnet"])
+def test_in_f32_rounding_alone_differs(model, layout):
+    small = {"train.precision": "f32", "optim.learning_rate": 1e-4}
+    found, wanted = (parity.numbers(parity.run(model, each, **small)) for each in (LAYOUTS[layout], ONE))
+    for key in ("loss", "test", "test_ema"):
+        np.testing.assert_allclose(found[key], wanted[key], rtol=1e-5)
+
+
+# ------------------------------------------------------------------------------------------------------ planted faults
+
+
+def drop_a_microbatch(monkeypatch):
+    call = jaxtrain.step.Step.__call__
+
+    def fewer(self, *args):
+        object.__setattr__(self, "microbatches", self.microbatches[:1])
+        return call(self, *args)
+
+    monkeypatch.setattr(jaxtrain.step.Step, "__call__", fewer)
+
+
+def sum_gradients(monkeypatch):
+    gradients = jaxtrain.step._gradients
+
+    def summed(task, layout, *args):
+        sums = gradients(task, layout, *args)
+        parts = layout.config.microbatches
+        return sums.replace(gradients=jax.tree.map(lambda g: g * parts, sums.gradients))
+
+    monkeypatch.setattr(jaxtrain.step, "_gradients", summed)
+
+
+def normalize_per_device(monkeypatch):
+    def context(example, train, bn_groups):
+        return Context(example=example, train=train, bn_groups=bn_groups * 2)
+
+    monkeypatch.setattr(jaxtrain.step, "Context", context)
+
+
+def drop_the_same_on_every_device(monkeypatch):
+    def context(example, train, bn_groups):
+        return Context(example=example % (example.shape[0] // 2), train=train, bn_groups=bn_groups)
+
+    monkeypatch.setattr(jaxtrain.step, "Context", context)
+
+
+def mix_across_the_batch(monkeypatch):
+    monkeypatch.setattr(jaxtrain.data.augment, "_partners", lambda x: jnp.flip(x, 0))
+
+
+FAULTS = [drop_a_microbatch, sum_gradients, normalize_per_device, drop_the_same_on_every_device, mix_across_the_batch]
+
+
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_planted_fault_shows(fault, monkeypatch):
+    """Each breaks only what a layout does: the reference was computed before, without it."""
+    wanted = reference("resnet")
+    fault(monkeypatch)
+    found = parity.numbers(parity.run("resnet", LAYOUTS["data2-accumulate2"]))
+    with pytest.raises(AssertionError, match="relative error"):
+        parity.assert_equal(found, wanted, 1e-12)
+
+
+# ------------------------------------------------------------------------------------------------------------- recipes
+
+RECIPES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))
+
+
+@functools.cache
+def recipe_losses(name: str, argument: str) -> list[float]:
+    """The recipe's own optimizer, rate, augmentation and model family, shrunk to what a test can pay for."""
+    devices = jax.devices()[: 4 if argument else 1]
+    shrunk = {
+        "data.name": "synthetic",
+        "data.examples": 64,
+        "data.image_size": {"mlp_synthetic": 0, "vgg19_cifar10": 32, "swin_tiny_cifar10": 16}.get(name, 8),
+        "data.global_batch": 16,
+        "optim.lr_reference_batch": 16,
+        "optim.warmup": "0",
+        "model.width": 16 if "swin" in name else 4,
+        "model.depths": () if name in ("mlp_synthetic", "vgg19_cifar10") else (1, 1, 1, 1),
+        "model.bn_groups": 2,
+        "train.precision": "f64",
+        "train.steps": 6,
+        "layout.microbatches": 2 if argument == "zero2" else 1,  # where the accumulator is what zero2 shards
+    }
+    resolved = resolve(f"{Path(__file__).parent.parent / 'configs' / name}.py:{argument}").config
+    run_config = change(resolved, **shrunk)
+    with settings(run_config):
+        run = make_run(run_config, load_data(run_config.data), devices)
+        engine, state = start_engine(run, Resume(None, Position(), None))
+        losses = []
+        for batch in engine.feed.train(seed=0, global_batch=16, first_step=0, first_example=0, steps=6):
+            state, metrics = engine.step(state, batch, engine.feed.resident)
+            losses.append(float(metrics["loss"]))
+    return losses
+
+
+@pytest.mark.parametrize("argument", LAYOUT_ARGUMENTS)
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_every_layout_argument_of_every_recipe(recipe, argument):
+    np.testing.assert_allclose(recipe_losses(recipe, argument), recipe_losses(recipe, ""), rtol=1e-12)
