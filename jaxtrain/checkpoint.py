@@ -10,11 +10,13 @@ import dataclasses
 import json
 import logging
 import re
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import optax
 import orbax.checkpoint as ocp
 
 from jaxtrain.errors import CheckpointError, ConfigError
@@ -57,7 +59,6 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(
             preservation_policy=Keep(keep),
             best_fn=lambda metrics: metrics["val_accuracy"],  # makes Orbax read the metrics that `Keep` looks at
-            read_only=read_only,
             create=not read_only,
         )
         # Whole leaves from one replica: splitting them among replicas would compile a slice program for each leaf and
@@ -118,11 +119,7 @@ class Checkpoints:
 
     def metrics(self, step: int) -> dict[str, Any]:
         """What `save` was told beside the state."""
-        path = self.directory / str(step) / "metrics" / "metrics"
-        try:
-            return json.loads(path.read_text())
-        except (OSError, ValueError) as error:
-            raise CheckpointError(f"{path} cannot be read: {error}; remove the folder {step} to go on without it.") from None
+        return _metrics(self.directory, step)
 
     def position(self, step: int) -> dict[str, Any]:
         """The run's position at `step`. Raises `CheckpointError` if a newer jaxtrain wrote it."""
@@ -161,6 +158,8 @@ class Checkpoints:
             log.warning("The checkpoint has another %s; this run starts with a fresh one.", name)
         if "ema" in fresh and template.ema:
             restored["ema"] = {name: jax.tree.map(_copy, restored[name]) for name in template.ema}
+        if "opt_state" in fresh:
+            restored["opt_state"] = _at_step(template.opt_state, restored["step"])
         return dataclasses.replace(template, **restored)
 
     def restore_weights(self, step: int, template: TrainState) -> TrainState:
@@ -188,6 +187,15 @@ class Checkpoints:
 
 def _copy(x: jax.Array) -> jax.Array:
     return jax.device_put(x, x.sharding, may_alias=False)
+
+
+def _at_step(opt_state: PyTree, step: jax.Array) -> PyTree:
+    """A fresh optimizer's state whose learning rate is that of `step`: the schedule counts for itself."""
+
+    def counts(node: Any) -> bool:
+        return isinstance(node, optax.ScaleByScheduleState)
+
+    return jax.tree.map(lambda node: node._replace(count=_copy(step)) if counts(node) else node, opt_state, is_leaf=counts)
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
@@ -254,7 +262,7 @@ def _named_step(directory: Path, steps: list[int], resume: str) -> int:
         if int(resume) in steps:
             return int(resume)
         raise CheckpointError(f"config.checkpoint.resume={resume}: {directory} has only the steps {', '.join(map(str, steps))}.")
-    metrics = {step: json.loads((directory / str(step) / "metrics" / "metrics").read_text()) for step in steps}
+    metrics = {step: _metrics(directory, step) for step in steps}
     if resume == "best":
         best = best_of(list(metrics.items()))
         if best is None:
@@ -280,8 +288,32 @@ def _start_at_path(path: Path) -> Start:
     )
 
 
+def _metrics(directory: Path, step: int) -> dict[str, Any]:
+    path = directory / str(step) / "metrics" / "metrics"
+    try:
+        return json.loads(path.read_text())
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}; remove the folder {step} to go on without it.") from None
+
+
+# A folder gets its name once it is whole, but it is deleted file by file.
+_PARTS = ("_CHECKPOINT_METADATA", "metrics/metrics", "position/metadata", "state/_METADATA")
+
+
 def committed_steps(directory: Path) -> list[int]:
     """Steps whose write was completed, rising. Reads names only, so it needs no manager and no device."""
     if not directory.is_dir():
         return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and (p / "_CHECKPOINT_METADATA").is_file())
+    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and all((p / part).is_file() for part in _PARTS))
+
+
+def discard_unfinished(directory: Path) -> None:
+    """Deletes what a killed run left of a write or a deletion: Orbax would refuse to write that step again.
+
+    Only process 0 may call it, before any `Checkpoints` is made to write there.
+    """
+    committed = committed_steps(directory)
+    for path in directory.iterdir() if directory.is_dir() else ():
+        step = path.name.removesuffix(".orbax-checkpoint-tmp")
+        if step.isdigit() and (step != path.name or int(step) not in committed):
+            shutil.rmtree(path)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import logging
 import shutil
 import time
@@ -12,9 +13,9 @@ from typing import Any
 import numpy as np
 
 from jaxtrain import workdir as workdir_lib
-from jaxtrain.checkpoint import Checkpoints, Start, committed_steps, find_start
+from jaxtrain.checkpoint import Checkpoints, Start, committed_steps, discard_unfinished, find_start
 from jaxtrain.config import Config, from_dict
-from jaxtrain.errors import WorkdirError
+from jaxtrain.errors import ConfigError, WorkdirError
 from jaxtrain.run import make_schedule, total_steps
 from jaxtrain.workdir import Workdir
 
@@ -56,13 +57,20 @@ def find(directory: Workdir, config: Config) -> Resume:
     start = find_start(directory.checkpoints, config.checkpoint.resume)
     if start is None:
         values = directory.read_config() if config.checkpoint.resume != "none" else None
-        return Resume(None, Position(), from_dict(values) if values else None)
+        return Resume(None, Position(), _stored(values, directory.config) if values else None)
     checkpoints = Checkpoints(start.directory, read_only=True)
     try:
         values = checkpoints.position(start.step)
     finally:
         checkpoints.close()
-    return Resume(start, Position.from_json(values), from_dict(values["config"]))
+    return Resume(start, Position.from_json(values), _stored(values["config"], start.directory / str(start.step)))
+
+
+def _stored(values: dict[str, Any], path: Path) -> Config:
+    try:
+        return from_dict(values)
+    except ConfigError as error:
+        raise WorkdirError(f"{path} is damaged, or of another version of jaxtrain ({error}); choose another --workdir.") from error
 
 
 def refuse_changes(directory: Workdir, resume: Resume, config: Config) -> None:
@@ -85,9 +93,11 @@ def refuse_length(directory: Workdir, resume: Resume, config: Config, train_exam
     found = [c for c in workdir_lib.changes(_plain(resume.stored), _plain(config)) if c.kind == "length"]
     if not found:
         return
-    steps = np.arange(resume.position.step)
+    position = resume.position
+    steps = np.arange(position.step)
     old, new = (
-        np.asarray(make_schedule(c, train_examples, total_steps(c, train_examples))(steps)) for c in (resume.stored, config)
+        np.asarray(make_schedule(c, train_examples, total_steps(c, train_examples, position.step, position.examples))(steps))
+        for c in (resume.stored, config)
     )
     refused = workdir_lib.refused(found, same_rates=np.array_equal(old, new))
     if refused:
@@ -97,27 +107,41 @@ def refuse_length(directory: Workdir, resume: Resume, config: Config, train_exam
 def set_aside(directory: Workdir, resume: Resume, config: Config) -> Path | None:
     """Moves what a run that starts here would overwrite to `superseded/<time>/`: later checkpoints, and copies of the metrics.
 
-    A fresh run (`checkpoint.resume=none`) moves everything. Returns the folder, or `None` if there was nothing in the way.
-    Nothing is lost: move it back to undo this. Only process 0 may call it.
+    A run with another history (fresh, with `checkpoint.resume=none`, or another directory's) moves everything. Returns the
+    folder, or `None` if there was nothing in the way. Nothing is lost: move it back to undo this. Only process 0 may call
+    it. What a killed run left unfinished is deleted.
     """
-    folder = directory.path / "superseded" / time.strftime("%Y%m%d-%H%M%S")
-    fresh = resume.start is None and config.checkpoint.resume == "none"
-    own = [directory.config, directory.metrics_csv, directory.metrics_jsonl, directory.tensorboard, directory.result]
-    if fresh:
-        found = [path for path in (*own, directory.checkpoints) if path.exists()]
+    discard_unfinished(directory.checkpoints)
+    folder = _new_folder(directory.path / "superseded" / time.strftime("%Y%m%d-%H%M%S"))
+    metrics = [path for path in (directory.metrics_csv, directory.metrics_jsonl) if path.exists()]
+    if _is_another_history(directory, resume, config):
+        own = (directory.config, *metrics, directory.tensorboard, directory.result, directory.checkpoints)
+        copied, moved = [], [path for path in own if path.exists()]
     else:
         steps = [step for step in committed_steps(directory.checkpoints) if step > resume.position.step]
-        found = [directory.checkpoints / str(step) for step in steps]
-    if not found:
+        moved = [directory.checkpoints / str(step) for step in steps]
+        copied = metrics if moved else []
+        moved += [directory.result] if moved and directory.result.exists() else []
+    if not moved:
         return None
     folder.mkdir(parents=True)
-    for path in found:
+    for path in copied:  # first: a kill in between must leave the later steps here, so that the next start comes by again
+        shutil.copy2(path, folder)
+    for path in moved:
         path.rename(folder / path.name)
-    if not fresh:
-        for path in (directory.metrics_csv, directory.metrics_jsonl):
-            if path.exists():
-                shutil.copy2(path, folder)
     return folder
+
+
+def _is_another_history(directory: Workdir, resume: Resume, config: Config) -> bool:
+    if resume.start is None:
+        return config.checkpoint.resume == "none"
+    return not (directory.checkpoints.exists() and directory.checkpoints.samefile(resume.start.directory))
+
+
+def _new_folder(path: Path) -> Path:
+    """`path`, or the first of `path`-2, `path`-3, ... that is not there: two starts within a second."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}-{number}") for number in itertools.count(2)))
+    return next(name for name in names if not name.exists())
 
 
 def _plain(config: Config) -> dict[str, Any]:

@@ -154,11 +154,15 @@ class _Loop:
         self.started, self.first_step = time.perf_counter(), position.step
         self.history: list[dict[str, Any]] = []
         first = jax.process_index() == 0
-        self.records = Records(directory, position.step, position.examples // self.train_examples) if first else NullRecords()
+        # A complete run trains nothing again, so the row of an epoch that its last step broke off stays too.
+        rounded = math.floor if position.step < run.steps else math.ceil
+        epochs_done = rounded(Fraction(position.examples, self.train_examples))
+        self.records = Records(directory, position.step, epochs_done) if first else NullRecords()
         self.progress = Progress(run.steps, position.step, console) if first else NullProgress()
         self.epochs = self._epoch(run.steps) + 1
         self.log_span = self.epoch_span = clock.now()
         self.saved_step, self.saved_at = position.step, time.monotonic()
+        self.validated: tuple[int, dict[str, EvalResult]] = (-1, {})  # the last step that was, and its results
         every, milestone = self.config.checkpoint.every, self.config.checkpoint.milestone_every
         self.save_every = Duration.parse(every, "config.checkpoint.every", minutes=True)
         self.saves = Cadence(self.save_every, self.train_examples)
@@ -241,7 +245,8 @@ class _Loop:
             return False
         if jax.process_count() > 1 and step % self.config.train.log_every:
             return False
-        return same_everywhere(time.monotonic() - self.saved_at >= duration.seconds)
+        with jax.transfer_guard("allow"):  # to tell the others, JAX puts it on the devices
+            return same_everywhere(time.monotonic() - self.saved_at >= duration.seconds)
 
     # ----------------------------------------------------------------------------------------------------- one step
 
@@ -300,8 +305,11 @@ class _Loop:
         step, last = self.position.step, self.position.step == self.run.steps
         ends_epoch = self._due(self.epoch_ends, step)
         epoch = self._epoch(step)
+        stop = self.interrupt.asked  # once: a signal that comes later waits for the next step
         if ends_epoch or last:
             self._end_epoch(epoch)
+        if ends_epoch:
+            self.position = dataclasses.replace(self.position, epoch_loss=0.0, epoch_correct=0.0, epoch_examples=0)
         accuracy = None
         if len(self.run.dataset.validation) and (last or self._due(self.evaluations, step)):
             accuracy = self._validate(state, epoch)
@@ -310,9 +318,9 @@ class _Loop:
             self.position = dataclasses.replace(self.position, best_accuracy=accuracy)
         milestone = self._due(self.milestones, step)
         due = self._due(self.saves, step) or self._save_time_has_come(step)
-        if best or last or milestone or due or self.interrupt.asked:
+        if best or last or milestone or due or stop:
             self._save(state, epoch + 1 if ends_epoch else -1, accuracy, milestone)
-        if self.interrupt.asked and not last:
+        if stop and not last:
             self.checkpoints.wait()
             raise self.interrupt.error(f"Stopped after step {step} and saved it; the same command goes on from there.")
 
@@ -328,7 +336,6 @@ class _Loop:
         for warning in (symptoms.slow_data(span), symptoms.imbalanced(self._own_seconds(span))):
             if warning:
                 log.warning("%s", warning)
-        self.position = dataclasses.replace(position, epoch_loss=0.0, epoch_correct=0.0, epoch_examples=0)
 
     def _own_seconds(self, span: Span) -> list[float]:
         """Each process's seconds a step without waiting for the others; one collective an epoch."""
@@ -342,6 +349,7 @@ class _Loop:
         began = time.perf_counter()
         with self.clock.charge("evaluation"):
             results = self._evaluate(state, "validation")
+        self.validated = (self.position.step, results)
         seconds = time.perf_counter() - began
         self._record(epoch, "val", results, seconds)
         return (results.get("ema") or results["raw"]).accuracy
@@ -383,7 +391,8 @@ class _Loop:
             self.checkpoints.wait()
         epoch, began = self._epoch(self.position.step), time.perf_counter()
         with self.clock.charge("evaluation"):
-            last = self._test(state)
+            step, validation = self.validated
+            last = self._test(state, validation if step == self.position.step else {})
             seconds = time.perf_counter() - began
             best_step, best = self.checkpoints.best_step(), last
             if best_step is not None and best_step != self.position.step:
@@ -392,7 +401,6 @@ class _Loop:
             self._record(epoch, "test", last["results"]["test"], seconds)
         whole = self.clock.now()
         result = {
-            "step": self.position.step,
             "steps": self.position.step,
             "examples": self.position.examples,
             "epochs": self.position.examples / self.train_examples,
@@ -410,9 +418,14 @@ class _Loop:
         log.info("result: %s", self.directory.result)
         return TrainResult(state, self.history, result, self.directory)
 
-    def _test(self, state: TrainState) -> dict[str, Any]:
-        splits = {"validation": "validation", "test": "test"}
-        results = {name: self._evaluate(state, split) for name, split in splits.items() if len(getattr(self.run.dataset, split))}
+    def _test(self, state: TrainState, validation: dict[str, EvalResult] | None = None) -> dict[str, Any]:
+        """Results by split and weights, and what result.json says of them. validation: if these were evaluated before."""
+        dataset = self.run.dataset
+        results: dict[str, dict[str, EvalResult]] = {}
+        if len(dataset.validation):
+            results["validation"] = validation or self._evaluate(state, "validation")
+        if len(dataset.test):
+            results["test"] = self._evaluate(state, "test")
         summary: dict[str, Any] = {}
         for name, each in results.items():
             for weights, outcome in each.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import functools
 import hashlib
 import http.server
@@ -256,6 +257,7 @@ def test_an_interrupted_preparation_is_done_again(tmp_path, tiny, capsys):
     assert not leftover.exists()
     (directory / "jaxtrain.json").unlink()
     (directory / "images-train.npy").write_bytes(b"half")
+    (directory / "jaxtrain.json.tmp").write_text("half")
     with pytest.raises(DataError, match="not prepared"):
         sources.load(config(tmp_path))
     sources.prepare(config(tmp_path))
@@ -356,6 +358,28 @@ def test_waiting_for_the_other_process_has_an_end(tmp_path, tiny):
         pytest.raises(DataError, match=r"still prepares the data after 0.002 minutes \(config.data.prepare_timeout\)"),
     ):
         sources.prepare(config(tmp_path, prepare_timeout=0.002))
+
+
+def test_a_full_disk_is_told_and_leaves_nothing_that_counts(tmp_path, monkeypatch, tiny):
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(np, "save", full)
+        with pytest.raises(DataError, match=r"cannot be written while preparing cifar10 \(No space left on device\)"):
+            sources.prepare(config(tmp_path))
+    with pytest.raises(DataError, match="not prepared"):
+        sources.load(config(tmp_path))
+    prepared(tmp_path)
+    np.testing.assert_array_equal(whole(sources.load(config(tmp_path)).train)[0], tiny["train images"])
+
+
+def test_a_damaged_preparation_without_manifest(tmp_path, tiny):
+    directory = prepared(tmp_path)
+    (directory / "jaxtrain.json").unlink()
+    (directory / "dataset_info.json").write_text("{")
+    with pytest.raises(DataError, match=rf"{directory} is damaged .*delete .*jaxtrain data prepare cifar10"):
+        sources.prepare(config(tmp_path))
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):

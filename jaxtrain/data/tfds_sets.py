@@ -165,7 +165,10 @@ def _generate(name: str, root: Path) -> None:
         *(root / "downloads" / directory.parent.name).glob("**/*.tmp.*"),
     ]:
         shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed: we hold the lock
-    builder = _BUILDERS[name](data_dir=root)
+    try:
+        builder = _BUILDERS[name](data_dir=root)
+    except Exception as error:  # it reads what an earlier preparation left, with TFDS's parsers
+        raise DataError(f"{directory} is damaged ({error}); {_again(directory)}") from None
     config = tfds.download.DownloadConfig(try_download_gcs=False)
     tfds.display_progress_bar(sys.stderr.isatty())  # in a log file it would be a line a second
     with contextlib.redirect_stdout(sys.stderr):  # where TFDS's progress goes; stdout is the program's own
@@ -184,7 +187,8 @@ def _write_arrays(name: str, directory: Path) -> None:
             with open(f"{path}.tmp", "wb") as file:
                 np.save(file, array, allow_pickle=False)
             os.replace(f"{path}.tmp", path)
-    files = {p.name: {"bytes": p.stat().st_size, "sha256": _sha256(p)} for p in sorted(directory.iterdir())}
+    complete = [path for path in sorted(directory.iterdir()) if path.suffix != ".tmp"]
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in complete}
     temporary = directory / f"{_MANIFEST}.tmp"
     temporary.write_text(
         json.dumps({"class_names": TfdsSource(directory, "train").class_names, "files": files}, indent=1)
@@ -311,7 +315,9 @@ class TfdsSource:
             info = builder.info
             formats = {str(getattr(f, "value", f)) for f in info.available_file_formats()}
         except Exception as error:  # TFDS raises what its parsers raise
-            raise DataError(f"{directory} is not a complete TFDS data set ({error}); prepare it again.") from None
+            raise DataError(
+                f"{directory} is not a complete TFDS data set ({error}); delete it and prepare it again."
+            ) from None
         if "array_record" not in formats:
             raise DataError(
                 f"{directory} is stored as {' and '.join(sorted(formats))}, which has no random access: run `tfds "
