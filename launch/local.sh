@@ -4,7 +4,8 @@
 #     launch/local.sh P --config FILE [more arguments of `python -m jaxtrain.main`]
 #
 # Meant for trying what several machines will do: on one machine a single process drives all devices. Process 0 prints as
-# usual, the others only warnings. When one process fails, the rest are stopped, and the exit code is that of the first to fail.
+# usual, the others only warnings. SIGTERM saves and stops the run, Ctrl-C stops it at once. When one process fails, the
+# rest are stopped too; the exit code is that of the first to fail.
 set -euo pipefail
 set -m # children get process groups of their own: Ctrl-C reaches this script, which passes it on
 
@@ -18,31 +19,34 @@ python=${PYTHON:-python}
 port=$("$python" -c 'import socket; s = socket.socket(); s.bind(("127.0.0.1", 0)); print(s.getsockname()[1])')
 
 pids=()
-stop() { # a signal to all that still run; those that ignore it for 10 s are killed
-  kill -s "$1" "${pids[@]}" 2>/dev/null || true
-  for _ in {1..50}; do
-    kill -0 "${pids[@]}" 2>/dev/null || return 0
-    sleep 0.2
+end() { # sends each of the signals to those that still run, and waits up to 10 s for all to end (signal 0 only waits)
+  local signal
+  for signal in "$@"; do
+    kill -s "$signal" "${pids[@]}" 2>/dev/null || return 0
+    for _ in {1..50}; do
+      kill -s 0 "${pids[@]}" 2>/dev/null || return 0
+      sleep 0.2
+    done
   done
-  kill -s KILL "${pids[@]}" 2>/dev/null || true
 }
-trap 'stop INT; exit 130' INT
-trap 'stop INT; exit 143' TERM
+trap 'end INT KILL; exit 130' INT
+trap 'kill -s TERM "${pids[@]}" 2>/dev/null || true' TERM
 
 for ((id = 0; id < count; id++)); do
   "$python" -m jaxtrain.main "$@" --coordinator "127.0.0.1:$port" --num-processes "$count" --process-id "$id" &
   pids+=($!)
 done
+
 running=("${pids[@]}")
 while ((${#running[@]})); do
   sleep 0.2
   for i in "${!running[@]}"; do
-    kill -0 "${running[i]}" 2>/dev/null && continue
+    kill -s 0 "${running[i]}" 2>/dev/null && continue
     code=0
     wait "${running[i]}" || code=$?
     unset "running[i]"
     if ((code)); then
-      stop INT
+      end 0 INT KILL
       exit "$code"
     fi
   done

@@ -242,11 +242,11 @@ def build(
     settings.require_side(config, image_shape, patch * 8, ", or a smaller config.model.patch")
     stages = range(len(depths))
     if not _divides_into_heads(width, stages):
-        low = next(w for w in range(width, 0, -1) if _divides_into_heads(w, stages))
-        high = next(w for w in itertools.count(width) if _divides_into_heads(w, stages))
+        low = next(w for w in itertools.count(width // 8 * 8, -8) if _divides_into_heads(w, stages))
+        high = next(w for w in itertools.count(width // 8 * 8 + 8, 8) if _divides_into_heads(w, stages))
         raise ConfigError(
             f"config.model.width={width}: does not divide into heads of about {HEAD_DIM} channels in every stage; "
-            f"the nearest that do are {low} and {high}."
+            f"{low} and {high} do."
         )
     dropout = settings.dropout(config, 0.0)
     types = (dtype, param_dtype)

@@ -43,8 +43,12 @@ def audit(
     """
     trees = {f.name: jax.tree.leaves(getattr(state, f.name)) for f in dataclasses.fields(state)}
     held = {name: _check_tree(name, leaves, table[name]) for name, leaves in trees.items()}
+    after, _ = programs["update" if "update" in programs else "step"].output_shardings
+    for name in trees:
+        _check_shardings(layout, f"{name} after a step", getattr(after, name), table[name])
     if "zeros" in programs:
-        held["gradients"] = _check_accumulator(programs["zeros"], table["gradients"])
+        _check_shardings(layout, "gradients", programs["zeros"].output_shardings.gradients, table["gradients"])
+        held["gradients"] = bytes_per_device(table["gradients"])
     collectives = {name: count_collectives(program.as_text() or "") for name, program in programs.items()}
     every = sum(map(collections.Counter, collectives.values()), collections.Counter())
     gradients = collectives["gradients" if "gradients" in collectives else "step"]
@@ -63,6 +67,8 @@ def audit(
                 raise AuditError(f"layout.zero={zero} had no effect on {tree}: no leaf divides by data={shape['data']}.")
         if not every["all-gather"] and any("data" in leaf.spec for leaf in table["opt_state"]):
             raise AuditError(f"layout.zero={zero} had no effect: no program gathers what is sharded.")
+        if not any("data" in leaf.spec for name in (*trees, "gradients") for leaf in table[name]):
+            notes.append(f"layout.zero={zero} has nothing to shard: the optimizer keeps no state and there is no average.")
         if zero >= 2 and "zeros" not in programs:
             same = "zero=1" if zero == 2 else "zero=3 with whole gradients"
             notes.append(
@@ -94,10 +100,8 @@ def _check_tree(name: str, leaves: list[jax.Array], places: list[Placement]) -> 
     return bytes_per_device(places)
 
 
-def _check_accumulator(zeros: jax.stages.Compiled, places: list[Placement]) -> int:
-    shardings = jax.tree.leaves(zeros.output_shardings.gradients)
-    for place, sharding in zip(places, shardings, strict=True):
-        ways = math.prod(place.shape) // max(math.prod(sharding.shard_shape(place.shape)), 1)
-        if place.bytes_total // ways != place.bytes_per_device:
-            raise AuditError(f"The gradient of {place.path} rests as {sharding}; the layout says {place.spec}.")
-    return bytes_per_device(places)
+def _check_shardings(layout: Layout, name: str, shardings: PyTree, places: list[Placement]) -> None:
+    """Where a compiled program leaves its results."""
+    for sharding, place in zip(jax.tree.leaves(shardings), places, strict=True):
+        if not sharding.is_equivalent_to(layout.sharding(place.spec), len(place.shape)):
+            raise AuditError(f"{name}: {place.path} lies as {sharding}; the layout says {place.spec}.")

@@ -1,0 +1,174 @@
+"""Starts runs as a user does, in this process or in processes of their own, and reads what they leave behind."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtrain import load_config, train
+from jaxtrain.train import TrainResult
+
+ROOT = Path(__file__).parents[1]
+RECIPE = ROOT / "configs" / "quickstart.py"
+SECONDS = 300  # that a process may take; a test that waits so long has failed
+
+# A run of 12 steps, in epochs of 4: an MLP on the digits, its rate constant so that the length may change.
+SMALL: dict[str, Any] = {
+    "data.global_batch": 32,
+    "data.examples": 128,
+    "model.name": "mlp",
+    "model.width": 16,
+    "model.depths": "()",
+    "optim.schedule": "constant",
+    "optim.warmup": "0",
+    "train.epochs": 3,
+    "train.log_every": 1,
+    "checkpoint.every": "2",
+    "checkpoint.keep": 20,
+}
+# Everything that draws random numbers or keeps a state, in f64: what must come out the same on every mesh.
+EXACT: dict[str, Any] = SMALL | {
+    "data.augmentation": "light",
+    "data.mixup": 0.2,
+    "model.name": "resnet18",
+    "model.width": 4,
+    "model.depths": "(1, 1, 1, 1)",
+    "model.dropout": 0.1,
+    "model.bn_groups": 4,
+    "optim.learning_rate": 0.4,
+    "optim.ema": 0.9,
+    "optim.clip_norm": 5.0,
+    "train.precision": "f64",
+}
+
+
+def here(workdir: Path, fields: dict[str, Any], *, devices: int = 1, **more: Any) -> TrainResult:
+    """Trains in this process; `more` has fields too, with a double underscore for the dot."""
+    fields = fields | {name.replace("__", "."): value for name, value in more.items()}
+    return train(load_config(RECIPE, fields), workdir, num_devices=devices, quiet=True)
+
+
+def arguments(workdir: Path, fields: dict[str, Any], *more: str) -> list[str]:
+    """The command line of the same run."""
+    changed = [f"--config.{name}={value}" for name, value in fields.items()]
+    return ["--config", str(RECIPE), "--workdir", str(workdir), *changed, *more]
+
+
+class Started:
+    """A process of its own, which ends with the `with` block. Its output goes to a file: a full pipe would stop it."""
+
+    def __init__(self, output: Path, command: Sequence[str], *, cwd: Path | None = None):
+        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
+        self._output = output
+        with output.open("w") as file:
+            command = [sys.executable, *command]
+            self._process = subprocess.Popen(command, stdout=file, stderr=file, env=environment, cwd=cwd)
+
+    @property
+    def output(self) -> str:
+        """Standard output and standard error so far."""
+        return self._output.read_text()
+
+    def send(self, number: signal.Signals) -> None:
+        """Sends a signal."""
+        self._process.send_signal(number)
+
+    def end(self) -> int:
+        """Waits for its end; returns the exit code, -9 when SIGKILL ended it."""
+        try:
+            return self._process.wait(SECONDS)
+        except subprocess.TimeoutExpired:
+            raise AssertionError(f"still running after {SECONDS} s:\n{self.output}") from None
+
+    def wait_for(self, condition: Callable[[], Any], what: str) -> None:
+        """Returns as soon as `condition` is true. Fails when the process ends before."""
+        deadline = time.monotonic() + SECONDS
+        while not condition():
+            assert self._process.poll() is None, f"ended before {what}:\n{self.output}"
+            assert time.monotonic() < deadline, f"no {what} in {SECONDS} s:\n{self.output}"
+            time.sleep(0.001)
+
+    def __enter__(self) -> Started:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._process.kill()
+        self._process.wait()
+
+
+def main(output: Path, *argv: str) -> Started:
+    """`python -m jaxtrain.main ...`"""
+    return Started(output, ["-m", "jaxtrain.main", *argv])
+
+
+def joined(process: int, count: int, port: int) -> list[str]:
+    """The arguments that make a process one of `count` on this host."""
+    return ["--coordinator", f"127.0.0.1:{port}", "--num-processes", str(count), "--process-id", str(process)]
+
+
+def free_port() -> int:
+    """A port that nobody listens at."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+# ------------------------------------------------------------------------------------------------------------- records
+
+
+def rows(workdir: Path, phase: str = "train") -> list[dict[str, Any]]:
+    """The rows of metrics.jsonl, without what depends on the clock."""
+    timed = ("throughput", "throughput_per_device", "data_wait")
+    return [{k: v for k, v in row.items() if k not in timed} for row in _json_lines(workdir) if row["phase"] == phase]
+
+
+def _json_lines(workdir: Path) -> Iterator[dict[str, Any]]:
+    for line in (workdir / "metrics.jsonl").read_text().splitlines():
+        yield json.loads(line)
+
+
+def count_rows(workdir: Path) -> int:
+    """How many lines metrics.jsonl has by now."""
+    path = workdir / "metrics.jsonl"
+    return path.read_bytes().count(b"\n") if path.exists() else 0
+
+
+def epochs(workdir: Path) -> list[str]:
+    """The lines of metrics.csv without the throughput."""
+    return [line.rpartition(",")[0] for line in (workdir / "metrics.csv").read_text().splitlines()]
+
+
+def losses(workdir: Path) -> np.ndarray:
+    """The training loss of every step; fails unless each step is there once."""
+    found = rows(workdir)
+    assert [row["step"] for row in found] == list(range(1, len(found) + 1))
+    return np.array([row["loss"] for row in found])
+
+
+def checkpoints(workdir: Path) -> list[int]:
+    """The steps that were saved, rising."""
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
+
+
+def leaves(result: TrainResult) -> dict[str, np.ndarray]:
+    """Every leaf of the final state."""
+    found = jax.tree_util.tree_leaves_with_path(result.state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in found}
+
+
+def assert_same_bits(found: TrainResult, wanted: TrainResult) -> None:
+    """Both states are the same, bit for bit."""
+    a, b = leaves(found), leaves(wanted)
+    assert a.keys() == b.keys()
+    assert [name for name in a if a[name].tobytes() != b[name].tobytes() or a[name].dtype != b[name].dtype] == []

@@ -1,0 +1,588 @@
+"""Models: sizes, initialisation, BatchNorm, per-example masks, dtypes, own models by dotted name, refusals."""
+
+from __future__ import annotations
+
+import math
+import re
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from jaxtrain.config import ModelConfig
+from jaxtrain.errors import ConfigError
+from jaxtrain.models import registry, swin, vgg
+from jaxtrain.models.layers import BatchNorm, Context, Dropout, DropPath
+from jaxtrain.plugins import load_dotted
+
+# One small model of each family; stochastic, so that every path is taken.
+TINY = {
+    "mlp": (ModelConfig(name="mlp", width=16, dropout=0.3), (8, 8, 1)),
+    "vgg11": (ModelConfig(name="vgg11", width=4, dropout=0.5), (32, 32, 3)),
+    "vgg11_bn": (ModelConfig(name="vgg11_bn", width=4, dropout=0.5), (64, 64, 3)),
+    "resnet18": (ModelConfig(name="resnet18", width=4, depths=(1, 1, 1, 1), drop_path=0.3, dropout=0.2), (8, 8, 3)),
+    "resnet50": (ModelConfig(name="resnet50", width=4, depths=(1, 1, 1, 1), drop_path=0.3), (64, 64, 3)),
+    "swin_tiny": (ModelConfig(name="swin_tiny", width=16, depths=(1, 2, 1, 1), dropout=0.1), (32, 32, 3)),
+    "vit": (ModelConfig(name="vit_plugin:ViT", dropout=0.2, drop_path=0.2), (8, 8, 3)),
+}
+WITHOUT_BATCH_NORM = ("mlp", "vgg11", "swin_tiny", "vit")
+
+
+@pytest.fixture
+def x64():
+    with jax.enable_x64(True):
+        yield
+
+
+def build(config, image_shape, classes=10, dtype=jnp.float32, param_dtype=jnp.float32):
+    return registry.build(config, image_shape, classes, dtype, param_dtype)
+
+
+def shapes(model, image_shape, dtype=jnp.float32):
+    return jax.eval_shape(lambda key: model.init(key, (2, *image_shape), dtype), jax.random.key(0))
+
+
+def paths(tree):
+    return {"/".join(key.key for key in path): leaf for path, leaf in jax.tree.leaves_with_path(tree)}
+
+
+def filled(tree, seed=0):
+    """Random arrays of the shapes in `tree`: quicker than to compile an initialisation."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda leaf: jnp.asarray(0.5 + 0.2 * rng.standard_normal(leaf.shape), leaf.dtype), tree)
+
+
+def tiny(name, batch=6):
+    """The model `name` of TINY with random parameters and statistics, and a batch of images."""
+    config, image_shape = TINY[name]
+    model = build(config, image_shape)
+    x = np.random.default_rng(1).standard_normal((batch, *image_shape), np.float32)
+    return model, *filled(shapes(model, image_shape)), jnp.asarray(x)
+
+
+def recorder(seen, what):
+    """A `wrap` for `Classifier.apply` that notes `what(y)` of each layer's output in the dict `seen`."""
+
+    def wrap(function, name):
+        def recording(*args):
+            y, stats = function(*args)
+            seen[name] = what(y)
+            return y, stats
+
+        return recording
+
+    return wrap
+
+
+# --------------------------------------------------------------------------------------------------------------- sizes
+
+PARAMETERS = {
+    "vgg16": 138_357_544,
+    "vgg19": 143_667_240,
+    "vgg19_bn": 143_678_248,
+    "resnet18": 11_689_512,
+    "resnet34": 21_797_672,
+    "resnet50": 25_557_032,
+    "resnet101": 44_549_160,
+    "resnet152": 60_192_808,
+    "swin_tiny": 28_288_354,
+    "swin_small": 49_606_258,
+    "swin_base": 87_768_224,
+}
+
+
+def parameters(model, image_shape):
+    return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(shapes(model, image_shape)[0]))
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_parameter_counts_at_224_pixels_and_1000_classes(name):
+    model = build(ModelConfig(name=name), (224, 224, 3), 1000)
+    assert parameters(model, (224, 224, 3)) == PARAMETERS[name]
+
+
+def test_parameter_counts_on_small_images():
+    assert parameters(build(ModelConfig(name="mlp"), (28, 28, 1)), (28, 28, 1)) == 535_818
+    cifar = (32, 32, 3)
+    # chenyaofo/pytorch-cifar-models: 39.3M; without pooling before its classifier.
+    assert parameters(build(ModelConfig(name="vgg19_bn"), cifar, 100), cifar) == 39_327_652
+
+
+def test_every_name_builds():
+    assert len(set(registry.names())) == 1 + 8 + 5 + 3
+    for name in registry.names():
+        model = build(ModelConfig(name=name), (32, 32, 3))
+        assert shapes(model, (32, 32, 3))[0].keys() == {f"layers_{i:02d}" for i in range(len(model.layers))}
+
+
+def test_the_variant_follows_the_image_size_unless_set():
+    def leaf(path, side, **settings):
+        shape = (side, side, 3)
+        return paths(shapes(build(ModelConfig(**settings), shape), shape)[0])[path].shape
+
+    assert leaf("layers_00/conv/kernel", 32, name="resnet18") == (3, 3, 3, 64)
+    assert leaf("layers_00/conv/kernel", 64, name="resnet18") == (7, 7, 3, 64)
+    assert leaf("layers_00/conv/kernel", 32, name="resnet18", stem="imagenet") == (7, 7, 3, 64)
+    assert leaf("layers_00/conv/kernel", 224, name="resnet18", stem="cifar") == (3, 3, 3, 64)
+    assert leaf("layers_08/linear/kernel", 32, name="vgg11") == (512, 4096)
+    assert leaf("layers_08/linear/kernel", 64, name="vgg11") == (512 * 49, 4096)
+    assert leaf("layers_08/linear/kernel", 64, name="vgg11", stem="cifar") == (512 * 4, 4096)
+    assert leaf("layers_00/conv/kernel", 32, name="swin_tiny") == (2, 2, 3, 96)
+    assert leaf("layers_00/conv/kernel", 224, name="swin_tiny") == (4, 4, 3, 96)
+    assert leaf("layers_00/conv/kernel", 32, name="swin_tiny", patch=1) == (1, 1, 3, 96)
+    table = "layers_02/attn/bias_table"
+    assert leaf(table, 32, name="swin_tiny") == (7**2, 3)
+    assert leaf(table, 224, name="swin_tiny") == (13**2, 3)
+    assert leaf(table, 32, name="swin_tiny", window=5) == (9**2, 3)
+    assert leaf("layers_15/attn/bias_table", 32, name="swin_tiny") == (3**2, 24)  # a 2 x 2 map in a window of 4
+
+
+@pytest.mark.parametrize(("stem", "sides"), [("imagenet", [16, 2]), ("cifar", [64, 8])])
+def test_the_stem_reduces_the_image(stem, sides):
+    model, seen = build(ModelConfig(name="resnet18", width=4, stem=stem), (64, 64, 3)), {}
+    wrap = recorder(seen, jnp.shape)
+    x, context = jnp.ones((1, 64, 64, 3)), Context(jnp.arange(1))
+    jax.eval_shape(lambda *trees: model.apply(*trees, x, context, wrap=wrap), *shapes(model, (64, 64, 3)))
+    assert [seen["layers_00"][1], seen["layers_08"][1]] == sides
+
+
+# ------------------------------------------------------------------------------------------------------ initialisation
+
+
+def initialised(name, index, x_shape, **settings):
+    """{path: value} of the newly initialised layer `index` of a model, called with x of `x_shape`."""
+    layer = build(ModelConfig(name=name, **settings), (32, 32, 3)).layers[index]
+    x, context = jnp.zeros(x_shape), Context(jnp.arange(x_shape[0]))
+    return jax.jit(lambda key: paths(layer.init(key, x, context)["params"]))(jax.random.key(1))
+
+
+def is_normal(values, std):
+    values = np.asarray(values, np.float64).ravel()
+    spread = 4 * std / values.size**0.5
+    assert abs(values.mean()) < spread
+    assert abs(values.std() - std) < spread
+    if values.size > 10_000:
+        assert np.abs(values).max() > 3.5 * std  # not cut at 2 deviations
+
+
+def is_uniform(values, bound):
+    values = np.asarray(values, np.float64).ravel()
+    assert 0.9 * bound < np.abs(values).max() <= bound
+    assert abs(values.std() - bound / 3**0.5) < 4 * bound / values.size**0.5
+
+
+def test_resnet_initialisation():
+    leaves = initialised("resnet50", 4, (1, 8, 8, 128), width=16, depths=(1, 1, 1, 1))
+    for name, leaf in leaves.items():
+        if name.endswith("kernel"):
+            is_normal(leaf, (2 / (leaf.shape[0] * leaf.shape[1] * leaf.shape[3])) ** 0.5)
+        else:
+            assert (leaf == (1 if name in ("bn1/scale", "bn2/scale", "shortcut_bn/scale") else 0)).all(), name
+    leaves = initialised("resnet50", 5, (1, 1, 1, 512), width=16, depths=(1, 1, 1, 1))
+    is_uniform(leaves["linear/kernel"], 512**-0.5)
+    is_uniform(leaves["linear/bias"], 512**-0.5)
+
+
+def test_vgg_initialisation():
+    leaves = initialised("vgg11_bn", 7, (1, 2, 2, 64), width=8)
+    is_normal(leaves["conv/kernel"], (2 / (9 * 64)) ** 0.5)
+    assert (leaves["bn/scale"] == 1).all()
+    is_normal(initialised("vgg11_bn", 9, (1, 512), width=8)["linear/kernel"], 0.01)
+    head = initialised("vgg11_bn", 10, (1, 512), width=8)
+    is_normal(head["linear/kernel"], 0.01)
+    assert (head["linear/bias"] == 0).all()
+
+
+def test_swin_initialisation():
+    is_uniform(initialised("swin_tiny", 0, (1, 8, 8, 3))["conv/kernel"], 12**-0.5)
+    leaves = initialised("swin_tiny", 1, (1, 8, 8, 96))
+    for name in ("attn/qkv/kernel", "attn/proj/kernel", "attn/bias_table", "fc1/kernel", "fc2/kernel"):
+        is_normal(leaves[name], 0.02)
+    assert (leaves["attn/qkv/bias"] == 0).all()
+    is_normal(initialised("swin_tiny", 3, (1, 8, 8, 96))["linear/kernel"], 0.02)
+
+
+def test_mlp_initialisation():
+    leaves = initialised("mlp", 1, (1, 256), width=256)
+    is_uniform(leaves["linear/kernel"], 256**-0.5)
+    is_uniform(leaves["linear/bias"], 256**-0.5)
+
+
+def test_initialisation_is_a_function_of_the_key_alone():
+    model = build(ModelConfig(name="mlp", width=8), (2, 2, 2))
+    one, two = (model.init(jax.random.key(5), (batch, 2, 2, 2), jnp.float32)[0] for batch in (1, 3))
+    jax.tree.map(np.testing.assert_array_equal, one, two)
+    first, second = (np.asarray(one[f"layers_0{i}"]["linear"]["kernel"]) for i in (0, 1))
+    assert not np.allclose(first[:, :4], second)  # the layers draw from different keys
+
+
+# ----------------------------------------------------------------------------------------------------------- BatchNorm
+
+
+def numpy_batch_norm(x, groups, leaves):
+    """(y, new mean, new var) from the definition; `leaves`: scale, bias, mean, var."""
+    scale, bias, mean, var = leaves
+    y, means, variances = [], [], []
+    for group in np.split(x, groups):
+        axes = tuple(range(x.ndim - 1))
+        means.append(group.mean(axes))
+        variances.append(group.var(axes, ddof=1))
+        y.append((group - means[-1]) / np.sqrt(group.var(axes) + 1e-5) * scale + bias)
+    return np.concatenate(y), 0.9 * mean + 0.1 * np.mean(means, 0), 0.9 * var + 0.1 * np.mean(variances, 0)
+
+
+@pytest.mark.parametrize("groups", [1, 2, 4])
+@pytest.mark.parametrize("shape", [(8, 3, 5, 4), (8, 4)])
+def test_batch_norm_is_numpys(x64, groups, shape):
+    rng = np.random.default_rng(groups)
+    x = 2 + 3 * rng.standard_normal(shape)
+    scale, bias, mean, var = rng.uniform(0.5, 2, (4, 4))
+    norm = BatchNorm(jnp.float64)
+    variables = {"params": {"scale": scale, "bias": bias}, "batch_stats": {"mean": mean, "var": var}}
+
+    train = Context(jnp.arange(8), train=True, bn_groups=groups)
+    y, new = norm.apply(variables, x, train, mutable=["batch_stats"])
+    wanted, new_mean, new_var = numpy_batch_norm(x, groups, (scale, bias, mean, var))
+    np.testing.assert_allclose(y, wanted, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(new["batch_stats"]["mean"], new_mean, rtol=1e-13)
+    np.testing.assert_allclose(new["batch_stats"]["var"], new_var, rtol=1e-12)
+
+    y = norm.apply(variables, x, Context(jnp.arange(8)))
+    np.testing.assert_allclose(y, (x - mean) / np.sqrt(var + 1e-5) * scale + bias, rtol=1e-12, atol=1e-12)
+
+
+def test_statistics_of_microbatches_average_to_those_of_the_batch(x64):
+    x = np.random.default_rng(0).standard_normal((8, 2, 2, 3))
+    norm = BatchNorm(jnp.float64)
+    variables = norm.init(jax.random.key(0), x, Context(jnp.arange(8)))
+
+    def run(part, example, groups):
+        context = Context(example, train=True, bn_groups=groups)
+        return norm.apply(variables, part, context, mutable=["batch_stats"])
+
+    whole, stats = run(x, jnp.arange(8), 4)
+    parts = [run(x[i : i + 4], jnp.arange(i, i + 4), 2) for i in (0, 4)]
+    np.testing.assert_allclose(np.concatenate([y for y, _ in parts]), whole, rtol=1e-13)
+    average = jax.tree.map(lambda a, b: (a + b) / 2, parts[0][1], parts[1][1])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13), average, stats)
+
+
+def test_batch_norm_refuses_groups_of_one_value():
+    norm, x = BatchNorm(), jnp.ones((4, 1, 1, 3))
+    variables = norm.init(jax.random.key(0), x, Context(jnp.arange(4)))
+    with pytest.raises(ConfigError, match=r"model\.bn_groups.*single value"):
+        norm.apply(variables, x, Context(jnp.arange(4), train=True, bn_groups=4), mutable=["batch_stats"])
+
+
+# ------------------------------------------------------------------------------------------------- per-example masks
+
+
+@pytest.mark.parametrize("module", [Dropout(0.3), DropPath(0.3)], ids=["dropout", "drop_path"])
+def test_masks_are_functions_of_key_and_example(module):
+    x = jnp.ones((64, 5, 5, 8))
+
+    def run(x, example, key=0):
+        context = Context(jnp.asarray(example, jnp.int32), train=True)
+        return np.asarray(module.apply({}, x, context, rngs={"dropout": jax.random.key(key)}))
+
+    whole = run(x, range(64))
+    order = np.random.default_rng(0).permutation(64)
+    np.testing.assert_array_equal(run(x, order), whole[order])  # another order
+    np.testing.assert_array_equal(run(x[:7], range(20, 27)), whole[20:27])  # a microbatch
+    assert (run(x, range(64), key=1) != whole).any()
+    assert (run(x, range(64, 128)) != whole).any()
+    assert set(np.unique(whole)) == {0, np.float32(1 / 0.7)}
+    per_example = {tuple(np.unique(row)) for row in whole}
+    assert (len(per_example) == 1) == isinstance(module, Dropout)  # drop-path keeps or drops an example as a whole
+    rate = (whole == 0).mean()
+    assert abs(rate - 0.3) < (0.02 if isinstance(module, Dropout) else 0.15)
+    np.testing.assert_array_equal(module.apply({}, x, Context(jnp.arange(64))), x)  # evaluation
+
+
+def test_masks_are_the_same_in_every_precision(x64):
+    context = Context(jnp.arange(16), train=True)
+    rngs = {"dropout": jax.random.key(0)}
+    masks = [Dropout(0.5).apply({}, jnp.ones((16, 9), d), context, rngs=rngs) for d in (jnp.bfloat16, "f4", "f8")]
+    for mask in masks[1:]:
+        np.testing.assert_array_equal(mask == 0, masks[0] == 0)
+
+
+@pytest.mark.parametrize("name", WITHOUT_BATCH_NORM)
+def test_an_examples_logits_do_not_depend_on_its_neighbours_or_place(name):
+    model, params, stats, x = tiny(name)
+    key = jax.random.key(7)
+    order = jnp.array([4, 1, 5, 0, 3, 2])
+
+    @jax.jit
+    def run(x, example, key):
+        return model.apply(params, stats, x, Context(example, train=True), key)[0]
+
+    logits = run(x, jnp.arange(6), key)
+    np.testing.assert_allclose(run(x[order], order, key), logits[order], atol=1e-6)
+    assert np.abs(run(x, jnp.arange(6) + 6, key) - logits).max() > 1e-4  # the masks matter
+    assert np.abs(run(x, jnp.arange(6), jax.random.key(8)) - logits).max() > 1e-4
+
+
+def test_layers_and_modules_draw_different_masks():
+    model, params, stats, _ = tiny("mlp", batch=1)
+    x, seen = jnp.ones((64, 8, 8, 1)), {}
+    params = jax.tree.map(jnp.ones_like, params)  # every unit is active: a zero is a dropped one
+    context = Context(jnp.arange(64), train=True)
+    model.apply(params, stats, x, context, jax.random.key(0), wrap=recorder(seen, lambda y: np.asarray(y[:, :8]) == 0))
+    assert (seen["layers_00"] != seen["layers_01"]).any()
+
+    class Twice(nn.Module):
+        @nn.compact
+        def __call__(self, x, context):
+            return Dropout(0.5)(x, context), Dropout(0.5)(x, context)
+
+    one, two = Twice().apply({}, jnp.ones((64, 3)), context, rngs={"dropout": jax.random.key(0)})
+    assert (one != two).any()
+
+
+def test_drop_path_rises_linearly_to_the_configured_rate():
+    def rates(**settings):
+        layers = build(ModelConfig(**settings), (32, 32, 3)).layers
+        return [layer.drop_path for layer in layers if hasattr(layer, "drop_path")]
+
+    np.testing.assert_allclose(rates(name="swin_tiny"), np.linspace(0, 0.2, 12))
+    np.testing.assert_allclose(rates(name="swin_small"), np.linspace(0, 0.3, 24))
+    np.testing.assert_allclose(rates(name="swin_base"), np.linspace(0, 0.5, 24))
+    np.testing.assert_allclose(rates(name="swin_tiny", drop_path=0.1), np.linspace(0, 0.1, 12))
+    assert set(rates(name="resnet50")) == {0}
+    np.testing.assert_allclose(rates(name="resnet18", drop_path=0.7), np.linspace(0, 0.7, 8))
+
+
+# -------------------------------------------------------------------------------------------------------------- dtypes
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+@pytest.mark.parametrize("name", TINY)
+def test_dtypes_of_activations_and_leaves(x64, name, dtype):
+    config, image_shape = TINY[name]
+    dtype = jnp.dtype(dtype)
+    wide = param_dtype = jnp.promote_types(dtype, jnp.float32)
+    model = build(config, image_shape, dtype=dtype, param_dtype=param_dtype)
+    params, stats = shapes(model, image_shape, dtype)
+    assert {leaf.dtype for leaf in jax.tree.leaves((params, stats))} == {param_dtype}
+    seen = {}
+    wrap = recorder(seen, lambda y: y.dtype)
+
+    def step(params, stats, x):
+        def loss(params):
+            context = Context(jnp.arange(4), train=True, bn_groups=2)
+            logits, new_stats = model.apply(params, stats, x, context, jax.random.key(0), wrap=wrap)
+            return logits.sum(), new_stats
+
+        gradients, new_stats = jax.grad(loss, has_aux=True)(params)
+        return jax.tree.map(lambda p, g: p - 0.1 * g, params, gradients), new_stats
+
+    new = jax.eval_shape(step, params, stats, jnp.ones((4, *image_shape), dtype))
+    kinds = jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), ((params, stats), new))
+    assert kinds[0] == kinds[1]
+    assert list(seen.values()) == [dtype] * (len(model.layers) - 1) + [wide]
+
+
+@pytest.mark.parametrize("name", ["resnet18", "swin_tiny"])
+def test_bf16_logits_are_near_those_of_f32(name):
+    config, image_shape = TINY[name]
+    model, params, stats, x = tiny(name)
+    rough = build(config, image_shape, dtype=jnp.bfloat16)
+
+    @jax.jit
+    def run(x):
+        contexts = Context(jnp.arange(6))
+        return model.apply(params, stats, x, contexts)[0], rough.apply(params, stats, x, contexts)[0]
+
+    exact, rounded = run(x)
+    assert np.abs(exact - rounded).max() < 0.05 * np.abs(exact).max()
+
+
+# ------------------------------------------------------------------------------------------------------ a layer's parts
+
+
+@pytest.mark.parametrize("name", ["resnet18", "vit"])
+def test_wrapping_each_layer_in_remat_changes_nothing(name):
+    model, params, stats, x = tiny(name)
+    context, names = Context(jnp.arange(6), train=True, bn_groups=2), []
+
+    def remat(function, layer):
+        names.append(layer)
+        return jax.checkpoint(function)
+
+    def step(wrap):
+        def loss(params):
+            logits, new = model.apply(params, stats, x, context, jax.random.key(3), wrap=wrap)
+            return (logits**2).mean(), new
+
+        return jax.jit(jax.grad(loss, has_aux=True))(params)
+
+    plain, wrapped = step(None), step(remat)
+    assert names == [f"layers_{i:02d}" for i in range(len(model.layers))]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6), plain, wrapped)
+    assert stats.keys() == wrapped[1].keys()
+
+
+def test_statistics_move_in_training_only():
+    model, params, stats, x = tiny("resnet18")
+
+    @jax.jit
+    def run(x, key):
+        contexts = Context(jnp.arange(6)), Context(jnp.arange(6), train=True)
+        return [model.apply(params, stats, x, context, key)[1] for context in contexts]
+
+    evaluated, trained = run(x, jax.random.key(0))
+    jax.tree.map(np.testing.assert_array_equal, evaluated, stats)
+    assert all((a != b).any() for a, b in zip(jax.tree.leaves(trained), jax.tree.leaves(stats), strict=True))
+
+
+@pytest.mark.parametrize("window", [2, 4, 7])
+def test_relative_position_bias_looks_up_the_offset(window):
+    table = np.random.default_rng(0).standard_normal(((2 * window - 1) ** 2, 3))
+    bias = np.asarray(swin.relative_position_bias(jnp.asarray(table), window))
+    for a in range(window**2):
+        for b in range(window**2):
+            row = a // window - b // window + window - 1
+            column = a % window - b % window + window - 1
+            np.testing.assert_allclose(bias[:, a, b], table[row * (2 * window - 1) + column], rtol=1e-6)
+
+
+def test_shifted_windows_keep_what_is_not_adjacent_apart():
+    block = swin.Block(jnp.float32, jnp.float32, 1, 4, True, 0.0, 0.0)
+    x = jax.random.normal(jax.random.key(0), (8, 8, 8))
+    changed = x + np.eye(64).reshape(64, 8, 8, 1) * np.arange(1.0, 9)  # one pixel changed in each of 64 examples
+    context = Context(jnp.arange(65))
+    trees = filled(jax.eval_shape(lambda: block.init(jax.random.key(0), x[None], context)))
+    y = jax.jit(block.apply)(trees, jnp.stack([x, *changed]), context)
+    heard = np.abs(y[1:] - y[0]).max(-1).reshape(8, 8, 8, 8) > 0  # [row, column] changed is heard at [row, column]
+
+    def window(at):  # of 4, shifted by 2: rows 0-1, 2-5, 6-7
+        return (at + 2) // 4
+
+    rows, columns = np.indices((8, 8))
+    wanted = (window(rows)[..., None, None] == window(rows)) & (window(columns)[..., None, None] == window(columns))
+    np.testing.assert_array_equal(heard, wanted)
+
+
+def test_softmax_keeps_its_gradient(x64):
+    x = jnp.asarray(np.random.default_rng(0).standard_normal((3, 5)))
+    weights = jnp.arange(5.0)
+    gradient = jax.grad(lambda x: (swin.softmax_to(x, jnp.float64) * weights).sum())(x)
+    wanted = jax.grad(lambda x: (jax.nn.softmax(x, -1) * weights).sum())(x)
+    np.testing.assert_allclose(gradient, wanted, rtol=1e-12)
+    assert swin.softmax_to(x.astype(jnp.float32), jnp.bfloat16).dtype == jnp.bfloat16
+
+
+def test_max_pool_gives_the_gradient_to_one_of_four():
+    x = jnp.array([[1, 5, 2, 2, 9], [3, 5, 2, 2, 9], [9, 9, 9, 9, 9]], jnp.float32)[None, :, :, None]
+    np.testing.assert_array_equal(vgg.max_pool_2x2(x)[0, :, :, 0], [[5, 2]])
+    gradient = jax.grad(lambda x: (vgg.max_pool_2x2(x)[0, :, :, 0] @ jnp.array([3.0, 4.0])).sum())(x)[0, :, :, 0]
+    np.testing.assert_array_equal(gradient, [[0, 3, 4, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
+    assert jnp.isnan(vgg.max_pool_2x2(x.at[0, 1, 1].set(jnp.nan))[0, 0, 0, 0])
+
+
+@pytest.mark.parametrize(("side", "size"), [(7, 7), (2, 7), (3, 7), (10, 7), (14, 7)])
+def test_adaptive_average_pool_is_that_of_pytorch(x64, side, size):
+    x = np.random.default_rng(0).standard_normal((1, side, side + 1, 2))
+    pooled = np.asarray(vgg.adaptive_average_pool(jnp.asarray(x), size))
+    assert pooled.shape == (1, size, size, 2)
+    for i in range(size):
+        for j in range(size):
+            rows = slice(math.floor(i * side / size), math.ceil((i + 1) * side / size))
+            columns = slice(math.floor(j * (side + 1) / size), math.ceil((j + 1) * (side + 1) / size))
+            np.testing.assert_allclose(pooled[0, i, j], x[0, rows, columns].mean((0, 1)), rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", TINY)
+def test_tensor_rules_and_no_decay_fit_the_leaves(name):
+    config, image_shape = TINY[name]
+    model = build(config, image_shape)
+    leaves = paths(shapes(model, image_shape)[0])
+    for pattern, spec in model.tensor_rules:
+        matched = [leaf for path, leaf in leaves.items() if re.search(pattern, path)]
+        assert matched, pattern
+        assert all(len(spec) == leaf.ndim and spec.count("tensor") == 1 for leaf in matched), pattern
+    assert all(any(re.search(pattern, path) for path in leaves) for pattern in model.no_decay)
+    # Whatever is decayed is a weight.
+    decayed = {p for p, leaf in leaves.items() if leaf.ndim > 1 and not any(re.search(n, p) for n in model.no_decay)}
+    assert {path.split("/")[-1] for path in decayed if not re.search("attn/(query|key|value)", path)} == {"kernel"}
+
+
+# ------------------------------------------------------------------------------------------------------ a user's own
+
+
+def test_a_users_model_by_dotted_name():
+    model, params, stats, x = tiny("vit")
+    assert type(model).__name__ == "ViT"
+    assert stats == {}
+    logits, _ = model.apply(params, stats, x, Context(jnp.arange(6), train=True), jax.random.key(0))
+    assert logits.shape == (6, 10)
+    assert np.isfinite(logits).all()
+
+
+def test_dotted_names_are_imported_from_the_working_directory(tmp_path, monkeypatch):
+    (tmp_path / "own_package").mkdir()
+    (tmp_path / "own_package" / "things.py").write_text("class Thing:\n    inner = 5\n")
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", ".")])
+    monkeypatch.chdir(tmp_path)
+    assert load_dotted("own_package.things:Thing", "model.name").__name__ == "Thing"
+    assert load_dotted("own_package.things:Thing.inner", "model.name") == 5
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        (
+            "no_such_package.x:Y",
+            "importing 'no_such_package.x'.*ModuleNotFoundError: No module named 'no_such_package'",
+        ),
+        ("vit_plugin:ViTs", "module 'vit_plugin' has no 'ViTs'. Did you mean 'ViT'"),
+        ("vit_plugin:", "'package.module:attribute'"),
+        ("vit-plugin:ViT", "'package.module:attribute'"),
+        ("vit_plugin:not_callable", "builtins.int, not a class or function"),
+        ("vit_plugin:not_a_model", "must return a jaxtrain.models.classifier.Classifier.*builtins.str"),
+        ("broken_plugin:ViT", "importing 'broken_plugin'.*failed with ZeroDivisionError: division by zero"),
+    ],
+)
+def test_what_is_wrong_with_a_dotted_name(tmp_path, monkeypatch, name, message):
+    (tmp_path / "broken_plugin.py").write_text("1 / 0\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(ConfigError, match=message) as error:
+        build(ModelConfig(name=name), (8, 8, 3))
+    assert f"config.model.name={name!r}" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("settings", "side", "message"),
+    [
+        (
+            {"name": "resnet81"},
+            32,
+            "must be one of mlp, vgg11, .*swin_base, or package.module:Class. Did you mean 'resnet18'?",
+        ),
+        ({"name": "resnet18", "depths": (1, 2)}, 32, r"depths=\(1, 2\): resnet18 has 4 stages"),
+        ({"name": "vgg16"}, 16, "at least 32 x 32 pixels, and these have 16 x 16"),
+        ({"name": "resnet18"}, 4, "at least 8 x 8 pixels"),
+        ({"name": "resnet18", "stem": "imagenet"}, 16, "at least 32 x 32 pixels.*stem='cifar'"),
+        ({"name": "swin_tiny"}, 8, "at least 16 x 16 pixels.*smaller config.model.patch"),
+        ({"name": "swin_tiny", "width": 100}, 32, "width=100: .*; 96 and 128 do"),
+        ({"name": "swin_tiny", "stem": "cifar"}, 32, "stem='cifar': swin_tiny has no such setting"),
+        ({"name": "mlp", "width": 1}, 8, "width=1: .* at least 2"),
+        ({"name": "mlp", "depths": (2,)}, 8, "mlp has no such setting"),
+        ({"name": "mlp", "drop_path": 0.1}, 8, "drop_path=0.1: mlp has no such setting"),
+        ({"name": "vgg11", "patch": 4}, 32, "patch=4: vgg11 has no such setting"),
+    ],
+)
+def test_what_does_not_fit_is_refused_in_a_sentence(settings, side, message):
+    with pytest.raises(ConfigError, match=message):
+        build(ModelConfig(**settings), (side, side, 3))
+
+
+def test_classes_and_shapes_must_make_sense():
+    with pytest.raises(ConfigError, match="num_classes=1"):
+        build(ModelConfig(), (32, 32, 3), classes=1)
+    with pytest.raises(ConfigError, match="shape"):
+        build(ModelConfig(), (32, 32))

@@ -1,0 +1,474 @@
+"""A run that was stopped, killed or taken back goes on as if it had never been; what would not be the same run is refused."""
+
+from __future__ import annotations
+
+import json
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import runs
+from runs import EXACT, SMALL, here
+
+from jaxtrain import evaluate
+from jaxtrain.cli import main as command_line
+from jaxtrain.errors import CheckpointError, ConfigError, NumericError, WorkdirError
+
+LAST = 12  # the last step of `SMALL` and `EXACT`
+
+# Steps of a few milliseconds, written to disk all the time, so that a kill may come at any moment of either.
+KILLED = EXACT | {"train.precision": "f32", "train.epochs": 30, "checkpoint.every": "3", "checkpoint.keep": 2}
+MESH = ("--simulate-devices", "8", "--devices", "2")  # what this process has: XLA's sums depend on its number of threads
+
+
+@pytest.fixture(scope="module")
+def complete(tmp_path_factory):
+    """A run of twelve steps with all its checkpoints: its directory, to be copied, and its result."""
+    path = tmp_path_factory.mktemp("complete") / "run"
+    return path, here(path, SMALL)
+
+
+@pytest.fixture
+def copy(complete, tmp_path):
+    return shutil.copytree(complete[0], tmp_path / "run")
+
+
+def superseded(workdir: Path) -> list[Path]:
+    return sorted((workdir / "superseded").iterdir()) if (workdir / "superseded").exists() else []
+
+
+def refused(error: type[Exception], *said: str, **call) -> str:
+    """The one sentence that a run is refused with."""
+    with pytest.raises(error) as caught:
+        here(**call)
+    text = str(caught.value)
+    assert "\n" not in text
+    for word in said:
+        assert word in text
+    return text
+
+
+# --------------------------------------------------------------------------------------------------------------- kills
+
+
+def kill_until_done(workdir: Path, moments: list[str], draw: random.Random) -> None:
+    """Kills the run at each of these moments, starting it again each time, and then lets it end."""
+    tmp = workdir / "checkpoints"
+    for number, moment in enumerate(moments):
+        with runs.main(workdir.parent / f"{number}.txt", *runs.arguments(workdir, KILLED, *MESH)) as run:
+            start = runs.count_rows(workdir)
+            if moment == "anywhere":
+                wanted = draw.randrange(1, 20)
+                run.wait_for(lambda: runs.count_rows(workdir) != start and runs.count_rows(workdir) >= wanted, "a step")
+            else:
+                run.wait_for(lambda: any(tmp.glob("*tmp*")) and runs.count_rows(workdir) != start, "a write")
+                time.sleep(draw.uniform(0, 0.05))
+            run.send(signal.SIGKILL)
+            assert run.end() == -signal.SIGKILL
+    with runs.main(workdir.parent / "last.txt", *runs.arguments(workdir, KILLED, *MESH)) as run:
+        assert run.end() == 0, run.output
+
+
+def assert_never_killed(workdir: Path, tmp_path: Path) -> None:
+    wanted = here(tmp_path / "whole", KILLED, devices=2)
+    assert runs.rows(workdir) == runs.rows(tmp_path / "whole")  # losses in full precision: bit for bit
+    assert runs.rows(workdir, "val") == runs.rows(tmp_path / "whole", "val")
+    assert runs.epochs(workdir) == runs.epochs(tmp_path / "whole")
+    assert len(runs.losses(workdir)) == 120
+    runs.assert_same_bits(here(workdir, KILLED, devices=2), wanted)
+    assert not any((workdir / "checkpoints").glob("*tmp*"))
+
+
+def test_a_run_that_is_killed_over_and_over_ends_as_if_it_never_was(tmp_path):
+    kill_until_done(tmp_path / "killed", ["in a write", "anywhere", "in a write"], random.Random(2))
+    assert_never_killed(tmp_path / "killed", tmp_path)
+
+
+@pytest.mark.slow
+def test_a_soak_of_kills(tmp_path):
+    kill_until_done(tmp_path / "killed", ["in a write", "anywhere"] * 12, random.Random())
+    assert_never_killed(tmp_path / "killed", tmp_path)
+
+
+def test_what_a_kill_left_of_a_write_or_a_deletion_is_in_nobodys_way(copy):
+    checkpoints = copy / "checkpoints"
+    (checkpoints / "12").rename(checkpoints / "12.orbax-checkpoint-tmp")  # killed before it had its name
+    shutil.rmtree(checkpoints / "10")
+    shutil.copytree(checkpoints / "8", checkpoints / "10")
+    (checkpoints / "10" / "metrics" / "metrics").unlink()  # killed while it was deleted
+    (checkpoints / "4" / "_CHECKPOINT_METADATA").unlink()
+    wanted = runs.rows(copy)
+    result = here(copy, SMALL)
+    assert [row["step"] for row in result.history if row["phase"] == "train"] == [9, 10, 11, 12]
+    assert runs.rows(copy) == wanted
+    assert runs.checkpoints(copy) == [2, 6, 8, 10, 12]
+    assert not any(checkpoints.glob("*tmp*"))
+
+
+def test_a_damaged_checkpoint_is_named(copy):
+    for path in (copy / "checkpoints" / "12" / "state").rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[:10])
+    text = refused(CheckpointError, str(copy / "checkpoints" / "12"), workdir=copy, fields=SMALL)
+    assert "cannot be read" in text
+
+
+# ------------------------------------------------------------------------------------------------------ where it starts
+
+
+def test_a_complete_run_started_again_only_writes_its_result_again(copy, complete):
+    before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
+    result = here(copy, SMALL)
+    assert [row["phase"] for row in result.history] == ["test"]
+    assert runs.rows(copy) == runs.rows(complete[0])
+    assert runs.rows(copy, "test") == runs.rows(complete[0], "test")
+    assert runs.epochs(copy) == runs.epochs(complete[0])
+    written = {path.relative_to(copy).parts[0] for path in copy.rglob("*") if path.is_file() and path.read_bytes() != before.get(path)}
+    assert written == {"logs", "manifest.json", "metrics.csv", "metrics.jsonl", "result.json", "tensorboard"}
+    runs.assert_same_bits(result, complete[1])
+    old, new = (json.loads((path / "result.json").read_text()) for path in (complete[0], copy))
+    for key in ("steps", "examples", "epochs", "last", "best", "devices"):
+        assert new[key] == old[key]
+
+
+def test_a_complete_run_that_ended_within_an_epoch_keeps_that_epochs_row(tmp_path):
+    fields = SMALL | {"train.steps": 6}
+    here(tmp_path, fields)
+    before = runs.epochs(tmp_path)
+    assert [line.rsplit(",", 2)[0] for line in before[1:]] == ["0,train", "0,val", "1,train", "1,val", "1,test"]
+    here(tmp_path, fields)
+    assert runs.epochs(tmp_path) == before
+
+
+@pytest.mark.parametrize(
+    ("resume", "step"), [("6", 6), ("epoch:2", 8), ("latest", 12), ("best", None), ("auto", 12), ("none", 0)]
+)
+def test_where_a_run_goes_on_from_and_what_lay_behind_is_kept(copy, complete, resume, step):
+    if step is None:
+        validated = {row["step"]: row["accuracy"] for row in runs.rows(copy, "val")}
+        step = max(validated, key=lambda each: (validated[each], -each))
+    result = here(copy, SMALL, checkpoint__resume=resume)
+    assert [row["step"] for row in result.history if row["phase"] == "train"] == list(range(step + 1, LAST + 1))
+    assert runs.rows(copy) == runs.rows(complete[0])
+    assert runs.epochs(copy) == runs.epochs(complete[0])
+    assert runs.checkpoints(copy) == runs.checkpoints(complete[0])
+    runs.assert_same_bits(result, complete[1])
+    later = [each for each in runs.checkpoints(complete[0]) if each > step]
+    assert len(superseded(copy)) == bool(later)
+    for folder in superseded(copy):
+        kept = folder / "checkpoints" if resume == "none" else folder
+        assert sorted(int(path.name) for path in kept.iterdir() if path.name.isdigit()) == later
+        for name in ("metrics.jsonl", "metrics.csv", "result.json"):
+            assert (folder / name).read_bytes() == (complete[0] / name).read_bytes()
+
+
+def test_two_fresh_starts_within_a_second_keep_both_predecessors(copy):
+    for _ in range(2):
+        here(copy, SMALL, checkpoint__resume="none", train__epochs=1)
+    assert len(superseded(copy)) == 2
+    assert [len(runs.losses(folder)) for folder in superseded(copy)] == [12, 4]
+
+
+def test_a_path_starts_from_another_run_and_moves_the_history_that_was_here(copy, complete, tmp_path):
+    result = here(tmp_path / "new", SMALL, checkpoint__resume=str(copy / "checkpoints" / "8"))
+    assert [row["step"] for row in runs.rows(tmp_path / "new")] == [9, 10, 11, 12]
+    runs.assert_same_bits(result, complete[1])
+    assert runs.rows(tmp_path / "new") == runs.rows(copy)[8:]
+    assert superseded(copy) == []  # the other run is only read
+
+    here(copy, SMALL, checkpoint__resume=str(tmp_path / "new"))  # a whole work directory: its latest
+    assert runs.rows(copy) == []
+    assert len(runs.losses(superseded(copy)[0])) == LAST
+    assert runs.checkpoints(superseded(copy)[0]) == runs.checkpoints(complete[0])
+
+
+def test_what_is_not_there_is_refused_by_name(copy, tmp_path):
+    refused(CheckpointError, "resume=7", "2, 4, 6, 8, 10, 12", workdir=copy, fields=SMALL | {"checkpoint.resume": "7"})
+    refused(CheckpointError, "epoch:9", "1, 2, 3", workdir=copy, fields=SMALL | {"checkpoint.resume": "epoch:9"})
+    refused(ConfigError, "newest", "epoch:N", workdir=copy, fields=SMALL | {"checkpoint.resume": "newest"})
+    for resume in ("latest", "best", "3"):
+        fields = SMALL | {"checkpoint.resume": resume}
+        refused(CheckpointError, resume, "no checkpoint", workdir=tmp_path / "empty", fields=fields)
+    assert runs.checkpoints(copy) == [2, 4, 6, 8, 10, 12]
+    assert superseded(copy) == []
+
+
+def test_the_best_and_the_milestones_stay_beside_the_latest(tmp_path):
+    result = here(tmp_path, SMALL, checkpoint__keep=1, checkpoint__every="1", checkpoint__milestone_every="5")
+    best = result.result["best"]["step"]
+    assert set(runs.checkpoints(tmp_path)) == {5, 10, LAST, best}
+    found = evaluate(tmp_path, "val", checkpoint="best")
+    assert found.step == best
+    assert found.result.accuracy == max(row["accuracy"] for row in runs.rows(tmp_path, "val"))
+
+
+# --------------------------------------------------------------------------------------------------- another layout
+
+
+def test_another_mesh_zero_stage_and_microbatch_count_go_on_with_the_same_run(tmp_path):
+    wanted = here(tmp_path / "whole", EXACT)
+    curve = runs.losses(tmp_path / "whole")
+    assert np.ptp(curve) > 0.05 * curve[0]
+    layouts = [(1, {}), (4, {"layout.zero": 3, "layout.microbatches": 2}), (2, {"layout.zero": 1, "layout.microbatches": 4})]
+    for end, (devices, layout) in zip((4, 8, LAST), layouts, strict=True):
+        result = here(tmp_path / "moved", EXACT | layout, devices=devices, train__steps=end)
+    np.testing.assert_allclose(runs.losses(tmp_path / "moved"), curve, rtol=1e-12)
+    found, wanted = runs.leaves(result), runs.leaves(wanted)
+    for name, leaf in wanted.items():
+        np.testing.assert_allclose(found[name], leaf, rtol=0, atol=1e-12 * max(1.0, np.max(np.abs(leaf))), err_msg=name)
+
+
+# ------------------------------------------------------------------------------------------------------------- changes
+
+
+def test_another_config_is_refused_by_key_and_nothing_is_touched(copy, complete):
+    fields = SMALL | {"optim.learning_rate": 0.2, "data.augmentation": "light", "checkpoint.every": "3"}
+    text = refused(WorkdirError, str(copy), "allow_changes=true", workdir=copy, fields=fields)
+    assert "config.optim.learning_rate: 0.1 -> 0.2" in text
+    assert "config.data.augmentation: 'none' -> 'light'" in text
+    assert "checkpoint.every" not in text
+    assert command_line(["train", *runs.arguments(copy, fields), "--devices", "1"]) == 73
+    assert runs.rows(copy) == runs.rows(complete[0])
+    assert (copy / "config.json").read_bytes() == (complete[0] / "config.json").read_bytes()
+
+
+def test_a_run_without_a_checkpoint_yet_is_as_much_a_run(copy):
+    shutil.rmtree(copy / "checkpoints")
+    refused(WorkdirError, "config.seed: 0 -> 1", workdir=copy, fields=SMALL | {"seed": 1})
+    (copy / "config.json").write_text('{"seed": 0')
+    refused(WorkdirError, "config.json", "damaged", workdir=copy, fields=SMALL)
+    (copy / "config.json").write_text('{"sead": 0}')
+    refused(WorkdirError, "config.json", "sead", workdir=copy, fields=SMALL)
+
+
+def test_layout_logging_and_cadence_may_change(copy, complete):
+    changes = {
+        "layout.zero": 1,
+        "layout.microbatches": 2,
+        "train.log_every": 2,
+        "train.eval_every": "2 epochs",
+        "checkpoint.every": "5",
+        "checkpoint.keep": 3,
+        "checkpoint.resume": "8",
+        "data.residency": "stream",
+        "data.workers": 0,
+    }
+    result = here(copy, SMALL | changes, devices=2)
+    assert [row["step"] for row in result.history if row["phase"] == "train"] == [10, 12]
+    np.testing.assert_allclose(runs.rows(copy)[-1]["loss"], runs.losses(complete[0])[-1], rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("schedule", "changes", "allowed"),
+    [
+        ("constant", {"train.epochs": 4}, True),
+        ("constant", {"train.steps": 9}, True),
+        ("cosine", {"train.epochs": 4}, False),
+        ("cosine", {"train.steps": 12}, True),  # the same length in other words
+        ("wsd", {"train.epochs": 4}, True),  # 6 steps were run, and the rate falls after the ninth
+        ("wsd", {"train.epochs": 1}, False),
+        ("step", {"train.epochs": 2}, False),
+    ],
+)
+def test_the_length_may_change_where_no_step_that_was_run_had_another_rate(tmp_path, schedule, changes, allowed):
+    fields = SMALL | {"optim.schedule": schedule, "optim.decay_share": 0.25}
+    here(tmp_path, fields)
+    fields |= changes | {"checkpoint.resume": "6"}
+    if not allowed:
+        refused(WorkdirError, f"config.{next(iter(changes))}", workdir=tmp_path, fields=fields)
+        assert len(runs.losses(tmp_path)) == LAST
+        return
+    here(tmp_path, fields)
+    assert len(runs.losses(tmp_path)) == changes.get("train.steps", 4 * changes.get("train.epochs", 0))
+
+
+def test_a_longer_run_is_the_run_that_was_longer_from_the_start(tmp_path):
+    here(tmp_path / "longer", SMALL, train__steps=6)  # ends within an epoch
+    longer, whole = here(tmp_path / "longer", SMALL), here(tmp_path / "whole", SMALL)
+    assert runs.rows(tmp_path / "longer") == runs.rows(tmp_path / "whole")
+    assert [line for line in runs.epochs(tmp_path / "longer") if "train" in line] == [
+        line for line in runs.epochs(tmp_path / "whole") if "train" in line
+    ]
+    runs.assert_same_bits(longer, whole)
+
+
+def test_allow_changes_goes_on_with_another_optimizer_at_the_rate_of_its_step(copy):
+    fields = SMALL | {"optim.schedule": "cosine", "optim.momentum": 0.0, "optim.nesterov": False, "optim.weight_decay": 0.0}
+    refused(WorkdirError, "config.optim.momentum: 0.9 -> 0.0", workdir=copy, fields=fields | {"checkpoint.resume": "6"})
+    here(copy, fields, checkpoint__resume="6", checkpoint__allow_changes=True)
+    assert "another opt_state; this run starts with a fresh one" in (copy / "logs" / "process_0.log").read_text()
+    for row in runs.rows(copy)[6:]:
+        rate = 0.05 * (1 + np.cos(np.pi * (row["step"] - 1) / LAST)) / 2  # 0.1 at the recipe's batch of 64
+        np.testing.assert_allclose(row["learning_rate"], rate, rtol=1e-5)
+        np.testing.assert_allclose(row["update_norm"] / row["grad_norm"], rate, rtol=1e-5)
+
+
+def test_a_checkpoint_of_another_model_is_refused_even_then(copy):
+    refused(WorkdirError, "config.model.width: 16 -> 8", workdir=copy, fields=SMALL | {"model.width": 8})
+    fields = SMALL | {"model.width": 8, "checkpoint.allow_changes": True}
+    text = refused(CheckpointError, str(copy / "checkpoints" / "12"), "params", workdir=copy, fields=fields)
+    assert "is float32[16], not float32[8]" in text
+    assert command_line(["train", *runs.arguments(copy, fields), "--devices", "1"]) == 66
+    assert len(runs.losses(copy)) == LAST
+
+
+def test_what_auto_decided_at_the_first_start_stays(tmp_path):
+    here(tmp_path, SMALL, train__precision="bf16", train__epochs=1)
+    result = here(tmp_path, SMALL, train__epochs=2)
+    assert result.result["precision"] == "bf16"
+    refused(WorkdirError, "'bf16' -> 'f32'", workdir=tmp_path, fields=SMALL | {"train.precision": "f32"})
+
+
+def test_a_batch_given_per_device_is_that_of_the_first_start(tmp_path):
+    fields = {name: value for name, value in SMALL.items() if name != "data.global_batch"} | {"data.batch_per_device": 16}
+    here(tmp_path, fields, devices=2, train__epochs=1)
+    assert json.loads((tmp_path / "config.json").read_text())["data"]["global_batch"] == 32
+    here(tmp_path, fields, devices=4, train__epochs=2)
+    assert len(runs.losses(tmp_path)) == 8
+    assert json.loads((tmp_path / "config.json").read_text())["data"]["global_batch"] == 32
+
+
+# ------------------------------------------------------------------------------------------------------- the examples
+
+LEDGER = """
+import dataclasses
+import time
+
+from jaxtrain.config import DataConfig
+from jaxtrain.data import sources
+
+read = []
+after = None
+
+
+class Ledger:
+    def __init__(self, base):
+        self.base, self.shape = base, base.shape
+
+    def __len__(self):
+        return len(self.base)
+
+    def read(self, indices):
+        read.append(indices.tolist())
+        while after is not None and len(read) > after:
+            time.sleep(0.1)  # a disk that is gone
+        return self.base.read(indices)
+
+
+def digits(config, image_size):
+    found = sources.load(dataclasses.replace(config, name="digits"), image_size=image_size)
+    return dataclasses.replace(found, train=Ledger(found.train))
+
+
+def stuck(config, image_size):
+    global after
+    after = 4
+    return digits(config, image_size)
+"""
+
+
+def test_a_changed_batch_neither_loses_nor_repeats_an_example(tmp_path, monkeypatch):
+    (tmp_path / "ledger.py").write_text(LEDGER)
+    monkeypatch.syspath_prepend(tmp_path)
+    import ledger  # noqa: PLC0415  ty: the module that the config names
+
+    fields = SMALL | {"data.name": "ledger:digits", "data.residency": "stream", "data.workers": 0, "data.examples": 120}
+
+    def consumed(workdir, **more):
+        """The examples in the order in which they were trained on; compiling looks at one batch."""
+        ledger.read.clear()
+        here(workdir, fields, **more)
+        return [index for batch in ledger.read[1:] for index in batch]
+
+    whole = consumed(tmp_path / "whole")
+    assert len(whole) == 384  # 12 batches of 32: the last is whole, and goes past the third epoch
+    for epoch in range(3):
+        assert sorted(whole[120 * epoch : 120 * (epoch + 1)]) == list(range(120))
+    parts = consumed(tmp_path / "changed", train__steps=5)
+    refused(WorkdirError, "config.data.global_batch: 32 -> 20", workdir=tmp_path / "changed", fields=fields | {"data.global_batch": 20})
+    parts += consumed(tmp_path / "changed", data__global_batch=20, checkpoint__allow_changes=True)
+    assert parts == whole[:360]
+    assert [row["step"] for row in runs.rows(tmp_path / "changed")] == list(range(1, 16))
+    assert [line[0] for line in runs.epochs(tmp_path / "changed") if "train" in line] == ["0", "1", "2"]
+    again = here(tmp_path / "changed", fields, data__global_batch=20)  # the change was taken up: the same run from now on
+    assert again.result["examples"] == 360
+
+
+# ------------------------------------------------------------------------------------------------------------- signals
+
+
+def test_a_signal_saves_and_the_next_start_goes_on_exactly(tmp_path):
+    workdir, arguments = tmp_path / "run", runs.arguments(tmp_path / "run", KILLED | {"checkpoint.every": "0"}, *MESH)
+    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 75)):
+        with runs.main(tmp_path / f"{code}.txt", *arguments) as run:
+            before = runs.count_rows(workdir)
+            run.wait_for(lambda: runs.count_rows(workdir) > before + 5, "a few steps")
+            run.send(number)
+            assert run.end() == code
+            said = run.output.splitlines()[-1]
+        stopped = len(runs.losses(workdir))
+        assert f"Stopped after step {stopped} and saved it" in said
+        assert stopped in runs.checkpoints(workdir)
+    assert_never_killed(workdir, tmp_path)
+
+
+def test_a_second_ctrl_c_ends_a_run_that_cannot_stop(tmp_path):
+    (tmp_path / "ledger.py").write_text(LEDGER)
+    fields = SMALL | {"data.name": "ledger:stuck", "data.residency": "stream", "data.workers": 0}
+    command = ["-m", "jaxtrain.main", *runs.arguments(tmp_path / "run", fields)]
+    with runs.Started(tmp_path / "output.txt", command, cwd=tmp_path) as run:
+        run.wait_for(lambda: runs.count_rows(tmp_path / "run") > 0, "a step")
+        for _ in range(2):
+            time.sleep(1)  # by now it waits for its next batch
+            run.send(signal.SIGINT)
+        assert run.end() == 130
+        assert "Stopped at once" in run.output
+
+
+# --------------------------------------------------------------------------------------------------------- bad numbers
+
+
+def stored(workdir: Path) -> list[np.ndarray]:
+    """Every array of the newest checkpoint."""
+    import jax  # noqa: PLC0415
+    import orbax.checkpoint as ocp  # noqa: PLC0415
+
+    path = workdir / "checkpoints" / str(runs.checkpoints(workdir)[-1]) / "state"
+    return [np.asarray(leaf) for leaf in jax.tree.leaves(ocp.PyTreeCheckpointer().restore(path))]
+
+
+@pytest.mark.parametrize("rate", [1e25])
+def test_a_loss_that_is_not_finite_stops_the_run_before_that_update(tmp_path, rate):
+    fields = SMALL | {"optim.learning_rate": rate, "optim.lr_scaling": "none", "checkpoint.every": "0"}
+    with pytest.raises(NumericError) as caught:
+        here(tmp_path, fields)
+    assert caught.value.exit_code == 76
+    step = len(runs.rows(tmp_path)) + 1
+    assert f"of step {step} is not finite" in str(caught.value)
+    assert f"the state after step {step - 1} is kept" in str(caught.value)
+    assert runs.checkpoints(tmp_path) == [step - 1]
+    assert all(np.isfinite(leaf).all() for leaf in stored(tmp_path))
+    refused(NumericError, f"of step {step} is not finite", workdir=tmp_path, fields=fields)
+
+
+def test_fp16_halves_its_scale_after_an_overflow_and_resumes_with_it(tmp_path, monkeypatch):
+    (tmp_path / "steep.py").write_text(
+        "from jaxtrain.optim import loss_fn\n\n\ndef loss(logits, targets):\n"
+        '    return 1000 * loss_fn("cross_entropy")(logits, targets)\n'
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    fields = SMALL | {"train.precision": "fp16", "optim.loss": "steep:loss", "optim.learning_rate": 1e-4}
+    whole = here(tmp_path / "whole", fields)
+    scales = [row["loss_scale"] for row in runs.rows(tmp_path / "whole")]
+    assert scales[0] == 2**15
+    assert scales[1] == 2**14
+    assert scales[-1] == scales[-2] < 2**14  # and then it fits
+    assert np.isfinite(runs.losses(tmp_path / "whole")[-3:].astype(float)).all()
+    for end in (2, 9, LAST):  # taken up while it still falls, and after
+        parts = here(tmp_path / "parts", fields, train__steps=end)
+    assert runs.rows(tmp_path / "parts") == runs.rows(tmp_path / "whole")
+    runs.assert_same_bits(parts, whole)
