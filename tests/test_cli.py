@@ -20,6 +20,12 @@ QUICKSTART = str(ROOT / "configs" / "quickstart.py")
 RESNET = str(ROOT / "configs" / "resnet50_cifar100.py")
 
 
+@pytest.fixture(autouse=True)
+def _elsewhere(tmp_path_factory, monkeypatch):
+    """A run that starts where it should not leaves nothing in the working directory."""
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))
+
+
 def sentence(capsys, argv, code=64) -> str:
     """Runs a command that must fail with `code`, and returns the one line that it said."""
     assert cli.main(argv) == code

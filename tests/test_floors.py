@@ -54,7 +54,7 @@ MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
 
 
 def names(path: Path) -> set[str]:
-    """All that is imported anywhere in the file, inside functions too: 'jax', 'flax.linen', 'jaxtrain.config.Config'."""
+    """All that the file imports, inside functions too: 'jax', 'flax.linen', 'jaxtrain.config.Config'."""
     found = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):

@@ -45,14 +45,19 @@ def reference(model: str) -> dict[str, np.ndarray]:
     return parity.numbers(parity.run(model, ONE))
 
 
+def grouped(names):
+    """Parameters whose tests run on one worker, where the reference is computed once."""
+    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", parity.MODELS)
+@pytest.mark.parametrize("model", grouped(parity.MODELS))
 def test_a_layout_changes_no_number(model, layout):
     found = parity.numbers(parity.run(model, LAYOUTS[layout]))
     parity.assert_equal(found, reference(model), 1e-12)
 
 
-@pytest.mark.parametrize("model", parity.MODELS)
+@pytest.mark.parametrize("model", grouped(parity.MODELS))
 def test_the_reference_learns(model):
     losses = reference(model)["loss"]
     assert len(losses) >= 6
@@ -60,7 +65,7 @@ def test_the_reference_learns(model):
 
 
 @pytest.mark.parametrize("layout", ["data8", "zero2-accumulate2"])
-@pytest.mark.parametrize("model", ["mlp", "resnet"])
+@pytest.mark.parametrize("model", grouped(["mlp", "resnet"]))
 def test_in_f32_rounding_alone_differs(model, layout):
     small = {"train.precision": "f32", "optim.learning_rate": 1e-4}
     found, wanted = (parity.numbers(parity.run(model, each, **small)) for each in (LAYOUTS[layout], ONE))
@@ -113,6 +118,7 @@ def mix_across_the_batch(monkeypatch):
 FAULTS = [drop_a_microbatch, sum_gradients, normalize_per_device, drop_the_same_on_every_device, mix_across_the_batch]
 
 
+@pytest.mark.xdist_group("resnet")
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_planted_fault_shows(fault, monkeypatch):
     """Each breaks only what a layout does: the reference was computed before, without it."""
@@ -159,6 +165,6 @@ def recipe_losses(name: str, argument: str) -> list[float]:
 
 
 @pytest.mark.parametrize("argument", LAYOUT_ARGUMENTS)
-@pytest.mark.parametrize("recipe", RECIPES)
+@pytest.mark.parametrize("recipe", grouped(RECIPES))
 def test_every_layout_argument_of_every_recipe(recipe, argument):
     np.testing.assert_allclose(recipe_losses(recipe, argument), recipe_losses(recipe, ""), rtol=1e-12)

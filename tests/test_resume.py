@@ -1,7 +1,9 @@
-"""A run that was stopped, killed or taken back goes on as if it had never been; what would not be the same run is refused."""
+"""A run that was stopped, killed or taken back goes on as if it had not been; what would be another run is refused."""
 
 from __future__ import annotations
 
+import functools
+import importlib
 import json
 import random
 import shutil
@@ -22,7 +24,11 @@ LAST = 12  # the last step of `SMALL` and `EXACT`
 
 # Steps of a few milliseconds, written to disk all the time, so that a kill may come at any moment of either.
 KILLED = EXACT | {"train.precision": "f32", "train.epochs": 30, "checkpoint.every": "3", "checkpoint.keep": 2}
-MESH = ("--simulate-devices", "8", "--devices", "2")  # what this process has: XLA's sums depend on its number of threads
+MESH = ("--simulate-devices", "8", "--devices", "2")  # as in this process: XLA's sums depend on how many threads it has
+
+# Tests that share a run go to the same worker.
+shares_complete = pytest.mark.xdist_group("complete")
+shares_undisturbed = pytest.mark.xdist_group("undisturbed")
 
 
 @pytest.fixture(scope="module")
@@ -57,43 +63,51 @@ def refused(error: type[Exception], *said: str, **call) -> str:
 
 def kill_until_done(workdir: Path, moments: list[str], draw: random.Random) -> None:
     """Kills the run at each of these moments, starting it again each time, and then lets it end."""
-    tmp = workdir / "checkpoints"
     for number, moment in enumerate(moments):
         with runs.main(workdir.parent / f"{number}.txt", *runs.arguments(workdir, KILLED, *MESH)) as run:
-            start = runs.count_rows(workdir)
-            if moment == "anywhere":
-                wanted = draw.randrange(1, 20)
-                run.wait_for(lambda: runs.count_rows(workdir) != start and runs.count_rows(workdir) >= wanted, "a step")
-            else:
-                run.wait_for(lambda: any(tmp.glob("*tmp*")) and runs.count_rows(workdir) != start, "a write")
-                time.sleep(draw.uniform(0, 0.05))
-            run.send(signal.SIGKILL)
-            assert run.end() == -signal.SIGKILL
+            kill(run, workdir, moment, draw)
     with runs.main(workdir.parent / "last.txt", *runs.arguments(workdir, KILLED, *MESH)) as run:
         assert run.end() == 0, run.output
 
 
-def assert_never_killed(workdir: Path, tmp_path: Path) -> None:
-    wanted = here(tmp_path / "whole", KILLED, devices=2)
-    assert runs.rows(workdir) == runs.rows(tmp_path / "whole")  # losses in full precision: bit for bit
-    assert runs.rows(workdir, "val") == runs.rows(tmp_path / "whole", "val")
-    assert runs.epochs(workdir) == runs.epochs(tmp_path / "whole")
+def kill(run: runs.Started, workdir: Path, moment: str, draw: random.Random) -> None:
+    """Sends SIGKILL after some steps, or while a checkpoint is written."""
+    before, steps = runs.count_rows(workdir), draw.randrange(1, 20)
+    run.wait_for(lambda: runs.count_rows(workdir) != before, "its first step")
+    if moment == "anywhere":
+        run.wait_for(lambda: runs.count_rows(workdir) >= steps, "more steps")
+    else:
+        run.wait_for(lambda: any((workdir / "checkpoints").glob("*tmp*")), "a write")
+        time.sleep(draw.uniform(0, 0.05))
+    run.send(signal.SIGKILL)
+    assert run.end() == -signal.SIGKILL
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    """The same run, left alone."""
+    path = tmp_path_factory.mktemp("undisturbed")
+    return path, here(path, KILLED, devices=2)
+
+
+def assert_never_disturbed(workdir: Path, undisturbed) -> None:
+    """Ends the run, if it has not ended, and compares everything that it left."""
+    found, (path, wanted) = here(workdir, KILLED, devices=2), undisturbed
     assert len(runs.losses(workdir)) == 120
-    runs.assert_same_bits(here(workdir, KILLED, devices=2), wanted)
+    for phase in ("train", "val", "test"):
+        assert runs.rows(workdir, phase) == runs.rows(path, phase)  # in full precision: bit for bit
+    assert runs.epochs(workdir) == runs.epochs(path)
+    runs.assert_same_bits(found, wanted)
     assert not any((workdir / "checkpoints").glob("*tmp*"))
 
 
-def test_a_run_that_is_killed_over_and_over_ends_as_if_it_never_was(tmp_path):
+@shares_undisturbed
+def test_a_run_that_is_killed_over_and_over_ends_as_if_it_never_was(tmp_path, undisturbed):
     kill_until_done(tmp_path / "killed", ["in a write", "anywhere", "in a write"], random.Random(2))
-    assert_never_killed(tmp_path / "killed", tmp_path)
+    assert_never_disturbed(tmp_path / "killed", undisturbed)
 
 
-@pytest.mark.slow
-def test_a_soak_of_kills(tmp_path):
-    kill_until_done(tmp_path / "killed", ["in a write", "anywhere"] * 12, random.Random())
-    assert_never_killed(tmp_path / "killed", tmp_path)
-
-
+@shares_complete
 def test_what_a_kill_left_of_a_write_or_a_deletion_is_in_nobodys_way(copy):
     checkpoints = copy / "checkpoints"
     (checkpoints / "12").rename(checkpoints / "12.orbax-checkpoint-tmp")  # killed before it had its name
@@ -109,6 +123,7 @@ def test_what_a_kill_left_of_a_write_or_a_deletion_is_in_nobodys_way(copy):
     assert not any(checkpoints.glob("*tmp*"))
 
 
+@shares_complete
 def test_a_damaged_checkpoint_is_named(copy):
     for path in (copy / "checkpoints" / "12" / "state").rglob("*"):
         if path.is_file():
@@ -120,6 +135,7 @@ def test_a_damaged_checkpoint_is_named(copy):
 # ------------------------------------------------------------------------------------------------------ where it starts
 
 
+@shares_complete
 def test_a_complete_run_started_again_only_writes_its_result_again(copy, complete):
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     result = here(copy, SMALL)
@@ -127,7 +143,8 @@ def test_a_complete_run_started_again_only_writes_its_result_again(copy, complet
     assert runs.rows(copy) == runs.rows(complete[0])
     assert runs.rows(copy, "test") == runs.rows(complete[0], "test")
     assert runs.epochs(copy) == runs.epochs(complete[0])
-    written = {path.relative_to(copy).parts[0] for path in copy.rglob("*") if path.is_file() and path.read_bytes() != before.get(path)}
+    changed = [path for path in copy.rglob("*") if path.is_file() and path.read_bytes() != before.get(path)]
+    written = {path.relative_to(copy).parts[0] for path in changed}
     assert written == {"logs", "manifest.json", "metrics.csv", "metrics.jsonl", "result.json", "tensorboard"}
     runs.assert_same_bits(result, complete[1])
     old, new = (json.loads((path / "result.json").read_text()) for path in (complete[0], copy))
@@ -144,6 +161,7 @@ def test_a_complete_run_that_ended_within_an_epoch_keeps_that_epochs_row(tmp_pat
     assert runs.epochs(tmp_path) == before
 
 
+@shares_complete
 @pytest.mark.parametrize(
     ("resume", "step"), [("6", 6), ("epoch:2", 8), ("latest", 12), ("best", None), ("auto", 12), ("none", 0)]
 )
@@ -166,6 +184,7 @@ def test_where_a_run_goes_on_from_and_what_lay_behind_is_kept(copy, complete, re
             assert (folder / name).read_bytes() == (complete[0] / name).read_bytes()
 
 
+@shares_complete
 def test_two_fresh_starts_within_a_second_keep_both_predecessors(copy):
     for _ in range(2):
         here(copy, SMALL, checkpoint__resume="none", train__epochs=1)
@@ -173,6 +192,7 @@ def test_two_fresh_starts_within_a_second_keep_both_predecessors(copy):
     assert [len(runs.losses(folder)) for folder in superseded(copy)] == [12, 4]
 
 
+@shares_complete
 def test_a_path_starts_from_another_run_and_moves_the_history_that_was_here(copy, complete, tmp_path):
     result = here(tmp_path / "new", SMALL, checkpoint__resume=str(copy / "checkpoints" / "8"))
     assert [row["step"] for row in runs.rows(tmp_path / "new")] == [9, 10, 11, 12]
@@ -186,6 +206,7 @@ def test_a_path_starts_from_another_run_and_moves_the_history_that_was_here(copy
     assert runs.checkpoints(superseded(copy)[0]) == runs.checkpoints(complete[0])
 
 
+@shares_complete
 def test_what_is_not_there_is_refused_by_name(copy, tmp_path):
     refused(CheckpointError, "resume=7", "2, 4, 6, 8, 10, 12", workdir=copy, fields=SMALL | {"checkpoint.resume": "7"})
     refused(CheckpointError, "epoch:9", "1, 2, 3", workdir=copy, fields=SMALL | {"checkpoint.resume": "epoch:9"})
@@ -213,8 +234,8 @@ def test_another_mesh_zero_stage_and_microbatch_count_go_on_with_the_same_run(tm
     wanted = here(tmp_path / "whole", EXACT)
     curve = runs.losses(tmp_path / "whole")
     assert np.ptp(curve) > 0.05 * curve[0]
-    layouts = [(1, {}), (4, {"layout.zero": 3, "layout.microbatches": 2}), (2, {"layout.zero": 1, "layout.microbatches": 4})]
-    for end, (devices, layout) in zip((4, 8, LAST), layouts, strict=True):
+    for end, devices, zero, parts in ((4, 1, 0, 1), (8, 4, 3, 2), (LAST, 2, 1, 4)):
+        layout = {"layout.zero": zero, "layout.microbatches": parts}
         result = here(tmp_path / "moved", EXACT | layout, devices=devices, train__steps=end)
     np.testing.assert_allclose(runs.losses(tmp_path / "moved"), curve, rtol=1e-12)
     found, wanted = runs.leaves(result), runs.leaves(wanted)
@@ -225,6 +246,7 @@ def test_another_mesh_zero_stage_and_microbatch_count_go_on_with_the_same_run(tm
 # ------------------------------------------------------------------------------------------------------------- changes
 
 
+@shares_complete
 def test_another_config_is_refused_by_key_and_nothing_is_touched(copy, complete):
     fields = SMALL | {"optim.learning_rate": 0.2, "data.augmentation": "light", "checkpoint.every": "3"}
     text = refused(WorkdirError, str(copy), "allow_changes=true", workdir=copy, fields=fields)
@@ -236,6 +258,7 @@ def test_another_config_is_refused_by_key_and_nothing_is_touched(copy, complete)
     assert (copy / "config.json").read_bytes() == (complete[0] / "config.json").read_bytes()
 
 
+@shares_complete
 def test_a_run_without_a_checkpoint_yet_is_as_much_a_run(copy):
     shutil.rmtree(copy / "checkpoints")
     refused(WorkdirError, "config.seed: 0 -> 1", workdir=copy, fields=SMALL | {"seed": 1})
@@ -245,6 +268,7 @@ def test_a_run_without_a_checkpoint_yet_is_as_much_a_run(copy):
     refused(WorkdirError, "config.json", "sead", workdir=copy, fields=SMALL)
 
 
+@shares_complete
 def test_layout_logging_and_cadence_may_change(copy, complete):
     changes = {
         "layout.zero": 1,
@@ -296,8 +320,10 @@ def test_a_longer_run_is_the_run_that_was_longer_from_the_start(tmp_path):
     runs.assert_same_bits(longer, whole)
 
 
+@shares_complete
 def test_allow_changes_goes_on_with_another_optimizer_at_the_rate_of_its_step(copy):
-    fields = SMALL | {"optim.schedule": "cosine", "optim.momentum": 0.0, "optim.nesterov": False, "optim.weight_decay": 0.0}
+    plain = {"optim.momentum": 0.0, "optim.nesterov": False, "optim.weight_decay": 0.0}
+    fields = SMALL | plain | {"optim.schedule": "cosine"}
     refused(WorkdirError, "config.optim.momentum: 0.9 -> 0.0", workdir=copy, fields=fields | {"checkpoint.resume": "6"})
     here(copy, fields, checkpoint__resume="6", checkpoint__allow_changes=True)
     assert "another opt_state; this run starts with a fresh one" in (copy / "logs" / "process_0.log").read_text()
@@ -307,6 +333,7 @@ def test_allow_changes_goes_on_with_another_optimizer_at_the_rate_of_its_step(co
         np.testing.assert_allclose(row["update_norm"] / row["grad_norm"], rate, rtol=1e-5)
 
 
+@shares_complete
 def test_a_checkpoint_of_another_model_is_refused_even_then(copy):
     refused(WorkdirError, "config.model.width: 16 -> 8", workdir=copy, fields=SMALL | {"model.width": 8})
     fields = SMALL | {"model.width": 8, "checkpoint.allow_changes": True}
@@ -324,7 +351,7 @@ def test_what_auto_decided_at_the_first_start_stays(tmp_path):
 
 
 def test_a_batch_given_per_device_is_that_of_the_first_start(tmp_path):
-    fields = {name: value for name, value in SMALL.items() if name != "data.global_batch"} | {"data.batch_per_device": 16}
+    fields = SMALL | {"data.batch_per_device": 16, "data.global_batch": 128}
     here(tmp_path, fields, devices=2, train__epochs=1)
     assert json.loads((tmp_path / "config.json").read_text())["data"]["global_batch"] == 32
     here(tmp_path, fields, devices=4, train__epochs=2)
@@ -342,7 +369,6 @@ from jaxtrain.config import DataConfig
 from jaxtrain.data import sources
 
 read = []
-after = None
 
 
 class Ledger:
@@ -354,8 +380,6 @@ class Ledger:
 
     def read(self, indices):
         read.append(indices.tolist())
-        while after is not None and len(read) > after:
-            time.sleep(0.1)  # a disk that is gone
         return self.base.read(indices)
 
 
@@ -365,16 +389,15 @@ def digits(config, image_size):
 
 
 def stuck(config, image_size):
-    global after
-    after = 4
-    return digits(config, image_size)
+    print("stuck", flush=True)
+    time.sleep(10_000)
 """
 
 
 def test_a_changed_batch_neither_loses_nor_repeats_an_example(tmp_path, monkeypatch):
     (tmp_path / "ledger.py").write_text(LEDGER)
     monkeypatch.syspath_prepend(tmp_path)
-    import ledger  # noqa: PLC0415  ty: the module that the config names
+    ledger = importlib.import_module("ledger")
 
     fields = SMALL | {"data.name": "ledger:digits", "data.residency": "stream", "data.workers": 0, "data.examples": 120}
 
@@ -389,44 +412,49 @@ def test_a_changed_batch_neither_loses_nor_repeats_an_example(tmp_path, monkeypa
     for epoch in range(3):
         assert sorted(whole[120 * epoch : 120 * (epoch + 1)]) == list(range(120))
     parts = consumed(tmp_path / "changed", train__steps=5)
-    refused(WorkdirError, "config.data.global_batch: 32 -> 20", workdir=tmp_path / "changed", fields=fields | {"data.global_batch": 20})
-    parts += consumed(tmp_path / "changed", data__global_batch=20, checkpoint__allow_changes=True)
+    workdir, fields = tmp_path / "changed", fields | {"data.global_batch": 20}
+    refused(WorkdirError, "config.data.global_batch: 32 -> 20", workdir=workdir, fields=fields)
+    parts += consumed(workdir, checkpoint__allow_changes=True)
     assert parts == whole[:360]
-    assert [row["step"] for row in runs.rows(tmp_path / "changed")] == list(range(1, 16))
-    assert [line[0] for line in runs.epochs(tmp_path / "changed") if "train" in line] == ["0", "1", "2"]
-    again = here(tmp_path / "changed", fields, data__global_batch=20)  # the change was taken up: the same run from now on
-    assert again.result["examples"] == 360
+    assert len(runs.losses(workdir)) == 5 + 10
+    assert [line[0] for line in runs.epochs(workdir) if "train" in line] == ["0", "1", "2"]
+    assert here(workdir, fields).result["examples"] == 360  # it is this run's batch from now on
 
 
 # ------------------------------------------------------------------------------------------------------------- signals
 
 
-def test_a_signal_saves_and_the_next_start_goes_on_exactly(tmp_path):
-    workdir, arguments = tmp_path / "run", runs.arguments(tmp_path / "run", KILLED | {"checkpoint.every": "0"}, *MESH)
-    for number, code in ((signal.SIGINT, 130), (signal.SIGTERM, 75)):
+def has_rows(workdir: Path, count: int) -> bool:
+    return runs.count_rows(workdir) >= count
+
+
+@shares_undisturbed
+def test_a_signal_saves_and_the_next_start_goes_on_exactly(tmp_path, undisturbed):
+    workdir = tmp_path / "run"
+    for rows, number, code in ((5, signal.SIGINT, 130), (30, signal.SIGTERM, 75)):
+        arguments = runs.arguments(workdir, KILLED | {"checkpoint.every": "0"}, *MESH)
         with runs.main(tmp_path / f"{code}.txt", *arguments) as run:
-            before = runs.count_rows(workdir)
-            run.wait_for(lambda: runs.count_rows(workdir) > before + 5, "a few steps")
+            run.wait_for(functools.partial(has_rows, workdir, rows), "a few steps")
             run.send(number)
             assert run.end() == code
             said = run.output.splitlines()[-1]
         stopped = len(runs.losses(workdir))
         assert f"Stopped after step {stopped} and saved it" in said
         assert stopped in runs.checkpoints(workdir)
-    assert_never_killed(workdir, tmp_path)
+    assert_never_disturbed(workdir, undisturbed)
 
 
 def test_a_second_ctrl_c_ends_a_run_that_cannot_stop(tmp_path):
     (tmp_path / "ledger.py").write_text(LEDGER)
-    fields = SMALL | {"data.name": "ledger:stuck", "data.residency": "stream", "data.workers": 0}
-    command = ["-m", "jaxtrain.main", *runs.arguments(tmp_path / "run", fields)]
+    command = ["-m", "jaxtrain.main", *runs.arguments(tmp_path / "run", SMALL | {"data.name": "ledger:stuck"})]
     with runs.Started(tmp_path / "output.txt", command, cwd=tmp_path) as run:
-        run.wait_for(lambda: runs.count_rows(tmp_path / "run") > 0, "a step")
-        for _ in range(2):
-            time.sleep(1)  # by now it waits for its next batch
-            run.send(signal.SIGINT)
+        run.wait_for(lambda: "stuck" in run.output.splitlines(), "the disk that is gone")
+        run.send(signal.SIGINT)
+        time.sleep(1)
+        run.wait_for(lambda: True, "the second signal")  # the first one waits for a step that never comes
+        run.send(signal.SIGINT)
         assert run.end() == 130
-        assert "Stopped at once" in run.output
+        assert run.output.splitlines()[-1].startswith("jaxtrain: Stopped at once")
 
 
 # --------------------------------------------------------------------------------------------------------- bad numbers
