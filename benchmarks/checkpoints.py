@@ -27,13 +27,17 @@ def measure() -> list[dict[str, Any]]:
 
 
 def _measure(name: str, model: str) -> dict[str, Any]:
-    config = synthetic(Config(data=DataConfig(global_batch=16), model=ModelConfig(model), optim=OptimConfig(name="adamw")))
+    config = synthetic(
+        Config(data=DataConfig(global_batch=16), model=ModelConfig(model), optim=OptimConfig(name="adamw"))
+    )
     with settings(config):
         run = make_run(config, load_data(config.data), jax.devices()[:1])
         state = create_state(run.init, run.layout)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         blocked, whole, restored = [], [], []
-        with contextlib.closing(Checkpoints(Path(tempfile.mkdtemp(prefix="jaxtrain-bench-")) / "checkpoints", 1)) as checkpoints:
+        with contextlib.closing(
+            Checkpoints(Path(tempfile.mkdtemp(prefix="jaxtrain-bench-")) / "checkpoints", 1)
+        ) as checkpoints:
             for step in range(1, REPEATS + 2):
                 began = time.perf_counter()
                 checkpoints.save(step, state, {"examples": 0}, epoch=-1)
@@ -44,4 +48,8 @@ def _measure(name: str, model: str) -> dict[str, Any]:
                 jax.block_until_ready(checkpoints.restore(step, state))
                 restored.append(time.perf_counter() - began)
     seconds = {"blocked": blocked[1:], "whole": whole[1:], "restore": restored[1:]}
-    return {"name": name, "bytes": size, **{key: dataclasses.asdict(Spread.of(values)) for key, values in seconds.items()}}
+    return {
+        "name": name,
+        "bytes": size,
+        **{key: dataclasses.asdict(Spread.of(values)) for key, values in seconds.items()},
+    }

@@ -1,8 +1,8 @@
 """Runs the benchmarks of this machine, writes benchmarks/results/NAME.json, and puts the table into benchmarks/README.md.
 
-    python -m benchmarks.run NAME                  # everything: about 20 minutes on two cores
-    python -m benchmarks.run NAME steps inputs     # some of it; the rest of NAME.json stays
-    python -m benchmarks.run --table NAME          # the table alone
+python -m benchmarks.run NAME                  # everything: about 20 minutes on two cores
+python -m benchmarks.run NAME steps inputs     # some of it; the rest of NAME.json stays
+python -m benchmarks.run --table NAME          # the table alone
 """
 
 from __future__ import annotations
@@ -69,7 +69,10 @@ def table(results: dict[str, Any]) -> str:
         for key in ("cold", "warm"):
             lines.append(_row(f"first step of {row['name']}, {key} compile cache", row[key], 1, "s"))
     for row in measured.get("quickstart", []):
-        lines.append(f"| whole quickstart, cold, seed {row['seed']}: test accuracy {row['test_accuracy']:.4f} | {row['seconds']:.1f} s | |")
+        lines.append(
+            f"| whole quickstart, cold, seed {row['seed']}: test accuracy {row['test_accuracy']:.4f} "
+            f"| {row['seconds']:.1f} s | |"
+        )
     for row in measured.get("inputs", []):
         lines.append(_row(f"input, {row['name']}", row["images_per_second"], 1e-3, "k images/s"))
     for row in measured.get("checkpoints", []):

@@ -49,7 +49,9 @@ def measure(repeats: int = 3) -> list[dict[str, Any]]:
             cache = Path(tempfile.mkdtemp(prefix="jaxtrain-cache-"))
             cold.append(first_step(arguments, cache))
             warm.append(first_step(arguments, cache))
-        rows.append({"name": name, "cold": dataclasses.asdict(Spread.of(cold)), "warm": dataclasses.asdict(Spread.of(warm))})
+        rows.append(
+            {"name": name, "cold": dataclasses.asdict(Spread.of(cold)), "warm": dataclasses.asdict(Spread.of(warm))}
+        )
     return rows
 
 
@@ -58,7 +60,15 @@ def quickstart(seeds: tuple[int, ...] = (0, 1, 2)) -> list[dict[str, Any]]:
     rows = []
     for seed in seeds:
         cache, workdir = Path(tempfile.mkdtemp(prefix="jaxtrain-cache-")), tempfile.mkdtemp(prefix="jaxtrain-bench-")
-        command = [sys.executable, "-m", "jaxtrain.main", *RECIPES["quickstart"], f"--config.seed={seed}", "--workdir", workdir]
+        command = [
+            sys.executable,
+            "-m",
+            "jaxtrain.main",
+            *RECIPES["quickstart"],
+            f"--config.seed={seed}",
+            "--workdir",
+            workdir,
+        ]
         began = time.perf_counter()
         subprocess.run(command, cwd=ROOT, env=_environment(cache), check=True, capture_output=True)
         seconds = time.perf_counter() - began

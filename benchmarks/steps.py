@@ -38,7 +38,9 @@ REPEATS = 5
 def _config(model: ModelConfig, batch: int, layout: LayoutConfig) -> Config:
     model = dataclasses.replace(model, bn_groups=layout.microbatches)
     optim = OptimConfig(learning_rate=0.01, schedule="constant")
-    return synthetic(Config(data=DataConfig(global_batch=batch, augmentation="light"), model=model, optim=optim, layout=layout))
+    return synthetic(
+        Config(data=DataConfig(global_batch=batch, augmentation="light"), model=model, optim=optim, layout=layout)
+    )
 
 
 def per_model() -> list[dict[str, Any]]:
@@ -67,7 +69,12 @@ def _measure(
             jax.block_until_ready((state, metrics))
             seconds.append((time.perf_counter() - began) / steps)
     spread = Spread.of(seconds[1:])
-    return {"name": name, "batch": batch, "seconds": dataclasses.asdict(spread), "images_per_second": batch / spread.median}
+    return {
+        "name": name,
+        "batch": batch,
+        "seconds": dataclasses.asdict(spread),
+        "images_per_second": batch / spread.median,
+    }
 
 
 def overhead() -> dict[str, Any]:
@@ -89,7 +96,9 @@ def overhead() -> dict[str, Any]:
             block = list(batches(run, engine, number, steps))
             began = time.perf_counter()
             for batch in block:
-                state, metrics = engine.step(state, dataclasses.replace(batch, rows=block[0].rows), engine.feed.resident)
+                state, metrics = engine.step(
+                    state, dataclasses.replace(batch, rows=block[0].rows), engine.feed.resident
+                )
             jax.block_until_ready((state, metrics))
             cached_seconds.append(time.perf_counter() - began)
             number += steps
@@ -99,7 +108,9 @@ def overhead() -> dict[str, Any]:
             jax.block_until_ready((state, metrics))
             fed_seconds.append(time.perf_counter() - began)
             number += steps
-            streamed = train(config, tempfile.mkdtemp(prefix="jaxtrain-bench-"), num_devices=1, quiet=True).result["seconds"]
+            streamed = train(config, tempfile.mkdtemp(prefix="jaxtrain-bench-"), num_devices=1, quiet=True).result[
+                "seconds"
+            ]
             trainer_seconds.append(streamed["step"] + streamed["input"] + streamed["other"])
     pairs = list(zip(cached_seconds, fed_seconds, trainer_seconds, strict=True))[1:]
     return {

@@ -1,6 +1,6 @@
 """The MLP 784-512-256-10 on 10,000 synthetic examples: a smoke test for any machine.
 
-    python -m jaxtrain.main --config configs/mlp_synthetic.py
+python -m jaxtrain.main --config configs/mlp_synthetic.py
 """
 
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig

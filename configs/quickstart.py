@@ -1,6 +1,6 @@
 """A small ResNet on the handwritten digits inside scikit-learn: real images, no download.
 
-    python -m jaxtrain.main --config configs/quickstart.py
+python -m jaxtrain.main --config configs/quickstart.py
 """
 
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig

@@ -1,6 +1,6 @@
 """ResNet-101 on CIFAR-100, batch 64, 200 epochs.
 
-    python -m jaxtrain.main --config configs/resnet101_cifar100.py
+python -m jaxtrain.main --config configs/resnet101_cifar100.py
 """
 
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig

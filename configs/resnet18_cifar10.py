@@ -1,6 +1,6 @@
 """ResNet-18 on CIFAR-10, 200 epochs.
 
-    python -m jaxtrain.main --config configs/resnet18_cifar10.py
+python -m jaxtrain.main --config configs/resnet18_cifar10.py
 """
 
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig

@@ -1,7 +1,7 @@
 """VGG-19 on CIFAR-10, from scratch.
 
-    python -m jaxtrain.main --config configs/vgg19_cifar10.py           # 32 px, with BatchNorm
-    python -m jaxtrain.main --config configs/vgg19_cifar10.py:224       # 224 px: resized to 256, cropped to 224
+python -m jaxtrain.main --config configs/vgg19_cifar10.py           # 32 px, with BatchNorm
+python -m jaxtrain.main --config configs/vgg19_cifar10.py:224       # 224 px: resized to 256, cropped to 224
 """
 
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig

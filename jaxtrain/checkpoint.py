@@ -94,7 +94,9 @@ class Checkpoints:
         try:
             self._manager.save(step, args=args, metrics=metrics, force=True)
         except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"The checkpoint of step {step} in {self.directory} was not written: {error}.") from error
+            raise CheckpointError(
+                f"The checkpoint of step {step} in {self.directory} was not written: {error}."
+            ) from error
 
     def wait(self) -> None:
         """Returns once everything is on disk."""
@@ -125,7 +127,7 @@ class Checkpoints:
         """The run's position at `step`. Raises `CheckpointError` if a newer jaxtrain wrote it."""
         try:
             args = ocp.args.Composite(position=ocp.args.JsonRestore())
-            position = self._manager.restore(step, args=args).position
+            position = self._manager.restore(step, args=args)["position"]
         except (OSError, ValueError, KeyError) as error:
             raise CheckpointError(f"The checkpoint {self.directory / str(step)} cannot be read: {error}.") from error
         if position["schema"] > SCHEMA:
@@ -173,7 +175,7 @@ class Checkpoints:
             abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
         )
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(state=restore)).state
+            return self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"The checkpoint {self.directory / str(step)} cannot be read: {error}.") from error
 
@@ -195,7 +197,9 @@ def _at_step(opt_state: PyTree, step: jax.Array) -> PyTree:
     def counts(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)
 
-    return jax.tree.map(lambda node: node._replace(count=_copy(step)) if counts(node) else node, opt_state, is_leaf=counts)
+    return jax.tree.map(
+        lambda node: node._replace(count=_copy(step)) if counts(node) else node, opt_state, is_leaf=counts
+    )
 
 
 def _tree(state: TrainState) -> dict[str, Any]:
@@ -261,7 +265,9 @@ def _named_step(directory: Path, steps: list[int], resume: str) -> int:
     if resume.isdigit():
         if int(resume) in steps:
             return int(resume)
-        raise CheckpointError(f"config.checkpoint.resume={resume}: {directory} has only the steps {', '.join(map(str, steps))}.")
+        raise CheckpointError(
+            f"config.checkpoint.resume={resume}: {directory} has only the steps {', '.join(map(str, steps))}."
+        )
     metrics = {step: _metrics(directory, step) for step in steps}
     if resume == "best":
         best = best_of(list(metrics.items()))
@@ -283,8 +289,8 @@ def _start_at_path(path: Path) -> Start:
         if steps := committed_steps(directory):
             return Start(directory, steps[-1])
     raise ConfigError(
-        f"config.checkpoint.resume={str(path)!r}: must be auto, latest, best, a step, epoch:N, none, or the path of a checkpoint "
-        "or a work directory that exists."
+        f"config.checkpoint.resume={str(path)!r}: must be auto, latest, best, a step, epoch:N, none, or the path of a "
+        "checkpoint or a work directory that exists."
     )
 
 
@@ -293,7 +299,9 @@ def _metrics(directory: Path, step: int) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path} cannot be read: {error}; remove the folder {step} to go on without it.") from None
+        raise CheckpointError(
+            f"{path} cannot be read: {error}; remove the folder {step} to go on without it."
+        ) from None
 
 
 # A folder gets its name once it is whole, but it is deleted file by file.
@@ -304,7 +312,9 @@ def committed_steps(directory: Path) -> list[int]:
     """Steps whose write was completed, rising. Reads names only, so it needs no manager and no device."""
     if not directory.is_dir():
         return []
-    return sorted(int(p.name) for p in directory.iterdir() if p.name.isdigit() and all((p / part).is_file() for part in _PARTS))
+    return sorted(
+        int(p.name) for p in directory.iterdir() if p.name.isdigit() and all((p / part).is_file() for part in _PARTS)
+    )
 
 
 def discard_unfinished(directory: Path) -> None:

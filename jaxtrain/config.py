@@ -79,7 +79,9 @@ def _require(condition: bool, field: str, value: object, wanted: str) -> None:
 def _one_of(field: str, value: str, allowed: Iterable[str]) -> None:
     allowed = tuple(allowed)
     if value not in allowed:
-        raise ConfigError(f"config.{field}={value!r}: must be one of {', '.join(allowed)}.{did_you_mean(value, allowed)}")
+        raise ConfigError(
+            f"config.{field}={value!r}: must be one of {', '.join(allowed)}.{did_you_mean(value, allowed)}"
+        )
 
 
 def did_you_mean(word: str, known: Iterable[str]) -> str:
@@ -225,7 +227,9 @@ class ModelConfig(_Section):
         _require(depths, "model.depths", self.depths, "a tuple of whole numbers above 0")
         for name in ("dropout", "drop_path"):
             value = getattr(self, name)
-            _require(value == -1 or 0 <= value < 1, "model." + name, value, "at least 0 and below 1 (or -1: the model's own)")
+            _require(
+                value == -1 or 0 <= value < 1, "model." + name, value, "at least 0 and below 1 (or -1: the model's own)"
+            )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -370,7 +374,9 @@ class CheckpointConfig(_Section):
         self._min(1, "keep")
         Duration.parse(self.every, "config.checkpoint.every", minutes=True)
         Duration.parse(self.milestone_every, "config.checkpoint.milestone_every")
-        _require(bool(self.resume), "checkpoint.resume", self.resume, "auto, latest, best, a step, epoch:N, a path or none")
+        _require(
+            bool(self.resume), "checkpoint.resume", self.resume, "auto, latest, best, a step, epoch:N, a path or none"
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -428,7 +434,9 @@ def from_dict(values: Mapping[str, Any]) -> Config:
             sections[name] = value
             continue
         if not isinstance(value, Mapping):
-            raise ConfigError(f"config.{name}={value!r}: must be a section with keys, such as config.{name}.{_example(name)}.")
+            raise ConfigError(
+                f"config.{name}={value!r}: must be a section with keys, such as config.{name}.{_example(name)}."
+            )
         fields = [f.name for f in dataclasses.fields(SECTIONS[name])]  # type: ignore[arg-type]
         for key in value:
             if key not in fields:
@@ -441,7 +449,7 @@ def _example(section: str) -> str:
     return dataclasses.fields(SECTIONS[section])[0].name  # type: ignore[arg-type]
 
 
-def plain(values: Mapping[str, Any]) -> dict[str, Any]:
+def plain(values: Any) -> dict[str, Any]:
     """Plain nested dicts from any mappings, such as a `ConfigDict`."""
     return {k: plain(v) if isinstance(v, Mapping) or hasattr(v, "items") else v for k, v in values.items()}
 

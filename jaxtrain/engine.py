@@ -72,7 +72,9 @@ def make_evaluation(run: Run, feed: Feed) -> Callable[[str, PyTree, PyTree], Eva
         where = tuple(leaf.sharding for leaf in jax.tree.leaves((params, batch_stats)))
         if where not in compiled:
             with contextlib.closing(feed.evaluation(split, batch)) as batches:
-                compiled[where] = make_evaluator(run.task, run.layout, params, batch_stats, next(batches), feed.resident)
+                compiled[where] = make_evaluator(
+                    run.task, run.layout, params, batch_stats, next(batches), feed.resident
+                )
         with contextlib.closing(feed.evaluation(split, batch)) as batches:
             return compiled[where](params, batch_stats, batches, feed.resident)
 
@@ -107,7 +109,9 @@ def summary(run: Run, table: dict[str, list[Placement]]) -> list[str]:
     """The layout and the batch, in the few lines that are printed at start."""
     mesh, config, optim = run.layout.mesh, run.config, run.config.optim
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
-    held = ", ".join(f"{tree} {_size(bytes_per_device(leaves))}" for tree, leaves in table.items() if bytes_per_device(leaves))
+    held = ", ".join(
+        f"{tree} {_size(bytes_per_device(leaves))}" for tree, leaves in table.items() if bytes_per_device(leaves)
+    )
     batch, parts = config.data.global_batch, config.layout.microbatches
     ways = mesh.shape["replica"] * mesh.shape["data"]
     lines = [
@@ -121,7 +125,12 @@ def summary(run: Run, table: dict[str, list[Placement]]) -> list[str]:
         f"data: {config.data.name}, {len(run.dataset.train)} train, {len(run.dataset.validation)} validation, "
         f"{len(run.dataset.test)} test; {run.steps} steps",
     ]
-    lines += [f"{tree}/{leaf.path}: {leaf.note}" for tree, leaves in table.items() for leaf in leaves if leaf.note and tree != "gradients"]
+    lines += [
+        f"{tree}/{leaf.path}: {leaf.note}"
+        for tree, leaves in table.items()
+        for leaf in leaves
+        if leaf.note and tree != "gradients"
+    ]
     return lines
 
 

@@ -100,7 +100,13 @@ def _zeros(num_classes: int, params: PyTree) -> EvalSums:
 
 
 def _add(
-    task: Task, layout: Layout, sums: EvalSums, params: PyTree, batch_stats: PyTree, batch: EvalBatch, resident: Resident
+    task: Task,
+    layout: Layout,
+    sums: EvalSums,
+    params: PyTree,
+    batch_stats: PyTree,
+    batch: EvalBatch,
+    resident: Resident,
 ) -> EvalSums:
     images, labels = select(batch.batch, resident, 0, layout)
     mask = batch.mask[0].astype(sums.loss.dtype)

@@ -6,8 +6,6 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
-import jax
-
 from jaxtrain.checkpoint import Checkpoints, committed_steps, find_start
 from jaxtrain.config import LayoutConfig, from_dict
 from jaxtrain.engine import make_evaluation
@@ -55,7 +53,9 @@ def evaluate(
         config = from_dict(checkpoints.position(start.step)["config"])
         devices = select_devices(num_devices)
         # Numbers do not depend on the layout: whole weights, and a batch that any number of devices divides.
-        config = dataclasses.replace(config, layout=LayoutConfig(), model=dataclasses.replace(config.model, bn_groups=1))
+        config = dataclasses.replace(
+            config, layout=LayoutConfig(), model=dataclasses.replace(config.model, bn_groups=1)
+        )
         ways = batch_ways(make_mesh(config.layout, devices))
         batch = -(-config.data.global_batch // ways) * ways
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, global_batch=batch))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import jax
@@ -26,9 +26,8 @@ class Placer:
 
     def __init__(self, layout: Layout, parts: int, size: int):
         self._shape, self._sharding, self._replicated = (parts, size), layout.batch, layout.sharding()
-        spans = {
-            index[1].indices(size)[:2] for index in self._sharding.addressable_devices_indices_map(self._shape).values()
-        }
+        indices: Any = self._sharding.addressable_devices_indices_map(self._shape).values()
+        spans = {index[1].indices(size)[:2] for index in indices}
         self._columns = np.concatenate([np.arange(*span) for span in sorted(spans)])
         # Positions in the global batch, in the order in which `batch` wants the rows.
         self.positions = (np.arange(parts)[:, None] * size + self._columns).ravel()
@@ -71,12 +70,13 @@ class Feed:
 
     def train(
         self, *, seed: int, global_batch: int, first_step: int, first_example: int, steps: int
-    ) -> Iterator[Batch]:
+    ) -> Generator[Batch]:
         """Batches for the updates `first_step`, `first_step + 1`, ...; the same ones whether resident or streamed."""
         parts, source = self.layout.config.microbatches, self.dataset.train
         placer = Placer(self.layout, parts, global_batch // parts)
         order: dict[str, Any] = {
-            "seed": seed, "global_batch": global_batch, "positions": placer.positions, "first_example": first_example, "steps": steps,
+            "seed": seed, "global_batch": global_batch, "positions": placer.positions,
+            "first_example": first_example, "steps": steps,
         }  # fmt: skip
         if self.offsets:
             for number, rows in enumerate(index_stream(len(source), **order), first_step):
@@ -86,7 +86,7 @@ class Feed:
             for number, (images, labels) in enumerate(stream, first_step):
                 yield Batch(placer.scalar(number), images=placer.batch(images), labels=placer.batch(labels))
 
-    def evaluation(self, split: str, batch: int) -> Iterator[EvalBatch]:
+    def evaluation(self, split: str, batch: int) -> Generator[EvalBatch]:
         """Every example of `split` once, in order, in batches of `batch`; the last is padded and masked."""
         placer = Placer(self.layout, 1, batch)
         step, source = placer.scalar(0), getattr(self.dataset, split)
@@ -100,7 +100,9 @@ class Feed:
             return
         with eval_stream(source, global_batch=batch, positions=placer.positions, workers=self.workers) as stream:
             for (images, labels), (_, mask) in zip(stream, masks, strict=True):
-                yield EvalBatch(Batch(step, images=placer.batch(images), labels=placer.batch(labels)), placer.batch(mask))
+                yield EvalBatch(
+                    Batch(step, images=placer.batch(images), labels=placer.batch(labels)), placer.batch(mask)
+                )
 
 
 def make_feed(dataset: Dataset, layout: Layout, residency: str, workers: int) -> Feed:

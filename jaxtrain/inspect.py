@@ -38,9 +38,18 @@ def _outline(config: Config) -> Dataset:
         return sources.load(config.data, image_size=config.data.image_size)
     held_out = round(50_000 * config.data.validation)
     train = min(config.data.examples or 50_000, 50_000 - held_out)
-    parts = [_Outline(count, (32, 32, 3)) for count in (train, held_out, 10_000)]
     names = tuple(map(str, range(classes)))
-    return Dataset(config.data.name, *parts, classes, names, (0.5,) * 3, (0.25,) * 3, "outline")
+    return Dataset(
+        name=config.data.name,
+        train=_Outline(train, (32, 32, 3)),
+        validation=_Outline(held_out, (32, 32, 3)),
+        test=_Outline(10_000, (32, 32, 3)),
+        num_classes=classes,
+        class_names=names,
+        mean=(0.5,) * 3,
+        std=(0.25,) * 3,
+        fingerprint="outline",
+    )
 
 
 def describe_layout(config: Config, num_devices: int = 0) -> dict[str, Any]:

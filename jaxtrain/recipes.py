@@ -36,7 +36,9 @@ LAYOUTS: Mapping[str, Mapping[str, int]] = MappingProxyType(
 Variant = Callable[[Config], Config]
 
 
-def recipe(config: Config, arg: str | None = "", variants: Mapping[str, Variant] | None = None) -> ml_collections.ConfigDict:
+def recipe(
+    config: Config, arg: str | None = "", variants: Mapping[str, Variant] | None = None
+) -> ml_collections.ConfigDict:
     """The locked `ConfigDict` of `config` after the arguments in `arg`, applied from left to right.
 
     Raises `ConfigError` for an argument that is neither in `variants` nor in `LAYOUTS`.
@@ -49,7 +51,9 @@ def recipe(config: Config, arg: str | None = "", variants: Mapping[str, Variant]
             config = change(config, **{f"layout.{key}": value for key, value in LAYOUTS[name].items()})
         else:
             known = [*variants, *LAYOUTS]
-            raise ConfigError(f"recipe argument {name!r}: must be one of {', '.join(known)}.{did_you_mean(name, known)}")
+            raise ConfigError(
+                f"recipe argument {name!r}: must be one of {', '.join(known)}.{did_you_mean(name, known)}"
+            )
     return ml_collections.ConfigDict(to_dict(config)).lock()
 
 
@@ -107,7 +111,9 @@ def resolve(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Resolved:
     plain_recipe, with_arg = (_call(get_config, path, each) for each in ("", arg))
     values = _override(with_arg, overrides)
     config = from_dict(plain(values))
-    default, base, variant, final = (flatten(plain(c)) for c in (to_dict(Config()), plain_recipe, with_arg, to_dict(config)))
+    default, base, variant, final = (
+        flatten(plain(c)) for c in (to_dict(Config()), plain_recipe, with_arg, to_dict(config))
+    )
     flagged = {key for key, _ in overrides}
     origins = {
         key: "flag" if key in flagged
@@ -146,12 +152,14 @@ def _call(get_config: Callable[[str], Any], path: str, arg: str) -> ml_collectio
     except (Exception, SystemExit) as error:
         raise ConfigError(_explain(error, Path(path))) from error
     if not isinstance(values, ml_collections.ConfigDict):
-        raise ConfigError(f"--config {path}: get_config returned {type(values).__name__}; return jaxtrain.recipes.recipe(...).")
+        raise ConfigError(
+            f"--config {path}: get_config returned {type(values).__name__}; return jaxtrain.recipes.recipe(...)."
+        )
     return values
 
 
 def _explain(error: BaseException, path: Path) -> str:
-    """"file:line: error" on one line, with the line of the recipe that failed."""
+    """ "file:line: error" on one line, with the line of the recipe that failed."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path.absolute())]
     if isinstance(error, SyntaxError) and error.filename == str(path.absolute()):
         lines.append(error.lineno)
@@ -166,7 +174,7 @@ def _override(values: ml_collections.ConfigDict, overrides: list[tuple[str, str]
             raise ConfigError(f"config.{key} is a section; set one of its fields.{_suggest(key, known)}")
         if key not in known:
             raise ConfigError(f"config.{key} does not exist.{_suggest(key, known)}")
-    values = ml_collections.ConfigDict(values).lock()
+    values = values.copy_and_resolve_references().lock()
     for key, text in overrides:
         # One at a time, so that an error is about this one. absl reads `sys_argv` to find the overridden keys.
         argv = ["jaxtrain", f"--config.{key}={text}"]
@@ -176,9 +184,14 @@ def _override(values: ml_collections.ConfigDict, overrides: list[tuple[str, str]
             found(argv)
         except (flags.Error, TypeError, ValueError, SyntaxError) as error:
             kind = type(flatten(plain(values))[key]).__name__
-            kinds = {"int": "a whole number", "float": "a number", "bool": "true or false", "tuple": "a tuple such as (0.5, 0.5)"}
+            kinds = {
+                "int": "a whole number",
+                "float": "a number",
+                "bool": "true or false",
+                "tuple": "a tuple such as (0.5, 0.5)",
+            }
             raise ConfigError(f"config.{key}={text!r}: must be {kinds.get(kind, kind)}.") from error
-        values = found["config"].value
+        values = found["config"].value or values
     return values
 
 

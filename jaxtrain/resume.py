@@ -70,7 +70,9 @@ def _stored(values: dict[str, Any], path: Path) -> Config:
     try:
         return from_dict(values)
     except ConfigError as error:
-        raise WorkdirError(f"{path} is damaged, or of another version of jaxtrain ({error}); choose another --workdir.") from error
+        raise WorkdirError(
+            f"{path} is damaged, or of another version of jaxtrain ({error}); choose another --workdir."
+        ) from error
 
 
 def refuse_changes(directory: Workdir, resume: Resume, config: Config) -> None:
@@ -96,7 +98,9 @@ def refuse_length(directory: Workdir, resume: Resume, config: Config, train_exam
     position = resume.position
     steps = np.arange(position.step)
     old, new = (
-        np.asarray(make_schedule(c, train_examples, total_steps(c, train_examples, position.step, position.examples))(steps))
+        np.asarray(
+            make_schedule(c, train_examples, total_steps(c, train_examples, position.step, position.examples))(steps)
+        )
         for c in (resume.stored, config)
     )
     refused = workdir_lib.refused(found, same_rates=np.array_equal(old, new))
@@ -125,7 +129,9 @@ def set_aside(directory: Workdir, resume: Resume, config: Config) -> Path | None
     if not moved:
         return None
     folder.mkdir(parents=True)
-    for path in copied:  # first: a kill in between must leave the later steps here, so that the next start comes by again
+    for (
+        path
+    ) in copied:  # first: a kill in between must leave the later steps here, so that the next start comes by again
         shutil.copy2(path, folder)
     for path in moved:
         path.rename(folder / path.name)

@@ -22,9 +22,9 @@ from jaxtrain.errors import ConfigError
 from jaxtrain.models import registry
 from jaxtrain.optim import loss_fn, make, schedule
 from jaxtrain.parallel.layout import Layout
-from jaxtrain.parallel.mesh import batch_ways, make_mesh
+from jaxtrain.parallel.mesh import Device, batch_ways, make_mesh
 from jaxtrain.parallel.processes import first_on_process_zero
-from jaxtrain.precision import Policy, policy, resolve
+from jaxtrain.precision import policy, resolve
 from jaxtrain.state import TrainState, initial_state
 from jaxtrain.task import Task
 
@@ -43,20 +43,22 @@ class Run:
     steps: int
 
 
-def select_devices(count: int) -> list[jax.Device]:
+def select_devices(count: int) -> list[Device]:
     """The first `count` devices of each process, or all of them for 0. Raises `ConfigError` if there are fewer."""
     if not count:
         return jax.devices()
     here = jax.local_device_count()
     if count > here:
-        raise ConfigError(f"--devices {count}: this host has {here} ({jax.default_backend()}); --simulate-devices {count} makes CPU ones.")
-    by_process: dict[int, list[jax.Device]] = {}
+        raise ConfigError(
+            f"--devices {count}: this host has {here} ({jax.default_backend()}); --simulate-devices {count} makes CPU ones."
+        )
+    by_process: dict[int, list[Device]] = {}
     for device in jax.devices():
         by_process.setdefault(device.process_index, []).append(device)
     return [device for devices in by_process.values() for device in devices[:count]]
 
 
-def decide(config: Config, stored: Config | None, devices: list[jax.Device]) -> Config:
+def decide(config: Config, stored: Config | None, devices: list[Device]) -> Config:
     """Fills in what depends on the machine, at the first start; a resumed run keeps what was decided then (`stored`)."""
     ways = batch_ways(make_mesh(config.layout, devices))
     precision, batch = config.train.precision, config.data.global_batch
@@ -82,11 +84,11 @@ def settings(config: Config) -> Iterator[None]:
     random.seed(config.seed)
     np.random.seed(config.seed)
     wanted: dict[str, object] = {
-        "jax_enable_x64": config.train.precision == "f64" or jax.config.jax_enable_x64,
+        "jax_enable_x64": config.train.precision == "f64" or jax.config.read("jax_enable_x64"),
         "jax_threefry_partitionable": True,  # or a layout would change the random numbers
         "jax_persistent_cache_min_compile_time_secs": 0.2,
     }
-    if not jax.config.jax_compilation_cache_dir:
+    if not jax.config.read("jax_compilation_cache_dir"):
         wanted["jax_compilation_cache_dir"] = str(Path.home() / ".cache" / "jaxtrain" / "xla")
     with _jax_config(wanted):
         yield
@@ -123,7 +125,7 @@ def load_data(config: DataConfig) -> Dataset:
 
 
 def make_run(
-    config: Config, dataset: Dataset, devices: list[jax.Device], *, start_step: int = 0, start_example: int = 0
+    config: Config, dataset: Dataset, devices: list[Device], *, start_step: int = 0, start_example: int = 0
 ) -> Run:
     """Everything that follows from the config and the data set. Raises `ConfigError` for what does not fit together."""
     mesh = make_mesh(config.layout, devices)

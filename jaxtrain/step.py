@@ -72,12 +72,17 @@ def make_step(task: Task, layout: Layout, state: TrainState, batch: Batch, resid
         return jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, new)
 
     indices = tuple(jax.device_put(np.int32(i), layout.sharding()) for i in range(parts))
-    sums = jax.tree.map(lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), sums_shapes, sums_shardings)
+    sums = jax.tree.map(
+        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), sums_shapes, sums_shardings
+    )
+    zeros = jax.jit(functools.partial(_zero_sums, state), out_shardings=sums_shardings)
+    adding = jax.jit(accumulate, out_shardings=sums_shardings, donate_argnums=0)
+    updating = jax.jit(update, out_shardings=(state_shardings, layout.sharding()), donate_argnums=0)
     lowered = {
-        "zeros": jax.jit(functools.partial(_zero_sums, state), out_shardings=sums_shardings).lower(),
-        "gradients": jax.jit(accumulate, out_shardings=sums_shardings, donate_argnums=0).lower(sums, state, batch, resident, indices[0]),
-        "update": jax.jit(update, out_shardings=(state_shardings, layout.sharding()), donate_argnums=0).lower(state, sums, batch.step),
-    }  # fmt: skip
+        "zeros": zeros.lower(),
+        "gradients": adding.lower(sums, state, batch, resident, indices[0]),
+        "update": updating.lower(state, sums, batch.step),
+    }
     return Step({name: program.compile() for name, program in lowered.items()}, indices)
 
 

@@ -66,7 +66,9 @@ def select(batch: Batch, resident: Resident, index: Any, layout: Layout) -> tupl
     return images, jax.lax.with_sharding_constraint(resident.labels[rows], layout.examples)
 
 
-def wrapper(layout: Layout, params: PyTree, remat: str) -> Callable[[Callable[..., Any], str], Callable[..., Any]] | None:
+def wrapper(
+    layout: Layout, params: PyTree, remat: str
+) -> Callable[[Callable[..., Any], str], Callable[..., Any]] | None:
     """What the layout and `remat` put around each layer's function: gather its parameters, and what not to store.
 
     Under ZeRO-3 a layer's gathered parameters are never stored for the backward pass, which gathers them again

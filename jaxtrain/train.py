@@ -101,7 +101,9 @@ def train(
         with clock.charge("compile"):
             engine, state = start_engine(run, resume)
         _take_over(directory, resume, config)
-        checkpoints = stack.enter_context(contextlib.closing(Checkpoints(directory.checkpoints, config.checkpoint.keep)))
+        checkpoints = stack.enter_context(
+            contextlib.closing(Checkpoints(directory.checkpoints, config.checkpoint.keep))
+        )
         stack.enter_context(no_implicit_transfers())
         with _Loop(run, engine, directory, checkpoints, clock, interrupt, position, console) as loop:
             return loop.run_to_end(state)
@@ -112,7 +114,9 @@ def _take_over(directory: Workdir, resume: Resume, config: Config) -> None:
     if jax.process_index() == 0:
         step = resume.position.step
         if folder := resume_lib.set_aside(directory, resume, config):
-            log.warning("What this directory held after step %d was moved to %s; move it back to undo this.", step, folder)
+            log.warning(
+                "What this directory held after step %d was moved to %s; move it back to undo this.", step, folder
+            )
         directory.write_config(config_lib.to_dict(config))
         manifest.append_start(directory.manifest, manifest.environment(step))
     barrier("the work directory is this run's")
@@ -227,7 +231,9 @@ class _Loop:
         return (
             step == self.run.steps
             or self.interrupt.asked
-            or any(self._due(cadence, step) for cadence in (self.epoch_ends, self.evaluations, self.saves, self.milestones))
+            or any(
+                self._due(cadence, step) for cadence in (self.epoch_ends, self.evaluations, self.saves, self.milestones)
+            )
             or self._save_time_has_come(step)
         )
 
@@ -332,7 +338,9 @@ class _Loop:
         loss, accuracy = position.epoch_loss / count, position.epoch_correct / count
         self.records.epoch(epoch, "train", loss, accuracy, throughput=span.throughput, step=position.step)
         bound = explain(span, "it")
-        self.progress.message(f"epoch {epoch + 1}/{self.epochs} train: loss {loss:.4f}, accuracy {accuracy:.4f}; {bound}")
+        self.progress.message(
+            f"epoch {epoch + 1}/{self.epochs} train: loss {loss:.4f}, accuracy {accuracy:.4f}; {bound}"
+        )
         for warning in (symptoms.slow_data(span), symptoms.imbalanced(self._own_seconds(span))):
             if warning:
                 log.warning("%s", warning)
@@ -364,7 +372,11 @@ class _Loop:
         raw, step = results["raw"], self.position.step
         extra = {"top5": raw.top5}
         if "ema" in results:
-            extra |= {"ema_loss": results["ema"].loss, "ema_accuracy": results["ema"].accuracy, "ema_top5": results["ema"].top5}
+            extra |= {
+                "ema_loss": results["ema"].loss,
+                "ema_accuracy": results["ema"].accuracy,
+                "ema_top5": results["ema"].top5,
+            }
         throughput = raw.examples * len(results) / seconds
         self.records.epoch(epoch, phase, raw.loss, raw.accuracy, throughput=throughput, step=step, extra=extra)
         numbers = {"loss": raw.loss, "accuracy": raw.accuracy, "throughput": throughput, **extra}

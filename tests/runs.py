@@ -17,7 +17,10 @@ import jax
 import numpy as np
 
 from jaxtrain import load_config, train
+from jaxtrain.cli import main as command_line
 from jaxtrain.train import TrainResult
+
+__all__ = ["command_line"]  # `jaxtrain ...` in this process
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "configs" / "quickstart.py"
@@ -25,6 +28,7 @@ SECONDS = 300  # that a process may take; a test that waits so long has failed
 
 # A run of 12 steps, in epochs of 4: an MLP on the digits, its rate constant so that the length may change.
 SMALL: dict[str, Any] = {
+    "data.name": "tiny:digits",
     "data.global_batch": 32,
     "data.examples": 128,
     "model.name": "mlp",
@@ -41,10 +45,10 @@ SMALL: dict[str, Any] = {
 EXACT: dict[str, Any] = SMALL | {
     "data.augmentation": "light",
     "data.mixup": 0.2,
-    "model.name": "resnet18",
+    "model.name": "tiny:resnet",
     "model.width": 4,
-    "model.depths": "(1, 1, 1, 1)",
     "model.dropout": 0.1,
+    "model.drop_path": 0.1,
     "model.bn_groups": 4,
     "optim.learning_rate": 0.4,
     "optim.ema": 0.9,
@@ -69,7 +73,7 @@ class Started:
     """A process of its own, which ends with the `with` block. Its output goes to a file: a full pipe would stop it."""
 
     def __init__(self, output: Path, command: Sequence[str], *, cwd: Path | None = None):
-        paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+        paths = [str(ROOT), str(ROOT / "tests"), os.environ.get("PYTHONPATH", "")]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "PYTHONUNBUFFERED": "1"}
         self._output = output
         with output.open("w") as file:

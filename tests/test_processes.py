@@ -3,36 +3,234 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
-import os
 import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import runs
 from runs import EXACT, SMALL, here
 
-LAST = 12  # the last step of `SMALL` and `EXACT`
-TOLERANCE = 1e-12  # relative, in f64; a wrong scale, order or random key shows at 1e-3 and above
+LAST = 12  # the last step of `EXACT`
+HALF = 6
+TOLERANCE = 1e-12  # relative, in f64: a wrong scale, order or random key shows at 1e-3 and above
 
-# Gradients accumulated over four microbatches, BatchNorm over four groups, and every save kept.
-SAVED = EXACT | {"layout.microbatches": 4}
+# Gradients accumulated over four microbatches, BatchNorm over four groups, every save kept.
+ACCUMULATED = EXACT | {"layout.microbatches": 4}
 
 shares_saved = pytest.mark.xdist_group("saved")
 
 
 @contextlib.contextmanager
-def several(folder: Path, devices: int, *commands: Sequence[str]) -> Iterator[list[runs.Started]]:
-    """Starts a process for each command: the program that it runs (see `PROGRAM`), with `devices` CPU devices."""
+def several(folder: Path, *commands: list[str]) -> Iterator[list[runs.Started]]:
+    """A process for each command."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(runs.Started(folder / f"{process}.txt", command))
+            for process, command in enumerate(commands)
+        ]
+
+
+def train_in_turn(folder: Path, processes: int, devices: int, *jobs: list[str]) -> None:
+    """`processes` processes of `devices` devices each do these training jobs, one after the other."""
+    port = runs.free_port()
+    commands = []
+    for process in range(processes):
+        mine = [["train", *job] for job in jobs]
+        mine[0] += ["--simulate-devices", str(devices), *runs.joined(process, processes, port)]
+        commands.append([str(Path(__file__).with_name("jobs.py")), json.dumps(mine)])
+    with several(folder, *commands) as started:
+        for process in started:
+            assert process.end() == 0, process.output
+
+
+def job(workdir: Path, zero: int, *more: str, **fields: Any) -> list[str]:
+    """A job of `ACCUMULATED`. Each process looks for its data: what is said about it once is not said twice."""
+    changed = {name.replace("__", "."): value for name, value in fields.items()}
+    return runs.arguments(workdir, ACCUMULATED | {"layout.zero": zero} | changed, *more)
+
+
+def assert_same(workdir: Path, whole: Path, first: int = 1) -> None:
+    """From step `first` on, each logged number is that of `whole`, and no step is there twice."""
+    for phase in ("train", "val", "test"):
+        found, wanted = runs.rows(workdir, phase), [row for row in runs.rows(whole, phase) if row["step"] >= first]
+        assert [row["step"] for row in found] == [row["step"] for row in wanted]
+        for row, other in zip(found, wanted, strict=True):
+            for name, value in other.items():
+                np.testing.assert_allclose(row[name], value, rtol=TOLERANCE, err_msg=name) if name != "phase" else None
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """One process, one device, one microbatch."""
+    path = tmp_path_factory.mktemp("whole")
+    return path, here(path, EXACT)
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """What two processes of two devices saved under ZeRO 0 and 3; and what two of one device made of step 6."""
+    path = tmp_path_factory.mktemp("saved")
+    alone = {"data__prepare_per_host": True}
+    resumed = [
+        job(
+            path / f"2x1-zero{zero}",
+            zero,
+            "--devices",
+            "1",
+            checkpoint__resume=path / f"zero{zero}/checkpoints/{HALF}",
+            **alone,
+        )
+        for zero in (0, 3)
+    ]
+    by_the_clock = job(path / "minutes", 0, checkpoint__every="0.0001 minutes", train__steps=3, **alone)
+    train_in_turn(path, 2, 2, job(path / "zero0", 0), job(path / "zero3", 3, **alone), *resumed, by_the_clock)
+    return path
+
+
+@shares_saved
+@pytest.mark.parametrize("zero", [0, 3])
+def test_two_processes_have_the_numbers_of_one(saved, whole, tmp_path, zero):
+    assert np.ptp(runs.losses(whole[0])) > 0.05 * runs.losses(whole[0])[0]
+    assert_same(saved / f"zero{zero}", whole[0])
+    copy = shutil.copytree(saved / f"zero{zero}", tmp_path / "copy")
+    found, wanted = runs.leaves(here(copy, EXACT)), runs.leaves(whole[1])
+    for name, leaf in wanted.items():
+        np.testing.assert_allclose(found[name], leaf, rtol=0, atol=TOLERANCE * max(1, np.abs(leaf).max()), err_msg=name)
+
+
+@shares_saved
+@pytest.mark.parametrize("zero", [0, 3])
+def test_saved_by_two_of_two_resumed_by_one_of_four(saved, whole, tmp_path, zero):
+    copy = shutil.copytree(saved / f"zero{zero}", tmp_path / "copy")
+    result = here(copy, ACCUMULATED, devices=4, layout__zero=zero, checkpoint__resume=str(HALF))
+    assert min(row["step"] for row in result.history) == HALF + 1
+    assert_same(copy, whole[0])
+
+
+@shares_saved
+@pytest.mark.parametrize("zero", [0, 3])
+def test_saved_by_two_of_two_resumed_by_two_of_one(saved, whole, zero):
+    assert_same(saved / f"2x1-zero{zero}", whole[0], first=HALF + 1)
+
+
+@shares_saved
+def test_saved_by_two_of_two_resumed_by_four_of_one(saved, whole, tmp_path):
+    copies = [shutil.copytree(saved / f"zero{zero}", tmp_path / f"zero{zero}") for zero in (0, 3)]
+    resume = {"checkpoint__resume": HALF, "data__prepare_per_host": True}
+    train_in_turn(tmp_path, 4, 1, *(job(copy, zero, **resume) for copy, zero in zip(copies, (0, 3), strict=True)))
+    for copy in copies:
+        assert_same(copy, whole[0])
+        assert runs.epochs(copy)[0] == "epoch,phase,loss,accuracy"
+        assert len(runs.epochs(copy)) == 1 + 3 + 3 + 1
+        starts = json.loads((copy / "manifest.json").read_text())["starts"]
+        assert [start["devices"]["processes"] for start in starts] == [2, 4]
+
+
+@shares_saved
+def test_process_zero_alone_writes_what_is_shared(saved):
+    run = saved / "zero3"
+    assert sorted(path.name for path in (run / "logs").iterdir()) == ["process_0.log", "process_1.log"]
+    for phase in ("train", "val", "test"):
+        assert len(list((run / "tensorboard" / phase).iterdir())) == 1
+    assert len(json.loads((run / "manifest.json").read_text())["starts"]) == 1
+    assert runs.checkpoints(run) == list(range(2, LAST + 1, 2))
+    # under ZeRO-3 each process has written its own part
+    parts = {path.name for path in (run / "checkpoints" / str(LAST) / "state").iterdir()}
+    assert {"ocdbt.process_0", "ocdbt.process_1"} <= parts
+
+
+@shares_saved
+def test_the_clock_of_process_zero_decides_when_to_save(saved):
+    assert runs.checkpoints(saved / "minutes") == [1, 2, 3]
+
+
+# --------------------------------------------------------------------------------------------------------------- stops
+
+
+def test_a_sigterm_to_one_stops_all_at_one_step_and_one_process_goes_on(tmp_path):
+    fields, run = SMALL | {"train.precision": "f64", "checkpoint.every": "0", "train.eval_every": "0"}, tmp_path / "run"
+    arguments = runs.arguments(run, fields | {"train.epochs": 10_000}, "--simulate-devices", "2")
     port = runs.free_port()
     with contextlib.ExitStack() as stack:
-        found = []
-        for process, command in enumerate(commands):
-            place = ["--simulate-devices", str(devices), *runs.joined(process, len(commands), port)]
-            found.append(stack.enter_context(runs.main(folder / f"{process}.txt", *command, *place)))
-        yield found
+        first = stack.enter_context(runs.main(tmp_path / "0.txt", *arguments, *runs.joined(0, 2, port)))
+        time.sleep(3)  # whoever comes late is waited for
+        second = stack.enter_context(runs.main(tmp_path / "1.txt", *arguments, *runs.joined(1, 2, port)))
+        first.wait_for(functools.partial(has_rows, run, 3), "a few steps")
+        second.send(signal.SIGTERM)
+        assert (first.end(), second.end()) == (75, 75), first.output + second.output
+        said = {process.output.splitlines()[-1] for process in (first, second)}
+    steps = len(runs.losses(run))
+    assert said == {f"jaxtrain: Stopped after step {steps} and saved it; the same command goes on from there."}
+    assert runs.checkpoints(run) == [steps]
+    here(run, fields, train__steps=steps + 4)
+    here(tmp_path / "whole", fields, train__steps=steps + 4)
+    assert_same(run, tmp_path / "whole")
+
+
+def has_rows(workdir: Path, count: int) -> bool:
+    return runs.count_rows(workdir) >= count
+
+
+def test_data_that_process_zero_cannot_prepare_end_all_with_its_sentence(tmp_path):
+    fields = SMALL | {"data.name": f"folder:{tmp_path}/nowhere", "data.image_size": 8}
+    port = runs.free_port()
+    command = ["-m", "jaxtrain.main", *runs.arguments(tmp_path / "run", fields)]
+    with several(tmp_path, *([*command, *runs.joined(process, 2, port)] for process in range(2))) as started:
+        assert [process.end() for process in started] == [65, 65]
+        said = {process.output.splitlines()[-1] for process in started}
+    assert said == {f"jaxtrain: config.data.name='folder:{tmp_path}/nowhere': there is no such folder."}
+
+
+# -------------------------------------------------------------------------------------------------------------- starts
+
+
+@pytest.mark.parametrize(
+    ("numbers", "counts", "said"),
+    [
+        ([0, 2], [3, 3], "process 1 of 3 did not come to 127.0.0.1:"),
+        ([0, 1, 1], [3, 3, 3], "two processes say that they are process 1 of 3; each needs its own --process-id."),
+        ([0, 1], [2, 3], "process 1 was started with --num-processes 3 and process 0 with 2."),
+        ([1], [2], "process 1 of 2 cannot reach the coordinator 127.0.0.1:"),
+    ],
+    ids=["missing", "twice", "miscounted", "alone"],
+)
+def test_processes_that_do_not_fit_together_say_why(tmp_path, numbers, counts, said):
+    port, seconds = runs.free_port(), 60 if len(set(numbers)) < len(numbers) or len(set(counts)) > 1 else 8
+    command = ["-m", "jaxtrain.main", *runs.arguments(tmp_path / "run", SMALL, "--start-timeout", str(seconds))]
+    places = [runs.joined(number, count, port) for number, count in zip(numbers, counts, strict=True)]
+    with several(tmp_path, *([*command, *place] for place in places)) as started:
+        assert [process.end() for process in started] == [78] * len(started)
+        for process in started:
+            assert said in process.output.splitlines()[-1]
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_that_is_taken_is_named(tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        place = runs.joined(0, 2, port)
+        with runs.main(tmp_path / "0.txt", *runs.arguments(tmp_path / "run", SMALL), *place) as process:
+            assert process.end() == 78
+            assert f"cannot listen at 127.0.0.1:{port} (Address already in use)" in process.output.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("place", "said"),
+    [
+        (["--num-processes", "2"], "go together"),
+        (runs.joined(2, 2, 1), "--process-id 2: must be below --num-processes 2."),
+        (["--coordinator", "here", "--num-processes", "2", "--process-id", "1"], "'here': must be HOST:PORT."),
+    ],
+)
+def test_arguments_that_make_no_sense_are_a_config_error(tmp_path, capsys, place, said):
+    assert runs.command_line(["train", *runs.arguments(tmp_path / "run", SMALL), *place]) == 64
+    assert said in capsys.readouterr().err

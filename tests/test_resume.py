@@ -17,7 +17,6 @@ import runs
 from runs import EXACT, SMALL, here
 
 from jaxtrain import evaluate
-from jaxtrain.cli import main as command_line
 from jaxtrain.errors import CheckpointError, ConfigError, NumericError, WorkdirError
 
 LAST = 12  # the last step of `SMALL` and `EXACT`
@@ -253,7 +252,7 @@ def test_another_config_is_refused_by_key_and_nothing_is_touched(copy, complete)
     assert "config.optim.learning_rate: 0.1 -> 0.2" in text
     assert "config.data.augmentation: 'none' -> 'light'" in text
     assert "checkpoint.every" not in text
-    assert command_line(["train", *runs.arguments(copy, fields), "--devices", "1"]) == 73
+    assert runs.command_line(["train", *runs.arguments(copy, fields), "--devices", "1"]) == 73
     assert runs.rows(copy) == runs.rows(complete[0])
     assert (copy / "config.json").read_bytes() == (complete[0] / "config.json").read_bytes()
 
@@ -339,7 +338,7 @@ def test_a_checkpoint_of_another_model_is_refused_even_then(copy):
     fields = SMALL | {"model.width": 8, "checkpoint.allow_changes": True}
     text = refused(CheckpointError, str(copy / "checkpoints" / "12"), "params", workdir=copy, fields=fields)
     assert "is float32[16], not float32[8]" in text
-    assert command_line(["train", *runs.arguments(copy, fields), "--devices", "1"]) == 66
+    assert runs.command_line(["train", *runs.arguments(copy, fields), "--devices", "1"]) == 66
     assert len(runs.losses(copy)) == LAST
 
 

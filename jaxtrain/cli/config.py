@@ -11,7 +11,9 @@ from jaxtrain.recipes import resolve
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """FILE; overrides are taken out before."""
-    parser.add_argument("config", metavar="FILE[:ARGUMENT,...]", help="a recipe and its arguments; --config.KEY=VALUE changes a field")
+    parser.add_argument(
+        "config", metavar="FILE[:ARGUMENT,...]", help="a recipe and its arguments; --config.KEY=VALUE changes a field"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

@@ -10,7 +10,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """prepare|verify NAME."""
     parser.add_argument("action", choices=("prepare", "verify"))
     parser.add_argument("name", help="digits, synthetic, cifar10, cifar100, folder:PATH, or a TFDS name")
-    parser.add_argument("--dir", default="", help="data directory; default $JAXTRAIN_DATA_DIR, then ~/.cache/jaxtrain/data")
+    parser.add_argument(
+        "--dir", default="", help="data directory; default $JAXTRAIN_DATA_DIR, then ~/.cache/jaxtrain/data"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:

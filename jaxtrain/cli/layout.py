@@ -31,7 +31,9 @@ def run(arguments: argparse.Namespace) -> None:
     for leaf in layout["leaves"]:
         shape = "x".join(map(str, leaf["shape"])) or "-"
         spec = ", ".join(str(axis) for axis in leaf["spec"])
-        table.add_row(leaf["path"], shape, f"P({spec})", str(leaf["stage"]), f"{leaf['bytes_per_device']:,}", leaf["note"])
+        table.add_row(
+            leaf["path"], shape, f"P({spec})", str(leaf["stage"]), f"{leaf['bytes_per_device']:,}", leaf["note"]
+        )
     console.print(table)
     axes = " x ".join(f"{name} {size}" for name, size in layout["mesh"].items())
     console.print(f"\n{layout['parameters']:,} parameters; mesh {axes}")

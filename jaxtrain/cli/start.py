@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import os
 import select
 import socket
 import sys
@@ -45,10 +46,14 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
     """--coordinator, --num-processes, --process-id, --start-timeout."""
-    parser.add_argument("--coordinator", default="", metavar="HOST:PORT", help="process 0's address, in a run of several processes")
+    parser.add_argument(
+        "--coordinator", default="", metavar="HOST:PORT", help="process 0's address, in a run of several processes"
+    )
     parser.add_argument("--num-processes", type=int, default=0, metavar="P")
     parser.add_argument("--process-id", type=int, default=-1, metavar="I")
-    parser.add_argument("--start-timeout", type=int, default=300, metavar="S", help="seconds to wait for the other processes")
+    parser.add_argument(
+        "--start-timeout", type=int, default=300, metavar="S", help="seconds to wait for the other processes"
+    )
 
 
 def resolved(arguments: argparse.Namespace) -> Resolved:
@@ -76,7 +81,9 @@ def start_processes(arguments: argparse.Namespace) -> None:
     if not all(given):
         raise ConfigError("--coordinator, --num-processes and --process-id go together.")
     if not 0 <= arguments.process_id < arguments.num_processes:
-        raise ConfigError(f"--process-id {arguments.process_id}: must be below --num-processes {arguments.num_processes}.")
+        raise ConfigError(
+            f"--process-id {arguments.process_id}: must be below --num-processes {arguments.num_processes}."
+        )
     import jax  # noqa: PLC0415
 
     address, who = arguments.coordinator, f"process {arguments.process_id} of {arguments.num_processes}"
@@ -98,7 +105,9 @@ def start_processes(arguments: argparse.Namespace) -> None:
             address, arguments.num_processes, arguments.process_id, initialization_timeout=arguments.start_timeout
         )
     except (RuntimeError, ValueError) as error:
-        raise EnvironmentMismatchError(f"{who} could not join the run at {address}: {str(error).splitlines()[0]}") from error
+        raise EnvironmentMismatchError(
+            f"{who} could not join the run at {address}: {str(error).splitlines()[0]}"
+        ) from error
     finally:
         note.cancel()
 
@@ -118,7 +127,9 @@ def _meet(address: str, process: int, count: int, timeout: float) -> None:
     if not host or not port.isdigit():
         raise ConfigError(f"--coordinator {address!r}: must be HOST:PORT.")
     place = (host.strip("[]"), int(port))
-    answer = _gather(address, place[1], count, timeout) if process == 0 else _report(address, place, process, count, timeout)
+    answer = (
+        _gather(address, place[1], count, timeout) if process == 0 else _report(address, place, process, count, timeout)
+    )
     if answer != _GO:
         raise EnvironmentMismatchError(answer.removeprefix(_NO))
 
@@ -130,7 +141,7 @@ def _gather(address: str, port: int, count: int, timeout: float) -> str:
         server = socket.create_server(("", port), **everywhere)
     except OSError as error:
         raise EnvironmentMismatchError(
-            f"process 0 of {count} cannot listen at {address} ({error.strerror}); is another process 0 there already? "
+            f"process 0 of {count} cannot listen at {address} ({os.strerror(error.errno or 0)}); is another process 0 there already? "
             "Otherwise choose another port for --coordinator."
         ) from error
     come: dict[int, socket.socket] = {}

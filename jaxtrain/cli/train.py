@@ -8,7 +8,9 @@ from jaxtrain.cli import start
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The same as those of `python -m jaxtrain.main`."""
     start.add_config_argument(parser)
-    parser.add_argument("--workdir", default="", metavar="DIR", help="everything of the run; default artifacts/<recipe>")
+    parser.add_argument(
+        "--workdir", default="", metavar="DIR", help="everything of the run; default artifacts/<recipe>"
+    )
     start.add_device_arguments(parser)
     start.add_process_arguments(parser)
 

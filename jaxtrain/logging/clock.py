@@ -157,7 +157,7 @@ _ADVICE = {
 
 
 def explain(span: Span, what: str = "this epoch") -> str:
-    """One sentence: what bound `span`, and what would help (where that is not simply faster devices). '' when no time has passed."""
+    """One sentence: what bound `span`, and what would help, unless that is faster devices. '' when no time passed."""
     if not span.wall:
         return ""
     bound = span.bound

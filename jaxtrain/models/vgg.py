@@ -78,9 +78,10 @@ def max_pool_2x2(x: jax.Array) -> jax.Array:
 
 
 def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
-    # Not `jnp.maximum` or `.max`: their gradients look for the values that equal the result, and find none where XLA
-    # computes a value again and rounds it otherwise. Here one of the two always gets the whole gradient, the first of
-    # equals as in PyTorch. Takes a third of the time of `nn.max_pool`, whose gradient is a scatter, on CPU.
+    # Not `jnp.maximum` or `.max`: their gradients look for the values that equal the result, and miss them where XLA
+    # computes a value again and rounds it otherwise (seen with `.max` at XLA:CPU's optimization level 0). Here one of
+    # two always gets the whole gradient, the first of equals as in PyTorch. Takes a third of the time of `nn.max_pool`,
+    # whose gradient is a scatter, on CPU.
     return jnp.where((a < b) | jnp.isnan(b), b, a)
 
 

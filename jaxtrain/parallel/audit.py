@@ -55,7 +55,9 @@ def audit(
     shape, zero, notes = layout.mesh.shape, layout.config.zero, []
 
     if batch_ways(layout.mesh) > 1 and not any(every[kind] for kind in _REDUCING):
-        raise AuditError(f"layout.replica={shape['replica']}, layout.data={shape['data']}: no program reduces the gradients.")
+        raise AuditError(
+            f"layout.replica={shape['replica']}, layout.data={shape['data']}: no program reduces the gradients."
+        )
     if shape["tensor"] > 1 and not gradients:
         raise AuditError(f"layout.tensor={shape['tensor']} had no effect: the gradient program has no collective.")
     if zero and shape["data"] == 1:
@@ -64,11 +66,15 @@ def audit(
         for tree, least in (("opt_state", 1), ("gradients", 2), ("params", 3)):
             sharded = any("data" in leaf.spec for leaf in table[tree])
             if zero >= least and table[tree] and not sharded and any(math.prod(leaf.shape) > 1 for leaf in table[tree]):
-                raise AuditError(f"layout.zero={zero} had no effect on {tree}: no leaf divides by data={shape['data']}.")
+                raise AuditError(
+                    f"layout.zero={zero} had no effect on {tree}: no leaf divides by data={shape['data']}."
+                )
         if not every["all-gather"] and any("data" in leaf.spec for leaf in table["opt_state"]):
             raise AuditError(f"layout.zero={zero} had no effect: no program gathers what is sharded.")
         if not any("data" in leaf.spec for name in (*trees, "gradients") for leaf in table[name]):
-            notes.append(f"layout.zero={zero} has nothing to shard: the optimizer keeps no state and there is no average.")
+            notes.append(
+                f"layout.zero={zero} has nothing to shard: the optimizer keeps no state and there is no average."
+            )
         if zero >= 2 and "zeros" not in programs:
             same = "zero=1" if zero == 2 else "zero=3 with whole gradients"
             notes.append(
@@ -95,7 +101,8 @@ def _check_tree(name: str, leaves: list[jax.Array], places: list[Placement]) -> 
     for leaf, place in zip(leaves, places, strict=True):
         if held_bytes(leaf) != place.bytes_per_device:
             raise AuditError(
-                f"{name}/{place.path} holds {held_bytes(leaf)} bytes per device; the layout's {place.spec} means {place.bytes_per_device}."
+                f"{name}/{place.path} holds {held_bytes(leaf)} bytes per device; the layout's {place.spec} means "
+                f"{place.bytes_per_device}."
             )
     return bytes_per_device(places)
 

@@ -20,6 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -70,8 +71,7 @@ class Layout:
         """The placement of the leaf `path` of the state's `tree` (`params`, `opt_state`, `gradients`, ...)."""
         compute, note = self._tensor_spec(path, shape)
         spec = compute
-        itemsize = jax.dtypes.canonicalize_dtype(dtype).itemsize if not jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key) else 4
-        size = math.prod(shape) * itemsize
+        size = math.prod(shape) * jnp.dtype(dtype).itemsize
         if self.config.zero >= ZERO_FROM.get(tree, 99) and self.mesh.shape["data"] > 1:
             spec = self._with_data(path, compute, shape)
             if spec == compute and size >= LARGE_LEAF_BYTES:
@@ -142,11 +142,18 @@ class Layout:
     def _check_rules(self, params: list[Placement]) -> None:
         for pattern, _ in self.config.rules:
             if not any(re.search(pattern, leaf.path) for leaf in params):
-                raise ConfigError(f"config.layout.rules: {pattern!r} matches no parameter; see `jaxtrain layout` for their paths.")
+                raise ConfigError(
+                    f"config.layout.rules: {pattern!r} matches no parameter; see `jaxtrain layout` for their paths."
+                )
         ways = self.mesh.shape["tensor"]
         if ways > 1 and not any("tensor" in leaf.compute_spec for leaf in params):
-            why = "; ".join(f"{leaf.path}: {leaf.note}" for leaf in params if leaf.note) or "it has no rule for this model"
-            raise ConfigError(f"config.layout.tensor={ways} splits no layer ({why}); use tensor=1 or give config.layout.rules.")
+            why = (
+                "; ".join(f"{leaf.path}: {leaf.note}" for leaf in params if leaf.note)
+                or "it has no rule for this model"
+            )
+            raise ConfigError(
+                f"config.layout.tensor={ways} splits no layer ({why}); use tensor=1 or give config.layout.rules."
+            )
 
     def shardings(self, state: PyTree) -> PyTree:
         """A tree like `state` with a `NamedSharding` at every leaf: where each lives at rest."""
@@ -186,8 +193,8 @@ class Layout:
             )
         if has_batch_norm and bn_groups % parts:
             raise ConfigError(
-                f"config.model.bn_groups={bn_groups} does not divide by config.layout.microbatches={parts}, so a microbatch would "
-                f"not hold whole BatchNorm groups; use --config.model.bn_groups={parts} (this changes the run's numbers) "
+                f"config.model.bn_groups={bn_groups} does not divide by config.layout.microbatches={parts}, so a microbatch "
+                f"would not hold whole BatchNorm groups; use --config.model.bn_groups={parts} (this changes the run's numbers) "
                 "or --config.layout.microbatches=1."
             )
 

@@ -2,8 +2,8 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 
@@ -12,6 +12,8 @@ from jaxtrain.errors import ConfigError
 
 AXES = ("stage", "replica", "data", "tensor")
 BATCH_AXES = ("replica", "data")
+
+Device = Any  # jax.Device, which type checkers take for a variable
 
 
 def mesh_shape(config: LayoutConfig, num_devices: int) -> tuple[int, int, int, int]:
@@ -37,7 +39,7 @@ def _nearest_divisors(value: int, total: int) -> list[int]:
     return below[-1:] + above[:1]
 
 
-def make_mesh(config: LayoutConfig, devices: Sequence[jax.Device]) -> Mesh:
+def make_mesh(config: LayoutConfig, devices: Sequence[Device]) -> Mesh:
     """The mesh over `devices`, in their order: `tensor` neighbours are next to each other, then `data`, then `replica`."""
     shape = mesh_shape(config, len(devices))
     return Mesh(np.array(devices).reshape(shape), AXES, axis_types=(AxisType.Auto,) * len(AXES))

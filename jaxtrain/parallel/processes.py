@@ -1,6 +1,7 @@
 """What processes of one run do together outside compiled programs. Without `jax.distributed` there is one process."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 from jax._src import distributed  # the coordination service has no public door with a time-out (jax 0.10-0.12)
@@ -9,7 +10,9 @@ from jax.experimental import multihost_utils
 from jaxtrain.errors import EnvironmentMismatchError, JaxtrainError
 
 
-def first_on_process_zero(name: str, action: Callable[[], None], timeout: float, *, every_process: bool = False) -> None:
+def first_on_process_zero(
+    name: str, action: Callable[[], object], timeout: float, *, every_process: bool = False
+) -> None:
     """Runs `action` on process 0 while the others wait at the barrier `name`, `timeout` seconds at most.
 
     A `JaxtrainError` of process 0 is raised on every process. With `every_process` each runs it for itself.
@@ -17,7 +20,7 @@ def first_on_process_zero(name: str, action: Callable[[], None], timeout: float,
     if jax.process_count() == 1 or every_process:
         action()
         return
-    client = distributed.global_state.client
+    client: Any = distributed.global_state.client
     key = f"jaxtrain/{name}"
     if jax.process_index() == 0:
         try:
@@ -31,7 +34,8 @@ def first_on_process_zero(name: str, action: Callable[[], None], timeout: float,
         answer = client.blocking_key_value_get(key, int(timeout * 1000))
     except Exception as error:
         raise EnvironmentMismatchError(
-            f"Process {jax.process_index()} waited {timeout:.0f} s for process 0 at {name!r} in vain; look at the log of process 0."
+            f"Process {jax.process_index()} waited {timeout:.0f} s for process 0 at {name!r} in vain; look at the log of "
+            "process 0."
         ) from error
     if answer != "done":
         kind, _, text = answer.partition(":")
