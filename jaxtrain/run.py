@@ -9,6 +9,7 @@ import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -84,11 +85,11 @@ def settings(config: Config) -> Iterator[None]:
     random.seed(config.seed)
     np.random.seed(config.seed)
     wanted: dict[str, object] = {
-        "jax_enable_x64": config.train.precision == "f64" or jax.config.read("jax_enable_x64"),
+        "jax_enable_x64": config.train.precision == "f64" or _jax_setting("jax_enable_x64"),
         "jax_threefry_partitionable": True,  # or a layout would change the random numbers
         "jax_persistent_cache_min_compile_time_secs": 0.2,
     }
-    if not jax.config.read("jax_compilation_cache_dir"):
+    if not _jax_setting("jax_compilation_cache_dir"):
         wanted["jax_compilation_cache_dir"] = str(Path.home() / ".cache" / "jaxtrain" / "xla")
     with _jax_config(wanted):
         yield
@@ -103,7 +104,7 @@ def no_implicit_transfers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _jax_config(wanted: Mapping[str, object]) -> Iterator[None]:
-    before = {name: getattr(jax.config, name) for name in wanted}
+    before = {name: _jax_setting(name) for name in wanted}
     for name, value in wanted.items():
         jax.config.update(name, value)
     try:
@@ -111,6 +112,10 @@ def _jax_config(wanted: Mapping[str, object]) -> Iterator[None]:
     finally:
         for name, value in before.items():
             jax.config.update(name, value)
+
+
+def _jax_setting(name: str) -> Any:
+    return getattr(jax.config, name)
 
 
 def load_data(config: DataConfig) -> Dataset:

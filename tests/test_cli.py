@@ -421,6 +421,7 @@ def evaluated(capsys, *words) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
+@pytest.mark.xdist_group("finished run")
 @pytest.mark.parametrize("devices", [[], ["--devices", "4"], ["--devices", "1"], ["--devices", "5"]])
 def test_evaluate_finds_what_the_run_found(capsys, finished, devices):
     result = json.loads((finished / "result.json").read_text())
@@ -437,6 +438,7 @@ def test_evaluate_finds_what_the_run_found(capsys, finished, devices):
     assert result["last"]["test"]["loss"] != result["last"]["test_ema"]["loss"]
 
 
+@pytest.mark.xdist_group("finished run")
 def test_the_accuracy_of_each_class(capsys, finished):
     found = evaluated(capsys, str(finished), "--checkpoint", "20")
     assert (found["step"], found["split"], found["examples"]) == (20, "test", 359)
@@ -450,12 +452,14 @@ def test_the_accuracy_of_each_class(capsys, finished):
     assert f"{found['per_class']['3']:.4f}" in text
 
 
+@pytest.mark.xdist_group("finished run")
 def test_evaluate_changes_nothing_in_the_run(capsys, finished):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     assert math.isfinite(evaluated(capsys, str(finished), "--split", "train")["loss"])
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
+@pytest.mark.xdist_group("finished run")
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
