@@ -110,10 +110,8 @@ def test_a_run_that_is_killed_over_and_over_ends_as_if_it_never_was(tmp_path, un
 def test_what_a_kill_left_of_a_write_or_a_deletion_is_in_nobodys_way(copy):
     checkpoints = copy / "checkpoints"
     (checkpoints / "12").rename(checkpoints / "12.orbax-checkpoint-tmp")  # killed before it had its name
-    shutil.rmtree(checkpoints / "10")
-    shutil.copytree(checkpoints / "8", checkpoints / "10")
-    (checkpoints / "10" / "metrics" / "metrics").unlink()  # killed while it was deleted
-    (checkpoints / "4" / "_CHECKPOINT_METADATA").unlink()
+    (checkpoints / "10" / "state" / "_METADATA").unlink()  # killed while they were deleted
+    (checkpoints / "4" / "metrics" / "metrics").unlink()
     wanted = runs.rows(copy)
     result = here(copy, SMALL)
     assert [row["step"] for row in result.history if row["phase"] == "train"] == [9, 10, 11, 12]
@@ -468,9 +466,9 @@ def stored(workdir: Path) -> list[np.ndarray]:
     return [np.asarray(leaf) for leaf in jax.tree.leaves(ocp.PyTreeCheckpointer().restore(path))]
 
 
-@pytest.mark.parametrize("rate", [1e25])
-def test_a_loss_that_is_not_finite_stops_the_run_before_that_update(tmp_path, rate):
-    fields = SMALL | {"optim.learning_rate": rate, "optim.lr_scaling": "none", "checkpoint.every": "0"}
+@pytest.mark.filterwarnings("ignore:Sharding info not provided")
+def test_a_loss_that_is_not_finite_stops_the_run_before_that_update(tmp_path):
+    fields = SMALL | {"optim.learning_rate": 1e25, "optim.lr_scaling": "none", "checkpoint.every": "0"}
     with pytest.raises(NumericError) as caught:
         here(tmp_path, fields)
     assert caught.value.exit_code == 76
