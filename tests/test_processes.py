@@ -41,10 +41,11 @@ def several(folder: Path, *commands: list[str]) -> Iterator[list[runs.Started]]:
 
 def train_in_turn(folder: Path, processes: int, devices: int, *jobs: list[str]) -> None:
     """`processes` processes of `devices` devices each do these training jobs, one after the other."""
-    port = runs.free_port()
-    commands = []
+    port, commands = runs.free_port(), []
     for process in range(processes):
-        mine = [["train", *job] for job in jobs]
+        # Each looks for its data from the second job on: JAX's key-value store takes the answer to a question once.
+        alone = [[], *[["--config.data.prepare_per_host=true"]] * (len(jobs) - 1)]
+        mine = [["train", *job, *more] for job, more in zip(jobs, alone, strict=True)]
         mine[0] += ["--simulate-devices", str(devices), *runs.joined(process, processes, port)]
         commands.append([str(Path(__file__).with_name("jobs.py")), json.dumps(mine)])
     with several(folder, *commands) as started:
@@ -53,7 +54,7 @@ def train_in_turn(folder: Path, processes: int, devices: int, *jobs: list[str]) 
 
 
 def job(workdir: Path, zero: int, *more: str, **fields: Any) -> list[str]:
-    """A job of `ACCUMULATED`. Each process looks for its data: what is said about it once is not said twice."""
+    """A job of `ACCUMULATED`; `fields` with a double underscore for the dot."""
     changed = {name.replace("__", "."): value for name, value in fields.items()}
     return runs.arguments(workdir, ACCUMULATED | {"layout.zero": zero} | changed, *more)
 
@@ -63,9 +64,9 @@ def assert_same(workdir: Path, whole: Path, first: int = 1) -> None:
     for phase in ("train", "val", "test"):
         found, wanted = runs.rows(workdir, phase), [row for row in runs.rows(whole, phase) if row["step"] >= first]
         assert [row["step"] for row in found] == [row["step"] for row in wanted]
-        for row, other in zip(found, wanted, strict=True):
-            for name, value in other.items():
-                np.testing.assert_allclose(row[name], value, rtol=TOLERANCE, err_msg=name) if name != "phase" else None
+        for name in wanted[0].keys() - {"phase"}:
+            a, b = ([row[name] for row in each] for each in (found, wanted))
+            np.testing.assert_allclose(a, b, rtol=TOLERANCE, err_msg=f"{phase}: {name}")
 
 
 @pytest.fixture(scope="module")
@@ -79,20 +80,12 @@ def whole(tmp_path_factory):
 def saved(tmp_path_factory):
     """What two processes of two devices saved under ZeRO 0 and 3; and what two of one device made of step 6."""
     path = tmp_path_factory.mktemp("saved")
-    alone = {"data__prepare_per_host": True}
-    resumed = [
-        job(
-            path / f"2x1-zero{zero}",
-            zero,
-            "--devices",
-            "1",
-            checkpoint__resume=path / f"zero{zero}/checkpoints/{HALF}",
-            **alone,
-        )
-        for zero in (0, 3)
-    ]
-    by_the_clock = job(path / "minutes", 0, checkpoint__every="0.0001 minutes", train__steps=3, **alone)
-    train_in_turn(path, 2, 2, job(path / "zero0", 0), job(path / "zero3", 3, **alone), *resumed, by_the_clock)
+    jobs = [job(path / f"zero{zero}", zero) for zero in (0, 3)]
+    for zero in (0, 3):
+        resume = {"checkpoint__resume": path / f"zero{zero}" / "checkpoints" / str(HALF)}
+        jobs.append(job(path / f"2x1-zero{zero}", zero, "--devices", "1", **resume))
+    jobs.append(job(path / "minutes", 0, checkpoint__every="0.0001 minutes", train__steps=3))
+    train_in_turn(path, 2, 2, *jobs)
     return path
 
 
@@ -124,10 +117,9 @@ def test_saved_by_two_of_two_resumed_by_two_of_one(saved, whole, zero):
 
 @shares_saved
 def test_saved_by_two_of_two_resumed_by_four_of_one(saved, whole, tmp_path):
-    copies = [shutil.copytree(saved / f"zero{zero}", tmp_path / f"zero{zero}") for zero in (0, 3)]
-    resume = {"checkpoint__resume": HALF, "data__prepare_per_host": True}
-    train_in_turn(tmp_path, 4, 1, *(job(copy, zero, **resume) for copy, zero in zip(copies, (0, 3), strict=True)))
-    for copy in copies:
+    copies = {zero: shutil.copytree(saved / f"zero{zero}", tmp_path / f"zero{zero}") for zero in (0, 3)}
+    train_in_turn(tmp_path, 4, 1, *(job(copies[zero], zero, checkpoint__resume=HALF) for zero in (0, 3)))
+    for copy in copies.values():
         assert_same(copy, whole[0])
         assert runs.epochs(copy)[0] == "epoch,phase,loss,accuracy"
         assert len(runs.epochs(copy)) == 1 + 3 + 3 + 1

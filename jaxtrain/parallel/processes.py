@@ -1,5 +1,6 @@
 """What processes of one run do together outside compiled programs. Without `jax.distributed` there is one process."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -8,6 +9,8 @@ from jax._src import distributed  # the coordination service has no public door 
 from jax.experimental import multihost_utils
 
 from jaxtrain.errors import EnvironmentMismatchError, JaxtrainError
+
+_questions = itertools.count()  # every process asks the same ones in the same order
 
 
 def first_on_process_zero(
@@ -21,7 +24,7 @@ def first_on_process_zero(
         action()
         return
     client: Any = distributed.global_state.client
-    key = f"jaxtrain/{name}"
+    key = f"jaxtrain/{name}/{next(_questions)}"  # the key-value store takes the answer to a question once
     if jax.process_index() == 0:
         try:
             action()
