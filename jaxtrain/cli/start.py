@@ -141,8 +141,8 @@ def _gather(address: str, port: int, count: int, timeout: float) -> str:
         server = socket.create_server(("", port), **everywhere)
     except OSError as error:
         raise EnvironmentMismatchError(
-            f"process 0 of {count} cannot listen at {address} ({os.strerror(error.errno or 0)}); is another process 0 there already? "
-            "Otherwise choose another port for --coordinator."
+            f"process 0 of {count} cannot listen at {address} ({os.strerror(error.errno or 0)}); is another process 0 there "
+            "already? Otherwise choose another port for --coordinator."
         ) from error
     come: dict[int, socket.socket] = {}
     answer, deadline = "", time.monotonic() + timeout
