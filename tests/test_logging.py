@@ -685,7 +685,7 @@ def test_explain_names_the_bound_and_what_would_help(category, advice):
         spend(clock, timer, name, 6.2 if name == category else 0.76)
     text = clocks.explain(clock.now(), "epoch 3")
     name = {"step": "compute", "other": "other work"}.get(category, category)
-    assert text.startswith(f"epoch 3 was bound by {name} (62% of 10.0 s): ")
+    assert text.startswith(f"epoch 3 was bound by {name} (62% of 10.0 s); ")
     assert advice in text
 
 

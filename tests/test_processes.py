@@ -43,9 +43,7 @@ def train_in_turn(folder: Path, processes: int, devices: int, *jobs: list[str]) 
     """`processes` processes of `devices` devices each do these training jobs, one after the other."""
     port, commands = runs.free_port(), []
     for process in range(processes):
-        # Each looks for its data from the second job on: JAX's key-value store takes the answer to a question once.
-        alone = [[], *[["--config.data.prepare_per_host=true"]] * (len(jobs) - 1)]
-        mine = [["train", *job, *more] for job, more in zip(jobs, alone, strict=True)]
+        mine = [["train", *job] for job in jobs]
         mine[0] += ["--simulate-devices", str(devices), *runs.joined(process, processes, port)]
         commands.append([str(Path(__file__).with_name("jobs.py")), json.dumps(mine)])
     with several(folder, *commands) as started:

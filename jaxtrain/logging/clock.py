@@ -149,7 +149,7 @@ class StepClock:
 _ADVICE = {
     "compile": "the next start of the same program finds it in the compile cache",
     "input": "raise config.data.workers, or keep the data set on the device with config.data.residency=device",
-    "step": "",  # that is the work itself: nothing is in its way
+    "step": "nothing is in its way, so more devices would help",
     "checkpoint": "save less often with config.checkpoint.every",
     "evaluation": "evaluate less often with config.train.eval_every",
     "other": "the host is busy between steps; raise config.train.log_every, or leave it more CPU",
@@ -157,10 +157,9 @@ _ADVICE = {
 
 
 def explain(span: Span, what: str = "this epoch") -> str:
-    """One sentence: what bound `span`, and what would help, unless that is faster devices. '' when no time passed."""
+    """One sentence: what bound `span`, and what would help. '' when no time passed."""
     if not span.wall:
         return ""
     bound = span.bound
     name = {"step": "compute", "other": "other work"}.get(bound, bound)
-    advice = f"; {_ADVICE[bound]}" if _ADVICE[bound] else ""
-    return f"{what} was bound by {name} ({span.share(bound):.0%} of {span.wall:.1f} s){advice}"
+    return f"{what} was bound by {name} ({span.share(bound):.0%} of {span.wall:.1f} s); {_ADVICE[bound]}"
