@@ -76,7 +76,10 @@ def timed(function: Callable[[], Any], repeats: int) -> Spread:
 
 def synthetic(config: Config, **fields: Any) -> Config:
     """`config` on learnable synthetic images of CIFAR's shape (random bytes: never time zeros)."""
-    return change(config, **{"data.name": "synthetic", "data.image_size": 32, "data.examples": 2048, "train.precision": "f32", **fields})
+    return change(
+        config,
+        **{"data.name": "synthetic", "data.image_size": 32, "data.examples": 2048, "train.precision": "f32", **fields},
+    )
 
 
 def start(config: Config, devices: int = 1) -> tuple[Run, Engine, TrainState]:

@@ -24,7 +24,9 @@ BATCH, STEPS, REPEATS = 256, 100, 5
 
 def measure() -> list[dict[str, Any]]:
     """CIFAR-shaped bytes; the figures are of the whole machine's cores, and of one."""
-    config = Config(data=DataConfig(name="synthetic", image_size=32, examples=20_000), train=TrainConfig(precision="f32"))
+    config = Config(
+        data=DataConfig(name="synthetic", image_size=32, examples=20_000), train=TrainConfig(precision="f32")
+    )
     with settings(config):
         dataset = load(config.data, image_size=32)
         layout = Layout(make_mesh(LayoutConfig(), jax.devices()[:1]), LayoutConfig())
