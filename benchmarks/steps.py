@@ -14,7 +14,7 @@ import jax
 
 from benchmarks.common import Spread, batches, settings, start, synthetic
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
-from jaxtrain.train import train
+from jaxtrain.trainer import train
 
 # name: (model, batch, steps a block). The sizes are what two cores can pay for.
 MODELS: dict[str, tuple[ModelConfig, int, int]] = {

@@ -7,32 +7,20 @@ The three are imported when they are first used, so that `jaxtrain.config` and t
 """
 
 import importlib
-import sys
-import types
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxtrain.evaluation import evaluate
     from jaxtrain.recipes import load_config
-    from jaxtrain.train import train
+    from jaxtrain.trainer import train
 
 __all__ = ["__version__", "evaluate", "load_config", "train"]
 __version__ = "0.1.0"
 
-_HOMES = {"evaluate": "jaxtrain.evaluation", "load_config": "jaxtrain.recipes", "train": "jaxtrain.train"}
+_HOMES = {"evaluate": "jaxtrain.evaluation", "load_config": "jaxtrain.recipes", "train": "jaxtrain.trainer"}
 
 
-class _Package(types.ModuleType):
-    """Importing the modules `train` and `evaluate` must not put them where the functions of these names are."""
-
-    def __getattr__(self, name: str) -> Any:
-        if name not in _HOMES:
-            raise AttributeError(f"module 'jaxtrain' has no attribute {name!r}")
-        return getattr(importlib.import_module(_HOMES[name]), name)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name not in _HOMES:
-            super().__setattr__(name, value)
-
-
-sys.modules[__name__].__class__ = _Package
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'jaxtrain' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)

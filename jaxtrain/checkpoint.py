@@ -244,8 +244,11 @@ class Start:
     step: int
 
 
-def find_start(directory: Path, resume: str) -> Start | None:
-    """What `checkpoint.resume` means here; `None` for a fresh run. Raises `CheckpointError` for what is not there."""
+def find_start(directory: Path, resume: str, setting: str = "config.checkpoint.resume") -> Start | None:
+    """What `checkpoint.resume` means here; `None` for a fresh run. Raises `CheckpointError` for what is not there.
+
+    setting: where the user wrote `resume`, for the errors.
+    """
     if resume == "none":
         return None
     directory = directory.absolute()
@@ -254,42 +257,40 @@ def find_start(directory: Path, resume: str) -> Start | None:
         if not steps:
             if resume == "auto":
                 return None
-            raise CheckpointError(f"config.checkpoint.resume={resume!r}: {directory} holds no checkpoint.")
-        return Start(directory, _named_step(directory, steps, resume))
-    return _start_at_path(Path(resume).absolute())
+            raise CheckpointError(f"{setting}={resume!r}: {directory} holds no checkpoint.")
+        return Start(directory, _named_step(directory, steps, resume, setting))
+    return _start_at_path(Path(resume).absolute(), setting)
 
 
-def _named_step(directory: Path, steps: list[int], resume: str) -> int:
+def _named_step(directory: Path, steps: list[int], resume: str, setting: str) -> int:
     if resume in ("auto", "latest"):
         return steps[-1]
     if resume.isdigit():
         if int(resume) in steps:
             return int(resume)
-        raise CheckpointError(
-            f"config.checkpoint.resume={resume}: {directory} has only the steps {', '.join(map(str, steps))}."
-        )
+        raise CheckpointError(f"{setting}={resume}: {directory} has only the steps {', '.join(map(str, steps))}.")
     metrics = {step: _metrics(directory, step) for step in steps}
     if resume == "best":
         best = best_of(list(metrics.items()))
         if best is None:
-            raise CheckpointError(f"config.checkpoint.resume=best: no checkpoint in {directory} was evaluated.")
+            raise CheckpointError(f"{setting}=best: no checkpoint in {directory} was evaluated.")
         return best
     epoch = int(resume.removeprefix("epoch:"))
     found = [step for step, m in metrics.items() if m["epoch"] == epoch]
     if not found:
         there = ", ".join(str(m["epoch"]) for m in metrics.values() if m["epoch"] >= 0) or "none"
-        raise CheckpointError(f"config.checkpoint.resume={resume}: {directory} has checkpoints after epochs {there}.")
+        raise CheckpointError(f"{setting}={resume}: {directory} has checkpoints after epochs {there}.")
     return found[-1]
 
 
-def _start_at_path(path: Path) -> Start:
+def _start_at_path(path: Path, setting: str) -> Start:
     if path.name.isdigit() and committed_steps(path.parent).count(int(path.name)):
         return Start(path.parent, int(path.name))
     for directory in (path, path / "checkpoints"):
         if steps := committed_steps(directory):
             return Start(directory, steps[-1])
     raise ConfigError(
-        f"config.checkpoint.resume={str(path)!r}: must be auto, latest, best, a step, epoch:N, none, or the path of a "
+        f"{setting}={str(path)!r}: must be auto, latest, best, a step, epoch:N, none, or the path of a "
         "checkpoint or a work directory that exists."
     )
 

@@ -84,10 +84,10 @@ def _one_of(field: str, value: str, allowed: Iterable[str]) -> None:
         )
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """' Did you mean X?' when a known word is close to `word`, else ''."""
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """' Did you mean X?' when a known word is close to `word`, else ''. prefix: set before X."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)
-    return f" Did you mean {close[0]!r}?" if close else ""
+    return f" Did you mean {prefix + close[0]!r}?" if close else ""
 
 
 class _Section:
@@ -429,7 +429,7 @@ def from_dict(values: Mapping[str, Any]) -> Config:
     known = [f.name for f in dataclasses.fields(Config)]
     for name, value in values.items():
         if name not in known:
-            raise ConfigError(f"config.{name} does not exist.{did_you_mean(name, flat_keys())}")
+            raise ConfigError(f"config.{name} does not exist.{did_you_mean(name, flat_keys(), 'config.')}")
         if name not in SECTIONS:
             sections[name] = value
             continue
@@ -440,7 +440,9 @@ def from_dict(values: Mapping[str, Any]) -> Config:
         fields = [f.name for f in dataclasses.fields(SECTIONS[name])]  # type: ignore[arg-type]
         for key in value:
             if key not in fields:
-                raise ConfigError(f"config.{name}.{key} does not exist.{did_you_mean(f'{name}.{key}', flat_keys())}")
+                raise ConfigError(
+                    f"config.{name}.{key} does not exist.{did_you_mean(f'{name}.{key}', flat_keys(), 'config.')}"
+                )
         sections[name] = SECTIONS[name](**{k: _tuples(v) for k, v in value.items()})
     return Config(**sections)
 

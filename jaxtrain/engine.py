@@ -14,7 +14,7 @@ import jax
 
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.errors import DeviceMemoryError
-from jaxtrain.evaluate import EvalResult, Evaluator, make_evaluator
+from jaxtrain.evaluator import EvalResult, Evaluator, make_evaluator
 from jaxtrain.feed import Feed, make_feed
 from jaxtrain.optim import learning_rate
 from jaxtrain.parallel.audit import audit

@@ -10,7 +10,7 @@ from jaxtrain.checkpoint import Checkpoints, committed_steps, find_start
 from jaxtrain.config import LayoutConfig, from_dict
 from jaxtrain.engine import make_evaluation
 from jaxtrain.errors import CheckpointError, ConfigError
-from jaxtrain.evaluate import EvalResult
+from jaxtrain.evaluator import EvalResult
 from jaxtrain.feed import make_feed
 from jaxtrain.parallel.mesh import batch_ways, make_mesh
 from jaxtrain.run import load_data, make_run, select_devices, settings
@@ -46,7 +46,7 @@ def evaluate(
     if split not in SPLITS:
         raise ConfigError(f"split={split!r}: must be one of train, val, test.")
     directory = Path(workdir) / "checkpoints"
-    start = find_start(directory, checkpoint) if committed_steps(directory) else None
+    start = find_start(directory, checkpoint, "checkpoint") if committed_steps(directory) else None
     if start is None:
         raise CheckpointError(f"{workdir} holds no checkpoint.")
     with contextlib.closing(Checkpoints(start.directory, read_only=True)) as checkpoints:

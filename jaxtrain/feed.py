@@ -12,7 +12,7 @@ import numpy as np
 from jaxtrain.data.order import eval_batches, index_stream
 from jaxtrain.data.sources import Dataset, Source, is_cheap, materialize, nbytes
 from jaxtrain.data.stream import default_workers, eval_stream, train_stream
-from jaxtrain.evaluate import EvalBatch
+from jaxtrain.evaluator import EvalBatch
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.task import Batch, Resident
 

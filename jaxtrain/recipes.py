@@ -200,10 +200,11 @@ def _suggest(key: str, known: list[str]) -> str:
     section, _, rest = key.partition(".")
     fields = {name.removeprefix(section + "."): name for name in known if name.startswith(section + ".")}
     if fields:
-        return did_you_mean(rest, fields) or f" config.{section} has {', '.join(fields)}."
+        return did_you_mean(rest, fields, f"config.{section}.") or f" config.{section} has {', '.join(fields)}."
     same = [name for name in known if name.endswith("." + key.rpartition(".")[2])]
     tops = dict.fromkeys(name.partition(".")[0] for name in known)
-    return did_you_mean(key, known) or (f" Did you mean {same[0]!r}?" if same else f" There are {', '.join(tops)}.")
+    elsewhere = f" Did you mean 'config.{same[0]}'?" if same else f" There are {', '.join(tops)}."
+    return did_you_mean(key, known, "config.") or elsewhere
 
 
 def add_working_directory() -> None:

@@ -85,7 +85,7 @@ def refuse_changes(directory: Workdir, resume: Resume, config: Config) -> None:
     found = workdir_lib.changes(_plain(resume.stored), _plain(config))
     refused = workdir_lib.refused(found, same_rates=True)
     if refused:
-        raise WorkdirError(workdir_lib.refuse_text(directory.path, refused))
+        raise _refusal(directory, resume, refused)
 
 
 def refuse_length(directory: Workdir, resume: Resume, config: Config, train_examples: int) -> None:
@@ -105,7 +105,14 @@ def refuse_length(directory: Workdir, resume: Resume, config: Config, train_exam
     )
     refused = workdir_lib.refused(found, same_rates=np.array_equal(old, new))
     if refused:
-        raise WorkdirError(workdir_lib.refuse_text(directory.path, refused))
+        raise _refusal(directory, resume, refused)
+
+
+def _refusal(directory: Workdir, resume: Resume, refused: list[workdir_lib.Change]) -> WorkdirError:
+    if resume.start is None or _is_own(directory, resume.start):
+        return WorkdirError(workdir_lib.refuse_text(directory.path, refused))
+    checkpoint = resume.start.directory / str(resume.start.step)
+    return WorkdirError(workdir_lib.refuse_text(checkpoint, refused, foreign=True))
 
 
 def set_aside(directory: Workdir, resume: Resume, config: Config) -> Path | None:
@@ -129,9 +136,8 @@ def set_aside(directory: Workdir, resume: Resume, config: Config) -> Path | None
     if not moved:
         return None
     folder.mkdir(parents=True)
-    for (
-        path
-    ) in copied:  # first: a kill in between must leave the later steps here, so that the next start comes by again
+    # Copies first: a kill in between must leave the later steps here, so that the next start comes by again.
+    for path in copied:
         shutil.copy2(path, folder)
     for path in moved:
         path.rename(folder / path.name)
@@ -141,7 +147,11 @@ def set_aside(directory: Workdir, resume: Resume, config: Config) -> Path | None
 def _is_another_history(directory: Workdir, resume: Resume, config: Config) -> bool:
     if resume.start is None:
         return config.checkpoint.resume == "none"
-    return not (directory.checkpoints.exists() and directory.checkpoints.samefile(resume.start.directory))
+    return not _is_own(directory, resume.start)
+
+
+def _is_own(directory: Workdir, start: Start) -> bool:
+    return directory.checkpoints.exists() and directory.checkpoints.samefile(start.directory)
 
 
 def _new_folder(path: Path) -> Path:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import logging
 import random
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -28,8 +27,6 @@ from jaxtrain.parallel.processes import first_on_process_zero
 from jaxtrain.precision import policy, resolve
 from jaxtrain.state import TrainState, initial_state
 from jaxtrain.task import Task
-
-log = logging.getLogger("jaxtrain")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,6 +115,14 @@ def _jax_setting(name: str) -> Any:
     return getattr(jax.config, name)
 
 
+def check_names(config: Config) -> None:
+    """Raises `ConfigError` for a model, data set, optimizer or loss that there is not; touches no data and no device."""
+    registry.find(config.model.name)
+    sources.check_name(config.data)
+    make(config.optim, optax.constant_schedule(0.0))
+    loss_fn(config.optim.loss)
+
+
 def load_data(config: DataConfig) -> Dataset:
     """The data set, prepared if need be by process 0 while the others wait (by each, with `data.prepare_per_host`)."""
     first_on_process_zero(
@@ -143,8 +148,6 @@ def make_run(
         raise ConfigError(f"config.model.num_classes={classes}: the data set {dataset.name} has {dataset.num_classes}.")
     model = registry.build(config.model, shape, classes, types.compute_dtype, types.param_dtype)
     steps = total_steps(config, len(dataset.train), start_step, start_example)
-    if (warmup := warmup_steps(config, len(dataset.train))) > steps:
-        log.warning("config.optim.warmup=%r is %d steps, longer than the run's %d.", config.optim.warmup, warmup, steps)
     rate = make_schedule(config, len(dataset.train), steps)
     optimizer = make(config.optim, rate, model.no_decay)
     layout = Layout(mesh, config.layout, config.layout.rules + model.tensor_rules)

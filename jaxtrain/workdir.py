@@ -244,11 +244,15 @@ def refused(found: Iterable[Change], *, same_rates: bool) -> list[Change]:
     return [c for c in found if c.kind == "numbers" or (c.kind == "length" and not same_rates)]
 
 
-def refuse_text(path: Path, found: Iterable[Change]) -> str:
-    """One sentence for `WorkdirError`: which keys differ, and what to do."""
+def refuse_text(path: Path, found: Iterable[Change], *, foreign: bool = False) -> str:
+    """One sentence for `WorkdirError`: which keys differ, and what to do.
+
+    path: the work directory, or the checkpoint of another run that this one should start from (`foreign`).
+    """
     keys = ", ".join(map(str, found))
+    what, other = ("checkpoint", "keep its values") if foreign else ("work directory", "choose another with --workdir")
     return (
-        f"The work directory {path} belongs to a run with another config ({keys}); choose another with --workdir, "
+        f"The {what} {path} belongs to a run with another config ({keys}); {other}, "
         "or go on with the new values with --config.checkpoint.allow_changes=true."
     )
 

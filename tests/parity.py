@@ -10,7 +10,7 @@ import jax
 import numpy as np
 
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
-from jaxtrain.train import TrainResult, train
+from jaxtrain.trainer import TrainResult, train
 
 STEPS = 6
 BATCH = 32

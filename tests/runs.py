@@ -18,7 +18,7 @@ import numpy as np
 
 from jaxtrain import load_config, train
 from jaxtrain.cli import main as command_line
-from jaxtrain.train import TrainResult
+from jaxtrain.trainer import TrainResult
 
 __all__ = ["command_line"]  # `jaxtrain ...` in this process
 

@@ -13,7 +13,7 @@ from jaxtrain import cli
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.errors import DataError
 from jaxtrain.recipes import LAYOUTS
-from jaxtrain.train import train
+from jaxtrain.trainer import train
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
@@ -42,16 +42,19 @@ def sentence(capsys, argv, code=64) -> str:
 # (words behind `train --config quickstart.py`, what the sentence says)
 WRONG = [
     # keys that do not exist
-    (["--config.train.epoch=3"], ["config.train.epoch does not exist", "Did you mean 'epochs'?"]),
-    (["--config.optim.learing_rate=3"], ["config.optim.learing_rate does not exist", "'learning_rate'"]),
+    (["--config.train.epoch=3"], ["config.train.epoch does not exist", "Did you mean 'config.train.epochs'?"]),
+    (["--config.optim.learing_rate=3"], ["config.optim.learing_rate does not exist", "'config.optim.learning_rate'"]),
     (["--config.optim.lr=0.3"], ["config.optim.lr does not exist", "config.optim has name, learning_rate,"]),
-    (["--config.optm.name=adamw"], ["config.optm.name does not exist", "Did you mean 'optim.name'?"]),
-    (["--config.learning_rate=1"], ["config.learning_rate does not exist", "Did you mean 'optim.learning_rate'?"]),
+    (["--config.optm.name=adamw"], ["config.optm.name does not exist", "Did you mean 'config.optim.name'?"]),
+    (
+        ["--config.learning_rate=1"],
+        ["config.learning_rate does not exist", "Did you mean 'config.optim.learning_rate'?"],
+    ),
     (["--config.lrr=1"], ["config.lrr does not exist", "seed, data, model, optim, train, layout, checkpoint"]),
     (["--config.optim=adamw"], ["config.optim is a section"]),
     (["--config.data.name.x=1"], ["config.data.name.x does not exist"]),
     (["--config.=3"], ["config. does not exist"]),
-    (["--config.Seed=3"], ["config.Seed does not exist", "Did you mean 'seed'?"]),
+    (["--config.Seed=3"], ["config.Seed does not exist", "Did you mean 'config.seed'?"]),
     # wrong types
     (["--config.train.steps=1.5"], ["config.train.steps='1.5'", "a whole number"]),
     (["--config.train.steps=1e3"], ["config.train.steps='1e3'", "a whole number"]),
@@ -289,6 +292,14 @@ def test_what_does_not_fit_together(capsys, tmp_path, command, words, parts):
     assert text.startswith("jaxtrain: ")
     assert all(part in text for part in parts), text
     assert not (tmp_path / "config.json").exists()
+
+
+@pytest.mark.parametrize("field", ["model.name=resnet19", "optim.name=adam", "optim.loss=crossentropy", "data.name=x"])
+def test_a_wrong_name_is_answered_before_the_data_and_the_work_directory(capsys, tmp_path, field):
+    nothing = ["--config.data.name=cifar10", f"--config.data.dir={tmp_path}", "--workdir", str(tmp_path / "run")]
+    text = sentence(capsys, ["train", *tiny(*nothing, f"--config.{field}")])
+    assert text.startswith(f"config.{field.partition('=')[0]}=")
+    assert not (tmp_path / "run").exists()
 
 
 def test_other_errors_have_other_exit_codes(capsys, monkeypatch):

@@ -188,7 +188,7 @@ def test_what_is_left_out_keeps_its_default():
 @pytest.mark.parametrize(
     ("values", "parts"),
     [
-        ({"optim": {"learning_rat": 1}}, ["config.optim.learning_rat does not exist", "'optim.learning_rate'"]),
+        ({"optim": {"learning_rat": 1}}, ["config.optim.learning_rat does not exist", "'config.optim.learning_rate'"]),
         ({"train": {"learning_rate": 1}}, ["config.train.learning_rate does not exist"]),
         ({"epochs": 3}, ["config.epochs does not exist"]),
         ({"optim": 3}, ["config.optim=3", "a section with keys, such as config.optim.name"]),

@@ -111,7 +111,9 @@ def test_prepare_from_the_official_folder(tmp_path, monkeypatch, name):
     files, truth = tiny_files(name)
     monkeypatch.setitem(cifar.OFFICIAL, name, tiny_official(name, files))
     put_folder(tmp_path, name, files)
-    with pytest.raises(DataError, match=f"{name} is not prepared in .*: run `jaxtrain data prepare {name}`"):
+    with pytest.raises(
+        DataError, match=f"{name} is not prepared in .*: run `jaxtrain data prepare {name} --dir {tmp_path}`"
+    ):
         sources.load(config(tmp_path, name))
     directory = prepared(tmp_path, name)
     assert directory == tmp_path / f"jaxtrain_{name}/1.0.0"  # TFDS's own layout

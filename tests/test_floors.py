@@ -19,11 +19,11 @@ FLOORS = (
     ("plugins", "precision", "recipes", "workdir"),
     ("models", "data", "optim", "parallel", "logging"),
     ("state", "task"),
-    ("step", "evaluate", "checkpoint"),
+    ("step", "evaluator", "checkpoint"),
     ("feed", "run"),
     ("resume",),
     ("engine",),
-    ("train", "evaluation", "inspect"),
+    ("trainer", "evaluation", "inspect"),
     ("cli", "__init__"),
     ("main",),
 )
@@ -98,7 +98,7 @@ def top(module: str) -> str:
 
 def test_the_reading_of_imports_finds_what_is_there():
     assert {"data.augment", "models.layers", "optim", "state", "task"} <= own_imports("step")
-    assert {"config", "resume", "workdir"} <= own_imports("train")  # from jaxtrain import config
+    assert {"config", "resume", "workdir"} <= own_imports("trainer")  # from jaxtrain import config
     assert "evaluation" in own_imports("cli.evaluate")  # inside a function
     assert "flax.linen" in names(MODULES["models.layers"])
 

@@ -709,6 +709,7 @@ def test_imbalance_names_the_slow_process():
     assert symptoms.imbalanced([1.0]) == ""
     assert symptoms.imbalanced([1.0, 1.29]) == ""
     assert symptoms.imbalanced([0.0, 0.0]) == ""
+    assert symptoms.imbalanced([0.0001, 0.0015]) == ""
     assert "process 0 needs 1.4 s for its part of a step, 1.4 times the 1 s of the others" in symptoms.imbalanced(
         [1.4, 1.0]
     )

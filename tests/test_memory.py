@@ -244,12 +244,12 @@ def test_the_audit_passes_what_is_as_asked(name):
         (
             {"zero": 2},
             4,
-            "layout.zero=2 shards the gradient accumulator, and with microbatches=1 there is none: as zero=1",
+            "layout.zero=2 shards the gradient accumulator, and with microbatches=1 there is none: it acts as zero=1",
         ),
         (
             {"zero": 3},
             4,
-            "layout.zero=3 shards the gradient accumulator, and with microbatches=1 there is none: as zero=3 with",
+            "layout.zero=3 shards the gradient accumulator, and with microbatches=1 there is none: the gradients stay whole",
         ),
         ({"zero": 2}, 1, "layout.zero=2 has nothing to shard over: layout.data=1."),
         (

@@ -83,6 +83,8 @@ def saved(tmp_path_factory):
         resume = {"checkpoint__resume": path / f"zero{zero}" / "checkpoints" / str(HALF)}
         jobs.append(job(path / f"2x1-zero{zero}", zero, "--devices", "1", **resume))
     jobs.append(job(path / "minutes", 0, checkpoint__every="0.0001 minutes", train__steps=3))
+    slow = {"data.name": "tiny:slow_digits", "data.residency": "stream", "data.workers": 0}
+    jobs.append(runs.arguments(path / "slow", SMALL | slow))
     train_in_turn(path, 2, 2, *jobs)
     return path
 
@@ -141,6 +143,15 @@ def test_process_zero_alone_writes_what_is_shared(saved):
 @shares_saved
 def test_the_clock_of_process_zero_decides_when_to_save(saved):
     assert runs.checkpoints(saved / "minutes") == [1, 2, 3]
+
+
+@shares_saved
+def test_a_process_with_slow_data_is_named(saved):
+    zero, one = ((saved / "slow" / "logs" / f"process_{process}.log").read_text() for process in (0, 1))
+    assert "WARNING imbalanced: process 1 needs 0.0" in zero
+    assert "WARNING slow data: training waited for its input" in one
+    assert "imbalanced" not in one
+    assert "slow data" not in zero
 
 
 # --------------------------------------------------------------------------------------------------------------- stops

@@ -1,7 +1,9 @@
 """A ResNet of one block and a handful of digits, named in configs as `tiny:resnet` and `tiny:digits`: compiled in a moment."""
 
 import dataclasses
+import time
 
+import jax
 import numpy as np
 
 from jaxtrain.data import sources
@@ -23,3 +25,18 @@ def digits(config, *, image_size):
     found = sources.load(dataclasses.replace(config, name="digits"), image_size=image_size)
     first = np.arange(40)
     return dataclasses.replace(found, validation=Subset(found.validation, first), test=Subset(found.test, first))
+
+
+@dataclasses.dataclass(frozen=True)
+class SlowOnProcess1(Subset):
+    """Takes 30 ms for what it reads, on process 1 alone."""
+
+    def read(self, indices):
+        time.sleep(0.03 * (jax.process_index() == 1))
+        return super().read(indices)
+
+
+def slow_digits(config, *, image_size):
+    """`digits` whose training examples come slowly to process 1."""
+    found = digits(config, image_size=image_size)
+    return dataclasses.replace(found, train=SlowOnProcess1(found.train, np.arange(len(found.train))))

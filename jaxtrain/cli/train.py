@@ -24,6 +24,6 @@ def run(arguments: argparse.Namespace) -> None:
         ask_for_determinism()
     start.start_devices(arguments)
     start.start_processes(arguments)
-    from jaxtrain.train import train  # noqa: PLC0415  JAX is set up by now
+    from jaxtrain.trainer import train  # noqa: PLC0415  JAX is set up by now
 
     train(resolved.config, arguments.workdir or start.default_workdir(resolved.name), num_devices=arguments.devices)

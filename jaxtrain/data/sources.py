@@ -35,6 +35,19 @@ def data_dir(config: DataConfig) -> Path:
     return Path(named).expanduser().absolute()
 
 
+def check_name(config: DataConfig) -> None:
+    """Raises `ConfigError` where `config.name` can mean no data set; reads no data."""
+    root, name = data_dir(config), config.name
+    if _is_dotted(name):
+        load_dotted(name, "data.name")
+    elif ":" not in name and name not in NAMES and name.split("/")[0] not in (known := tfds_sets.known_names(root)):
+        hint = did_you_mean(name, (*NAMES, *known))
+        raise ConfigError(
+            f"config.data.name={name!r}: must be one of {', '.join(NAMES)}, folder:PATH, package.module:factory, or a "
+            f"data set that TFDS has prepared in {root}.{hint}"
+        )
+
+
 def load(config: DataConfig, *, image_size: int = 0) -> Dataset:
     """The data set `config.name`, cut into train, validation and test.
 
@@ -124,15 +137,8 @@ def _find_parts(config: DataConfig, image_size: int) -> base.Parts:
 
 
 def _find_prepared(config: DataConfig) -> Path:
-    root, name = data_dir(config), config.name
-    known = tfds_sets.known_names(root)
-    if ":" not in name and name.split("/")[0] not in known:
-        hint = did_you_mean(name, (*NAMES, *known))
-        raise ConfigError(
-            f"config.data.name={name!r}: must be one of {', '.join(NAMES)}, folder:PATH, package.module:factory, or a "
-            f"data set that TFDS has prepared in {root}.{hint}"
-        )
-    return tfds_sets.find(name, root)
+    check_name(config)
+    return tfds_sets.find(config.name, data_dir(config))
 
 
 # -------------------------------------------------------------------------------------------------------------- splits

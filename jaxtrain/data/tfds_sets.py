@@ -15,6 +15,7 @@ import io
 import json
 import os
 import re
+import shlex
 import shutil
 import sys
 import time
@@ -217,7 +218,14 @@ def _manifest(directory: Path) -> dict[str, Any]:
 
 
 def _again(directory: Path) -> str:
-    return f"delete {directory} and run `jaxtrain data prepare {directory.parent.name.removeprefix('jaxtrain_')}`."
+    return (
+        f"delete {directory} and run {_prepare(directory.parent.name.removeprefix('jaxtrain_'), directory.parents[1])}."
+    )
+
+
+def _prepare(name: str, root: Path) -> str:
+    """The command that prepares the data set."""
+    return f"`jaxtrain data prepare {name} --dir {shlex.quote(str(root))}`"
 
 
 def _check_hash(directory: Path, manifest: dict[str, Any], name: str) -> None:
@@ -254,7 +262,7 @@ def load_cifar(name: str, root: Path) -> base.Parts:
     """The prepared data set; raises `DataError` when it is not prepared, incomplete, or its arrays have changed."""
     directory = cifar_directory(name, root)
     if not (directory / _MANIFEST).exists():
-        raise DataError(f"{name} is not prepared in {root} (no {directory}): run `jaxtrain data prepare {name}`.")
+        raise DataError(f"{name} is not prepared in {root} (no {directory}): run {_prepare(name, root)}.")
     manifest = _manifest(directory)
     sources: dict[str, base.Source] = {}
     for split in _SPLITS:

@@ -149,7 +149,7 @@ class StepClock:
 _ADVICE = {
     "compile": "the next start of the same program finds it in the compile cache",
     "input": "raise config.data.workers, or keep the data set on the device with config.data.residency=device",
-    "step": "nothing is in its way, so more devices would help",
+    "step": "more devices would help",
     "checkpoint": "save less often with config.checkpoint.every",
     "evaluation": "evaluate less often with config.train.eval_every",
     "other": "the host is busy between steps; raise config.train.log_every, or leave it more CPU",

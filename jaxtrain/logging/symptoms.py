@@ -9,6 +9,7 @@ from jaxtrain.logging.clock import Span
 
 SLOW_DATA_SHARE = 0.2
 IMBALANCE = 1.3
+IMBALANCE_SECONDS = 2e-3  # less than this a step nobody would feel
 
 
 def slow_data(span: Span) -> str:
@@ -28,7 +29,7 @@ def slow_data(span: Span) -> str:
 
 
 def imbalanced(seconds: Sequence[float]) -> str:
-    """One process takes more than 1.3 times as long for its own part of a step as the others.
+    """One process takes more than 1.3 times as long for its own part of a step as the others, and 2 ms longer.
 
     Args:
       seconds: for each process, the time of a step that it spent on its own (input and host work). The whole step will
@@ -39,7 +40,7 @@ def imbalanced(seconds: Sequence[float]) -> str:
     slow = max(range(len(seconds)), key=seconds.__getitem__)
     # the median of the others: of two processes, the slow one would be half of its own yardstick
     others = statistics.median(s for process, s in enumerate(seconds) if process != slow)
-    if seconds[slow] <= IMBALANCE * others:
+    if seconds[slow] <= max(IMBALANCE * others, others + IMBALANCE_SECONDS):
         return ""
     ratio = f"{seconds[slow] / others:.1f} times" if others else "and not"
     return (

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 from jax.typing import DTypeLike
 
 from jaxtrain.config import ModelConfig, did_you_mean
@@ -16,6 +19,21 @@ _BUILDERS = {name: family.build for family in (mlp, vgg, resnet, swin) for name 
 def names() -> tuple[str, ...]:
     """The models that come with jaxtrain."""
     return tuple(_BUILDERS)
+
+
+def find(name: str) -> Callable[..., Any]:
+    """What builds the model `name`: one of `names()`, or a user's own, `package.module:Class`. Raises `ConfigError`."""
+    if ":" in name:
+        factory = load_dotted(name, "model.name")
+        if not callable(factory):
+            raise ConfigError(f"config.model.name={name!r}: is {_kind(factory)}, not a class or function.")
+        return factory
+    if name not in _BUILDERS:
+        raise ConfigError(
+            f"config.model.name={name!r}: must be one of {', '.join(names())}, or package.module:Class."
+            f"{did_you_mean(name, names())}"
+        )
+    return _BUILDERS[name]
 
 
 def build(
@@ -40,23 +58,14 @@ def build(
       ConfigError: the name is unknown, a setting does not fit the model, or the images are too small for it.
     """
     settings.check_shapes(image_shape, num_classes)
-    if ":" in config.name:
-        factory = load_dotted(config.name, "model.name")
-        if not callable(factory):
-            raise ConfigError(f"config.model.name={config.name!r}: is {_kind(factory)}, not a class or function.")
-        model = factory(config, image_shape=image_shape, num_classes=num_classes, dtype=dtype, param_dtype=param_dtype)
-        if not isinstance(model, Classifier):
-            raise ConfigError(
-                f"config.model.name={config.name!r}: must return a jaxtrain.models.classifier.Classifier, "
-                f"and returned {_kind(model)}."
-            )
-        return model
-    if config.name not in _BUILDERS:
+    builder = find(config.name)
+    model = builder(config, image_shape=image_shape, num_classes=num_classes, dtype=dtype, param_dtype=param_dtype)
+    if not isinstance(model, Classifier):
         raise ConfigError(
-            f"config.model.name={config.name!r}: must be one of {', '.join(names())}, or package.module:Class."
-            f"{did_you_mean(config.name, names())}"
+            f"config.model.name={config.name!r}: must return a jaxtrain.models.classifier.Classifier, "
+            f"and returned {_kind(model)}."
         )
-    return _BUILDERS[config.name](config, image_shape, num_classes, dtype, param_dtype)
+    return model
 
 
 def _kind(value: object) -> str:

@@ -76,9 +76,9 @@ def audit(
                 f"layout.zero={zero} has nothing to shard: the optimizer keeps no state and there is no average."
             )
         if zero >= 2 and "zeros" not in programs:
-            same = "zero=1" if zero == 2 else "zero=3 with whole gradients"
+            same = "it acts as zero=1" if zero == 2 else "the gradients stay whole for the moment before the update"
             notes.append(
-                f"layout.zero={zero} shards the gradient accumulator, and with microbatches=1 there is none: as {same} "
+                f"layout.zero={zero} shards the gradient accumulator, and with microbatches=1 there is none: {same} "
                 "(on a GPU, XLA may still turn all-reduce and slice into reduce-scatter)."
             )
     return Audit(held, collectives, tuple(notes))

@@ -1,6 +1,7 @@
 """What processes of one run do together outside compiled programs. Without `jax.distributed` there is one process."""
 
 import itertools
+import time
 from collections.abc import Callable
 from typing import Any
 
@@ -33,11 +34,13 @@ def first_on_process_zero(
             raise
         client.key_value_set(key, "done")
         return
+    began = time.monotonic()
     try:
         answer = client.blocking_key_value_get(key, int(timeout * 1000))
     except Exception as error:
+        waited = time.monotonic() - began
         raise EnvironmentMismatchError(
-            f"Process {jax.process_index()} waited {timeout:.0f} s for process 0 at {name!r} in vain; look at the log of "
+            f"Process {jax.process_index()} waited {waited:.0f} s for process 0 at {name!r} in vain; look at the log of "
             "process 0."
         ) from error
     if answer != "done":

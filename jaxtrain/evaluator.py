@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
@@ -19,6 +20,10 @@ from jaxtrain.precision import at_least_f32
 from jaxtrain.task import Batch, Resident, Task, select, wrapper
 
 PyTree = Any
+
+# Enough to keep the devices busy. Without a bound, streamed batches would pile up in the devices' memory, and on simulated
+# devices the threads of XLA:CPU run out: executions of one program that wait for each other's collectives never end.
+IN_FLIGHT = 2
 
 
 @flax.struct.dataclass
@@ -60,10 +65,14 @@ class Evaluator:
     def __call__(
         self, params: PyTree, batch_stats: PyTree, batches: Iterable[EvalBatch], resident: Resident
     ) -> EvalResult:
-        """Reads the result once, at the end: the batches are dispatched without waiting."""
+        """Reads the result once, at the end. The host stays `IN_FLIGHT` batches ahead of the devices, and no more."""
         sums = self.zeros()
+        in_flight: collections.deque[EvalSums] = collections.deque()
         for batch in batches:
             sums = self.add(sums, params, batch_stats, batch, resident)
+            in_flight.append(sums)
+            if len(in_flight) > IN_FLIGHT:
+                jax.block_until_ready(in_flight.popleft())
         return summarize(jax.device_get(sums))
 
 
@@ -86,7 +95,7 @@ def make_evaluator(
 ) -> Evaluator:
     """Compiles the evaluation of one batch, for weights that lie as `params` do."""
     zeros = jax.jit(functools.partial(_zeros, task.preprocess.num_classes, params), out_shardings=layout.sharding())
-    add = jax.jit(functools.partial(_add, task, layout), out_shardings=layout.sharding(), donate_argnums=0)
+    add = jax.jit(functools.partial(_add, task, layout), out_shardings=layout.sharding())
     sums = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding()), jax.eval_shape(zeros)
     )

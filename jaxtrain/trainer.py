@@ -25,7 +25,7 @@ from jaxtrain.config import Config, Duration
 from jaxtrain.determinism import ask_for_determinism
 from jaxtrain.engine import Engine, explain_out_of_memory, start_engine
 from jaxtrain.errors import NumericError
-from jaxtrain.evaluate import EvalResult
+from jaxtrain.evaluator import EvalResult
 from jaxtrain.interrupt import Interrupt, catch_signals
 from jaxtrain.logging import manifest, symptoms
 from jaxtrain.logging.clock import Span, StepClock, explain
@@ -37,12 +37,14 @@ from jaxtrain.precision import MIN_SCALE
 from jaxtrain.resume import Position, Resume
 from jaxtrain.run import (
     Run,
+    check_names,
     decide,
     load_data,
     make_run,
     no_implicit_transfers,
     select_devices,
     settings,
+    warmup_steps,
 )
 from jaxtrain.state import TrainState
 from jaxtrain.workdir import Workdir
@@ -80,6 +82,7 @@ def train(
     config = config if isinstance(config, Config) else config_lib.from_dict(config_lib.plain(config))
     if config.train.deterministic:
         ask_for_determinism()
+    check_names(config)
     directory = workdir_lib.prepare(workdir)
     with contextlib.ExitStack() as stack:
         console = Console(stderr=True, quiet=quiet)
@@ -97,6 +100,9 @@ def train(
         resume_lib.refuse_length(directory, resume, config, len(dataset.train))
         position = resume.position
         run = make_run(config, dataset, devices, start_step=position.step, start_example=position.examples)
+        if (warmup := warmup_steps(config, len(dataset.train))) > run.steps:
+            text = "config.optim.warmup=%r is %d steps, longer than the run's %d."
+            log.warning(text, config.optim.warmup, warmup, run.steps)
         stack.enter_context(explain_out_of_memory())
         with clock.charge("compile"):
             engine, state = start_engine(run, resume)
@@ -155,7 +161,7 @@ class _Loop:
         self.run, self.engine, self.directory, self.checkpoints = run, engine, directory, checkpoints
         self.clock, self.interrupt, self.position = clock, interrupt, position
         self.config, self.train_examples = run.config, len(run.dataset.train)
-        self.started, self.first_step = time.perf_counter(), position.step
+        self.first_step = position.step
         self.history: list[dict[str, Any]] = []
         first = jax.process_index() == 0
         # A complete run trains nothing again, so the row of an epoch that its last step broke off stays too.
@@ -341,7 +347,9 @@ class _Loop:
         self.progress.message(
             f"epoch {epoch + 1}/{self.epochs} train: loss {loss:.4f}, accuracy {accuracy:.4f}; {bound}"
         )
-        for warning in (symptoms.slow_data(span), symptoms.imbalanced(self._own_seconds(span))):
+        own = self._own_seconds(span)
+        of_all = symptoms.imbalanced(own) if jax.process_index() == 0 else ""
+        for warning in (symptoms.slow_data(span), of_all):
             if warning:
                 log.warning("%s", warning)
 
@@ -418,7 +426,7 @@ class _Loop:
             "epochs": self.position.examples / self.train_examples,
             "last": {"step": self.position.step} | last["summary"],
             "best": {"step": self.position.step if best_step is None else best_step} | best["summary"],
-            "wall_seconds": time.perf_counter() - self.started,
+            "wall_seconds": whole.wall,
             "seconds": dict(whole.seconds),
             "throughput": whole.throughput,
             "devices": self._devices,
