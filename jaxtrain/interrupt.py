@@ -19,7 +19,7 @@ from jaxtrain.errors import InterruptedRunError, JaxtrainError, PreemptedError
 
 
 class Interrupt:
-    """`asked` becomes true on the first signal, which also gives the signals back to whoever had them before."""
+    """`asked` becomes true on the first signal; from then on a signal ends the process at once."""
 
     def __init__(self) -> None:
         self.signal: signal.Signals | None = None
@@ -48,17 +48,16 @@ def catch_signals() -> Iterator[Interrupt]:
         return
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
-    def restore() -> None:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
     def ask(number: int, _: FrameType | None) -> None:
         interrupt.signal = signal.Signals(number)
-        restore()
+        # not the handlers from before: a shell has a background job ignore Ctrl-C
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
     for number in before:
         signal.signal(number, ask)
     try:
         yield interrupt
     finally:
-        restore()
+        for number, handler in before.items():
+            signal.signal(number, handler)

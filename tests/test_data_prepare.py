@@ -392,10 +392,12 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_real_data(name):
-    """The real files, where they are prepared: the published mean and deviation, balanced classes."""
-    root = os.environ.get("JAXTRAIN_DATA_DIR", "")
-    if not root or not (tfds_sets.cifar_directory(name, Path(root)) / "jaxtrain.json").exists():
-        pytest.skip(f"{name} is not prepared in $JAXTRAIN_DATA_DIR={root!r}")
+    """The real files, where the official ones are: the published mean and deviation, balanced classes."""
+    root = Path(os.environ.get("JAXTRAIN_DATA_DIR", "/nowhere"))
+    if not (root / "downloads" / "manual").is_dir() and not tfds_sets.cifar_directory(name, root).is_dir():
+        pytest.skip(f"{name} is not in $JAXTRAIN_DATA_DIR={root}")
+    sources.prepare(DataConfig(name=name))
+    assert sum(sources.verify(DataConfig(name=name)).values()) == 60_000
     dataset = sources.load(DataConfig(name=name))
     assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (45_000, 5_000, 10_000)
     pixels, labels = whole(dataset.train)
