@@ -24,6 +24,9 @@ LR_SCALINGS = ("linear", "sqrt", "none")
 SCHEDULES = ("constant", "step", "cosine", "linear", "wsd")
 PRECISIONS = ("auto", "f32", "bf16", "fp16", "f64")
 REMATS = ("none", "full", "dots")
+PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
+BALANCES = ("cost", "memory", "time")
+STAGE_PLACEMENTS = ("spread", "hosts")
 STEMS = ("auto", "cifar", "imagenet")
 
 
@@ -323,7 +326,12 @@ class LayoutConfig(_Section):
 
     data, replica, tensor: sizes of the mesh axes; data=-1 fills the devices. The batch is split over replica x data.
     zero: 0 nothing, 1 optimizer state, 2 and gradient accumulator, 3 and parameters are sharded over `data`.
-    microbatches: parts that the global batch is computed in, one after the other.
+    microbatches: parts that the global batch is computed in, one after the other; 0 takes as many as `stages` can use.
+    stages: pipeline stages, contiguous slices of the model's layers, each on its own devices. schedule: the order of their
+    work. chunks: slices a stage holds under `interleaved_1f1b`. boundaries: the first layer of each slice but the first;
+    () balances them by `balance`. stage_placement: `spread` lets every stage touch every process where that is possible,
+    so that activations stay in their process; `hosts` gives each stage processes of its own. trace_step: the step whose
+    operations are timed for `jaxtrain layout --trace` (it waits for each of them); 0 is off.
     rules: extra tensor-parallel rules, ((regex over the leaf's path, (axis or None per dim, ...)), ...); first match wins.
     """
 
@@ -335,11 +343,24 @@ class LayoutConfig(_Section):
     zero: int = 0
     microbatches: int = 1
     rules: tuple = ()
+    stages: int = 1
+    schedule: str = "1f1b"
+    chunks: int = 1
+    boundaries: tuple = ()
+    balance: str = "cost"
+    stage_placement: str = "spread"
+    trace_step: int = 0
 
     def _validate(self) -> None:
         _require(self.data == -1 or self.data >= 1, "layout.data", self.data, "at least 1, or -1 to fill the devices")
-        self._min(1, "replica", "tensor", "microbatches")
+        self._min(1, "replica", "tensor", "stages", "chunks")
+        self._min(0, "microbatches", "trace_step")
         _require(self.zero in (0, 1, 2, 3), "layout.zero", self.zero, "0, 1, 2 or 3")
+        _one_of("layout.schedule", self.schedule, PIPELINE_SCHEDULES)
+        _one_of("layout.balance", self.balance, BALANCES)
+        _one_of("layout.stage_placement", self.stage_placement, STAGE_PLACEMENTS)
+        rising = all(isinstance(b, int) for b in self.boundaries) and list(self.boundaries) == sorted(set(self.boundaries))
+        _require(rising, "layout.boundaries", self.boundaries, "whole numbers, each larger than the one before")
         for rule in self.rules:
             ok = isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str) and isinstance(rule[1], tuple)
             _require(ok, "layout.rules", rule, "a pair ('regex', (axis or None per dim, ...))")
@@ -401,7 +422,7 @@ class Config(_Section):
     @staticmethod
     def check_batch(batch: int, parts: int, groups: int) -> None:
         """Raises `ConfigError` unless `batch` divides into the microbatches and the BatchNorm groups."""
-        for name, count in (("layout.microbatches", parts), ("model.bn_groups", groups)):
+        for name, count in (("layout.microbatches", max(parts, 1)), ("model.bn_groups", groups)):
             if batch % count:
                 near = sorted({max(batch // count, 1) * count, (batch // count + 1) * count})
                 raise ConfigError(

@@ -19,6 +19,7 @@ from jaxtrain.feed import Feed, make_feed
 from jaxtrain.optim import learning_rate
 from jaxtrain.parallel.audit import audit
 from jaxtrain.parallel.layout import Layout, Placement, bytes_per_device
+from jaxtrain.pipeline import PipelineEvaluator, PipelineStep, make_pipeline, make_pipeline_evaluator
 from jaxtrain.resume import Resume
 from jaxtrain.run import Run
 from jaxtrain.state import TrainState, create_state
@@ -32,7 +33,7 @@ log = logging.getLogger("jaxtrain")
 class Engine:
     """step: one update (see `jaxtrain.step`). evaluate: `(split, params, batch_stats) -> EvalResult`. feed: batches."""
 
-    step: Step
+    step: Step | PipelineStep
     evaluate: Callable[[str, PyTree, PyTree], EvalResult]
     feed: Feed
 
@@ -51,7 +52,7 @@ def start_engine(run: Run, resume: Resume) -> tuple[Engine, TrainState]:
     for line in summary(run, table):
         log.info("%s", line)
     step = _compile_step(run, feed, state)
-    for note in audit(run.layout, table, state, step.programs).notes:
+    for note in audit(run.layout, table, state, step).notes:
         log.info("%s", note)
     log.info("data %s; compiled in %.1f s", where, time.perf_counter() - began)
     return Engine(step, make_evaluation(run, feed), feed), state
@@ -65,14 +66,15 @@ def layout_table(layout: Layout, state: TrainState) -> dict[str, list[Placement]
 def make_evaluation(run: Run, feed: Feed) -> Callable[[str, PyTree, PyTree], EvalResult]:
     """A function that evaluates weights on a split; compiled at its first call."""
     batch = run.config.data.global_batch // run.layout.config.microbatches
-    compiled: dict[Any, Evaluator] = {}
+    compiled: dict[Any, Evaluator | PipelineEvaluator] = {}
 
     def evaluate(split: str, params: PyTree, batch_stats: PyTree) -> EvalResult:
         # Under ZeRO-1 and 2 the average is sharded and the weights are not: two programs.
         where = tuple(leaf.sharding for leaf in jax.tree.leaves((params, batch_stats)))
         if where not in compiled:
             with contextlib.closing(feed.evaluation(split, batch)) as batches:
-                compiled[where] = make_evaluator(
+                make = make_pipeline_evaluator if run.layout.stages > 1 else make_evaluator
+                compiled[where] = make(
                     run.task, run.layout, params, batch_stats, next(batches), feed.resident
                 )
         with contextlib.closing(feed.evaluation(split, batch)) as batches:
@@ -81,13 +83,14 @@ def make_evaluation(run: Run, feed: Feed) -> Callable[[str, PyTree, PyTree], Eva
     return evaluate
 
 
-def _compile_step(run: Run, feed: Feed, state: TrainState) -> Step:
+def _compile_step(run: Run, feed: Feed, state: TrainState) -> Step | PipelineStep:
     examples = feed.train(
         seed=run.config.seed, global_batch=run.config.data.global_batch, first_step=0, first_example=0, steps=1
     )
     with contextlib.closing(examples) as batches:
         batch = next(batches)
-    return make_step(run.task, run.layout, state, batch, feed.resident)
+    make = make_pipeline if run.layout.stages > 1 else make_step
+    return make(run.task, run.layout, state, batch, feed.resident)
 
 
 @contextlib.contextmanager
@@ -122,6 +125,7 @@ def summary(run: Run, table: dict[str, list[Placement]]) -> list[str]:
         f"memory per device at rest: {held}",
         f"optimizer: {optim.name}, peak learning rate {learning_rate(optim, batch):g} ({optim.learning_rate:g} at a batch of "
         f"{optim.lr_reference_batch}, scaling {optim.lr_scaling}), {optim.schedule}",
+        *(run.split.describe() if run.split else []),
         f"data: {config.data.name}, {len(run.dataset.train)} train, {len(run.dataset.validation)} validation, "
         f"{len(run.dataset.test)} test; {run.steps} steps",
     ]

@@ -94,7 +94,7 @@ def make_evaluator(
     task: Task, layout: Layout, params: PyTree, batch_stats: PyTree, batch: EvalBatch, resident: Resident
 ) -> Evaluator:
     """Compiles the evaluation of one batch, for weights that lie as `params` do."""
-    zeros = jax.jit(functools.partial(_zeros, task.preprocess.num_classes, params), out_shardings=layout.sharding())
+    zeros = jax.jit(functools.partial(zero_sums_of, task.preprocess.num_classes, params), out_shardings=layout.sharding())
     add = jax.jit(functools.partial(_add, task, layout), out_shardings=layout.sharding())
     sums = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding()), jax.eval_shape(zeros)
@@ -102,7 +102,8 @@ def make_evaluator(
     return Evaluator(zeros, add.lower(sums, params, batch_stats, batch, resident).compile())
 
 
-def _zeros(num_classes: int, params: PyTree) -> EvalSums:
+def zero_sums_of(num_classes: int, params: PyTree) -> EvalSums:
+    """The sums of no example."""
     dtype = at_least_f32(jax.tree.leaves(params)[0].dtype)
     classes = jnp.zeros(num_classes, dtype)
     return EvalSums(jnp.zeros((), dtype), jnp.zeros((), dtype), classes, classes)
@@ -118,10 +119,15 @@ def _add(
     resident: Resident,
 ) -> EvalSums:
     images, labels = select(batch.batch, resident, 0, layout)
-    mask = batch.mask[0].astype(sums.loss.dtype)
     inputs = eval_inputs(task.preprocess, images)
     context = Context(example=jnp.arange(labels.shape[0], dtype=jnp.int32))
     logits, _ = task.model.apply(params, batch_stats, inputs, context, wrap=wrapper(layout, params, "none"))
+    return add_to_sums(task, sums, logits, labels, batch.mask[0])
+
+
+def add_to_sums(task: Task, sums: EvalSums, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> EvalSums:
+    """The sums with a batch: logits [B, C], labels int32 [B], mask bool [B]."""
+    mask = mask.astype(sums.loss.dtype)
     classes = jax.nn.one_hot(labels, logits.shape[-1], dtype=sums.loss.dtype)
     losses = task.loss(logits, classes.astype(logits.dtype)).astype(sums.loss.dtype)
     best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]

@@ -26,13 +26,18 @@ class Placer:
 
     def __init__(self, layout: Layout, parts: int, size: int):
         self._shape, self._sharding, self._replicated = (parts, size), layout.batch, layout.sharding()
+        self._images = layout.images
         indices: Any = self._sharding.addressable_devices_indices_map(self._shape).values()
         spans = {index[1].indices(size)[:2] for index in indices}
         self._columns = np.concatenate([np.arange(*span) for span in sorted(spans)])
         # Positions in the global batch, in the order in which `batch` wants the rows.
         self.positions = (np.arange(parts)[:, None] * size + self._columns).ravel()
 
-    def batch(self, rows: np.ndarray) -> jax.Array:
+    def images(self, rows: np.ndarray) -> jax.Array:
+        """The same for images, which only the first pipeline stage needs."""
+        return self.batch(rows, self._images)
+
+    def batch(self, rows: np.ndarray, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
         """The global array [parts, size, ...] from this process's `rows` [len(positions), ...]."""
         local = rows.reshape(self._shape[0], len(self._columns), *rows.shape[1:])
 
@@ -41,7 +46,7 @@ class Placer:
             first = int(np.searchsorted(self._columns, start))
             return local[:, first : first + stop - start]
 
-        return _place((*self._shape, *rows.shape[1:]), self._sharding, shard)
+        return _place((*self._shape, *rows.shape[1:]), sharding or self._sharding, shard)
 
     def scalar(self, value: int) -> jax.Array:
         """An int32 that every device has."""
@@ -84,7 +89,7 @@ class Feed:
             return
         with train_stream(source, workers=self.workers, **order) as stream:
             for number, (images, labels) in enumerate(stream, first_step):
-                yield Batch(placer.scalar(number), images=placer.batch(images), labels=placer.batch(labels))
+                yield Batch(placer.scalar(number), images=placer.images(images), labels=placer.batch(labels))
 
     def evaluation(self, split: str, batch: int) -> Generator[EvalBatch]:
         """Every example of `split` once, in order, in batches of `batch`; the last is padded and masked."""
@@ -101,7 +106,7 @@ class Feed:
         with eval_stream(source, global_batch=batch, positions=placer.positions, workers=self.workers) as stream:
             for (images, labels), (_, mask) in zip(stream, masks, strict=True):
                 yield EvalBatch(
-                    Batch(step, images=placer.batch(images), labels=placer.batch(labels)), placer.batch(mask)
+                    Batch(step, images=placer.images(images), labels=placer.batch(labels)), placer.batch(mask)
                 )
 
 
@@ -115,11 +120,11 @@ def make_feed(dataset: Dataset, layout: Layout, residency: str, workers: int) ->
         return Feed(dataset, layout, Resident(), {}, workers)
     images, labels = zip(*(materialize(source) for source in splits.values()), strict=True)
 
-    def everywhere(array: np.ndarray) -> jax.Array:
-        return _place(array.shape, layout.sharding(), lambda _: array)
+    def place(array: np.ndarray, stage: int | None = None) -> jax.Array:
+        return _place(array.shape, layout.sharding(stage=stage), lambda _: array)
 
     offsets = np.cumsum([0, *(len(source) for source in splits.values())])
-    resident = Resident(everywhere(np.concatenate(images)), everywhere(np.concatenate(labels)))
+    resident = Resident(place(np.concatenate(images), 0), place(np.concatenate(labels)))
     return Feed(dataset, layout, resident, dict(zip(splits, offsets.tolist(), strict=False)), workers)
 
 

@@ -31,6 +31,8 @@ LAYOUTS: Mapping[str, Mapping[str, int]] = MappingProxyType(
         "zero3": {"zero": 3},
         "tensor2": {"tensor": 2},
         "hybrid": {"replica": 2, "zero": 3},
+        "pipeline2": {"stages": 2, "microbatches": 0},
+        "pipeline4": {"stages": 4, "microbatches": 0},
     }
 )
 Variant = Callable[[Config], Config]

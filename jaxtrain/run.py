@@ -24,14 +24,19 @@ from jaxtrain.optim import loss_fn, make, schedule
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import Device, batch_ways, make_mesh
 from jaxtrain.parallel.processes import first_on_process_zero
+from jaxtrain.parallel.split import Split
 from jaxtrain.precision import policy, resolve
+from jaxtrain.stages import make_split, microbatches
 from jaxtrain.state import TrainState, initial_state
 from jaxtrain.task import Task
 
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """What a run computes and where. init: makes the fresh state; pure, of no arguments. steps: where the run ends."""
+    """What a run computes and where.
+
+    init: makes the fresh state; pure, of no arguments. steps: where the run ends. split: the pipeline stages' layers.
+    """
 
     config: Config
     dataset: Dataset
@@ -39,6 +44,7 @@ class Run:
     task: Task
     init: Callable[[], TrainState]
     steps: int
+    split: Split | None = None
 
 
 def select_devices(count: int) -> list[Device]:
@@ -150,7 +156,6 @@ def make_run(
     steps = total_steps(config, len(dataset.train), start_step, start_example)
     rate = make_schedule(config, len(dataset.train), steps)
     optimizer = make(config.optim, rate, model.no_decay)
-    layout = Layout(mesh, config.layout, config.layout.rules + model.tensor_rules)
     mean, std = (config.data.mean, config.data.std) if config.data.mean else (dataset.mean, dataset.std)
     preprocess = Preprocess(
         image_size=side,
@@ -175,9 +180,27 @@ def make_run(
         bn_groups=config.model.bn_groups,
         remat=config.train.remat,
     )
-    has_statistics = bool(jax.tree.leaves(jax.eval_shape(init).batch_stats))
-    layout.check_batch(config.data.global_batch, config.model.bn_groups, has_statistics)
-    return Run(config, dataset, layout, task, init, steps)
+    state = jax.eval_shape(init)
+    has_batch_norm, batch, groups = bool(jax.tree.leaves(state.batch_stats)), config.data.global_batch, config.model.bn_groups
+    parts = microbatches(config.layout, batch, batch_ways(mesh), groups, has_batch_norm)
+    config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, microbatches=parts))
+    layout = Layout(mesh, config.layout, config.layout.rules + model.tensor_rules)
+    layout.check_batch(batch, groups, has_batch_norm)
+    if (preprocess.mixup or preprocess.cutmix) and parts > 1 and batch // parts % 2:
+        raise ConfigError(
+            f"config.layout.microbatches={parts}: mixup and cutmix mix neighbours, so that a microbatch needs an even number "
+            f"of examples, and a {parts}th of config.data.global_batch={batch} is {batch // parts}."
+        )
+    split = None
+    if layout.stages > 1:
+        size = batch // parts // batch_ways(mesh)
+        dtype = types.compute_dtype
+        split = make_split(
+            config.layout, model, state.params, state.batch_stats, (size, *shape), dtype, max(groups // parts, 1)
+        )
+        names = tuple(tuple(split.costs[i].name for i in layers) for layers in split.slices)
+        layout = dataclasses.replace(layout, slices=names)
+    return Run(config, dataset, layout, task, init, steps, split)
 
 
 def total_steps(config: Config, train_examples: int, start_step: int = 0, start_example: int = 0) -> int:

@@ -66,4 +66,16 @@ def create_state(init: Any, layout: Layout) -> TrainState:
 
     The values do not depend on the layout: JAX's threefry keys are partitionable.
     """
-    return jax.jit(init, out_shardings=layout.shardings(jax.eval_shape(init)))()
+    shapes = jax.eval_shape(init)
+    leaves, structure = jax.tree.flatten(layout.shardings(shapes))
+    found: list[Any] = [None] * len(leaves)
+    # One program for each set of devices: all leaves of a pipeline stage are born there, and nowhere else.
+    for mesh in dict.fromkeys(sharding.mesh for sharding in leaves):
+        wanted = [i for i, sharding in enumerate(leaves) if sharding.mesh == mesh]
+
+        def some(wanted: list[int] = wanted) -> list[jax.Array]:
+            return [jax.tree.leaves(init())[i] for i in wanted]
+
+        for i, leaf in zip(wanted, jax.jit(some, out_shardings=[leaves[i] for i in wanted])(), strict=True):
+            found[i] = leaf
+    return structure.unflatten(found)

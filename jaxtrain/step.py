@@ -32,9 +32,15 @@ Metrics = dict[str, jax.Array]
 
 @dataclasses.dataclass(frozen=True)
 class Step:
-    """The compiled step. `programs`: its XLA programs by name, for the audit and for `memory_analysis`."""
+    """The compiled step.
+
+    programs: its XLA programs by name, for the audit and for `memory_analysis`. after: where they leave the state.
+    accumulator: where the gradients rest between microbatches, or `None` where there is no accumulator.
+    """
 
     programs: Mapping[str, jax.stages.Compiled]
+    after: TrainState
+    accumulator: PyTree = None
     microbatches: tuple[jax.Array, ...] = ()
 
     def __call__(self, state: TrainState, batch: Batch, resident: Resident) -> tuple[TrainState, Metrics]:
@@ -51,13 +57,13 @@ def make_step(task: Task, layout: Layout, state: TrainState, batch: Batch, resid
     """Compiles the step for `state`, `batch` and `resident` (arrays, or shapes with shardings)."""
     parts = layout.config.microbatches
     state_shardings = layout.shardings(state)
-    gradient_shardings = _like_params(layout, "gradients", state.params)
-    sums_shapes = jax.eval_shape(functools.partial(_zero_sums, state))
+    gradient_shardings = like_params(layout, "gradients", state.params)
+    sums_shapes = jax.eval_shape(zero_sums, state.params, state.batch_stats)
     sums_shardings = dataclasses.replace(
         jax.tree.map(lambda _: layout.sharding(), sums_shapes), gradients=gradient_shardings
     )
     gradients = functools.partial(_gradients, task, layout, gradient_shardings)
-    update = functools.partial(_update, task, state_shardings, _like_params(layout, "opt_state", state.params))
+    update = functools.partial(_update, task, state_shardings, like_params(layout, "opt_state", state.params))
 
     if parts == 1:
 
@@ -65,7 +71,8 @@ def make_step(task: Task, layout: Layout, state: TrainState, batch: Batch, resid
             return update(state, gradients(state, batch, resident, 0), batch.step)
 
         jitted = jax.jit(step, out_shardings=(state_shardings, layout.sharding()), donate_argnums=0)
-        return Step({"step": jitted.lower(state, batch, resident).compile()})
+        program = jitted.lower(state, batch, resident).compile()
+        return Step({"step": program}, program.output_shardings[0])
 
     def accumulate(sums: Sums, state: TrainState, batch: Batch, resident: Resident, index: jax.Array) -> Sums:
         new = gradients(state, batch, resident, index)
@@ -75,7 +82,7 @@ def make_step(task: Task, layout: Layout, state: TrainState, batch: Batch, resid
     sums = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), sums_shapes, sums_shardings
     )
-    zeros = jax.jit(functools.partial(_zero_sums, state), out_shardings=sums_shardings)
+    zeros = jax.jit(functools.partial(zero_sums, state.params, state.batch_stats), out_shardings=sums_shardings)
     adding = jax.jit(accumulate, out_shardings=sums_shardings, donate_argnums=0)
     updating = jax.jit(update, out_shardings=(state_shardings, layout.sharding()), donate_argnums=0)
     lowered = {
@@ -83,7 +90,9 @@ def make_step(task: Task, layout: Layout, state: TrainState, batch: Batch, resid
         "gradients": adding.lower(sums, state, batch, resident, indices[0]),
         "update": updating.lower(state, sums, batch.step),
     }
-    return Step({name: program.compile() for name, program in lowered.items()}, indices)
+    programs = {name: program.compile() for name, program in lowered.items()}
+    accumulator = programs["zeros"].output_shardings.gradients
+    return Step(programs, programs["update"].output_shardings[0], accumulator, indices)
 
 
 # ---------------------------------------------------------------------------------------------------------- gradients
@@ -99,13 +108,14 @@ class Sums:
     correct: jax.Array
 
 
-def _zero_sums(state: TrainState) -> Sums:
+def zero_sums(params: PyTree, batch_stats: PyTree) -> Sums:
+    """The sums of no microbatch."""
     zeros = functools.partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype))
-    dtype = at_least_f32(jax.tree.leaves(state.params)[0].dtype)
-    return Sums(zeros(state.params), zeros(state.batch_stats), jnp.zeros((), dtype), jnp.zeros((), dtype))
+    dtype = at_least_f32(jax.tree.leaves(params)[0].dtype)
+    return Sums(zeros(params), zeros(batch_stats), jnp.zeros((), dtype), jnp.zeros((), dtype))
 
 
-def _like_params(layout: Layout, tree: str, params: PyTree) -> PyTree:
+def like_params(layout: Layout, tree: str, params: PyTree) -> PyTree:
     """A tree like `params` with the shardings at rest that its leaves would have in the state's `tree`."""
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     places = [layout.place(tree, path_of(path), leaf.shape, leaf.dtype) for path, leaf in leaves]
@@ -138,63 +148,118 @@ def _gradients(
     # Pinned here, or XLA shards the gradients as it likes: 531 all-gathers instead of 160 for a ResNet-50 under ZeRO-1.
     # First as they were computed with, then as they rest: all-reduce and slice, which XLA:GPU makes a reduce-scatter.
     # (Pinned at once to where they rest, XLA:CPU gathers activations: 84 all-gathers instead of 0 for a ResNet-18.)
-    whole = _like_params(layout, "computing", state.params)
+    whole = like_params(layout, "computing", state.params)
     gradients = jax.lax.with_sharding_constraint(gradients, whole)
     gradients = jax.lax.with_sharding_constraint(gradients, shardings)
     batch_stats = jax.tree.map(lambda s: s / parts, batch_stats)
-    batch_stats = jax.lax.with_sharding_constraint(batch_stats, _like_params(layout, "batch_stats", batch_stats))
+    batch_stats = jax.lax.with_sharding_constraint(batch_stats, like_params(layout, "batch_stats", batch_stats))
     return Sums(gradients, batch_stats, loss, correct.astype(loss.dtype))
 
 
 # ------------------------------------------------------------------------------------------------------------- update
 
 
-def _update(
-    task: Task, shardings: TrainState, updating: PyTree, state: TrainState, sums: Sums, step: jax.Array
-) -> tuple[TrainState, Metrics]:
-    """The state after the update, or the same state where the loss or the gradient norm is not finite.
+@flax.struct.dataclass
+class Verdict:
+    """What becomes of an update, decided from the numbers of the whole tree.
 
-    A state that is not at `step` stays as it is: when an update is refused, so are those already dispatched behind it.
+    step, loss_scale: as they are afterwards. accepted: the new state is taken. skipped: fp16 overflowed, and the run goes on
+    without this batch. norm: of the gradients.
     """
-    scale = scale_factor(state.loss_scale, sums.loss.dtype)
-    gradients = jax.tree.map(lambda g: g / scale.astype(g.dtype), sums.gradients)
-    # The optimizer runs where its state lives: under ZeRO each device updates its own part.
-    gradients = jax.lax.with_sharding_constraint(gradients, updating)
-    norm = global_norm(gradients)
-    finite = jnp.isfinite(norm) & jnp.isfinite(sums.loss)
-    if task.optim.clip_norm:
-        gradients = clip_by_global_norm(gradients, norm, task.optim.clip_norm)
 
+    step: jax.Array
+    loss_scale: PyTree
+    accepted: jax.Array
+    skipped: jax.Array
+    norm: jax.Array
+
+
+def judge(
+    step: jax.Array, loss_scale: PyTree, batch_step: jax.Array, loss: jax.Array, norm: jax.Array
+) -> Verdict:
+    """Accepts an update whose loss and gradient norm are finite.
+
+    A state that is not at `batch_step` stays as it is: when an update is refused, so are those already dispatched behind it.
+    """
+    finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+    on_time = step == batch_step
+    accepted = finite & on_time
+    # fp16 overflows by design now and then: that batch is skipped and the run goes on with a smaller scale.
+    can_shrink = isinstance(loss_scale, LossScale) & ~at_floor(loss_scale)
+    skipped = on_time & ~finite & can_shrink
+    new_scale = _select(on_time, adjust_loss_scale(loss_scale, finite), loss_scale)
+    return Verdict(step + accepted + skipped, new_scale, accepted, skipped, norm)
+
+
+def unscaled(loss_scale: PyTree, gradients: PyTree, updating: PyTree) -> PyTree:
+    """Gradients of the loss itself, where the optimizer's state lives: under ZeRO each device updates its own part."""
+    gradients = jax.tree.map(lambda g: g / scale_factor(loss_scale, g.dtype), gradients)
+    return jax.lax.with_sharding_constraint(gradients, updating)
+
+
+def advance(
+    task: Task,
+    shardings: TrainState,
+    updating: PyTree,
+    state: TrainState,
+    gradients: PyTree,
+    batch_stats: PyTree,
+    verdict: Verdict,
+) -> tuple[TrainState, PyTree]:
+    """The state (of the whole model or of some of its layers) after `verdict`, and what was added to the parameters."""
+    if task.optim.clip_norm:
+        gradients = clip_by_global_norm(gradients, verdict.norm, task.optim.clip_norm)
     params_part = jax.lax.with_sharding_constraint(state.params, updating)
     updates, opt_state = task.optimizer.update(gradients, state.opt_state, params_part)
     params = jax.lax.with_sharding_constraint(optax.apply_updates(params_part, updates), shardings.params)
     ema = state.ema
     if task.optim.ema:
-        new = {"params": params, "batch_stats": sums.batch_stats}
+        new = {"params": params, "batch_stats": batch_stats}
         ema = ema_update(state.ema, new, task.optim.ema, state.step)
-
-    on_time = state.step == step
-    updated = TrainState(state.step + 1, params, sums.batch_stats, opt_state, ema, state.loss_scale)
-    after = _select(finite & on_time, updated, state)
-    # fp16 overflows by design now and then: that batch is skipped and the run goes on with a smaller scale.
-    can_shrink = isinstance(state.loss_scale, LossScale) & ~at_floor(state.loss_scale)
-    skipped = on_time & ~finite & can_shrink
-    loss_scale = _select(on_time, adjust_loss_scale(state.loss_scale, finite), state.loss_scale)
+    updated = TrainState(state.step, params, batch_stats, opt_state, ema, state.loss_scale)
+    after = _select(verdict.accepted, updated, state)
     # The optimizer counts a skipped step too, so that its learning rate stays the schedule's at `step`.
-    counted = jax.tree.map(lambda new, old: jnp.where(skipped & _is_count(new), new, old), opt_state, after.opt_state)
-    after = dataclasses.replace(after, loss_scale=loss_scale, step=after.step + skipped, opt_state=counted)
-    metrics = {
-        "step": after.step,
-        "loss": sums.loss,
-        "correct": sums.correct,
-        "learning_rate": task.schedule(state.step),
-        "grad_norm": norm,
-        "param_norm": global_norm(params_part),
-        "update_norm": global_norm(updates),
-        "loss_scale": scale,
-        "skipped": skipped,
+    counted = jax.tree.map(
+        lambda new, old: jnp.where(verdict.skipped & _is_count(new), new, old), opt_state, after.opt_state
+    )
+    return dataclasses.replace(after, step=verdict.step, loss_scale=verdict.loss_scale, opt_state=counted), updates
+
+
+def _update(
+    task: Task, shardings: TrainState, updating: PyTree, state: TrainState, sums: Sums, step: jax.Array
+) -> tuple[TrainState, Metrics]:
+    """The state after the update, or the same state where the loss or the gradient norm is not finite."""
+    gradients = unscaled(state.loss_scale, sums.gradients, updating)
+    verdict = judge(state.step, state.loss_scale, step, sums.loss, global_norm(gradients))
+    after, updates = advance(task, shardings, updating, state, gradients, sums.batch_stats, verdict)
+    params_part = jax.lax.with_sharding_constraint(state.params, updating)
+    norms = (verdict.norm, global_norm(params_part), global_norm(updates))
+    return after, metrics_of(task, state.step, state.loss_scale, verdict, sums.loss, sums.correct, *norms)
+
+
+def metrics_of(
+    task: Task,
+    step: jax.Array,
+    loss_scale: PyTree,
+    verdict: Verdict,
+    loss: jax.Array,
+    correct: jax.Array,
+    grad_norm: jax.Array,
+    param_norm: jax.Array,
+    update_norm: jax.Array,
+) -> Metrics:
+    """What a step reports; `step` and `loss_scale` are those before it."""
+    return {
+        "step": verdict.step,
+        "loss": loss,
+        "correct": correct,
+        "learning_rate": task.schedule(step),
+        "grad_norm": grad_norm,
+        "param_norm": param_norm,
+        "update_norm": update_norm,
+        "loss_scale": scale_factor(loss_scale, loss.dtype),
+        "skipped": verdict.skipped,
     }
-    return after, metrics
 
 
 def _select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:

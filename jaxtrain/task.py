@@ -58,23 +58,27 @@ class Task:
 
 def select(batch: Batch, resident: Resident, index: Any, layout: Layout) -> tuple[jax.Array, jax.Array]:
     """Images uint8 [B/M, H, W, C] and labels int32 [B/M] of microbatch `index`, split over the batch axes."""
+    images = select_from(batch.images, batch.rows, resident.images, index, layout)
+    return images, select_from(batch.labels, batch.rows, resident.labels, index, layout)
+
+
+def select_from(streamed: Any, rows: Any, resident: Any, index: Any, layout: Layout) -> jax.Array:
+    """Microbatch `index` of what is `streamed` [M, B/M, ...], or of the `rows` [M, B/M] of what is `resident` [N, ...]."""
     pick = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
-    if isinstance(batch.rows, tuple):
-        return pick(batch.images), pick(batch.labels)
-    rows = pick(batch.rows)
-    images = jax.lax.with_sharding_constraint(resident.images[rows], layout.examples)
-    return images, jax.lax.with_sharding_constraint(resident.labels[rows], layout.examples)
+    if isinstance(rows, tuple):
+        return pick(streamed)
+    return jax.lax.with_sharding_constraint(resident[pick(rows)], layout.examples)
 
 
 def wrapper(
-    layout: Layout, params: PyTree, remat: str
+    layout: Layout, params: PyTree, remat: str, *, gathered: bool = False
 ) -> Callable[[Callable[..., Any], str], Callable[..., Any]] | None:
     """What the layout and `remat` put around each layer's function: gather its parameters, and what not to store.
 
     Under ZeRO-3 a layer's gathered parameters are never stored for the backward pass, which gathers them again
-    (Rajbhandari 2020, section 5.3; XLA:CPU merges the two gathers).
+    (Rajbhandari 2020, section 5.3; XLA:CPU merges the two gathers). gathered: the parameters are whole already.
     """
-    gather = layout.config.zero == 3
+    gather = layout.config.zero == 3 and not gathered
     if not gather and remat == "none":
         return None
 
@@ -83,12 +87,12 @@ def wrapper(
         places = [layout.place("params", f"{name}/{path_of(path)}", leaf.shape, leaf.dtype) for path, leaf in leaves]
         shardings = structure.unflatten([layout.sharding(place.compute_spec) for place in places])
 
-        def gathered(layer_params: PyTree, *args: Any) -> Any:
+        def call(layer_params: PyTree, *args: Any) -> Any:
             if gather:
                 layer_params = jax.lax.with_sharding_constraint(layer_params, shardings)
             return function(layer_params, *args)
 
-        return jax.checkpoint(gathered, policy=_REMAT_POLICIES[remat])
+        return jax.checkpoint(call, policy=_REMAT_POLICIES[remat])
 
     return wrap
 

@@ -75,7 +75,7 @@ def config(name: str, layout: LayoutConfig, **fields: Any) -> Config:
 
 def devices_of(layout: LayoutConfig) -> int:
     """How many devices `layout` needs."""
-    return layout.data * layout.replica * layout.tensor
+    return layout.stages * layout.data * layout.replica * layout.tensor
 
 
 def run(name: str, layout: LayoutConfig, **fields: Any) -> TrainResult:

@@ -70,18 +70,21 @@ class Preprocess:
 def train_inputs(
     pre: Preprocess, images: jax.Array, labels: jax.Array, example: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Augmented inputs and soft targets of a microbatch.
+    """Augmented inputs and soft targets of a microbatch: `train_images` and `train_targets`."""
+    return train_images(pre, images, example, key), train_targets(pre, labels, key)
+
+
+def train_images(pre: Preprocess, images: jax.Array, example: jax.Array, key: jax.Array) -> jax.Array:
+    """Augmented inputs of a microbatch.
 
     Args:
         pre: what to do.
         images: uint8 [B, H, W, C].
-        labels: int32 [B].
         example: int32 [B], each example's index in the global batch.
         key: one PRNG key for (seed, role, step).
 
     Returns:
-        x: `pre.dtype` [B, S, S, C].
-        targets: `pre.float_dtype` [B, K]; each row adds up to 1.
+        `pre.dtype` [B, S, S, C].
 
     Raises:
         ConfigError: the images' channels do not fit `pre.mean`, or the augmentation.
@@ -100,10 +103,19 @@ def train_inputs(
     x = normalize(pre, images)
     if pre.augmentation == "heavy":
         x = random_erase(x, words["random_erase"])
+    if pre.mixup or pre.cutmix:
+        pixels, _ = mix_shares(pre, key)
+        x = pixels * x + (1 - pixels) * _partners(x)
+    return x.astype(pre.dtype)
+
+
+def train_targets(pre: Preprocess, labels: jax.Array, key: jax.Array) -> jax.Array:
+    """Soft targets `pre.float_dtype` [B, K] of labels int32 [B]; each row adds up to 1. key: as for the images."""
     targets = smooth_one_hot(pre, labels)
     if pre.mixup or pre.cutmix:
-        x, targets = mix(pre, x, targets, jax.random.fold_in(key, _BATCH))
-    return x.astype(pre.dtype), targets
+        _, label = mix_shares(pre, key)
+        targets = label * targets + (1 - label) * _partners(targets)
+    return targets
 
 
 def eval_inputs(pre: Preprocess, images: jax.Array) -> jax.Array:
@@ -245,14 +257,14 @@ def smooth_one_hot(pre: Preprocess, labels: jax.Array) -> jax.Array:
 # ------------------------------------------------------------------------------------------------------ mixup, cutmix
 
 
-def mix(pre: Preprocess, x: jax.Array, targets: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Mixes each example with its partner: mixup (Zhang 2018) or cutmix (Yun 2019), one of them for the whole batch.
+def mix_shares(pre: Preprocess, key: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """What an example keeps of itself, of each pixel [S, S, 1] and of its label, when it is mixed with its partner.
 
-    The partner of the example at j is at j XOR 1: they are neighbours, and so in one microbatch, on one device (if that
+    Mixup (Zhang 2018) or cutmix (Yun 2019), one of them for the whole batch. The partner of the example at j is at j XOR 1: they are neighbours, and so in one microbatch, on one device (if that
     has an even number) and in one BatchNorm group. Without a partner, the last example stays as it is.
     """
-    word = draw.words(key[None], 4)[0]
-    side, share = x.shape[1], draw.uniform(word[0], x.dtype)
+    word = draw.words(jax.random.fold_in(key, _BATCH)[None], 4)[0]
+    side, share = pre.image_size, draw.uniform(word[0], pre.float_dtype)
     ways: list[tuple[jax.Array, jax.Array]] = []
     if pre.mixup:
         ways.append(_mixup_shares(draw.beta_quantile(pre.mixup, share), side))
@@ -260,8 +272,7 @@ def mix(pre: Preprocess, x: jax.Array, targets: jax.Array, key: jax.Array) -> tu
         ways.append(_cutmix_shares(draw.beta_quantile(pre.cutmix, share), side, word[1:3]))
     first = draw.below(len(ways), word[3]) == 0
     pixels, label = (jnp.where(first, a, b) for a, b in zip(ways[0], ways[-1], strict=True))
-    x = pixels * x + (1 - pixels) * _partners(x)
-    return x, label * targets + (1 - label) * _partners(targets)
+    return pixels, label
 
 
 def _mixup_shares(lam: jax.Array, side: int) -> tuple[jax.Array, jax.Array]:

@@ -70,17 +70,19 @@ class Classifier:
         key: jax.Array | None = None,
         *,
         wrap: Callable[[LayerFn, str], LayerFn] | None = None,
+        layers: range | None = None,
     ) -> tuple[jax.Array, Tree]:
         """Logits [B, num_classes] of x [B, H, W, C], and the new running statistics (the old ones in evaluation).
 
         Args:
+          layers: only these, from the first one's input to the last one's output, as a pipeline stage does.
           key: for dropout and drop-path, needed in training where a rate is above 0; layer i uses `fold_in(key, i)`.
           wrap: `(layer's function, its name) -> function`, applied to each layer: rematerialization, gathering.
         """
         new_stats = {}
-        for index, layer in enumerate(self.layers):
+        for index in layers if layers is not None else range(len(self.layers)):
             name = layer_name(index)
-            function = layer_function(layer)
+            function = layer_function(self.layers[index])
             if wrap is not None:
                 function = wrap(function, name)
             layer_key = None if key is None else jax.random.fold_in(key, index)

@@ -18,6 +18,7 @@ from jaxtrain.parallel.mesh import batch_ways
 PyTree = Any
 _COLLECTIVE = re.compile(r"= .*? (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 _REDUCING = ("all-reduce", "reduce-scatter")
+_UPDATING = re.compile(r"(.*: )?(update|measure|judge|finish)")
 
 
 class AuditError(JaxtrainError):
@@ -34,24 +35,24 @@ class Audit:
 
 
 def audit(
-    layout: Layout, table: Mapping[str, list[Placement]], state: PyTree, programs: Mapping[str, jax.stages.Compiled]
+    layout: Layout, table: Mapping[str, list[Placement]], state: PyTree, step: Any
 ) -> Audit:
     """Raises `AuditError` with the setting's or the leaf's name; what cannot have an effect here becomes a note.
 
     table: `Layout.table(state)` and the gradient accumulator's placements under "gradients". state: the arrays.
-    programs: the compiled step (`jaxtrain.step.Step.programs`).
+    step: the compiled step (`jaxtrain.step.Step`, or the pipeline's).
     """
     trees = {f.name: jax.tree.leaves(getattr(state, f.name)) for f in dataclasses.fields(state)}
     held = {name: _check_tree(name, leaves, table[name]) for name, leaves in trees.items()}
-    after, _ = programs["update" if "update" in programs else "step"].output_shardings
+    programs, after = step.programs, step.after
     for name in trees:
         _check_shardings(layout, f"{name} after a step", getattr(after, name), table[name])
-    if "zeros" in programs:
-        _check_shardings(layout, "gradients", programs["zeros"].output_shardings.gradients, table["gradients"])
+    if step.accumulator is not None:
+        _check_shardings(layout, "gradients", step.accumulator, table["gradients"])
         held["gradients"] = bytes_per_device(table["gradients"])
-    collectives = {name: count_collectives(program.as_text() or "") for name, program in programs.items()}
-    every = sum(map(collections.Counter, collectives.values()), collections.Counter())
-    gradients = collectives["gradients" if "gradients" in collectives else "step"]
+    collectives = {name: collections.Counter(count_collectives(program.as_text() or "")) for name, program in programs.items()}
+    every = sum(collectives.values(), collections.Counter())
+    gradients = sum((found for name, found in collectives.items() if not _UPDATING.fullmatch(name)), collections.Counter())
     shape, zero, notes = layout.mesh.shape, layout.config.zero, []
 
     if batch_ways(layout.mesh) > 1 and not any(every[kind] for kind in _REDUCING):
@@ -75,7 +76,7 @@ def audit(
             notes.append(
                 f"layout.zero={zero} has nothing to shard: the optimizer keeps no state and there is no average."
             )
-        if zero >= 2 and "zeros" not in programs:
+        if zero >= 2 and step.accumulator is None:
             same = "it acts as zero=1" if zero == 2 else "the gradients stay whole for the moment before the update"
             notes.append(
                 f"layout.zero={zero} shards the gradient accumulator, and with microbatches=1 there is none: {same} "
@@ -110,5 +111,5 @@ def _check_tree(name: str, leaves: list[jax.Array], places: list[Placement]) -> 
 def _check_shardings(layout: Layout, name: str, shardings: PyTree, places: list[Placement]) -> None:
     """Where a compiled program leaves its results."""
     for sharding, place in zip(jax.tree.leaves(shardings), places, strict=True):
-        if not sharding.is_equivalent_to(layout.sharding(place.spec), len(place.shape)):
+        if not sharding.is_equivalent_to(layout.sharding(place.spec, place.stage), len(place.shape)):
             raise AuditError(f"{name}: {place.path} lies as {sharding}; the layout says {place.spec}.")

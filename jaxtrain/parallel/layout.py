@@ -9,11 +9,15 @@ shards (Rajbhandari 2020):
     1      data                   whole                  whole
     2      data                   data                   whole
     3      data                   data                   data
+
+With pipeline stages a leaf of a layer lives on the devices of that layer's stage alone; what belongs to no layer (the step,
+an optimizer's counts, the loss scale) lives on all of them.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import re
 from collections.abc import Mapping
@@ -26,7 +30,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain.config import LayoutConfig
 from jaxtrain.errors import ConfigError
-from jaxtrain.parallel.mesh import BATCH_AXES, batch_ways
+from jaxtrain.parallel.mesh import BATCH_AXES, batch_ways, stage_mesh
 
 PyTree = Any
 Rule = tuple[str, tuple[str | None, ...]]
@@ -43,7 +47,7 @@ class Placement:
     """Where one leaf lives: one row of the table.
 
     spec: the PartitionSpec at rest; compute_spec: while it is used in the forward and backward pass. stage: its coordinate
-    on the mesh axis `stage`. note: why a rule or ZeRO left it whole, or "".
+    on the mesh axis `stage`, or `None` for what every stage has. note: why a rule or ZeRO left it whole, or "".
     """
 
     path: str
@@ -53,17 +57,22 @@ class Placement:
     compute_spec: P
     bytes_total: int
     bytes_per_device: int
-    stage: int = 0
+    stage: int | None = 0
     note: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """A mesh and the rules that place leaves on it. `rules` are the user's, then the model's; the first match wins."""
+    """A mesh and the rules that place leaves on it.
+
+    rules: the user's, then the model's; the first match wins. slices: the layers ('layers_03', ...) of each slice of the
+    model; slice k lies on stage k % stages. Without stages, ().
+    """
 
     mesh: Mesh
     config: LayoutConfig
     rules: tuple[Rule, ...] = ()
+    slices: tuple[tuple[str, ...], ...] = ()
 
     # -------------------------------------------------------------------------------------------------- single leaves
 
@@ -76,7 +85,12 @@ class Layout:
             spec = self._with_data(path, compute, shape)
             if spec == compute and size >= LARGE_LEAF_BYTES:
                 note = f"no dim divides by data={self.mesh.shape['data']}: kept whole"
-        return Placement(path, shape, str(dtype), P(*spec), P(*compute), size, size // self._ways(spec), note=note)
+        return Placement(path, shape, str(dtype), P(*spec), P(*compute), size, size // self._ways(spec), self._stage(path), note)
+
+    def _stage(self, path: str) -> int | None:
+        if self.stages == 1:
+            return 0
+        return next((self.stage_of[name] for name in path.split("/") if name in self.stage_of), None)
 
     def _ways(self, spec: tuple[str | None, ...]) -> int:
         return math.prod(self.mesh.shape[axis] for axis in spec if axis)
@@ -161,17 +175,36 @@ class Layout:
         trees = {}
         for field in dataclasses.fields(state):
             structure = jax.tree.structure(getattr(state, field.name))
-            trees[field.name] = structure.unflatten([self.sharding(leaf.spec) for leaf in table[field.name]])
+            trees[field.name] = structure.unflatten([self.sharding(leaf.spec, leaf.stage) for leaf in table[field.name]])
         return dataclasses.replace(state, **trees)
 
-    def sharding(self, spec: P = P()) -> NamedSharding:
-        """A `NamedSharding` on this mesh; without a spec, replicated."""
-        return NamedSharding(self.mesh, spec)
+    def sharding(self, spec: P = P(), stage: int | None = None) -> NamedSharding:
+        """A `NamedSharding` on the devices of a stage, or on all; without a spec, replicated."""
+        return NamedSharding(self.mesh if stage is None else stage_mesh(self.mesh, stage), spec)
+
+    @functools.cached_property
+    def stage_of(self) -> dict[str, int]:
+        """The stage of each layer."""
+        return {name: k % self.stages for k, names in enumerate(self.slices) for name in names}
+
+    @property
+    def stages(self) -> int:
+        """How many pipeline stages there are."""
+        return self.mesh.shape["stage"]
+
+    def on_stage(self, stage: int) -> Layout:
+        """The layout of what lives on one stage: the same rules on its devices alone."""
+        return dataclasses.replace(self, mesh=stage_mesh(self.mesh, stage), slices=())
 
     @property
     def batch(self) -> NamedSharding:
         """For arrays [microbatches, examples, ...]: every microbatch is split over `replica` and `data`."""
         return self.sharding(P(None, BATCH_AXES))
+
+    @property
+    def images(self) -> NamedSharding:
+        """The same for images, which only the first stage needs."""
+        return self.sharding(P(None, BATCH_AXES), 0)
 
     @property
     def examples(self) -> NamedSharding:
@@ -205,5 +238,15 @@ def path_of(path: tuple[Any, ...]) -> str:
 
 
 def bytes_per_device(placements: list[Placement]) -> int:
-    """Bytes of one tree that every device holds."""
-    return sum(leaf.bytes_per_device for leaf in placements)
+    """Bytes of one tree that a device holds; of several stages, the one that holds most."""
+    return max(bytes_by_stage(placements).values(), default=0)
+
+
+def bytes_by_stage(placements: list[Placement]) -> dict[int, int]:
+    """Bytes of one tree that a device of each stage holds, what every stage has included."""
+    everywhere = sum(leaf.bytes_per_device for leaf in placements if leaf.stage is None)
+    stages = {leaf.stage for leaf in placements if leaf.stage is not None} or {0}
+    return {
+        stage: everywhere + sum(leaf.bytes_per_device for leaf in placements if leaf.stage == stage)
+        for stage in sorted(stages)
+    }

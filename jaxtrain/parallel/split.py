@@ -1,0 +1,218 @@
+"""Cuts a model's layers into the contiguous slices that pipeline stages hold, so that no stage waits long for another.
+
+Slice k of V = stages x chunks lies on stage k % stages. What a layer costs is measured on the layer itself: the floating
+point operations of its forward and backward pass as XLA counts them, the bytes that it must move at least, the bytes that
+it keeps for the backward pass, or, when asked, its time.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+import time
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+
+from jaxtrain.config import LayoutConfig
+from jaxtrain.errors import ConfigError
+
+PyTree = Any
+
+# How many operations an accelerator does in the time that it moves a byte (H100, bf16: 990 TFLOP/s, 3.35 TB/s).
+FLOPS_PER_BYTE = 300
+
+# Bytes that a stage keeps for a byte of parameters: itself, its gradient, and two moments.
+_STATE_FACTOR = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCost:
+    """What one layer costs for one microbatch on one device.
+
+    parameters: their number. flops: forward and backward. moved: bytes, at least: parameters, input and output, forward
+    and backward. kept: bytes for the backward pass. output: bytes of its output. seconds: measured, or 0.
+    """
+
+    name: str
+    parameters: int
+    parameter_bytes: int
+    flops: float
+    moved: int
+    kept: int
+    output: int
+    seconds: float = 0.0
+
+    @property
+    def cost(self) -> float:
+        """In operations: whichever takes longer, computing or moving (the roofline; Williams 2009)."""
+        return max(self.flops, float(self.moved) * FLOPS_PER_BYTE)
+
+
+@dataclasses.dataclass(frozen=True)
+class Split:
+    """Which layers each slice has. ends: the first layer behind each slice. costs: of every layer."""
+
+    stages: int
+    ends: tuple[int, ...]
+    costs: tuple[LayerCost, ...]
+
+    @property
+    def slices(self) -> tuple[range, ...]:
+        """The layers of each slice."""
+        return tuple(range(begin, end) for begin, end in zip((0, *self.ends), self.ends, strict=False))
+
+    @property
+    def stage_of(self) -> dict[str, int]:
+        """The stage of each layer, by its name."""
+        return {self.costs[i].name: k % self.stages for k, layers in enumerate(self.slices) for i in layers}
+
+    def describe(self) -> list[str]:
+        """A line for each stage, and one on how even they are."""
+        total, lines, shares = sum(c.seconds or c.cost for c in self.costs), [], []
+        for stage in range(self.stages):
+            own = [layers for k, layers in enumerate(self.slices) if k % self.stages == stage]
+            costs = [self.costs[i] for layers in own for i in layers]
+            names = ", ".join(f"{self.costs[s[0]].name}-{self.costs[s[-1]].name[-2:]}" for s in own)
+            shares.append(sum(c.seconds or c.cost for c in costs) / total)
+            handed = sum(self.costs[layers[-1]].output for layers in own if layers[-1] + 1 < len(self.costs))
+            lines.append(
+                f"stage {stage}: {names}, {sum(c.parameters for c in costs):,} parameters, "
+                f"{sum(c.flops for c in costs) / 1e9:.3g} GFLOP a microbatch and device, "
+                f"hands on {handed / 2**20:.3g} MiB, {shares[-1]:.0%} of the cost"
+            )
+        lines.append(f"imbalance: the dearest stage costs {max(shares) * self.stages:.2f} times the average")
+        return lines
+
+
+def check_counts(config: LayoutConfig, layers: int) -> None:
+    """Raises `ConfigError` for more slices than layers, or boundaries that are not between layers."""
+    slices = config.stages * config.chunks
+    if config.chunks > 1 and config.schedule != "interleaved_1f1b":
+        raise ConfigError(
+            f"config.layout.chunks={config.chunks}: only --config.layout.schedule=interleaved_1f1b has several a stage."
+        )
+    if slices > layers:
+        what = f"config.layout.stages={config.stages}"
+        what += f" x layout.chunks={config.chunks}" if config.chunks > 1 else ""
+        raise ConfigError(f"{what} makes {slices} slices, but the model has {layers} layers; use at most {layers}.")
+    if not config.boundaries:
+        return
+    if len(config.boundaries) != slices - 1:
+        raise ConfigError(
+            f"config.layout.boundaries={config.boundaries!r}: {slices} slices need {slices - 1} boundaries, the first layer of "
+            "each slice but the first."
+        )
+    if config.boundaries[0] < 1 or config.boundaries[-1] >= layers:
+        raise ConfigError(
+            f"config.layout.boundaries={config.boundaries!r}: must lie between 1 and {layers - 1}; the model has {layers} layers."
+        )
+
+
+def split(config: LayoutConfig, costs: Sequence[LayerCost], in_flight: Sequence[int]) -> Split:
+    """Cuts the layers as `config` says: by hand, or such that the dearest slice costs as little as it can.
+
+    in_flight: for each stage, how many microbatches it keeps at once; for `balance="memory"`.
+    """
+    check_counts(config, len(costs))
+    if config.boundaries:
+        return Split(config.stages, (*config.boundaries, len(costs)), tuple(costs))
+
+    def cost(k: int, layers: range) -> float:
+        own = [costs[i] for i in layers]
+        if config.balance == "time":
+            return sum(c.seconds for c in own)
+        if config.balance == "memory":
+            kept = sum(c.kept for c in own) * in_flight[k % config.stages]
+            return float(sum(c.parameter_bytes for c in own) * _STATE_FACTOR + kept)
+        return sum(c.cost for c in own)
+
+    return Split(config.stages, partition(len(costs), config.stages * config.chunks, cost), tuple(costs))
+
+
+def partition(layers: int, slices: int, cost: Callable[[int, range], float]) -> tuple[int, ...]:
+    """The ends of `slices` contiguous, non-empty slices of `layers` whose dearest is cheapest; then the most even ones.
+
+    cost: of the layers as slice k. Dynamic programming over (slice, end), O(slices x layers^2).
+    """
+
+    @functools.cache
+    def best(k: int, end: int) -> tuple[float, float, tuple[int, ...]]:
+        """The dearest slice, the sum of squares, and the ends, of slices 0..k over the layers before `end`."""
+        if k == 0:
+            first = cost(0, range(end))
+            return first, first**2, (end,)
+        found = []
+        for begin in range(k, end):
+            dearest, squares, ends = best(k - 1, begin)
+            own = cost(k, range(begin, end))
+            found.append((max(dearest, own), squares + own**2, (*ends, end)))
+        return min(found)
+
+    return best(slices - 1, layers)[2]
+
+
+# ------------------------------------------------------------------------------------------------------------ measuring
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerCall:
+    """One layer as a function `(params, x) -> y` with the shapes of its arguments. key: equal for layers that cost the same."""
+
+    name: str
+    function: Callable[[PyTree, jax.Array], jax.Array]
+    params: PyTree
+    x: jax.ShapeDtypeStruct
+    key: Hashable
+
+
+def measure(calls: Sequence[LayerCall], *, timed: bool) -> list[LayerCost]:
+    """The cost of each layer. Lowers each kind of layer once; with `timed` also compiles and runs it, on process 0."""
+    known: dict[Hashable, LayerCost] = {}
+    for call in calls:
+        if call.key not in known:
+            known[call.key] = _measure(call, timed=timed)
+    costs = [dataclasses.replace(known[call.key], name=call.name) for call in calls]
+    if timed and jax.process_count() > 1:
+        seconds = multihost_utils.broadcast_one_to_all(np.array([c.seconds for c in costs]))
+        costs = [dataclasses.replace(c, seconds=float(s)) for c, s in zip(costs, seconds, strict=True)]
+    return costs
+
+
+def _measure(call: LayerCall, *, timed: bool) -> LayerCost:
+    def both(params: PyTree, x: jax.Array) -> PyTree:
+        y, pullback = jax.vjp(call.function, params, x)
+        return y, pullback(jnp.ones_like(y))
+
+    # Counted before XLA optimizes: on a CPU a convolution becomes a call whose operations are not counted.
+    analysis: Any = jax.jit(both).lower(call.params, call.x).cost_analysis()
+    flops = float((analysis or {}).get("flops", 0.0))
+    y = jax.eval_shape(call.function, call.params, call.x)
+    residuals = jax.eval_shape(lambda params, x: jax.vjp(call.function, params, x)[1], call.params, call.x)
+    weights, leaves = _nbytes(call.params), jax.tree.leaves(call.params)
+    moved = 3 * (weights + _nbytes(call.x) + _nbytes(y))
+    kept = max(_nbytes(residuals) - weights, 0)
+    seconds = _seconds(jax.jit(both), call) if timed and jax.process_index() == 0 else 0.0
+    count = sum(math.prod(leaf.shape) for leaf in leaves)
+    return LayerCost(call.name, count, weights, flops, moved, kept, _nbytes(y), seconds)
+
+
+def _nbytes(tree: PyTree) -> int:
+    return sum(math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def _seconds(program: Any, call: LayerCall, repeats: int = 5) -> float:
+    """The fastest of a few runs on one device: the time that other work on the machine disturbed least."""
+    filled = jax.tree.map(lambda s: jnp.full(s.shape, 0.01, s.dtype), (call.params, call.x))
+    jax.block_until_ready(program(*filled))
+    times = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        jax.block_until_ready(program(*filled))
+        times.append(time.perf_counter() - began)
+    return min(times)

@@ -1,0 +1,776 @@
+"""The step and the evaluation of a model in pipeline stages: ordinary programs, each on its stage's devices, run by a schedule.
+
+A stage's forward program returns what its backward program needs, so that nothing is computed twice. What crosses from one
+to the other holds no parameter, neither whole nor cast: a microbatch in flight costs its activations alone.
+
+The host only dispatches. On a CPU each stage has a dispatching thread of its own, since XLA:CPU runs a program of several
+devices in the thread that calls it; on an accelerator one thread dispatches everything in the schedule's total order.
+"""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.extend.core import Literal, jaxpr_as_fun
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtrain.data.augment import eval_inputs, train_images, train_targets
+from jaxtrain.evaluator import IN_FLIGHT, EvalBatch, EvalResult, EvalSums, add_to_sums, summarize, zero_sums_of
+from jaxtrain.models.layers import Context
+from jaxtrain.optim import global_norm
+from jaxtrain.parallel import schedule as schedules
+from jaxtrain.parallel.layout import Layout
+from jaxtrain.parallel.schedule import Op, Schedule
+from jaxtrain.precision import scale_factor
+from jaxtrain.state import AUGMENT, DROPOUT, TrainState, role_key
+from jaxtrain.step import Metrics, Sums, Verdict, advance, judge, like_params, metrics_of, unscaled, zero_sums
+from jaxtrain.task import Batch, Resident, Task, select_from, wrapper
+
+PyTree = Any
+
+
+# ------------------------------------------------------------------------------------------------- arrays of one stage
+
+
+def view(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """What every stage has, as one stage sees it: the same buffers, on its devices alone."""
+    devices = sharding.device_set
+    shards = [shard.data for shard in array.addressable_shards if shard.device in devices]
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards, dtype=array.dtype)
+
+
+def join(arrays: Sequence[jax.Array], shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
+    """One array over all stages from each stage's part of it; no copy."""
+    shards = [shard.data for array in arrays for shard in array.addressable_shards]
+    return jax.make_array_from_single_device_arrays(shape, sharding, shards, dtype=arrays[0].dtype)
+
+
+def move(array: jax.Array, sharding: NamedSharding) -> jax.Array:
+    """`array` on another stage's devices, where both stages touch the same processes: each shard to its counterpart."""
+    if array.is_fully_addressable:
+        return jax.device_put(array, sharding)
+    source, target = (s.mesh.devices.ravel().tolist() for s in (array.sharding, sharding))
+    counterpart = dict(zip(source, target, strict=True))
+    shards = array.addressable_shards
+    moved = jax.device_put([shard.data for shard in shards], [counterpart[shard.device] for shard in shards])
+    return jax.make_array_from_single_device_arrays(array.shape, sharding, moved)
+
+
+def on_layers(tree: PyTree, names: Iterable[str], every: frozenset[str]) -> PyTree:
+    """The part of `tree` that belongs to the layers `names`: each dict that is keyed by layers (`every`) is cut."""
+    wanted = set(names)
+
+    def is_by_layer(node: Any) -> bool:
+        return isinstance(node, dict) and bool(node) and every.issuperset(node)
+
+    def cut(node: Any) -> Any:
+        return {name: part for name, part in node.items() if name in wanted} if is_by_layer(node) else node
+
+    return jax.tree.map(cut, tree, is_leaf=is_by_layer)
+
+
+# ------------------------------------------------------------------------------------------------------ one slice's work
+
+
+@dataclasses.dataclass(frozen=True)
+class Slice:
+    """Slice `index` of the model: its layers, by number and by name, its stage, and whether it is the first or the last."""
+
+    index: int
+    stage: int
+    layers: range
+    names: tuple[str, ...]
+    first: bool
+    last: bool
+
+
+def slices_of(layout: Layout) -> list[Slice]:
+    """The model's slices, in the model's order."""
+    count, begin, found = len(layout.slices), 0, []
+    for k, names in enumerate(layout.slices):
+        layers = range(begin, begin := begin + len(names))
+        found.append(Slice(k, k % layout.stages, layers, names, k == 0, k == count - 1))
+    return found
+
+
+def forward(
+    task: Task, layout: Layout, part: Slice, params: PyTree, batch_stats: PyTree, x: Any, given: Mapping[str, Any]
+) -> tuple[jax.Array, tuple[PyTree, Any]]:
+    """The activation that a slice hands on, or the last one's scaled loss; with the new statistics and (loss, correct).
+
+    x: the activation of the slice before; unused by the first, which makes its input from the images in `given`.
+    given: `step`, `index` (the microbatch); for the first and the last slice `rows`, `images`, `labels` and the like.
+    layout: of the stage.
+    """
+    parts, step, index = layout.config.microbatches, given["step"], given["index"]
+    key = jax.random.fold_in(role_key(task.seed, AUGMENT), step)
+    if part.first:
+        images = select_from(given["images"], given["rows"], given["resident_images"], index, layout)
+        size = images.shape[0]
+    else:
+        size = x.shape[0]
+    # A random number belongs to an example of the global batch, whichever microbatch, stage or device it is on.
+    example = index * size + jnp.arange(size, dtype=jnp.int32)
+    if part.first:
+        x = train_images(task.preprocess, images, example, key)
+    context = Context(example=example, train=True, bn_groups=max(task.bn_groups // parts, 1))
+    dropout = jax.random.fold_in(role_key(task.seed, DROPOUT), step)
+    wrap = wrapper(layout, params, task.remat, gathered=True)
+    y, new_stats = task.model.apply(params, batch_stats, x, context, dropout, wrap=wrap, layers=part.layers)
+    new_stats = jax.tree.map(lambda s: s / parts, new_stats)
+    if not part.last:
+        return jax.lax.with_sharding_constraint(y, layout.examples), (new_stats, ())
+    labels = select_from(given["labels"], given["rows"], given["resident_labels"], index, layout)
+    loss = jnp.sum(task.loss(y, train_targets(task.preprocess, labels, key))) / (size * parts)
+    correct = jnp.sum(jnp.argmax(y, -1) == labels)
+    return loss * scale_factor(given["loss_scale"], loss.dtype), (new_stats, (loss, correct.astype(loss.dtype)))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pullback:
+    """The forward and the backward function of one slice, made from one trace of `jax.vjp`.
+
+    Of the closure's leaves, what is an argument or the output of the forward function is not returned again (it would be
+    copied), and what depends on the parameters alone (a cast, a reshape) is computed again: only the rest is `kept`.
+
+    sources: for each leaf of the closure ("kept", i), ("argument", i), ("output", 0) or ("weights", i).
+    """
+
+    jaxpr: Any
+    traced: Callable[..., list[Any]]
+    outputs: Any
+    closure: Any
+    sources: tuple[tuple[str, int], ...]
+
+    @classmethod
+    def trace(cls, function: Callable[..., tuple[Any, Any, Any]], *arguments: Any) -> Pullback:
+        """function: of (params, *more), returns (output, aux, `jax.vjp`'s closure). arguments: shapes with shardings."""
+        closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
+        jaxpr, (output, aux, closure) = closed.jaxpr, shapes
+        weights = {*jaxpr.invars[: len(jax.tree.leaves(arguments[0]))], *jaxpr.constvars}
+        for equation in jaxpr.eqns:
+            inputs = [v for v in equation.invars if not isinstance(v, Literal)]
+            if all(v in weights for v in inputs) and not equation.effects:
+                weights.update(equation.outvars)
+        leaves, structure = jax.tree.flatten(closure)
+        first = len(jaxpr.outvars) - len(leaves)
+        sources, kept = [], {}
+        for number, variable in enumerate(jaxpr.outvars[first:], first):
+            if isinstance(variable, Literal):
+                sources.append(("weights", number))
+            elif variable in jaxpr.invars:
+                sources.append(("argument", jaxpr.invars.index(variable)))
+            elif variable is jaxpr.outvars[0]:
+                sources.append(("output", 0))
+            elif variable in weights:
+                sources.append(("weights", number))
+            else:
+                kept.setdefault(variable, number)
+                sources.append(("kept", list(kept).index(variable)))
+        return cls(jaxpr, jaxpr_as_fun(closed), jax.tree.structure((output, aux)), structure, tuple(sources))
+
+    def forward(self, *arguments: Any) -> tuple[Any, Any, tuple[Any, ...]]:
+        """(output, aux, kept)."""
+        found = self.traced(*jax.tree.leaves(arguments))
+        first = len(found) - len(self.sources)
+        kept: dict[int, Any] = {}
+        for (kind, i), leaf in zip(self.sources, found[first:], strict=True):
+            if kind == "kept":
+                kept[i] = leaf
+        output, aux = jax.tree.unflatten(self.outputs, found[:first])
+        return output, aux, tuple(kept[i] for i in range(len(kept)))
+
+    def backward(self, cotangent: Any, kept: Sequence[Any], output: Any, *arguments: Any) -> tuple[Any, ...]:
+        """The cotangents of what the closure was made for. arguments: as `forward`'s."""
+        flat = jax.tree.leaves(arguments)
+        again = []
+        if any(kind == "weights" for kind, _ in self.sources):
+            again = self.traced(*flat)  # XLA drops all that these few do not need
+        find = {
+            "kept": lambda i: kept[i],
+            "argument": lambda i: flat[i],
+            "output": lambda _: output,
+            "weights": lambda i: again[i],
+        }
+        return jax.tree.unflatten(self.closure, [find[kind](i) for kind, i in self.sources])(cotangent)
+
+
+# -------------------------------------------------------------------------------------------------------- the programs
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceStep:
+    """The compiled programs of one slice. prepare: `None` where parameters are used as they rest. sums: shapes."""
+
+    part: Slice
+    prepare: Any
+    zeros: Any
+    forward: Any
+    backward: Any
+    sums: Sums
+
+
+@dataclasses.dataclass(frozen=True)
+class StageStep:
+    """The compiled programs of one stage's update. indices: which leaves of the state it has, in its order."""
+
+    stage: int
+    indices: tuple[int, ...]
+    structure: Any
+    measure: Any
+    update: Any
+
+
+def _shapes(tree: PyTree) -> PyTree:
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
+
+
+def _outputs(program: Any, shapes: PyTree) -> PyTree:
+    """`shapes` where the compiled `program` leaves them."""
+    placed = jax.tree.leaves(program.output_shardings)
+    leaves, structure = jax.tree.flatten(shapes)
+    both = zip(leaves, placed, strict=True)
+    return structure.unflatten([jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where) for s, where in both])
+
+
+def _on_stage(tree: PyTree, layout: Layout, stage: int) -> PyTree:
+    """Shapes of what every stage has, on one stage."""
+
+    def placed(leaf: Any) -> Any:
+        where = leaf.sharding
+        if where.mesh == layout.mesh:
+            where = layout.sharding(where.spec, stage)
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+
+    return jax.tree.map(placed, tree)
+
+
+def _given(part: Slice, state: TrainState, batch: Batch, resident: Resident, index: Any) -> dict[str, Any]:
+    """What the forward function of a slice gets beside parameters and activations."""
+    given: dict[str, Any] = {"step": state.step, "index": index}
+    if part.first or part.last:
+        given["rows"] = batch.rows
+    if part.first:
+        given |= {"images": batch.images, "resident_images": resident.images}
+    if part.last:
+        labels = {"labels": batch.labels, "resident_labels": resident.labels}
+        given |= labels | {"loss_scale": state.loss_scale}
+    return given
+
+
+def _cast_types(pullback: Pullback, params: PyTree) -> PyTree:
+    """For each parameter the narrower type that all of its uses cast it to, or its own."""
+    jaxpr = pullback.jaxpr
+    types = []
+    for variable, leaf in zip(jaxpr.invars, jax.tree.leaves(params), strict=False):
+        uses = [equation for equation in jaxpr.eqns if variable in equation.invars]
+        wanted = {e.params["new_dtype"] if e.primitive.name == "convert_element_type" else None for e in uses}
+        only = wanted.pop() if len(wanted) == 1 and variable not in jaxpr.outvars else None
+        types.append(only if only is not None and only.itemsize < leaf.dtype.itemsize else leaf.dtype)
+    return jax.tree.unflatten(jax.tree.structure(params), types)
+
+
+def _compile_slice(
+    task: Task, layout: Layout, part: Slice, state: TrainState, x: Any, given: dict[str, Any]
+) -> tuple[SliceStep, dict[str, Any]]:
+    """state: shapes of the stage's part. x: the incoming activation's. Also returns the programs by name."""
+    lay = layout.on_stage(part.stage)
+    params = {name: state.params[name] for name in part.names if name in state.params}
+    stats = {name: state.batch_stats[name] for name in part.names if name in state.batch_stats}
+
+    def traced(params: PyTree, stats: PyTree, x: Any, given: Any) -> tuple[Any, Any, Any]:
+        def function(params: PyTree, x: Any) -> tuple[Any, Any]:
+            return forward(task, lay, part, params, stats, x, given)
+
+        if part.first:
+            output, closure, aux = jax.vjp(lambda params: function(params, ()), params, has_aux=True)
+        else:
+            output, closure, aux = jax.vjp(function, params, x, has_aux=True)
+        return output, aux, closure
+
+    pullback = Pullback.trace(traced, params, stats, x, given)
+    types = _cast_types(pullback, params)
+    whole = like_params(lay, "computing", params)
+    prepare, used = None, params
+    casts = any(t != leaf.dtype for t, leaf in zip(jax.tree.leaves(types), jax.tree.leaves(params), strict=True))
+    gathers = lay.config.zero == 3 and lay.mesh.shape["data"] > 1
+    if casts or gathers:
+
+        def ready(params: PyTree) -> PyTree:
+            return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, types)
+
+        prepare = jax.jit(ready, out_shardings=whole).lower(params).compile()
+        used = _outputs(prepare, jax.eval_shape(ready, params))
+        pullback = Pullback.trace(traced, used, stats, x, given)
+
+    shapes = jax.eval_shape(pullback.forward, used, stats, x, given)
+    aux_shardings = jax.tree.map(lambda _: lay.sharding(), shapes[1])
+    output_sharding = lay.sharding() if part.last else lay.examples
+    ran = jax.jit(pullback.forward, out_shardings=(output_sharding, aux_shardings, None))
+    run = ran.lower(used, stats, x, given).compile()
+    output, aux, kept = _outputs(run, shapes)
+
+    gradient_shardings = like_params(lay, "gradients", params)
+    zero = functools.partial(zero_sums, params, stats)
+    sums_shapes = jax.eval_shape(zero)
+    sums_shardings = dataclasses.replace(
+        jax.tree.map(lambda _: lay.sharding(), sums_shapes), gradients=gradient_shardings
+    )
+    zeros = jax.jit(zero, out_shardings=sums_shardings).lower().compile()
+
+    def backward(
+        sums: Sums, cotangent: Any, kept: Any, output: Any, aux: Any, params: PyTree, stats: PyTree, x: Any, given: Any
+    ) -> tuple[Sums, Any]:
+        if part.last:
+            cotangent = jnp.ones(output.shape, output.dtype)
+        found = pullback.backward(cotangent, kept, output, params, stats, x, given)
+        gradients = jax.lax.with_sharding_constraint(found[0], whole)
+        gradients = jax.lax.with_sharding_constraint(gradients, gradient_shardings)
+        new_stats, numbers = aux
+        loss, correct = numbers or (jnp.zeros_like(sums.loss), jnp.zeros_like(sums.correct))
+        new = Sums(gradients, new_stats, loss, correct)
+        total = jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, new)
+        return total, (() if part.first else found[1])
+
+    back = jax.jit(
+        backward, out_shardings=(sums_shardings, () if part.first else lay.examples), donate_argnums=0
+    )
+    sums = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), sums_shapes, sums_shardings)
+    cotangent = () if part.last else output
+    backed = back.lower(sums, cotangent, kept, output, aux, used, stats, x, given).compile()
+    programs = {"zeros": zeros, "forward": run, "backward": backed} | ({"prepare": prepare} if prepare else {})
+    step = SliceStep(part, prepare, zeros, run, backed, sums)
+    return step, {f"slice {part.index}: {name}": program for name, program in programs.items()}
+
+
+def _compile_stage(
+    task: Task, layout: Layout, stage: int, indices: PyTree, state: TrainState, verdict: Verdict, sums: tuple[Sums, ...]
+) -> tuple[StageStep, dict[str, Any]]:
+    """state: shapes of the stage's part; indices: where its leaves are in the whole state. sums: of each of its slices."""
+    lay = layout.on_stage(stage)
+    updating = like_params(lay, "opt_state", state.params)
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+
+    def merged(sums: tuple[Sums, ...]) -> tuple[PyTree, PyTree]:
+        """Gradients and statistics of all of the stage's slices."""
+        gradients, batch_stats = {}, {}
+        for part in sums:
+            gradients |= part.gradients
+            batch_stats |= part.batch_stats
+        return gradients, batch_stats
+
+    def measure(state: TrainState, sums: tuple[Sums, ...]) -> jax.Array:
+        """[1, 4]: this stage's part of the loss, the correct answers, and the squared norms of gradients and parameters."""
+        gradients = unscaled(state.loss_scale, merged(sums)[0], updating)
+        params = jax.lax.with_sharding_constraint(state.params, updating)
+        norms = [jnp.square(global_norm(tree)) if jax.tree.leaves(tree) else 0.0 for tree in (gradients, params)]
+        loss, correct = sum(part.loss for part in sums), sum(part.correct for part in sums)
+        return jnp.stack([jnp.asarray(x, sums[0].loss.dtype) for x in (loss, correct, *norms)])[None]
+
+    def update(state: TrainState, sums: tuple[Sums, ...], verdict: Verdict) -> tuple[TrainState, jax.Array]:
+        gradients, batch_stats = merged(sums)
+        gradients = unscaled(state.loss_scale, gradients, updating)
+        after, updates = advance(task, shardings, updating, state, gradients, batch_stats, verdict)
+        norm = jnp.square(global_norm(updates)) if jax.tree.leaves(updates) else jnp.zeros((), sums[0].loss.dtype)
+        return after, norm.astype(sums[0].loss.dtype)[None]
+
+    measured = jax.jit(measure, out_shardings=lay.sharding()).lower(state, sums).compile()
+    updated = jax.jit(update, out_shardings=(shardings, lay.sharding()), donate_argnums=0)
+    updated = updated.lower(state, sums, verdict).compile()
+    own = StageStep(stage, tuple(jax.tree.leaves(indices)), jax.tree.structure(state), measured, updated)
+    return own, {f"stage {stage}: measure": measured, f"stage {stage}: update": updated}
+
+
+# ------------------------------------------------------------------------------------------------------------- the step
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineStep:
+    """`jaxtrain.step.Step` for several stages: same call, same fields."""
+
+    programs: Mapping[str, Any]
+    after: TrainState
+    accumulator: PyTree
+    layout: Layout
+    schedule: Schedule
+    slices: tuple[SliceStep, ...]
+    stages: tuple[StageStep, ...]
+    judge: Any
+    finish: Any
+    microbatches: tuple[tuple[jax.Array, ...], ...]
+    lanes: Lanes
+
+    def __call__(self, state: TrainState, batch: Batch, resident: Resident) -> tuple[TrainState, Metrics]:
+        """Donates `state`. Asynchronous: the metrics are not there until they are read."""
+        leaves, structure = jax.tree.flatten(state)
+        parts = [self._part(stage, leaves) for stage in self.stages]
+        flight = _Flight(self, parts, batch, resident)
+        measured = self.lanes.run(flight, self.schedule)
+        everywhere = self.layout.sharding(P("stage"))
+        numbers = join(measured, (self.layout.stages, 4), everywhere)
+        verdict, metrics = self.judge(state.step, state.loss_scale, batch.step, numbers)
+        jobs = [functools.partial(self._update, flight, stage, verdict) for stage in self.stages]
+        done = self.lanes.each(jobs)
+        norms = join([norm for _, norm in done], (self.layout.stages,), everywhere)
+        new: list[Any] = list(leaves)
+        shared = collections.defaultdict(list)
+        for stage, (part, _) in zip(self.stages, done, strict=True):
+            for i, leaf in zip(stage.indices, jax.tree.leaves(part), strict=True):
+                shared[i].append(leaf)
+        for i, found in shared.items():
+            old = leaves[i]
+            new[i] = found[0] if len(found) == 1 else join(found, old.shape, old.sharding)
+        return structure.unflatten(new), metrics | {"update_norm": self.finish(norms)}
+
+    def _part(self, stage: StageStep, leaves: Sequence[jax.Array]) -> TrainState:
+        own = [leaves[i] for i in stage.indices]
+        return stage.structure.unflatten(_on_its_stage(self.layout, stage.stage, own))
+
+    def _update(self, flight: _Flight, stage: StageStep, verdict: Verdict) -> tuple[TrainState, jax.Array]:
+        mine = _on_its_stage(self.layout, stage.stage, verdict)
+        return stage.update(flight.parts[stage.stage], flight.sums_of(stage.stage), mine)
+
+
+def _on_its_stage(layout: Layout, stage: int, tree: PyTree) -> PyTree:
+    """Arrays that every stage has, as `stage` sees them; others as they are."""
+
+    def seen(leaf: jax.Array) -> jax.Array:
+        where: Any = leaf.sharding
+        return view(leaf, layout.sharding(where.spec, stage)) if where.mesh == layout.mesh else leaf
+
+    return jax.tree.map(seen, tree)
+
+
+class _Flight:
+    """One step on its way: what each slice holds, and what waits to be fetched.
+
+    Only its own stage's thread touches what a slice holds; activations and cotangents pass as futures.
+    """
+
+    def __init__(self, step: PipelineStep, parts: Sequence[TrainState], batch: Batch, resident: Resident):
+        self._step, self.parts = step, parts
+        self._data = {part.part.stage: (batch, resident) for part in step.slices if part.part.first or part.part.last}
+        self._params: dict[int, PyTree] = {}
+        self._stats: dict[int, PyTree] = {}
+        self._given: dict[int, dict[str, Any]] = {}
+        self._sums: dict[int, Sums] = {}
+        self._kept: dict[tuple[int, int], tuple[Any, ...]] = {}
+        self._sent = {op: concurrent.futures.Future() for ops in step.schedule.ops for op in ops}
+        self.events: list[tuple[Op, int, float, float]] = []
+
+    def begin(self, stage: int) -> None:
+        """Makes the parameters of a stage ready, and its accumulators zero."""
+        state = self.parts[stage]
+        data = (Batch(()), Resident())
+        if stage in self._data:
+            data = _on_its_stage(self._step.layout, stage, self._data[stage])
+        for each in self._step.slices:
+            part, k = each.part, each.part.index
+            if part.stage != stage:
+                continue
+            params = {name: state.params[name] for name in part.names if name in state.params}
+            self._params[k] = each.prepare(params) if each.prepare else params
+            self._stats[k] = {name: state.batch_stats[name] for name in part.names if name in state.batch_stats}
+            self._given[k] = _given(part, state, *data, ())
+            self._sums[k] = each.zeros()
+
+    def do(self, op: Op) -> None:
+        """Dispatches one operation, once what it needs has been dispatched."""
+        each = self._step.slices[op.chunk]
+        part, k = each.part, op.chunk
+        given = self._given[k] | {"index": self._step.microbatches[part.stage][op.microbatch]}
+        if op.kind == "F":
+            x = () if part.first else self._receive(Op("F", k - 1, op.microbatch))
+            output, aux, kept = each.forward(self._params[k], self._stats[k], x, given)
+            self._kept[k, op.microbatch] = (kept, output, aux, x)
+            self._send(op, output, k + 1)
+        else:
+            cotangent = () if part.last else self._receive(Op("B", k + 1, op.microbatch))
+            kept, output, aux, x = self._kept.pop((k, op.microbatch))
+            self._sums[k], cotangent = each.backward(
+                self._sums[k], cotangent, kept, output, aux, self._params[k], self._stats[k], x, given
+            )
+            self._send(op, cotangent, k - 1)
+
+    def _receive(self, op: Op) -> jax.Array:
+        array = self._sent[op].result()
+        del self._sent[op]
+        return array
+
+    def _send(self, op: Op, array: Any, to: int) -> None:
+        if 0 <= to < len(self._step.slices):
+            where = self._step.layout.sharding(self._step.layout.examples.spec, self._step.slices[to].part.stage)
+            self._sent[op].set_result(move(array, where))
+
+    def end(self, stage: int) -> jax.Array:
+        """What the update needs to know of a stage."""
+        return self._step.stages[stage].measure(self.parts[stage], self.sums_of(stage))
+
+    def sums_of(self, stage: int) -> tuple[Sums, ...]:
+        """The accumulators of a stage's slices."""
+        return tuple(self._sums[each.part.index] for each in self._step.slices if each.part.stage == stage)
+
+    def fail(self, error: BaseException) -> None:
+        """Tells whoever still waits for a message."""
+        for future in list(self._sent.values()):
+            with contextlib.suppress(concurrent.futures.InvalidStateError):
+                future.set_exception(error)
+
+
+class Lanes:
+    """Who dispatches: a thread for each stage, or, with `threads=False`, the caller."""
+
+    def __init__(self, stages: int, *, threads: bool):
+        self._threads = [
+            concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"stage {stage}") for stage in range(stages)
+        ] if threads else []
+
+    def run(self, flight: _Flight, schedule: Schedule) -> list[jax.Array]:
+        """Runs a schedule from its first operation to each stage's measurement."""
+        if not self._threads:
+            for stage in range(schedule.stages):
+                flight.begin(stage)
+            for op in schedules.total_order(schedule):
+                flight.do(op)
+            return [flight.end(stage) for stage in range(schedule.stages)]
+
+        def work(stage: int) -> jax.Array:
+            try:
+                flight.begin(stage)
+                for op in schedule.ops[stage]:
+                    flight.do(op)
+                return flight.end(stage)
+            except BaseException as error:
+                flight.fail(error)
+                raise
+
+        return self.each([functools.partial(work, stage) for stage in range(schedule.stages)])
+
+    def each(self, jobs: Sequence[Callable[[], Any]]) -> list[Any]:
+        """Runs job s as stage s, all at once; returns what they return, in their order."""
+        if not self._threads:
+            return [job() for job in jobs]
+        futures = [lane.submit(job) for lane, job in zip(self._threads, jobs, strict=True)]
+        return [future.result() for future in futures]
+
+    def submit(self, stage: int, job: Callable[..., Any], *arguments: Any) -> concurrent.futures.Future[Any]:
+        """Queues `job` behind what stage `stage` does already."""
+        if self._threads:
+            return self._threads[stage].submit(job, *arguments)
+        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        future.set_result(job(*arguments))
+        return future
+
+
+def make_lanes(layout: Layout) -> Lanes:
+    """Threads on a CPU, none on an accelerator."""
+    return Lanes(layout.stages, threads=layout.mesh.devices.flat[0].platform == "cpu")
+
+
+def make_pipeline(task: Task, layout: Layout, state: TrainState, batch: Batch, resident: Resident) -> PipelineStep:
+    """Compiles all stages' programs, in parallel; `state`, `batch` and `resident` as for `jaxtrain.step.make_step`."""
+    config, stages = layout.config, range(layout.stages)
+    schedule = schedules.make(config.schedule, config.stages, config.microbatches, config.chunks)
+    slices, every = slices_of(layout), frozenset(layout.stage_of)
+    state, data = _shapes(state), _shapes((batch, resident))
+    leaves, structure = jax.tree.flatten(state)
+    numbered = structure.unflatten(range(len(leaves)))
+    names = [[name for part in slices if part.stage == s for name in part.names] for s in stages]
+    indices = [on_layers(numbered, names[s], every) for s in stages]
+    parts = [_on_stage(on_layers(state, names[s], every), layout, s) for s in stages]
+    numbers = tuple(
+        tuple(jax.device_put(np.int32(i), layout.sharding(P(), s)) for i in range(config.microbatches)) for s in stages
+    )
+
+    def given(part: Slice) -> dict[str, Any]:
+        return _given(part, parts[part.stage], *_on_stage(data, layout, part.stage), _shapes(numbers[part.stage][0]))
+
+    inputs = activations(task, layout, slices, parts, given)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        compiled = list(
+            pool.map(lambda p: _compile_slice(task, layout, p, parts[p.stage], inputs[p.index], given(p)), slices)
+        )
+        steps = tuple(step for step, _ in compiled)
+        dtype = steps[0].sums.loss.dtype
+        everywhere = layout.sharding()
+        four = jax.ShapeDtypeStruct((layout.stages, 4), dtype, sharding=layout.sharding(P("stage")))
+        judging = jax.jit(functools.partial(_judge, task), out_shardings=everywhere)
+        judged = judging.lower(state.step, state.loss_scale, data[0].step, four).compile()
+        verdict, _ = _outputs(judged, jax.eval_shape(functools.partial(_judge, task), state.step, state.loss_scale, data[0].step, four))
+        stage_work = [
+            (s, indices[s], parts[s], _on_stage(verdict, layout, s), tuple(e.sums for e in steps if e.part.stage == s))
+            for s in stages
+        ]
+        updates = list(pool.map(lambda work: _compile_stage(task, layout, *work), stage_work))
+    norms = jax.ShapeDtypeStruct((layout.stages,), dtype, sharding=layout.sharding(P("stage")))
+    finish = jax.jit(lambda squares: jnp.sqrt(jnp.sum(squares)), out_shardings=everywhere).lower(norms).compile()
+    programs = {"judge": judged, "finish": finish}
+    for _, more in (*compiled, *updates):
+        programs |= more
+    own = tuple(step for step, _ in updates)
+    return PipelineStep(
+        programs=programs,
+        after=_merged(layout, structure, len(leaves), own),
+        accumulator={name: where for each in steps for name, where in each.zeros.output_shardings.gradients.items()},
+        layout=layout,
+        schedule=schedule,
+        slices=steps,
+        stages=own,
+        judge=judged,
+        finish=finish,
+        microbatches=numbers,
+        lanes=make_lanes(layout),
+    )
+
+
+def _merged(layout: Layout, structure: Any, count: int, stages: Sequence[StageStep]) -> PyTree:
+    """Where the updates leave each leaf of the whole state."""
+    found: list[Any] = [None] * count
+    for stage in stages:
+        for i, where in zip(stage.indices, jax.tree.leaves(stage.update.output_shardings[0]), strict=True):
+            found[i] = where if found[i] is None else layout.sharding(where.spec)
+    return structure.unflatten(found)
+
+
+def _judge(
+    task: Task, step: jax.Array, loss_scale: PyTree, batch_step: jax.Array, numbers: jax.Array
+) -> tuple[Verdict, Metrics]:
+    loss, correct, gradients, params = jnp.sum(numbers, 0)
+    verdict = judge(step, loss_scale, batch_step, loss, jnp.sqrt(gradients))
+    norms = (verdict.norm, jnp.sqrt(params), jnp.zeros((), numbers.dtype))
+    return verdict, metrics_of(task, step, loss_scale, verdict, loss, correct, *norms)
+
+
+def activations(
+    task: Task, layout: Layout, slices: Sequence[Slice], parts: Sequence[TrainState], given: Callable[[Slice], Any]
+) -> list[Any]:
+    """The shape of what comes into each slice: () for the first, then [B/M, ...] on the slice's stage."""
+    found: list[Any] = [()]
+    for part in slices[:-1]:
+        lay, state = layout.on_stage(part.stage), parts[part.stage]
+        params = {name: state.params[name] for name in part.names if name in state.params}
+        stats = {name: state.batch_stats[name] for name in part.names if name in state.batch_stats}
+        y, _ = jax.eval_shape(functools.partial(forward, task, lay, part), params, stats, found[-1], given(part))
+        where = layout.sharding(layout.examples.spec, slices[part.index + 1].stage)
+        found.append(jax.ShapeDtypeStruct(y.shape, y.dtype, sharding=where))
+    return found
+
+
+# ---------------------------------------------------------------------------------------------------------- evaluation
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineEvaluator:
+    """`jaxtrain.evaluator.Evaluator` for several stages: several batches are on their way at once, one in each slice."""
+
+    layout: Layout
+    slices: tuple[Slice, ...]
+    zeros: Callable[[], EvalSums]
+    programs: tuple[Any, ...]
+    lanes: Lanes
+
+    def __call__(
+        self, params: PyTree, batch_stats: PyTree, batches: Iterable[EvalBatch], resident: Resident
+    ) -> EvalResult:
+        """Reads the result once, at the end; the host stays a few batches ahead of the devices."""
+        weights = [_weights(part, params, batch_stats) for part in self.slices]
+        last = self.slices[-1].stage
+        sums: concurrent.futures.Future[Any] = concurrent.futures.Future()
+        sums.set_result(self.zeros())
+        in_flight: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
+        for batch in batches:
+            x: Any = None
+            for part, own, program in zip(self.slices, weights, self.programs, strict=True):
+                x = self.lanes.submit(part.stage, self._run, part, program, own, x, sums, batch, resident)
+            sums = x
+            in_flight.append(sums)
+            if len(in_flight) > IN_FLIGHT + len(self.slices):
+                jax.block_until_ready(in_flight.popleft().result())
+        result = sums.result()
+        if result.loss.is_fully_addressable or self.layout.on_stage(last).mesh.local_devices:
+            return summarize(jax.device_get(result))
+        raise NotImplementedError
+
+    def _run(
+        self, part: Slice, program: Any, own: Any, x: Any, sums: Any, batch: EvalBatch, resident: Resident
+    ) -> Any:
+        given = _on_its_stage(self.layout, part.stage, _eval_given(part, batch, resident))
+        if part.last:
+            return program(sums.result(), *own, x.result(), given)
+        y = program(*own, x.result() if x is not None else (), given)
+        return move(y, self.layout.sharding(self.layout.examples.spec, self.slices[part.index + 1].stage))
+
+
+def _weights(part: Slice, params: PyTree, batch_stats: PyTree) -> tuple[PyTree, PyTree]:
+    own, stats = ({name: tree[name] for name in part.names if name in tree} for tree in (params, batch_stats))
+    return own, stats
+
+
+def _eval_given(part: Slice, batch: EvalBatch, resident: Resident) -> dict[str, Any]:
+    if part.first:
+        return {"rows": batch.batch.rows, "images": batch.batch.images, "resident": resident.images}
+    if part.last:
+        labels = {"labels": batch.batch.labels, "resident": resident.labels}
+        return {"rows": batch.batch.rows, "mask": batch.mask} | labels
+    return {}
+
+
+def make_pipeline_evaluator(
+    task: Task, layout: Layout, params: PyTree, batch_stats: PyTree, batch: EvalBatch, resident: Resident
+) -> PipelineEvaluator:
+    """Compiles the evaluation of one batch, as `jaxtrain.evaluator.make_evaluator` does."""
+    slices = slices_of(layout)
+    params, batch_stats, batch, resident = _shapes((params, batch_stats, batch, resident))
+    lowered, x = [], ()
+    zeros, sums = None, None
+    for part in slices:
+        lay = layout.on_stage(part.stage)
+        own, stats = _weights(part, params, batch_stats)
+        given = _on_stage(_eval_given(part, batch, resident), layout, part.stage)
+        run = functools.partial(_evaluate_slice, task, lay, part)
+        if part.last:
+            zeros = jax.jit(
+                functools.partial(zero_sums_of, task.preprocess.num_classes, own or params), out_shardings=lay.sharding()
+            )
+            shapes = jax.eval_shape(zeros)
+            sums = jax.tree.map(lambda s, w=lay.sharding(): jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes)
+            adding = functools.partial(_add_slice, task, run)
+            lowered.append(jax.jit(adding, out_shardings=lay.sharding()).lower(sums, own, stats, x, given))
+        else:
+            lowered.append(jax.jit(run, out_shardings=lay.examples).lower(own, stats, x, given))
+            y = jax.eval_shape(run, own, stats, x, given)
+            where = layout.sharding(layout.examples.spec, slices[part.index + 1].stage)
+            x = jax.ShapeDtypeStruct(y.shape, y.dtype, sharding=where)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        programs = tuple(pool.map(lambda each: each.compile(), lowered))
+    assert zeros is not None
+    return PipelineEvaluator(layout, tuple(slices), zeros, programs, make_lanes(layout))
+
+
+def _evaluate_slice(
+    task: Task, layout: Layout, part: Slice, params: PyTree, batch_stats: PyTree, x: Any, given: Mapping[str, Any]
+) -> jax.Array:
+    if part.first:
+        x = eval_inputs(task.preprocess, select_from(given["images"], given["rows"], given["resident"], 0, layout))
+    context = Context(example=jnp.arange(x.shape[0], dtype=jnp.int32))
+    wrap = wrapper(layout, params, "none")
+    y, _ = task.model.apply(params, batch_stats, x, context, wrap=wrap, layers=part.layers)
+    return jax.lax.with_sharding_constraint(y, layout.examples)
+
+
+def _add_slice(
+    task: Task, run: Callable[..., jax.Array], sums: EvalSums, params: PyTree, batch_stats: PyTree, x: Any, given: Any
+) -> EvalSums:
+    layout = run.args[1]
+    labels = select_from(given["labels"], given["rows"], given["resident"], 0, layout)
+    return add_to_sums(task, sums, run(params, batch_stats, x, given), labels, given["mask"][0])

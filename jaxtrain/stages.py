@@ -1,0 +1,64 @@
+"""Decides a run's pipeline stages: how many microbatches, and which layers each stage holds."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.typing import DTypeLike
+
+from jaxtrain.config import LayoutConfig
+from jaxtrain.models.classifier import Classifier, layer_function, layer_name
+from jaxtrain.models.layers import Context
+from jaxtrain.parallel import schedule, split
+from jaxtrain.parallel.split import LayerCall, Split
+
+PyTree = Any
+
+# Microbatches for each stage where `layout.microbatches=0`: the bubble is then a fifth at most, (S - 1) / (4 S + S - 1).
+MICROBATCHES_PER_STAGE = 4
+
+
+def microbatches(config: LayoutConfig, global_batch: int, ways: int, bn_groups: int, has_batch_norm: bool) -> int:
+    """`layout.microbatches`, or for 0 the most (up to four a stage) that the batch and its BatchNorm groups divide into."""
+    if config.microbatches:
+        return config.microbatches
+    if config.stages == 1:
+        return 1
+    most = MICROBATCHES_PER_STAGE * config.stages
+    whole = math.gcd(global_batch // ways, bn_groups) if has_batch_norm else global_batch // ways
+    fits = [count for count in range(1, most + 1) if whole % count == 0]
+    if config.schedule == "interleaved_1f1b":
+        fits = [count for count in fits if count % config.stages == 0] or fits
+    return max(fits)
+
+
+def make_split(
+    config: LayoutConfig,
+    model: Classifier,
+    params: PyTree,
+    batch_stats: PyTree,
+    input_shape: tuple[int, ...],
+    dtype: DTypeLike,
+    bn_groups: int,
+) -> Split:
+    """The model's slices. input_shape: [B, H, W, C] of a microbatch on one device. bn_groups: in it, at least 1."""
+    split.check_counts(config, len(model.layers))
+    plan = schedule.make(config.schedule, config.stages, config.microbatches, config.chunks)
+    calls, x = [], jax.ShapeDtypeStruct(input_shape, dtype)
+    example = jnp.arange(input_shape[0], dtype=jnp.int32)
+    for index, layer in enumerate(model.layers):
+        name = layer_name(index)
+        own, stats = params.get(name, {}), batch_stats.get(name, {})
+
+        def function(params: PyTree, x: jax.Array, layer: Any = layer, stats: PyTree = stats) -> jax.Array:
+            zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), stats)
+            context = Context(example=example, train=True, bn_groups=bn_groups)
+            return layer_function(layer)(params, zeros, x, context, jax.random.key(0))[0]
+
+        calls.append(LayerCall(name, function, own, x, (layer, x.shape)))
+        x = jax.eval_shape(function, own, x)
+    costs = split.measure(calls, timed=config.balance == "time")
+    return split.split(config, costs, schedule.in_flight(plan))
