@@ -74,7 +74,8 @@ def create_state(init: Any, layout: Layout) -> TrainState:
         wanted = [i for i, sharding in enumerate(leaves) if sharding.mesh == mesh]
 
         def some(wanted: list[int] = wanted) -> list[jax.Array]:
-            return [jax.tree.leaves(init())[i] for i in wanted]
+            values = jax.tree.leaves(init())
+            return [values[i] for i in wanted]
 
         for i, leaf in zip(wanted, jax.jit(some, out_shardings=[leaves[i] for i in wanted])(), strict=True):
             found[i] = leaf

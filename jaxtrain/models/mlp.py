@@ -1,4 +1,4 @@
-"""A perceptron with two hidden layers and dropout: 784-512-256-10 on 28 x 28 grey images (535,818 parameters)."""
+"""A perceptron with dropout: 784-512-256-10 on 28 x 28 grey images (535,818 parameters), deeper with `model.depths`."""
 
 from __future__ import annotations
 
@@ -47,19 +47,23 @@ def build(
     dtype: DTypeLike,
     param_dtype: DTypeLike,
 ) -> Classifier:
-    """The perceptron with hidden layers of `config.width` (512) and half as many units, for images of any shape."""
-    settings.refuse(config, "depths", "stem", "patch", "window", "drop_path")
+    """The perceptron for images of any shape: a hidden layer of `config.width` (512) units, then others of half as many.
+
+    `config.depths=(n,)`: n hidden layers, 2 by default.
+    """
+    settings.refuse(config, "stem", "patch", "window", "drop_path")
     width = config.width or 512
     if width < 2:
         raise ConfigError(
             f"config.model.width={width}: mlp's second hidden layer has half as many units; set at least 2."
         )
     rate = settings.dropout(config, 0.3)
+    (hidden,) = settings.depths(config, (2,))
     first, second = layer_name(0), layer_name(1)
     return Classifier(
         layers=(
             Hidden(dtype, param_dtype, width, rate),
-            Hidden(dtype, param_dtype, width // 2, rate),
+            *[Hidden(dtype, param_dtype, width // 2, rate)] * (hidden - 1),
             Head(dtype, param_dtype, num_classes),
         ),
         tensor_rules=(  # the first layer's outputs are split, and with them the second's inputs: one reduction for both
