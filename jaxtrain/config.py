@@ -359,7 +359,9 @@ class LayoutConfig(_Section):
         _one_of("layout.schedule", self.schedule, PIPELINE_SCHEDULES)
         _one_of("layout.balance", self.balance, BALANCES)
         _one_of("layout.stage_placement", self.stage_placement, STAGE_PLACEMENTS)
-        rising = all(isinstance(b, int) for b in self.boundaries) and list(self.boundaries) == sorted(set(self.boundaries))
+        rising = all(isinstance(b, int) for b in self.boundaries) and list(self.boundaries) == sorted(
+            set(self.boundaries)
+        )
         _require(rising, "layout.boundaries", self.boundaries, "whole numbers, each larger than the one before")
         for rule in self.rules:
             ok = isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str) and isinstance(rule[1], tuple)

@@ -74,9 +74,7 @@ def make_evaluation(run: Run, feed: Feed) -> Callable[[str, PyTree, PyTree], Eva
         if where not in compiled:
             with contextlib.closing(feed.evaluation(split, batch)) as batches:
                 make = make_pipeline_evaluator if run.layout.stages > 1 else make_evaluator
-                compiled[where] = make(
-                    run.task, run.layout, params, batch_stats, next(batches), feed.resident
-                )
+                compiled[where] = make(run.task, run.layout, params, batch_stats, next(batches), feed.resident)
         with contextlib.closing(feed.evaluation(split, batch)) as batches:
             return compiled[where](params, batch_stats, batches, feed.resident)
 

@@ -94,7 +94,9 @@ def make_evaluator(
     task: Task, layout: Layout, params: PyTree, batch_stats: PyTree, batch: EvalBatch, resident: Resident
 ) -> Evaluator:
     """Compiles the evaluation of one batch, for weights that lie as `params` do."""
-    zeros = jax.jit(functools.partial(zero_sums_of, task.preprocess.num_classes, params), out_shardings=layout.sharding())
+    zeros = jax.jit(
+        functools.partial(zero_sums_of, task.preprocess.num_classes, params), out_shardings=layout.sharding()
+    )
     add = jax.jit(functools.partial(_add, task, layout), out_shardings=layout.sharding())
     sums = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding()), jax.eval_shape(zeros)

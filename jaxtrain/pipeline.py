@@ -342,9 +342,7 @@ def _compile_slice(
         total = jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, new)
         return total, (() if part.first else found[1])
 
-    back = jax.jit(
-        backward, out_shardings=(sums_shardings, () if part.first else lay.examples), donate_argnums=0
-    )
+    back = jax.jit(backward, out_shardings=(sums_shardings, () if part.first else lay.examples), donate_argnums=0)
     sums = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), sums_shapes, sums_shardings)
     cotangent = () if part.last else output
     backed = back.lower(sums, cotangent, kept, output, aux, used, stats, x, given).compile()
@@ -531,9 +529,11 @@ class Lanes:
     """Who dispatches: a thread for each stage, or, with `threads=False`, the caller."""
 
     def __init__(self, stages: int, *, threads: bool):
-        self._threads = [
-            concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"stage {stage}") for stage in range(stages)
-        ] if threads else []
+        self._threads = (
+            [concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"stage {stage}") for stage in range(stages)]
+            if threads
+            else []
+        )
 
     def run(self, flight: _Flight, schedule: Schedule) -> list[jax.Array]:
         """Runs a schedule from its first operation to each stage's measurement."""
@@ -606,7 +606,9 @@ def make_pipeline(task: Task, layout: Layout, state: TrainState, batch: Batch, r
         four = jax.ShapeDtypeStruct((layout.stages, 4), dtype, sharding=layout.sharding(P("stage")))
         judging = jax.jit(functools.partial(_judge, task), out_shardings=everywhere)
         judged = judging.lower(state.step, state.loss_scale, data[0].step, four).compile()
-        verdict, _ = _outputs(judged, jax.eval_shape(functools.partial(_judge, task), state.step, state.loss_scale, data[0].step, four))
+        verdict, _ = _outputs(
+            judged, jax.eval_shape(functools.partial(_judge, task), state.step, state.loss_scale, data[0].step, four)
+        )
         stage_work = [
             (s, indices[s], parts[s], _on_stage(verdict, layout, s), tuple(e.sums for e in steps if e.part.stage == s))
             for s in stages
@@ -701,9 +703,7 @@ class PipelineEvaluator:
             return summarize(jax.device_get(result))
         raise NotImplementedError
 
-    def _run(
-        self, part: Slice, program: Any, own: Any, x: Any, sums: Any, batch: EvalBatch, resident: Resident
-    ) -> Any:
+    def _run(self, part: Slice, program: Any, own: Any, x: Any, sums: Any, batch: EvalBatch, resident: Resident) -> Any:
         given = _on_its_stage(self.layout, part.stage, _eval_given(part, batch, resident))
         if part.last:
             return program(sums.result(), *own, x.result(), given)
@@ -740,7 +740,8 @@ def make_pipeline_evaluator(
         run = functools.partial(_evaluate_slice, task, lay, part)
         if part.last:
             zeros = jax.jit(
-                functools.partial(zero_sums_of, task.preprocess.num_classes, own or params), out_shardings=lay.sharding()
+                functools.partial(zero_sums_of, task.preprocess.num_classes, own or params),
+                out_shardings=lay.sharding(),
             )
             shapes = jax.eval_shape(zeros)
             sums = jax.tree.map(lambda s, w=lay.sharding(): jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes)

@@ -181,7 +181,11 @@ def make_run(
         remat=config.train.remat,
     )
     state = jax.eval_shape(init)
-    has_batch_norm, batch, groups = bool(jax.tree.leaves(state.batch_stats)), config.data.global_batch, config.model.bn_groups
+    has_batch_norm, batch, groups = (
+        bool(jax.tree.leaves(state.batch_stats)),
+        config.data.global_batch,
+        config.model.bn_groups,
+    )
     parts = microbatches(config.layout, batch, batch_ways(mesh), groups, has_batch_norm)
     config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, microbatches=parts))
     layout = Layout(mesh, config.layout, config.layout.rules + model.tensor_rules)

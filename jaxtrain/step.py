@@ -174,9 +174,7 @@ class Verdict:
     norm: jax.Array
 
 
-def judge(
-    step: jax.Array, loss_scale: PyTree, batch_step: jax.Array, loss: jax.Array, norm: jax.Array
-) -> Verdict:
+def judge(step: jax.Array, loss_scale: PyTree, batch_step: jax.Array, loss: jax.Array, norm: jax.Array) -> Verdict:
     """Accepts an update whose loss and gradient norm are finite.
 
     A state that is not at `batch_step` stays as it is: when an update is refused, so are those already dispatched behind it.

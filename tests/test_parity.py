@@ -150,7 +150,8 @@ def recipe_losses(name: str, argument: str) -> list[float]:
         "model.bn_groups": 2,
         "train.precision": "f64",
         "train.steps": 6,
-        "layout.microbatches": 2 if argument == "zero2" else 1,  # where the accumulator is what zero2 shards
+        # where the accumulator is what zero2 shards; the pipelines choose for themselves
+        "layout.microbatches": {"zero2": 2, "pipeline2": 0, "pipeline4": 0}.get(argument, 1),
     }
     resolved = resolve(f"{Path(__file__).parent.parent / 'configs' / name}.py:{argument}").config
     run_config = change(resolved, **shrunk)

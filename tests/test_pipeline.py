@@ -20,7 +20,9 @@ DEEP = {
 }
 
 
-def layout(schedule: str = "1f1b", stages: int = 2, data: int = 1, zero: int = 0, parts: int = 4, **more) -> LayoutConfig:
+def layout(
+    schedule: str = "1f1b", stages: int = 2, data: int = 1, zero: int = 0, parts: int = 4, **more
+) -> LayoutConfig:
     chunks = 2 if schedule == "interleaved_1f1b" else 1
     return LayoutConfig(
         data=data, zero=zero, stages=stages, schedule=schedule, chunks=chunks, microbatches=parts, **more
@@ -28,7 +30,11 @@ def layout(schedule: str = "1f1b", stages: int = 2, data: int = 1, zero: int = 0
 
 
 # Two layers a slice where four stages hold two each.
-DEEPER = {"mlp": {"model.depths": (15,)}, "resnet": {"model.depths": (4, 4, 4, 2)}, "swin": {"model.depths": (4, 4, 4, 2)}}
+DEEPER = {
+    "mlp": {"model.depths": (15,)},
+    "resnet": {"model.depths": (4, 4, 4, 2)},
+    "swin": {"model.depths": (4, 4, 4, 2)},
+}
 
 
 @functools.cache

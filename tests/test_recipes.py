@@ -91,7 +91,7 @@ def test_every_recipe_takes_the_layout_arguments(name):
         found = to_dict(load(f"{name}:{arg}"))
         assert found["layout"] == base["layout"] | fields
         assert {k: v for k, v in found.items() if k != "layout"} == {k: v for k, v in base.items() if k != "layout"}
-    assert set(LAYOUTS) == {"dp", "zero1", "zero2", "zero3", "tensor2", "hybrid"}
+    assert set(LAYOUTS) == {"dp", "zero1", "zero2", "zero3", "tensor2", "hybrid", "pipeline2", "pipeline4"}
 
 
 def test_what_the_layout_arguments_mean():
@@ -99,6 +99,7 @@ def test_what_the_layout_arguments_mean():
     assert [layouts[arg].zero for arg in ("dp", "zero1", "zero2", "zero3")] == [0, 1, 2, 3]
     assert (layouts["tensor2"].tensor, layouts["tensor2"].zero) == (2, 0)
     assert (layouts["hybrid"].replica, layouts["hybrid"].zero) == (2, 3)
+    assert [(layouts[f"pipeline{n}"].stages, layouts[f"pipeline{n}"].microbatches) for n in (2, 4)] == [(2, 0), (4, 0)]
 
 
 @pytest.mark.parametrize(("name", "own"), [(name, own) for name, args in OWN.items() for own in args])

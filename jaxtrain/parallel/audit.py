@@ -34,9 +34,7 @@ class Audit:
     notes: tuple[str, ...]
 
 
-def audit(
-    layout: Layout, table: Mapping[str, list[Placement]], state: PyTree, step: Any
-) -> Audit:
+def audit(layout: Layout, table: Mapping[str, list[Placement]], state: PyTree, step: Any) -> Audit:
     """Raises `AuditError` with the setting's or the leaf's name; what cannot have an effect here becomes a note.
 
     table: `Layout.table(state)` and the gradient accumulator's placements under "gradients". state: the arrays.
@@ -50,9 +48,13 @@ def audit(
     if step.accumulator is not None:
         _check_shardings(layout, "gradients", step.accumulator, table["gradients"])
         held["gradients"] = bytes_per_device(table["gradients"])
-    collectives = {name: collections.Counter(count_collectives(program.as_text() or "")) for name, program in programs.items()}
+    collectives = {
+        name: collections.Counter(count_collectives(program.as_text() or "")) for name, program in programs.items()
+    }
     every = sum(collectives.values(), collections.Counter())
-    gradients = sum((found for name, found in collectives.items() if not _UPDATING.fullmatch(name)), collections.Counter())
+    gradients = sum(
+        (found for name, found in collectives.items() if not _UPDATING.fullmatch(name)), collections.Counter()
+    )
     shape, zero, notes = layout.mesh.shape, layout.config.zero, []
 
     if batch_ways(layout.mesh) > 1 and not any(every[kind] for kind in _REDUCING):

@@ -85,7 +85,9 @@ class Layout:
             spec = self._with_data(path, compute, shape)
             if spec == compute and size >= LARGE_LEAF_BYTES:
                 note = f"no dim divides by data={self.mesh.shape['data']}: kept whole"
-        return Placement(path, shape, str(dtype), P(*spec), P(*compute), size, size // self._ways(spec), self._stage(path), note)
+        return Placement(
+            path, shape, str(dtype), P(*spec), P(*compute), size, size // self._ways(spec), self._stage(path), note
+        )
 
     def _stage(self, path: str) -> int | None:
         if self.stages == 1:
@@ -175,7 +177,9 @@ class Layout:
         trees = {}
         for field in dataclasses.fields(state):
             structure = jax.tree.structure(getattr(state, field.name))
-            trees[field.name] = structure.unflatten([self.sharding(leaf.spec, leaf.stage) for leaf in table[field.name]])
+            trees[field.name] = structure.unflatten(
+                [self.sharding(leaf.spec, leaf.stage) for leaf in table[field.name]]
+            )
         return dataclasses.replace(state, **trees)
 
     def sharding(self, spec: P = P(), stage: int | None = None) -> NamedSharding:

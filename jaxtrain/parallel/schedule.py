@@ -16,10 +16,9 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from jaxtrain.config import PIPELINE_SCHEDULES as SCHEDULES
 from jaxtrain.config import did_you_mean
 from jaxtrain.errors import ConfigError, JaxtrainError
-
-SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
 
 
 class ScheduleError(JaxtrainError):

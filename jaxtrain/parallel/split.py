@@ -93,9 +93,9 @@ class Split:
 def check_counts(config: LayoutConfig, layers: int) -> None:
     """Raises `ConfigError` for more slices than layers, or boundaries that are not between layers."""
     slices = config.stages * config.chunks
-    if config.chunks > 1 and config.schedule != "interleaved_1f1b":
+    if config.schedule == "interleaved_1f1b" and config.chunks == 1:
         raise ConfigError(
-            f"config.layout.chunks={config.chunks}: only --config.layout.schedule=interleaved_1f1b has several a stage."
+            "config.layout.chunks=1: interleaved_1f1b needs several a stage; use --config.layout.chunks=2."
         )
     if slices > layers:
         what = f"config.layout.stages={config.stages}"
@@ -110,7 +110,7 @@ def check_counts(config: LayoutConfig, layers: int) -> None:
         )
     if config.boundaries[0] < 1 or config.boundaries[-1] >= layers:
         raise ConfigError(
-            f"config.layout.boundaries={config.boundaries!r}: must lie between 1 and {layers - 1}; the model has {layers} layers."
+            f"config.layout.boundaries={config.boundaries!r}: must lie between 1 and {layers - 1}, the last of the model's layers."
         )
 
 
