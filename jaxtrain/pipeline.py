@@ -59,7 +59,9 @@ def move(array: jax.Array, sharding: NamedSharding) -> jax.Array:
     """`array` on another stage's devices, where both stages touch the same processes: each shard to its counterpart."""
     if array.is_fully_addressable:
         return jax.device_put(array, sharding)
-    source, target = (s.mesh.devices.ravel().tolist() for s in (array.sharding, sharding))
+    here: Any = array.sharding
+    there: Any = sharding
+    source, target = (s.mesh.devices.ravel().tolist() for s in (here, there))
     counterpart = dict(zip(source, target, strict=True))
     shards = array.addressable_shards
     moved = jax.device_put([shard.data for shard in shards], [counterpart[shard.device] for shard in shards])
@@ -235,6 +237,10 @@ def _shapes(tree: PyTree) -> PyTree:
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
 
 
+def _placed(shapes: PyTree, sharding: NamedSharding) -> PyTree:
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
+
+
 def _outputs(program: Any, shapes: PyTree) -> PyTree:
     """`shapes` where the compiled `program` leaves them."""
     placed = jax.tree.leaves(program.output_shardings)
@@ -255,7 +261,7 @@ def _on_stage(tree: PyTree, layout: Layout, stage: int) -> PyTree:
     return jax.tree.map(placed, tree)
 
 
-def _given(part: Slice, state: TrainState, batch: Batch, resident: Resident, index: Any) -> dict[str, Any]:
+def _given(part: Slice, state: TrainState, batch: Any, resident: Any, index: Any) -> dict[str, Any]:
     """What the forward function of a slice gets beside parameters and activations."""
     given: dict[str, Any] = {"step": state.step, "index": index}
     if part.first or part.last:
@@ -469,7 +475,7 @@ class _Flight:
     def begin(self, stage: int) -> None:
         """Makes the parameters of a stage ready, and its accumulators zero."""
         state = self.parts[stage]
-        data = (Batch(()), Resident())
+        data: Any = ((), ())
         if stage in self._data:
             data = _on_its_stage(self._step.layout, stage, self._data[stage])
         for each in self._step.slices:
@@ -479,7 +485,7 @@ class _Flight:
             params = {name: state.params[name] for name in part.names if name in state.params}
             self._params[k] = each.prepare(params) if each.prepare else params
             self._stats[k] = {name: state.batch_stats[name] for name in part.names if name in state.batch_stats}
-            self._given[k] = _given(part, state, *data, ())
+            self._given[k] = _given(part, state, data[0], data[1], ())
             self._sums[k] = each.zeros()
 
     def do(self, op: Op) -> None:
@@ -593,7 +599,8 @@ def make_pipeline(task: Task, layout: Layout, state: TrainState, batch: Batch, r
     )
 
     def given(part: Slice) -> dict[str, Any]:
-        return _given(part, parts[part.stage], *_on_stage(data, layout, part.stage), _shapes(numbers[part.stage][0]))
+        batch, resident = _on_stage(data, layout, part.stage)
+        return _given(part, parts[part.stage], batch, resident, _shapes(numbers[part.stage][0]))
 
     inputs = activations(task, layout, slices, parts, given)
     with concurrent.futures.ThreadPoolExecutor() as pool:
@@ -744,7 +751,7 @@ def make_pipeline_evaluator(
                 out_shardings=lay.sharding(),
             )
             shapes = jax.eval_shape(zeros)
-            sums = jax.tree.map(lambda s, w=lay.sharding(): jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), shapes)
+            sums = _placed(shapes, lay.sharding())
             adding = functools.partial(_add_slice, task, run)
             lowered.append(jax.jit(adding, out_shardings=lay.sharding()).lower(sums, own, stats, x, given))
         else:

@@ -27,7 +27,7 @@ from jaxtrain.state import AUGMENT, DROPOUT, TrainState, role_key
 from jaxtrain.task import Batch, Resident, Task, select, wrapper
 
 PyTree = Any
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]
 
 
 @dataclasses.dataclass(frozen=True)

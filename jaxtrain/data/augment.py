@@ -260,8 +260,9 @@ def smooth_one_hot(pre: Preprocess, labels: jax.Array) -> jax.Array:
 def mix_shares(pre: Preprocess, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     """What an example keeps of itself, of each pixel [S, S, 1] and of its label, when it is mixed with its partner.
 
-    Mixup (Zhang 2018) or cutmix (Yun 2019), one of them for the whole batch. The partner of the example at j is at j XOR 1: they are neighbours, and so in one microbatch, on one device (if that
-    has an even number) and in one BatchNorm group. Without a partner, the last example stays as it is.
+    Mixup (Zhang 2018) or cutmix (Yun 2019), one of them for the whole batch. The partner of the example at j is at j XOR 1:
+    they are neighbours, and so in one microbatch, on one device (if that has an even number) and in one BatchNorm group.
+    Without a partner, the last example stays as it is.
     """
     word = draw.words(jax.random.fold_in(key, _BATCH)[None], 4)[0]
     side, share = pre.image_size, draw.uniform(word[0], pre.float_dtype)

@@ -110,7 +110,7 @@ def check_counts(config: LayoutConfig, layers: int) -> None:
         )
     if config.boundaries[0] < 1 or config.boundaries[-1] >= layers:
         raise ConfigError(
-            f"config.layout.boundaries={config.boundaries!r}: must lie between 1 and {layers - 1}, the last of the model's layers."
+            f"config.layout.boundaries={config.boundaries!r}: must lie between 1 and {layers - 1}, the model's last layer."
         )
 
 
