@@ -14,14 +14,16 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.extend.core import Literal, jaxpr_as_fun
-from jax.sharding import NamedSharding
+from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.data.augment import eval_inputs, train_images, train_targets
@@ -30,7 +32,9 @@ from jaxtrain.models.layers import Context
 from jaxtrain.optim import global_norm
 from jaxtrain.parallel import schedule as schedules
 from jaxtrain.parallel.layout import Layout
+from jaxtrain.parallel.mesh import BATCH_AXES
 from jaxtrain.parallel.schedule import Op, Schedule
+from jaxtrain.parallel.timeline import Event
 from jaxtrain.precision import scale_factor
 from jaxtrain.state import AUGMENT, DROPOUT, TrainState, role_key
 from jaxtrain.step import Metrics, Sums, Verdict, advance, judge, like_params, metrics_of, unscaled, zero_sums
@@ -55,17 +59,55 @@ def join(arrays: Sequence[jax.Array], shape: tuple[int, ...], sharding: NamedSha
     return jax.make_array_from_single_device_arrays(shape, sharding, shards, dtype=arrays[0].dtype)
 
 
-def move(array: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """`array` on another stage's devices, where both stages touch the same processes: each shard to its counterpart."""
-    if array.is_fully_addressable:
-        return jax.device_put(array, sharding)
-    here: Any = array.sharding
-    there: Any = sharding
-    source, target = (s.mesh.devices.ravel().tolist() for s in (here, there))
-    counterpart = dict(zip(source, target, strict=True))
-    shards = array.addressable_shards
-    moved = jax.device_put([shard.data for shard in shards], [counterpart[shard.device] for shard in shards])
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, moved)
+class Route:
+    """How activations get from one stage's devices to another's.
+
+    Where both stages touch the same processes, each shard is copied to its counterpart. Otherwise the two stages' buffers are
+    taken for the halves of one array, and a program that both run moves the first half (`ppermute`; NCCL or gloo).
+    """
+
+    def __init__(self, layout: Layout, source: int, target: int, shape: jax.ShapeDtypeStruct):
+        self.sharding = layout.sharding(layout.examples.spec, target)
+        here, there = (layout.on_stage(stage).mesh.devices.ravel().tolist() for stage in (source, target))
+        self._counterpart = dict(zip(here, there, strict=True))
+        self.crosses = any(a.process_index != b.process_index for a, b in self._counterpart.items())
+        self.joins = any(d.process_index == jax.process_index() for d in (*here, *there))
+        self._program: Any = None
+        if not (self.crosses and self.joins):
+            return
+        pair = Mesh(np.stack([layout.mesh.devices[source], layout.mesh.devices[target]]), layout.mesh.axis_names)
+        halves = NamedSharding(pair, P(("stage", *BATCH_AXES)))
+
+        @functools.partial(jax.shard_map, mesh=pair, in_specs=halves.spec, out_specs=halves.spec, check_vma=False)
+        def shift(x: jax.Array) -> jax.Array:
+            return jax.lax.ppermute(x, "stage", [(0, 1)])
+
+        self._both = (2 * shape.shape[0], *shape.shape[1:])
+        both = jax.ShapeDtypeStruct(self._both, shape.dtype, sharding=halves)
+        self._halves, self._program = halves, jax.jit(shift, out_shardings=halves).lower(both).compile()
+        blank = np.zeros(self.sharding.shard_shape(shape.shape), shape.dtype)
+        mine = [d for d in there if d.process_index == jax.process_index()]
+        self._blank = jax.device_put([blank] * len(mine), mine)
+
+    def copy(self, array: jax.Array) -> jax.Array:
+        """`array` on the target's devices, in the same processes."""
+        if array.is_fully_addressable:
+            return jax.device_put(array, self.sharding)
+        shards = array.addressable_shards
+        moved = jax.device_put([shard.data for shard in shards], [self._counterpart[shard.device] for shard in shards])
+        return jax.make_array_from_single_device_arrays(array.shape, self.sharding, moved)
+
+    def exchange(self, array: jax.Array | None) -> jax.Array | None:
+        """`array` from the source's processes (elsewhere `None`) on the target's (elsewhere `None`). A collective."""
+        own = [shard.data for shard in array.addressable_shards] if array is not None else []
+        whole = jax.make_array_from_single_device_arrays(self._both, self._halves, own + self._blank)
+        arrived = self._program(whole)
+        there = self.sharding.device_set
+        shards = [shard.data for shard in arrived.addressable_shards if shard.device in there]
+        if not shards:
+            return None
+        shape = (self._both[0] // 2, *self._both[1:])
+        return jax.make_array_from_single_device_arrays(shape, self.sharding, shards)
 
 
 def on_layers(tree: PyTree, names: Iterable[str], every: frozenset[str]) -> PyTree:
@@ -224,13 +266,17 @@ class SliceStep:
 
 @dataclasses.dataclass(frozen=True)
 class StageStep:
-    """The compiled programs of one stage's update. indices: which leaves of the state it has, in its order."""
+    """The compiled programs of one stage's update.
+
+    indices: which leaves of the state it has, in its order. after: where the update leaves those that are its own.
+    """
 
     stage: int
     indices: tuple[int, ...]
     structure: Any
     measure: Any
     update: Any
+    after: Mapping[int, Any]
 
 
 def _shapes(tree: PyTree) -> PyTree:
@@ -358,9 +404,19 @@ def _compile_slice(
 
 
 def _compile_stage(
-    task: Task, layout: Layout, stage: int, indices: PyTree, state: TrainState, verdict: Verdict, sums: tuple[Sums, ...]
+    task: Task,
+    layout: Layout,
+    stage: int,
+    indices: PyTree,
+    shared: frozenset[int],
+    state: TrainState,
+    verdict: Verdict,
+    sums: tuple[Sums, ...],
 ) -> tuple[StageStep, dict[str, Any]]:
-    """state: shapes of the stage's part; indices: where its leaves are in the whole state. sums: of each of its slices."""
+    """state: shapes of the stage's part; indices: where its leaves are in the whole state; shared: those every stage has.
+
+    sums: shapes of the accumulators of the stage's slices.
+    """
     lay = layout.on_stage(stage)
     updating = like_params(lay, "opt_state", state.params)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
@@ -391,7 +447,10 @@ def _compile_stage(
     measured = jax.jit(measure, out_shardings=lay.sharding()).lower(state, sums).compile()
     updated = jax.jit(update, out_shardings=(shardings, lay.sharding()), donate_argnums=0)
     updated = updated.lower(state, sums, verdict).compile()
-    own = StageStep(stage, tuple(jax.tree.leaves(indices)), jax.tree.structure(state), measured, updated)
+    numbers = tuple(jax.tree.leaves(indices))
+    placed = zip(numbers, jax.tree.leaves(updated.output_shardings[0]), strict=True)
+    after = {i: where for i, where in placed if i not in shared}
+    own = StageStep(stage, numbers, jax.tree.structure(state), measured, updated, after)
     return own, {f"stage {stage}: measure": measured, f"stage {stage}: update": updated}
 
 
@@ -400,49 +459,49 @@ def _compile_stage(
 
 @dataclasses.dataclass(frozen=True)
 class PipelineStep:
-    """`jaxtrain.step.Step` for several stages: same call, same fields."""
+    """`jaxtrain.step.Step` for several stages: same call, same fields. slices, stages: those with devices of this process."""
 
     programs: Mapping[str, Any]
     after: TrainState
     accumulator: PyTree
     layout: Layout
     schedule: Schedule
-    slices: tuple[SliceStep, ...]
-    stages: tuple[StageStep, ...]
+    slices: Mapping[int, SliceStep]
+    stages: Mapping[int, StageStep]
+    routes: Mapping[tuple[int, int], Route]
     judge: Any
     finish: Any
-    microbatches: tuple[tuple[jax.Array, ...], ...]
+    microbatches: Mapping[int, tuple[jax.Array, ...]]
     lanes: Lanes
 
     def __call__(self, state: TrainState, batch: Batch, resident: Resident) -> tuple[TrainState, Metrics]:
         """Donates `state`. Asynchronous: the metrics are not there until they are read."""
         leaves, structure = jax.tree.flatten(state)
-        parts = [self._part(stage, leaves) for stage in self.stages]
+        parts = {number: self._part(stage, leaves) for number, stage in self.stages.items()}
         flight = _Flight(self, parts, batch, resident)
-        measured = self.lanes.run(flight, self.schedule)
+        measured = self.lanes.run(flight)
         everywhere = self.layout.sharding(P("stage"))
         numbers = join(measured, (self.layout.stages, 4), everywhere)
         verdict, metrics = self.judge(state.step, state.loss_scale, batch.step, numbers)
-        jobs = [functools.partial(self._update, flight, stage, verdict) for stage in self.stages]
-        done = self.lanes.each(jobs)
+        done = self.lanes.each({s: functools.partial(self._update, flight, s, verdict) for s in self.stages})
         norms = join([norm for _, norm in done], (self.layout.stages,), everywhere)
-        new: list[Any] = list(leaves)
-        shared = collections.defaultdict(list)
-        for stage, (part, _) in zip(self.stages, done, strict=True):
+        found = collections.defaultdict(list)
+        for stage, (part, _) in zip(self.stages.values(), done, strict=True):
             for i, leaf in zip(stage.indices, jax.tree.leaves(part), strict=True):
-                shared[i].append(leaf)
-        for i, found in shared.items():
-            old = leaves[i]
-            new[i] = found[0] if len(found) == 1 else join(found, old.shape, old.sharding)
-        return structure.unflatten(new), metrics | {"update_norm": self.finish(norms)}
+                found[i].append(leaf)
+        for i, own in found.items():
+            old, leaves[i] = leaves[i], own[0]
+            if old.sharding.mesh == self.layout.mesh:
+                leaves[i] = join(own, old.shape, old.sharding)
+        return structure.unflatten(leaves), metrics | {"update_norm": self.finish(norms)}
 
     def _part(self, stage: StageStep, leaves: Sequence[jax.Array]) -> TrainState:
         own = [leaves[i] for i in stage.indices]
         return stage.structure.unflatten(_on_its_stage(self.layout, stage.stage, own))
 
-    def _update(self, flight: _Flight, stage: StageStep, verdict: Verdict) -> tuple[TrainState, jax.Array]:
-        mine = _on_its_stage(self.layout, stage.stage, verdict)
-        return stage.update(flight.parts[stage.stage], flight.sums_of(stage.stage), mine)
+    def _update(self, flight: _Flight, stage: int, verdict: Verdict) -> tuple[TrainState, jax.Array]:
+        mine = _on_its_stage(self.layout, stage, verdict)
+        return self.stages[stage].update(flight.parts[stage], flight.sums_of(stage), mine)
 
 
 def _on_its_stage(layout: Layout, stage: int, tree: PyTree) -> PyTree:
@@ -458,134 +517,180 @@ def _on_its_stage(layout: Layout, stage: int, tree: PyTree) -> PyTree:
 class _Flight:
     """One step on its way: what each slice holds, and what waits to be fetched.
 
-    Only its own stage's thread touches what a slice holds; activations and cotangents pass as futures.
+    Only its own stage's thread touches what a slice holds; activations and cotangents pass as futures: `made` until a
+    transfer between processes takes them, `arrived` once they are where they are needed.
     """
 
-    def __init__(self, step: PipelineStep, parts: Sequence[TrainState], batch: Batch, resident: Resident):
-        self._step, self.parts = step, parts
-        self._data = {part.part.stage: (batch, resident) for part in step.slices if part.part.first or part.part.last}
+    def __init__(self, step: PipelineStep, parts: Mapping[int, TrainState], batch: Batch, resident: Resident):
+        self.step, self.parts = step, parts
+        self._data = batch, resident
         self._params: dict[int, PyTree] = {}
         self._stats: dict[int, PyTree] = {}
         self._given: dict[int, dict[str, Any]] = {}
         self._sums: dict[int, Sums] = {}
         self._kept: dict[tuple[int, int], tuple[Any, ...]] = {}
-        self._sent = {op: concurrent.futures.Future() for ops in step.schedule.ops for op in ops}
-        self.events: list[tuple[Op, int, float, float]] = []
+        ops = [op for ops in step.schedule.ops for op in ops]
+        self._made = {op: concurrent.futures.Future() for op in ops}
+        self._arrived = {op: concurrent.futures.Future() for op in ops}
+        self.events: list[Event] = []
 
     def begin(self, stage: int) -> None:
         """Makes the parameters of a stage ready, and its accumulators zero."""
         state = self.parts[stage]
-        data: Any = ((), ())
-        if stage in self._data:
-            data = _on_its_stage(self._step.layout, stage, self._data[stage])
-        for each in self._step.slices:
-            part, k = each.part, each.part.index
+        batch, resident = _on_its_stage(self.step.layout, stage, self._data)
+        for k, each in self.step.slices.items():
+            part = each.part
             if part.stage != stage:
                 continue
-            params = {name: state.params[name] for name in part.names if name in state.params}
+            params, self._stats[k] = _weights(part, state.params, state.batch_stats)
             self._params[k] = each.prepare(params) if each.prepare else params
-            self._stats[k] = {name: state.batch_stats[name] for name in part.names if name in state.batch_stats}
-            self._given[k] = _given(part, state, data[0], data[1], ())
+            self._given[k] = _given(part, state, batch, resident, ())
             self._sums[k] = each.zeros()
 
-    def do(self, op: Op) -> None:
-        """Dispatches one operation, once what it needs has been dispatched."""
-        each = self._step.slices[op.chunk]
+    def do(self, op: Op) -> Any:
+        """Dispatches one operation, once what it needs has been dispatched; returns what it makes."""
+        each = self.step.slices[op.chunk]
         part, k = each.part, op.chunk
-        given = self._given[k] | {"index": self._step.microbatches[part.stage][op.microbatch]}
+        given = self._given[k] | {"index": self.step.microbatches[part.stage][op.microbatch]}
         if op.kind == "F":
             x = () if part.first else self._receive(Op("F", k - 1, op.microbatch))
             output, aux, kept = each.forward(self._params[k], self._stats[k], x, given)
             self._kept[k, op.microbatch] = (kept, output, aux, x)
-            self._send(op, output, k + 1)
-        else:
-            cotangent = () if part.last else self._receive(Op("B", k + 1, op.microbatch))
-            kept, output, aux, x = self._kept.pop((k, op.microbatch))
-            self._sums[k], cotangent = each.backward(
-                self._sums[k], cotangent, kept, output, aux, self._params[k], self._stats[k], x, given
-            )
-            self._send(op, cotangent, k - 1)
+            self._send(op, output)
+            return output
+        cotangent = () if part.last else self._receive(Op("B", k + 1, op.microbatch))
+        kept, output, aux, x = self._kept.pop((k, op.microbatch))
+        self._sums[k], cotangent = each.backward(
+            self._sums[k], cotangent, kept, output, aux, self._params[k], self._stats[k], x, given
+        )
+        self._send(op, cotangent)
+        return self._sums[k]
 
     def _receive(self, op: Op) -> jax.Array:
-        array = self._sent[op].result()
-        del self._sent[op]
+        array = self._arrived[op].result()
+        del self._arrived[op]
         return array
 
-    def _send(self, op: Op, array: Any, to: int) -> None:
-        if 0 <= to < len(self._step.slices):
-            where = self._step.layout.sharding(self._step.layout.examples.spec, self._step.slices[to].part.stage)
-            self._sent[op].set_result(move(array, where))
+    def _send(self, op: Op, array: Any) -> None:
+        route = self.step.routes.get(edge(op))
+        if route is None:
+            return  # the loss, or the gradient of the images
+        if route.crosses:
+            self._made[op].set_result(array)
+        else:
+            self._arrived[op].set_result(route.copy(array))
+
+    def transfer(self, op: Op) -> None:
+        """This process's part in bringing what `op` made to another process; all take part in the same order."""
+        route = self.step.routes.get(edge(op))
+        if route is None or not (route.crosses and route.joins):
+            return
+        makes = op.chunk in self.step.slices
+        array = route.exchange(self._made.pop(op).result() if makes else None)
+        if array is not None:
+            self._arrived[op].set_result(array)
 
     def end(self, stage: int) -> jax.Array:
         """What the update needs to know of a stage."""
-        return self._step.stages[stage].measure(self.parts[stage], self.sums_of(stage))
+        return self.step.stages[stage].measure(self.parts[stage], self.sums_of(stage))
 
     def sums_of(self, stage: int) -> tuple[Sums, ...]:
         """The accumulators of a stage's slices."""
-        return tuple(self._sums[each.part.index] for each in self._step.slices if each.part.stage == stage)
+        return tuple(self._sums[k] for k, each in self.step.slices.items() if each.part.stage == stage)
 
     def fail(self, error: BaseException) -> None:
         """Tells whoever still waits for a message."""
-        for future in list(self._sent.values()):
+        for future in [*self._made.values(), *self._arrived.values()]:
             with contextlib.suppress(concurrent.futures.InvalidStateError):
                 future.set_exception(error)
 
 
+def edge(op: Op) -> tuple[int, int]:
+    """From which slice to which the result of `op` goes."""
+    return op.chunk, op.chunk + (1 if op.kind == "F" else -1)
+
+
 class Lanes:
-    """Who dispatches: a thread for each stage, or, with `threads=False`, the caller."""
+    """Who dispatches: a thread for each of this process's stages and one for transfers; or the caller, with `threads=False`."""
 
-    def __init__(self, stages: int, *, threads: bool):
-        self._threads = (
-            [concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"stage {stage}") for stage in range(stages)]
-            if threads
-            else []
-        )
+    def __init__(self, stages: Iterable[int], *, threads: bool):
+        self._stages = list(stages)
+        lanes = [*self._stages, "transfers"] if threads else []
+        self._threads = {
+            lane: concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"stage {lane}") for lane in lanes
+        }
 
-    def run(self, flight: _Flight, schedule: Schedule) -> list[jax.Array]:
-        """Runs a schedule from its first operation to each stage's measurement."""
+    def run(self, flight: _Flight) -> list[jax.Array]:
+        """Runs the schedule from its first operation to the measurement of each stage."""
+        schedule = flight.step.schedule
+        order = schedules.total_order(schedule)
         if not self._threads:
-            for stage in range(schedule.stages):
+            for stage in self._stages:
                 flight.begin(stage)
-            for op in schedules.total_order(schedule):
-                flight.do(op)
-            return [flight.end(stage) for stage in range(schedule.stages)]
-
-        def work(stage: int) -> jax.Array:
-            try:
-                flight.begin(stage)
-                for op in schedule.ops[stage]:
+            for op in order:
+                if op.chunk in flight.step.slices:
                     flight.do(op)
-                return flight.end(stage)
+                flight.transfer(op)
+            return [flight.end(stage) for stage in self._stages]
+
+        def guarded(work: Callable[[], Any]) -> Any:
+            try:
+                return work()
             except BaseException as error:
                 flight.fail(error)
                 raise
 
-        return self.each([functools.partial(work, stage) for stage in range(schedule.stages)])
+        def work(stage: int) -> jax.Array:
+            flight.begin(stage)
+            for op in schedule.ops[stage]:
+                # One operation of a stage at a time: XLA:CPU has few threads, and programs that hold them while they
+                # wait for another process would keep those from running that it waits for.
+                jax.block_until_ready(flight.do(op))
+            return jax.block_until_ready(flight.end(stage))
 
-    def each(self, jobs: Sequence[Callable[[], Any]]) -> list[Any]:
-        """Runs job s as stage s, all at once; returns what they return, in their order."""
-        if not self._threads:
-            return [job() for job in jobs]
-        futures = [lane.submit(job) for lane, job in zip(self._threads, jobs, strict=True)]
-        return [future.result() for future in futures]
+        def transfers() -> None:
+            for op in order:
+                flight.transfer(op)
 
-    def submit(self, stage: int, job: Callable[..., Any], *arguments: Any) -> concurrent.futures.Future[Any]:
-        """Queues `job` behind what stage `stage` does already."""
+        futures = [self._threads[s].submit(guarded, functools.partial(work, s)) for s in self._stages]
+        futures.append(self._threads["transfers"].submit(guarded, transfers))
+        return [future.result() for future in futures][:-1]
+
+    def each(self, jobs: Mapping[int, Callable[[], Any]]) -> list[Any]:
+        """Runs a job for each stage, all at once; returns what they return, in their order."""
+        return [future.result() for future in [self.submit(stage, job) for stage, job in jobs.items()]]
+
+    def submit(self, lane: int | str, job: Callable[..., Any], *arguments: Any) -> concurrent.futures.Future[Any]:
+        """Queues `job` behind what a stage's lane, or that of the `transfers`, does already."""
         if self._threads:
-            return self._threads[stage].submit(job, *arguments)
+            return self._threads[lane].submit(lambda: jax.block_until_ready(job(*arguments)))
         future: concurrent.futures.Future[Any] = concurrent.futures.Future()
         future.set_result(job(*arguments))
         return future
 
 
+def local_stages(layout: Layout) -> list[int]:
+    """The stages that have devices of this process."""
+    return [stage for stage in range(layout.stages) if layout.on_stage(stage).mesh.local_devices]
+
+
 def make_lanes(layout: Layout) -> Lanes:
     """Threads on a CPU, none on an accelerator."""
-    return Lanes(layout.stages, threads=layout.mesh.devices.flat[0].platform == "cpu")
+    return Lanes(local_stages(layout), threads=layout.mesh.devices.flat[0].platform == "cpu")
+
+
+def make_routes(layout: Layout, slices: Sequence[Slice], inputs: Sequence[Any], *, back: bool) -> dict[Any, Route]:
+    """A route for each edge between slices, forward and, with `back`, backward. inputs: what comes into each slice."""
+    routes: dict[tuple[int, int], Route] = {}
+    for before, after in itertools.pairwise(slices):
+        for source, target in ((before, after), (after, before))[: 2 if back else 1]:
+            routes[source.index, target.index] = Route(layout, source.stage, target.stage, inputs[after.index])
+    return routes
 
 
 def make_pipeline(task: Task, layout: Layout, state: TrainState, batch: Batch, resident: Resident) -> PipelineStep:
     """Compiles all stages' programs, in parallel; `state`, `batch` and `resident` as for `jaxtrain.step.make_step`."""
-    config, stages = layout.config, range(layout.stages)
+    config, stages, here = layout.config, range(layout.stages), local_stages(layout)
     schedule = schedules.make(config.schedule, config.stages, config.microbatches, config.chunks)
     slices, every = slices_of(layout), frozenset(layout.stage_of)
     state, data = _shapes(state), _shapes((batch, resident))
@@ -594,21 +699,27 @@ def make_pipeline(task: Task, layout: Layout, state: TrainState, batch: Batch, r
     names = [[name for part in slices if part.stage == s for name in part.names] for s in stages]
     indices = [on_layers(numbered, names[s], every) for s in stages]
     parts = [_on_stage(on_layers(state, names[s], every), layout, s) for s in stages]
-    numbers = tuple(
-        tuple(jax.device_put(np.int32(i), layout.sharding(P(), s)) for i in range(config.microbatches)) for s in stages
-    )
+    shared = frozenset(i for i, leaf in enumerate(leaves) if leaf.sharding.mesh == layout.mesh)
+    scalar = jax.ShapeDtypeStruct((), np.int32)
+
+    def number(i: int, stage: int) -> jax.Array:
+        return jax.make_array_from_callback((), layout.sharding(P(), stage), lambda _: np.int32(i))
+
+    numbers = {s: tuple(number(i, s) for i in range(config.microbatches)) for s in here}
 
     def given(part: Slice) -> dict[str, Any]:
         batch, resident = _on_stage(data, layout, part.stage)
-        return _given(part, parts[part.stage], batch, resident, _shapes(numbers[part.stage][0]))
+        return _given(part, parts[part.stage], batch, resident, _placed(scalar, layout.sharding(P(), part.stage)))
 
     inputs = activations(task, layout, slices, parts, given)
+    own_slices = [part for part in slices if part.stage in here]
     with concurrent.futures.ThreadPoolExecutor() as pool:
         compiled = list(
-            pool.map(lambda p: _compile_slice(task, layout, p, parts[p.stage], inputs[p.index], given(p)), slices)
+            pool.map(lambda p: _compile_slice(task, layout, p, parts[p.stage], inputs[p.index], given(p)), own_slices)
         )
-        steps = tuple(step for step, _ in compiled)
-        dtype = steps[0].sums.loss.dtype
+        steps = {step.part.index: step for step, _ in compiled}
+        routes = make_routes(layout, slices, inputs, back=True)
+        dtype = next(iter(steps.values())).sums.loss.dtype
         everywhere = layout.sharding()
         four = jax.ShapeDtypeStruct((layout.stages, 4), dtype, sharding=layout.sharding(P("stage")))
         judging = jax.jit(functools.partial(_judge, task), out_shardings=everywhere)
@@ -617,8 +728,15 @@ def make_pipeline(task: Task, layout: Layout, state: TrainState, batch: Batch, r
             judged, jax.eval_shape(functools.partial(_judge, task), state.step, state.loss_scale, data[0].step, four)
         )
         stage_work = [
-            (s, indices[s], parts[s], _on_stage(verdict, layout, s), tuple(e.sums for e in steps if e.part.stage == s))
-            for s in stages
+            (
+                s,
+                indices[s],
+                shared,
+                parts[s],
+                _on_stage(verdict, layout, s),
+                tuple(e.sums for e in steps.values() if e.part.stage == s),
+            )
+            for s in here
         ]
         updates = list(pool.map(lambda work: _compile_stage(task, layout, *work), stage_work))
     norms = jax.ShapeDtypeStruct((layout.stages,), dtype, sharding=layout.sharding(P("stage")))
@@ -626,29 +744,27 @@ def make_pipeline(task: Task, layout: Layout, state: TrainState, batch: Batch, r
     programs = {"judge": judged, "finish": finish}
     for _, more in (*compiled, *updates):
         programs |= more
-    own = tuple(step for step, _ in updates)
+    accumulators = {
+        name: where for each in steps.values() for name, where in each.zeros.output_shardings.gradients.items()
+    }
+    placed = {i: where for step, _ in updates for i, where in step.after.items()}
+    after = [
+        placed.get(i, leaf.sharding) for i, leaf in enumerate(leaves)
+    ]  # of other processes' stages: as they should be
     return PipelineStep(
         programs=programs,
-        after=_merged(layout, structure, len(leaves), own),
-        accumulator={name: where for each in steps for name, where in each.zeros.output_shardings.gradients.items()},
+        after=structure.unflatten(after),
+        accumulator=accumulators,
         layout=layout,
         schedule=schedule,
         slices=steps,
-        stages=own,
+        stages={step.stage: step for step, _ in updates},
+        routes=routes,
         judge=judged,
         finish=finish,
         microbatches=numbers,
         lanes=make_lanes(layout),
     )
-
-
-def _merged(layout: Layout, structure: Any, count: int, stages: Sequence[StageStep]) -> PyTree:
-    """Where the updates leave each leaf of the whole state."""
-    found: list[Any] = [None] * count
-    for stage in stages:
-        for i, where in zip(stage.indices, jax.tree.leaves(stage.update.output_shardings[0]), strict=True):
-            found[i] = where if found[i] is None else layout.sharding(where.spec)
-    return structure.unflatten(found)
 
 
 def _judge(
@@ -684,38 +800,58 @@ class PipelineEvaluator:
 
     layout: Layout
     slices: tuple[Slice, ...]
+    routes: Mapping[tuple[int, int], Route]
     zeros: Callable[[], EvalSums]
-    programs: tuple[Any, ...]
+    programs: Mapping[int, Any]
     lanes: Lanes
 
     def __call__(
         self, params: PyTree, batch_stats: PyTree, batches: Iterable[EvalBatch], resident: Resident
     ) -> EvalResult:
         """Reads the result once, at the end; the host stays a few batches ahead of the devices."""
-        weights = [_weights(part, params, batch_stats) for part in self.slices]
-        last = self.slices[-1].stage
-        sums: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        sums.set_result(self.zeros())
-        in_flight: collections.deque[concurrent.futures.Future[Any]] = collections.deque()
+        weights = {k: _weights(self.slices[k], params, batch_stats) for k in self.programs}
+        sums, in_flight = _done(self.zeros()), collections.deque()
         for batch in batches:
-            x: Any = None
-            for part, own, program in zip(self.slices, weights, self.programs, strict=True):
-                x = self.lanes.submit(part.stage, self._run, part, program, own, x, sums, batch, resident)
-            sums = x
-            in_flight.append(sums)
-            if len(in_flight) > IN_FLIGHT + len(self.slices):
+            x = _done(())
+            for part in self.slices:
+                k = part.index
+                if k in self.programs:
+                    x = self.lanes.submit(part.stage, self._run, part, weights[k], x, sums, batch, resident)
+                    in_flight.append(x)
+                route = self.routes.get((k, k + 1))
+                if route is not None and route.crosses and route.joins:
+                    made = x if k in self.programs else _done(None)
+                    x = self.lanes.submit("transfers", lambda route=route, made=made: route.exchange(made.result()))
+            if self.slices[-1].index in self.programs:
+                sums = x
+            while len(in_flight) > (IN_FLIGHT + 1) * len(self.programs):
                 jax.block_until_ready(in_flight.popleft().result())
-        result = sums.result()
-        if result.loss.is_fully_addressable or self.layout.on_stage(last).mesh.local_devices:
-            return summarize(jax.device_get(result))
-        raise NotImplementedError
+        return self._everywhere(sums.result())
 
-    def _run(self, part: Slice, program: Any, own: Any, x: Any, sums: Any, batch: EvalBatch, resident: Resident) -> Any:
+    def _run(self, part: Slice, own: Any, x: Any, sums: Any, batch: EvalBatch, resident: Resident) -> Any:
         given = _on_its_stage(self.layout, part.stage, _eval_given(part, batch, resident))
         if part.last:
-            return program(sums.result(), *own, x.result(), given)
-        y = program(*own, x.result() if x is not None else (), given)
-        return move(y, self.layout.sharding(self.layout.examples.spec, self.slices[part.index + 1].stage))
+            return self.programs[part.index](sums.result(), *own, x.result(), given)
+        y, route = self.programs[part.index](*own, x.result(), given), self.routes[part.index, part.index + 1]
+        return y if route.crosses else route.copy(y)
+
+    def _everywhere(self, sums: EvalSums) -> EvalResult:
+        """The last stage's sums, on every process."""
+        owners = sorted(
+            {device.process_index for device in self.layout.on_stage(self.slices[-1].stage).mesh.devices.flat}
+        )
+        if len(owners) < jax.process_count():
+            with jax.transfer_guard("allow"):
+                source = jax.process_index() == owners[0]
+                here = jax.device_get(sums) if self.slices[-1].index in self.programs else sums
+                sums = multihost_utils.broadcast_one_to_all(here, is_source=source)
+        return summarize(jax.device_get(sums))
+
+
+def _done(value: Any) -> concurrent.futures.Future[Any]:
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    future.set_result(value)
+    return future
 
 
 def _weights(part: Slice, params: PyTree, batch_stats: PyTree) -> tuple[PyTree, PyTree]:
@@ -736,33 +872,35 @@ def make_pipeline_evaluator(
     task: Task, layout: Layout, params: PyTree, batch_stats: PyTree, batch: EvalBatch, resident: Resident
 ) -> PipelineEvaluator:
     """Compiles the evaluation of one batch, as `jaxtrain.evaluator.make_evaluator` does."""
-    slices = slices_of(layout)
+    slices, here = slices_of(layout), local_stages(layout)
     params, batch_stats, batch, resident = _shapes((params, batch_stats, batch, resident))
-    lowered, x = [], ()
-    zeros, sums = None, None
+    zero = functools.partial(zero_sums_of, task.preprocess.num_classes, params)
+    lowered: dict[int, Any] = {}
+    inputs: list[Any] = [()]
     for part in slices:
-        lay = layout.on_stage(part.stage)
+        lay, x = layout.on_stage(part.stage), inputs[-1]
         own, stats = _weights(part, params, batch_stats)
         given = _on_stage(_eval_given(part, batch, resident), layout, part.stage)
         run = functools.partial(_evaluate_slice, task, lay, part)
-        if part.last:
-            zeros = jax.jit(
-                functools.partial(zero_sums_of, task.preprocess.num_classes, own or params),
-                out_shardings=lay.sharding(),
-            )
-            shapes = jax.eval_shape(zeros)
-            sums = _placed(shapes, lay.sharding())
-            adding = functools.partial(_add_slice, task, run)
-            lowered.append(jax.jit(adding, out_shardings=lay.sharding()).lower(sums, own, stats, x, given))
-        else:
-            lowered.append(jax.jit(run, out_shardings=lay.examples).lower(own, stats, x, given))
+        if not part.last:
             y = jax.eval_shape(run, own, stats, x, given)
             where = layout.sharding(layout.examples.spec, slices[part.index + 1].stage)
-            x = jax.ShapeDtypeStruct(y.shape, y.dtype, sharding=where)
+            inputs.append(jax.ShapeDtypeStruct(y.shape, y.dtype, sharding=where))
+        if part.stage not in here:
+            continue
+        if part.last:
+            sums = _placed(jax.eval_shape(zero), lay.sharding())
+            adding = functools.partial(_add_slice, task, lay, run)
+            lowered[part.index] = jax.jit(adding, out_shardings=lay.sharding()).lower(sums, own, stats, x, given)
+        else:
+            lowered[part.index] = jax.jit(run, out_shardings=lay.examples).lower(own, stats, x, given)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        programs = tuple(pool.map(lambda each: each.compile(), lowered))
-    assert zeros is not None
-    return PipelineEvaluator(layout, tuple(slices), zeros, programs, make_lanes(layout))
+        programs = dict(zip(lowered, pool.map(lambda each: each.compile(), lowered.values()), strict=True))
+    zeros: Any = jax.jit(zero, out_shardings=layout.sharding(P(), slices[-1].stage))
+    if slices[-1].stage not in here:
+        zeros = functools.partial(jax.tree.map, lambda s: np.zeros(s.shape, s.dtype), jax.eval_shape(zero))
+    routes = make_routes(layout, slices, inputs, back=False)
+    return PipelineEvaluator(layout, tuple(slices), routes, zeros, programs, make_lanes(layout))
 
 
 def _evaluate_slice(
@@ -777,8 +915,14 @@ def _evaluate_slice(
 
 
 def _add_slice(
-    task: Task, run: Callable[..., jax.Array], sums: EvalSums, params: PyTree, batch_stats: PyTree, x: Any, given: Any
+    task: Task,
+    layout: Layout,
+    run: Callable[..., jax.Array],
+    sums: EvalSums,
+    params: PyTree,
+    batch_stats: PyTree,
+    x: Any,
+    given: Any,
 ) -> EvalSums:
-    layout = run.args[1]
     labels = select_from(given["labels"], given["rows"], given["resident"], 0, layout)
     return add_to_sums(task, sums, run(params, batch_stats, x, given), labels, given["mask"][0])
