@@ -1,6 +1,6 @@
 """Runs the benchmarks of this machine, writes benchmarks/results/NAME.json, and puts the table into benchmarks/README.md.
 
-python -m benchmarks.run NAME                  # everything: about 20 minutes on two cores
+python -m benchmarks.run NAME                  # everything: about 30 minutes on two cores
 python -m benchmarks.run NAME steps inputs     # some of it; the rest of NAME.json stays
 python -m benchmarks.run --table NAME          # the table alone
 """
@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import checkpoints, inputs, startup, steps
+from benchmarks import checkpoints, inputs, pipeline, startup, steps
 from benchmarks.common import ROOT, machine
 
 BENCHMARKS: dict[str, Callable[[], Any]] = {
@@ -25,6 +25,9 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "quickstart": startup.quickstart,
     "inputs": inputs.measure,
     "checkpoints": checkpoints.measure,
+    "bubble": pipeline.bubble,
+    "dispatch": pipeline.dispatch,
+    "efficiency": pipeline.efficiency,
 }
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
@@ -78,6 +81,15 @@ def table(results: dict[str, Any]) -> str:
     for row in measured.get("checkpoints", []):
         for key in ("blocked", "whole", "restore"):
             lines.append(_row(f"checkpoint of {row['name']} ({row['bytes'] / 1e6:.0f} MB), {key}", row[key], 1, "s", 3))
+    for row in measured.get("bubble", []):
+        name = f"bubble of {row['schedule']}, {row['stages']} stages, {row['microbatches']} microbatches"
+        lines.append(_row(f"{name}: formula {100 * row['formula']:.1f} %", row["bubble"], 100, "%"))
+    for row in measured.get("dispatch", []):
+        name = f"dispatch, {row['stages']} stages, {row['microbatches']} microbatches, {row['leaves']} parameter leaves"
+        lines.append(_row(f"{name}: per operation", row["seconds_per_operation"], 1e3, "ms", 3))
+    for row in measured.get("efficiency", []):
+        name = f"two stages on two cores over twice one core, {row['name']}, {row['microbatches']} microbatches"
+        lines.append(_row(f"{name}: bound {row['bound']:.3f}", row["efficiency"], 1, "x", 3))
     return "\n".join(lines)
 
 

@@ -20,6 +20,7 @@ import optax
 import orbax.checkpoint as ocp
 
 from jaxtrain.errors import CheckpointError, ConfigError
+from jaxtrain.parallel.arrays import is_everywhere, to_every_process, view
 from jaxtrain.parallel.layout import path_of
 from jaxtrain.state import TrainState
 
@@ -89,7 +90,8 @@ class Checkpoints:
         """
         metrics = {"epoch": epoch, "val_accuracy": val_accuracy, "milestone": milestone}
         args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(_tree(state)), position=ocp.args.JsonSave({"schema": SCHEMA, **position})
+            state=ocp.args.PyTreeSave(to_every_process(_tree(state), _mesh(state))),
+            position=ocp.args.JsonSave({"schema": SCHEMA, **position}),
         )
         try:
             self._manager.save(step, args=args, metrics=metrics, force=True)
@@ -155,7 +157,7 @@ class Checkpoints:
             if difference:
                 fresh.append(name)
                 del trees[name]
-        restored = self._read(step, trees)
+        restored = self._read(step, trees, _mesh(template))
         for name in fresh:
             log.warning("The checkpoint has another %s; this run starts with a fresh one.", name)
         if "ema" in fresh and template.ema:
@@ -167,17 +169,24 @@ class Checkpoints:
     def restore_weights(self, step: int, template: TrainState) -> TrainState:
         """`template` with the parameters, statistics and EMA of `step`; its other trees are not read."""
         trees = {name: tree for name, tree in _tree(template).items() if name in ("params", "batch_stats", "ema")}
-        return dataclasses.replace(template, **self._read(step, trees))
+        return dataclasses.replace(template, **self._read(step, trees, _mesh(template)))
 
-    def _read(self, step: int, trees: dict[str, Any]) -> dict[str, Any]:
-        abstract = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), trees)
+    def _read(self, step: int, trees: dict[str, Any], mesh: Any) -> dict[str, Any]:
+        def target(x: jax.Array) -> jax.ShapeDtypeStruct:
+            where: Any = x.sharding
+            if not is_everywhere(x):  # a stage of other processes: read on all stages, then kept by its own
+                where = jax.sharding.NamedSharding(mesh, where.spec)
+            return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
+
+        abstract = jax.tree.map(target, trees)
         restore = ocp.args.PyTreeRestore(
             abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
         )
         try:
-            return self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+            found = self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"The checkpoint {self.directory / str(step)} cannot be read: {error}.") from error
+        return jax.tree.map(lambda new, old: new if is_everywhere(old) else view(new, old.sharding), found, trees)
 
     def _stored_shapes(self, step: int) -> dict[str, tuple[tuple[int, ...], str]]:
         try:
@@ -185,6 +194,12 @@ class Checkpoints:
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise CheckpointError(f"The checkpoint {self.directory / str(step)} cannot be read: {error}.") from error
         return _shapes(tree)
+
+
+def _mesh(state: TrainState) -> Any:
+    """The mesh of the whole run: that of what every stage has."""
+    where: Any = state.step.sharding
+    return where.mesh
 
 
 def _copy(x: jax.Array) -> jax.Array:

@@ -46,17 +46,17 @@ class Placer:
             first = int(np.searchsorted(self._columns, start))
             return local[:, first : first + stop - start]
 
-        return _place((*self._shape, *rows.shape[1:]), sharding or self._sharding, shard)
+        return _place((*self._shape, *rows.shape[1:]), rows.dtype, sharding or self._sharding, shard)
 
     def scalar(self, value: int) -> jax.Array:
         """An int32 that every device has."""
-        return _place((), self._replicated, lambda _: np.int32(value))
+        return _place((), np.int32, self._replicated, lambda _: np.int32(value))
 
 
-def _place(shape: tuple[int, ...], sharding: jax.sharding.Sharding, part: Callable[..., Any]) -> jax.Array:
+def _place(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding, part: Callable[..., Any]) -> jax.Array:
     """A global array from its parts on the host: the one transfer to the devices that the loop is meant to make."""
     with jax.transfer_guard_host_to_device("allow"):
-        return jax.make_array_from_callback(shape, sharding, part)
+        return jax.make_array_from_callback(shape, sharding, part, dtype=dtype)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +121,7 @@ def make_feed(dataset: Dataset, layout: Layout, residency: str, workers: int) ->
     images, labels = zip(*(materialize(source) for source in splits.values()), strict=True)
 
     def place(array: np.ndarray, stage: int | None = None) -> jax.Array:
-        return _place(array.shape, layout.sharding(stage=stage), lambda _: array)
+        return _place(array.shape, array.dtype, layout.sharding(stage=stage), lambda _: array)
 
     offsets = np.cumsum([0, *(len(source) for source in splits.values())])
     resident = Resident(place(np.concatenate(images), 0), place(np.concatenate(labels)))

@@ -31,6 +31,7 @@ from jaxtrain.evaluator import IN_FLIGHT, EvalBatch, EvalResult, EvalSums, add_t
 from jaxtrain.models.layers import Context
 from jaxtrain.optim import global_norm
 from jaxtrain.parallel import schedule as schedules
+from jaxtrain.parallel.arrays import join, view
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import BATCH_AXES
 from jaxtrain.parallel.schedule import Op, Schedule
@@ -43,20 +44,7 @@ from jaxtrain.task import Batch, Resident, Task, select_from, wrapper
 PyTree = Any
 
 
-# ------------------------------------------------------------------------------------------------- arrays of one stage
-
-
-def view(array: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """What every stage has, as one stage sees it: the same buffers, on its devices alone."""
-    devices = sharding.device_set
-    shards = [shard.data for shard in array.addressable_shards if shard.device in devices]
-    return jax.make_array_from_single_device_arrays(array.shape, sharding, shards, dtype=array.dtype)
-
-
-def join(arrays: Sequence[jax.Array], shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
-    """One array over all stages from each stage's part of it; no copy."""
-    shards = [shard.data for array in arrays for shard in array.addressable_shards]
-    return jax.make_array_from_single_device_arrays(shape, sharding, shards, dtype=arrays[0].dtype)
+# ------------------------------------------------------------------------------------------------- between the stages
 
 
 class Route:
@@ -553,23 +541,18 @@ class _Flight:
         part, k = each.part, op.chunk
         given = self._given[k] | {"index": self.step.microbatches[part.stage][op.microbatch]}
         if op.kind == "F":
-            x = () if part.first else self._receive(Op("F", k - 1, op.microbatch))
+            x = () if part.first else _take(self._arrived, Op("F", k - 1, op.microbatch))
             output, aux, kept = each.forward(self._params[k], self._stats[k], x, given)
             self._kept[k, op.microbatch] = (kept, output, aux, x)
             self._send(op, output)
             return output
-        cotangent = () if part.last else self._receive(Op("B", k + 1, op.microbatch))
+        cotangent = () if part.last else _take(self._arrived, Op("B", k + 1, op.microbatch))
         kept, output, aux, x = self._kept.pop((k, op.microbatch))
         self._sums[k], cotangent = each.backward(
             self._sums[k], cotangent, kept, output, aux, self._params[k], self._stats[k], x, given
         )
         self._send(op, cotangent)
         return self._sums[k]
-
-    def _receive(self, op: Op) -> jax.Array:
-        array = self._arrived[op].result()
-        del self._arrived[op]
-        return array
 
     def _send(self, op: Op, array: Any) -> None:
         route = self.step.routes.get(edge(op))
@@ -586,7 +569,7 @@ class _Flight:
         if route is None or not (route.crosses and route.joins):
             return
         makes = op.chunk in self.step.slices
-        array = route.exchange(self._made.pop(op).result() if makes else None)
+        array = route.exchange(_take(self._made, op) if makes else None)
         if array is not None:
             self._arrived[op].set_result(array)
 
@@ -603,6 +586,13 @@ class _Flight:
         for future in [*self._made.values(), *self._arrived.values()]:
             with contextlib.suppress(concurrent.futures.InvalidStateError):
                 future.set_exception(error)
+
+
+def _take(mailbox: dict[Op, concurrent.futures.Future[Any]], op: Op) -> Any:
+    """Waits for a message and forgets it: an activation lives no longer than it is needed."""
+    value = mailbox[op].result()
+    del mailbox[op]
+    return value
 
 
 def edge(op: Op) -> tuple[int, int]:
@@ -703,7 +693,7 @@ def make_pipeline(task: Task, layout: Layout, state: TrainState, batch: Batch, r
     scalar = jax.ShapeDtypeStruct((), np.int32)
 
     def number(i: int, stage: int) -> jax.Array:
-        return jax.make_array_from_callback((), layout.sharding(P(), stage), lambda _: np.int32(i))
+        return jax.make_array_from_callback((), layout.sharding(P(), stage), lambda _: np.int32(i), dtype=np.int32)
 
     numbers = {s: tuple(number(i, s) for i in range(config.microbatches)) for s in here}
 
@@ -744,9 +734,11 @@ def make_pipeline(task: Task, layout: Layout, state: TrainState, batch: Batch, r
     programs = {"judge": judged, "finish": finish}
     for _, more in (*compiled, *updates):
         programs |= more
-    accumulators = {
-        name: where for each in steps.values() for name, where in each.zeros.output_shardings.gradients.items()
-    }
+    accumulators: dict[str, Any] = {}
+    for s, part in enumerate(parts):
+        accumulators |= like_params(layout.on_stage(s), "gradients", part.params)
+    for each in steps.values():
+        accumulators |= each.zeros.output_shardings.gradients
     placed = {i: where for step, _ in updates for i, where in step.after.items()}
     after = [
         placed.get(i, leaf.sharding) for i, leaf in enumerate(leaves)
@@ -822,10 +814,13 @@ class PipelineEvaluator:
                 if route is not None and route.crosses and route.joins:
                     made = x if k in self.programs else _done(None)
                     x = self.lanes.submit("transfers", lambda route=route, made=made: route.exchange(made.result()))
+                    in_flight.append(x)
             if self.slices[-1].index in self.programs:
                 sums = x
             while len(in_flight) > (IN_FLIGHT + 1) * len(self.programs):
                 jax.block_until_ready(in_flight.popleft().result())
+        for each in in_flight:  # before another program that spans processes: all enqueue those in the same order
+            each.result()
         return self._everywhere(sums.result())
 
     def _run(self, part: Slice, own: Any, x: Any, sums: Any, batch: EvalBatch, resident: Resident) -> Any:

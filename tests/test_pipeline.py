@@ -88,7 +88,7 @@ def fields_of(model: str, deeper: bool) -> dict[str, object]:
     """A batch, and BatchNorm groups, that four and six microbatches divide."""
     more = DEEPER.get(model, {}) if deeper else DEEP[model]
     groups = {"model.bn_groups": 12} if model in ("resnet", "vgg") else {}
-    return {"data.global_batch": 48, **groups, **more}
+    return {"data.global_batch": 96, "data.examples": 96, **groups, **more}
 
 
 @functools.cache

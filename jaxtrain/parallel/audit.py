@@ -102,7 +102,7 @@ def held_bytes(leaf: jax.Array) -> int:
 
 def _check_tree(name: str, leaves: list[jax.Array], places: list[Placement]) -> int:
     for leaf, place in zip(leaves, places, strict=True):
-        if held_bytes(leaf) != place.bytes_per_device:
+        if leaf.addressable_shards and held_bytes(leaf) != place.bytes_per_device:
             raise AuditError(
                 f"{name}/{place.path} holds {held_bytes(leaf)} bytes per device; the layout's {place.spec} means "
                 f"{place.bytes_per_device}."

@@ -1,0 +1,273 @@
+"""Pipeline stages: the idle share of each schedule, what dispatching an operation costs, and the gain of two processes.
+
+Each function measures in processes of its own, which this one needs no devices for. The stages of `bubble` sleep, since
+simulated devices share this machine's cores; those of `efficiency` compute, each process on a core that no other uses.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import dataclasses
+import itertools
+import multiprocessing
+import os
+import socket
+import statistics
+import time
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+
+from benchmarks.common import Spread, batches, settings, start, synthetic
+from jaxtrain.cli.start import start_processes
+from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig
+from jaxtrain.engine import Engine
+from jaxtrain.models.classifier import Classifier
+from jaxtrain.models.layers import Context, Layer
+from jaxtrain.parallel import schedule as schedules
+from jaxtrain.parallel.schedule import Op
+from jaxtrain.parallel.split import Split
+from jaxtrain.parallel.timeline import Event, Timeline, ideal_bubble, simulate
+from jaxtrain.run import Run
+
+STAGES, BUBBLE_PARTS, DISPATCH_PARTS, EFFICIENCY_PARTS = (2, 4, 8), (4, 8, 16), (4, 16), (8, 32)
+DEPTHS = (15, 31, 63)  # hidden layers of the MLP whose operations compute next to nothing
+NAP = 0.02  # seconds that a sleepy layer's forward takes; its backward takes twice as long
+REPEATS = 5
+SECONDS = 900  # that a process may take
+# name: (model, examples of a microbatch). Two stages of each are about as dear, and a microbatch takes tens of milliseconds.
+MODELS = {
+    "resnet18 of width 16": (ModelConfig("resnet18", width=16), 16),
+    "mlp of width 1024": (ModelConfig("mlp", width=1024, depths=(15,)), 64),
+}
+
+
+def _config(model: ModelConfig, batch: int, layout: LayoutConfig) -> Config:
+    optim = OptimConfig(learning_rate=0.01, schedule="constant")
+    return synthetic(Config(data=DataConfig(global_batch=batch), model=model, optim=optim, layout=layout))
+
+
+def _apart(*calls: tuple[Any, ...]) -> list[Any]:
+    """What each call (function, *arguments) returns, each in a new process, all at once."""
+    with multiprocessing.get_context("spawn").Pool(len(calls), maxtasksperchild=1) as pool:
+        started = [pool.apply_async(function, arguments) for function, *arguments in calls]
+        return [each.get(SECONDS) for each in started]
+
+
+def _seconds(run: Run, engine: Engine, state: Any, steps: int) -> list[float]:
+    """Seconds a step, of each of `REPEATS` blocks of `steps`; a block before them warms up."""
+    seconds = []
+    for repeat in range(REPEATS + 1):
+        block = list(batches(run, engine, repeat * steps, steps))
+        began = time.perf_counter()
+        for batch in block:
+            state, metrics = engine.step(state, batch, engine.feed.resident)
+        jax.block_until_ready((state, metrics))
+        seconds.append((time.perf_counter() - began) / steps)
+    return seconds[1:]
+
+
+# -------------------------------------------------------------------------------------------------------------- bubble
+
+_naps: list[tuple[str, int, float, float]] = []  # of this process: "F" or "B", layer, start, end
+
+
+class Sleepy(Layer):
+    """Scales its input, [B, ...] -> [B, features], and sleeps `NAP` seconds, in the backward pass twice as long."""
+
+    number: int
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array, context: Context) -> jax.Array:
+        """The first layer takes some of the pixels."""
+        scale = self.param("scale", nn.initializers.ones, (self.features,), self.param_dtype)
+        return _slept(self.number, x.reshape(x.shape[0], -1)[:, : self.features] * scale.astype(x.dtype))
+
+
+def _nap(kind: str, layer: int, x: jax.Array) -> jax.Array:
+    """`x`, once somebody has slept on the host, where other threads go on; it notes when that was."""
+
+    def nap(zero: Any) -> Any:
+        began = time.perf_counter()
+        time.sleep(NAP if kind == "F" else 2 * NAP)
+        _naps.append((kind, layer, began, time.perf_counter()))
+        return np.zeros_like(zero)
+
+    first = x[0, 0]  # one number is all that goes to the host and back
+    return x + jax.pure_callback(nap, jax.ShapeDtypeStruct((), x.dtype), first)
+
+
+def _slept(layer: int, x: jax.Array) -> jax.Array:
+    slept = jax.custom_vjp(lambda x: _nap("F", layer, x))
+    slept.defvjp(lambda x: (_nap("F", layer, x), None), lambda _, g: (_nap("B", layer, g),))
+    return slept(x)
+
+
+def sleepy(config: ModelConfig, *, image_shape: Any, num_classes: int, dtype: Any, param_dtype: Any) -> Classifier:
+    """`config.depths=(n,)` layers that all cost the same; named in configs as `benchmarks.pipeline:sleepy`."""
+    return Classifier(tuple(Sleepy(dtype, param_dtype, number, num_classes) for number in range(config.depths[0])))
+
+
+def bubble() -> list[dict[str, Any]]:
+    """Each schedule of sleepy stages, two layers a stage: the idle share of its forwards and backwards, beside the formula."""
+    cases = [
+        (name, stages, parts)
+        for name, stages, parts in itertools.product(schedules.SCHEDULES, STAGES, BUBBLE_PARTS)
+        if name != "interleaved_1f1b" or parts % stages == 0
+    ]
+    return _apart((_bubbles, cases))[0]
+
+
+def _bubbles(cases: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
+    jax.config.update("jax_num_cpu_devices", max(STAGES))
+    return [_bubble(*case) for case in cases]
+
+
+def _bubble(name: str, stages: int, parts: int) -> dict[str, Any]:
+    chunks = 2 if name == "interleaved_1f1b" else 1
+    layers, each = 2 * stages, 2 // chunks  # in the model, in a chunk
+    boundaries = tuple(range(each, layers, each))
+    layout = LayoutConfig(stages=stages, schedule=name, chunks=chunks, microbatches=parts, boundaries=boundaries)
+    config = _config(ModelConfig("benchmarks.pipeline:sleepy", depths=(layers,)), 2 * parts, layout)
+    found = []
+    with settings(config):
+        run, engine, state = start(config, stages)
+        for batch in batches(run, engine, 0, REPEATS + 1):  # the first step warms up
+            _naps.clear()
+            state, metrics = engine.step(state, batch, engine.feed.resident)
+            jax.block_until_ready((state, metrics))
+            found.append(_timeline(stages, parts, each))
+    schedule = schedules.make(name, stages, parts, chunks)
+    costs = [each * NAP] * schedule.model_chunks
+    simulated = simulate(schedule, costs, [2 * cost for cost in costs])
+    spread = Spread.of([timeline.bubble for timeline in found[1:]])
+    makespan = Spread.of([timeline.makespan for timeline in found[1:]])
+    formula = ideal_bubble(name, stages, parts, chunks)
+    return {
+        "schedule": name,
+        "stages": stages,
+        "microbatches": parts,
+        "chunks": chunks,
+        "bubble": dataclasses.asdict(spread),
+        "formula": formula,
+        "over_formula": spread.median - formula,
+        "makespan": dataclasses.asdict(makespan),
+        "simulated_makespan": simulated.makespan,
+        "simulated_over_measured": simulated.makespan / makespan.median,
+    }
+
+
+def _timeline(stages: int, parts: int, each: int) -> Timeline:
+    """What the naps of a step were, an event for each; a chunk takes the microbatches in their order."""
+    counts, events = collections.Counter(), []
+    for kind, layer, began, ended in sorted(_naps, key=lambda nap: nap[2]):
+        chunk = layer // each
+        events.append(Event(Op(kind, chunk, counts[kind, layer]), chunk % stages, began, ended))
+        counts[kind, layer] += 1
+    if set(counts.values()) != {parts}:
+        raise RuntimeError(f"every layer sleeps {parts} times each way in a step, and these slept: {dict(counts)}")
+    return Timeline(stages, tuple(events))
+
+
+# ------------------------------------------------------------------------------------------------------------ dispatch
+
+
+def dispatch() -> list[dict[str, Any]]:
+    """Seconds of a step for each of its operations (2 V M), where these compute next to nothing: an MLP of width 8."""
+    cases = [(stages, parts, DEPTHS[0]) for stages, parts in itertools.product(STAGES, DISPATCH_PARTS)]
+    cases += [(STAGES[0], DISPATCH_PARTS[-1], depth) for depth in DEPTHS[1:]]
+    return _apart((_dispatches, cases))[0]
+
+
+def _dispatches(cases: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
+    jax.config.update("jax_num_cpu_devices", max(STAGES))
+    return [_dispatch(*case) for case in cases]
+
+
+def _dispatch(stages: int, parts: int, depth: int) -> dict[str, Any]:
+    layout = LayoutConfig(stages=stages, microbatches=parts)
+    config = _config(ModelConfig("mlp", width=8, depths=(depth,)), 2 * parts, layout)
+    operations = 2 * stages * parts
+    with settings(config):
+        run, engine, state = start(config, stages)
+        leaves = len(jax.tree.leaves(state.params))
+        seconds = _seconds(run, engine, state, 10)
+    return {
+        "stages": stages,
+        "microbatches": parts,
+        "operations": operations,
+        "leaves": leaves,
+        "seconds_per_operation": dataclasses.asdict(Spread.of([s / operations for s in seconds])),
+        "seconds": dataclasses.asdict(Spread.of(seconds)),
+    }
+
+
+# ---------------------------------------------------------------------------------------------------------- efficiency
+
+
+def efficiency() -> list[dict[str, Any]]:
+    """Examples/s of two stages on two processes with a core each, over twice those of one such process without stages.
+
+    bound: M / (M + S - 1), of the schedule. two_apart_over_twice_one: what two such processes without stages reach, which
+    share the machine's memory. imbalance: the dearer stage's time over the average, as the split measured it.
+    """
+    rows = []
+    for (name, (model, size)), parts in itertools.product(MODELS.items(), EFFICIENCY_PARTS):
+        work = (_throughput, model, size, parts)
+        (alone,) = _apart((*work, 0))
+        two = _apart((*work, 0), (*work, 1))
+        port = _free_port()
+        staged = _apart((*work, 0, port), (*work, 1, port))[0]
+        bound = parts / (parts + 1)
+        spread = Spread.of([statistics.median(alone["seconds"]) / (2 * seconds) for seconds in staged["seconds"]])
+        two_seconds = statistics.mean(statistics.median(each["seconds"]) for each in two)
+        rows.append(
+            {
+                "name": name,
+                "stages": 2,
+                "microbatches": parts,
+                "batch": size * parts,
+                "examples_per_second": size * parts / statistics.median(staged["seconds"]),
+                "efficiency": dataclasses.asdict(spread),
+                "bound": bound,
+                "efficiency_over_bound": spread.median / bound,
+                "two_apart_over_twice_one": statistics.median(alone["seconds"]) / two_seconds,
+                "imbalance": staged["imbalance"],
+            }
+        )
+    return rows
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def _throughput(model: ModelConfig, size: int, parts: int, core: int, port: int = 0) -> dict[str, Any]:
+    """A process on one core: a stage of two where the processes meet at `port`, else the whole model."""
+    os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[core]})
+    jax.config.update("jax_num_cpu_devices", 1)
+    layout = LayoutConfig(microbatches=parts)
+    if port:
+        layout = LayoutConfig(microbatches=parts, stages=2, stage_placement="hosts", balance="time")
+        joined = {"coordinator": f"127.0.0.1:{port}", "num_processes": 2, "process_id": core, "start_timeout": 120}
+        start_processes(argparse.Namespace(**joined))
+    groups = parts if model.name.startswith("resnet") else 1
+    config = _config(dataclasses.replace(model, bn_groups=groups), size * parts, layout)
+    with settings(config):
+        run, engine, state = start(config, len(jax.devices()))
+        seconds = _seconds(run, engine, state, 1)
+    return {"seconds": seconds, "imbalance": _imbalance(run.split) if run.split else 1.0}
+
+
+def _imbalance(split: Split) -> float:
+    """Time of the dearer stage over the stages' average."""
+    costs = [sum(split.costs[i].seconds for i in layers) for layers in split.slices]
+    return max(costs) / statistics.mean(costs)
+
+
+__all__ = ["bubble", "dispatch", "efficiency", "sleepy"]
