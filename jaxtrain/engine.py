@@ -8,6 +8,7 @@ import functools
 import logging
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -38,8 +39,11 @@ class Engine:
     feed: Feed
 
 
-def start_engine(run: Run, resume: Resume) -> tuple[Engine, TrainState]:
-    """Makes or restores the state, compiles the step and audits the layout. Evaluation compiles when it is first used."""
+def start_engine(run: Run, resume: Resume, trace: Path = Path("pipeline_trace.json")) -> tuple[Engine, TrainState]:
+    """Makes or restores the state, compiles the step and audits the layout. Evaluation compiles when it is first used.
+
+    trace: the file of `layout.trace_step`.
+    """
     began = time.perf_counter()
     state = create_state(run.init, run.layout)
     if resume.start is not None:
@@ -51,7 +55,7 @@ def start_engine(run: Run, resume: Resume) -> tuple[Engine, TrainState]:
     table = layout_table(run.layout, state)
     for line in summary(run, table):
         log.info("%s", line)
-    step = _compile_step(run, feed, state)
+    step = _compile_step(run, feed, state, trace)
     for note in audit(run.layout, table, state, step).notes:
         log.info("%s", note)
     log.info("data %s; compiled in %.1f s", where, time.perf_counter() - began)
@@ -81,14 +85,15 @@ def make_evaluation(run: Run, feed: Feed) -> Callable[[str, PyTree, PyTree], Eva
     return evaluate
 
 
-def _compile_step(run: Run, feed: Feed, state: TrainState) -> Step | PipelineStep:
+def _compile_step(run: Run, feed: Feed, state: TrainState, trace: Path) -> Step | PipelineStep:
     examples = feed.train(
         seed=run.config.seed, global_batch=run.config.data.global_batch, first_step=0, first_example=0, steps=1
     )
     with contextlib.closing(examples) as batches:
         batch = next(batches)
-    make = make_pipeline if run.layout.stages > 1 else make_step
-    return make(run.task, run.layout, state, batch, feed.resident)
+    if run.layout.stages > 1:
+        return make_pipeline(run.task, run.layout, state, batch, feed.resident, trace)
+    return make_step(run.task, run.layout, state, batch, feed.resident)
 
 
 @contextlib.contextmanager

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
+import json
 import math
+import statistics
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,8 +17,12 @@ from jaxtrain.config import Config
 from jaxtrain.data import sources
 from jaxtrain.data.sources import Dataset
 from jaxtrain.engine import layout_table
-from jaxtrain.parallel.layout import bytes_per_device
-from jaxtrain.run import decide, make_run, select_devices, settings
+from jaxtrain.errors import ConfigError
+from jaxtrain.parallel import schedule as schedules
+from jaxtrain.parallel.layout import Placement, bytes_by_stage, bytes_per_device
+from jaxtrain.parallel.schedule import Op
+from jaxtrain.parallel.timeline import Event, Timeline, simulate, svg
+from jaxtrain.run import Run, decide, make_run, select_devices, settings
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,13 +66,22 @@ def describe_layout(config: Config, num_devices: int = 0) -> dict[str, Any]:
     Returns:
       `parameters` (their number), `mesh` (size of each axis), `bytes_per_device` (by tree), and `leaves`: for each `tree`,
       `path` (with the tree in front), `shape`, `dtype`, `spec` (axis or None for each dim; a list where a dim has several),
-      `stage`, `bytes_per_device`, `note`.
+      `stage`, `bytes_per_device`, `note`. With pipeline stages also `bytes_by_stage` (by tree, then stage) and `stages`
+      (a line about each).
     """
+    return describe(*_planned(config, num_devices))
+
+
+def _planned(config: Config, num_devices: int) -> tuple[Run, dict[str, list[Placement]]]:
     devices = select_devices(num_devices)
     config = decide(config, None, devices)
     with settings(config):
         run = make_run(config, _outline(config), devices)
-        table = layout_table(run.layout, jax.eval_shape(run.init))
+        return run, layout_table(run.layout, jax.eval_shape(run.init))
+
+
+def describe(run: Run, table: dict[str, list[Placement]]) -> dict[str, Any]:
+    """What `describe_layout` returns."""
     leaves = [
         {
             "tree": tree,
@@ -83,5 +100,53 @@ def describe_layout(config: Config, num_devices: int = 0) -> dict[str, Any]:
         "parameters": sum(math.prod(leaf.shape) for leaf in table["params"]),
         "mesh": dict(run.layout.mesh.shape),
         "bytes_per_device": {tree: bytes_per_device(placements) for tree, placements in table.items()},
+        "bytes_by_stage": {tree: bytes_by_stage(placements) for tree, placements in table.items()},
+        "stages": run.split.describe() if run.split else [],
         "leaves": leaves,
     }
+
+
+# ----------------------------------------------------------------------------------------------------------- schedules
+
+# What a device does a second in a drawing without measured times (an H100 computes in bf16 at about half of its peak).
+_NOMINAL_FLOPS = 5e14
+
+
+def draw_schedule(config: Config, num_devices: int = 0, traced: str | Path = "") -> str:
+    """An SVG of the pipeline's planned step; with `traced`, a work directory, also of its recorded step, beside it.
+
+    The plan takes what each slice costs from the layers' operations at 500 TFLOP/s, or from the recorded step where there
+    is one. Raises `ConfigError` when there are no stages, or no record.
+    """
+    run, _ = _planned(config, num_devices)
+    if run.split is None:
+        raise ConfigError("config.layout.stages=1: there is no schedule to draw; use --config.layout.stages=2 or more.")
+    layout = run.config.layout
+    schedule = schedules.make(layout.schedule, layout.stages, layout.microbatches, layout.chunks)
+    title = f"{layout.schedule}, {layout.stages} stages, {layout.microbatches} microbatches"
+    costs = [sum(run.split.costs[i].cost for i in layers) / _NOMINAL_FLOPS for layers in run.split.slices]
+    forward, backward = [c / 3 for c in costs], [2 * c / 3 for c in costs]
+    if not traced:
+        return svg([(f"planned: {title}", simulate(schedule, forward, backward))])
+    measured = read_trace(traced)
+    found = collections.defaultdict(list)
+    for event in measured.events:
+        found[event.op.kind, event.op.chunk].append(event.end - event.start)
+    chunks = range(schedule.model_chunks)
+    if any((kind, k) not in found for kind in "FB" for k in chunks):
+        raise ConfigError(f"{traced} holds a step of other stages than these; give its --config.layout settings.")
+    forward, backward = ([statistics.median(found[kind, k]) for k in chunks] for kind in "FB")
+    planned = simulate(schedule, forward, backward)
+    return svg([(f"planned from the measured costs: {title}", planned), (f"measured: {traced}", measured)])
+
+
+def read_trace(workdir: str | Path) -> Timeline:
+    """The step that a run recorded (`layout.trace_step`). Raises `ConfigError` where there is none."""
+    paths = sorted((Path(workdir) / "logs").glob("pipeline_trace_*.json"))
+    rows = [row for path in paths for row in json.loads(path.read_text())]
+    if not rows:
+        raise ConfigError(f"{workdir} holds no recorded step; train with --config.layout.trace_step=5, for example.")
+    events = [
+        Event(Op(row["kind"], row["chunk"], row["microbatch"]), row["stage"], row["start"], row["end"]) for row in rows
+    ]
+    return Timeline(1 + max(event.stage for event in events), tuple(events))

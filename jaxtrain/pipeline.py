@@ -15,7 +15,10 @@ import contextlib
 import dataclasses
 import functools
 import itertools
+import json
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -40,6 +43,7 @@ from jaxtrain.precision import scale_factor
 from jaxtrain.state import AUGMENT, DROPOUT, TrainState, role_key
 from jaxtrain.step import Metrics, Sums, Verdict, advance, judge, like_params, metrics_of, unscaled, zero_sums
 from jaxtrain.task import Batch, Resident, Task, select_from, wrapper
+from jaxtrain.workdir import atomic_write
 
 PyTree = Any
 
@@ -461,13 +465,16 @@ class PipelineStep:
     finish: Any
     microbatches: Mapping[int, tuple[jax.Array, ...]]
     lanes: Lanes
+    trace: Trace
 
     def __call__(self, state: TrainState, batch: Batch, resident: Resident) -> tuple[TrainState, Metrics]:
         """Donates `state`. Asynchronous: the metrics are not there until they are read."""
         leaves, structure = jax.tree.flatten(state)
         parts = {number: self._part(stage, leaves) for number, stage in self.stages.items()}
         flight = _Flight(self, parts, batch, resident)
-        measured = self.lanes.run(flight)
+        measured = (self.lanes if flight.events is None else self.trace.lanes).run(flight)
+        if flight.events is not None:
+            self.trace.write(flight.events)
         everywhere = self.layout.sharding(P("stage"))
         numbers = join(measured, (self.layout.stages, 4), everywhere)
         verdict, metrics = self.judge(state.step, state.loss_scale, batch.step, numbers)
@@ -490,6 +497,28 @@ class PipelineStep:
     def _update(self, flight: _Flight, stage: int, verdict: Verdict) -> tuple[TrainState, jax.Array]:
         mine = _on_its_stage(self.layout, stage, verdict)
         return self.stages[stage].update(flight.parts[stage], flight.sums_of(stage), mine)
+
+
+@dataclasses.dataclass
+class Trace:
+    """Times each operation of one step, the `step`-th of this start (0: none), into a JSON file.
+
+    That step waits for each operation, in a thread for each stage, also on an accelerator.
+    """
+
+    step: int
+    path: Path
+    lanes: Lanes
+
+    def is_due(self) -> bool:
+        """To be called once a step."""
+        self.step -= 1
+        return self.step == 0
+
+    def write(self, events: Sequence[Event]) -> None:
+        """Writes what this process saw; times are seconds since 1970."""
+        rows = [{**e.op._asdict(), "stage": e.stage, "start": e.start, "end": e.end} for e in events]
+        atomic_write(self.path, json.dumps(rows) + "\n")
 
 
 def _on_its_stage(layout: Layout, stage: int, tree: PyTree) -> PyTree:
@@ -520,7 +549,7 @@ class _Flight:
         ops = [op for ops in step.schedule.ops for op in ops]
         self._made = {op: concurrent.futures.Future() for op in ops}
         self._arrived = {op: concurrent.futures.Future() for op in ops}
-        self.events: list[Event] = []
+        self.events: list[Event] | None = [] if step.trace.is_due() else None
 
     def begin(self, stage: int) -> None:
         """Makes the parameters of a stage ready, and its accumulators zero."""
@@ -540,19 +569,23 @@ class _Flight:
         each = self.step.slices[op.chunk]
         part, k = each.part, op.chunk
         given = self._given[k] | {"index": self.step.microbatches[part.stage][op.microbatch]}
+        needs_none = part.first if op.kind == "F" else part.last
+        before = op.chunk - 1 if op.kind == "F" else op.chunk + 1
+        arrived = () if needs_none else _take(self._arrived, Op(op.kind, before, op.microbatch))
+        began = time.time()
         if op.kind == "F":
-            x = () if part.first else _take(self._arrived, Op("F", k - 1, op.microbatch))
-            output, aux, kept = each.forward(self._params[k], self._stats[k], x, given)
-            self._kept[k, op.microbatch] = (kept, output, aux, x)
-            self._send(op, output)
-            return output
-        cotangent = () if part.last else _take(self._arrived, Op("B", k + 1, op.microbatch))
-        kept, output, aux, x = self._kept.pop((k, op.microbatch))
-        self._sums[k], cotangent = each.backward(
-            self._sums[k], cotangent, kept, output, aux, self._params[k], self._stats[k], x, given
-        )
-        self._send(op, cotangent)
-        return self._sums[k]
+            result, aux, kept = each.forward(self._params[k], self._stats[k], arrived, given)
+            self._kept[k, op.microbatch] = (kept, result, aux, arrived)
+        else:
+            kept, output, aux, x = self._kept.pop((k, op.microbatch))
+            self._sums[k], result = each.backward(
+                self._sums[k], arrived, kept, output, aux, self._params[k], self._stats[k], x, given
+            )
+        if self.events is not None:
+            jax.block_until_ready((self._sums[k], result))
+            self.events.append(Event(op, part.stage, began, time.time()))
+        self._send(op, result)
+        return self._sums[k], result
 
     def _send(self, op: Op, array: Any) -> None:
         route = self.step.routes.get(edge(op))
@@ -678,8 +711,13 @@ def make_routes(layout: Layout, slices: Sequence[Slice], inputs: Sequence[Any], 
     return routes
 
 
-def make_pipeline(task: Task, layout: Layout, state: TrainState, batch: Batch, resident: Resident) -> PipelineStep:
-    """Compiles all stages' programs, in parallel; `state`, `batch` and `resident` as for `jaxtrain.step.make_step`."""
+def make_pipeline(
+    task: Task, layout: Layout, state: TrainState, batch: Batch, resident: Resident, trace: Path
+) -> PipelineStep:
+    """Compiles all stages' programs, in parallel; `state`, `batch` and `resident` as for `jaxtrain.step.make_step`.
+
+    trace: the file for `layout.trace_step`.
+    """
     config, stages, here = layout.config, range(layout.stages), local_stages(layout)
     schedule = schedules.make(config.schedule, config.stages, config.microbatches, config.chunks)
     slices, every = slices_of(layout), frozenset(layout.stage_of)
@@ -756,6 +794,7 @@ def make_pipeline(task: Task, layout: Layout, state: TrainState, batch: Batch, r
         finish=finish,
         microbatches=numbers,
         lanes=make_lanes(layout),
+        trace=Trace(config.trace_step, trace, Lanes(here, threads=config.trace_step > 0)),
     )
 
 

@@ -105,7 +105,7 @@ def train(
             log.warning(text, config.optim.warmup, warmup, run.steps)
         stack.enter_context(explain_out_of_memory())
         with clock.charge("compile"):
-            engine, state = start_engine(run, resume)
+            engine, state = start_engine(run, resume, directory.trace(jax.process_index()))
         _take_over(directory, resume, config)
         checkpoints = stack.enter_context(
             contextlib.closing(Checkpoints(directory.checkpoints, config.checkpoint.keep))

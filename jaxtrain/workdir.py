@@ -62,6 +62,10 @@ class Workdir:
         """Event files in `train`, `val` and `test`."""
         return self.path / "tensorboard"
 
+    def trace(self, process: int) -> Path:
+        """When the operations of one step ran, as one process saw it (`layout.trace_step`)."""
+        return self.path / "logs" / f"pipeline_trace_{process}.json"
+
     def log(self, process: int) -> Path:
         """The text log of one process."""
         return self.path / "logs" / f"process_{process}.log"

@@ -2,16 +2,21 @@
 
 import argparse
 import json
+from pathlib import Path
 
 from rich.table import Column, Table
 
 from jaxtrain.cli import start
+from jaxtrain.errors import ConfigError
+from jaxtrain.workdir import atomic_write
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--config, --json, devices."""
+    """--config, --json, --schedule-plot, --trace, devices."""
     start.add_config_argument(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--schedule-plot", default="", metavar="SVG", help="draw the pipeline's schedule into a file")
+    parser.add_argument("--trace", default="", metavar="RUN", help="draw beside it what that run recorded")
     start.add_device_arguments(parser)
 
 
@@ -19,8 +24,14 @@ def run(arguments: argparse.Namespace) -> None:
     """The table of `Layout.table`, with totals."""
     resolved = start.resolved(arguments)
     start.start_devices(arguments)
-    from jaxtrain.inspect import describe_layout  # noqa: PLC0415
+    from jaxtrain.inspect import describe_layout, draw_schedule  # noqa: PLC0415
 
+    if arguments.schedule_plot:
+        atomic_write(Path(arguments.schedule_plot), draw_schedule(resolved.config, arguments.devices, arguments.trace))
+        print(arguments.schedule_plot)
+        return
+    if arguments.trace:
+        raise ConfigError("--trace belongs to --schedule-plot FILE.")
     layout = describe_layout(resolved.config, arguments.devices)
     if arguments.json:
         print(json.dumps(layout, indent=2))
@@ -32,10 +43,21 @@ def run(arguments: argparse.Namespace) -> None:
         shape = "x".join(map(str, leaf["shape"])) or "-"
         spec = ", ".join(str(axis) for axis in leaf["spec"])
         table.add_row(
-            leaf["path"], shape, f"P({spec})", str(leaf["stage"]), f"{leaf['bytes_per_device']:,}", leaf["note"]
+            leaf["path"],
+            shape,
+            f"P({spec})",
+            "all" if leaf["stage"] is None else str(leaf["stage"]),
+            f"{leaf['bytes_per_device']:,}",
+            leaf["note"],
         )
     console.print(table)
     axes = " x ".join(f"{name} {size}" for name, size in layout["mesh"].items())
     console.print(f"\n{layout['parameters']:,} parameters; mesh {axes}")
+    for line in layout["stages"]:
+        console.print(line)
     for tree, count in layout["bytes_per_device"].items():
-        console.print(f"{tree}: {count:,} bytes per device")
+        by_stage = layout["bytes_by_stage"][tree].values()
+        console.print(
+            f"{tree}: {count:,} bytes per device"
+            + (f" ({', '.join(f'{b:,}' for b in by_stage)})" if len(by_stage) > 1 else "")
+        )

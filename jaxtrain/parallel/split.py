@@ -24,8 +24,10 @@ from jaxtrain.errors import ConfigError
 
 PyTree = Any
 
-# How many operations an accelerator does in the time that it moves a byte (H100, bf16: 990 TFLOP/s, 3.35 TB/s).
+# How many operations a device does in the time that it moves a byte: an accelerator (H100, bf16: 990 TFLOP/s, 3.35 TB/s),
+# and a core of a CPU.
 FLOPS_PER_BYTE = 300
+CPU_FLOPS_PER_BYTE = 10
 
 # Bytes that a stage keeps for a byte of parameters: itself, its gradient, and two moments.
 _STATE_FACTOR = 4
@@ -51,7 +53,8 @@ class LayerCost:
     @property
     def cost(self) -> float:
         """In operations: whichever takes longer, computing or moving (the roofline; Williams 2009)."""
-        return max(self.flops, float(self.moved) * FLOPS_PER_BYTE)
+        per_byte = CPU_FLOPS_PER_BYTE if jax.default_backend() == "cpu" else FLOPS_PER_BYTE
+        return max(self.flops, float(self.moved) * per_byte)
 
 
 @dataclasses.dataclass(frozen=True)
