@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import dataclasses
 import itertools
 import multiprocessing
+import multiprocessing.connection
 import os
 import socket
 import statistics
+import threading
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -51,10 +55,32 @@ def _config(model: ModelConfig, batch: int, layout: LayoutConfig) -> Config:
 
 
 def _apart(*calls: tuple[Any, ...]) -> list[Any]:
-    """What each call (function, *arguments) returns, each in a new process, all at once."""
-    with multiprocessing.get_context("spawn").Pool(len(calls), maxtasksperchild=1) as pool:
-        started = [pool.apply_async(function, arguments) for function, *arguments in calls]
-        return [each.get(SECONDS) for each in started]
+    """What each call (function, *arguments) returns, each in a new process, all at once. Kills what does not end well."""
+    context = multiprocessing.get_context("spawn")
+    with contextlib.ExitStack() as stack:
+        numbers: dict[Any, int] = {}
+        answers: dict[int, Any] = {}
+        for number, call in enumerate(calls):
+            reader, writer = context.Pipe(duplex=False)
+            process = context.Process(target=_answer, args=(writer, *call))
+            process.start()
+            stack.callback(process.join)
+            stack.callback(process.kill)  # not terminate: JAX's coordination service catches SIGTERM and waits
+            writer.close()
+            numbers[reader] = number
+        while len(answers) < len(calls):
+            ready: list[Any] = multiprocessing.connection.wait(
+                [r for r in numbers if numbers[r] not in answers], SECONDS
+            )
+            if not ready:
+                raise TimeoutError(f"no answer from {calls} in {SECONDS} s")
+            answers |= {numbers[reader]: reader.recv() for reader in ready}  # EOFError where the process has died
+        return [answers[number] for number in range(len(calls))]
+
+
+def _answer(writer: Any, function: Callable[..., Any], *arguments: Any) -> None:
+    writer.send(function(*arguments))
+    threading.Event().wait()  # until it is killed: who leaves first would end the others
 
 
 def _seconds(run: Run, engine: Engine, state: Any, steps: int) -> list[float]:
@@ -189,8 +215,10 @@ def _dispatches(cases: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
 
 
 def _dispatch(stages: int, parts: int, depth: int) -> dict[str, Any]:
-    layout = LayoutConfig(stages=stages, microbatches=parts)
-    config = _config(ModelConfig("mlp", width=8, depths=(depth,)), 2 * parts, layout)
+    layers = depth + 1
+    boundaries = tuple(range(layers // stages, layers, layers // stages))  # as many leaves on every stage
+    layout = LayoutConfig(stages=stages, microbatches=parts, boundaries=boundaries)
+    config = _config(ModelConfig("mlp", width=8, depths=(depth,), dropout=0.0), 2 * parts, layout)
     operations = 2 * stages * parts
     with settings(config):
         run, engine, state = start(config, stages)

@@ -55,6 +55,8 @@ def start_engine(run: Run, resume: Resume, trace: Path = Path("pipeline_trace.js
     table = layout_table(run.layout, state)
     for line in summary(run, table):
         log.info("%s", line)
+    if text := idle_stages(run, bool(table["batch_stats"])):
+        log.warning("%s", text)
     step = _compile_step(run, feed, state, trace)
     for note in audit(run.layout, table, state, step).notes:
         log.info("%s", note)
@@ -139,6 +141,21 @@ def summary(run: Run, table: dict[str, list[Placement]]) -> list[str]:
         if leaf.note and tree != "gradients"
     ]
     return lines
+
+
+def idle_stages(run: Run, has_batch_norm: bool) -> str:
+    """What to say where there are fewer microbatches than stages, or ''."""
+    stages, parts, groups = run.layout.stages, run.layout.config.microbatches, run.config.model.bn_groups
+    if parts >= stages:
+        return ""
+    how = "work one after the other" if parts == 1 else "are idle most of the time"
+    fix = f"use --config.layout.microbatches={4 * stages}"
+    if has_batch_norm and groups < stages:
+        fix = (
+            f"with config.model.bn_groups={groups} a microbatch holds whole BatchNorm groups only; "
+            f"--config.model.bn_groups={4 * stages} lets them overlap and changes the run's numbers"
+        )
+    return f"{parts} microbatch{'es' if parts > 1 else ''} for {stages} pipeline stages: the stages {how}; {fix}."
 
 
 def _elements(leaf: Placement) -> int:

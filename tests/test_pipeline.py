@@ -2,14 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 
+import jax
 import numpy as np
 import parity
 import pytest
+import runs
 
+from jaxtrain import evaluate, pipeline, step
 from jaxtrain.config import LayoutConfig
+from jaxtrain.engine import start_engine
+from jaxtrain.inspect import read_trace
+from jaxtrain.optim import global_norm
+from jaxtrain.parallel.layout import path_of
+from jaxtrain.parallel.schedule import in_flight
+from jaxtrain.resume import Position, Resume
+from jaxtrain.run import load_data, make_run, settings
 
 # At least two layers a slice, also where four stages hold one each: `interleaved_1f1b` with 2 x 2 slices.
 DEEP = {
@@ -94,3 +105,237 @@ def fields_of(model: str, deeper: bool) -> dict[str, object]:
 @functools.cache
 def larger_reference(model: str, deeper: bool) -> dict[str, np.ndarray]:
     return parity.numbers(parity.run(model, LayoutConfig(data=1), **fields_of(model, deeper)))
+
+
+# ------------------------------------------------------------------------------------------------------ planted faults
+
+
+def clip_by_stage(monkeypatch):
+    def own(task, shardings, updating, state, gradients, batch_stats, verdict):
+        verdict = verdict.replace(norm=global_norm(gradients))
+        return step.advance(task, shardings, updating, state, gradients, batch_stats, verdict)
+
+    monkeypatch.setattr(pipeline, "advance", own)
+
+
+def average_by_stage(monkeypatch):
+    """Each stage's average warms up in its own time: that of the later stage runs ahead."""
+
+    def own(task, shardings, updating, state, *more):
+        late = "layers_00" not in state.params
+        after, updates = step.advance(task, shardings, updating, state.replace(step=state.step + late), *more)
+        return after, updates
+
+    monkeypatch.setattr(pipeline, "advance", own)
+
+
+def a_gradient_twice(monkeypatch):
+    backward = pipeline.Pullback.backward
+
+    def twice(self, cotangent, kept, output, *arguments):
+        found = backward(self, cotangent, kept, output, *arguments)
+        times = 1 + (arguments[-1]["index"] == 1)
+        return (jax.tree.map(lambda g: g * times, found[0]), *found[1:])
+
+    monkeypatch.setattr(pipeline.Pullback, "backward", twice)
+
+
+def residuals_of_another_microbatch(monkeypatch):
+    class Swapped(dict):
+        def pop(self, key):
+            chunk, microbatch = key
+            return self[chunk, microbatch ^ (chunk == 0)]  # of all slices alike it would only be another order
+
+    init = pipeline._Flight.__init__
+
+    def swapped(self, *arguments):
+        init(self, *arguments)
+        self._kept = Swapped()
+
+    monkeypatch.setattr(pipeline._Flight, "__init__", swapped)
+
+
+FAULTS = [clip_by_stage, average_by_stage, a_gradient_twice, residuals_of_another_microbatch]
+
+
+@pytest.mark.xdist_group("deep mlp")
+@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+def test_a_planted_fault_shows(fault, monkeypatch):
+    clipped = {"optim.clip_norm": 0.05} | DEEP["mlp"]
+    wanted = parity.numbers(parity.run("mlp", LayoutConfig(data=1), **clipped))
+    parity.assert_equal(parity.numbers(parity.run("mlp", TABLE["gpipe-2"], **clipped)), wanted, 1e-12)
+    fault(monkeypatch)
+    found = parity.numbers(parity.run("mlp", TABLE["gpipe-2"], **clipped))
+    with pytest.raises(AssertionError, match="relative error"):
+        parity.assert_equal(found, wanted, 1e-12)
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+@contextlib.contextmanager
+def started(model: str, where: LayoutConfig, **fields):
+    config = parity.config(model, where, **{"train.precision": "f32", **DEEP[model], **fields})
+    with settings(config):
+        run = make_run(config, load_data(config.data), jax.devices()[: parity.devices_of(where)])
+        yield run, *start_engine(run, Resume(None, Position(), None))
+
+
+def one_step(run, engine, state):
+    batch = run.config.data.global_batch
+    for data in engine.feed.train(seed=0, global_batch=batch, first_step=0, first_example=0, steps=1):
+        state, metrics = engine.step(state, data, engine.feed.resident)
+    return jax.block_until_ready(state), metrics
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+def test_a_stage_holds_its_own_layers_and_nothing_of_the_others(zero):
+    with started("mlp", layout(stages=4, data=2, zero=zero), **{"optim.name": "adamw"}) as (run, engine, state):
+        for after in (False, True):
+            whole, found = one_step(run, engine, state)[0] if after else state, set()
+            for path, leaf in jax.tree_util.tree_leaves_with_path(whole):
+                name = next((part for part in path_of(path).split("/") if part in run.layout.stage_of), None)
+                stage = run.layout.stage_of.get(name)
+                found.add(stage)
+                mesh = run.layout.mesh if stage is None else run.layout.on_stage(stage).mesh
+                assert {shard.device for shard in leaf.addressable_shards} == set(mesh.devices.flat)
+            assert found == {0, 1, 2, 3, None}
+
+
+@pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
+def test_activations_in_flight_follow_the_schedule(schedule, monkeypatch):
+    """Counts the live buffers of one residual on each stage's device, whoever holds them."""
+    peaks, do = {}, pipeline._Flight.do
+
+    def counted(self, op):
+        result = do(self, op)
+        stage = op.chunk
+        if op.kind == "F":
+            (kept, *_) = self._kept[op.chunk, op.microbatch]
+            own = self._kept[op.chunk, op.microbatch]
+            same = {x.unsafe_buffer_pointer() for x in jax.tree.leaves(own) if _kind(x) == _kind(kept[0])}
+            marks.setdefault(stage, (*_kind(kept[0]), len(same)))
+        shape, dtype, _ = marks[stage]
+        device = self.step.layout.mesh.devices[stage].ravel()[0]
+        live = [a for a in jax.live_arrays() if (a.shape, a.dtype) == (shape, dtype) and a.devices() == {device}]
+        peaks[stage] = max(peaks.get(stage, 0), len({a.unsafe_buffer_pointer() for a in live}))
+        return result
+
+    marks = {}
+    monkeypatch.setattr(pipeline._Flight, "do", counted)
+    stages, parts = 4, 8
+    fields = {"data.global_batch": 32, "model.dropout": 0.3}
+    with started("mlp", layout(schedule, stages, parts=parts), **fields) as (run, engine, state):
+        one_step(run, engine, state)
+        plan = engine.step.schedule
+    wanted = tuple(parts if schedule == "gpipe" else stages - stage for stage in range(stages))
+    assert in_flight(plan) == wanted
+    # Layers of one width keep several residuals of one shape: the same number for each microbatch.
+    assert all(peaks[stage] <= marks[stage][2] * count for stage, count in enumerate(wanted)), (peaks, marks)
+
+
+@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("precision", ["f32", "bf16"])
+@pytest.mark.parametrize("model", ["mlp", "swin"])
+def test_a_microbatch_in_flight_holds_no_parameter(model, precision, zero, monkeypatch):
+    """What it keeps doubles with the batch: whatever does not is no activation, and may not be larger than a few vectors."""
+    do, sizes = pipeline._Flight.do, {}
+
+    def weighed(self, op):
+        result = do(self, op)
+        if op.kind == "F":
+            kept = self._kept[op.chunk, op.microbatch][0]
+            sizes[op.chunk] = sum(leaf.nbytes for leaf in kept)
+        return result
+
+    monkeypatch.setattr(pipeline._Flight, "do", weighed)
+    found = []
+    for batch in (32, 64):
+        where = layout(data=2, zero=zero, boundaries=(4,))
+        fields = {"data.global_batch": batch, "train.precision": precision, "model.width": 64 if model == "mlp" else 32}
+        with started(model, where, **fields) as (run, engine, state):
+            parameters = [sum(leaf.nbytes for leaf in jax.tree.leaves(p.params)) for p in _parts(engine.step, state)]
+            one_step(run, engine, state)
+        found.append(dict(sizes))
+    for chunk, whole in enumerate(parameters):
+        constant = 2 * found[0][chunk] - found[1][chunk]
+        assert constant < 0.01 * whole, (found, parameters)
+
+
+def _kind(array):
+    return array.shape, array.dtype
+
+
+def _parts(step, state):
+    leaves = jax.tree.leaves(state)
+    return [step._part(stage, leaves) for stage in step.stages.values()]
+
+
+# ---------------------------------------------------------------------------------------------------------- checkpoints
+
+
+def test_a_checkpoint_fits_any_number_of_stages(tmp_path):
+    """Four stages on eight devices, then one with ZeRO-3 on two, then two stages on two: the loss curve of one device."""
+    whole = runs.here(tmp_path / "whole", runs.EXACT, model__name="resnet18", model__depths="(1,1,1,1)")
+    assert whole.result["steps"] == 12
+    ways = [
+        (4, 8, {"layout.stages": 4, "layout.microbatches": 4, "layout.zero": 1}),
+        (8, 2, {"layout.zero": 3}),
+        (12, 2, {"layout.stages": 2, "layout.microbatches": 2, "layout.schedule": "gpipe"}),
+    ]
+    for last, devices, fields in ways:
+        more = runs.EXACT | fields | {"train.steps": last, "model.name": "resnet18", "model.depths": "(1,1,1,1)"}
+        runs.here(tmp_path / "run", more, devices=devices)
+    np.testing.assert_allclose(runs.losses(tmp_path / "run"), runs.losses(tmp_path / "whole"), rtol=1e-12)
+    evaluated = [evaluate(tmp_path / name, "test", checkpoint="latest").result.loss for name in ("run", "whole")]
+    np.testing.assert_allclose(*evaluated, rtol=1e-12)
+
+
+# ---------------------------------------------------------------------------------------------------------- what is said
+
+REFUSED = [
+    (["stages=4"], ["config.layout.stages=4 makes 4 slices", "3 layers", "at most 3"]),
+    (["stages=2", "boundaries=(3,)"], ["config.layout.boundaries=(3,)", "between 1 and 2"]),
+    (["stages=2", "boundaries=(1,2)"], ["2 slices need 1 boundaries"]),
+    (["stages=2", "microbatches=3"], ["config.data.global_batch=64", "layout.microbatches=3", "63 and 66"]),
+    (["stages=2", "schedule=interleaved_1f1b"], ["config.layout.chunks=1", "--config.layout.chunks=2"]),
+    (["stages=2", "chunks=2"], ["layout.chunks=2 makes 4 slices", "3 layers"]),
+    (["stages=3"], ["layout.stages=3", "needs", "devices"]),
+]
+
+
+@pytest.mark.parametrize(("settings_", "parts"), REFUSED, ids=lambda value: " ".join(value)[:50])
+def test_what_does_not_fit_is_answered_in_one_sentence(settings_, parts, capsys):
+    recipe = ["--config", str(runs.ROOT / "configs" / "mlp_synthetic.py"), "--config.data.examples=64"]
+    assert runs.command_line(["layout", *recipe, *(f"--config.layout.{field}" for field in settings_)]) == 64
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert all(part in said for part in parts), said
+
+
+def test_a_batch_norm_that_allows_one_microbatch_is_said(tmp_path):
+    fields = runs.SMALL | {"layout.stages": 2, "layout.microbatches": 0, "train.steps": 1}
+    runs.here(tmp_path / "bn", fields | {"model.name": "tiny:resnet", "model.width": 4}, devices=2)
+    runs.here(tmp_path / "mlp", fields, devices=2)
+    bn, mlp = ((tmp_path / name / "logs" / "process_0.log").read_text() for name in ("bn", "mlp"))
+    assert "1 microbatch for 2 pipeline stages: the stages work one after the other" in bn
+    assert "--config.model.bn_groups=8" in bn
+    assert "one after the other" not in mlp
+    assert "INFO stage 1: layers_0" in mlp
+
+
+def test_planned_and_recorded_schedules_are_drawn(tmp_path, capsys):
+    fields = runs.SMALL | {"layout.stages": 2, "layout.microbatches": 4}
+    runs.here(tmp_path / "run", fields | {"layout.trace_step": 3, "train.steps": 4}, devices=2)
+    timeline = read_trace(tmp_path / "run")
+    assert len(timeline.events) == 2 * 2 * 4
+    assert 0 <= timeline.bubble < 1
+    for before, after in itertools.pairwise(sorted((e.start, e.end) for e in timeline.events if e.stage == 0)):
+        assert before[1] <= after[0]
+    command = ["layout", *runs.arguments(tmp_path, fields)[:2], *(f"--config.{k}={v}" for k, v in fields.items())]
+    for more, panels in (([], 1), (["--trace", str(tmp_path / "run")], 2)):
+        out = tmp_path / f"{panels}.svg"
+        assert runs.command_line([*command, "--devices", "2", "--schedule-plot", str(out), *more]) == 0
+        assert out.read_text().count("bubble") >= panels
+    assert runs.command_line([*command, "--devices", "2", "--trace", str(tmp_path)]) == 64
+    capsys.readouterr()

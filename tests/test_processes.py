@@ -25,6 +25,8 @@ TOLERANCE = 1e-12  # relative, in f64: a wrong scale, order or random key shows 
 # Gradients accumulated over four microbatches, BatchNorm over four groups, every save kept.
 ACCUMULATED = EXACT | {"layout.microbatches": 4}
 
+PLACEMENTS = ("spread", "hosts")  # two stages over both processes; a process each
+
 shares_saved = pytest.mark.xdist_group("saved")
 
 
@@ -83,6 +85,7 @@ def saved(tmp_path_factory):
         resume = {"checkpoint__resume": path / f"zero{zero}" / "checkpoints" / str(HALF)}
         jobs.append(job(path / f"2x1-zero{zero}", zero, "--devices", "1", **resume))
     jobs.append(job(path / "minutes", 0, checkpoint__every="0.0001 minutes", train__steps=3))
+    jobs += [job(path / f"stages-{place}", 3, layout__stages=2, layout__stage_placement=place) for place in PLACEMENTS]
     slow = {"data.name": "tiny:slow_digits", "data.residency": "stream", "data.workers": 0}
     jobs.append(runs.arguments(path / "slow", SMALL | slow))
     train_in_turn(path, 2, 2, *jobs)
@@ -143,6 +146,23 @@ def test_process_zero_alone_writes_what_is_shared(saved):
 @shares_saved
 def test_the_clock_of_process_zero_decides_when_to_save(saved):
     assert runs.checkpoints(saved / "minutes") == [1, 2, 3]
+
+
+@shares_saved
+@pytest.mark.parametrize("placement", PLACEMENTS)
+def test_stages_over_processes_have_the_numbers_of_one(saved, whole, tmp_path, placement):
+    run = saved / f"stages-{placement}"
+    assert_same(run, whole[0])
+    copy = shutil.copytree(run, tmp_path / "copy")
+    shutil.rmtree(copy / "checkpoints" / str(LAST))
+    here(copy, ACCUMULATED, devices=2)  # without stages
+    assert_same(copy, whole[0])
+
+
+def test_stages_of_four_processes(tmp_path, whole):
+    fields = {"layout__stages": 2, "layout__microbatches": 2, "checkpoint__every": "0"}
+    train_in_turn(tmp_path, 4, 1, job(tmp_path / "run", 2, **fields))
+    assert_same(tmp_path / "run", whole[0])
 
 
 @shares_saved
