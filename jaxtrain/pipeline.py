@@ -451,13 +451,19 @@ def _compile_stage(
 
 @dataclasses.dataclass(frozen=True)
 class PipelineStep:
-    """`jaxtrain.step.Step` for several stages: same call, same fields. slices, stages: those with devices of this process."""
+    """`jaxtrain.step.Step` for several stages: same call, same fields.
+
+    order: of all operations; transfers: of what they send between processes. slices, stages: those with devices of this
+    process.
+    """
 
     programs: Mapping[str, Any]
     after: TrainState
     accumulator: PyTree
     layout: Layout
     schedule: Schedule
+    order: tuple[Op, ...]
+    transfers: tuple[Op, ...]
     slices: Mapping[int, SliceStep]
     stages: Mapping[int, StageStep]
     routes: Mapping[tuple[int, int], Route]
@@ -646,11 +652,10 @@ class Lanes:
     def run(self, flight: _Flight) -> list[jax.Array]:
         """Runs the schedule from its first operation to the measurement of each stage."""
         schedule = flight.step.schedule
-        order = schedules.total_order(schedule)
         if not self._threads:
             for stage in self._stages:
                 flight.begin(stage)
-            for op in order:
+            for op in flight.step.order:
                 if op.chunk in flight.step.slices:
                     flight.do(op)
                 flight.transfer(op)
@@ -672,7 +677,7 @@ class Lanes:
             return jax.block_until_ready(flight.end(stage))
 
         def transfers() -> None:
-            for op in order:
+            for op in flight.step.transfers:
                 flight.transfer(op)
 
         futures = [self._threads[s].submit(guarded, functools.partial(work, s)) for s in self._stages]
@@ -787,6 +792,8 @@ def make_pipeline(
         accumulator=accumulators,
         layout=layout,
         schedule=schedule,
+        order=schedules.total_order(schedule),
+        transfers=schedules.transfer_order(schedule),
         slices=steps,
         stages={step.stage: step for step, _ in updates},
         routes=routes,

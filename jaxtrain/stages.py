@@ -58,7 +58,7 @@ def make_split(
             context = Context(example=example, train=True, bn_groups=bn_groups)
             return layer_function(layer)(params, zeros, x, context, jax.random.key(0))[0]
 
-        calls.append(LayerCall(name, function, own, x, (layer, x.shape)))
+        calls.append(LayerCall(name, function, own, x, (layer, x.shape), index == 0))
         x = jax.eval_shape(function, own, x)
     costs = split.measure(calls, timed=config.balance == "time")
     return split.split(config, costs, schedule.in_flight(plan))

@@ -99,6 +99,9 @@ def start_processes(arguments: argparse.Namespace) -> None:
     note.daemon = True
     note.start()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    # XLA:CPU runs programs in as many threads as there are cores; one that waits for another process must not keep the
+    # others from running.
+    os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, 8)))
     try:
         _meet(address, arguments.process_id, arguments.num_processes, arguments.start_timeout)
         jax.distributed.initialize(

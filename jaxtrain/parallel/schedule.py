@@ -232,6 +232,16 @@ def in_flight(schedule: Schedule) -> tuple[int, ...]:
     return tuple(peaks)
 
 
+def transfer_order(schedule: Schedule) -> tuple[Op, ...]:
+    """The order in which what operations make is sent between processes, the same on every process: as they end.
+
+    Of operations that end together the forwards come first. (By their starts a long backward would be waited for by the
+    short forwards that end before it.)
+    """
+    found = replay(schedule, lambda op: 1.0 if op.kind == "F" else 2.0)
+    return tuple(op for _, end, stage, op in sorted(found, key=lambda each: (each[1], each[3].kind != "F", each[2])))
+
+
 def total_order(schedule: Schedule) -> tuple[Op, ...]:
     """All operations in one order that keeps every stage's order and every dependency; the same on every process.
 

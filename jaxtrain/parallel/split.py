@@ -165,22 +165,26 @@ def partition(layers: int, slices: int, cost: Callable[[int, range], float]) -> 
 
 @dataclasses.dataclass(frozen=True)
 class LayerCall:
-    """One layer as a function `(params, x) -> y` with the shapes of its arguments. key: equal for layers that cost the same."""
+    """One layer as a function `(params, x) -> y` with the shapes of its arguments.
+
+    key: equal for layers that cost the same. first: whether x are the images, whose gradient nobody needs.
+    """
 
     name: str
     function: Callable[[PyTree, jax.Array], jax.Array]
     params: PyTree
     x: jax.ShapeDtypeStruct
     key: Hashable
+    first: bool
 
 
 def measure(calls: Sequence[LayerCall], *, timed: bool) -> list[LayerCost]:
     """The cost of each layer. Lowers each kind of layer once; with `timed` also compiles and runs it, on process 0."""
-    known: dict[Hashable, LayerCost] = {}
+    known: dict[tuple[Hashable, bool], LayerCost] = {}
     for call in calls:
-        if call.key not in known:
-            known[call.key] = _measure(call, timed=timed)
-    costs = [dataclasses.replace(known[call.key], name=call.name) for call in calls]
+        if (call.key, call.first) not in known:
+            known[call.key, call.first] = _measure(call, timed=timed)
+    costs = [dataclasses.replace(known[call.key, call.first], name=call.name) for call in calls]
     if timed and jax.process_count() > 1:
         seconds = multihost_utils.broadcast_one_to_all(np.array([c.seconds for c in costs]))
         costs = [dataclasses.replace(c, seconds=float(s)) for c, s in zip(costs, seconds, strict=True)]
@@ -189,7 +193,10 @@ def measure(calls: Sequence[LayerCall], *, timed: bool) -> list[LayerCost]:
 
 def _measure(call: LayerCall, *, timed: bool) -> LayerCost:
     def both(params: PyTree, x: jax.Array) -> PyTree:
-        y, pullback = jax.vjp(call.function, params, x)
+        if call.first:
+            y, pullback = jax.vjp(lambda params: call.function(params, x), params)
+        else:
+            y, pullback = jax.vjp(call.function, params, x)
         return y, pullback(jnp.ones_like(y))
 
     # Counted before XLA optimizes: on a CPU a convolution becomes a call whose operations are not counted.
