@@ -3,7 +3,7 @@
     python -m jaxtrain.main --config configs/transformer_pipeline_zero.py                          # four GPUs
     python -m jaxtrain.main --config configs/transformer_pipeline_zero.py --simulate-devices 4     # or four CPU devices
 
-32 examples a device: a global batch of 128, in eight microbatches.
+A global batch of 128, 32 for each of the four devices, in eight microbatches.
 """
 
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig

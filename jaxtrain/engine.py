@@ -20,9 +20,11 @@ from jaxtrain.feed import Feed, make_feed
 from jaxtrain.optim import learning_rate
 from jaxtrain.parallel.audit import audit
 from jaxtrain.parallel.layout import Layout, Placement, bytes_per_device
+from jaxtrain.parallel.mesh import batch_ways
 from jaxtrain.pipeline import PipelineEvaluator, PipelineStep, make_pipeline, make_pipeline_evaluator
 from jaxtrain.resume import Resume
 from jaxtrain.run import Run
+from jaxtrain.stages import microbatches
 from jaxtrain.state import TrainState, create_state
 from jaxtrain.step import Step, make_step
 
@@ -145,16 +147,23 @@ def summary(run: Run, table: dict[str, list[Placement]]) -> list[str]:
 
 def idle_stages(run: Run, has_batch_norm: bool) -> str:
     """What to say where there are fewer microbatches than stages, or ''."""
-    stages, parts, groups = run.layout.stages, run.layout.config.microbatches, run.config.model.bn_groups
+    layout, groups, batch = run.layout, run.config.model.bn_groups, run.config.data.global_batch
+    stages, parts = layout.stages, layout.config.microbatches
     if parts >= stages:
         return ""
     how = "work one after the other" if parts == 1 else "are idle most of the time"
-    fix = f"use --config.layout.microbatches={4 * stages}"
-    if has_batch_norm and groups < stages:
+    chosen = dataclasses.replace(layout.config, microbatches=0)
+    best = microbatches(chosen, batch, batch_ways(layout.mesh), 0, even=run.task.preprocess.mixes)
+    if best <= parts:
+        fix = f"config.data.global_batch={batch} does not divide into more"
+    elif has_batch_norm and groups % best:
         fix = (
             f"with config.model.bn_groups={groups} a microbatch holds whole BatchNorm groups only; "
-            f"--config.model.bn_groups={4 * stages} lets them overlap and changes the run's numbers"
+            f"--config.model.bn_groups={best} "
+            f"--config.layout.microbatches={best} lets them overlap and changes the run's numbers"
         )
+    else:
+        fix = f"use --config.layout.microbatches={best}"
     return f"{parts} microbatch{'es' if parts > 1 else ''} for {stages} pipeline stages: the stages {how}; {fix}."
 
 

@@ -133,8 +133,10 @@ def draw_schedule(config: Config, num_devices: int = 0, traced: str | Path = "")
     for event in measured.events:
         found[event.op.kind, event.op.chunk].append(event.end - event.start)
     chunks = range(schedule.model_chunks)
-    if any((kind, k) not in found for kind in "FB" for k in chunks):
-        raise ConfigError(f"{traced} holds a step of other stages than these; give its --config.layout settings.")
+    if {event.op for event in measured.events} != {op for ops in schedule.ops for op in ops}:
+        raise ConfigError(
+            f"{traced} holds a step of other stages or microbatches than {title}; give the --config settings of that run."
+        )
     forward, backward = ([statistics.median(found[kind, k]) for k in chunks] for kind in "FB")
     planned = simulate(schedule, forward, backward)
     return svg([(f"planned from the measured costs: {title}", planned), (f"measured: {traced}", measured)])

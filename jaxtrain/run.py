@@ -186,14 +186,14 @@ def make_run(
         config.data.global_batch,
         config.model.bn_groups,
     )
-    parts = microbatches(config.layout, batch, batch_ways(mesh), groups, has_batch_norm)
+    parts = microbatches(config.layout, batch, batch_ways(mesh), groups * has_batch_norm, even=preprocess.mixes)
     config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, microbatches=parts))
     layout = Layout(mesh, config.layout, config.layout.rules + model.tensor_rules)
     layout.check_batch(batch, groups, has_batch_norm)
-    if (preprocess.mixup or preprocess.cutmix) and parts > 1 and batch // parts % 2:
+    if preprocess.mixes and parts > 1 and batch // parts % 2:
         raise ConfigError(
             f"config.layout.microbatches={parts}: mixup and cutmix mix neighbours, so that a microbatch needs an even number "
-            f"of examples, and a {parts}th of config.data.global_batch={batch} is {batch // parts}."
+            f"of examples, and config.data.global_batch={batch} gives each {batch // parts}."
         )
     split = None
     if layout.stages > 1:

@@ -21,15 +21,20 @@ PyTree = Any
 MICROBATCHES_PER_STAGE = 4
 
 
-def microbatches(config: LayoutConfig, global_batch: int, ways: int, bn_groups: int, has_batch_norm: bool) -> int:
-    """`layout.microbatches`, or for 0 the most (up to four a stage) that the batch and its BatchNorm groups divide into."""
+def microbatches(config: LayoutConfig, global_batch: int, ways: int, bn_groups: int, *, even: bool) -> int:
+    """`layout.microbatches`, or for 0 the most (up to four a stage) that the batch and its BatchNorm groups divide into.
+
+    bn_groups: 0 without BatchNorm. even: whether a microbatch needs an even number of examples.
+    """
     if config.microbatches:
         return config.microbatches
     if config.stages == 1:
         return 1
     most = MICROBATCHES_PER_STAGE * config.stages
-    whole = math.gcd(global_batch // ways, bn_groups) if has_batch_norm else global_batch // ways
+    whole = math.gcd(global_batch // ways, bn_groups)
     fits = [count for count in range(1, most + 1) if whole % count == 0]
+    if even:
+        fits = [count for count in fits if global_batch // count % 2 == 0] or [1]
     if config.schedule == "interleaved_1f1b":
         fits = [count for count in fits if count % config.stages == 0] or fits
     return max(fits)

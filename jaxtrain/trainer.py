@@ -123,6 +123,8 @@ def _take_over(directory: Workdir, resume: Resume, config: Config) -> None:
             log.warning(
                 "What this directory held after step %d was moved to %s; move it back to undo this.", step, folder
             )
+        for old in directory.logs.glob("pipeline_trace_*.json"):  # of another start, maybe of other stages
+            old.unlink()
         directory.write_config(config_lib.to_dict(config))
         manifest.append_start(directory.manifest, manifest.environment(step))
     barrier("the work directory is this run's")

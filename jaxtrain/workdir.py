@@ -62,13 +62,18 @@ class Workdir:
         """Event files in `train`, `val` and `test`."""
         return self.path / "tensorboard"
 
+    @property
+    def logs(self) -> Path:
+        """What each process writes for itself."""
+        return self.path / "logs"
+
     def trace(self, process: int) -> Path:
         """When the operations of one step ran, as one process saw it (`layout.trace_step`)."""
-        return self.path / "logs" / f"pipeline_trace_{process}.json"
+        return self.logs / f"pipeline_trace_{process}.json"
 
     def log(self, process: int) -> Path:
         """The text log of one process."""
-        return self.path / "logs" / f"process_{process}.log"
+        return self.logs / f"process_{process}.log"
 
     def read_config(self) -> dict[str, Any] | None:
         """The stored config as nested dicts, None where no run has started here. Raises `WorkdirError` when damaged."""

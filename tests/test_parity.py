@@ -132,6 +132,7 @@ def test_a_planted_fault_shows(fault, monkeypatch):
 # ------------------------------------------------------------------------------------------------------------- recipes
 
 RECIPES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))
+SWINS = ("swin_tiny_cifar10", "transformer_pipeline_zero")
 
 
 @functools.cache
@@ -141,18 +142,20 @@ def recipe_losses(name: str, argument: str) -> list[float]:
     shrunk = {
         "data.name": "synthetic",
         "data.examples": 64,
-        "data.image_size": {"mlp_synthetic": 0, "vgg19_cifar10": 32, "swin_tiny_cifar10": 16}.get(name, 8),
+        "data.image_size": {"mlp_synthetic": 0, "vgg19_cifar10": 32}.get(name, 16 if name in SWINS else 8),
         "data.global_batch": 16,
         "optim.lr_reference_batch": 16,
         "optim.warmup": "0",
-        "model.width": 16 if "swin" in name else 4,
-        "model.depths": () if name in ("mlp_synthetic", "vgg19_cifar10") else (1, 1, 1, 1),
+        "model.width": 16 if name in SWINS else 4,
+        "model.depths": {"mlp_synthetic": (7,), "vgg19_cifar10": ()}.get(name, (1, 1, 1, 1)),
         "model.bn_groups": 2,
         "train.precision": "f64",
         "train.steps": 6,
         # where the accumulator is what zero2 shards; the pipelines choose for themselves
         "layout.microbatches": {"zero2": 2, "pipeline2": 0, "pipeline4": 0}.get(argument, 1),
     }
+    if not argument:
+        shrunk["layout.stages"] = 1
     resolved = resolve(f"{Path(__file__).parent.parent / 'configs' / name}.py:{argument}").config
     run_config = change(resolved, **shrunk)
     with settings(run_config):

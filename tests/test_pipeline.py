@@ -297,7 +297,7 @@ def test_a_checkpoint_fits_any_number_of_stages(tmp_path):
 REFUSED = [
     (["stages=4"], ["config.layout.stages=4 makes 4 slices", "3 layers", "at most 3"]),
     (["stages=2", "boundaries=(3,)"], ["config.layout.boundaries=(3,)", "between 1 and 2"]),
-    (["stages=2", "boundaries=(1,2)"], ["2 slices need 1 boundaries"]),
+    (["stages=2", "boundaries=(1,2)"], ["2 slices need 1, the first layer"]),
     (["stages=2", "microbatches=3"], ["config.data.global_batch=64", "layout.microbatches=3", "63 and 66"]),
     (["stages=2", "schedule=interleaved_1f1b"], ["config.layout.chunks=1", "--config.layout.chunks=2"]),
     (["stages=2", "chunks=2"], ["layout.chunks=2 makes 4 slices", "3 layers"]),

@@ -62,6 +62,9 @@ NUMBERS = {
         "data.name": "cifar10", "data.global_batch": 128, "model.name": "swin_tiny", "model.patch": 0,
         "model.window": 0, "optim.name": "adamw",
     },
+    "transformer_pipeline_zero": {
+        "data.global_batch": 4 * 32, "model.name": "swin_tiny", "layout.stages": 2, "layout.zero": 2,
+    },
 }  # fmt: skip
 
 

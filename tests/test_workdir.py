@@ -156,6 +156,8 @@ def test_every_field_has_its_kind():
         *("data.prepare_per_host", "data.prepare_timeout"),
         *("train.log_every", "train.eval_every", "train.deterministic", "train.remat"),
         *("layout.data", "layout.replica", "layout.tensor", "layout.zero", "layout.microbatches", "layout.rules"),
+        *("layout.stages", "layout.schedule", "layout.chunks", "layout.boundaries", "layout.balance"),
+        *("layout.stage_placement", "layout.trace_step"),
         *("checkpoint.every", "checkpoint.keep", "checkpoint.milestone_every", "checkpoint.resume"),
         "checkpoint.allow_changes",
     }

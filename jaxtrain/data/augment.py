@@ -62,6 +62,11 @@ class Preprocess:
         return jnp.promote_types(self.dtype, jnp.float32)
 
     @property
+    def mixes(self) -> bool:
+        """Whether examples are mixed with their neighbours."""
+        return bool(self.mixup or self.cutmix)
+
+    @property
     def resized(self) -> int:
         """The side to which an image is resized before `resize_crop` crops it (256 for 224)."""
         return round(self.image_size * 8 / 7)
@@ -103,7 +108,7 @@ def train_images(pre: Preprocess, images: jax.Array, example: jax.Array, key: ja
     x = normalize(pre, images)
     if pre.augmentation == "heavy":
         x = random_erase(x, words["random_erase"])
-    if pre.mixup or pre.cutmix:
+    if pre.mixes:
         pixels, _ = mix_shares(pre, key)
         x = pixels * x + (1 - pixels) * _partners(x)
     return x.astype(pre.dtype)
@@ -112,7 +117,7 @@ def train_images(pre: Preprocess, images: jax.Array, example: jax.Array, key: ja
 def train_targets(pre: Preprocess, labels: jax.Array, key: jax.Array) -> jax.Array:
     """Soft targets `pre.float_dtype` [B, K] of labels int32 [B]; each row adds up to 1. key: as for the images."""
     targets = smooth_one_hot(pre, labels)
-    if pre.mixup or pre.cutmix:
+    if pre.mixes:
         _, label = mix_shares(pre, key)
         targets = label * targets + (1 - label) * _partners(targets)
     return targets

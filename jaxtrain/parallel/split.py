@@ -108,8 +108,8 @@ def check_counts(config: LayoutConfig, layers: int) -> None:
         return
     if len(config.boundaries) != slices - 1:
         raise ConfigError(
-            f"config.layout.boundaries={config.boundaries!r}: {slices} slices need {slices - 1} boundaries, the first layer of "
-            "each slice but the first."
+            f"config.layout.boundaries={config.boundaries!r}: {slices} slices need {slices - 1}, the first layer of each "
+            "slice but the first."
         )
     if config.boundaries[0] < 1 or config.boundaries[-1] >= layers:
         raise ConfigError(
