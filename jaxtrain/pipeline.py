@@ -17,9 +17,9 @@ import functools
 import itertools
 import json
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -46,6 +46,7 @@ from jaxtrain.task import Batch, Resident, Task, select_from, wrapper
 from jaxtrain.workdir import atomic_write
 
 PyTree = Any
+T = TypeVar("T")
 
 
 # ------------------------------------------------------------------------------------------------- between the stages
@@ -324,9 +325,34 @@ def _cast_types(pullback: Pullback, params: PyTree) -> PyTree:
     return jax.tree.unflatten(jax.tree.structure(params), types)
 
 
+# Yields lowered programs by name, is sent the compiled ones, and returns what it makes of them.
+Compiling = Generator[dict[str, Any], dict[str, Any], T]
+
+
+def compile_together(makers: Sequence[Compiling[T]]) -> list[T]:
+    """Runs `makers` side by side: XLA compiles all that they yield at once, in threads; tracing stays in this one."""
+    found: dict[int, T] = {}
+    sent: list[dict[str, Any] | None] = [None] * len(makers)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        while len(found) < len(makers):
+            jobs: dict[int, dict[str, concurrent.futures.Future[Any]]] = {}
+            for number, maker in enumerate(makers):
+                if number in found:
+                    continue
+                try:
+                    lowered = maker.send(sent[number])  # type: ignore[arg-type]
+                except StopIteration as done:
+                    found[number] = done.value
+                else:
+                    jobs[number] = {name: pool.submit(each.compile) for name, each in lowered.items()}
+            for number, futures in jobs.items():
+                sent[number] = {name: future.result() for name, future in futures.items()}
+    return [found[number] for number in range(len(makers))]
+
+
 def _compile_slice(
     task: Task, layout: Layout, part: Slice, state: TrainState, x: Any, given: dict[str, Any]
-) -> tuple[SliceStep, dict[str, Any]]:
+) -> Compiling[tuple[SliceStep, dict[str, Any]]]:
     """state: shapes of the stage's part. x: the incoming activation's. Also returns the programs by name."""
     lay = layout.on_stage(part.stage)
     params = {name: state.params[name] for name in part.names if name in state.params}
@@ -345,7 +371,7 @@ def _compile_slice(
     pullback = Pullback.trace(traced, params, stats, x, given)
     types = _cast_types(pullback, params)
     whole = like_params(lay, "computing", params)
-    prepare, used = None, params
+    lowered, used = {}, params
     casts = any(t != leaf.dtype for t, leaf in zip(jax.tree.leaves(types), jax.tree.leaves(params), strict=True))
     gathers = lay.config.zero == 3 and lay.mesh.shape["data"] > 1
     if casts or gathers:
@@ -353,16 +379,19 @@ def _compile_slice(
         def ready(params: PyTree) -> PyTree:
             return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, types)
 
-        prepare = jax.jit(ready, out_shardings=whole).lower(params).compile()
-        used = _outputs(prepare, jax.eval_shape(ready, params))
+        lowered["prepare"] = jax.jit(ready, out_shardings=whole).lower(params)
+        used = jax.tree.map(
+            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+            jax.eval_shape(ready, params),
+            whole,
+        )
         pullback = Pullback.trace(traced, used, stats, x, given)
 
     shapes = jax.eval_shape(pullback.forward, used, stats, x, given)
     aux_shardings = jax.tree.map(lambda _: lay.sharding(), shapes[1])
     output_sharding = lay.sharding() if part.last else lay.examples
     ran = jax.jit(pullback.forward, out_shardings=(output_sharding, aux_shardings, None))
-    run = ran.lower(used, stats, x, given).compile()
-    output, aux, kept = _outputs(run, shapes)
+    lowered["forward"] = ran.lower(used, stats, x, given)
 
     gradient_shardings = like_params(lay, "gradients", params)
     zero = functools.partial(zero_sums, params, stats)
@@ -370,7 +399,9 @@ def _compile_slice(
     sums_shardings = dataclasses.replace(
         jax.tree.map(lambda _: lay.sharding(), sums_shapes), gradients=gradient_shardings
     )
-    zeros = jax.jit(zero, out_shardings=sums_shardings).lower().compile()
+    lowered["zeros"] = jax.jit(zero, out_shardings=sums_shardings).lower()
+    programs = yield lowered
+    output, aux, kept = _outputs(programs["forward"], shapes)
 
     def backward(
         sums: Sums, cotangent: Any, kept: Any, output: Any, aux: Any, params: PyTree, stats: PyTree, x: Any, given: Any
@@ -389,9 +420,8 @@ def _compile_slice(
     back = jax.jit(backward, out_shardings=(sums_shardings, () if part.first else lay.examples), donate_argnums=0)
     sums = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), sums_shapes, sums_shardings)
     cotangent = () if part.last else output
-    backed = back.lower(sums, cotangent, kept, output, aux, used, stats, x, given).compile()
-    programs = {"zeros": zeros, "forward": run, "backward": backed} | ({"prepare": prepare} if prepare else {})
-    step = SliceStep(part, prepare, zeros, run, backed, sums)
+    programs |= yield {"backward": back.lower(sums, cotangent, kept, output, aux, used, stats, x, given)}
+    step = SliceStep(part, programs.get("prepare"), programs["zeros"], programs["forward"], programs["backward"], sums)
     return step, {f"slice {part.index}: {name}": program for name, program in programs.items()}
 
 
@@ -404,7 +434,7 @@ def _compile_stage(
     state: TrainState,
     verdict: Verdict,
     sums: tuple[Sums, ...],
-) -> tuple[StageStep, dict[str, Any]]:
+) -> Compiling[tuple[StageStep, dict[str, Any]]]:
     """state: shapes of the stage's part; indices: where its leaves are in the whole state; shared: those every stage has.
 
     sums: shapes of the accumulators of the stage's slices.
@@ -436,9 +466,13 @@ def _compile_stage(
         norm = jnp.square(global_norm(updates)) if jax.tree.leaves(updates) else jnp.zeros((), sums[0].loss.dtype)
         return after, norm.astype(sums[0].loss.dtype)[None]
 
-    measured = jax.jit(measure, out_shardings=lay.sharding()).lower(state, sums).compile()
-    updated = jax.jit(update, out_shardings=(shardings, lay.sharding()), donate_argnums=0)
-    updated = updated.lower(state, sums, verdict).compile()
+    programs = yield {
+        "measure": jax.jit(measure, out_shardings=lay.sharding()).lower(state, sums),
+        "update": jax.jit(update, out_shardings=(shardings, lay.sharding()), donate_argnums=0).lower(
+            state, sums, verdict
+        ),
+    }
+    measured, updated = programs["measure"], programs["update"]
     numbers = tuple(jax.tree.leaves(indices))
     placed = zip(numbers, jax.tree.leaves(updated.output_shardings[0]), strict=True)
     after = {i: where for i, where in placed if i not in shared}
@@ -746,32 +780,24 @@ def make_pipeline(
 
     inputs = activations(task, layout, slices, parts, given)
     own_slices = [part for part in slices if part.stage in here]
-    with concurrent.futures.ThreadPoolExecutor() as pool:
-        compiled = list(
-            pool.map(lambda p: _compile_slice(task, layout, p, parts[p.stage], inputs[p.index], given(p)), own_slices)
-        )
-        steps = {step.part.index: step for step, _ in compiled}
-        routes = make_routes(layout, slices, inputs, back=True)
-        dtype = next(iter(steps.values())).sums.loss.dtype
-        everywhere = layout.sharding()
-        four = jax.ShapeDtypeStruct((layout.stages, 4), dtype, sharding=layout.sharding(P("stage")))
-        judging = jax.jit(functools.partial(_judge, task), out_shardings=everywhere)
-        judged = judging.lower(state.step, state.loss_scale, data[0].step, four).compile()
-        verdict, _ = _outputs(
-            judged, jax.eval_shape(functools.partial(_judge, task), state.step, state.loss_scale, data[0].step, four)
-        )
-        stage_work = [
-            (
-                s,
-                indices[s],
-                shared,
-                parts[s],
-                _on_stage(verdict, layout, s),
-                tuple(e.sums for e in steps.values() if e.part.stage == s),
-            )
+    compiled = compile_together(
+        [_compile_slice(task, layout, p, parts[p.stage], inputs[p.index], given(p)) for p in own_slices]
+    )
+    steps = {step.part.index: step for step, _ in compiled}
+    routes = make_routes(layout, slices, inputs, back=True)
+    dtype = next(iter(steps.values())).sums.loss.dtype
+    everywhere = layout.sharding()
+    numbers_of_all = jax.ShapeDtypeStruct((layout.stages, 4), dtype, sharding=layout.sharding(P("stage")))
+    judging, asked = functools.partial(_judge, task), (state.step, state.loss_scale, data[0].step, numbers_of_all)
+    judged = jax.jit(judging, out_shardings=everywhere).lower(*asked).compile()
+    verdict, _ = _outputs(judged, jax.eval_shape(judging, *asked))
+    sums = {s: tuple(each.sums for each in steps.values() if each.part.stage == s) for s in here}
+    updates = compile_together(
+        [
+            _compile_stage(task, layout, s, indices[s], shared, parts[s], _on_stage(verdict, layout, s), sums[s])
             for s in here
         ]
-        updates = list(pool.map(lambda work: _compile_stage(task, layout, *work), stage_work))
+    )
     norms = jax.ShapeDtypeStruct((layout.stages,), dtype, sharding=layout.sharding(P("stage")))
     finish = jax.jit(lambda squares: jnp.sqrt(jnp.sum(squares)), out_shardings=everywhere).lower(norms).compile()
     programs = {"judge": judged, "finish": finish}
