@@ -21,6 +21,7 @@ from rich.console import Console
 from tensorboardX.proto import event_pb2
 
 from jaxtrain import workdir as wd
+from jaxtrain.cli import main as command_line
 from jaxtrain.errors import WorkdirError
 from jaxtrain.logging import clock as clocks
 from jaxtrain.logging import manifest, symptoms
@@ -722,3 +723,31 @@ def test_fp16_underflow_is_said_at_the_floor_only():
     text = symptoms.loss_scale_at_floor(1.0, 1.0)
     assert "floor (1)" in text
     assert "config.train.precision=bf16" in text
+
+
+# --------------------------------------------------------------------------------------------------------- merged logs
+
+
+def test_the_logs_of_all_processes_are_merged_by_time(tmp_path, capsys):
+    logs = tmp_path / "logs"
+    logs.mkdir()
+    (logs / "process_0.log").write_text(
+        "2026-01-02T03:04:05.100Z INFO a\n2026-01-02T03:04:07.000Z ERROR b\nTraceback\n  more\n"
+    )
+    (logs / "process_10.log").write_text("2026-01-02T03:04:06.000Z WARNING c\n2026-01-02T03:04:05.100Z INFO d\n")
+    assert command_line(["logs", str(tmp_path)]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        "2026-01-02T03:04:05.100Z 0 INFO a",
+        "2026-01-02T03:04:05.100Z 10 INFO d",
+        "2026-01-02T03:04:06.000Z 10 WARNING c",
+        "2026-01-02T03:04:07.000Z 0 ERROR b",
+        "Traceback",
+        "  more",
+    ]
+    assert command_line(["logs", str(tmp_path), "--json"]) == 0
+    rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert rows[-1] == {
+        "time": "2026-01-02T03:04:07.000Z", "process": 0, "level": "ERROR", "message": "b\nTraceback\n  more"
+    }  # fmt: skip
+    assert command_line(["logs", str(tmp_path / "nothing")]) == 73
+    assert "holds no logs" in capsys.readouterr().err

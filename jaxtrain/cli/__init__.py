@@ -9,11 +9,11 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jaxtrain.cli import config, data, evaluate, layout, train
+from jaxtrain.cli import config, data, evaluate, layout, logs, train
 from jaxtrain.errors import ConfigError, JaxtrainError
 from jaxtrain.recipes import add_working_directory, split_override
 
-COMMANDS = {"train": train, "evaluate": evaluate, "data": data, "config": config, "layout": layout}
+COMMANDS = {"train": train, "evaluate": evaluate, "data": data, "config": config, "layout": layout, "logs": logs}
 
 
 class _Parser(argparse.ArgumentParser):
