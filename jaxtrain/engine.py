@@ -21,7 +21,8 @@ from jaxtrain.optim import learning_rate
 from jaxtrain.parallel.audit import audit
 from jaxtrain.parallel.layout import Layout, Placement, bytes_per_device
 from jaxtrain.parallel.mesh import batch_ways
-from jaxtrain.pipeline import PipelineEvaluator, PipelineStep, make_pipeline, make_pipeline_evaluator
+from jaxtrain.pipeline.evaluation import PipelineEvaluator, make_pipeline_evaluator
+from jaxtrain.pipeline.step import PipelineStep, make_pipeline
 from jaxtrain.resume import Resume
 from jaxtrain.run import Run
 from jaxtrain.stages import microbatches

@@ -12,13 +12,16 @@ import parity
 import pytest
 import runs
 
-from jaxtrain import evaluate, pipeline, step
+from jaxtrain import evaluate, step
 from jaxtrain.config import LayoutConfig
 from jaxtrain.engine import start_engine
 from jaxtrain.inspect import read_trace
 from jaxtrain.optim import global_norm
 from jaxtrain.parallel.layout import path_of
 from jaxtrain.parallel.schedule import in_flight
+from jaxtrain.pipeline import programs
+from jaxtrain.pipeline.slices import Pullback
+from jaxtrain.pipeline.step import Flight
 from jaxtrain.resume import Position, Resume
 from jaxtrain.run import load_data, make_run, settings
 
@@ -115,7 +118,7 @@ def clip_by_stage(monkeypatch):
         verdict = verdict.replace(norm=global_norm(gradients))
         return step.advance(task, shardings, updating, state, gradients, batch_stats, verdict)
 
-    monkeypatch.setattr(pipeline, "advance", own)
+    monkeypatch.setattr(programs, "advance", own)
 
 
 def average_by_stage(monkeypatch):
@@ -126,18 +129,18 @@ def average_by_stage(monkeypatch):
         after, updates = step.advance(task, shardings, updating, state.replace(step=state.step + late), *more)
         return after, updates
 
-    monkeypatch.setattr(pipeline, "advance", own)
+    monkeypatch.setattr(programs, "advance", own)
 
 
 def a_gradient_twice(monkeypatch):
-    backward = pipeline.Pullback.backward
+    backward = Pullback.backward
 
     def twice(self, cotangent, kept, output, *arguments):
         found = backward(self, cotangent, kept, output, *arguments)
         times = 1 + (arguments[-1]["index"] == 1)
         return (jax.tree.map(lambda g: g * times, found[0]), *found[1:])
 
-    monkeypatch.setattr(pipeline.Pullback, "backward", twice)
+    monkeypatch.setattr(Pullback, "backward", twice)
 
 
 def residuals_of_another_microbatch(monkeypatch):
@@ -146,13 +149,13 @@ def residuals_of_another_microbatch(monkeypatch):
             chunk, microbatch = key
             return self[chunk, microbatch ^ (chunk == 0)]  # of all slices alike it would only be another order
 
-    init = pipeline._Flight.__init__
+    init = Flight.__init__
 
     def swapped(self, *arguments):
         init(self, *arguments)
         self._kept = Swapped()
 
-    monkeypatch.setattr(pipeline._Flight, "__init__", swapped)
+    monkeypatch.setattr(Flight, "__init__", swapped)
 
 
 FAULTS = [clip_by_stage, average_by_stage, a_gradient_twice, residuals_of_another_microbatch]
@@ -205,7 +208,7 @@ def test_a_stage_holds_its_own_layers_and_nothing_of_the_others(zero):
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 def test_activations_in_flight_follow_the_schedule(schedule, monkeypatch):
     """Counts the live buffers of one residual on each stage's device, whoever holds them."""
-    peaks, do = {}, pipeline._Flight.do
+    peaks, do = {}, Flight.do
 
     def counted(self, op):
         result = do(self, op)
@@ -222,7 +225,7 @@ def test_activations_in_flight_follow_the_schedule(schedule, monkeypatch):
         return result
 
     marks = {}
-    monkeypatch.setattr(pipeline._Flight, "do", counted)
+    monkeypatch.setattr(Flight, "do", counted)
     stages, parts = 4, 8
     fields = {"data.global_batch": 32, "model.dropout": 0.3}
     with started("mlp", layout(schedule, stages, parts=parts), **fields) as (run, engine, state):
@@ -240,7 +243,7 @@ def test_activations_in_flight_follow_the_schedule(schedule, monkeypatch):
 )
 def test_a_microbatch_in_flight_holds_no_parameter(model, precision, zero, monkeypatch):
     """What it keeps doubles with the batch: whatever does not is no activation, and may not be larger than a few vectors."""
-    do, sizes = pipeline._Flight.do, {}
+    do, sizes = Flight.do, {}
 
     def weighed(self, op):
         result = do(self, op)
@@ -249,7 +252,7 @@ def test_a_microbatch_in_flight_holds_no_parameter(model, precision, zero, monke
             sizes[op.chunk] = sum(leaf.nbytes for leaf in kept)
         return result
 
-    monkeypatch.setattr(pipeline._Flight, "do", weighed)
+    monkeypatch.setattr(Flight, "do", weighed)
     found = []
     for batch in (32, 64):
         where = layout(data=2, zero=zero, boundaries=(4,))
