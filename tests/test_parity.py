@@ -50,8 +50,16 @@ def grouped(names):
     return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
-@pytest.mark.parametrize("model", grouped(parity.MODELS))
+# The dear models leave out what two other rows cover together.
+CASES = [
+    pytest.param(model, layout, marks=pytest.mark.xdist_group(model))
+    for model in parity.MODELS
+    for layout in LAYOUTS
+    if model not in ("vgg", "swin") or layout not in ("data2", "zero1", "tensor2")
+]
+
+
+@pytest.mark.parametrize(("model", "layout"), CASES)
 def test_a_layout_changes_no_number(model, layout):
     found = parity.numbers(parity.run(model, LAYOUTS[layout]))
     parity.assert_equal(found, reference(model), 1e-12)
