@@ -244,7 +244,7 @@ UNFIT = [
     (["--config.optim.loss=math:pi"], ["config.optim.loss='math:pi'", "must be a function"]),
     (["--config.model.num_classes=5"], ["config.model.num_classes=5", "has 10"]),
     (["--config.model.depths=(1,1)"], ["config.model.depths=(1, 1)", "mlp"]),
-    (["--config.model.name=resnet18", "--config.model.depths=(1,1)"], ["config.model.depths=(1, 1)", "4 stages"]),
+    (["--config.model.name=resnet18", "--config.model.depths=(1,1)"], ["config.model.depths=(1, 1)", "takes 4 numbers"]),
     (["--config.model.name=vgg11"], ["config.model.name='vgg11'", "32 x 32", "28 x 28"]),
     (["--config.data.mean=(1,2)", "--config.data.std=(1,2)"], ["config.data.mean=(1, 2)", "1 numbers"]),
     (["--devices", "9"], ["--devices 9", "has 8", "--simulate-devices 9"]),
@@ -340,7 +340,7 @@ def test_layout_as_json(capsys):
     words = tiny("--json", "--config.layout.zero=3", "--config.layout.tensor=2", "--config.optim.ema=0.9")
     assert cli.main(["layout", *words]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"parameters", "mesh", "bytes_per_device", "leaves"}
+    assert set(found) == {"parameters", "mesh", "bytes_per_device", "bytes_by_stage", "stages", "leaves"}
     assert found["parameters"] == 784 * 16 + 16 + 16 * 8 + 8 + 8 * 10 + 10
     assert found["mesh"] == {"stage": 1, "replica": 1, "data": 4, "tensor": 2}
     by_path = {leaf["path"]: leaf for leaf in found["leaves"]}

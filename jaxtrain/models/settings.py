@@ -39,7 +39,7 @@ def depths(config: ModelConfig, own: tuple[int, ...]) -> tuple[int, ...]:
     """Blocks a stage. Raises `ConfigError` unless there is one for each of the model's stages."""
     if config.depths and len(config.depths) != len(own):
         raise ConfigError(
-            f"config.model.depths={config.depths!r}: {config.name} has {len(own)} stages and needs a number for each, "
+            f"config.model.depths={config.depths!r}: {config.name} takes {len(own)} number{'s' if len(own) > 1 else ''}, "
             f"such as {own!r}."
         )
     return config.depths or own
