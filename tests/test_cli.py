@@ -244,7 +244,10 @@ UNFIT = [
     (["--config.optim.loss=math:pi"], ["config.optim.loss='math:pi'", "must be a function"]),
     (["--config.model.num_classes=5"], ["config.model.num_classes=5", "has 10"]),
     (["--config.model.depths=(1,1)"], ["config.model.depths=(1, 1)", "mlp"]),
-    (["--config.model.name=resnet18", "--config.model.depths=(1,1)"], ["config.model.depths=(1, 1)", "takes 4 numbers"]),
+    (
+        ["--config.model.name=resnet18", "--config.model.depths=(1,1)"],
+        ["config.model.depths=(1, 1)", "takes 4 numbers"],
+    ),
     (["--config.model.name=vgg11"], ["config.model.name='vgg11'", "32 x 32", "28 x 28"]),
     (["--config.data.mean=(1,2)", "--config.data.std=(1,2)"], ["config.data.mean=(1, 2)", "1 numbers"]),
     (["--devices", "9"], ["--devices 9", "has 8", "--simulate-devices 9"]),
