@@ -41,7 +41,7 @@ def machine() -> dict[str, Any]:
         "python": platform.python_version(),
         "versions": {name: importlib.metadata.version(name) for name in packages},
         "commit": commit.stdout.strip(),
-        "command": " ".join(["python", *sys.argv]),
+        "command": " ".join(["python -m benchmarks.run", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
     }
 
@@ -89,6 +89,19 @@ def start(config: Config, devices: int = 1) -> tuple[Run, Engine, TrainState]:
     return run, engine, state
 
 
+def block_seconds(run: Run, engine: Engine, state: TrainState, steps: int, repeats: int) -> list[float]:
+    """Seconds a step, of each of `repeats` blocks of `steps`; a block before them warms up. Donates `state`."""
+    seconds = []
+    for repeat in range(repeats + 1):
+        block = list(batches(run, engine, repeat * steps, steps))
+        began = time.perf_counter()
+        for batch in block:
+            state, metrics = engine.step(state, batch, engine.feed.resident)
+        jax.block_until_ready((state, metrics))
+        seconds.append((time.perf_counter() - began) / steps)
+    return seconds[1:]
+
+
 def batches(run: Run, engine: Engine, first_step: int, steps: int) -> Iterator[Batch]:
     """The training batches of `steps` updates."""
     batch = run.config.data.global_batch
@@ -97,4 +110,4 @@ def batches(run: Run, engine: Engine, first_step: int, steps: int) -> Iterator[B
     )
 
 
-__all__ = ["ROOT", "Spread", "batches", "machine", "settings", "start", "synthetic", "timed"]
+__all__ = ["ROOT", "Spread", "batches", "block_seconds", "machine", "settings", "start", "synthetic", "timed"]

@@ -25,17 +25,15 @@ import jax
 import numpy as np
 from flax import linen as nn
 
-from benchmarks.common import Spread, batches, settings, start, synthetic
+from benchmarks.common import Spread, batches, block_seconds, settings, start, synthetic
 from jaxtrain.cli.start import start_processes
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig
-from jaxtrain.engine import Engine
 from jaxtrain.models.classifier import Classifier
 from jaxtrain.models.layers import Context, Layer
 from jaxtrain.parallel import schedule as schedules
 from jaxtrain.parallel.schedule import Op
 from jaxtrain.parallel.split import Split
 from jaxtrain.parallel.timeline import Event, Timeline, ideal_bubble, simulate
-from jaxtrain.run import Run
 
 STAGES, BUBBLE_PARTS, DISPATCH_PARTS, EFFICIENCY_PARTS = (2, 4, 8), (4, 8, 16), (4, 16), (8, 32)
 DEPTHS = (15, 31, 63)  # hidden layers of the MLP whose operations compute next to nothing
@@ -81,19 +79,6 @@ def _apart(*calls: tuple[Any, ...]) -> list[Any]:
 def _answer(writer: Any, function: Callable[..., Any], *arguments: Any) -> None:
     writer.send(function(*arguments))
     threading.Event().wait()  # until it is killed: who leaves first would end the others
-
-
-def _seconds(run: Run, engine: Engine, state: Any, steps: int) -> list[float]:
-    """Seconds a step, of each of `REPEATS` blocks of `steps`; a block before them warms up."""
-    seconds = []
-    for repeat in range(REPEATS + 1):
-        block = list(batches(run, engine, repeat * steps, steps))
-        began = time.perf_counter()
-        for batch in block:
-            state, metrics = engine.step(state, batch, engine.feed.resident)
-        jax.block_until_ready((state, metrics))
-        seconds.append((time.perf_counter() - began) / steps)
-    return seconds[1:]
 
 
 # -------------------------------------------------------------------------------------------------------------- bubble
@@ -223,7 +208,7 @@ def _dispatch(stages: int, parts: int, depth: int) -> dict[str, Any]:
     with settings(config):
         run, engine, state = start(config, stages)
         leaves = len(jax.tree.leaves(state.params))
-        seconds = _seconds(run, engine, state, 10)
+        seconds = block_seconds(run, engine, state, 10, REPEATS)
     return {
         "stages": stages,
         "microbatches": parts,
@@ -288,7 +273,7 @@ def _throughput(model: ModelConfig, size: int, parts: int, core: int, port: int 
     config = _config(dataclasses.replace(model, bn_groups=groups), size * parts, layout)
     with settings(config):
         run, engine, state = start(config, len(jax.devices()))
-        seconds = _seconds(run, engine, state, 1)
+        seconds = block_seconds(run, engine, state, 1, REPEATS)
     return {"seconds": seconds, "imbalance": _imbalance(run.split) if run.split else 1.0}
 
 

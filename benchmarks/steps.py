@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from benchmarks.common import Spread, batches, settings, start, synthetic
+from benchmarks.common import Spread, batches, block_seconds, settings, start, synthetic
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.trainer import train
 
@@ -60,15 +60,7 @@ def _measure(
     config = _config(model, batch, layout or LayoutConfig())
     with settings(config):
         run, engine, state = start(config, devices)
-        seconds = []
-        for repeat in range(REPEATS + 1):  # the first block warms up
-            block = list(batches(run, engine, repeat * steps, steps))
-            began = time.perf_counter()
-            for each in block:
-                state, metrics = engine.step(state, each, engine.feed.resident)
-            jax.block_until_ready((state, metrics))
-            seconds.append((time.perf_counter() - began) / steps)
-    spread = Spread.of(seconds[1:])
+        spread = Spread.of(block_seconds(run, engine, state, steps, REPEATS))
     return {
         "name": name,
         "batch": batch,

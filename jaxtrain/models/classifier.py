@@ -102,6 +102,6 @@ def layer_function(layer: nn.Module) -> LayerFn:
         rngs = None if key is None else {"dropout": key}
         mutable = ["batch_stats"] if stats and context.train else []
         y, updated = layer.apply(variables, x, context, rngs=rngs, mutable=mutable)
-        return y, {**updated}.get("batch_stats", stats)
+        return y, dict(updated["batch_stats"]) if mutable else stats
 
     return function

@@ -201,7 +201,7 @@ def _measure(call: LayerCall, *, timed: bool) -> LayerCost:
 
     # Counted before XLA optimizes: on a CPU a convolution becomes a call whose operations are not counted.
     analysis: Any = jax.jit(both).lower(call.params, call.x).cost_analysis()
-    flops = float((analysis or {}).get("flops", 0.0))
+    flops = float(analysis["flops"]) if "flops" in analysis else 0.0  # a layer may only move data
     y = jax.eval_shape(call.function, call.params, call.x)
     residuals = jax.eval_shape(lambda params, x: jax.vjp(call.function, params, x)[1], call.params, call.x)
     weights, leaves = _nbytes(call.params), jax.tree.leaves(call.params)
