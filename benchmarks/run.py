@@ -14,13 +14,13 @@ from typing import Any
 
 import jax
 
-from benchmarks import checkpoints, inputs, pipeline, startup, steps
+from benchmarks import checkpoints, inputs, overhead, pipeline, startup, steps
 from benchmarks.common import ROOT, machine
 
 BENCHMARKS: dict[str, Callable[[], Any]] = {
     "steps": steps.per_model,
     "layouts": steps.per_layout,
-    "overhead": steps.overhead,
+    "overhead": overhead.measure,
     "startup": startup.measure,
     "quickstart": startup.quickstart,
     "inputs": inputs.measure,

@@ -1,4 +1,4 @@
-"""Step time and images/s per model and layout; and what the trainer adds to the bare compiled step.
+"""Step time and images/s per model and layout.
 
 A layout's simulated devices share this machine's cores: its figure shows what the layout costs, not what it would gain.
 """
@@ -6,15 +6,10 @@ A layout's simulated devices share this machine's cores: its figure shows what t
 from __future__ import annotations
 
 import dataclasses
-import tempfile
-import time
 from typing import Any
 
-import jax
-
-from benchmarks.common import Spread, batches, block_seconds, settings, start, synthetic
-from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
-from jaxtrain.trainer import train
+from benchmarks.common import Spread, block_seconds, settings, start, synthetic
+from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig
 
 # name: (model, batch, steps a block). The sizes are what two cores can pay for.
 MODELS: dict[str, tuple[ModelConfig, int, int]] = {
@@ -69,47 +64,4 @@ def _measure(
     }
 
 
-def overhead() -> dict[str, Any]:
-    """Ratios of one process, measured in turns: real batches over one cached batch, and the trainer over the bare step."""
-    config = synthetic(
-        Config(
-            data=DataConfig(global_batch=64, augmentation="light"),
-            model=ModelConfig("resnet18", width=8),
-            optim=OptimConfig(learning_rate=0.01, schedule="constant"),
-            train=TrainConfig(steps=60, log_every=20, eval_every="0"),
-        ),
-        **{"checkpoint.every": "0"},
-    )
-    steps, cached_seconds, fed_seconds, trainer_seconds = 60, [], [], []
-    with settings(config):
-        run, engine, state = start(config)
-        number = 0
-        for _ in range(REPEATS + 1):
-            block = list(batches(run, engine, number, steps))
-            began = time.perf_counter()
-            for batch in block:
-                state, metrics = engine.step(
-                    state, dataclasses.replace(batch, rows=block[0].rows), engine.feed.resident
-                )
-            jax.block_until_ready((state, metrics))
-            cached_seconds.append(time.perf_counter() - began)
-            number += steps
-            began = time.perf_counter()
-            for batch in batches(run, engine, number, steps):
-                state, metrics = engine.step(state, batch, engine.feed.resident)
-            jax.block_until_ready((state, metrics))
-            fed_seconds.append(time.perf_counter() - began)
-            number += steps
-            # The loop's own rate: steps with their input and all that the host does between them, without the start.
-            result = train(config, tempfile.mkdtemp(prefix="jaxtrain-bench-"), num_devices=1, quiet=True).result
-            trainer_seconds.append(steps * config.data.global_batch / result["throughput"])
-    pairs = list(zip(cached_seconds, fed_seconds, trainer_seconds, strict=True))[1:]
-    return {
-        "steps": steps,
-        "step_seconds": dataclasses.asdict(Spread.of([cached / steps for cached, _, _ in pairs])),
-        "real_data_over_cached_batch": dataclasses.asdict(Spread.of([fed / cached for cached, fed, _ in pairs])),
-        "trainer_over_bare_step": dataclasses.asdict(Spread.of([loop / cached for cached, _, loop in pairs])),
-    }
-
-
-__all__ = ["overhead", "per_layout", "per_model"]
+__all__ = ["per_layout", "per_model"]

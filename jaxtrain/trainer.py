@@ -176,6 +176,7 @@ class _Loop:
         self.saved_step, self.saved_at = position.step, time.monotonic()
         self.validated: tuple[int, dict[str, EvalResult]] = (-1, {})  # the last step that was, and its results
         every, milestone = self.config.checkpoint.every, self.config.checkpoint.milestone_every
+        self.time_to_save = False  # what process 0's clock said after the last step
         self.save_every = Duration.parse(every, "config.checkpoint.every", minutes=True)
         self.saves = Cadence(self.save_every, self.train_examples)
         self.milestones = self._cadence(milestone, "config.checkpoint.milestone_every")
@@ -236,13 +237,14 @@ class _Loop:
     def _pauses_after(self, step: int) -> bool:
         """Whether something is due after `step` that needs its metrics."""
         self.interrupt.poll(step)
+        self.time_to_save = self._save_time_has_come(step)
         return (
             step == self.run.steps
             or self.interrupt.asked
+            or self.time_to_save
             or any(
                 self._due(cadence, step) for cadence in (self.epoch_ends, self.evaluations, self.saves, self.milestones)
             )
-            or self._save_time_has_come(step)
         )
 
     def _due(self, cadence: Cadence, step: int) -> bool:
@@ -331,8 +333,7 @@ class _Loop:
         if best:
             self.position = dataclasses.replace(self.position, best_accuracy=accuracy)
         milestone = self._due(self.milestones, step)
-        due = self._due(self.saves, step) or self._save_time_has_come(step)
-        if best or last or milestone or due or stop:
+        if best or last or milestone or stop or self.time_to_save or self._due(self.saves, step):
             self._save(state, epoch + 1 if ends_epoch else -1, accuracy, milestone)
         if stop and not last:
             self.checkpoints.wait()

@@ -1,11 +1,15 @@
 """Every test sees eight simulated CPU devices. Programs are compiled with little optimization: here compiling is what costs."""
 
+import atexit
 import os
+import shutil
 import tempfile
 
 QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILE}".strip()
-os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="jaxtrain-tests-"))
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = cache = tempfile.mkdtemp(prefix="jaxtrain-tests-")
+    atexit.register(shutil.rmtree, cache, ignore_errors=True)
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402  after the environment is set

@@ -79,9 +79,9 @@ def devices_of(layout: LayoutConfig) -> int:
 
 
 def run(name: str, layout: LayoutConfig, **fields: Any) -> TrainResult:
-    """Trains in a fresh directory."""
-    workdir = tempfile.mkdtemp(prefix="jaxtrain-parity-")
-    return train(config(name, layout, **fields), workdir, num_devices=devices_of(layout), quiet=True)
+    """Trains in a directory of its own, which is gone afterwards."""
+    with tempfile.TemporaryDirectory(prefix="jaxtrain-parity-") as workdir:
+        return train(config(name, layout, **fields), workdir, num_devices=devices_of(layout), quiet=True)
 
 
 def numbers(result: TrainResult) -> dict[str, np.ndarray]:

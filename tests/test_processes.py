@@ -84,7 +84,7 @@ def saved(tmp_path_factory):
     for zero in (0, 3):
         resume = {"checkpoint__resume": path / f"zero{zero}" / "checkpoints" / str(HALF)}
         jobs.append(job(path / f"2x1-zero{zero}", zero, "--devices", "1", **resume))
-    jobs.append(job(path / "minutes", 0, checkpoint__every="0.0001 minutes", train__steps=3))
+    jobs.append(job(path / "minutes", 0, checkpoint__every="1e-9 minutes", train__steps=3))
     jobs += [job(path / f"stages-{place}", 3, layout__stages=2, layout__stage_placement=place) for place in PLACEMENTS]
     slow = {"data.name": "tiny:slow_digits", "data.residency": "stream", "data.workers": 0}
     jobs.append(runs.arguments(path / "slow", SMALL | slow))
