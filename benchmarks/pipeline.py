@@ -40,10 +40,10 @@ DEPTHS = (15, 31, 63)  # hidden layers of the MLP whose operations compute next 
 NAP = 0.02  # seconds that a sleepy layer's forward takes; its backward takes twice as long
 REPEATS = 5
 SECONDS = 900  # that a process may take
-# name: (model, examples of a microbatch). Two stages of each are about as dear, and a microbatch takes tens of milliseconds.
+# name: (model, examples of a microbatch, which takes a core about a tenth of a second).
 MODELS = {
-    "resnet18 of width 16": (ModelConfig("resnet18", width=16), 16),
-    "mlp of width 1024": (ModelConfig("mlp", width=1024, depths=(15,)), 64),
+    "resnet18 of width 16": (ModelConfig("resnet18", width=16), 64),
+    "mlp of width 1024": (ModelConfig("mlp", width=1024, depths=(15,)), 256),
 }
 
 
