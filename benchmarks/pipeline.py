@@ -32,8 +32,9 @@ from jaxtrain.models.classifier import Classifier
 from jaxtrain.models.layers import Context, Layer
 from jaxtrain.parallel import schedule as schedules
 from jaxtrain.parallel.schedule import Op
-from jaxtrain.parallel.split import Split
 from jaxtrain.parallel.timeline import Event, Timeline, ideal_bubble, simulate
+from jaxtrain.pipeline.lanes import Lanes
+from jaxtrain.state import create_state
 
 STAGES, BUBBLE_PARTS, DISPATCH_PARTS, EFFICIENCY_PARTS = (2, 4, 8), (4, 8, 16), (4, 16), (8, 32)
 DEPTHS = (15, 31, 63)  # hidden layers of the MLP whose operations compute next to nothing
@@ -209,12 +210,16 @@ def _dispatch(stages: int, parts: int, depth: int) -> dict[str, Any]:
         run, engine, state = start(config, stages)
         leaves = len(jax.tree.leaves(state.params))
         seconds = block_seconds(run, engine, state, 10, REPEATS)
+        step: Any = engine.step
+        one = dataclasses.replace(engine, step=dataclasses.replace(step, lanes=Lanes(range(stages), threads=False)))
+        by_one = block_seconds(run, one, create_state(run.init, run.layout), 10, REPEATS)
     return {
         "stages": stages,
         "microbatches": parts,
         "operations": operations,
         "leaves": leaves,
         "seconds_per_operation": dataclasses.asdict(Spread.of([s / operations for s in seconds])),
+        "seconds_per_operation_by_one": dataclasses.asdict(Spread.of([s / operations for s in by_one])),
         "seconds": dataclasses.asdict(Spread.of(seconds)),
     }
 
@@ -274,13 +279,8 @@ def _throughput(model: ModelConfig, size: int, parts: int, core: int, port: int 
     with settings(config):
         run, engine, state = start(config, len(jax.devices()))
         seconds = block_seconds(run, engine, state, 1, REPEATS)
-    return {"seconds": seconds, "imbalance": _imbalance(run.split) if run.split else 1.0}
-
-
-def _imbalance(split: Split) -> float:
-    """Time of the dearer stage over the stages' average."""
-    costs = [sum(split.costs[i].seconds for i in layers) for layers in split.slices]
-    return max(costs) / statistics.mean(costs)
+    weights = run.split.weights if run.split else (1.0,)
+    return {"seconds": seconds, "imbalance": max(weights) / statistics.mean(weights)}
 
 
 __all__ = ["bubble", "dispatch", "efficiency", "sleepy"]

@@ -86,7 +86,9 @@ def table(results: dict[str, Any]) -> str:
         lines.append(_row(f"{name}: formula {100 * row['formula']:.1f} %", row["bubble"], 100, "%"))
     for row in measured.get("dispatch", []):
         name = f"dispatch, {row['stages']} stages, {row['microbatches']} microbatches, {row['leaves']} parameter leaves"
-        lines.append(_row(f"{name}: per operation", row["seconds_per_operation"], 1e3, "ms", 3))
+        lines.append(_row(f"{name}: an operation, a thread a stage", row["seconds_per_operation"], 1e3, "ms", 3))
+        one = row["seconds_per_operation_by_one"]
+        lines.append(_row(f"{name}: an operation, one thread (as on an accelerator)", one, 1e3, "ms", 3))
     for row in measured.get("efficiency", []):
         name = f"two stages on two cores over twice one core, {row['name']}, {row['microbatches']} microbatches"
         lines.append(_row(f"{name}: bound {row['bound']:.3f}", row["efficiency"], 1, "x", 3))

@@ -364,7 +364,9 @@ class LayoutConfig(_Section):
         )
         _require(rising, "layout.boundaries", self.boundaries, "whole numbers, each larger than the one before")
         if self.boundaries and self.stages == 1:
-            raise ConfigError(f"config.layout.boundaries={self.boundaries}: there is one stage; set config.layout.stages.")
+            raise ConfigError(
+                f"config.layout.boundaries={self.boundaries}: there is one stage; set config.layout.stages."
+            )
         for rule in self.rules:
             ok = isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str) and isinstance(rule[1], tuple)
             _require(ok, "layout.rules", rule, "a pair ('regex', (axis or None per dim, ...))")

@@ -52,9 +52,9 @@ def evaluate(
     with contextlib.closing(Checkpoints(start.directory, read_only=True)) as checkpoints:
         config = from_dict(checkpoints.position(start.step)["config"])
         devices = select_devices(num_devices)
-        # Numbers do not depend on the layout: whole weights, and a batch that any number of devices divides.
+        # Numbers do not depend on the layout: weights shared out among the devices, and a batch that they divide.
         config = dataclasses.replace(
-            config, layout=LayoutConfig(), model=dataclasses.replace(config.model, bn_groups=1)
+            config, layout=LayoutConfig(zero=3), model=dataclasses.replace(config.model, bn_groups=1)
         )
         ways = batch_ways(make_mesh(config.layout, devices))
         batch = -(-config.data.global_batch // ways) * ways

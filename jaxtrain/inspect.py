@@ -16,7 +16,7 @@ import numpy as np
 from jaxtrain.config import Config
 from jaxtrain.data import sources
 from jaxtrain.data.sources import Dataset
-from jaxtrain.engine import layout_table
+from jaxtrain.engine import idle_stages, layout_table
 from jaxtrain.errors import ConfigError
 from jaxtrain.parallel import schedule as schedules
 from jaxtrain.parallel.layout import Placement, bytes_by_stage, bytes_per_device
@@ -66,8 +66,8 @@ def describe_layout(config: Config, num_devices: int = 0) -> dict[str, Any]:
     Returns:
       `parameters` (their number), `mesh` (size of each axis), `bytes_per_device` (by tree), and `leaves`: for each `tree`,
       `path` (with the tree in front), `shape`, `dtype`, `spec` (axis or None for each dim; a list where a dim has several),
-      `stage`, `bytes_per_device`, `note`. With pipeline stages also `bytes_by_stage` (by tree, then stage) and `stages`
-      (a line about each).
+      `stage`, `bytes_per_device`, `note`. With pipeline stages also `bytes_by_stage` (by tree, then stage), `stages`
+      (a line about each), and `warnings`; `microbatches` is their number.
     """
     return describe(*_planned(config, num_devices))
 
@@ -101,7 +101,9 @@ def describe(run: Run, table: dict[str, list[Placement]]) -> dict[str, Any]:
         "mesh": dict(run.layout.mesh.shape),
         "bytes_per_device": {tree: bytes_per_device(placements) for tree, placements in table.items()},
         "bytes_by_stage": {tree: bytes_by_stage(placements) for tree, placements in table.items()},
+        "microbatches": run.layout.config.microbatches,
         "stages": run.split.describe() if run.split else [],
+        "warnings": list(filter(None, [idle_stages(run, bool(table["batch_stats"]))])),
         "leaves": leaves,
     }
 

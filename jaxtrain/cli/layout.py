@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import sys
 from pathlib import Path
 
 from rich.table import Column, Table
@@ -52,9 +53,11 @@ def run(arguments: argparse.Namespace) -> None:
         )
     console.print(table)
     axes = " x ".join(f"{name} {size}" for name, size in layout["mesh"].items())
-    console.print(f"\n{layout['parameters']:,} parameters; mesh {axes}")
+    console.print(f"\n{layout['parameters']:,} parameters; mesh {axes}; microbatches {layout['microbatches']}")
     for line in layout["stages"]:
         console.print(line)
+    for text in layout["warnings"]:
+        print(f"jaxtrain: {text}", file=sys.stderr)
     for tree, count in layout["bytes_per_device"].items():
         by_stage = layout["bytes_by_stage"][tree].values()
         console.print(

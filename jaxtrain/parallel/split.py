@@ -59,11 +59,16 @@ class LayerCost:
 
 @dataclasses.dataclass(frozen=True)
 class Split:
-    """Which layers each slice has. ends: the first layer behind each slice. costs: of every layer."""
+    """Which layers each slice has. ends: the first layer behind each slice. costs: of every layer.
+
+    weights: of each slice, in the unit of `balance` (operations, bytes or seconds).
+    """
 
     stages: int
     ends: tuple[int, ...]
     costs: tuple[LayerCost, ...]
+    balance: str
+    weights: tuple[float, ...]
 
     @property
     def slices(self) -> tuple[range, ...]:
@@ -77,19 +82,23 @@ class Split:
 
     def describe(self) -> list[str]:
         """A line for each stage, and one on how even they are."""
-        total, lines, shares = sum(c.seconds or c.cost for c in self.costs), [], []
+        total, lines, shares = sum(self.weights), [], []
         for stage in range(self.stages):
             own = [layers for k, layers in enumerate(self.slices) if k % self.stages == stage]
             costs = [self.costs[i] for layers in own for i in layers]
-            names = ", ".join(f"{self.costs[s[0]].name}-{self.costs[s[-1]].name[-2:]}" for s in own)
-            shares.append(sum(c.seconds or c.cost for c in costs) / total)
+            names = ", ".join(
+                self.costs[s[0]].name + (f"-{self.costs[s[-1]].name[-2:]}" if len(s) > 1 else "") for s in own
+            )
+            shares.append(sum(self.weights[stage :: self.stages]) / total)
             handed = sum(self.costs[layers[-1]].output for layers in own if layers[-1] + 1 < len(self.costs))
             lines.append(
                 f"stage {stage}: {names}, {sum(c.parameters for c in costs):,} parameters, "
                 f"{sum(c.flops for c in costs) / 1e9:.3g} GFLOP a microbatch and device, "
-                f"hands on {handed / 2**20:.3g} MiB, {shares[-1]:.0%} of the cost"
+                f"hands on {handed / 2**20:.3g} MiB, {shares[-1]:.0%} of the {self.balance}"
             )
-        lines.append(f"imbalance: the dearest stage costs {max(shares) * self.stages:.2f} times the average")
+        lines.append(
+            f"imbalance: the dearest stage has {max(shares) * self.stages:.2f} times the average {self.balance}"
+        )
         return lines
 
 
@@ -123,10 +132,8 @@ def split(config: LayoutConfig, costs: Sequence[LayerCost], in_flight: Sequence[
     in_flight: for each stage, how many microbatches it keeps at once; for `balance="memory"`.
     """
     check_counts(config, len(costs))
-    if config.boundaries:
-        return Split(config.stages, (*config.boundaries, len(costs)), tuple(costs))
 
-    def cost(k: int, layers: range) -> float:
+    def weight(k: int, layers: range) -> float:
         own = [costs[i] for i in layers]
         if config.balance == "time":
             return sum(c.seconds for c in own)
@@ -135,7 +142,12 @@ def split(config: LayoutConfig, costs: Sequence[LayerCost], in_flight: Sequence[
             return float(sum(c.parameter_bytes for c in own) * _STATE_FACTOR + kept)
         return sum(c.cost for c in own)
 
-    return Split(config.stages, partition(len(costs), config.stages * config.chunks, cost), tuple(costs))
+    if config.boundaries:
+        ends = (*config.boundaries, len(costs))
+    else:
+        ends = partition(len(costs), config.stages * config.chunks, weight)
+    weights = tuple(weight(k, range(*span)) for k, span in enumerate(zip((0, *ends), ends, strict=False)))
+    return Split(config.stages, ends, tuple(costs), config.balance, weights)
 
 
 def partition(layers: int, slices: int, cost: Callable[[int, range], float]) -> tuple[int, ...]:
