@@ -111,7 +111,8 @@ def explain_out_of_memory() -> Iterator[None]:
             raise
         raise DeviceMemoryError(
             "The run does not fit the devices' memory. In this order: raise config.layout.microbatches, use "
-            "config.train.remat=dots or full, raise config.layout.zero, split the model with config.layout.stages, use more devices, or lower config.data.global_batch. "
+            "config.train.remat=dots or full, raise config.layout.zero, split the model with config.layout.stages, use more "
+            "devices, or lower config.data.global_batch. "
             f"XLA said: {str(error).splitlines()[0]}"
         ) from error
 
