@@ -343,7 +343,10 @@ def test_layout_as_json(capsys):
     words = tiny("--json", "--config.layout.zero=3", "--config.layout.tensor=2", "--config.optim.ema=0.9")
     assert cli.main(["layout", *words]) == 0
     found = json.loads(capsys.readouterr().out)
-    assert set(found) == {"parameters", "mesh", "bytes_per_device", "bytes_by_stage", "stages", "leaves"}
+    assert set(found) == {
+        "parameters", "mesh", "microbatches", "bytes_per_device", "bytes_by_stage", "stages", "warnings", "leaves"
+    }  # fmt: skip
+    assert (found["microbatches"], found["warnings"]) == (1, [])
     assert found["parameters"] == 784 * 16 + 16 + 16 * 8 + 8 + 8 * 10 + 10
     assert found["mesh"] == {"stage": 1, "replica": 1, "data": 4, "tensor": 2}
     by_path = {leaf["path"]: leaf for leaf in found["leaves"]}

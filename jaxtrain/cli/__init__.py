@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from jaxtrain.cli import config, data, evaluate, layout, logs, train
+from jaxtrain.config import did_you_mean
 from jaxtrain.errors import ConfigError, JaxtrainError
 from jaxtrain.recipes import add_working_directory, split_override
 
@@ -50,7 +51,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         help_text = (module.__doc__ or "").splitlines()[0]
         sub = commands.add_parser(name, help=help_text, description=module.__doc__, allow_abbrev=False)
         module.add_arguments(sub)
-    arguments = parser.parse_args(rest)
+    arguments, unknown = parser.parse_known_args(rest)
+    if unknown:
+        known = [option for action in commands.choices[arguments.command]._actions for option in action.option_strings]
+        hint = did_you_mean(unknown[0].partition("=")[0], known)
+        if not hint and "=" in unknown[0]:
+            hint = " A field of the config is set with --config.KEY=VALUE."
+        raise ConfigError(f"jaxtrain {arguments.command} does not know {' '.join(unknown)}.{hint}")
+    if "config" in arguments and not arguments.config:
+        raise ConfigError(f"jaxtrain {arguments.command} needs --config FILE; see jaxtrain {arguments.command} --help.")
     if overrides and not hasattr(arguments, "config"):
         raise ConfigError(f"--config.{overrides[0][0]}: jaxtrain {arguments.command} takes no config.")
     arguments.overrides = overrides

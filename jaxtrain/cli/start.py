@@ -31,7 +31,6 @@ def add_config_argument(parser: argparse.ArgumentParser) -> None:
     """--config FILE[:ARGUMENTS]; overrides are taken out before argparse sees them."""
     parser.add_argument(
         "--config",
-        required=True,
         metavar="FILE[:ARGUMENT,...]",
         help="a recipe and its arguments (dp, zero1, zero2, zero3, tensor2, hybrid, pipeline2, pipeline4, or its own); "
         "--config.KEY=VALUE changes any field, see `jaxtrain config FILE`",
