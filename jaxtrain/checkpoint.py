@@ -1,17 +1,24 @@
 """Checkpoints: the state tree and the run's position, written asynchronously and atomically. The one module that knows Orbax.
 
-`checkpoints/<step>/` holds `state` (the tree of `TrainState`; every process writes and reads its own shards), `position`
-(JSON: examples consumed, epoch, running sums, config) and `metrics` (JSON: what decides which checkpoints are kept).
+`checkpoints/<step>/` holds `state` (the tree of `TrainState`; every process writes and reads its own shards) and, once that
+is whole and hashed, `manifest.json` with the run's position (see `checkpoint_files`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import errno
+import hashlib
+import importlib.metadata
 import json
 import logging
+import os
 import re
 import shutil
-from collections.abc import Sequence
+import threading
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,58 +26,56 @@ import jax
 import optax
 import orbax.checkpoint as ocp
 
-from jaxtrain.errors import CheckpointError, ConfigError
+from jaxtrain import checkpoint_files
+from jaxtrain.checkpoint_files import Manifest, best_of, manifested_steps, read_manifest
+from jaxtrain.distributed import processes
+from jaxtrain.distributed.processes import barrier
+from jaxtrain.errors import CheckpointError, ConfigError, JaxtrainError, WorkdirError
 from jaxtrain.parallel.arrays import is_everywhere, to_every_process, view
 from jaxtrain.parallel.layout import path_of
 from jaxtrain.state import TrainState
 
 PyTree = Any
-SCHEMA = 1
+FAILED_SAVES = 3  # in a row end the run
+_POLL_SECONDS = 0.02
+_ASK_SECONDS = 60.0
+_PACKAGES = ("jaxtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 log = logging.getLogger("jaxtrain")
 
 
-@dataclasses.dataclass(frozen=True)
-class Keep:
-    """Orbax's preservation policy: the `latest` newest, the best (the first of equals), and every milestone."""
-
-    latest: int
-
-    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        """One answer a checkpoint; they come oldest first, with `step` and `metrics` (see `Checkpoints.save`)."""
-        metrics = [c.metrics or {} for c in checkpoints]
-        best = best_of([(c.step, m) for c, m in zip(checkpoints, metrics, strict=True)])
-        newest = {c.step for c in checkpoints[-self.latest :]}
-        return [
-            c.step in newest or c.step == best or bool(m["milestone"] if m else False)
-            for c, m in zip(checkpoints, metrics, strict=True)
-        ]
-
-
-def best_of(steps: Sequence[tuple[int, dict[str, Any]]]) -> int | None:
-    """The step with the highest validation accuracy, the earliest of equals; `None` if none was evaluated."""
-    scored = [(m["val_accuracy"], -step) for step, m in steps if m and m["val_accuracy"] is not None]
-    return -max(scored)[1] if scored else None
-
-
 class Checkpoints:
-    """The checkpoints of one directory. Every process of the run makes the same calls; close it at the end."""
+    """The checkpoints of one directory. Every process of the run makes the same calls; close it at the end.
 
-    def __init__(self, directory: Path, keep: int = 1, *, read_only: bool = False):
-        self.directory = directory.absolute()
-        options = ocp.CheckpointManagerOptions(
-            preservation_policy=Keep(keep),
-            best_fn=lambda metrics: metrics["val_accuracy"],  # makes Orbax read the metrics that `Keep` looks at
-            create=not read_only,
-        )
+    keep: how many of the newest stay, beside the best and the milestones. owner: this start of the run; still_owner: raises
+    `WorkdirError` where another run has taken the directory over.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        keep: int = 1,
+        *,
+        read_only: bool = False,
+        owner: str = "",
+        still_owner: Callable[[], None] = lambda: None,
+    ):
+        self.directory, self._keep, self._read_only = directory.absolute(), keep, read_only
+        self._owner, self._still_owner = owner, still_owner
+        self._manager = self._make_manager()
+        self._saving = 0  # the last step that was asked for
+        self._commit: threading.Thread | None = None
+        self._failure: Exception | None = None  # of the last save; set by the thread that commits it
+        self._failures = 0  # in a row
+
+    def _make_manager(self) -> ocp.CheckpointManager:
+        # Orbax keeps everything: what may go is decided when the next checkpoint is verified.
+        options = ocp.CheckpointManagerOptions(create=not self._read_only)
         # Whole leaves from one replica: splitting them among replicas would compile a slice program for each leaf and
         # device, 9 s in the loop at the first save of a small ResNet on 8 devices (measured).
         arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-        handlers = {
-            "state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry),
-            "position": ocp.JsonCheckpointHandler(),
-        }
-        self._manager = ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        handlers = {"state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)}
+        return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     # ---------------------------------------------------------------------------------------------------------- write
 
@@ -86,57 +91,122 @@ class Checkpoints:
     ) -> None:
         """Starts writing; returns once the state may be donated. `epoch`: epochs completed, -1 inside one.
 
-        An error of an earlier write is raised here or in `wait`, as `CheckpointError`.
+        A checkpoint that cannot be written is deleted and warned about, and the run goes on; the third in a row raises
+        `WorkdirError`, here, in `check` or in `wait`. Of several processes one that cannot write ends the run.
         """
-        metrics = {"epoch": epoch, "val_accuracy": val_accuracy, "milestone": milestone}
-        args = ocp.args.Composite(
-            state=ocp.args.PyTreeSave(to_every_process(_tree(state), _mesh(state))),
-            position=ocp.args.JsonSave({"schema": SCHEMA, **position}),
-        )
+        self._finish_commit()
+        self._saving = step
+        if self._is_short_of(_state_bytes(state)):
+            self._failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            self._give_up(alone=False)
+            return
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(to_every_process(_tree(state), _mesh(state))))
+        config = json.dumps(position["config"], sort_keys=True)
+        fields = {
+            "step": step, "position": position, "epoch": epoch, "val_accuracy": val_accuracy, "milestone": milestone,
+            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+            "config_sha256": hashlib.sha256(config.encode()).hexdigest(), "owner": self._owner,
+        }  # fmt: skip
         try:
-            self._manager.save(step, args=args, metrics=metrics, force=True)
+            self._manager.save(step, args=args, force=True)
         except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(
-                f"The checkpoint of step {step} in {self.directory} was not written: {error}."
-            ) from error
+            self._failure = error
+            self._give_up()
+            return
+        self._commit = threading.Thread(
+            target=self._write_manifest, args=(step, fields), name="checkpoint", daemon=True
+        )
+        self._commit.start()
+
+    def _write_manifest(self, step: int, fields: dict[str, Any]) -> None:
+        """Waits until Orbax has written everything; then process 0 makes it count, and deletes what is old."""
+        try:
+            while self._manager.is_saving_in_progress():
+                time.sleep(_POLL_SECONDS)
+            self._manager.wait_until_finished()
+            if jax.process_index() == 0:
+                folder = self.directory / str(step)
+                checkpoint_files.write_manifest(folder, self._still_owner, **fields)
+                checkpoint_files.delete_old(self.directory, self._keep)
+        except Exception as error:  # whatever it is, it must reach the main thread
+            self._failure = error
+
+    def check(self) -> None:
+        """Raises or warns if the last save has failed by now; costs nothing else. To be called after every step."""
+        if self._commit is not None and not self._commit.is_alive():
+            self._finish_commit()
+
+    def _finish_commit(self) -> None:
+        if self._commit is None:
+            return
+        self._commit.join()
+        self._commit = None
+        if self._failure is not None:
+            self._give_up()
+        else:
+            self._failures = 0
+
+    def check_space(self, state: TrainState) -> None:
+        """Raises `WorkdirError` where the disk has no room for a checkpoint; warns where there is none for two."""
+        needed, free = _state_bytes(state), shutil.disk_usage(self.directory).free
+        text = f"A checkpoint takes {needed / 2**20:.0f} MiB and {self.directory} has {free / 2**20:.0f} MiB free"
+        if self._is_short_of(needed):
+            raise WorkdirError(f"{text}; free some, or choose another --workdir.")
+        if free < 2 * needed:
+            log.warning("%s: too little for two, and the old one goes when the new one is whole.", text)
+
+    def _is_short_of(self, needed: int) -> bool:
+        """Whether any process finds less room than that on the checkpoints' disk."""
+        short = shutil.disk_usage(self.directory).free < needed
+        return "True" in processes.from_all(processes.next_word("room for a checkpoint"), str(short), _ASK_SECONDS)
+
+    def _give_up(self, *, alone: bool = True) -> None:
+        """After a failed save: frees what it took, and warns; the third time in a row it raises.
+
+        alone: whether other processes may have written their part and wait for this one.
+        """
+        error, self._failure = self._failure, None
+        self._failures += 1
+        if isinstance(error, JaxtrainError):
+            raise error
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        if any(word in str(error) for word in ("No space left", "ENOSPC", "RESOURCE_EXHAUSTED")):
+            reason = os.strerror(errno.ENOSPC)
+        text = f"The checkpoint of step {self._saving} in {self.directory} was not written ({reason})"
+        if (alone and jax.process_count() > 1) or self._failures == FAILED_SAVES:
+            raise WorkdirError(f"{text}; {self._failures} in a row." if self._failures > 1 else f"{text}.") from error
+        log.warning(
+            "%s; training goes on, and the next save tries again (%d of %d).", text, self._failures, FAILED_SAVES
+        )
+        if not alone:
+            return
+        # A new manager: the old one counts the step as saved, and would refuse or skip later ones.
+        with contextlib.suppress(Exception):
+            self._manager.close()
+        checkpoint_files.discard_unfinished(self.directory)
+        self._manager = self._make_manager()
 
     def wait(self) -> None:
-        """Returns once everything is on disk."""
-        try:
-            self._manager.wait_until_finished()
-        except (OSError, ValueError, RuntimeError) as error:
-            raise CheckpointError(f"A checkpoint in {self.directory} was not written: {error}.") from error
+        """Returns once everything is on disk, and every process knows it."""
+        self._finish_commit()
+        barrier("checkpoints are written")
 
     def close(self) -> None:
         """Waits, and ends Orbax's threads."""
+        if self._commit is not None:
+            self._commit.join()
         self._manager.close()
 
     # ----------------------------------------------------------------------------------------------------------- read
 
-    def steps(self) -> list[int]:
-        """The committed steps, rising."""
-        return committed_steps(self.directory)
-
     def best_step(self) -> int | None:
         """The step with the best validation accuracy."""
-        return best_of([(step, self.metrics(step)) for step in self.steps()])
+        return best_of(_readable(self.directory, manifested_steps(self.directory)))
 
-    def metrics(self, step: int) -> dict[str, Any]:
-        """What `save` was told beside the state."""
-        return _metrics(self.directory, step)
-
-    def position(self, step: int) -> dict[str, Any]:
-        """The run's position at `step`. Raises `CheckpointError` if a newer jaxtrain wrote it."""
-        try:
-            args = ocp.args.Composite(position=ocp.args.JsonRestore())
-            position = self._manager.restore(step, args=args)["position"]
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"The checkpoint {self.directory / str(step)} cannot be read: {error}.") from error
-        if position["schema"] > SCHEMA:
-            raise CheckpointError(
-                f"{self.directory / str(step)} has schema {position['schema']}; this jaxtrain reads up to {SCHEMA}: update it."
-            )
-        return position
+    def annotate(self, step: int, val_accuracy: float, position: dict[str, Any]) -> None:
+        """Adds what was found out about the weights of `step` after they were saved. Only process 0 writes."""
+        if jax.process_index() == 0:
+            checkpoint_files.annotate(self.directory / str(step), val_accuracy=val_accuracy, position=position)
 
     def restore(self, step: int, template: TrainState, *, allow_changes: bool = False) -> TrainState:
         """The state of `step` with the shapes, dtypes and shardings of `template` (arrays, so that a tree can stay fresh).
@@ -200,6 +270,10 @@ def _mesh(state: TrainState) -> Any:
     """The mesh of the whole run: that of what every stage has."""
     where: Any = state.step.sharding
     return where.mesh
+
+
+def _state_bytes(state: TrainState) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 
 def _copy(x: jax.Array) -> jax.Array:
@@ -268,7 +342,7 @@ def find_start(directory: Path, resume: str, setting: str = "config.checkpoint.r
         return None
     directory = directory.absolute()
     if resume in ("auto", "latest", "best") or resume.isdigit() or re.fullmatch(r"epoch:\d+", resume):
-        steps = committed_steps(directory)
+        steps = manifested_steps(directory)
         if not steps:
             if resume == "auto":
                 return None
@@ -284,62 +358,37 @@ def _named_step(directory: Path, steps: list[int], resume: str, setting: str) ->
         if int(resume) in steps:
             return int(resume)
         raise CheckpointError(f"{setting}={resume}: {directory} has only the steps {', '.join(map(str, steps))}.")
-    metrics = {step: _metrics(directory, step) for step in steps}
+    manifests = _readable(directory, steps)
     if resume == "best":
-        best = best_of(list(metrics.items()))
+        best = best_of(manifests)
         if best is None:
             raise CheckpointError(f"{setting}=best: no checkpoint in {directory} was evaluated.")
         return best
     epoch = int(resume.removeprefix("epoch:"))
-    found = [step for step, m in metrics.items() if m["epoch"] == epoch]
+    found = [m.step for m in manifests if m.epoch == epoch]
     if not found:
-        there = ", ".join(str(m["epoch"]) for m in metrics.values() if m["epoch"] >= 0) or "none"
+        there = ", ".join(str(m.epoch) for m in manifests if m.epoch >= 0) or "none"
         raise CheckpointError(f"{setting}={resume}: {directory} has checkpoints after epochs {there}.")
     return found[-1]
 
 
+def _readable(directory: Path, steps: list[int]) -> list[Manifest]:
+    found = []
+    for step in steps:
+        try:
+            found.append(read_manifest(directory / str(step)))
+        except CheckpointError as error:
+            log.warning("%s", error)
+    return found
+
+
 def _start_at_path(path: Path, setting: str) -> Start:
-    if path.name.isdigit() and committed_steps(path.parent).count(int(path.name)):
+    if path.name.isdigit() and manifested_steps(path.parent).count(int(path.name)):
         return Start(path.parent, int(path.name))
     for directory in (path, path / "checkpoints"):
-        if steps := committed_steps(directory):
+        if steps := manifested_steps(directory):
             return Start(directory, steps[-1])
     raise ConfigError(
         f"{setting}={str(path)!r}: must be auto, latest, best, a step, epoch:N, none, or the path of a "
         "checkpoint or a work directory that exists."
     )
-
-
-def _metrics(directory: Path, step: int) -> dict[str, Any]:
-    path = directory / str(step) / "metrics" / "metrics"
-    try:
-        return json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise CheckpointError(
-            f"{path} cannot be read: {error}; remove the folder {step} to go on without it."
-        ) from None
-
-
-# A folder gets its name once it is whole, but it is deleted file by file.
-_PARTS = ("_CHECKPOINT_METADATA", "metrics/metrics", "position/metadata", "state/_METADATA")
-
-
-def committed_steps(directory: Path) -> list[int]:
-    """Steps whose write was completed, rising. Reads names only, so it needs no manager and no device."""
-    if not directory.is_dir():
-        return []
-    return sorted(
-        int(p.name) for p in directory.iterdir() if p.name.isdigit() and all((p / part).is_file() for part in _PARTS)
-    )
-
-
-def discard_unfinished(directory: Path) -> None:
-    """Deletes what a killed run left of a write or a deletion: Orbax would refuse to write that step again.
-
-    Only process 0 may call it, before any `Checkpoints` is made to write there.
-    """
-    committed = committed_steps(directory)
-    for path in directory.iterdir() if directory.is_dir() else ():
-        step = path.name.removesuffix(".orbax-checkpoint-tmp")
-        if step.isdigit() and (step != path.name or int(step) not in committed):
-            shutil.rmtree(path)

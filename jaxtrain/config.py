@@ -295,6 +295,8 @@ class TrainConfig(_Section):
 
     epochs, steps: the run's length; steps > 0 overrides epochs.
     log_every: steps between rows of metrics.jsonl. eval_every: duration between validations; "0" only at the end.
+    hang_seconds: a process that makes no progress for so long (or for ten steps' time; 30 times longer while it compiles,
+        evaluates or saves) writes its threads' stacks and ends; 0 is off.
     deterministic: bit-for-bit repeatable on a GPU too, at a cost (docs/troubleshooting.md).
     precision: `auto` (bf16 compute on a GPU, f32 on CPU; stored, and kept on resume), `f32`, `bf16`, `fp16` (dynamic loss
         scale), `f64` (for proofs, on CPU).
@@ -308,13 +310,14 @@ class TrainConfig(_Section):
     steps: int = 0
     log_every: int = 50
     eval_every: str = "1 epoch"
+    hang_seconds: float = 60.0
     deterministic: bool = False
     precision: str = "auto"
     remat: str = "none"
 
     def _validate(self) -> None:
         self._min(1, "epochs", "log_every")
-        self._min(0, "steps")
+        self._min(0, "steps", "hang_seconds")
         _one_of("train.precision", self.precision, PRECISIONS)
         _one_of("train.remat", self.remat, REMATS)
         Duration.parse(self.eval_every, "config.train.eval_every")

@@ -15,7 +15,7 @@ import jax
 
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.errors import DeviceMemoryError
-from jaxtrain.evaluator import EvalResult, Evaluator, make_evaluator
+from jaxtrain.evaluator import EvalBatch, EvalResult, Evaluator, make_evaluator
 from jaxtrain.feed import Feed, make_feed
 from jaxtrain.optim import learning_rate
 from jaxtrain.parallel.audit import audit
@@ -35,10 +35,10 @@ log = logging.getLogger("jaxtrain")
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """step: one update (see `jaxtrain.step`). evaluate: `(split, params, batch_stats) -> EvalResult`. feed: batches."""
+    """step: one update (see `jaxtrain.step`). evaluate: see `make_evaluation`. feed: batches."""
 
     step: Step | PipelineStep
-    evaluate: Callable[[str, PyTree, PyTree], EvalResult]
+    evaluate: Callable[..., EvalResult]
     feed: Feed
 
 
@@ -72,12 +72,19 @@ def layout_table(layout: Layout, state: TrainState) -> dict[str, list[Placement]
     return layout.table(state) | {"gradients": layout.gradients(state.params)}
 
 
-def make_evaluation(run: Run, feed: Feed) -> Callable[[str, PyTree, PyTree], EvalResult]:
-    """A function that evaluates weights on a split; compiled at its first call."""
+def make_evaluation(run: Run, feed: Feed) -> Callable[..., EvalResult]:
+    """A function that evaluates weights on a split; compiled at its first call. before_each: called before every batch."""
     batch = run.config.data.global_batch // run.layout.config.microbatches
     compiled: dict[Any, Evaluator | PipelineEvaluator] = {}
 
-    def evaluate(split: str, params: PyTree, batch_stats: PyTree) -> EvalResult:
+    def evaluate(
+        split: str, params: PyTree, batch_stats: PyTree, before_each: Callable[[], None] = lambda: None
+    ) -> EvalResult:
+        def watched(batches: Iterator[EvalBatch]) -> Iterator[EvalBatch]:
+            for each in batches:
+                before_each()
+                yield each
+
         # Under ZeRO-1 and 2 the average is sharded and the weights are not: two programs.
         where = tuple(leaf.sharding for leaf in jax.tree.leaves((params, batch_stats)))
         if where not in compiled:
@@ -85,7 +92,7 @@ def make_evaluation(run: Run, feed: Feed) -> Callable[[str, PyTree, PyTree], Eva
                 make = make_pipeline_evaluator if run.layout.stages > 1 else make_evaluator
                 compiled[where] = make(run.task, run.layout, params, batch_stats, next(batches), feed.resident)
         with contextlib.closing(feed.evaluation(split, batch)) as batches:
-            return compiled[where](params, batch_stats, batches, feed.resident)
+            return compiled[where](params, batch_stats, watched(batches), feed.resident)
 
     return evaluate
 

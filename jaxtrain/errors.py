@@ -1,10 +1,16 @@
 """Typed errors. Each carries the process exit code that `main` ends with (sysexits.h where one fits)."""
 
+REPORT_THIS = "This should not happen; please report it."
+
 
 class JaxtrainError(Exception):
-    """Base of every error that jaxtrain raises on purpose; its text is one clear sentence for a person."""
+    """Base of every error that jaxtrain raises on purpose; its text is one clear sentence for a person.
+
+    retry: whether the same command may go well another time; a supervisor gives up at once where it may not.
+    """
 
     exit_code = 70
+    retry = False
 
 
 class ConfigError(JaxtrainError):
@@ -47,6 +53,20 @@ class EnvironmentMismatchError(JaxtrainError):
     """The processes, devices or versions found are not those that the run was told to use."""
 
     exit_code = 78
+
+
+class PeerError(JaxtrainError):
+    """Another process of the run died, failed or does not answer; this one has nothing to say but that."""
+
+    exit_code = 70
+    retry = True
+
+
+class HangError(JaxtrainError):
+    """This process made no progress for longer than `train.hang_seconds` allows."""
+
+    exit_code = 70
+    retry = True
 
 
 class InterruptedRunError(JaxtrainError):

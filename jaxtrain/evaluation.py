@@ -6,7 +6,8 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
-from jaxtrain.checkpoint import Checkpoints, committed_steps, find_start
+from jaxtrain.checkpoint import Checkpoints, find_start
+from jaxtrain.checkpoint_files import manifested_steps, problems, read_manifest
 from jaxtrain.config import LayoutConfig, from_dict
 from jaxtrain.engine import make_evaluation
 from jaxtrain.errors import CheckpointError, ConfigError
@@ -46,11 +47,14 @@ def evaluate(
     if split not in SPLITS:
         raise ConfigError(f"split={split!r}: must be one of train, val, test.")
     directory = Path(workdir) / "checkpoints"
-    start = find_start(directory, checkpoint, "checkpoint") if committed_steps(directory) else None
+    start = find_start(directory, checkpoint, "checkpoint") if manifested_steps(directory) else None
     if start is None:
         raise CheckpointError(f"{workdir} holds no checkpoint.")
+    folder = start.directory / str(start.step)
+    if found := problems(folder):
+        raise CheckpointError(f"{folder} is damaged ({found[0]}); choose another with --checkpoint.")
     with contextlib.closing(Checkpoints(start.directory, read_only=True)) as checkpoints:
-        config = from_dict(checkpoints.position(start.step)["config"])
+        config = from_dict(read_manifest(folder).position["config"])
         devices = select_devices(num_devices)
         # Numbers do not depend on the layout: weights shared out among the devices, and a batch that they divide.
         config = dataclasses.replace(

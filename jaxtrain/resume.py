@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import logging
 import shutil
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from jaxtrain import workdir as workdir_lib
-from jaxtrain.checkpoint import Checkpoints, Start, committed_steps, discard_unfinished, find_start
+from jaxtrain.checkpoint import Start, find_start
+from jaxtrain.checkpoint_files import discard_unfinished, manifested_steps, problems, quarantine, read_manifest
 from jaxtrain.config import Config, from_dict
-from jaxtrain.errors import ConfigError, WorkdirError
+from jaxtrain.distributed import processes
+from jaxtrain.errors import CheckpointError, ConfigError, WorkdirError
 from jaxtrain.run import make_schedule, total_steps
 from jaxtrain.workdir import Workdir
 
@@ -24,7 +28,11 @@ log = logging.getLogger("jaxtrain")
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """How far a run has come. examples: consumed so far. epoch_*: sums since the epoch began. best_accuracy: so far, or -1."""
+    """How far a run has come.
+
+    examples: consumed so far. epoch_*: sums since the epoch began. best_accuracy: so far, or -1. owes_validation: the run
+    was stopped before the validation that is due after this step.
+    """
 
     step: int = 0
     examples: int = 0
@@ -32,13 +40,14 @@ class Position:
     epoch_correct: float = 0.0
     epoch_examples: int = 0
     best_accuracy: float = -1.0
+    owes_validation: bool = False
 
     def to_json(self, config: dict[str, Any]) -> dict[str, Any]:
         """As stored in a checkpoint, with the config of the run beside it."""
         return dataclasses.asdict(self) | {"config": config}
 
     @classmethod
-    def from_json(cls, values: dict[str, Any]) -> Position:
+    def from_json(cls, values: Mapping[str, Any]) -> Position:
         """The inverse of `to_json`."""
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
 
@@ -53,17 +62,52 @@ class Resume:
 
 
 def find(directory: Workdir, config: Config) -> Resume:
-    """Looks for what `checkpoint.resume` names. Raises `CheckpointError` when it is not there."""
+    """Looks for what `checkpoint.resume` names, and checks its files; of several processes each checks a part.
+
+    A damaged checkpoint of this directory is moved to `corrupt/` and the next older one is taken, where the step was not
+    chosen by number. Raises `CheckpointError` when nothing is there, or nothing whole.
+    """
     start = find_start(directory.checkpoints, config.checkpoint.resume)
+    while start is not None and (found := _damage(start)):
+        start = _without(directory, config, start, found)
     if start is None:
         values = directory.read_config() if config.checkpoint.resume != "none" else None
         return Resume(None, Position(), _stored(values, directory.config) if values else None)
-    checkpoints = Checkpoints(start.directory, read_only=True)
+    folder = start.directory / str(start.step)
+    values = read_manifest(folder).position
+    return Resume(start, Position.from_json(values), _stored(values["config"], folder))
+
+
+_VERIFY_SECONDS = 1800.0
+
+
+def _damage(start: Start) -> list[str]:
+    """What is wrong with a checkpoint's files, as all processes have found together."""
+    own = problems(start.directory / str(start.step), (processes.index(), processes.count()))
+    said = processes.from_all(processes.next_word("verify"), json.dumps(own), _VERIFY_SECONDS)
+    return sorted({problem for text in said for problem in json.loads(text)})
+
+
+def _without(directory: Workdir, config: Config, start: Start, found: list[str]) -> Start:
+    """The next older checkpoint, after process 0 has moved the damaged one away."""
+    folder = start.directory / str(start.step)
+    text = f"{folder} is damaged ({found[0]}" + (f", and {len(found) - 1} more" if len(found) > 1 else "") + ")"
+    others = [step for step in manifested_steps(directory.checkpoints) if step != start.step]
+    by_rule = config.checkpoint.resume in ("auto", "latest", "best")
+    if not by_rule or not others:
+        advice = "choose another with --config.checkpoint.resume" if others else "no other one is there"
+        raise CheckpointError(f"{text}; {advice}, or start again with --config.checkpoint.resume=none.")
+
+    def move() -> None:
+        log.error("%s; it was moved to %s, and an older one is used.", text, quarantine(folder, found))
+
+    processes.first_on_process_zero("quarantine", move, _VERIFY_SECONDS)
     try:
-        values = checkpoints.position(start.step)
-    finally:
-        checkpoints.close()
-    return Resume(start, Position.from_json(values), _stored(values["config"], start.directory / str(start.step)))
+        older = find_start(directory.checkpoints, config.checkpoint.resume)
+    except CheckpointError:  # the best one was damaged, and no other was evaluated
+        older = find_start(directory.checkpoints, "latest")
+    assert older is not None
+    return older
 
 
 def _stored(values: dict[str, Any], path: Path) -> Config:
@@ -129,7 +173,7 @@ def set_aside(directory: Workdir, resume: Resume, config: Config) -> Path | None
         own = (directory.config, *metrics, directory.tensorboard, directory.result, directory.checkpoints)
         copied, moved = [], [path for path in own if path.exists()]
     else:
-        steps = [step for step in committed_steps(directory.checkpoints) if step > resume.position.step]
+        steps = [step for step in manifested_steps(directory.checkpoints) if step > resume.position.step]
         moved = [directory.checkpoints / str(step) for step in steps]
         copied = metrics if moved else []
         moved += [directory.result] if moved and directory.result.exists() else []

@@ -18,12 +18,12 @@ from jaxtrain.config import Config, DataConfig, Duration
 from jaxtrain.data import sources
 from jaxtrain.data.augment import Preprocess
 from jaxtrain.data.sources import Dataset
+from jaxtrain.distributed.processes import first_on_process_zero
 from jaxtrain.errors import ConfigError
 from jaxtrain.models import registry
 from jaxtrain.optim import loss_fn, make, schedule
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import Device, batch_ways, make_mesh
-from jaxtrain.parallel.processes import first_on_process_zero
 from jaxtrain.parallel.split import Split
 from jaxtrain.precision import policy, resolve
 from jaxtrain.stages import make_split, microbatches

@@ -23,16 +23,18 @@ from jaxtrain import workdir as workdir_lib
 from jaxtrain.checkpoint import Checkpoints
 from jaxtrain.config import Config, Duration
 from jaxtrain.determinism import ask_for_determinism
+from jaxtrain.distributed.interrupt import Interrupt, catch_signals
+from jaxtrain.distributed.processes import barrier, first_on_process_zero, same_everywhere
+from jaxtrain.distributed.watchdog import Watchdog, watching
 from jaxtrain.engine import Engine, explain_out_of_memory, start_engine
 from jaxtrain.errors import NumericError
 from jaxtrain.evaluator import EvalResult
-from jaxtrain.interrupt import Interrupt, catch_signals
+from jaxtrain.lease import LEASE_SECONDS, Lease, NoLease, held
 from jaxtrain.logging import manifest, symptoms
 from jaxtrain.logging.clock import Span, StepClock, explain
 from jaxtrain.logging.progress import NullProgress, Progress
 from jaxtrain.logging.records import NullRecords, Records
 from jaxtrain.logging.text import TextLog
-from jaxtrain.parallel.processes import barrier, same_everywhere
 from jaxtrain.precision import MIN_SCALE
 from jaxtrain.resume import Position, Resume
 from jaxtrain.run import (
@@ -66,7 +68,12 @@ class TrainResult:
 
 
 def train(
-    config: Config | Mapping[str, Any], workdir: str | Path, *, num_devices: int = 0, quiet: bool = False
+    config: Config | Mapping[str, Any],
+    workdir: str | Path,
+    *,
+    num_devices: int = 0,
+    quiet: bool = False,
+    interrupt: Interrupt | None = None,
 ) -> TrainResult:
     """Trains until the configured length, going on from whatever `workdir` holds, and returns the last state.
 
@@ -75,6 +82,7 @@ def train(
       workdir: the directory of the run; made if it is not there.
       num_devices: use the first so many devices of each host; 0 uses all.
       quiet: print nothing (the log file is written all the same).
+      interrupt: of `catch_signals`, where the caller catches them; else they are caught here.
 
     Raises:
       JaxtrainError: one of the types in `jaxtrain.errors`, with one clear sentence. Never exits the process.
@@ -90,11 +98,16 @@ def train(
         clock = StepClock()
         log.info("work directory: %s", directory.path)
         devices = select_devices(num_devices)
+        interrupt = interrupt or stack.enter_context(catch_signals())
+        interrupt.connect()
+        watchdog = Watchdog(config.train.hang_seconds)
+        stack.enter_context(watching(watchdog, interrupt.leave, directory.log(jax.process_index())))
+        lease = _take_lease(directory, stack)
         resume = resume_lib.find(directory, config)
         config = decide(config, resume.stored, devices)
         resume_lib.refuse_changes(directory, resume, config)
         stack.enter_context(settings(config))
-        interrupt = stack.enter_context(catch_signals())
+        watchdog.feed("prepare the data", resume.position.step)
         with clock.charge("input"):
             dataset = load_data(config.data)
         resume_lib.refuse_length(directory, resume, config, len(dataset.train))
@@ -104,15 +117,30 @@ def train(
             text = "config.optim.warmup=%r is %d steps, longer than the run's %d."
             log.warning(text, config.optim.warmup, warmup, run.steps)
         stack.enter_context(explain_out_of_memory())
+        watchdog.feed("compile")
         with clock.charge("compile"):
             engine, state = start_engine(run, resume, directory.trace(jax.process_index()))
         _take_over(directory, resume, config)
         checkpoints = stack.enter_context(
-            contextlib.closing(Checkpoints(directory.checkpoints, config.checkpoint.keep))
+            contextlib.closing(
+                Checkpoints(directory.checkpoints, config.checkpoint.keep, owner=lease.token, still_owner=lease.check)
+            )
         )
+        checkpoints.check_space(state)
         stack.enter_context(no_implicit_transfers())
-        with _Loop(run, engine, directory, checkpoints, clock, interrupt, position, console) as loop:
+        with _Loop(run, engine, directory, checkpoints, clock, interrupt, watchdog, position, console) as loop:
             return loop.run_to_end(state)
+
+
+def _take_lease(directory: Workdir, stack: contextlib.ExitStack) -> Lease | NoLease:
+    """Process 0 holds the directory's lock until the end of `stack`."""
+    found: list[Lease] = []
+    first_on_process_zero(
+        "lock the work directory",
+        lambda: found.append(stack.enter_context(held(directory.path))),
+        2 * LEASE_SECONDS,
+    )
+    return found[0] if found else NoLease()
 
 
 def _take_over(directory: Workdir, resume: Resume, config: Config) -> None:
@@ -146,6 +174,10 @@ class Cadence:
         return math.floor(done[self.duration.unit] / value)
 
 
+class _StopEvaluation(Exception):
+    """The run is told to stop before this batch."""
+
+
 class _Loop:
     """One start of a run: owns the records and the progress display, and closes them."""
 
@@ -157,11 +189,13 @@ class _Loop:
         checkpoints: Checkpoints,
         clock: StepClock,
         interrupt: Interrupt,
+        watchdog: Watchdog,
         position: Position,
         console: Console,
     ):
         self.run, self.engine, self.directory, self.checkpoints = run, engine, directory, checkpoints
-        self.clock, self.interrupt, self.position = clock, interrupt, position
+        self.clock, self.interrupt, self.watchdog, self.position = clock, interrupt, watchdog, position
+        self.stopping = False  # all processes stop after the step that was dispatched last
         self.config, self.train_examples = run.config, len(run.dataset.train)
         self.first_step = position.step
         self.history: list[dict[str, Any]] = []
@@ -215,17 +249,22 @@ class _Loop:
             first_example=self.position.examples,
             steps=len(steps),
         )
+        if self.position.owes_validation:
+            self._between_steps(state, owed=True)
         pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
         with contextlib.closing(batches):
             for step in steps:
+                self.watchdog.feed("input", step - 1, self.clock.step_seconds)
                 with self.clock.charge("input"):
                     batch = next(batches)
+                self.watchdog.feed("step")
                 with self.clock.charge("step"):
                     state, metrics = self.engine.step(state, batch, self.engine.feed.resident)
                     for value in metrics.values():
                         value.copy_to_host_async()
                     pending.append((step, metrics))
                     pause = self._pauses_after(step)
+                    self.watchdog.feed("wait")
                     while len(pending) > (0 if pause else READ_BEHIND):
                         self._read(*pending.popleft(), state)
                 self.clock.step_done(self._batch)
@@ -236,11 +275,12 @@ class _Loop:
 
     def _pauses_after(self, step: int) -> bool:
         """Whether something is due after `step` that needs its metrics."""
-        self.interrupt.poll(step)
+        self.checkpoints.check()
+        self.stopping = self.interrupt.poll()
         self.time_to_save = self._save_time_has_come(step)
         return (
             step == self.run.steps
-            or self.interrupt.asked
+            or self.stopping
             or self.time_to_save
             or any(
                 self._due(cadence, step) for cadence in (self.epoch_ends, self.evaluations, self.saves, self.milestones)
@@ -316,26 +356,30 @@ class _Loop:
 
     # -------------------------------------------------------------------------------------------------- between steps
 
-    def _between_steps(self, state: TrainState) -> None:
-        """Epoch row, evaluation, checkpoint: whatever is due after the step that was read last."""
+    def _between_steps(self, state: TrainState, *, owed: bool = False) -> None:
+        """Epoch row, evaluation, checkpoint: whatever is due after the step that was read last.
+
+        owed: that step's validation alone, which an earlier start was stopped before.
+        """
         step, last = self.position.step, self.position.step == self.run.steps
-        ends_epoch = self._due(self.epoch_ends, step)
-        epoch = self._epoch(step)
-        stop = self.interrupt.asked  # once: a signal that comes later waits for the next step
-        if ends_epoch or last:
+        epoch, ends_epoch = self._epoch(step), self._due(self.epoch_ends, step)
+        if not owed and (ends_epoch or last):
             self._end_epoch(epoch)
-        if ends_epoch:
+        if not owed and ends_epoch:
             self.position = dataclasses.replace(self.position, epoch_loss=0.0, epoch_correct=0.0, epoch_examples=0)
-        accuracy = None
-        if len(self.run.dataset.validation) and (last or self._due(self.evaluations, step)):
-            accuracy = self._validate(state, epoch)
+        validates = owed or bool(len(self.run.dataset.validation) and (last or self._due(self.evaluations, step)))
+        accuracy = self._validate(state, epoch) if validates else None
         best = accuracy is not None and accuracy > self.position.best_accuracy
         if best:
             self.position = dataclasses.replace(self.position, best_accuracy=accuracy)
+        self.position = dataclasses.replace(self.position, owes_validation=validates and accuracy is None)
+        if owed and accuracy is not None:
+            self.checkpoints.annotate(step, accuracy, self._stored_position())
         milestone = self._due(self.milestones, step)
-        if best or last or milestone or stop or self.time_to_save or self._due(self.saves, step):
+        if best or last or milestone or self.stopping or self.time_to_save or self._due(self.saves, step):
             self._save(state, epoch + 1 if ends_epoch else -1, accuracy, milestone)
-        if stop and not last:
+        if self.stopping and not last:
+            self.watchdog.feed("save")
             self.checkpoints.wait()
             raise self.interrupt.error(f"Stopped after step {step} and saved it; the same command goes on from there.")
 
@@ -363,21 +407,33 @@ class _Loop:
             return [own]
         return multihost_utils.process_allgather(own).tolist()
 
-    def _validate(self, state: TrainState, epoch: int) -> float:
-        """Evaluates the weights, and their average where there is one; returns the accuracy that decides which is best."""
+    def _validate(self, state: TrainState, epoch: int) -> float | None:
+        """Evaluates the weights, and their average where there is one; returns the accuracy that decides which is best.
+
+        None when the run is told to stop before or meanwhile: the next start will do it.
+        """
         began = time.perf_counter()
-        with self.clock.charge("evaluation"):
-            results = self._evaluate(state, "validation")
+        try:
+            with self.clock.charge("evaluation"):
+                results = self._evaluate(state, "validation")
+        except _StopEvaluation:
+            return None
         self.validated = (self.position.step, results)
         seconds = time.perf_counter() - began
         self._record(epoch, "val", results, seconds)
         return (results.get("ema") or results["raw"]).accuracy
 
     def _evaluate(self, state: TrainState, split: str) -> dict[str, EvalResult]:
-        results = {"raw": self.engine.evaluate(split, state.params, state.batch_stats)}
+        weights = {"raw": (state.params, state.batch_stats)}
         if state.ema:
-            results["ema"] = self.engine.evaluate(split, state.ema["params"], state.ema["batch_stats"])
-        return results
+            weights["ema"] = state.ema["params"], state.ema["batch_stats"]
+        return {name: self.engine.evaluate(split, *each, self._before_batch) for name, each in weights.items()}
+
+    def _before_batch(self) -> None:
+        self.watchdog.feed("evaluation")
+        self.stopping = self.stopping or self.interrupt.poll()
+        if self.stopping:
+            raise _StopEvaluation
 
     def _record(self, epoch: int, phase: str, results: Mapping[str, EvalResult], seconds: float) -> None:
         raw, step = results["raw"], self.position.step
@@ -402,16 +458,27 @@ class _Loop:
             return
         with self.clock.charge("checkpoint"):
             self.records.flush()  # the rows up to this step must survive whatever the checkpoint survives
-            stored = self.position.to_json(config_lib.to_dict(self.config))
-            self.checkpoints.save(step, state, stored, epoch=epoch, val_accuracy=accuracy, milestone=milestone)
+            position = self._stored_position()
+            self.checkpoints.save(step, state, position, epoch=epoch, val_accuracy=accuracy, milestone=milestone)
         self.saved_step, self.saved_at = step, time.monotonic()
+
+    def _stored_position(self) -> dict[str, Any]:
+        return self.position.to_json(config_lib.to_dict(self.config))
 
     # --------------------------------------------------------------------------------------------------------- the end
 
     def _finish(self, state: TrainState) -> TrainResult:
         """Tests the last and the best weights, and writes result.json."""
+        self.watchdog.feed("save")
         with self.clock.charge("checkpoint"):
             self.checkpoints.wait()
+        try:
+            return self._tested(state)
+        except _StopEvaluation:
+            text = "Stopped in the final evaluation; the run is complete and saved, and the same command evaluates it."
+            raise self.interrupt.error(text) from None
+
+    def _tested(self, state: TrainState) -> TrainResult:
         epoch, began = self._epoch(self.position.step), time.perf_counter()
         with self.clock.charge("evaluation"):
             step, validation = self.validated

@@ -149,7 +149,7 @@ def atomic_write(path: Path, text: str) -> None:
             with contextlib.suppress(OSError):
                 part.unlink(missing_ok=True)
             raise
-        _sync_directory(path.parent)
+        sync_directory(path.parent)
 
 
 @contextlib.contextmanager
@@ -186,7 +186,7 @@ def _write_synced(path: Path, text: str) -> None:
         os.fsync(file.fileno())
 
 
-def _sync_directory(path: Path) -> None:
+def sync_directory(path: Path) -> None:
     """Makes a rename durable; some network file systems refuse to sync a directory, and offer nothing better."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
@@ -199,7 +199,7 @@ def _sync_directory(path: Path) -> None:
 # ----------------------------------------------------------------------------------------------- changes on resume
 
 _FREE = re.compile(
-    r"layout\..*|checkpoint\..*|train\.(log_every|eval_every|remat|deterministic)"
+    r"layout\..*|checkpoint\..*|train\.(log_every|eval_every|remat|deterministic|hang_seconds)"
     # batch_per_device only ever set the global batch at the first start; the stored global batch is what counts
     r"|data\.(dir|workers|residency|prepare_.*|batch_per_device)"
 )

@@ -85,6 +85,11 @@ class Started:
         """Standard output and standard error so far."""
         return self._output.read_text()
 
+    @property
+    def pid(self) -> int:
+        """Its process number."""
+        return self._process.pid
+
     def send(self, number: signal.Signals) -> None:
         """Sends a signal."""
         self._process.send_signal(number)

@@ -15,8 +15,10 @@ PACKAGE = ROOT / "jaxtrain"
 # From the ground up. A module imports from the floors below its own, and a package's modules from each other.
 FLOORS = (
     ("errors",),
-    ("config", "determinism", "interrupt"),
+    ("config", "determinism", "distributed"),
     ("plugins", "precision", "recipes", "workdir"),
+    ("checkpoint_files", "lease", "gpus"),
+    ("supervisor",),
     ("models", "data", "optim", "parallel", "logging"),
     ("state", "task"),
     ("step", "evaluator", "checkpoint", "stages"),
@@ -26,7 +28,7 @@ FLOORS = (
     ("engine",),
     ("trainer", "evaluation", "inspect"),
     ("cli", "__init__"),
-    ("main",),
+    ("main", "__main__"),
 )
 HEIGHT = {name: height for height, floor in enumerate(FLOORS) for name in floor}
 

@@ -84,7 +84,7 @@ def saved(tmp_path_factory):
     for zero in (0, 3):
         resume = {"checkpoint__resume": path / f"zero{zero}" / "checkpoints" / str(HALF)}
         jobs.append(job(path / f"2x1-zero{zero}", zero, "--devices", "1", **resume))
-    jobs.append(job(path / "minutes", 0, checkpoint__every="1e-9 minutes", train__steps=3))
+    jobs.append(job(path / "minutes", 0, checkpoint__every="0.000001 minutes", train__steps=3))
     jobs += [job(path / f"stages-{place}", 3, layout__stages=2, layout__stage_placement=place) for place in PLACEMENTS]
     slow = {"data.name": "tiny:slow_digits", "data.residency": "stream", "data.workers": 0}
     jobs.append(runs.arguments(path / "slow", SMALL | slow))
@@ -220,7 +220,7 @@ def test_data_that_process_zero_cannot_prepare_end_all_with_its_sentence(tmp_pat
         ([0, 2], [3, 3], "process 1 of 3 did not come to 127.0.0.1:"),
         ([0, 1, 1], [3, 3, 3], "two processes say that they are process 1 of 3; each needs its own --process-id."),
         ([0, 1], [2, 3], "process 1 was started with --num-processes 3 and process 0 with 2."),
-        ([1], [2], "process 1 of 2 cannot reach the coordinator 127.0.0.1:"),
+        ([1], [2], "cannot reach the coordinator 127.0.0.1:"),
     ],
     ids=["missing", "twice", "miscounted", "alone"],
 )
@@ -235,13 +235,28 @@ def test_processes_that_do_not_fit_together_say_why(tmp_path, numbers, counts, s
     assert not (tmp_path / "run").exists()
 
 
-def test_a_port_that_is_taken_is_named(tmp_path):
+def test_the_next_port_is_taken_where_another_program_has_the_first(tmp_path):
+    command = ["-m", "jaxtrain.main", *runs.arguments(tmp_path / "run", SMALL | {"train.steps": 1})]
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        place = runs.joined(0, 2, port)
-        with runs.main(tmp_path / "0.txt", *runs.arguments(tmp_path / "run", SMALL), *place) as process:
-            assert process.end() == 78
-            assert f"cannot listen at 127.0.0.1:{port} (Address already in use)" in process.output.splitlines()[-1]
+        with several(tmp_path, *([*command, *runs.joined(process, 2, port)] for process in range(2))) as started:
+            assert [process.end() for process in started] == [0, 0]
+
+
+def test_a_second_process_zero_is_told_of_the_first(tmp_path):
+    port = runs.free_port()
+    command = ["-m", "jaxtrain.main", *runs.arguments(tmp_path / "run", SMALL), *runs.joined(0, 2, port)]
+    with runs.main(tmp_path / "0.txt", *command[2:]) as first:
+        first.wait_for(functools.partial(answers, port), "the first one")
+        with several(tmp_path / "again", command) as (second,):
+            assert second.end() == 78
+            assert "another process 0 waits there already" in second.output.splitlines()[-1]
+
+
+def answers(port: int) -> bool:
+    with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port), timeout=1) as connection:
+        return bool(connection.recv(64))
+    return False
 
 
 @pytest.mark.parametrize(

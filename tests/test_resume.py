@@ -110,8 +110,9 @@ def test_a_run_that_is_killed_over_and_over_ends_as_if_it_never_was(tmp_path, un
 def test_what_a_kill_left_of_a_write_or_a_deletion_is_in_nobodys_way(copy):
     checkpoints = copy / "checkpoints"
     (checkpoints / "12").rename(checkpoints / "12.orbax-checkpoint-tmp")  # killed before it had its name
-    (checkpoints / "10" / "state" / "_METADATA").unlink()  # killed while they were deleted
-    (checkpoints / "4" / "metrics" / "metrics").unlink()
+    (checkpoints / "10" / "manifest.json").unlink()  # killed before it was whole
+    (checkpoints / "4" / "manifest.json").unlink()  # killed while it was deleted
+    (checkpoints / "4" / "state" / "_METADATA").unlink()
     wanted = runs.rows(copy)
     result = here(copy, SMALL)
     assert [row["step"] for row in result.history if row["phase"] == "train"] == [9, 10, 11, 12]
@@ -121,12 +122,15 @@ def test_what_a_kill_left_of_a_write_or_a_deletion_is_in_nobodys_way(copy):
 
 
 @shares_complete
-def test_a_damaged_checkpoint_is_named(copy):
-    for path in (copy / "checkpoints" / "12" / "state").rglob("*"):
-        if path.is_file():
-            path.write_bytes(path.read_bytes()[:10])
+def test_the_only_checkpoint_is_damaged(copy):
+    for step in runs.checkpoints(copy)[:-1]:
+        shutil.rmtree(copy / "checkpoints" / str(step))
+    path = copy / "checkpoints" / "12" / "state" / "_METADATA"
+    path.write_bytes(path.read_bytes()[:10])
     text = refused(CheckpointError, str(copy / "checkpoints" / "12"), workdir=copy, fields=SMALL)
-    assert "cannot be read" in text
+    assert "state/_METADATA has 10 bytes" in text
+    assert "--config.checkpoint.resume=none" in text
+    assert path.exists(), "nobody moved it away"
 
 
 # ------------------------------------------------------------------------------------------------------ where it starts
@@ -388,6 +392,18 @@ def digits(config, image_size):
 def stuck(config, image_size):
     print("stuck", flush=True)
     time.sleep(10_000)
+
+
+class Stuck(Ledger):
+    def read(self, indices):
+        if len(read) > 5:
+            stuck(None, 0)
+        return super().read(indices)
+
+
+def stuck_later(config, image_size):
+    found = digits(config, image_size)
+    return dataclasses.replace(found, train=Stuck(found.train.base))
 """
 
 
@@ -441,11 +457,23 @@ def test_a_signal_saves_and_the_next_start_goes_on_exactly(tmp_path, undisturbed
     assert_never_disturbed(workdir, undisturbed)
 
 
-def test_a_second_ctrl_c_ends_a_run_that_cannot_stop(tmp_path):
+def test_a_signal_before_the_first_step_ends_the_run_at_once(tmp_path):
     (tmp_path / "ledger.py").write_text(LEDGER)
     command = ["-m", "jaxtrain.main", *runs.arguments(tmp_path / "run", SMALL | {"data.name": "ledger:stuck"})]
     with runs.Started(tmp_path / "output.txt", command, cwd=tmp_path) as run:
         run.wait_for(lambda: "stuck" in run.output.splitlines(), "the disk that is gone")
+        run.send(signal.SIGTERM)
+        assert run.end() == 75
+        assert run.output.splitlines()[-1].startswith("jaxtrain: Stopped before the first step")
+
+
+def test_a_second_ctrl_c_ends_a_run_that_cannot_stop(tmp_path):
+    (tmp_path / "ledger.py").write_text(LEDGER)
+    fields = SMALL | {"data.name": "ledger:stuck_later", "data.residency": "stream", "data.workers": 0}
+    command = ["-m", "jaxtrain.main", *runs.arguments(tmp_path / "run", fields)]
+    with runs.Started(tmp_path / "output.txt", command, cwd=tmp_path) as run:
+        run.wait_for(lambda: "stuck" in run.output.splitlines(), "the disk that is gone")
+        time.sleep(3)  # until the batches that were read ahead are used up
         run.send(signal.SIGINT)
         time.sleep(1)
         run.wait_for(lambda: True, "the second signal")  # the first one waits for a step that never comes

@@ -154,7 +154,7 @@ def test_every_field_has_its_kind():
     free = {
         *("data.dir", "data.batch_per_device", "data.residency", "data.workers"),
         *("data.prepare_per_host", "data.prepare_timeout"),
-        *("train.log_every", "train.eval_every", "train.deterministic", "train.remat"),
+        *("train.log_every", "train.eval_every", "train.deterministic", "train.remat", "train.hang_seconds"),
         *("layout.data", "layout.replica", "layout.tensor", "layout.zero", "layout.microbatches", "layout.rules"),
         *("layout.stages", "layout.schedule", "layout.chunks", "layout.boundaries", "layout.balance"),
         *("layout.stage_placement", "layout.trace_step"),

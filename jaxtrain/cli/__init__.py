@@ -1,4 +1,7 @@
-"""The command line: `jaxtrain COMMAND ...`. Each command is a module with `add_arguments(parser)` and `run(arguments)`."""
+"""The command line: `jaxtrain COMMAND ...`. Each command is a module with `add_arguments(parser)` and `run(arguments)`.
+
+`run` returns nothing, or the exit code of a command that has one of its own.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,15 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jaxtrain.cli import config, data, evaluate, layout, logs, train
+from jaxtrain.cli import checkpoint, config, data, evaluate, launch, layout, logs, train
 from jaxtrain.config import did_you_mean
-from jaxtrain.errors import ConfigError, JaxtrainError
+from jaxtrain.errors import REPORT_THIS, ConfigError, JaxtrainError
 from jaxtrain.recipes import add_working_directory, split_override
 
-COMMANDS = {"train": train, "evaluate": evaluate, "data": data, "config": config, "layout": layout, "logs": logs}
+COMMANDS = {
+    "train": train, "launch": launch, "evaluate": evaluate, "checkpoint": checkpoint, "data": data, "config": config,
+    "layout": layout, "logs": logs,
+}  # fmt: skip
 
 
 class _Parser(argparse.ArgumentParser):
@@ -29,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     add_working_directory()
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
-        COMMANDS[arguments.command].run(arguments)
+        return COMMANDS[arguments.command].run(arguments) or 0
     except JaxtrainError as error:
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
@@ -38,13 +44,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `jaxtrain layout | head` is no error
         return 0
     except Exception:
-        return _fail(f"This should not happen; please report it.\n{traceback.format_exc()}", 70)
-    return 0
+        return _fail(f"{REPORT_THIS}\n{traceback.format_exc()}", 70)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command's arguments; `overrides` has the (dotted name, text) pairs of every --config.KEY=VALUE."""
-    overrides, rest = split_overrides(list(argv))
+    """The command's arguments; `overrides`: (dotted name, text) of each --config.KEY=VALUE; `rest`: what is behind --."""
+    argv = list(argv)
+    end = argv.index("--") if "--" in argv else len(argv)
+    overrides, rest = split_overrides(argv[:end])
     parser = _Parser(prog="jaxtrain", description="Trains vision models in JAX.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, module in COMMANDS.items():
@@ -62,7 +69,9 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"jaxtrain {arguments.command} needs --config FILE; see jaxtrain {arguments.command} --help.")
     if overrides and not hasattr(arguments, "config"):
         raise ConfigError(f"--config.{overrides[0][0]}: jaxtrain {arguments.command} takes no config.")
-    arguments.overrides = overrides
+    arguments.overrides, arguments.rest = overrides, argv[end + 1 :]
+    if arguments.rest and arguments.command != "launch":
+        raise ConfigError(f"jaxtrain {arguments.command} takes no command behind --: {' '.join(arguments.rest)}.")
     return arguments
 
 
@@ -84,8 +93,5 @@ def split_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def _fail(text: str, code: int) -> int:
-    """Prints `text` and returns `code`. One of several processes leaves at once: JAX's own exit waits 300 s for the others."""
     print(f"jaxtrain: {text}", file=sys.stderr, flush=True)
-    if "jax" in sys.modules and sys.modules["jax"].distributed.is_initialized():
-        os._exit(code)
     return code

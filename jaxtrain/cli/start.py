@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
-import os
-import select
-import socket
 import sys
-import threading
-import time
 from pathlib import Path
-from typing import Any
 
 from rich.console import Console
 
-from jaxtrain.errors import ConfigError, EnvironmentMismatchError
+from jaxtrain.config import flatten, to_dict
+from jaxtrain.distributed.place import find_place
+from jaxtrain.errors import ConfigError
 from jaxtrain.recipes import Resolved, resolve
-
-WAITING_NOTE_SECONDS = 10.0
 
 
 def console() -> Console:
@@ -44,14 +37,21 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
-    """--coordinator, --num-processes, --process-id, --start-timeout."""
+    """--coordinator, --num-processes, --process-id, --standalone, --start-timeout, --allow-version-skew."""
     parser.add_argument(
-        "--coordinator", default="", metavar="HOST:PORT", help="process 0's address, in a run of several processes"
+        "--coordinator",
+        default="",
+        metavar="HOST:PORT",
+        help="process 0's address, in a run of several processes; what Slurm, OpenMPI or torchrun say is found without it",
     )
     parser.add_argument("--num-processes", type=int, default=0, metavar="P")
     parser.add_argument("--process-id", type=int, default=-1, metavar="I")
     parser.add_argument(
         "--start-timeout", type=int, default=300, metavar="S", help="seconds to wait for the other processes"
+    )
+    parser.add_argument("--standalone", action="store_true", help="one process, whatever a scheduler says")
+    parser.add_argument(
+        "--allow-version-skew", action="store_true", help="let processes with other versions of Python or packages join"
     )
 
 
@@ -72,151 +72,17 @@ def start_devices(arguments: argparse.Namespace) -> None:
         jax.config.update("jax_num_cpu_devices", arguments.simulate_devices)
 
 
-def start_processes(arguments: argparse.Namespace) -> None:
+def start_processes(arguments: argparse.Namespace, resolved: Resolved, workdir: Path) -> None:
     """Joins the other processes of the run, if it has any. Raises `EnvironmentMismatchError` when they do not come."""
-    given = (bool(arguments.coordinator), arguments.num_processes > 0, arguments.process_id >= 0)
-    if not any(given):
+    if arguments.standalone:
         return
-    if not all(given):
-        raise ConfigError("--coordinator, --num-processes and --process-id go together.")
-    if not 0 <= arguments.process_id < arguments.num_processes:
-        raise ConfigError(
-            f"--process-id {arguments.process_id}: must be below --num-processes {arguments.num_processes}."
-        )
-    import jax  # noqa: PLC0415
+    place = find_place(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    if place is None or place.processes == 1:
+        return
+    from jaxtrain.distributed.join import fingerprint_of, join  # noqa: PLC0415  without other processes JAX is loaded later
 
-    address, who = arguments.coordinator, f"process {arguments.process_id} of {arguments.num_processes}"
-    note = threading.Timer(
-        WAITING_NOTE_SECONDS,
-        lambda: print(
-            f"jaxtrain: {who} waits for the others at {address}; is every process started, with the same --num-processes "
-            "and its own --process-id, and does no firewall stand between?",
-            file=sys.stderr,
-            flush=True,
-        ),
-    )
-    note.daemon = True
-    note.start()
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")
-    # XLA:CPU runs programs in as many threads as there are cores; one that waits for another process must not keep the
-    # others from running.
-    os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, 8)))
-    try:
-        _meet(address, arguments.process_id, arguments.num_processes, arguments.start_timeout)
-        jax.distributed.initialize(
-            address, arguments.num_processes, arguments.process_id, initialization_timeout=arguments.start_timeout
-        )
-    except (RuntimeError, ValueError) as error:
-        raise EnvironmentMismatchError(
-            f"{who} could not join the run at {address}: {str(error).splitlines()[0]}"
-        ) from error
-    finally:
-        note.cancel()
-
-
-# ---------------------------------------------------------------------------------------------------- the first meeting
-#
-# JAX's own start crashes, without a sentence, where a process is missing, two have the same number or the port is taken.
-# So the processes meet at its address before: each tells process 0 who it is, and process 0 answers all of them at once.
-
-_GO = "jaxtrain: go"
-_NO = "jaxtrain: no, "
-
-
-def _meet(address: str, process: int, count: int, timeout: float) -> None:
-    """Returns when all processes are here and JAX may start. Raises `EnvironmentMismatchError`, the same on each of them."""
-    host, _, port = address.rpartition(":")
-    if not host or not port.isdigit():
-        raise ConfigError(f"--coordinator {address!r}: must be HOST:PORT.")
-    place = (host.strip("[]"), int(port))
-    answer = (
-        _gather(address, place[1], count, timeout) if process == 0 else _report(address, place, process, count, timeout)
-    )
-    if answer != _GO:
-        raise EnvironmentMismatchError(answer.removeprefix(_NO))
-
-
-def _gather(address: str, port: int, count: int, timeout: float) -> str:
-    """Process 0's part. Returns the answer that all got."""
-    try:
-        everywhere: Any = {"family": socket.AF_INET6, "dualstack_ipv6": True} if socket.has_dualstack_ipv6() else {}
-        server = socket.create_server(("", port), **everywhere)
-    except OSError as error:
-        raise EnvironmentMismatchError(
-            f"process 0 of {count} cannot listen at {address} ({os.strerror(error.errno or 0)}); is another process 0 there "
-            "already? Otherwise choose another port for --coordinator."
-        ) from error
-    come: dict[int, socket.socket] = {}
-    answer, deadline = "", time.monotonic() + timeout
-    with contextlib.ExitStack() as stack:
-        with server:
-            server.settimeout(0.2)
-            while not answer:
-                come = {other: connection for other, connection in come.items() if not _is_closed(connection)}
-                missing = [str(other) for other in range(1, count) if other not in come]
-                if not missing:
-                    answer = _GO
-                elif time.monotonic() > deadline:
-                    names = ", ".join(missing)
-                    answer = f"{_NO}process {names} of {count} did not come to {address} within {timeout:.0f} s."
-                else:
-                    answer = _welcome(server, come, count, stack)
-        # The port is free again before anybody hears the answer: JAX listens there next.
-        for connection in come.values():
-            with contextlib.suppress(OSError):
-                connection.sendall(f"{answer}\n".encode())
-    return answer
-
-
-def _welcome(server: socket.socket, come: dict[int, socket.socket], count: int, stack: contextlib.ExitStack) -> str:
-    """Takes one connection, if there is any, into `come`. Returns what is wrong with who it is, else ''."""
-    try:
-        connection = stack.enter_context(server.accept()[0])
-        connection.settimeout(2)
-        name, process, processes = connection.recv(64).decode().split()
-        process, processes = int(process), int(processes)
-    except (OSError, ValueError):
-        return ""  # nobody came, or it was none of us
-    if name != "jaxtrain":
-        return ""
-    other, come[process] = come.get(process), connection
-    if other is not None:
-        come[-1] = other  # it hears the answer too
-        return f"{_NO}two processes say that they are process {process} of {count}; each needs its own --process-id."
-    if processes != count:
-        return f"{_NO}process {process} was started with --num-processes {processes} and process 0 with {count}."
-    return ""
-
-
-def _is_closed(connection: socket.socket) -> bool:
-    return bool(select.select([connection], [], [], 0)[0])  # who has said its name says nothing more
-
-
-def _report(address: str, place: tuple[str, int], process: int, count: int, timeout: float) -> str:
-    """The part of every other process. Returns process 0's answer, once JAX listens there."""
-    deadline = time.monotonic() + timeout
-    answer = ""
-    while True:
-        try:
-            with socket.create_connection(place, timeout=2) as connection:
-                if answer == _GO:
-                    return answer
-                connection.sendall(f"jaxtrain {process} {count}".encode())
-                connection.settimeout(timeout + 10)  # process 0 may have begun to wait just now
-                answer = connection.makefile(encoding="utf-8", errors="replace").readline().rstrip("\n")
-                if answer.startswith(_NO):
-                    return answer
-                if answer == _GO:
-                    deadline = time.monotonic() + timeout
-            error = "it does not answer"
-        except OSError as refused:
-            error = str(refused)
-        if time.monotonic() > deadline:
-            return (
-                f"process {process} of {count} cannot reach the coordinator {address} after {timeout:.0f} s ({error}); is "
-                "process 0 up there, and does no firewall stand between?"
-            )
-        time.sleep(0.1)
+    fingerprint = fingerprint_of(flatten(to_dict(resolved.config)), str(workdir))
+    join(place, fingerprint, arguments.start_timeout, allow_version_skew=arguments.allow_version_skew)
 
 
 def default_workdir(name: str) -> Path:

@@ -1,8 +1,13 @@
 """Train, or go on training: the run resumes by itself from what its work directory holds."""
 
 import argparse
+import os
+import sys
+from pathlib import Path
 
 from jaxtrain.cli import start
+from jaxtrain.distributed.failure import Report, as_peer_error
+from jaxtrain.errors import REPORT_THIS, InterruptedRunError, JaxtrainError, PreemptedError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,14 +21,40 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Checks the config, then starts devices and processes, then trains."""
+    """Checks the config, then starts devices and processes, then trains. A process of several ends at once with an error."""
     resolved = start.resolved(arguments)
-    if resolved.config.train.deterministic:
-        from jaxtrain.determinism import ask_for_determinism  # noqa: PLC0415
+    workdir = Path(arguments.workdir or start.default_workdir(resolved.name))
+    from jaxtrain.distributed import processes  # noqa: PLC0415  a bad config is answered before JAX is loaded
+    from jaxtrain.distributed.interrupt import catch_signals  # noqa: PLC0415
 
-        ask_for_determinism()
-    start.start_devices(arguments)
-    start.start_processes(arguments)
-    from jaxtrain.trainer import train  # noqa: PLC0415  JAX is set up by now
+    with catch_signals(leave) as interrupt:
+        try:
+            if resolved.config.train.deterministic:
+                from jaxtrain.determinism import ask_for_determinism  # noqa: PLC0415
 
-    train(resolved.config, arguments.workdir or start.default_workdir(resolved.name), num_devices=arguments.devices)
+                ask_for_determinism()
+            start.start_devices(arguments)
+            start.start_processes(arguments, resolved, workdir)
+            from jaxtrain.trainer import train  # noqa: PLC0415  JAX is set up by now
+
+            train(resolved.config, workdir, num_devices=arguments.devices, interrupt=interrupt)
+        except Exception as error:
+            if processes.count() > 1:
+                error = as_peer_error(error)
+                interrupt.failed(str(error))
+            elif not isinstance(error, (PreemptedError, InterruptedRunError)):
+                Report.of(error, 0).write()
+                raise
+            leave(error)
+
+
+def leave(error: BaseException) -> None:
+    """Ends the process at once, from any thread: JAX would wait 300 s for the others, Python for a stuck reader."""
+    from jaxtrain.distributed import processes  # noqa: PLC0415
+
+    report = Report.of(error, processes.index())
+    report.write()
+    text = report.message if isinstance(error, JaxtrainError) else f"{REPORT_THIS}\n{report.trace}"
+    print(f"jaxtrain: {text}", file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    os._exit(report.code)

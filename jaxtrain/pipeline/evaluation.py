@@ -45,24 +45,26 @@ class PipelineEvaluator:
         """Reads the result once, at the end; the host stays a few batches ahead of the devices."""
         weights = {k: weights_of(self.slices[k], params, batch_stats) for k in self.programs}
         sums, in_flight = _done(self.zeros()), collections.deque()
-        for batch in batches:
-            x = _done(())
-            for part in self.slices:
-                k = part.index
-                if k in self.programs:
-                    x = self.lanes.submit(part.stage, self._run, part, weights[k], x, sums, batch, resident)
-                    in_flight.append(x)
-                route = self.routes.get((k, k + 1))
-                if route is not None and route.crosses and route.joins:
-                    made = x if k in self.programs else _done(None)
-                    x = self.lanes.submit("transfers", lambda route=route, made=made: route.exchange(made.result()))
-                    in_flight.append(x)
-            if self.slices[-1].index in self.programs:
-                sums = x
-            while len(in_flight) > (IN_FLIGHT + 1) * len(self.programs):
-                jax.block_until_ready(in_flight.popleft().result())
-        for each in in_flight:  # before another program that spans processes: all enqueue those in the same order
-            each.result()
+        try:
+            for batch in batches:
+                x = _done(())
+                for part in self.slices:
+                    k = part.index
+                    if k in self.programs:
+                        x = self.lanes.submit(part.stage, self._run, part, weights[k], x, sums, batch, resident)
+                        in_flight.append(x)
+                    route = self.routes.get((k, k + 1))
+                    if route is not None and route.crosses and route.joins:
+                        made = x if k in self.programs else _done(None)
+                        x = self.lanes.submit("transfers", lambda route=route, made=made: route.exchange(made.result()))
+                        in_flight.append(x)
+                if self.slices[-1].index in self.programs:
+                    sums = x
+                while len(in_flight) > (IN_FLIGHT + 1) * len(self.programs):
+                    jax.block_until_ready(in_flight.popleft().result())
+        finally:  # before another program that spans processes: all enqueue those in the same order
+            for each in in_flight:
+                each.result()
         return self._everywhere(sums.result())
 
     def _run(self, part: Slice, own: Any, x: Any, sums: Any, batch: EvalBatch, resident: Resident) -> Any:

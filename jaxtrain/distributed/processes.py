@@ -1,17 +1,60 @@
 """What processes of one run do together outside compiled programs. Without `jax.distributed` there is one process."""
 
+import contextlib
 import itertools
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax._src import distributed  # the coordination service has no public door with a time-out (jax 0.10-0.12)
+from jax._src import distributed  # its key-value store has no public door (jax 0.10-0.12)
 from jax.experimental import multihost_utils
 
 from jaxtrain.errors import EnvironmentMismatchError, JaxtrainError
 
 _questions = itertools.count()  # every process asks the same ones in the same order
+
+
+def count() -> int:
+    """How many processes the run has. Unlike `jax.process_count` it starts no backend."""
+    return distributed.global_state.num_processes or 1
+
+
+def index() -> int:
+    """Which of them this is, from 0."""
+    return distributed.global_state.process_id or 0
+
+
+def publish(word: str, text: str) -> None:
+    """Says `word`; who says it first is heard."""
+    client: Any = distributed.global_state.client
+    with contextlib.suppress(RuntimeError):  # said already, or process 0 is gone and nobody hears
+        client.key_value_set(word, text)
+
+
+def said(words: str) -> dict[str, str]:
+    """What was published so far below `words`, by word. Raises `RuntimeError` when process 0 is gone."""
+    client: Any = distributed.global_state.client
+    return {key.rpartition("/")[2]: text for key, text in client.key_value_dir_get(words)}
+
+
+def wait_for_word(word: str, timeout: float) -> str:
+    """What some process has published. Raises `RuntimeError` after `timeout` seconds, or when process 0 is gone."""
+    client: Any = distributed.global_state.client
+    return client.blocking_key_value_get(word, int(timeout * 1000))
+
+
+def from_all(word: str, mine: str, timeout: float) -> list[str]:
+    """What each process says, in their order. Every process calls it once for a word, from any thread."""
+    if count() == 1:
+        return [mine]
+    publish(f"{word}/{index()}", mine)
+    return [wait_for_word(f"{word}/{process}", timeout) for process in range(count())]
+
+
+def next_word(name: str) -> str:
+    """A word that nobody has said yet; the same on all processes, which ask for the same ones in the same order."""
+    return f"jaxtrain/{name}/{next(_questions)}"
 
 
 def first_on_process_zero(
@@ -25,7 +68,7 @@ def first_on_process_zero(
         action()
         return
     client: Any = distributed.global_state.client
-    key = f"jaxtrain/{name}/{next(_questions)}"  # the key-value store takes the answer to a question once
+    key = next_word(name)
     if jax.process_index() == 0:
         try:
             action()

@@ -1,0 +1,61 @@
+"""List a run's checkpoints, or check every file of them against its manifest."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from rich.table import Table
+
+from jaxtrain.checkpoint_files import manifested_steps, problems, read_manifest
+from jaxtrain.cli import start
+from jaxtrain.errors import CheckpointError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """list|verify, RUN, --json."""
+    parser.add_argument("action", choices=("list", "verify"))
+    parser.add_argument("workdir", metavar="RUN", help="the work directory of a run, or its checkpoints")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints a row for each checkpoint. Raises `CheckpointError` when there is none, or `verify` finds a damaged one."""
+    path = Path(arguments.workdir)
+    directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    steps = manifested_steps(directory)
+    if not steps:
+        raise CheckpointError(f"{arguments.workdir} holds no checkpoint.")
+    rows = [_row(directory / str(step), verify=arguments.action == "verify") for step in steps]
+    if arguments.json:
+        print(json.dumps(rows, indent=2))
+    else:
+        names = [name for name in rows[0] if name != "problems"]
+        table = Table(*names, box=None, pad_edge=False)
+        for row in rows:
+            table.add_row(*("-" if row[name] is None else str(row[name]) for name in names))
+        start.console().print(table)
+    damaged = [row for row in rows if row["problems"]]
+    if damaged:
+        found = "; ".join(f"{row['step']}: {row['problems'][0]}" for row in damaged)
+        raise CheckpointError(f"{len(damaged)} of {len(rows)} checkpoints in {directory} are damaged ({found}).")
+
+
+def _row(folder: Path, *, verify: bool) -> dict:
+    row = {
+        "step": int(folder.name),
+        "epoch": None,
+        "val_accuracy": None,
+        "milestone": None,
+        "bytes": None,
+        "time": None,
+    }
+    found = problems(folder) if verify else []
+    try:
+        manifest = read_manifest(folder)
+    except CheckpointError as error:
+        return row | {"state": "damaged", "problems": found or [str(error)]}
+    row |= {name: value for name, value in dataclasses.asdict(manifest).items() if name in row}
+    row["bytes"] = manifest.bytes
+    row["epoch"] = manifest.epoch if manifest.epoch >= 0 else None
+    return row | {"state": "damaged" if found else "verified" if verify else "not verified", "problems": found}

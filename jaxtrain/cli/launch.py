@@ -1,0 +1,48 @@
+"""Start a run's processes on this host, and again when one dies: `jaxtrain launch --nproc 2 -- train --config ...`."""
+
+import argparse
+import sys
+
+from jaxtrain.errors import ConfigError
+from jaxtrain.supervisor import Options, Supervisor
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--nproc, --gpus-per-process, --max-restarts, --grace, --hang, --min-devices, and a command of jaxtrain behind --."""
+    default = Options()
+    parser.add_argument("--nproc", "--nproc_per_node", type=int, default=1, metavar="N", help="processes on this host")
+    parser.add_argument(
+        "--gpus-per-process", type=int, default=0, metavar="N", help="default: all GPUs, shared out evenly"
+    )
+    parser.add_argument(
+        "--max-restarts", type=int, default=default.max_restarts, metavar="N", help="in a row without any progress"
+    )
+    parser.add_argument(
+        "--grace", type=float, default=default.grace, metavar="S", help="seconds to save in, from SIGTERM or Ctrl-C on"
+    )
+    parser.add_argument(
+        "--hang", type=float, default=default.hang, metavar="S", help="seconds without a sign of life; 0: wait for ever"
+    )
+    parser.add_argument(
+        "--min-devices", type=int, default=default.min_devices, metavar="N", help="GPUs below which the job is given up"
+    )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Returns the exit code of the whole job."""
+    if not arguments.rest or arguments.rest[0] != "train":
+        raise ConfigError(
+            "jaxtrain launch needs a command behind --: jaxtrain launch --nproc 2 -- train --config FILE."
+        )
+    for name in ("nproc", "gpus_per_process", "max_restarts", "grace", "hang", "min_devices"):
+        if getattr(arguments, name) < (1 if name == "nproc" else 0):
+            raise ConfigError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must not be that small.")
+    options = Options(
+        processes=arguments.nproc,
+        gpus_per_process=arguments.gpus_per_process,
+        max_restarts=arguments.max_restarts,
+        grace=arguments.grace,
+        hang=arguments.hang,
+        min_devices=arguments.min_devices,
+    )
+    return Supervisor([sys.executable, "-m", "jaxtrain", *arguments.rest], options).run()

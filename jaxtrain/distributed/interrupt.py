@@ -1,0 +1,182 @@
+"""Ctrl-C and SIGTERM ask a run to save and stop; a second one stops it at once.
+
+Of several processes none may stop alone, or the others wait for it in a collective. So all count the same points of the
+run, one between any two programs that they run together (`Interrupt.poll`). A thread of each process hears that one of them
+was told to stop, says how far its own process has come, and all stop at the first point that none has passed. (JAX's own
+preemption service knows no evaluations, no Ctrl-C and no second signal.)
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import json
+import os
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from jaxtrain.distributed import processes
+from jaxtrain.errors import InterruptedRunError, JaxtrainError, PeerError, PreemptedError
+
+_LISTEN_SECONDS = 0.3
+_AGREE_SECONDS = 20.0
+_LAST_WORDS_SECONDS = 1.0  # that a process gets to end by its own error after another one has failed
+
+Leave = Callable[[JaxtrainError], None]
+_starts = itertools.count()  # every process starts the same runs in the same order
+
+
+class Interrupt:
+    """Whether the run should stop. leave: ends the process at once, from any thread; without it the run stops when it can."""
+
+    def __init__(self, leave: Leave | None = None) -> None:
+        self.signal: signal.Signals | None = None
+        self.leave = leave
+        self._lock = threading.Lock()
+        self._points = 0  # passed so far
+        self._stop_at = 0  # the point where all stop; 0 while it is not known
+        self._agreed = threading.Event()
+        self._words = ""  # before those of this run; '' until it is connected
+        self._closed = threading.Event()
+        self._listener: threading.Thread | None = None
+
+    def poll(self) -> bool:
+        """To be called by every process alike, between programs that run on all: whether all stop here."""
+        with self._lock:
+            self._points += 1
+            if self.signal is None:
+                return False
+        if not self._agreed.wait(_AGREE_SECONDS):
+            raise PeerError(f"The processes could not agree within {_AGREE_SECONDS:.0f} s where to stop.")
+        return self._points >= self._stop_at
+
+    def error(self, text: str) -> JaxtrainError:
+        """What to raise once the run is saved: its exit code says which signal it was."""
+        return (InterruptedRunError if self.signal == signal.SIGINT else PreemptedError)(text)
+
+    def connect(self) -> None:
+        """From now on hears what the other processes are told. Does nothing in a run of one process, or a second time."""
+        if self._words or processes.count() == 1:
+            return
+        self._words = f"jaxtrain/start {next(_starts)}"
+        self._listener = threading.Thread(target=self._listen, name="listens to the others", daemon=True)
+        self._listener.start()
+
+    def failed(self, text: str) -> None:
+        """Tells the other processes that this one fails. Process 0 stays for a moment: their words go through it."""
+        if not self._words:
+            return
+        host = socket.gethostname()
+        self._say("failed", {"process": processes.index(), "host": host, "text": text})
+        if processes.index() == 0:
+            time.sleep(_LAST_WORDS_SECONDS)
+
+    def close(self) -> None:
+        """Listens no more."""
+        self._closed.set()
+        if self._listener is not None:
+            self._listener.join()  # the interpreter must not end while it asks
+
+    # ---------------------------------------------------------------------------------------------- in other threads
+
+    def asked(self, number: signal.Signals, times: int) -> None:
+        """This process got a signal, for the `times`-th time."""
+        if times > 1:
+            self.signal = self.signal or number
+            self._go("Stopped at once; the last checkpoint is as it was.")
+            return
+        if self._words:
+            self._say("stop", {"signal": number})
+        self._stop(number)
+
+    def _stop(self, number: signal.Signals) -> None:
+        """Agrees with the other processes where to stop, once."""
+        with self._lock:
+            if self.signal is not None:
+                return
+            self.signal, mine = number, self._points + 1  # the main thread cannot pass the next point unseen
+        all_points = processes.from_all(f"{self._words}/stop at", str(mine), _AGREE_SECONDS) if self._words else [mine]
+        at = max(map(int, all_points))
+        self._stop_at = at
+        self._agreed.set()
+        if at == 1:
+            self._go("Stopped before the first step of this start; the checkpoints are as they were.")
+
+    def _go(self, text: str) -> None:
+        if self.leave is not None:
+            self.leave(self.error(text))
+
+    def _say(self, word: str, said: dict[str, Any]) -> None:
+        processes.publish(f"{self._words}/said/{word}", json.dumps(said))
+
+    def _listen(self) -> None:
+        while not self._closed.wait(_LISTEN_SECONDS):
+            try:
+                said = processes.said(f"{self._words}/said/")
+            except RuntimeError as error:  # process 0 is gone
+                self._peer_is_gone(f"Process 0 of this run ended or does not answer ({str(error).splitlines()[0]}).")
+                return
+            if "failed" in said and (what := json.loads(said["failed"]))["process"] != processes.index():
+                self._peer_is_gone(f"Process {what['process']} on {what['host']} failed: {what['text']}")
+                return
+            if "stop" in said:
+                self._stop(signal.Signals(json.loads(said["stop"])["signal"]))
+
+    def _peer_is_gone(self, text: str) -> None:
+        if self.leave is not None and not self._closed.wait(_LAST_WORDS_SECONDS):
+            self.leave(PeerError(text))
+
+
+@contextlib.contextmanager
+def catch_signals(leave: Leave | None = None) -> Iterator[Interrupt]:
+    """Catches SIGINT and SIGTERM inside the block; only the main thread can. leave: see `Interrupt`.
+
+    A thread of its own reads them, so that they are heard while the main thread compiles or waits for another process.
+    """
+    interrupt = Interrupt(leave)
+    if threading.current_thread() is not threading.main_thread():
+        yield interrupt
+        interrupt.close()
+        return
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+
+    def restore() -> None:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+    def listen() -> None:
+        times = 0
+        for number in iter(lambda: os.read(reader, 1), b""):
+            if number[0] in numbers:
+                times += 1
+                interrupt.asked(signal.Signals(number[0]), times)
+
+    def handle(number: int, _: object) -> None:
+        # The thread has it. Without `leave` the second one is for whoever called: the handlers from before, but for a
+        # shell's, which has a background job ignore Ctrl-C.
+        if leave is None and interrupt.signal is not None:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            signal.raise_signal(number)
+
+    thread = threading.Thread(target=listen, name="signals", daemon=True)
+    wakeup = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    for number in numbers:
+        signal.signal(number, handle)
+    thread.start()
+    try:
+        yield interrupt
+    finally:
+        interrupt.close()
+        restore()
+        signal.set_wakeup_fd(wakeup)
+        os.close(writer)
+        thread.join(1.0)
+        os.close(reader)

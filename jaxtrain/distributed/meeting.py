@@ -1,0 +1,220 @@
+"""The first meeting of a run's processes, before JAX starts.
+
+JAX's own start crashes, without a sentence, where a process is missing, two have the same number, the port is taken or the
+versions differ, and it trains happily where the configs differ. So the processes meet before: each tells process 0 who it
+is and what it was started with, and process 0 answers all of them at once. One JSON object a line, over TCP.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import select
+import socket
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from jaxtrain.distributed.place import Place
+from jaxtrain.errors import EnvironmentMismatchError
+
+PORTS = 8  # tried, one after the other, where other programs listen at the first
+_BANNER = "jaxtrain-meeting"
+_HELLO_SECONDS = 2.0  # that a process which has connected may take to say who it is
+
+Fingerprint = Mapping[str, Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True)
+class Hello:
+    """What a process tells process 0. fingerprint: `versions` and `config`, each a flat mapping of plain values."""
+
+    index: int
+    processes: int
+    host: str
+    fingerprint: Fingerprint
+
+
+def meet(place: Place, fingerprint: Fingerprint, timeout: float, *, allow_version_skew: bool = False) -> str:
+    """Returns the address where JAX may start, once all processes are here and fit together.
+
+    Args:
+      fingerprint: what must be equal on all processes; only process 0's `allow_version_skew` counts.
+      timeout: seconds to wait for the others.
+
+    Raises:
+      EnvironmentMismatchError: the same text on every process that is there.
+    """
+    host, port = place.address
+    hello = Hello(place.index, place.processes, socket.gethostname(), fingerprint)
+    if place.index == 0:
+        answer = _gather(place, port, hello, timeout, allow_version_skew)
+    else:
+        answer = _report(place, (host, port), hello, timeout)
+    if "no" in answer:
+        raise EnvironmentMismatchError(answer["no"])
+    return f"[{host}]:{answer['port']}" if ":" in host else f"{host}:{answer['port']}"
+
+
+# ---------------------------------------------------------------------------------------------------------- process 0
+
+
+def _gather(place: Place, port: int, own: Hello, timeout: float, allow_version_skew: bool) -> dict[str, Any]:
+    """Returns the answer that all got: {"port": ...} or {"no": why}."""
+    server, port = _listen(place, port)
+    come: dict[int, socket.socket] = {}
+    answer: dict[str, Any] = {}
+    deadline = time.monotonic() + timeout
+    with contextlib.ExitStack() as stack:
+        with server:
+            server.settimeout(0.2)
+            while not answer:
+                come = {other: connection for other, connection in come.items() if not _is_closed(connection)}
+                missing = [str(other) for other in range(1, place.processes) if other not in come]
+                if not missing:
+                    answer = {"port": port}
+                elif time.monotonic() > deadline:
+                    names = ", ".join(missing)
+                    answer = _no(
+                        f"process {names} of {place.processes} did not come to {place.coordinator} within {timeout:.0f} s."
+                    )
+                elif why := _welcome(server, come, own, stack, allow_version_skew):
+                    answer = _no(why)
+        # The port is free again before anybody hears the answer: JAX listens there next.
+        for connection in come.values():
+            with contextlib.suppress(OSError):
+                connection.sendall((json.dumps(answer) + "\n").encode())
+    return answer
+
+
+def _no(why: str) -> dict[str, Any]:
+    return {"no": why}
+
+
+def _listen(place: Place, first: int) -> tuple[socket.socket, int]:
+    """A server at the first free port from `first` on. Raises `EnvironmentMismatchError` if another process 0 is there."""
+    reason, everywhere = "", not place.is_local and socket.has_dualstack_ipv6()
+    for port in range(first, min(first + PORTS, 65536)):
+        try:
+            if everywhere:
+                return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True), port
+            return socket.create_server(("127.0.0.1" if place.is_local else "", port)), port
+        except OSError as error:
+            reason = os.strerror(error.errno or 0)
+            if _banner(("127.0.0.1", port)):
+                raise EnvironmentMismatchError(
+                    f"{place} cannot listen at {place.coordinator}: another process 0 waits there already. Does an older "
+                    "start of this run still live, or have two processes the number 0?"
+                ) from None
+    raise EnvironmentMismatchError(
+        f"{place} cannot listen at {place.coordinator} nor at the {PORTS - 1} ports behind it ({reason}); choose another port."
+    )
+
+
+def _welcome(
+    server: socket.socket,
+    come: dict[int, socket.socket],
+    own: Hello,
+    stack: contextlib.ExitStack,
+    allow_version_skew: bool,
+) -> str:
+    """Takes one connection, if there is any, into `come`. Returns what is wrong with who it is, else ''."""
+    try:
+        connection = stack.enter_context(server.accept()[0])
+        connection.settimeout(_HELLO_SECONDS)
+        connection.sendall(f"{_BANNER}\n".encode())
+        other = Hello(**json.loads(connection.makefile(encoding="utf-8").readline(1 << 20)))
+    except (OSError, ValueError, TypeError):
+        return ""  # nobody came, or it was none of us
+    before, come[other.index] = come.get(other.index), connection
+    if before is not None or other.index == 0:
+        if before is not None:
+            come[-1] = before  # it hears the answer too
+        return f"two processes say that they are process {other.index} of {own.processes}; each needs its own --process-id."
+    if other.processes != own.processes:
+        return f"process {other.index} was started with --num-processes {other.processes} and process 0 with {own.processes}."
+    return difference(own, other, allow_version_skew=allow_version_skew)
+
+
+def difference(own: Hello, other: Hello, *, allow_version_skew: bool = False) -> str:
+    """What process `other` was started with that process 0 (`own`) was not, in a sentence, or ''."""
+    for what in own.fingerprint:
+        if what == "versions" and allow_version_skew:
+            continue
+        mine, theirs = own.fingerprint[what], other.fingerprint.get(what, {})
+        keys = [key for key in {**mine, **theirs} if mine.get(key) != theirs.get(key)]
+        if keys:
+            found = "; ".join(
+                f"{key} is {theirs.get(key)!r} there and {mine.get(key)!r} on process 0" for key in keys[:5]
+            )
+            more = f"; and {len(keys) - 5} more" if len(keys) > 5 else ""
+            advice = (
+                "install the same versions, or use --allow-version-skew" if what == "versions" else "start all alike"
+            )
+            return f"process {other.index} on {other.host} has another {what} ({found}{more}); {advice}."
+    return ""
+
+
+def _is_closed(connection: socket.socket) -> bool:
+    return bool(select.select([connection], [], [], 0)[0])  # who has said its name says nothing more
+
+
+# ----------------------------------------------------------------------------------------------------------- the others
+
+
+def _report(place: Place, address: tuple[str, int], hello: Hello, timeout: float) -> dict[str, Any]:
+    """Tells process 0 who this is. Returns its answer, once JAX listens there."""
+    deadline = time.monotonic() + timeout
+    line = json.dumps(dataclasses.asdict(hello)) + "\n"
+    while True:
+        for port in range(address[1], min(address[1] + PORTS, 65536)):
+            answer, error = _ask((address[0], port), line, timeout)
+            if answer:
+                return answer if "no" in answer else _wait_for_jax(place, (address[0], answer["port"]), timeout)
+            if error is not None and not isinstance(error, ConnectionRefusedError):
+                break  # no such host, or no way there
+        if time.monotonic() > deadline:
+            return _no(
+                f"{place} on {hello.host} cannot reach the coordinator {place.coordinator} after {timeout:.0f} s "
+                f"({error or 'another program answers there'}); is process 0 up there, and does no firewall or proxy stand "
+                "between?"
+            )
+        time.sleep(0.1)
+
+
+def _ask(address: tuple[str, int], line: str, timeout: float) -> tuple[dict[str, Any], OSError | None]:
+    """The answer of process 0, if it listens there; and the error where nobody listens."""
+    try:
+        connection = socket.create_connection(address, timeout=_HELLO_SECONDS)
+    except OSError as refused:
+        return {}, refused
+    with connection:
+        try:
+            reader = connection.makefile(encoding="utf-8", errors="replace")
+            if reader.readline(64).strip() != _BANNER:
+                return {}, None
+            connection.sendall(line.encode())
+            connection.settimeout(timeout + 10)  # process 0 may have begun to wait just now
+            answer = json.loads(reader.readline(1 << 16))
+        except (OSError, ValueError):
+            return {}, None
+    return answer, None
+
+
+def _wait_for_jax(place: Place, address: tuple[str, int], timeout: float) -> dict[str, Any]:
+    """Returns when something listens at the port again: JAX's coordination service, in process 0."""
+    deadline = time.monotonic() + timeout
+    while time.monotonic() < deadline:
+        with contextlib.suppress(OSError), socket.create_connection(address, timeout=_HELLO_SECONDS):
+            return {"port": address[1]}
+        time.sleep(0.05)
+    return _no(f"{place}: JAX did not start on process 0 within {timeout:.0f} s.")
+
+
+def _banner(address: tuple[str, int]) -> bool:
+    """Whether a process 0 listens there."""
+    with contextlib.suppress(OSError), socket.create_connection(address, timeout=0.5) as connection:
+        return connection.makefile(encoding="utf-8", errors="replace").readline(64).strip() == _BANNER
+    return False

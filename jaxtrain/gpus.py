@@ -1,0 +1,92 @@
+"""The host's NVIDIA GPUs and their health, by NVML. The one module that knows NVML; without it there are no GPUs."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib
+from typing import Any
+
+# Xid errors after which a GPU cannot go on without a reset or repair (NVIDIA, Xid Errors, r570): double-bit ECC, row
+# remapping failures, NVLink, fallen off the bus, uncontained ECC, GSP time-out and error, unrecovered ECC.
+FATAL_XIDS = frozenset({48, 63, 64, 74, 79, 95, 119, 120, 140})
+
+
+@dataclasses.dataclass(frozen=True)
+class Gpu:
+    """One GPU. fault: why it cannot be used, or ''."""
+
+    uuid: str
+    name: str
+    memory: int
+    fault: str = ""
+
+
+class Gpus:
+    """All GPUs of the host, watched for fatal errors from now on. Empty where there is no NVML."""
+
+    def __init__(self) -> None:
+        self._nvml: Any = None
+        self._handles: dict[str, Any] = {}
+        self._xids: dict[str, int] = {}
+        self._events: Any = None
+        with contextlib.suppress(ImportError):
+            nvml = importlib.import_module("pynvml")
+            with contextlib.suppress(nvml.NVMLError):
+                nvml.nvmlInit()
+                self._nvml = nvml
+                self._watch()
+
+    def _watch(self) -> None:
+        nvml = self._nvml
+        for index in range(nvml.nvmlDeviceGetCount()):
+            with contextlib.suppress(nvml.NVMLError):  # a lost GPU has no handle
+                handle = nvml.nvmlDeviceGetHandleByIndex(index)
+                self._handles[_text(nvml.nvmlDeviceGetUUID(handle))] = handle
+        with contextlib.suppress(nvml.NVMLError):
+            self._events = nvml.nvmlEventSetCreate()
+            for handle in self._handles.values():
+                with contextlib.suppress(nvml.NVMLError):
+                    nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, self._events)
+
+    def all(self) -> list[Gpu]:
+        """Every GPU with what is wrong with it by now."""
+        self._collect_xids()
+        return [self._look(uuid, handle) for uuid, handle in self._handles.items()]
+
+    def _collect_xids(self) -> None:
+        if self._events is None:
+            return
+        with contextlib.suppress(self._nvml.NVMLError):
+            while True:  # ends with NVMLError_Timeout
+                event = self._nvml.nvmlEventSetWait_v2(self._events, 0)
+                if event.eventData in FATAL_XIDS:
+                    self._xids[_text(self._nvml.nvmlDeviceGetUUID(event.device))] = event.eventData
+
+    def _look(self, uuid: str, handle: Any) -> Gpu:
+        nvml = self._nvml
+        if uuid in self._xids:
+            return Gpu(uuid, "", 0, f"Xid {self._xids[uuid]}")
+        try:
+            gpu = Gpu(uuid, _text(nvml.nvmlDeviceGetName(handle)), nvml.nvmlDeviceGetMemoryInfo(handle).total)
+        except nvml.NVMLError as error:
+            return Gpu(uuid, "", 0, f"it does not answer: {error}")
+        with contextlib.suppress(nvml.NVMLError):  # not every GPU has ECC
+            count = nvml.nvmlDeviceGetTotalEccErrors(
+                handle, nvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED, nvml.NVML_VOLATILE_ECC
+            )
+            if count:
+                return dataclasses.replace(gpu, fault=f"{count} uncorrectable memory errors")
+        return gpu
+
+    def driver(self) -> str:
+        """The driver's version, or ''."""
+        if self._nvml is None:
+            return ""
+        with contextlib.suppress(self._nvml.NVMLError):
+            return _text(self._nvml.nvmlSystemGetDriverVersion())
+        return ""
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)

@@ -1,0 +1,323 @@
+"""Starts the processes of a run on one host, and starts all of them again when one dies, from the last checkpoint.
+
+The semantics that torchrun proved: the processes live and die together, restarts are bounded and wait longer each time, and
+the first failure is named as the cause. Restarts are counted since the run last got further. An error that a restart cannot
+mend ends the job at once, with its exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from jaxtrain.distributed.failure import ERROR_FILE, Report, read_report
+from jaxtrain.distributed.watchdog import HEARTBEAT_FILE, read_beat
+from jaxtrain.errors import EnvironmentMismatchError, PeerError
+from jaxtrain.gpus import Gpus
+
+_LOOK_SECONDS = 0.1
+_LAST_WORDS_SECONDS = 4.0  # that the others get to say why they end, after one has failed
+_SAME_STEP = 3  # failures of the program itself without any progress: a crash loop
+_BACKOFF_SECONDS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
+_DEATHS_ON_A_GPU = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to supervise.
+
+    processes: started on this host; 0 takes one for each group of `gpus_per_process`, or one. max_restarts: in a row
+    without progress. grace: seconds from SIGTERM to SIGKILL. hang: seconds without a heartbeat after which a process is
+    taken for stuck; 0 is off. min_devices: GPUs below which the job is given back.
+    """
+
+    processes: int = 1
+    gpus_per_process: int = 0
+    max_restarts: int = 10
+    grace: float = 60.0
+    hang: float = 60.0
+    min_devices: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How one process ended. code: as of `subprocess`, so -9 for SIGKILL."""
+
+    process: int
+    pid: int
+    code: int
+    when: float
+    report: Report | None
+    hung: str = ""
+
+    @property
+    def is_root(self) -> bool:
+        """Whether it has a cause of its own, rather than the end of another process."""
+        return bool(self.hung) or (self.report.error != PeerError.__name__ if self.report else self.code < 0)
+
+    def __str__(self) -> str:
+        who = f"process {self.process} (pid {self.pid})"
+        if self.hung:
+            return f"{who} {self.hung}"
+        if self.report:
+            return f"{who} on {self.report.host} ended with {self.report.error}: {self.report.message.splitlines()[0]}"
+        if self.code < 0:
+            return f"{who} was killed by {signal.Signals(-self.code).name}"
+        return f"{who} ended with exit code {self.code} and no word"
+
+
+class Supervisor:
+    """One job: `run` returns the exit code that the whole job should have."""
+
+    def __init__(self, command: Sequence[str], options: Options, gpus: Gpus | None = None):
+        self._command, self._options = list(command), options
+        self._gpus = gpus if gpus is not None else Gpus()
+        self._excluded: dict[str, str] = {}  # UUID -> why
+        self._deaths: dict[str, int] = {}  # on each GPU
+        self._signals: list[int] = []
+        self._furthest = -1
+
+    def run(self) -> int:
+        """Starts, watches, restarts. Raises `EnvironmentMismatchError` when too few GPUs are left."""
+        failures, same = 0, 0  # since the run last got further
+        with _caught(self._signals):
+            while True:
+                with Gang(self._command, self._places(), self._options) as gang:
+                    ended = gang.watch(self._signals)
+                    step = gang.step()
+                    cause = root_cause(ended)
+                    oom = gang.was_out_of_memory()
+                if cause is None:
+                    return 0
+                say(f"{cause}{' (probably out of memory: the kernel killed it)' if oom else ''}")
+                if self._signals or cause.code in (75, 130):
+                    return 130 if cause.code == 130 or self._signals[:1] == [signal.SIGINT] else 75
+                if cause.report and not cause.report.retry:
+                    return cause.report.code
+                self._blame_gpu(gang.places[cause.process])
+                progress = step > self._furthest
+                self._furthest = max(step, self._furthest)
+                failures = 1 if progress else failures + 1
+                outside = cause.code == -signal.SIGKILL and not oom and not cause.hung
+                same = 0 if outside else 1 if progress else same + 1
+                if same >= _SAME_STEP:
+                    say(f"the same failure {same} times without a step in between (step {step}): giving up")
+                    return 70
+                if failures > self._options.max_restarts:
+                    say(f"{self._options.max_restarts} restarts in a row without progress: giving up")
+                    return 70
+                wait = _BACKOFF_SECONDS[min(failures - 1, len(_BACKOFF_SECONDS) - 1)]
+                most = self._options.max_restarts
+                say(f"starting again in {wait:.0f} s (restart {failures} of at most {most} without progress)")
+                if not self._pause(wait):
+                    return 130 if self._signals[0] == signal.SIGINT else 75
+
+    def _pause(self, seconds: float) -> bool:
+        """Waits; false when a signal came meanwhile."""
+        deadline = time.monotonic() + seconds
+        while not self._signals and time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
+        return not self._signals
+
+    # ------------------------------------------------------------------------------------------------------------ GPUs
+
+    def _places(self) -> list[tuple[str, ...]]:
+        """For each process the UUIDs of its GPUs, () where there are none."""
+        found = self._gpus.all()
+        for gpu in found:
+            if gpu.fault and gpu.uuid not in self._excluded:
+                self._excluded[gpu.uuid] = gpu.fault
+                say(f"{gpu.uuid} is left out: {gpu.fault}")
+        healthy = [gpu.uuid for gpu in found if gpu.uuid not in self._excluded]
+        if not found:
+            return [()] * max(self._options.processes, 1)
+        if len(healthy) < self._options.min_devices:
+            raise TooFewGpusError(
+                f"{len(healthy)} of {len(found)} GPUs are left and --min-devices is {self._options.min_devices}; the others: "
+                + ", ".join(f"{uuid} ({why})" for uuid, why in self._excluded.items())
+            )
+        return share(healthy, self._options.processes, self._options.gpus_per_process)
+
+    def _blame_gpu(self, uuids: tuple[str, ...]) -> None:
+        """A process died: one that dies twice on the same single GPU takes it out of use."""
+        if len(uuids) != 1:
+            return
+        (uuid,) = uuids
+        self._deaths[uuid] = self._deaths.get(uuid, 0) + 1
+        if self._deaths[uuid] >= _DEATHS_ON_A_GPU:
+            self._excluded[uuid] = f"{self._deaths[uuid]} processes died on it"
+            say(f"{uuid} is left out: {self._excluded[uuid]}")
+
+
+class TooFewGpusError(EnvironmentMismatchError):
+    """Not enough GPUs of this host work; the scheduler may give another host."""
+
+    exit_code = 70
+
+
+def share(uuids: Sequence[str], processes: int, group: int) -> list[tuple[str, ...]]:
+    """The GPUs of each process: groups of `group`, or all of them shared out evenly among `processes`.
+
+    With fewer GPUs than processes there are fewer processes; what does not divide stays unused.
+    """
+    if not group:
+        group = max(len(uuids) // max(processes, 1), 1)
+    count = min(processes, len(uuids) // group) if processes else len(uuids) // group
+    return [tuple(uuids[i * group : (i + 1) * group]) for i in range(max(count, 1))]
+
+
+class Gang:
+    """The processes of one start. Leaving the block kills what is left of them."""
+
+    def __init__(self, command: Sequence[str], places: Sequence[tuple[str, ...]], options: Options):
+        self.places, self._options = list(places), options
+        self._folder = tempfile.TemporaryDirectory(prefix="jaxtrain-launch-")
+        self._ooms = _oom_kills()
+        self._began = time.time()
+        self._processes: list[subprocess.Popen[str]] = []
+        port = _free_port()
+        for number, uuids in enumerate(self.places):
+            environment = os.environ | {
+                ERROR_FILE: str(self._file("error", number)),
+                HEARTBEAT_FILE: str(self._file("beat", number)),
+            }
+            if uuids:
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(uuids)
+            joined = [
+                "--coordinator",
+                f"127.0.0.1:{port}",
+                "--num-processes",
+                str(len(places)),
+                "--process-id",
+                str(number),
+            ]
+            pipe = subprocess.PIPE if number else None  # process 0 has the screen to itself
+            process = subprocess.Popen(
+                [*command, *(joined if len(places) > 1 else ["--standalone"])],
+                env=environment,
+                stdout=pipe,
+                stderr=subprocess.STDOUT if number else None,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # Ctrl-C on the terminal is for the supervisor, which passes it on
+            )
+            if process.stdout is not None:
+                threading.Thread(target=_pass_on, args=(number, process.stdout), daemon=True).start()
+            self._processes.append(process)
+
+    def _file(self, what: str, number: int) -> Path:
+        return Path(self._folder.name) / f"{what}-{number}.json"
+
+    def __enter__(self) -> Gang:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._send(signal.SIGKILL)
+        for process in self._processes:
+            process.wait()
+        self._folder.cleanup()
+
+    def watch(self, signals: list[int]) -> list[Ended]:
+        """Returns how each process ended, once all have, or one has failed and the others had time for last words."""
+        ended: dict[int, Ended] = {}
+        passed_on, kill_at = 0, float("inf")
+        while len(ended) < len(self._processes):
+            for number, process in enumerate(self._processes):
+                if number not in ended and (code := process.poll()) is not None:
+                    report = read_report(self._file("error", number))
+                    ended[number] = Ended(number, process.pid, code, time.monotonic(), report)
+                    if code and code not in (75, 130):
+                        kill_at = min(kill_at, time.monotonic() + _LAST_WORDS_SECONDS)
+            while passed_on < len(signals):
+                passed_on += 1
+                self._send(signals[passed_on - 1])
+                kill_at = min(kill_at, time.monotonic() + (self._options.grace if passed_on == 1 else 2.0))
+            for number, hung in self._hung(ended):
+                process = self._processes[number]
+                process.kill()
+                ended[number] = Ended(number, process.pid, -signal.SIGKILL, time.monotonic(), None, hung)
+                kill_at = time.monotonic()
+            if time.monotonic() > kill_at:
+                self._send(signal.SIGKILL)
+            time.sleep(_LOOK_SECONDS)
+        return list(ended.values())
+
+    def _hung(self, ended: dict[int, Ended]) -> Iterator[tuple[int, str]]:
+        """The processes whose heartbeat has stopped: frozen, or stuck with Python's global lock held."""
+        for number in range(len(self._processes)):
+            beat = read_beat(self._file("beat", number))
+            if number in ended or beat is None or not self._options.hang:
+                continue
+            silent = time.time() - beat.time
+            if silent > self._options.hang:
+                yield number, f"gave no sign of life for {silent:.0f} s, in {beat.phase!r} after step {beat.step}"
+
+    def _send(self, number: int) -> None:
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                if process.poll() is None:
+                    os.killpg(process.pid, number)
+
+    def step(self) -> int:
+        """The furthest step that a process has told, or -1."""
+        beats = (read_beat(self._file("beat", number)) for number in range(len(self._processes)))
+        return max((beat.step for beat in beats if beat is not None), default=-1)
+
+    def was_out_of_memory(self) -> bool:
+        """Whether the kernel killed a process of this host's control group since the start, for want of memory."""
+        return _oom_kills() > self._ooms
+
+
+def root_cause(ended: Sequence[Ended]) -> Ended | None:
+    """The failure that came first and has a cause of its own; None where all went well."""
+    failed = sorted((each for each in ended if each.code), key=lambda each: each.when)
+    return next((each for each in failed if each.is_root), failed[0] if failed else None)
+
+
+@contextlib.contextmanager
+def _caught(signals: list[int]) -> Iterator[None]:
+    """Collects SIGINT and SIGTERM instead of dying of them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda number, _: signals.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _pass_on(number: int, lines: IO[str]) -> None:
+    for line in lines:
+        if not line.startswith("[Gloo]"):
+            print(f"[{number}] {line}", end="", file=sys.stderr, flush=True)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def _oom_kills() -> int:
+    """How often the kernel has killed in this process's control group; 0 where it does not say."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        group = Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition(":")[2].strip()
+        text = Path(f"/sys/fs/cgroup{group}/memory.events").read_text()
+        return int(dict(line.split() for line in text.splitlines())["oom_kill"])
+    return 0
+
+
+def say(text: str) -> None:
+    """A line of the supervisor's own."""
+    print(f"jaxtrain launch: {text}", file=sys.stderr, flush=True)

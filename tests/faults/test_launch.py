@@ -1,0 +1,160 @@
+"""Real runs of two processes through `jaxtrain launch`: killed, stopped, frozen, failing; against one that nobody disturbed."""
+
+from __future__ import annotations
+
+import functools
+import os
+import re
+import signal
+import time
+from pathlib import Path
+
+import pytest
+import runs
+from runs import SMALL, here
+
+# Two processes of one device compute bit for bit what one process of two does.
+FIELDS = SMALL | {
+    "data.name": "faulty:digits", "data.residency": "stream", "data.workers": 0, "data.examples": 128, "train.steps": 24,
+    "train.eval_every": "8 steps", "checkpoint.every": "5",
+}  # fmt: skip
+
+# The digits, read slowly enough that a signal hits a step; and with a fault of choice, on one process, at one step.
+FAULTY = """
+import dataclasses, ctypes, os, time
+
+from jaxtrain.config import DataConfig
+from jaxtrain.data import sources
+
+class Faulty:
+    def __init__(self, base, fault):
+        self.base, self.shape, self.fault, self.reads = base, base.shape, fault, 0
+
+    def __len__(self):
+        return len(self.base)
+
+    def read(self, indices):
+        self.reads += 1
+        time.sleep(0.05)
+        if self.fault and self.reads == 6 and os.environ.get("JAXTRAIN_ERROR_FILE", "").endswith("-1.json"):
+            self.fault()
+        return self.base.read(indices)
+
+def loader(fault=None):
+    def load(config, image_size):
+        found = sources.load(dataclasses.replace(config, name="digits"), image_size=image_size)
+        return dataclasses.replace(found, train=Faulty(found.train, fault))
+    return load
+
+def fail():
+    raise ValueError("a disk that is not there")
+
+def hold_the_lock():
+    ctypes.PyDLL(None).sleep(600)  # the interpreter's lock stays with this thread
+
+digits, failing, frozen, stuck = loader(), loader(fail), loader(hold_the_lock), loader(lambda: time.sleep(600))
+"""
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory):
+    path = tmp_path_factory.mktemp("undisturbed") / "run"
+    result = here(path, FIELDS | {"data.name": "digits"}, devices=2)
+    return path, result
+
+
+def launch(tmp_path: Path, *options: str, **changes: object) -> runs.Started:
+    """`jaxtrain launch` of two processes in `tmp_path`, to be used in a with block."""
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    fields = FIELDS | {name.replace("__", "."): value for name, value in changes.items()}
+    arguments = runs.arguments(tmp_path / "run", fields, "--simulate-devices", "1")
+    command = ["-m", "jaxtrain", "launch", "--nproc", "2", *options, "--", "train", *arguments]
+    return runs.Started(tmp_path / "output.txt", command, cwd=tmp_path)
+
+
+def worker(job: runs.Started, process: int) -> int:
+    """The process number of a worker that runs now."""
+    for path in Path("/proc").iterdir():
+        if path.name.isdigit():
+            words = _words(path)
+            own = "--process-id" in words and words[words.index("--process-id") + 1] == str(process)
+            if own and _parent(path) == job.pid:
+                return int(path.name)
+    return 0
+
+
+def _words(path: Path) -> list[str]:
+    try:
+        return (path / "cmdline").read_bytes().decode().split("\0")
+    except OSError:
+        return []
+
+
+def _parent(path: Path) -> int:
+    try:
+        return int((path / "stat").read_text().rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def has_rows(workdir: Path, count: int) -> bool:
+    return runs.count_rows(workdir) >= count
+
+
+def assert_undisturbed(run: Path, undisturbed) -> None:
+    """The same rows, the same last weights, bit for bit; each example as often as it should be."""
+    assert runs.rows(run) == runs.rows(undisturbed[0])
+    assert runs.rows(run, "val") == runs.rows(undisturbed[0], "val")
+    assert runs.rows(run, "test") == runs.rows(undisturbed[0], "test")
+
+
+@pytest.mark.parametrize("process", [0, 1])
+def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(tmp_path, undisturbed, process):
+    with launch(tmp_path) as job:
+        job.wait_for(lambda: any((tmp_path / "run").glob("checkpoints/*/manifest.json")), "a checkpoint")
+        os.kill(worker(job, process), signal.SIGKILL)
+        assert job.end() == 0, job.output
+        assert f"process {process} (pid" in job.output
+        assert "was killed by SIGKILL" in job.output
+        resumed = re.findall(r"resumed from .*/(\d+)", job.output)
+        assert len(resumed) == 1
+        assert int(resumed[0]) >= 5
+    assert_undisturbed(tmp_path / "run", undisturbed)
+
+
+def test_sigterm_to_the_launcher_saves_and_the_next_launch_goes_on(tmp_path, undisturbed):
+    with launch(tmp_path) as job:
+        job.wait_for(functools.partial(has_rows, tmp_path / "run", 6), "six steps")
+        job.send(signal.SIGTERM)
+        assert job.end() == 75, job.output
+        (step,) = set(re.findall(r"Stopped after step (\d+) and saved it", job.output))
+    assert runs.checkpoints(tmp_path / "run")[-1] == int(step)
+    assert not (tmp_path / "run" / "lock.json").exists()
+    with launch(tmp_path) as job:
+        assert job.end() == 0, job.output
+        assert f"checkpoints/{step}" in job.output
+    assert_undisturbed(tmp_path / "run", undisturbed)
+
+
+def test_an_error_of_one_process_ends_all_soon_and_is_named(tmp_path):
+    with launch(tmp_path, "--max-restarts", "1", data__name="faulty:failing") as job:
+        job.wait_for(lambda: "a disk that is not there" in job.output, "the error")
+        began = time.monotonic()
+        job.wait_for(lambda: "jaxtrain launch:" in job.output, "the launcher's word")
+        assert time.monotonic() - began < 10
+        assert job.end() == 65, "no restart mends the data"
+        assert re.search(r"process 1 \(pid \d+\) on \S+ ended with DataError: .*a disk that is not there", job.output)
+
+
+@pytest.mark.parametrize("fault", ["stuck", "frozen"])
+def test_a_process_that_stands_still_is_found(tmp_path, fault):
+    """Stuck: its own watchdog ends it, with its stacks. Frozen, with the interpreter's lock: the launcher does."""
+    options = ["--max-restarts", "0", "--hang", "6"]
+    with launch(tmp_path, *options, data__name=f"faulty:{fault}", train__hang_seconds=4) as job:
+        assert job.end() == 70, job.output
+        if fault == "stuck":
+            assert "HangError: No progress for" in job.output
+            assert 'File "' in (tmp_path / "run" / "logs" / "process_1.log").read_text(), "a stack"
+        else:
+            assert "process 1 (pid" in job.output
+            assert "gave no sign of life" in job.output

@@ -1,0 +1,125 @@
+"""Processes that do not fit together are told so before JAX starts; what schedulers say about them."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+
+import pytest
+import runs
+
+from jaxtrain.distributed.meeting import meet
+from jaxtrain.distributed.place import Place, find_place, first_host
+from jaxtrain.errors import ConfigError, EnvironmentMismatchError
+
+FINGERPRINT = {"versions": {"jax": "0.10.2"}, "config": {"config.optim.learning_rate": 0.1, "config.seed": 0}}
+
+
+def meet_all(fingerprints, timeout, processes=0):
+    """What each of them was told."""
+    port = runs.free_port()
+    places = [Place(f"127.0.0.1:{port}", processes or len(fingerprints), index) for index in range(len(fingerprints))]
+
+    def one(pair):
+        try:
+            return meet(pair[0], pair[1], timeout)
+        except EnvironmentMismatchError as error:
+            return str(error)
+
+    with concurrent.futures.ThreadPoolExecutor(len(places)) as pool:
+        return list(pool.map(one, zip(places, fingerprints, strict=True)))
+
+
+@pytest.mark.parametrize(
+    ("section", "change", "said"),
+    [
+        ("config", {"config.optim.learning_rate": 0.3}, "config.optim.learning_rate is 0.3 there and 0.1 on process 0"),
+        ("config", {"config.data.global_batch": 8}, "config.data.global_batch is 8 there and None on process 0"),
+        ("versions", {"jax": "0.9.2"}, "jax is '0.9.2' there and '0.10.2' on process 0"),
+    ],
+)
+def test_what_differs_is_named_on_every_process(section, change, said):
+    other = FINGERPRINT | {section: FINGERPRINT[section] | change}
+    answers = meet_all([FINGERPRINT, FINGERPRINT, other], timeout=3)
+    assert all(said in answer and f"another {section}" in answer for answer in (answers[0], answers[2]))
+
+
+def test_missing_processes_are_named():
+    (answer,) = meet_all([FINGERPRINT], processes=3, timeout=1)
+    assert "process 1, 2 of 3 did not come" in answer
+
+
+# ------------------------------------------------------------------------------------------------------------ schedulers
+
+SLURM = {
+    "SLURM_JOB_ID": "4711", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5",
+    "SLURM_STEP_NODELIST": "gpu[003-004,7],cpu1",
+}  # fmt: skip
+OPENMPI = {
+    "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_RANK": "3",
+    "OMPI_MCA_orte_hnp_uri": "1531576320.0;tcp://10.96.0.1,192.168.1.5:34911",
+}  # fmt: skip
+TORCHRUN = {"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "node0", "MASTER_PORT": "29500"}
+INDEXED = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "2"}
+
+
+@pytest.mark.parametrize(
+    ("environment", "host", "processes", "index", "source"),
+    [
+        (SLURM, "gpu003", 8, 5, "Slurm"),
+        (OPENMPI, "10.96.0.1", 4, 3, "OpenMPI"),
+        (TORCHRUN, "node0:29500", 2, 1, "RANK and WORLD_SIZE"),
+        (
+            INDEXED | {"JAXTRAIN_COORDINATOR": "job-0.svc:1234", "JAXTRAIN_NUM_PROCESSES": "4"},
+            "job-0.svc:1234", 4, 2, "the flags",
+        ),
+        (SLURM | {"JAXTRAIN_COORDINATOR": "10.0.0.9:99"}, "10.0.0.9:99", 8, 5, "Slurm"),
+    ],
+    ids=["slurm", "openmpi", "torchrun", "kubernetes", "slurm-with-address"],
+)  # fmt: skip
+def test_a_scheduler_is_found(environment, host, processes, index, source):
+    place = find_place(environment=environment)
+    assert place is not None
+    assert (place.processes, place.index, place.source) == (processes, index, source)
+    assert place.coordinator.startswith(host)
+    assert 0 < place.address[1] < 65536
+    others = environment | {"SLURM_PROCID": "0", "OMPI_COMM_WORLD_RANK": "0", "RANK": "0", "JOB_COMPLETION_INDEX": "0"}
+    assert dataclasses.replace(place, index=0) == find_place(environment=others), "all agree on the address"
+
+
+@pytest.mark.parametrize(
+    "environment", [{}, SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_JOB_ID": "1"}, {"WORLD_SIZE": "1"}]
+)
+def test_a_run_of_one_process(environment):
+    assert find_place(environment=environment) is None
+
+
+@pytest.mark.parametrize(
+    ("environment", "said"),
+    [
+        ({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}, "Slurm gave this job 4 tasks and the command was started once"),
+        ({"OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_RANK": "0"}, "OpenMPI started 2 processes and does not say"),
+        ({"WORLD_SIZE": "4", "RANK": "1"}, "MASTER_ADDR or MASTER_PORT is not set"),
+        (INDEXED, "JAXTRAIN_COORDINATOR and JAXTRAIN_NUM_PROCESSES are not"),
+        (SLURM | {"SLURM_PROCID": "five"}, "SLURM_PROCID is 'five' and must be a whole number"),
+        ({"JAXTRAIN_NUM_PROCESSES": "2"}, "go together"),
+        (SLURM | {"JAXTRAIN_COORDINATOR": "here"}, "'here': must be HOST:PORT"),
+    ],
+)
+def test_nobody_trains_alone_by_mistake(environment, said):
+    with pytest.raises((ConfigError, EnvironmentMismatchError), match=said):
+        find_place(environment=environment)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("n1,n2", "n1"),
+        ("gpu[3-7]", "gpu3"),
+        ("a[01,5]-b[2-3],c", "a01-b2"),
+        ("login-1.site.org,x", "login-1.site.org"),
+    ],
+)
+def test_the_first_host_of_a_slurm_list(nodes, first):
+    assert first_host(nodes) == first

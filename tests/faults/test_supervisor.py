@@ -1,0 +1,234 @@
+"""`jaxtrain.supervisor` with processes that do nothing but end as they are told; and with GPUs that are not there."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import signal
+import sys
+import textwrap
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from jaxtrain.gpus import Gpu, Gpus
+from jaxtrain.supervisor import Options, Supervisor, TooFewGpusError, share
+
+# Counts its own starts, tells where it is, and then does what its argument says.
+WORKER = textwrap.dedent(
+    """
+    import json, os, pathlib, signal, sys, time
+    words = sys.argv[1:]
+    process = int(words[words.index("--process-id") + 1]) if "--process-id" in words else 0
+    starts = pathlib.Path(words[1]) / f"starts-{process}"
+    count = len(starts.read_text().splitlines()) if starts.exists() else 0
+    with starts.open("a") as file:
+        file.write(os.environ.get("CUDA_VISIBLE_DEVICES", "") + "\\n")
+
+    def beat(step, age=0.0):
+        beat = {"time": time.time() - age, "pid": os.getpid(), "phase": "step", "step": step}
+        pathlib.Path(os.environ["JAXTRAIN_HEARTBEAT"]).write_text(json.dumps(beat))
+
+    def end(code, error, retry):
+        report = {"process": process, "host": "here", "pid": 1, "time": 0.0, "code": code, "error": error,
+                  "message": f"{error} of {process}", "retry": retry}
+        pathlib.Path(os.environ["JAXTRAIN_ERROR_FILE"]).write_text(json.dumps(report))
+        sys.exit(code)
+
+    exec(words[0])
+    """
+)
+
+
+def supervise(tmp_path: Path, script: str, gpus: Gpus | None = None, **options: object) -> int:
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    command = [sys.executable, str(worker), textwrap.dedent(script), str(tmp_path)]
+    return Supervisor(command, Options(**{"processes": 2, **options}), gpus or NoGpus()).run()
+
+
+class NoGpus(Gpus):
+    def __init__(self, *found: Gpu) -> None:
+        self.found = list(found)
+
+    def all(self) -> list[Gpu]:
+        return self.found
+
+
+def starts(tmp_path: Path, process: int = 0) -> list[str]:
+    return (tmp_path / f"starts-{process}").read_text().splitlines()
+
+
+def test_all_goes_well(tmp_path):
+    assert supervise(tmp_path, "pass") == 0
+    assert len(starts(tmp_path, 0)) == len(starts(tmp_path, 1)) == 1
+
+
+def test_all_start_again_when_one_is_killed(tmp_path, capfd):
+    script = """
+        beat(5 * count)
+        if count < 3:
+            os.kill(os.getpid(), signal.SIGKILL) if process else time.sleep(60)
+    """
+    assert supervise(tmp_path, script) == 0
+    assert len(starts(tmp_path, 0)) == len(starts(tmp_path, 1)) == 4
+    said = capfd.readouterr().err
+    assert said.count("was killed by SIGKILL") == 3
+    assert "process 1 (pid " in said
+
+
+def test_the_first_failure_is_the_cause_and_not_its_echo(tmp_path, capfd):
+    script = """
+        if process == 0:
+            end(70, "PeerError", True)
+        time.sleep(1)
+        end(66, "CheckpointError", False)
+    """
+    assert supervise(tmp_path, script) == 66
+    assert "process 1 (pid" in capfd.readouterr().err
+    assert len(starts(tmp_path)) == 1, "no restart can mend that"
+
+
+@pytest.mark.parametrize("code", [75, 130])
+def test_a_run_that_was_stopped_and_saved_is_not_started_again(tmp_path, code):
+    assert supervise(tmp_path, f"end({code}, 'PreemptedError', False)") == code
+    assert len(starts(tmp_path)) == 1
+
+
+def test_a_crash_loop_ends(tmp_path, capfd):
+    script = """
+        beat(37)
+        end(70, "RuntimeError", True) if process else time.sleep(60)
+    """
+    began = time.monotonic()
+    assert supervise(tmp_path, script) == 70
+    assert len(starts(tmp_path)) == 3
+    assert "giving up" in capfd.readouterr().err
+    assert time.monotonic() - began < 60
+
+
+def test_restarts_are_bounded_where_nothing_gets_further(tmp_path):
+    script = "os.kill(os.getpid(), signal.SIGKILL)"
+    assert supervise(tmp_path, script, processes=1, max_restarts=2) == 70
+    assert len(starts(tmp_path)) == 3
+
+
+def test_a_process_without_signs_of_life_is_replaced(tmp_path, capfd):
+    script = """
+        beat(7, age=3600 if process and not count else 0)
+        if not count:
+            time.sleep(60)
+    """
+    assert supervise(tmp_path, script, hang=30) == 0
+    assert "process 1 (pid" in (said := capfd.readouterr().err)
+    assert "gave no sign of life" in said
+    assert "in 'step' after step 7" in said
+
+
+def test_sigterm_is_passed_on_and_then_enforced(tmp_path):
+    script = """
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if process else lambda *_: end(75, "PreemptedError", False))
+        time.sleep(600)
+    """
+    timer = threading.Timer(2.0, os.kill, [os.getpid(), signal.SIGTERM])
+    timer.start()
+    began = time.monotonic()
+    assert supervise(tmp_path, script, grace=2) == 75
+    assert time.monotonic() - began < 20
+
+
+# --------------------------------------------------------------------------------------------------------------- GPUs
+
+FOUR = [Gpu(f"GPU-{i}", "H100", 80 << 30) for i in range(4)]
+
+
+@pytest.mark.parametrize(
+    ("count", "processes", "group", "sizes"),
+    [
+        (4, 4, 0, [1, 1, 1, 1]),
+        (4, 2, 0, [2, 2]),
+        (4, 1, 0, [4]),
+        (3, 4, 0, [1, 1, 1]),
+        (3, 2, 0, [1, 1]),
+        (4, 1, 2, [2]),
+        (5, 4, 2, [2, 2]),
+    ],
+)
+def test_gpus_are_shared_out(count, processes, group, sizes):
+    found = share([f"GPU-{i}" for i in range(count)], processes, group)
+    assert [len(each) for each in found] == sizes
+    assert len({uuid for each in found for uuid in each}) == sum(sizes)
+
+
+def test_a_gpu_that_a_process_dies_on_twice_is_left_out(tmp_path, capfd):
+    script = """
+        beat(count)
+        if "GPU-2" in os.environ["CUDA_VISIBLE_DEVICES"]:
+            os.kill(os.getpid(), signal.SIGSEGV)
+        if count < 2:
+            time.sleep(60)
+    """
+    assert supervise(tmp_path, script, NoGpus(*FOUR), processes=4) == 0
+    assert starts(tmp_path, 2) == ["GPU-2", "GPU-2", "GPU-3"]
+    assert "GPU-2 is left out: 2 processes died on it" in capfd.readouterr().err
+
+
+def test_a_gpu_with_a_fault_is_left_out_and_too_few_end_the_job(tmp_path, capfd):
+    gpus = NoGpus(*FOUR[:3], Gpu("GPU-3", "H100", 80 << 30, "Xid 79"))
+    assert supervise(tmp_path, "pass", gpus, processes=4) == 0
+    assert [starts(tmp_path, i) for i in range(3)] == [["GPU-0"], ["GPU-1"], ["GPU-2"]]
+    assert not (tmp_path / "starts-3").exists()
+    assert "GPU-3 is left out: Xid 79" in capfd.readouterr().err
+    with pytest.raises(TooFewGpusError, match=r"3 of 4 GPUs are left .* GPU-3 \(Xid 79\)"):
+        supervise(tmp_path, "pass", gpus, processes=4, min_devices=4)
+
+
+FAKE_NVML = """
+class NVMLError(Exception): pass
+NVML_MEMORY_ERROR_TYPE_UNCORRECTED = NVML_VOLATILE_ECC = nvmlEventTypeXidCriticalError = 1
+class Event:
+    def __init__(self, device, data): self.device, self.eventData = device, data
+events = []
+ecc = {}
+lost = set()
+def nvmlInit(): pass
+def nvmlDeviceGetCount(): return 3
+def nvmlDeviceGetHandleByIndex(index): return index
+def nvmlDeviceGetUUID(handle): return f"GPU-{handle}".encode()
+def nvmlDeviceGetName(handle):
+    if handle in lost: raise NVMLError("GPU is lost")
+    return "H100"
+def nvmlDeviceGetMemoryInfo(handle): return type("Info", (), {"total": 80 << 30})
+def nvmlDeviceGetTotalEccErrors(handle, *_): return ecc.get(handle, 0)
+def nvmlEventSetCreate(): return object()
+def nvmlDeviceRegisterEvents(*_): pass
+def nvmlEventSetWait_v2(events_, _):
+    if not events: raise NVMLError("timeout")
+    return events.pop()
+def nvmlSystemGetDriverVersion(): return "570.1"
+"""
+
+
+def test_health_is_read_from_nvml(tmp_path, monkeypatch):
+    (tmp_path / "pynvml.py").write_text(FAKE_NVML)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+    pynvml: Any = importlib.import_module("pynvml")
+
+    gpus = Gpus()
+    assert [(gpu.uuid, gpu.fault) for gpu in gpus.all()] == [("GPU-0", ""), ("GPU-1", ""), ("GPU-2", "")]
+    assert gpus.driver() == "570.1"
+    pynvml.events += [pynvml.Event(0, 13), pynvml.Event(1, 79)]  # 13 is the program's own fault
+    pynvml.ecc[2] = 4
+    assert [gpu.fault for gpu in gpus.all()] == ["", "Xid 79", "4 uncorrectable memory errors"]
+    pynvml.lost.add(0)
+    assert gpus.all()[0].fault == "it does not answer: GPU is lost"
+    monkeypatch.delitem(sys.modules, "pynvml")
+
+
+def test_a_host_without_nvml_has_no_gpus(monkeypatch):
+    monkeypatch.setitem(sys.modules, "pynvml", None)
+    assert Gpus().all() == []
