@@ -297,6 +297,12 @@ class TrainConfig(_Section):
     log_every: steps between rows of metrics.jsonl. eval_every: duration between validations; "0" only at the end.
     hang_seconds: a process that makes no progress for so long (or for ten steps' time; 30 times longer while it compiles,
         evaluates or saves) writes its threads' stacks and ends; 0 is off.
+    nonfinite_skips: updates in a row with a loss or gradient that is not finite that are passed over; 0 stops at the first.
+    rollbacks: how often a start of the run may go back to the last checkpoint, and past the examples since, instead of
+        stopping: after too many such updates, a spike, or copies of the weights that differ.
+    spike_threshold: robust standard deviations above the median of the last 100 steps that make a loss or gradient norm a
+        spike, which is warned about, or rolled back; 0 is off (10 is a careful start).
+    check_replicas_every: steps between comparisons of all copies of the weights; 0 is off.
     deterministic: bit-for-bit repeatable on a GPU too, at a cost (docs/troubleshooting.md).
     precision: `auto` (bf16 compute on a GPU, f32 on CPU; stored, and kept on resume), `f32`, `bf16`, `fp16` (dynamic loss
         scale), `f64` (for proofs, on CPU).
@@ -311,13 +317,17 @@ class TrainConfig(_Section):
     log_every: int = 50
     eval_every: str = "1 epoch"
     hang_seconds: float = 60.0
+    nonfinite_skips: int = 0
+    rollbacks: int = 0
+    spike_threshold: float = 0.0
+    check_replicas_every: int = 0
     deterministic: bool = False
     precision: str = "auto"
     remat: str = "none"
 
     def _validate(self) -> None:
         self._min(1, "epochs", "log_every")
-        self._min(0, "steps", "hang_seconds")
+        self._min(0, "steps", "hang_seconds", "nonfinite_skips", "rollbacks", "spike_threshold", "check_replicas_every")
         _one_of("train.precision", self.precision, PRECISIONS)
         _one_of("train.remat", self.remat, REMATS)
         Duration.parse(self.eval_every, "config.train.eval_every")

@@ -179,6 +179,7 @@ def make_run(
         seed=config.seed,
         bn_groups=config.model.bn_groups,
         remat=config.train.remat,
+        skips=config.train.nonfinite_skips > 0,
     )
     state = jax.eval_shape(init)
     has_batch_norm, batch, groups = (

@@ -174,8 +174,10 @@ class Verdict:
     norm: jax.Array
 
 
-def judge(step: jax.Array, loss_scale: PyTree, batch_step: jax.Array, loss: jax.Array, norm: jax.Array) -> Verdict:
-    """Accepts an update whose loss and gradient norm are finite.
+def judge(
+    step: jax.Array, loss_scale: PyTree, batch_step: jax.Array, loss: jax.Array, norm: jax.Array, *, skips: bool
+) -> Verdict:
+    """Accepts an update whose loss and gradient norm are finite. skips: the run goes on without one that is not.
 
     A state that is not at `batch_step` stays as it is: when an update is refused, so are those already dispatched behind it.
     """
@@ -184,7 +186,7 @@ def judge(step: jax.Array, loss_scale: PyTree, batch_step: jax.Array, loss: jax.
     accepted = finite & on_time
     # fp16 overflows by design now and then: that batch is skipped and the run goes on with a smaller scale.
     can_shrink = isinstance(loss_scale, LossScale) & ~at_floor(loss_scale)
-    skipped = on_time & ~finite & can_shrink
+    skipped = on_time & ~finite & (can_shrink | skips)
     new_scale = _select(on_time, adjust_loss_scale(loss_scale, finite), loss_scale)
     return Verdict(step + accepted + skipped, new_scale, accepted, skipped, norm)
 
@@ -228,7 +230,7 @@ def _update(
 ) -> tuple[TrainState, Metrics]:
     """The state after the update, or the same state where the loss or the gradient norm is not finite."""
     gradients = unscaled(state.loss_scale, sums.gradients, updating)
-    verdict = judge(state.step, state.loss_scale, step, sums.loss, global_norm(gradients))
+    verdict = judge(state.step, state.loss_scale, step, sums.loss, global_norm(gradients), skips=task.skips)
     after, updates = advance(task, shardings, updating, state, gradients, sums.batch_stats, verdict)
     params_part = jax.lax.with_sharding_constraint(state.params, updating)
     norms = (verdict.norm, global_norm(params_part), global_norm(updates))

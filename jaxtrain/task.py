@@ -43,7 +43,7 @@ class Resident:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a step computes; nothing of where."""
+    """What a step computes; nothing of where. skips: an update that is not finite is passed over, and the step counted."""
 
     model: Classifier
     optimizer: optax.GradientTransformation
@@ -54,6 +54,7 @@ class Task:
     seed: int
     bn_groups: int = 1
     remat: str = "none"
+    skips: bool = False
 
 
 def select(batch: Batch, resident: Resident, index: Any, layout: Layout) -> tuple[jax.Array, jax.Array]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import json
 import logging
 import math
 import time
@@ -20,9 +21,14 @@ from rich.console import Console
 from jaxtrain import config as config_lib
 from jaxtrain import resume as resume_lib
 from jaxtrain import workdir as workdir_lib
-from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.anomalies import Finding, Guard
+from jaxtrain.checkpoint import Checkpoints, Start
+from jaxtrain.checkpoint_files import manifested_steps, read_manifest
 from jaxtrain.config import Config, Duration
+from jaxtrain.data.order import batch_indices
+from jaxtrain.data.sources import Dataset
 from jaxtrain.determinism import ask_for_determinism
+from jaxtrain.distributed import processes
 from jaxtrain.distributed.interrupt import Interrupt, catch_signals
 from jaxtrain.distributed.processes import barrier, first_on_process_zero, same_everywhere
 from jaxtrain.distributed.watchdog import Watchdog, watching
@@ -35,6 +41,8 @@ from jaxtrain.logging.clock import Span, StepClock, explain
 from jaxtrain.logging.progress import NullProgress, Progress
 from jaxtrain.logging.records import NullRecords, Records
 from jaxtrain.logging.text import TextLog
+from jaxtrain.parallel.mesh import Device
+from jaxtrain.parallel.replicas import ReplicaCheck
 from jaxtrain.precision import MIN_SCALE
 from jaxtrain.resume import Position, Resume
 from jaxtrain.run import (
@@ -55,6 +63,8 @@ log = logging.getLogger("jaxtrain")
 
 # Metrics are read this many steps after their step was dispatched, so that the devices never wait for the host.
 READ_BEHIND = 2
+
+_REPLICAS_SECONDS = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -111,24 +121,55 @@ def train(
         with clock.charge("input"):
             dataset = load_data(config.data)
         resume_lib.refuse_length(directory, resume, config, len(dataset.train))
-        position = resume.position
-        run = make_run(config, dataset, devices, start_step=position.step, start_example=position.examples)
-        if (warmup := warmup_steps(config, len(dataset.train))) > run.steps:
-            text = "config.optim.warmup=%r is %d steps, longer than the run's %d."
-            log.warning(text, config.optim.warmup, warmup, run.steps)
         stack.enter_context(explain_out_of_memory())
-        watchdog.feed("compile")
-        with clock.charge("compile"):
-            engine, state = start_engine(run, resume, directory.trace(jax.process_index()))
-        _take_over(directory, resume, config)
-        checkpoints = stack.enter_context(
-            contextlib.closing(
-                Checkpoints(directory.checkpoints, config.checkpoint.keep, owner=lease.token, still_owner=lease.check)
-            )
-        )
+        host = _Host(directory, interrupt, watchdog, clock, console, lease)
+        for rollbacks_left in range(config.train.rollbacks, -1, -1):
+            try:
+                return _train_from(resume, config, dataset, devices, host, rollbacks_left)
+            except _RollBack as asked:
+                resume = asked.resume
+    raise AssertionError("the last start rolls nothing back")
+
+
+@dataclasses.dataclass(frozen=True)
+class _Host:
+    """What the starts of one call of `train` share."""
+
+    directory: Workdir
+    interrupt: Interrupt
+    watchdog: Watchdog
+    clock: StepClock
+    console: Console
+    lease: Lease | NoLease
+
+
+class _RollBack(Exception):
+    """The run goes on from an older checkpoint, past the examples that spoiled it."""
+
+    def __init__(self, resume: Resume):
+        super().__init__()
+        self.resume = resume
+
+
+def _train_from(
+    resume: Resume, config: Config, dataset: Dataset, devices: list[Device], host: _Host, rollbacks_left: int
+) -> TrainResult:
+    """From `resume` to the end of the run. Raises `_RollBack` if that is better begun again."""
+    position, directory = resume.position, host.directory
+    run = make_run(config, dataset, devices, start_step=position.step, start_example=position.examples)
+    if (warmup := warmup_steps(config, len(dataset.train))) > run.steps:
+        text = "config.optim.warmup=%r is %d steps, longer than the run's %d."
+        log.warning(text, config.optim.warmup, warmup, run.steps)
+    host.watchdog.feed("compile")
+    with host.clock.charge("compile"):
+        engine, state = start_engine(run, resume, directory.trace(jax.process_index()))
+    _take_over(directory, resume, config)
+    checkpoints = Checkpoints(
+        directory.checkpoints, config.checkpoint.keep, owner=host.lease.token, still_owner=host.lease.check
+    )
+    with contextlib.closing(checkpoints):
         checkpoints.check_space(state)
-        stack.enter_context(no_implicit_transfers())
-        with _Loop(run, engine, directory, checkpoints, clock, interrupt, watchdog, position, console) as loop:
+        with no_implicit_transfers(), _Loop(run, engine, checkpoints, host, position, rollbacks_left) as loop:
             return loop.run_to_end(state)
 
 
@@ -185,16 +226,19 @@ class _Loop:
         self,
         run: Run,
         engine: Engine,
-        directory: Workdir,
         checkpoints: Checkpoints,
-        clock: StepClock,
-        interrupt: Interrupt,
-        watchdog: Watchdog,
+        host: _Host,
         position: Position,
-        console: Console,
+        rollbacks_left: int,
     ):
-        self.run, self.engine, self.directory, self.checkpoints = run, engine, directory, checkpoints
-        self.clock, self.interrupt, self.watchdog, self.position = clock, interrupt, watchdog, position
+        self.run, self.engine, self.checkpoints = run, engine, checkpoints
+        self.directory, self.clock, self.interrupt, self.watchdog = (
+            host.directory,
+            host.clock,
+            host.interrupt,
+            host.watchdog,
+        )
+        self.position, self.rollbacks_left = position, rollbacks_left
         self.stopping = False  # all processes stop after the step that was dispatched last
         self.config, self.train_examples = run.config, len(run.dataset.train)
         self.first_step = position.step
@@ -203,10 +247,12 @@ class _Loop:
         # A complete run trains nothing again, so the row of an epoch that its last step broke off stays too.
         rounded = math.floor if position.step < run.steps else math.ceil
         epochs_done = rounded(Fraction(position.examples, self.train_examples))
-        self.records = Records(directory, position.step, epochs_done) if first else NullRecords()
-        self.progress = Progress(run.steps, position.step, console) if first else NullProgress()
+        self.guard = Guard(self.config.train.nonfinite_skips, self.config.train.spike_threshold)
+        self.check_replicas = ReplicaCheck()
+        self.records = Records(host.directory, position.step, epochs_done) if first else NullRecords()
+        self.progress = Progress(run.steps, position.step, host.console) if first else NullProgress()
         self.epochs = self._epoch(run.steps) + 1
-        self.log_span = self.epoch_span = clock.now()
+        self.log_span = self.epoch_span = self.clock.now()
         self.saved_step, self.saved_at = position.step, time.monotonic()
         self.validated: tuple[int, dict[str, EvalResult]] = (-1, {})  # the last step that was, and its results
         every, milestone = self.config.checkpoint.every, self.config.checkpoint.milestone_every
@@ -282,6 +328,7 @@ class _Loop:
             step == self.run.steps
             or self.stopping
             or self.time_to_save
+            or self._compares_replicas_after(step)
             or any(
                 self._due(cadence, step) for cadence in (self.epoch_ends, self.evaluations, self.saves, self.milestones)
             )
@@ -314,13 +361,16 @@ class _Loop:
         skipped = values.pop("skipped")
         if skipped and (text := symptoms.loss_scale_at_floor(values["loss_scale"] / 2, MIN_SCALE)):
             log.warning("%s", text)
+        overflowed = skipped and self.config.train.precision == "fp16" and values["loss_scale"] > MIN_SCALE
+        norms = values["grad_norm"], values["update_norm"]
+        finding = Finding() if overflowed else self.guard.look(step, values["loss"], *norms, skipped=bool(skipped))
         correct = values.pop("correct")
         position = self.position
         self.position = dataclasses.replace(
             position,
             step=step,
             examples=position.examples + self._batch,
-            # an overflowed fp16 batch updated nothing, and its loss may be infinite
+            # a batch that was passed over updated nothing, and its loss may be infinite
             epoch_loss=position.epoch_loss + (0.0 if skipped else values["loss"] * self._batch),
             epoch_correct=position.epoch_correct + (0.0 if skipped else correct),
             epoch_examples=position.epoch_examples + (0 if skipped else self._batch),
@@ -339,12 +389,57 @@ class _Loop:
             self.history.append(row)
             shown = {"loss": values["loss"], "accuracy": values["accuracy"]}
             self.progress.update(step, epoch, self.epochs, shown, throughput, step_seconds=self.clock.step_seconds)
+        if finding.text:
+            self._heed(finding, step)
 
     @property
     def _devices(self) -> int:
         return self.run.layout.mesh.size
 
+    def _heed(self, finding: Finding, step: int) -> None:
+        """Warns, notes the batch's examples, and rolls back or stops where the finding asks for it."""
+        count, last = self.train_examples, self._examples_at(step)
+        examples = batch_indices(count, self.config.seed, last - self._batch, self._batch)
+        log.warning("%s; its examples are in %s", finding.text, self.directory.bad_batches)
+        self.records.bad_batch({"step": step, "text": finding.text, "examples": examples.tolist()})
+        if finding.action == "go on" or (finding.action == "roll back" and not self.rollbacks_left):
+            return
+        self.checkpoints.wait()
+        if not self.rollbacks_left:
+            raise NumericError(f"The run stops: {finding.text}, and config.train.rollbacks allows no more roll-back.")
+        older = [s for s in manifested_steps(self.directory.checkpoints) if s < finding.first]
+        start = Start(self.directory.checkpoints, older[-1]) if older else None
+        stored = Position()
+        if start is not None:
+            stored = Position.from_json(read_manifest(start.directory / str(start.step)).position)
+        passed_over = last - stored.examples
+        log.warning("rolled back to step %d; the %d examples since are passed over", stored.step, passed_over)
+        raise _RollBack(Resume(start, dataclasses.replace(stored, examples=last), self.config))
+
+    def _compares_replicas_after(self, step: int) -> bool:
+        every = self.config.train.check_replicas_every
+        return bool(every) and step % every == 0
+
+    def _compare_replicas(self, state: TrainState) -> None:
+        """Rolls back or stops where the copies of a weight differ; every process hears what any has found."""
+        with self.clock.charge("other"):
+            own = self.check_replicas(state.params)
+        word = processes.next_word("replicas")
+        found = [
+            text for said in processes.from_all(word, json.dumps(own), _REPLICAS_SECONDS) for text in json.loads(said)
+        ]
+        if found:
+            step = self.position.step
+            text = f"after step {step} {found[0]}: a device's memory or arithmetic is at fault"
+            # How long they have differed is not known: back to before the comparison that was the last to be good.
+            self._heed(Finding(text, "stop", max(step - self.config.train.check_replicas_every, 0) + 1), step)
+
     def _stop_at_bad_numbers(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
+        if self.rollbacks_left:
+            text = (
+                f"the update of step {step} was refused: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}"
+            )
+            self._heed(Finding(text, "stop", step), step)
         if self.position.step:
             self._save(state)  # every update since was refused, so this is the state before the bad one
             self.checkpoints.wait()
@@ -362,6 +457,8 @@ class _Loop:
         owed: that step's validation alone, which an earlier start was stopped before.
         """
         step, last = self.position.step, self.position.step == self.run.steps
+        if not owed and self._compares_replicas_after(step):
+            self._compare_replicas(state)
         epoch, ends_epoch = self._epoch(step), self._due(self.epoch_ends, step)
         if not owed and (ends_epoch or last):
             self._end_epoch(epoch)

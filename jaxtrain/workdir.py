@@ -43,6 +43,11 @@ class Workdir:
         return self.path / "metrics.jsonl"
 
     @property
+    def bad_batches(self) -> Path:
+        """One object a batch whose numbers were amiss, with its examples."""
+        return self.path / "bad_batches.jsonl"
+
+    @property
     def manifest(self) -> Path:
         """What each start ran on."""
         return self.path / "manifest.json"
@@ -199,7 +204,8 @@ def sync_directory(path: Path) -> None:
 # ----------------------------------------------------------------------------------------------- changes on resume
 
 _FREE = re.compile(
-    r"layout\..*|checkpoint\..*|train\.(log_every|eval_every|remat|deterministic|hang_seconds)"
+    r"layout\..*|checkpoint\..*|train\.(log_every|eval_every|remat|deterministic|hang_seconds|nonfinite_skips|rollbacks)"
+    r"|train\.(spike_threshold|check_replicas_every)"
     # batch_per_device only ever set the global batch at the first start; the stored global batch is what counts
     r"|data\.(dir|workers|residency|prepare_.*|batch_per_device)"
 )

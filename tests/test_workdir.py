@@ -155,6 +155,7 @@ def test_every_field_has_its_kind():
         *("data.dir", "data.batch_per_device", "data.residency", "data.workers"),
         *("data.prepare_per_host", "data.prepare_timeout"),
         *("train.log_every", "train.eval_every", "train.deterministic", "train.remat", "train.hang_seconds"),
+        *("train.nonfinite_skips", "train.rollbacks", "train.spike_threshold", "train.check_replicas_every"),
         *("layout.data", "layout.replica", "layout.tensor", "layout.zero", "layout.microbatches", "layout.rules"),
         *("layout.stages", "layout.schedule", "layout.chunks", "layout.boundaries", "layout.balance"),
         *("layout.stage_placement", "layout.trace_step"),

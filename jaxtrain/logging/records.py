@@ -9,7 +9,7 @@ from typing import Any
 
 from jaxtrain.logging.events import EventFile
 from jaxtrain.logging.rows import PHASES, EpochRow, MetricsCsv, MetricsJsonl, plain
-from jaxtrain.workdir import Workdir, atomic_write
+from jaxtrain.workdir import Workdir, atomic_write, writing
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
@@ -42,6 +42,9 @@ class NullRecords:
           step: optimizer steps done so far.
           extra: more numbers, for `metrics.jsonl` and TensorBoard.
         """
+
+    def bad_batch(self, values: Mapping[str, Any]) -> None:
+        """A batch whose numbers were amiss: `step`, `text`, `examples` (their indices in the training set)."""
 
     def result(self, values: Mapping[str, Any]) -> None:
         """Writes `result.json`: the run is complete."""
@@ -104,6 +107,10 @@ class Records(NullRecords):
             self._jsonl.append({"step": step, "epoch": epoch, "phase": phase, **numbers})
             self._events[phase].scalars(step, _scalars(numbers))
         self._csv.append(EpochRow(epoch, phase, loss, accuracy, throughput))
+
+    def bad_batch(self, values: Mapping[str, Any]) -> None:
+        with writing(self._workdir.bad_batches), open(self._workdir.bad_batches, "a", encoding="utf-8") as file:
+            file.write(json.dumps(plain(values)) + "\n")
 
     def result(self, values: Mapping[str, Any]) -> None:
         atomic_write(self._workdir.result, json.dumps(plain(values), indent=2, allow_nan=False) + "\n")

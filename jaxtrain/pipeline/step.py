@@ -340,6 +340,6 @@ def _judge(
     task: Task, step: jax.Array, loss_scale: PyTree, batch_step: jax.Array, numbers: jax.Array
 ) -> tuple[Verdict, Metrics]:
     loss, correct, gradients, params = jnp.sum(numbers, 0)
-    verdict = judge(step, loss_scale, batch_step, loss, jnp.sqrt(gradients))
+    verdict = judge(step, loss_scale, batch_step, loss, jnp.sqrt(gradients), skips=task.skips)
     norms = (verdict.norm, jnp.sqrt(params), jnp.zeros((), numbers.dtype))
     return verdict, metrics_of(task, step, loss_scale, verdict, loss, correct, *norms)
