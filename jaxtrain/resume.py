@@ -20,7 +20,7 @@ from jaxtrain.checkpoint_files import discard_unfinished, manifested_steps, prob
 from jaxtrain.config import Config, from_dict
 from jaxtrain.distributed import processes
 from jaxtrain.errors import CheckpointError, ConfigError, WorkdirError
-from jaxtrain.run import make_schedule, total_steps
+from jaxtrain.run import make_schedule
 from jaxtrain.workdir import Workdir
 
 log = logging.getLogger("jaxtrain")
@@ -142,9 +142,7 @@ def refuse_length(directory: Workdir, resume: Resume, config: Config, train_exam
     position = resume.position
     steps = np.arange(position.step)
     old, new = (
-        np.asarray(
-            make_schedule(c, train_examples, total_steps(c, train_examples, position.step, position.examples))(steps)
-        )
+        np.asarray(make_schedule(c, train_examples, position.step, position.examples)(steps))
         for c in (resume.stored, config)
     )
     refused = workdir_lib.refused(found, same_rates=np.array_equal(old, new))

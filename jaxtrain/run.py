@@ -154,7 +154,7 @@ def make_run(
         raise ConfigError(f"config.model.num_classes={classes}: the data set {dataset.name} has {dataset.num_classes}.")
     model = registry.build(config.model, shape, classes, types.compute_dtype, types.param_dtype)
     steps = total_steps(config, len(dataset.train), start_step, start_example)
-    rate = make_schedule(config, len(dataset.train), steps)
+    rate = make_schedule(config, len(dataset.train), start_step, start_example)
     optimizer = make(config.optim, rate, model.no_decay)
     mean, std = (config.data.mean, config.data.std) if config.data.mean else (dataset.mean, dataset.std)
     preprocess = Preprocess(
@@ -216,10 +216,18 @@ def total_steps(config: Config, train_examples: int, start_step: int = 0, start_
     return start_step + -(-left // config.data.global_batch)
 
 
-def make_schedule(config: Config, train_examples: int, steps: int) -> optax.Schedule:
-    """The learning rate as a function of the step."""
-    warmup = warmup_steps(config, train_examples)
-    return schedule(config.optim, steps, warmup, config.data.global_batch)
+def make_schedule(config: Config, train_examples: int, start_step: int = 0, start_example: int = 0) -> optax.Schedule:
+    """The learning rate as a function of the step.
+
+    A run whose length is in epochs counts examples: after `start_step` steps of another batch size it goes on from where
+    `start_example` examples are on the curve. One whose length is in steps counts steps.
+    """
+    batch, warmup = config.data.global_batch, warmup_steps(config, train_examples)
+    if config.train.steps:
+        return schedule(config.optim, config.train.steps, warmup, batch)
+    rate = schedule(config.optim, -(-config.train.epochs * train_examples // batch), warmup, batch)
+    ahead = start_example / batch - start_step
+    return (lambda step: rate(step + ahead)) if ahead else rate
 
 
 def warmup_steps(config: Config, train_examples: int) -> int:

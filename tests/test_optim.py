@@ -1,5 +1,6 @@
 """Schedules at fixed points; optimizers against torch.optim or the paper's formula; masks, clipping, the average."""
 
+import dataclasses
 import functools
 import math
 import types
@@ -11,9 +12,10 @@ import optax
 import pytest
 
 from jaxtrain import optim
-from jaxtrain.config import ModelConfig, OptimConfig
+from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.errors import ConfigError
 from jaxtrain.models.registry import build
+from jaxtrain.run import make_schedule
 
 # ------------------------------------------------------------------------------------------------------ learning rate
 
@@ -480,3 +482,15 @@ def test_cross_entropy_takes_probabilities_and_computes_in_f32():
         exact = optim.loss_fn("cross_entropy")(logits, jnp.array([[0.5, 0.5, 0.0]]))
         assert exact.dtype == jnp.float64
         np.testing.assert_allclose(exact, wanted[1:], rtol=1e-15)
+
+
+def test_after_a_change_of_the_batch_the_schedule_goes_on_by_examples():
+    """Ten epochs of 1,000 examples: the first five in steps of 50, the others in steps of 250."""
+    small = Config(data=DataConfig(global_batch=50), optim=OptimConfig(lr_scaling="none"), train=TrainConfig(epochs=10))
+    large = dataclasses.replace(small, data=DataConfig(global_batch=250))
+    before, whole = make_schedule(small, 1000), make_schedule(large, 1000)
+    after = make_schedule(large, 1000, 100, 5000)  # 100 steps of 50 were made
+    np.testing.assert_allclose(after(np.arange(100, 120)), whole(np.arange(20, 40)), rtol=1e-12)
+    assert before(100) == pytest.approx(after(100), rel=1e-12)
+    in_steps = dataclasses.replace(large, train=TrainConfig(steps=200))
+    assert make_schedule(in_steps, 1000, 100, 5000)(100) == make_schedule(in_steps, 1000)(100)

@@ -1,0 +1,31 @@
+"""Prove in a minute that this machine trains: a short training on made-up images on all devices, and four checks."""
+
+import argparse
+import dataclasses
+import json
+
+from jaxtrain.cli import start
+from jaxtrain.errors import JaxtrainError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--json, devices."""
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    start.add_device_arguments(parser)
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints each check as it is made. Raises `JaxtrainError` naming those that failed."""
+    start.start_devices(arguments)
+    from jaxtrain.demo import Check, run_demo  # noqa: PLC0415  bad arguments are answered before JAX is loaded
+
+    def show(check: Check) -> None:
+        print(f"{'ok' if check.passed else 'FAILED':8}{check.name}: {check.found}", flush=True)
+
+    checks = run_demo(arguments.devices, (lambda check: None) if arguments.json else show)
+    failed = [check for check in checks if not check.passed]
+    if arguments.json:
+        print(json.dumps({"passed": not failed, "checks": [dataclasses.asdict(check) for check in checks]}, indent=2))
+    if failed:
+        why = "; ".join(f"{check.name!r}, {check.found}" for check in failed)
+        raise JaxtrainError(f"{len(failed)} of the demo's {len(checks)} checks failed: {why}.")

@@ -1,0 +1,103 @@
+"""A disk that is full: the failed checkpoint is cleaned up, training goes on, and a later save succeeds."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from pathlib import Path
+
+import pytest
+import runs
+from runs import SMALL, here
+
+from jaxtrain.checkpoint_files import manifested_steps, problems
+from jaxtrain.errors import WorkdirError
+
+# Fills its disk before batch 9 is read, and frees it before batch 15.
+FILLING = """
+import dataclasses
+import os
+
+from jaxtrain.data import sources
+
+class Filling:
+    def __init__(self, base, path):
+        self.base, self.shape, self.path, self.reads = base, base.shape, path, 0
+
+    def __len__(self):
+        return len(self.base)
+
+    def read(self, indices):
+        self.reads += 1
+        if self.reads == 9:
+            free = os.statvfs(os.path.dirname(self.path))
+            with open(self.path, "wb") as file:
+                file.write(b"x" * (free.f_bavail * free.f_frsize - int(os.environ["LEFT"])))
+        if self.reads == 15 and os.environ["FREED"] == "yes":
+            os.unlink(self.path)
+        return self.base.read(indices)
+
+def digits(config, image_size):
+    found = sources.load(dataclasses.replace(config, name="digits"), image_size=image_size)
+    return dataclasses.replace(found, train=Filling(found.train, os.environ["FILLER"]))
+"""
+
+FIELDS = SMALL | {
+    "data.name": "filling:digits", "data.residency": "stream", "data.workers": 0, "data.examples": 128,
+    "model.width": 600, "train.steps": 24, "train.eval_every": "0", "checkpoint.every": "3", "checkpoint.keep": 1,
+}  # fmt: skip
+
+
+@pytest.fixture
+def disk(tmp_path, monkeypatch):
+    """A file system of 12 MiB; a checkpoint takes about 2."""
+    path = tmp_path / "disk"
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=12m", "tmpfs", path], capture_output=True, check=False
+    )
+    if mounted.returncode:
+        pytest.skip(f"a file system cannot be mounted here: {mounted.stderr.decode().strip()}")
+    (tmp_path / "filling.py").write_text(FILLING)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setenv("FILLER", str(path / "filler"))
+    yield path
+    subprocess.run(["umount", "-l", path], check=True)
+
+
+@pytest.mark.parametrize("left", [600_000, 0], ids=["seen before", "found while writing"])
+def test_training_goes_on_and_a_later_save_succeeds(disk: Path, monkeypatch, left):
+    monkeypatch.setenv("LEFT", str(left))
+    monkeypatch.setenv("FREED", "yes")
+    if not left:  # nobody looks before writing
+        monkeypatch.setattr("jaxtrain.checkpoint.Checkpoints._is_short_of", lambda *_: False)
+        monkeypatch.setenv("LEFT", "600000")
+    result = here(disk / "run", FIELDS)
+    log = (disk / "run" / "logs" / "process_0.log").read_text()
+    assert log.count("training goes on, and the next save tries again") >= 1
+    assert "No space left on device" in log
+    assert len(runs.losses(disk / "run")) == 24
+    steps = manifested_steps(disk / "run" / "checkpoints")
+    assert steps[-1] == 24
+    assert all(problems(disk / "run" / "checkpoints" / str(step)) == [] for step in steps)
+    assert not list((disk / "run" / "checkpoints").glob("*tmp*")), "what was begun is gone"
+    assert result.result["steps"] == 24
+
+
+def test_the_third_failed_save_in_a_row_ends_the_run_with_a_good_checkpoint(disk: Path, monkeypatch):
+    monkeypatch.setenv("LEFT", "600000")
+    monkeypatch.setenv("FREED", "no")
+    with pytest.raises(WorkdirError, match=r"was not written \(No space left on device\); 3 in a row"):
+        here(disk / "run", FIELDS)
+    (step,) = manifested_steps(disk / "run" / "checkpoints")
+    assert problems(disk / "run" / "checkpoints" / str(step)) == []
+    os.unlink(disk / "filler")
+    here(disk / "run", FIELDS | {"data.name": "digits"}, checkpoint__allow_changes=True)
+    assert len(runs.losses(disk / "run")) == 24
+
+
+def test_a_disk_without_room_for_one_checkpoint_is_refused_at_the_start(disk: Path, monkeypatch):
+    monkeypatch.setenv("LEFT", "0")
+    (disk / "filler").write_bytes(b"x" * (11 << 20))
+    with pytest.raises(WorkdirError, match="A checkpoint takes 2 MiB and"):
+        here(disk / "run", FIELDS | {"data.name": "digits"})
