@@ -28,8 +28,8 @@ from jaxtrain.trainer import train
 PyTree = Any
 
 DEVICES, ALL_REDUCE, LOSS, REPLICAS = "devices found", "all-reduce", "loss falls", "gradients finite, replicas equal"
-STEPS = 40
-_COMPARED = 5  # steps at each end whose mean losses are compared
+STEPS = 24
+_COMPARED = 4  # steps at each end whose mean losses are compared
 _ENOUGH = 0.5  # of the first mean: what the last one must be below
 _ADDED = 1 << 18  # f32 numbers that each device adds: 1 MiB
 
@@ -94,7 +94,7 @@ def demo_config(devices: Sequence[Device]) -> Config:
             learning_rate=1e-3 if small else 5e-4,
             lr_scaling="none",
             weight_decay=0.05,
-            warmup=f"{STEPS // 10} steps",
+            warmup=f"{STEPS // 8} steps",
             clip_norm=5.0,
         ),
         train=TrainConfig(epochs=1, log_every=1, eval_every="0"),
@@ -111,7 +111,9 @@ def check_devices(devices: Sequence[Device], gpus: Sequence[Gpu], asked: str) ->
     found = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     if not gpus or devices[0].platform != "cpu" or asked.startswith("cpu"):
         return Check(DEVICES, True, found)
-    why = f"{found}, although the host has {len(gpus)} x {gpus[0].name}: `jaxtrain doctor` says how to have JAX use them"
+    why = (
+        f"{found}, although the host has {len(gpus)} x {gpus[0].name}: `jaxtrain doctor` says how to have JAX use them"
+    )
     return Check(DEVICES, False, why)
 
 
@@ -133,7 +135,9 @@ def check_all_reduce(found: np.ndarray) -> Check:
     """Fails unless every device, a row of `found` each, has the exact sum."""
     wrong = np.argwhere(found != _rows(len(found)).sum(0))
     if not len(wrong):
-        return Check(ALL_REDUCE, True, f"{found.shape[1]:,} numbers added over {len(found)} devices, every sum is exact")
+        return Check(
+            ALL_REDUCE, True, f"{found.shape[1]:,} numbers added over {len(found)} devices, every sum is exact"
+        )
     device, number = wrong[0]
     wanted = _rows(len(found))[:, number].sum()
     return Check(
@@ -158,15 +162,21 @@ def check_replicas(grad_norms: Sequence[float], state: PyTree) -> Check:
     The copies are equal only if every device has added up equal gradients at every step.
     """
     leaves = jax.tree_util.tree_leaves_with_path(state)
-    copies = {jax.tree_util.keystr(path): [np.asarray(s.data) for s in leaf.addressable_shards] for path, leaf in leaves}
+    copies = {
+        jax.tree_util.keystr(path): [np.asarray(s.data) for s in leaf.addressable_shards] for path, leaf in leaves
+    }
     bad = [name for name, of_leaf in copies.items() if not all(np.isfinite(copy).all() for copy in of_leaf)]
     if bad or not all(map(math.isfinite, grad_norms)):
-        return Check(REPLICAS, False, f"{', '.join(bad[:3]) or 'a gradient norm'} is not finite after {len(grad_norms)} steps")
+        return Check(
+            REPLICAS, False, f"{', '.join(bad[:3]) or 'a gradient norm'} is not finite after {len(grad_norms)} steps"
+        )
     other = [name for name, (first, *rest) in copies.items() if any(c.tobytes() != first.tobytes() for c in rest)]
     largest = max(_difference(of_leaf) for of_leaf in copies.values())
     count = len(next(iter(copies.values())))
     if other:
-        why = f"{len(other)} of {len(copies)} leaves of the state differ between the {count} devices by up to {largest:g}"
+        why = (
+            f"{len(other)} of {len(copies)} leaves of the state differ between the {count} devices by up to {largest:g}"
+        )
         return Check(REPLICAS, False, f"{why}, the first {other[0]}: a device or its link computes wrong")
     return Check(
         REPLICAS,

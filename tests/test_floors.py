@@ -26,7 +26,7 @@ FLOORS = (
     ("feed", "run"),
     ("resume",),
     ("engine",),
-    ("trainer", "evaluation", "inspect"),
+    ("trainer", "evaluation", "inspect", "doctor", "demo"),
     ("cli", "__init__"),
     ("main", "__main__"),
 )

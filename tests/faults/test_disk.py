@@ -13,27 +13,32 @@ from runs import SMALL, here
 from jaxtrain.checkpoint_files import manifested_steps, problems
 from jaxtrain.errors import WorkdirError
 
-# Fills its disk before batch 9 is read, and frees it before batch 15.
+# Slow enough that nothing is read ahead. Fills its disk once there is a checkpoint, and frees it five batches later.
 FILLING = """
 import dataclasses
 import os
+import time
 
 from jaxtrain.data import sources
 
 class Filling:
     def __init__(self, base, path):
         self.base, self.shape, self.path, self.reads = base, base.shape, path, 0
+        self.filled = 0
 
     def __len__(self):
         return len(self.base)
 
     def read(self, indices):
         self.reads += 1
-        if self.reads == 9:
+        time.sleep(0.05)
+        first = os.path.join(os.path.dirname(self.path), "run", "checkpoints", "3", "manifest.json")
+        if not self.filled and os.path.exists(first):
+            self.filled = self.reads
             free = os.statvfs(os.path.dirname(self.path))
             with open(self.path, "wb") as file:
                 file.write(b"x" * (free.f_bavail * free.f_frsize - int(os.environ["LEFT"])))
-        if self.reads == 15 and os.environ["FREED"] == "yes":
+        if self.filled and self.reads == self.filled + 5 and os.environ["FREED"] == "yes":
             os.unlink(self.path)
         return self.base.read(indices)
 
