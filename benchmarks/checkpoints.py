@@ -1,4 +1,4 @@
-"""Checkpoints: how long the loop is blocked by an asynchronous save, against the whole write, and the restore."""
+"""Checkpoints: how long the loop is blocked by an asynchronous save, against the whole write, its manifest, and the restore."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ import jax
 
 from benchmarks.common import Spread, settings, synthetic
 from jaxtrain.checkpoint import Checkpoints
+from jaxtrain.checkpoint_files import problems, read_manifest, write_manifest
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig
 from jaxtrain.run import load_data, make_run
 from jaxtrain.state import create_state
@@ -34,20 +35,35 @@ def _measure(name: str, model: str) -> dict[str, Any]:
         run = make_run(config, load_data(config.data), jax.devices()[:1])
         state = create_state(run.init, run.layout)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
-        blocked, whole, restored = [], [], []
-        with contextlib.closing(
-            Checkpoints(Path(tempfile.mkdtemp(prefix="jaxtrain-bench-")) / "checkpoints", 1)
-        ) as checkpoints:
+        blocked, whole, hashed, verified, restored = [], [], [], [], []
+        with (
+            tempfile.TemporaryDirectory(prefix="jaxtrain-bench-") as folder,
+            contextlib.closing(Checkpoints(Path(folder) / "checkpoints", 1)) as checkpoints,
+        ):
             for step in range(1, REPEATS + 2):
                 began = time.perf_counter()
-                checkpoints.save(step, state, {"examples": 0}, epoch=-1)
+                checkpoints.save(step, state, {"examples": 0, "config": {}}, epoch=-1)
                 blocked.append(time.perf_counter() - began)
                 checkpoints.wait()
                 whole.append(time.perf_counter() - began)
+                path = checkpoints.directory / str(step)
+                fields = dataclasses.asdict(read_manifest(path))
+                began = time.perf_counter()
+                write_manifest(path, **{k: v for k, v in fields.items() if k not in ("schema", "files", "time")})
+                hashed.append(time.perf_counter() - began)
+                began = time.perf_counter()
+                assert not problems(path)
+                verified.append(time.perf_counter() - began)
                 began = time.perf_counter()
                 jax.block_until_ready(checkpoints.restore(step, state))
                 restored.append(time.perf_counter() - began)
-    seconds = {"blocked": blocked[1:], "whole": whole[1:], "restore": restored[1:]}
+    seconds = {
+        "blocked": blocked[1:],
+        "whole": whole[1:],
+        "manifest": hashed[1:],
+        "verify": verified[1:],
+        "restore": restored[1:],
+    }
     return {
         "name": name,
         "bytes": size,

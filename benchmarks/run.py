@@ -79,7 +79,7 @@ def table(results: dict[str, Any]) -> str:
     for row in measured.get("inputs", []):
         lines.append(_row(f"input, {row['name']}", row["images_per_second"], 1e-3, "k images/s"))
     for row in measured.get("checkpoints", []):
-        for key in ("blocked", "whole", "restore"):
+        for key in ("blocked", "whole", "manifest", "verify", "restore"):
             lines.append(_row(f"checkpoint of {row['name']} ({row['bytes'] / 1e6:.0f} MB), {key}", row[key], 1, "s", 3))
     for row in measured.get("bubble", []):
         name = f"bubble of {row['schedule']}, {row['stages']} stages, {row['microbatches']} microbatches"
