@@ -1,0 +1,23 @@
+"""Checkpoints that earlier versions wrote are still read. `golden/schemaN` was written by the jaxtrain whose schema N was."""
+
+import shutil
+from pathlib import Path
+
+import pytest
+from runs import SMALL, here
+
+from jaxtrain import evaluate
+from jaxtrain.checkpoint_files import problems, read_manifest
+
+GOLDEN = Path(__file__).parents[1] / "golden"
+
+
+@pytest.mark.parametrize("schema", [1])
+def test_a_golden_checkpoint_is_read(tmp_path, schema):
+    copy = shutil.copytree(GOLDEN / f"schema{schema}", tmp_path / "run")
+    folder = copy / "checkpoints" / "4"
+    assert problems(folder) == []
+    assert read_manifest(folder).schema == schema
+    assert evaluate(copy, checkpoint="4").result.loss == pytest.approx(2.2866918563842775, rel=1e-5)
+    result = here(copy, SMALL | {"train.steps": 6, "train.eval_every": "0"})
+    assert [row["step"] for row in result.history if row["phase"] == "train"] == [5, 6]
