@@ -422,6 +422,7 @@ class _Loop:
 
     def _compare_replicas(self, state: TrainState) -> None:
         """Rolls back or stops where the copies of a weight differ; every process hears what any has found."""
+        self.watchdog.feed("compare the copies")
         with self.clock.charge("other"):
             own = self.check_replicas(state.params)
         word = processes.next_word("replicas")
@@ -521,6 +522,7 @@ class _Loop:
         return (results.get("ema") or results["raw"]).accuracy
 
     def _evaluate(self, state: TrainState, split: str) -> dict[str, EvalResult]:
+        self.watchdog.feed("evaluation")  # the first one compiles
         weights = {"raw": (state.params, state.batch_stats)}
         if state.ema:
             weights["ema"] = state.ema["params"], state.ema["batch_stats"]
@@ -553,6 +555,7 @@ class _Loop:
         step = self.position.step
         if step == self.saved_step:
             return
+        self.watchdog.feed("save")
         with self.clock.charge("checkpoint"):
             self.records.flush()  # the rows up to this step must survive whatever the checkpoint survives
             position = self._stored_position()
