@@ -359,9 +359,9 @@ class _Loop:
         if values.pop("step") != step:
             self._stop_at_bad_numbers(step, values, state)
         skipped = values.pop("skipped")
-        if skipped and (text := symptoms.loss_scale_at_floor(values["loss_scale"] / 2, MIN_SCALE)):
-            log.warning("%s", text)
         overflowed = skipped and self.config.train.precision == "fp16" and values["loss_scale"] > MIN_SCALE
+        if overflowed and (text := symptoms.loss_scale_at_floor(values["loss_scale"] / 2, MIN_SCALE)):
+            log.warning("%s", text)
         norms = values["grad_norm"], values["update_norm"]
         finding = Finding() if overflowed else self.guard.look(step, values["loss"], *norms, skipped=bool(skipped))
         correct = values.pop("correct")
