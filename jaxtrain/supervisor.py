@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import json
 import os
 import signal
 import socket
@@ -158,6 +159,16 @@ class Supervisor:
         if self._deaths[uuid] >= _DEATHS_ON_A_GPU:
             self._excluded[uuid] = f"{self._deaths[uuid]} processes died on it"
             say(f"{uuid} is left out: {self._excluded[uuid]}")
+
+
+def missing_gpus(machine: Path, gpus: Gpus) -> list[str]:
+    """UUIDs of GPUs that `jaxtrain doctor --write` found on this host and that are not there now; [] without its file."""
+    try:
+        facts = json.loads(machine.read_text())
+        known = [gpu["uuid"] for gpu in facts["gpus"]] if facts["host"] == socket.gethostname() else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return sorted(set(known) - {gpu.uuid for gpu in gpus.all()})
 
 
 class TooFewGpusError(EnvironmentMismatchError):

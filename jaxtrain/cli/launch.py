@@ -2,9 +2,11 @@
 
 import argparse
 import sys
+from pathlib import Path
 
 from jaxtrain.errors import ConfigError
-from jaxtrain.supervisor import Options, Supervisor
+from jaxtrain.gpus import Gpus
+from jaxtrain.supervisor import Options, Supervisor, missing_gpus, say
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -45,4 +47,7 @@ def run(arguments: argparse.Namespace) -> int:
         hang=arguments.hang,
         min_devices=arguments.min_devices,
     )
-    return Supervisor([sys.executable, "-m", "jaxtrain", *arguments.rest], options).run()
+    gpus = Gpus()
+    if missing := missing_gpus(Path("machine.json"), gpus):
+        say(f"machine.json lists GPUs that are not found now: {', '.join(missing)}")
+    return Supervisor([sys.executable, "-m", "jaxtrain", *arguments.rest], options, gpus).run()

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import importlib
+import json
 import os
 import signal
+import socket
 import sys
 import textwrap
 import threading
@@ -15,7 +17,7 @@ from typing import Any
 import pytest
 
 from jaxtrain.gpus import Gpu, Gpus
-from jaxtrain.supervisor import Options, Supervisor, TooFewGpusError, share
+from jaxtrain.supervisor import Options, Supervisor, TooFewGpusError, missing_gpus, share
 
 # Counts its own starts, tells where it is, and then does what its argument says.
 WORKER = textwrap.dedent(
@@ -184,6 +186,15 @@ def test_a_gpu_with_a_fault_is_left_out_and_too_few_end_the_job(tmp_path, capfd)
     assert "GPU-3 is left out: Xid 79" in capfd.readouterr().err
     with pytest.raises(TooFewGpusError, match=r"3 of 4 GPUs are left .* GPU-3 \(Xid 79\)"):
         supervise(tmp_path, "pass", gpus, processes=4, min_devices=4)
+
+
+def test_a_gpu_that_the_machine_had_is_missed(tmp_path):
+    path = tmp_path / "machine.json"
+    assert missing_gpus(path, NoGpus()) == []
+    path.write_text(json.dumps({"host": socket.gethostname(), "gpus": [{"uuid": "GPU-0"}, {"uuid": "GPU-9"}]}))
+    assert missing_gpus(path, NoGpus(*FOUR)) == ["GPU-9"]
+    path.write_text(json.dumps({"host": "another", "gpus": [{"uuid": "GPU-9"}]}))
+    assert missing_gpus(path, NoGpus(*FOUR)) == []
 
 
 FAKE_NVML = """
