@@ -136,14 +136,14 @@ def check_all_reduce(found: np.ndarray) -> Check:
     wrong = np.argwhere(found != _rows(len(found)).sum(0))
     if not len(wrong):
         return Check(
-            ALL_REDUCE, True, f"{found.shape[1]:,} numbers added over {len(found)} devices, every sum is exact"
+            ALL_REDUCE, True, f"{found.shape[1]:,} numbers added over {_devices(len(found))}, every sum is exact"
         )
     device, number = wrong[0]
     wanted = _rows(len(found))[:, number].sum()
     return Check(
         ALL_REDUCE,
         False,
-        f"{len(wrong):,} of {found.size:,} sums over {len(found)} devices are wrong, the first {found[device, number]:g} for "
+        f"{len(wrong):,} of {found.size:,} sums over {_devices(len(found))} are wrong, the first {found[device, number]:g} for "
         f"{wanted:g} on device {device}: do not train on these devices with this driver and build of jax",
     )
 
@@ -181,11 +181,15 @@ def check_replicas(grad_norms: Sequence[float], state: PyTree) -> Check:
     return Check(
         REPLICAS,
         True,
-        f"gradient norm at most {max(grad_norms):.3f} in {len(grad_norms)} steps; {count} copies of {len(copies)} leaves, "
-        f"largest difference {largest:g}",
+        f"gradient norm at most {max(grad_norms):.3f} in {len(grad_norms)} steps; {len(copies)} leaves on {_devices(count)}, "
+        f"largest difference between copies {largest:g}",
     )
 
 
 def _difference(copies: Sequence[np.ndarray]) -> float:
     first = copies[0].astype(np.float64)
     return max(float(np.abs(copy - first).max(initial=0.0)) for copy in copies)
+
+
+def _devices(count: int) -> str:
+    return f"{count} device{'s' if count > 1 else ''}"

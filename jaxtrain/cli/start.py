@@ -60,11 +60,16 @@ def resolved(arguments: argparse.Namespace) -> Resolved:
     return resolve(arguments.config, arguments.overrides)
 
 
-def start_devices(arguments: argparse.Namespace) -> None:
-    """Sets JAX up before its backend starts. Raises `ConfigError` for a count that makes no sense."""
+def check_devices(arguments: argparse.Namespace) -> None:
+    """Raises `ConfigError` for a count that makes no sense."""
     for name in ("devices", "simulate_devices"):
         if getattr(arguments, name) < 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1.")
+
+
+def start_devices(arguments: argparse.Namespace) -> None:
+    """Sets JAX up before its backend starts. Raises `ConfigError` for a count that makes no sense."""
+    check_devices(arguments)
     import jax  # noqa: PLC0415  bad arguments are answered before JAX is loaded
 
     if arguments.simulate_devices:

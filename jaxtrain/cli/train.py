@@ -23,6 +23,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Checks the config, then starts devices and processes, then trains. A process of several ends at once with an error."""
     resolved = start.resolved(arguments)
+    start.check_devices(arguments)
     workdir = Path(arguments.workdir or start.default_workdir(resolved.name))
     from jaxtrain.distributed import processes  # noqa: PLC0415  a bad config is answered before JAX is loaded
     from jaxtrain.distributed.interrupt import catch_signals  # noqa: PLC0415

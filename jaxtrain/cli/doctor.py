@@ -1,0 +1,38 @@
+"""Examine this machine: what would break a run here, and what mends it; --write keeps the facts in machine.json."""
+
+import argparse
+import dataclasses
+import json
+from pathlib import Path
+
+from jaxtrain.doctor import Check, examine, write
+from jaxtrain.errors import EnvironmentMismatchError
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """--write, --json, --workdir."""
+    parser.add_argument("--write", action="store_true", help="keep the facts in DIR/machine.json")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--workdir", default=".", metavar="DIR", help="where runs will write; default: here")
+
+
+def run(arguments: argparse.Namespace) -> None:
+    """Prints each check as it is made. Raises `EnvironmentMismatchError` naming the problems."""
+    found = examine(Path(arguments.workdir), (lambda check: None) if arguments.json else _show)
+    problems = [check for check in found.checks if check.state == "problem"]
+    if arguments.json:
+        checks = [dataclasses.asdict(check) for check in found.checks]
+        print(json.dumps({"ok": not problems, "checks": checks, "machine": found.machine.facts()}, indent=2))
+    if arguments.write:
+        path = write(found.machine, Path(arguments.workdir))
+        if not arguments.json:
+            print(path)
+    if problems:
+        why = "; ".join(f"{check.name}: {check.found}" for check in problems)
+        raise EnvironmentMismatchError(f"{len(problems)} of {len(found.checks)} checks found a problem ({why}).")
+
+
+def _show(check: Check) -> None:
+    print(f"{check.state:9}{check.name}: {check.found}", flush=True)
+    if check.fix:
+        print(f"{'':9}fix: {check.fix}", flush=True)
