@@ -6,7 +6,6 @@ simulated devices share this machine's cores; those of `efficiency` compute, eac
 
 from __future__ import annotations
 
-import argparse
 import collections
 import contextlib
 import dataclasses
@@ -26,8 +25,9 @@ import numpy as np
 from flax import linen as nn
 
 from benchmarks.common import Spread, batches, block_seconds, settings, start, synthetic
-from jaxtrain.cli.start import start_processes
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig
+from jaxtrain.distributed.join import join
+from jaxtrain.distributed.place import Place
 from jaxtrain.models.classifier import Classifier
 from jaxtrain.models.layers import Context, Layer
 from jaxtrain.parallel import schedule as schedules
@@ -272,8 +272,7 @@ def _throughput(model: ModelConfig, size: int, parts: int, core: int, port: int 
     layout = LayoutConfig(microbatches=parts)
     if port:
         layout = LayoutConfig(microbatches=parts, stages=2, stage_placement="hosts", balance="time")
-        joined = {"coordinator": f"127.0.0.1:{port}", "num_processes": 2, "process_id": core, "start_timeout": 120}
-        start_processes(argparse.Namespace(**joined))
+        join(Place(f"127.0.0.1:{port}", 2, core), {}, 120)
     groups = parts if model.name.startswith("resnet") else 1
     config = _config(dataclasses.replace(model, bn_groups=groups), size * parts, layout)
     with settings(config):
