@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.distributed.meeting import Fingerprint, meet
-from jaxtrain.distributed.place import Place
+from jaxtrain.distributed.place import FLAGS, Place
 from jaxtrain.errors import EnvironmentMismatchError
 
 WAITING_NOTE_SECONDS = 10.0
@@ -67,6 +67,9 @@ def join(place: Place, fingerprint: Fingerprint, timeout: int, *, allow_version_
             place.processes,
             place.index,
             initialization_timeout=timeout,
+            # Inside a scheduler's job JAX would take a single GPU, by the task's number, also of a process that was told
+            # its place (by `jaxtrain launch`, say) and may have several.
+            cluster_detection_method="deactivate" if place.source == FLAGS else None,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             coordinator_bind_address=address if place.is_local else None,
         )

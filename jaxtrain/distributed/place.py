@@ -13,6 +13,7 @@ from jaxtrain.errors import ConfigError, EnvironmentMismatchError
 # Above the ports that Linux gives to outgoing connections (32768 - 60999), so that a job's port is rarely taken.
 _FIRST_PORT, _PORTS = 61440, 4096
 
+FLAGS = "the flags"
 PROCESS_VARIABLES = {
     "coordinator": "JAXTRAIN_COORDINATOR",
     "processes": "JAXTRAIN_NUM_PROCESSES",
@@ -31,7 +32,7 @@ class Place:
     coordinator: str
     processes: int
     index: int
-    source: str = "the flags"
+    source: str = FLAGS
 
     def __str__(self) -> str:
         return f"process {self.index} of {self.processes}"
@@ -175,4 +176,4 @@ def _torchrun(environment: Mapping[str, str], coordinator: str) -> Place | None:
     return Place(coordinator, processes, _number(environment, "RANK", -1), "RANK and WORLD_SIZE")
 
 
-__all__ = ["PROCESS_VARIABLES", "Place", "find_place", "first_host"]
+__all__ = ["FLAGS", "PROCESS_VARIABLES", "Place", "find_place", "first_host"]
