@@ -34,6 +34,7 @@ class Guard:
 
     def __init__(self, skips: int, spike: float):
         self._skips, self._spike = skips, spike
+        self.poisoned = False  # whether the last update was not finite: its state is not worth saving
         self._refused: list[int] = []
         self._seen: dict[str, collections.deque[float]] = {
             name: collections.deque(maxlen=_WINDOW) for name in ("loss", "gradient norm")
@@ -48,8 +49,9 @@ class Guard:
                 return Finding(f"{text}; {len(self._refused)} in a row", "stop", self._refused[0])
             return Finding(f"{text} ({len(self._refused)} of at most {self._skips} in a row are passed over)")
         self._refused.clear()
-        if not math.isfinite(update_norm):
-            return Finding(f"the update of step {step} is not finite ({update_norm:g})", "stop", step)
+        self.poisoned = not math.isfinite(update_norm)
+        if self.poisoned:
+            return Finding(f"the update of step {step} is not finite ({update_norm:g})", "roll back", step)
         for name, value in (("loss", loss), ("gradient norm", grad_norm)):
             seen = self._seen[name]
             if self._spike and len(seen) >= _LEAST and (score := robust_score(value, list(seen))) > self._spike:

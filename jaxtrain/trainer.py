@@ -441,12 +441,14 @@ class _Loop:
                 f"the update of step {step} was refused: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}"
             )
             self._heed(Finding(text, "stop", step), step)
-        if self.position.step:
+        kept = "the last checkpoint is as it was"
+        if self.position.step and not self.guard.poisoned:
+            kept = f"the state after step {self.position.step} is kept"
             self._save(state)  # every update since was refused, so this is the state before the bad one
             self.checkpoints.wait()
         raise NumericError(
             f"The loss ({values['loss']:g}) or the gradient norm ({values['grad_norm']:g}) of step {step} is not finite; the "
-            f"run stopped before that update, and the state after step {self.position.step} is kept. Try a lower "
+            f"run stopped before that update, and {kept}. Try a lower "
             "config.optim.learning_rate, config.optim.clip_norm=1.0, a longer config.optim.warmup, or precision f32."
         )
 
@@ -554,6 +556,9 @@ class _Loop:
     def _save(self, state: TrainState, epoch: int = -1, accuracy: float | None = None, milestone: bool = False) -> None:
         step = self.position.step
         if step == self.saved_step:
+            return
+        if self.guard.poisoned:
+            log.warning("the state after step %d is not saved: its update was not finite", step)
             return
         self.watchdog.feed("save")
         with self.clock.charge("checkpoint"):

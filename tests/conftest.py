@@ -1,9 +1,11 @@
 """Every test sees eight simulated CPU devices. Programs are compiled with little optimization: here compiling is what costs."""
 
 import atexit
+import gc
 import os
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 QUICK_COMPILE = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICK_COMPILE}".strip()
@@ -13,5 +15,14 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 os.environ["JAX_PLATFORMS"] = "cpu"
 
 import jax  # noqa: E402  after the environment is set
+import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _programs_do_not_pile_up() -> Iterator[None]:
+    """Compiled programs of a whole suite would fill 10 GiB of a worker's memory."""
+    yield
+    jax.clear_caches()
+    gc.collect()

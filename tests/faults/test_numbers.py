@@ -131,7 +131,18 @@ def test_a_spike_is_found_at_its_step(loss, norm, what):
 
 
 def test_an_update_that_is_not_finite_is_found():
-    assert Guard(3, 0.0).look(5, 1.0, 1.0, float("inf"), skipped=False).action == "stop"
+    guard = Guard(3, 0.0)
+    assert guard.look(5, 1.0, 1.0, float("inf"), skipped=False).action == "roll back"
+    assert guard.poisoned
+    guard.look(6, 1.0, 1.0, 0.1, skipped=False)
+    assert not guard.poisoned
+
+
+def test_a_state_whose_update_was_not_finite_is_never_saved(tmp_path):
+    fields = SMALL | {"optim.learning_rate": 1e25, "optim.lr_scaling": "none", "checkpoint.every": "1"}
+    with pytest.raises(NumericError, match="the last checkpoint is as it was"):
+        here(tmp_path / "run", fields)
+    assert not any((tmp_path / "run" / "checkpoints").iterdir())
 
 
 # ----------------------------------------------------------------------------------------------------------- replicas
