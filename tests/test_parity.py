@@ -176,11 +176,7 @@ def recipe_losses(name: str, argument: str) -> list[float]:
     return losses
 
 
-# One of two recipes with the same model: the other's own layout is among the arguments.
-DISTINCT = [name for name in RECIPES if name != "transformer_pipeline_zero"]
-
-
 @pytest.mark.parametrize("argument", LAYOUT_ARGUMENTS)
-@pytest.mark.parametrize("recipe", grouped(DISTINCT))
+@pytest.mark.parametrize("recipe", grouped(RECIPES))
 def test_every_layout_argument_of_every_recipe(recipe, argument):
     np.testing.assert_allclose(recipe_losses(recipe, argument), recipe_losses(recipe, ""), rtol=1e-12)
