@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO
 
 from jaxtrain.distributed.failure import ERROR_FILE, Report, read_report
-from jaxtrain.distributed.watchdog import HEARTBEAT_FILE, read_beat
+from jaxtrain.distributed.watchdog import HEARTBEAT_FILE, Beat, read_beat
 from jaxtrain.errors import EnvironmentMismatchError, PeerError
 from jaxtrain.gpus import Gpus
 
@@ -92,11 +92,12 @@ class Supervisor:
     def run(self) -> int:
         """Starts, watches, restarts. Raises `EnvironmentMismatchError` when too few GPUs are left."""
         failures, same = 0, 0  # since the run last got further
+        idle = 0  # starts in a row that made no step
         with _caught(self._signals):
             while True:
                 with Gang(self._command, self._places(), self._options) as gang:
                     ended = gang.watch(self._signals)
-                    step = gang.step()
+                    step, idle = gang.step(), 0 if gang.made_a_step() else idle + 1
                     cause = root_cause(ended)
                     oom = gang.was_out_of_memory()
                 if cause is None:
@@ -118,7 +119,7 @@ class Supervisor:
                 if failures > self._options.max_restarts:
                     say(f"{self._options.max_restarts} restarts in a row without progress: giving up")
                     return 70
-                wait = _BACKOFF_SECONDS[min(failures - 1, len(_BACKOFF_SECONDS) - 1)]
+                wait = _BACKOFF_SECONDS[min(idle, len(_BACKOFF_SECONDS) - 1)]
                 most = self._options.max_restarts
                 say(f"starting again in {wait:.0f} s (restart {failures} of at most {most} without progress)")
                 if not self._pause(wait):
@@ -195,7 +196,7 @@ class Gang:
         self.places, self._options = list(places), options
         self._folder = tempfile.TemporaryDirectory(prefix="jaxtrain-launch-")
         self._ooms = _oom_kills()
-        self._began = time.time()
+        self._began: int | None = None  # the step that it goes on from
         self._processes: list[subprocess.Popen[str]] = []
         port = _free_port()
         for number, uuids in enumerate(self.places):
@@ -254,6 +255,8 @@ class Gang:
                 passed_on += 1
                 self._send(signals[passed_on - 1])
                 kill_at = min(kill_at, time.monotonic() + (self._options.grace if passed_on == 1 else 2.0))
+            if self._began is None and (steps := [beat.step for beat in self._beats() if beat.phase != "start"]):
+                self._began = min(steps)
             for number, hung in self._hung(ended):
                 process = self._processes[number]
                 process.kill()
@@ -282,8 +285,15 @@ class Gang:
 
     def step(self) -> int:
         """The furthest step that a process has told, or -1."""
-        beats = (read_beat(self._file("beat", number)) for number in range(len(self._processes)))
-        return max((beat.step for beat in beats if beat is not None), default=-1)
+        return max((beat.step for beat in self._beats()), default=-1)
+
+    def made_a_step(self) -> bool:
+        """Whether a process has come further than where it began, as far as it has told."""
+        return self._began is not None and self.step() > self._began
+
+    def _beats(self) -> list[Beat]:
+        found = (read_beat(self._file("beat", number)) for number in range(len(self._processes)))
+        return [beat for beat in found if beat is not None]
 
     def was_out_of_memory(self) -> bool:
         """Whether the kernel killed a process of this host's control group since the start, for want of memory."""
