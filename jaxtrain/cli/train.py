@@ -40,10 +40,11 @@ def run(arguments: argparse.Namespace) -> None:
 
             train(resolved.config, workdir, num_devices=arguments.devices, interrupt=interrupt)
         except Exception as error:
+            stopped = isinstance(error, (PreemptedError, InterruptedRunError))
             if processes.count() > 1:
                 error = as_peer_error(error)
-                interrupt.failed(str(error))
-            elif not isinstance(error, (PreemptedError, InterruptedRunError)):
+                interrupt.ends("" if stopped else str(error))
+            elif not stopped:
                 Report.of(error, 0).write()
                 raise
             leave(error)

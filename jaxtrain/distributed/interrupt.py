@@ -66,12 +66,15 @@ class Interrupt:
         self._listener = threading.Thread(target=self._listen, name="listens to the others", daemon=True)
         self._listener.start()
 
-    def failed(self, text: str) -> None:
-        """Tells the other processes that this one fails. Process 0 stays for a moment: their words go through it."""
+    def ends(self, failure: str) -> None:
+        """Before this process ends early: tells the others of its failure, '' where all have agreed to stop.
+
+        Process 0 stays for a moment: the others' words go through it.
+        """
         if not self._words:
             return
-        host = socket.gethostname()
-        self._say("failed", {"process": processes.index(), "host": host, "text": text})
+        if failure:
+            self._say("failed", {"process": processes.index(), "host": socket.gethostname(), "text": failure})
         if processes.index() == 0:
             time.sleep(_LAST_WORDS_SECONDS)
 
@@ -127,7 +130,9 @@ class Interrupt:
                 self._stop(signal.Signals(json.loads(said["stop"])["signal"]))
 
     def _peer_is_gone(self, text: str) -> None:
-        if self.leave is not None and not self._closed.wait(_LAST_WORDS_SECONDS):
+        # One that has agreed to stop is about to end by itself.
+        seconds = _LAST_WORDS_SECONDS if self.signal is None else _AGREE_SECONDS
+        if self.leave is not None and not self._closed.wait(seconds):
             self.leave(PeerError(text))
 
 
