@@ -24,7 +24,7 @@ from typing import IO
 
 from jaxtrain.distributed.failure import ERROR_FILE, Report, read_report
 from jaxtrain.distributed.watchdog import HEARTBEAT_FILE, Beat, read_beat
-from jaxtrain.errors import EnvironmentMismatchError, PeerError
+from jaxtrain.errors import ConfigError, EnvironmentMismatchError, PeerError
 from jaxtrain.gpus import Gpus
 
 _LOOK_SECONDS = 0.1
@@ -86,6 +86,8 @@ class Supervisor:
         self._gpus = gpus if gpus is not None else Gpus()
         self._excluded: dict[str, str] = {}  # UUID -> why
         self._deaths: dict[str, int] = {}  # on each GPU
+        self._most_gpus = 0  # that are used, where fewer than all healthy ones fit the run; 0 is all
+        self._first_gpus = 0  # used by the first start
         self._signals: list[int] = []
         self._furthest = -1
 
@@ -102,10 +104,12 @@ class Supervisor:
                     oom = gang.was_out_of_memory()
                 if cause is None:
                     return 0
-                say(f"{cause}{' (probably out of memory: the kernel killed it)' if oom else ''}")
+                say(f"{cause}{_about_memory(cause, oom)}")
                 if self._signals or cause.code in (75, 130):
                     return 130 if cause.code == 130 or self._signals[:1] == [signal.SIGINT] else 75
                 if cause.report and not cause.report.retry:
+                    if self._takes_fewer_gpus(cause.report.code, gang.places):
+                        continue
                     return cause.report.code
                 self._blame_gpu(gang.places[cause.process])
                 progress = step > self._furthest
@@ -144,12 +148,25 @@ class Supervisor:
         healthy = [gpu.uuid for gpu in found if gpu.uuid not in self._excluded]
         if not found:
             return [()] * max(self._options.processes, 1)
-        if len(healthy) < self._options.min_devices:
+        usable = healthy[: self._most_gpus or None]
+        if len(usable) < max(self._options.min_devices, 1):
             raise TooFewGpusError(
-                f"{len(healthy)} of {len(found)} GPUs are left and --min-devices is {self._options.min_devices}; the others: "
-                + ", ".join(f"{uuid} ({why})" for uuid, why in self._excluded.items())
+                f"{len(usable)} of {len(found)} GPUs can be used and --min-devices is {self._options.min_devices}; the others: "
+                + ", ".join(f"{uuid} ({self._excluded.get(uuid, 'not a number of GPUs that fits the run')})"
+                            for uuid in (gpu.uuid for gpu in found) if uuid not in usable)
             )
-        return share(healthy, self._options.processes, self._options.gpus_per_process)
+        places = share(usable, self._options.processes, self._options.gpus_per_process)
+        self._first_gpus = self._first_gpus or sum(map(len, places))
+        return places
+
+    def _takes_fewer_gpus(self, code: int, places: Sequence[tuple[str, ...]]) -> bool:
+        """A config that was fine on all GPUs is refused on what is left of them (a batch of 128 on three, say): one less."""
+        used = sum(map(len, places))
+        if code != ConfigError.exit_code or used >= self._first_gpus or used <= 1:
+            return False
+        self._most_gpus = used - 1
+        say(f"the run does not fit {used} GPUs; trying {used - 1} of those that are left")
+        return True
 
     def _blame_gpu(self, uuids: tuple[str, ...]) -> None:
         """A process died: one that dies twice on the same single GPU takes it out of use."""
@@ -273,7 +290,7 @@ class Gang:
             beat = read_beat(self._file("beat", number))
             if number in ended or beat is None or not self._options.hang:
                 continue
-            silent = time.time() - beat.time
+            silent = time.monotonic() - beat.time
             if silent > self._options.hang:
                 yield number, f"gave no sign of life for {silent:.0f} s, in {beat.phase!r} after step {beat.step}"
 
@@ -295,9 +312,10 @@ class Gang:
         found = (read_beat(self._file("beat", number)) for number in range(len(self._processes)))
         return [beat for beat in found if beat is not None]
 
-    def was_out_of_memory(self) -> bool:
-        """Whether the kernel killed a process of this host's control group since the start, for want of memory."""
-        return _oom_kills() > self._ooms
+    def was_out_of_memory(self) -> bool | None:
+        """Whether the kernel killed a process of this control group since the start, for want of memory; None: unknown."""
+        now = _oom_kills()
+        return None if now is None or self._ooms is None else now > self._ooms
 
 
 def root_cause(ended: Sequence[Ended]) -> Ended | None:
@@ -330,13 +348,35 @@ def _free_port() -> int:
         return server.getsockname()[1]
 
 
-def _oom_kills() -> int:
-    """How often the kernel has killed in this process's control group; 0 where it does not say."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        group = Path("/proc/self/cgroup").read_text().splitlines()[-1].rpartition(":")[2].strip()
-        text = Path(f"/sys/fs/cgroup{group}/memory.events").read_text()
-        return int(dict(line.split() for line in text.splitlines())["oom_kill"])
-    return 0
+def _oom_kills() -> int | None:
+    """How often the kernel has killed in this process's control group for want of memory; None where it does not say."""
+    for line in _text(Path("/proc/self/cgroup")).splitlines():
+        _, controllers, group = line.split(":", 2)
+        if not controllers:  # version 2: one tree for all
+            path = Path(f"/sys/fs/cgroup/{group}/memory.events")
+        elif "memory" in controllers.split(","):
+            path = Path(f"/sys/fs/cgroup/memory/{group}/memory.oom_control")
+        else:
+            continue
+        counts = dict(words for row in _text(path).splitlines() if len(words := row.split()) == 2)
+        if "oom_kill" in counts:
+            return int(counts["oom_kill"])
+    return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _about_memory(cause: Ended, oom: bool | None) -> str:
+    if oom:
+        return " (probably out of memory: the kernel killed it; give the job more, or lower config.data.workers)"
+    if oom is None and cause.code == -signal.SIGKILL and not cause.hung:
+        return " (who sent it is not known; the kernel does where memory runs out: see dmesg)"
+    return ""
 
 
 def say(text: str) -> None:

@@ -31,7 +31,7 @@ _MEDIANS = 10  # a step that took as long as so many others is no progress
 
 @dataclasses.dataclass(frozen=True)
 class Beat:
-    """A sign of life: the clock's seconds when it was given, and where the process is."""
+    """A sign of life, and where the process is. time: of the host's monotonic clock, which nobody sets."""
 
     time: float
     pid: int
@@ -69,7 +69,7 @@ class Watchdog:
     def beat(self) -> Beat:
         """For the heartbeat file."""
         phase, step, _ = self._now
-        return Beat(time.time(), os.getpid(), phase, step)
+        return Beat(time.monotonic(), os.getpid(), phase, step)
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 import socket
+import subprocess
 import sys
 import textwrap
 import threading
@@ -31,7 +32,7 @@ WORKER = textwrap.dedent(
         file.write(os.environ.get("CUDA_VISIBLE_DEVICES", "") + "\\n")
 
     def beat(step, age=0.0):
-        beat = {"time": time.time() - age, "pid": os.getpid(), "phase": "step", "step": step}
+        beat = {"time": time.monotonic() - age, "pid": os.getpid(), "phase": "step", "step": step}
         pathlib.Path(os.environ["JAXTRAIN_HEARTBEAT"]).write_text(json.dumps(beat))
 
     def end(code, error, retry):
@@ -142,6 +143,40 @@ def test_sigterm_is_passed_on_and_then_enforced(tmp_path):
     assert time.monotonic() - began < 20
 
 
+MEMORY = Path("/sys/fs/cgroup/memory")  # control groups of version 1; where there are others, the test is skipped
+
+
+@pytest.fixture
+def little_memory():
+    """A control group of 200 MB, to be entered by writing one's process number."""
+    group = MEMORY / f"jaxtrain-test-{os.getpid()}"
+    try:
+        group.mkdir()
+        (group / "memory.limit_in_bytes").write_text(str(200 << 20))
+        (group / "memory.oom_control").read_text().index("oom_kill ")
+    except (OSError, ValueError):
+        pytest.skip("no memory control group can be made here (needs root and cgroup v1)")
+    yield group / "cgroup.procs"
+    group.rmdir()
+
+
+def test_a_process_that_the_kernel_killed_for_memory_is_said_to_be_that(tmp_path, little_memory):
+    (tmp_path / "worker.py").write_text("rows = []\nwhile True: rows.append(bytearray(b'x') * (8 << 20))\n")
+    (tmp_path / "job.py").write_text(
+        textwrap.dedent(
+            f"""
+            import os, pathlib, sys
+            from jaxtrain.supervisor import Options, Supervisor
+            pathlib.Path({str(little_memory)!r}).write_text(str(os.getpid()))
+            sys.exit(Supervisor([sys.executable, {str(tmp_path / "worker.py")!r}], Options(max_restarts=1)).run())
+            """
+        )
+    )
+    job = subprocess.run([sys.executable, tmp_path / "job.py"], capture_output=True, text=True, check=False)
+    assert job.returncode == 70, job.stderr
+    assert job.stderr.count("was killed by SIGKILL (probably out of memory: the kernel killed it") == 2
+
+
 # --------------------------------------------------------------------------------------------------------------- GPUs
 
 FOUR = [Gpu(f"GPU-{i}", "H100", 80 << 30) for i in range(4)]
@@ -184,8 +219,29 @@ def test_a_gpu_with_a_fault_is_left_out_and_too_few_end_the_job(tmp_path, capfd)
     assert [starts(tmp_path, i) for i in range(3)] == [["GPU-0"], ["GPU-1"], ["GPU-2"]]
     assert not (tmp_path / "starts-3").exists()
     assert "GPU-3 is left out: Xid 79" in capfd.readouterr().err
-    with pytest.raises(TooFewGpusError, match=r"3 of 4 GPUs are left .* GPU-3 \(Xid 79\)"):
+    with pytest.raises(TooFewGpusError, match=r"3 of 4 GPUs can be used .* GPU-3 \(Xid 79\)"):
         supervise(tmp_path, "pass", gpus, processes=4, min_devices=4)
+
+
+def test_a_batch_that_three_gpus_cannot_share_is_given_to_two(tmp_path, capfd):
+    script = """
+        beat(count)
+        gpus = int(words[words.index("--num-processes") + 1])
+        if gpus == 4:
+            time.sleep(60) if process != 3 else os.kill(os.getpid(), signal.SIGKILL)
+        if gpus == 3:
+            end(64, "ConfigError", False)
+    """
+    assert supervise(tmp_path, script, NoGpus(*FOUR), processes=4) == 0
+    assert starts(tmp_path, 3) == ["GPU-3"] * 2
+    assert starts(tmp_path, 2) == ["GPU-2"] * 3
+    assert starts(tmp_path, 1) == ["GPU-1"] * 4
+    assert "the run does not fit 3 GPUs; trying 2 of those that are left" in capfd.readouterr().err
+
+
+def test_a_config_that_is_wrong_on_all_gpus_is_tried_once(tmp_path):
+    assert supervise(tmp_path, "end(64, 'ConfigError', False)", NoGpus(*FOUR), processes=4) == 64
+    assert starts(tmp_path) == ["GPU-0"]
 
 
 def test_a_gpu_that_the_machine_had_is_missed(tmp_path):
