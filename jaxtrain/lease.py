@@ -112,6 +112,22 @@ class NoLease:
         """Nothing to see."""
 
 
+def wait_to_see(workdir: Path, token: str, process: int, patience: float = 70.0) -> None:
+    """For the other processes: returns once they see the lock that process 0 holds there, by its token.
+
+    patience: seconds; a network file system may show a new file a minute late. Raises `WorkdirError` where each host has a
+    directory of its own.
+    """
+    deadline = time.monotonic() + patience
+    while (owner := _read(workdir / "lock.json")) is None or owner.token != token:
+        if time.monotonic() > deadline:
+            raise WorkdirError(
+                f"Process {process} on {socket.gethostname()} does not see in {workdir} what process 0 wrote there: the work "
+                "directory must be on a file system that all hosts share; choose one with --workdir."
+            )
+        time.sleep(_LOOK_SECONDS)
+
+
 @contextlib.contextmanager
 def held(workdir: Path) -> Iterator[Lease]:
     """Holds the lock inside the block. Raises `WorkdirError` when a living run has it."""

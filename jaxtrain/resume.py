@@ -19,7 +19,7 @@ from jaxtrain.checkpoint import Start, find_start
 from jaxtrain.checkpoint_files import discard_unfinished, manifested_steps, problems, quarantine, read_manifest
 from jaxtrain.config import Config, from_dict
 from jaxtrain.distributed import processes
-from jaxtrain.errors import CheckpointError, ConfigError, WorkdirError
+from jaxtrain.errors import CheckpointError, ConfigError, DataError, WorkdirError
 from jaxtrain.run import make_schedule
 from jaxtrain.workdir import Workdir
 
@@ -31,7 +31,7 @@ class Position:
     """How far a run has come.
 
     examples: consumed so far. epoch_*: sums since the epoch began. best_accuracy: so far, or -1. owes_validation: the run
-    was stopped before the validation that is due after this step.
+    was stopped before the validation that is due after this step. data: the data set's fingerprint, '' where it is not known.
     """
 
     step: int = 0
@@ -41,6 +41,7 @@ class Position:
     epoch_examples: int = 0
     best_accuracy: float = -1.0
     owes_validation: bool = False
+    data: str = ""
 
     def to_json(self, config: dict[str, Any]) -> dict[str, Any]:
         """As stored in a checkpoint, with the config of the run beside it."""
@@ -49,7 +50,7 @@ class Position:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Position:
         """The inverse of `to_json`."""
-        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls)})
+        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +151,18 @@ def refuse_length(directory: Workdir, resume: Resume, config: Config, train_exam
         raise _refusal(directory, resume, refused)
 
 
+def refuse_other_data(directory: Workdir, resume: Resume, config: Config, fingerprint: str) -> None:
+    """Raises `DataError` where the data set holds something else than when the checkpoint was made."""
+    stored = resume.position.data
+    if stored in ("", fingerprint) or config.checkpoint.allow_changes:
+        return
+    raise DataError(
+        f"The data set {config.data.name} has changed since step {resume.position.step} of {directory.path} (its fingerprint "
+        f"was {stored[:12]} and is {fingerprint[:12]}); bring the old one back, choose another --workdir, or go on with "
+        "--config.checkpoint.allow_changes=true."
+    )
+
+
 def _refusal(directory: Workdir, resume: Resume, refused: list[workdir_lib.Change]) -> WorkdirError:
     if resume.start is None or _is_own(directory, resume.start):
         return WorkdirError(workdir_lib.refuse_text(directory.path, refused))
@@ -168,7 +181,14 @@ def set_aside(directory: Workdir, resume: Resume, config: Config) -> Path | None
     folder = _new_folder(directory.path / "superseded" / time.strftime("%Y%m%d-%H%M%S"))
     metrics = [path for path in (directory.metrics_csv, directory.metrics_jsonl) if path.exists()]
     if _is_another_history(directory, resume, config):
-        own = (directory.config, *metrics, directory.tensorboard, directory.result, directory.checkpoints)
+        own = (
+            directory.config,
+            *metrics,
+            directory.tensorboard,
+            directory.result,
+            directory.starts,
+            directory.checkpoints,
+        )
         copied, moved = [], [path for path in own if path.exists()]
     else:
         steps = [step for step in manifested_steps(directory.checkpoints) if step > resume.position.step]

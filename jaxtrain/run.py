@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import random
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,9 @@ from jaxtrain.config import Config, DataConfig, Duration
 from jaxtrain.data import sources
 from jaxtrain.data.augment import Preprocess
 from jaxtrain.data.sources import Dataset
+from jaxtrain.distributed import processes
 from jaxtrain.distributed.processes import first_on_process_zero
-from jaxtrain.errors import ConfigError
+from jaxtrain.errors import ConfigError, EnvironmentMismatchError
 from jaxtrain.models import registry
 from jaxtrain.optim import loss_fn, make, schedule
 from jaxtrain.parallel.layout import Layout
@@ -137,7 +139,14 @@ def load_data(config: DataConfig) -> Dataset:
         config.prepare_timeout * 60,
         every_process=config.prepare_per_host,
     )
-    return sources.load(config, image_size=config.image_size)
+    dataset = sources.load(config, image_size=config.image_size)
+    of_first = processes.from_process_zero("the data set", dataset.fingerprint, config.prepare_timeout * 60)
+    if dataset.fingerprint != of_first:
+        raise EnvironmentMismatchError(
+            f"Process {processes.index()} on {socket.gethostname()} found another data set {config.name} than process 0 (its "
+            f"fingerprint is {dataset.fingerprint[:12]}, not {of_first[:12]}); give all hosts the same files."
+        )
+    return dataset
 
 
 def make_run(

@@ -11,6 +11,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -152,8 +153,11 @@ class Supervisor:
         if len(usable) < max(self._options.min_devices, 1):
             raise TooFewGpusError(
                 f"{len(usable)} of {len(found)} GPUs can be used and --min-devices is {self._options.min_devices}; the others: "
-                + ", ".join(f"{uuid} ({self._excluded.get(uuid, 'not a number of GPUs that fits the run')})"
-                            for uuid in (gpu.uuid for gpu in found) if uuid not in usable)
+                + ", ".join(
+                    f"{uuid} ({self._excluded.get(uuid, 'not a number of GPUs that fits the run')})"
+                    for uuid in (gpu.uuid for gpu in found)
+                    if uuid not in usable
+                )
             )
         places = share(usable, self._options.processes, self._options.gpus_per_process)
         self._first_gpus = self._first_gpus or sum(map(len, places))
@@ -358,9 +362,8 @@ def _oom_kills() -> int | None:
             path = Path(f"/sys/fs/cgroup/memory/{group}/memory.oom_control")
         else:
             continue
-        counts = dict(words for row in _text(path).splitlines() if len(words := row.split()) == 2)
-        if "oom_kill" in counts:
-            return int(counts["oom_kill"])
+        if found := re.search(r"^oom_kill (\d+)$", _text(path), re.MULTILINE):
+            return int(found[1])
     return None
 
 

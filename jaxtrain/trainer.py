@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import math
+import statistics
 import time
 from collections.abc import Mapping
 from fractions import Fraction
@@ -15,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from jax.experimental import multihost_utils
 from rich.console import Console
 
 from jaxtrain import config as config_lib
@@ -28,16 +28,17 @@ from jaxtrain.config import Config, Duration
 from jaxtrain.data.order import batch_indices
 from jaxtrain.data.sources import Dataset
 from jaxtrain.determinism import ask_for_determinism
-from jaxtrain.distributed import processes
+from jaxtrain.distributed import pace, processes
 from jaxtrain.distributed.interrupt import Interrupt, catch_signals
-from jaxtrain.distributed.processes import barrier, first_on_process_zero, same_everywhere
+from jaxtrain.distributed.processes import barrier, first_on_process_zero, from_process_zero, same_everywhere
 from jaxtrain.distributed.watchdog import Watchdog, watching
 from jaxtrain.engine import Engine, explain_out_of_memory, start_engine
 from jaxtrain.errors import NumericError
 from jaxtrain.evaluator import EvalResult
-from jaxtrain.lease import LEASE_SECONDS, Lease, NoLease, held
+from jaxtrain.lease import LEASE_SECONDS, Lease, NoLease, held, wait_to_see
 from jaxtrain.logging import manifest, symptoms
-from jaxtrain.logging.clock import Span, StepClock, explain
+from jaxtrain.logging.clock import StepClock, explain
+from jaxtrain.logging.goodput import NullTimes, TimesFile
 from jaxtrain.logging.progress import NullProgress, Progress
 from jaxtrain.logging.records import NullRecords, Records
 from jaxtrain.logging.text import TextLog
@@ -113,6 +114,9 @@ def train(
         watchdog = Watchdog(config.train.hang_seconds)
         stack.enter_context(watching(watchdog, interrupt.leave, directory.log(jax.process_index())))
         lease = _take_lease(directory, stack)
+        first = jax.process_index() == 0
+        times = TimesFile(directory.starts, clock, lambda: watchdog.beat().step) if first else NullTimes()
+        stack.enter_context(contextlib.closing(times))
         resume = resume_lib.find(directory, config)
         config = decide(config, resume.stored, devices)
         resume_lib.refuse_changes(directory, resume, config)
@@ -121,8 +125,10 @@ def train(
         with clock.charge("input"):
             dataset = load_data(config.data)
         resume_lib.refuse_length(directory, resume, config, len(dataset.train))
+        resume_lib.refuse_other_data(directory, resume, config, dataset.fingerprint)
+        resume = dataclasses.replace(resume, position=dataclasses.replace(resume.position, data=dataset.fingerprint))
         stack.enter_context(explain_out_of_memory())
-        host = _Host(directory, interrupt, watchdog, clock, console, lease)
+        host = _Host(directory, interrupt, watchdog, clock, console, lease, times)
         for rollbacks_left in range(config.train.rollbacks, -1, -1):
             try:
                 return _train_from(resume, config, dataset, devices, host, rollbacks_left)
@@ -141,6 +147,7 @@ class _Host:
     clock: StepClock
     console: Console
     lease: Lease | NoLease
+    times: NullTimes
 
 
 class _RollBack(Exception):
@@ -164,6 +171,7 @@ def _train_from(
     with host.clock.charge("compile"):
         engine, state = start_engine(run, resume, directory.trace(jax.process_index()))
     _take_over(directory, resume, config)
+    host.times.goes_on_from(position.step)
     checkpoints = Checkpoints(
         directory.checkpoints, config.checkpoint.keep, owner=host.lease.token, still_owner=host.lease.check
     )
@@ -174,14 +182,16 @@ def _train_from(
 
 
 def _take_lease(directory: Workdir, stack: contextlib.ExitStack) -> Lease | NoLease:
-    """Process 0 holds the directory's lock until the end of `stack`."""
+    """Process 0 holds the directory's lock until the end of `stack`, and the others see it there."""
     found: list[Lease] = []
     first_on_process_zero(
         "lock the work directory",
         lambda: found.append(stack.enter_context(held(directory.path))),
         2 * LEASE_SECONDS,
     )
-    return found[0] if found else NoLease()
+    lease = found[0] if found else NoLease()
+    wait_to_see(directory.path, from_process_zero("lease", lease.token, LEASE_SECONDS), jax.process_index())
+    return lease
 
 
 def _take_over(directory: Workdir, resume: Resume, config: Config) -> None:
@@ -238,7 +248,7 @@ class _Loop:
             host.interrupt,
             host.watchdog,
         )
-        self.position, self.rollbacks_left = position, rollbacks_left
+        self.position, self.rollbacks_left, self.times = position, rollbacks_left, host.times
         self.stopping = False  # all processes stop after the step that was dispatched last
         self.config, self.train_examples = run.config, len(run.dataset.train)
         self.first_step = position.step
@@ -252,7 +262,8 @@ class _Loop:
         self.records = Records(host.directory, position.step, epochs_done) if first else NullRecords()
         self.progress = Progress(run.steps, position.step, host.console) if first else NullProgress()
         self.epochs = self._epoch(run.steps) + 1
-        self.log_span = self.epoch_span = self.clock.now()
+        self.log_span = self.epoch_span = self.pace_span = self.clock.now()
+        self.paces, self.spread = pace.Paces(), 1.0
         self.saved_step, self.saved_at = position.step, time.monotonic()
         self.validated: tuple[int, dict[str, EvalResult]] = (-1, {})  # the last step that was, and its results
         every, milestone = self.config.checkpoint.every, self.config.checkpoint.milestone_every
@@ -385,10 +396,13 @@ class _Loop:
             throughput = span.throughput if span.steps or not median else self._batch / median
             rates = {"throughput": throughput, "throughput_per_device": throughput / self._devices}
             row = {"step": step, "epoch": epoch, "phase": "train", **values, **rates, "data_wait": span.data_wait}
+            row |= {"process_spread": self.spread} if jax.process_count() > 1 else {}
             self.records.train_step(row)
             self.history.append(row)
             shown = {"loss": values["loss"], "accuracy": values["accuracy"]}
             self.progress.update(step, epoch, self.epochs, shown, throughput, step_seconds=self.clock.step_seconds)
+        if step % pace.EVERY == 0:
+            self._tell_pace()
         if finding.text:
             self._heed(finding, step)
 
@@ -460,6 +474,7 @@ class _Loop:
         owed: that step's validation alone, which an earlier start was stopped before.
         """
         step, last = self.position.step, self.position.step == self.run.steps
+        self.watchdog.feed("save", step)
         if not owed and self._compares_replicas_after(step):
             self._compare_replicas(state)
         epoch, ends_epoch = self._epoch(step), self._due(self.epoch_ends, step)
@@ -494,18 +509,21 @@ class _Loop:
         self.progress.message(
             f"epoch {epoch + 1}/{self.epochs} train: loss {loss:.4f}, accuracy {accuracy:.4f}; {bound}"
         )
-        own = self._own_seconds(span)
-        of_all = symptoms.imbalanced(own) if jax.process_index() == 0 else ""
-        for warning in (symptoms.slow_data(span), of_all):
-            if warning:
-                log.warning("%s", warning)
+        if warning := symptoms.slow_data(span):
+            log.warning("%s", warning)
+        self._tell_pace()
 
-    def _own_seconds(self, span: Span) -> list[float]:
-        """Each process's seconds a step without waiting for the others; one collective an epoch."""
-        own = (span.seconds["input"] + span.seconds["other"]) / max(span.steps, 1)
-        if jax.process_count() == 1:
-            return [own]
-        return multihost_utils.process_allgather(own).tolist()
+    def _tell_pace(self) -> None:
+        """Tells how long this process takes for its own part of a step; process 0 warns of one that is slow."""
+        now = self.clock.now()
+        span, self.pace_span = now - self.pace_span, now
+        paces = self.paces.tell((span.seconds["input"] + span.seconds["other"]) / max(span.steps, 1))
+        if not paces:
+            return
+        middle = statistics.median(each.seconds for each in paces)
+        self.spread = max(each.seconds for each in paces) / middle if middle else 1.0
+        if warning := symptoms.imbalanced(paces):
+            log.warning("%s", warning)
 
     def _validate(self, state: TrainState, epoch: int) -> float | None:
         """Evaluates the weights, and their average where there is one; returns the accuracy that decides which is best.
@@ -608,8 +626,11 @@ class _Loop:
             "device_kind": self.run.layout.mesh.devices.flat[0].device_kind,
             "precision": self.config.train.precision,
         }
+        result |= self.times.summary()
         self.records.result(result)
         self.progress.message(explain(whole, "this run"))
+        if result.get("starts", 1) > 1:
+            self.progress.message(f"goodput {result['goodput']:.1%} over {result['starts']} starts (jaxtrain goodput)")
         log.info("result: %s", self.directory.result)
         return TrainResult(state, self.history, result, self.directory)
 

@@ -58,6 +58,11 @@ class Workdir:
         return self.path / "result.json"
 
     @property
+    def starts(self) -> Path:
+        """What the time of each start went into (`jaxtrain goodput`)."""
+        return self.path / "starts"
+
+    @property
     def checkpoints(self) -> Path:
         """One directory a saved step."""
         return self.path / "checkpoints"

@@ -138,7 +138,7 @@ def free_port() -> int:
 
 def rows(workdir: Path, phase: str = "train") -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, without what depends on the clock."""
-    timed = ("throughput", "throughput_per_device", "data_wait")
+    timed = ("throughput", "throughput_per_device", "data_wait", "process_spread")
     return [{k: v for k, v in row.items() if k not in timed} for row in _json_lines(workdir) if row["phase"] == phase]
 
 

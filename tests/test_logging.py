@@ -22,6 +22,7 @@ from tensorboardX.proto import event_pb2
 
 from jaxtrain import workdir as wd
 from jaxtrain.cli import main as command_line
+from jaxtrain.distributed.pace import Pace
 from jaxtrain.errors import WorkdirError
 from jaxtrain.logging import clock as clocks
 from jaxtrain.logging import manifest, symptoms
@@ -707,15 +708,17 @@ def test_slow_data_is_seen_whatever_else_the_epoch_did():
 
 
 def test_imbalance_names_the_slow_process():
-    assert symptoms.imbalanced([1.0]) == ""
-    assert symptoms.imbalanced([1.0, 1.29]) == ""
-    assert symptoms.imbalanced([0.0, 0.0]) == ""
-    assert symptoms.imbalanced([0.0001, 0.0015]) == ""
-    assert "process 0 needs 1.4 s for its part of a step, 1.4 times the 1 s of the others" in symptoms.imbalanced(
-        [1.4, 1.0]
-    )
-    assert "process 2" in symptoms.imbalanced([1.0, 1.1, 1.5, 1.0])
-    assert "process 1" in symptoms.imbalanced([0.0, 1.0])
+    def imbalanced(*seconds: float) -> str:
+        return symptoms.imbalanced([Pace(process, f"host{process}", each) for process, each in enumerate(seconds)])
+
+    assert imbalanced(1.0) == ""
+    assert imbalanced(1.0, 1.29) == ""
+    assert imbalanced(0.0, 0.0) == ""
+    assert imbalanced(0.0001, 0.0015) == ""
+    text = "process 0 on host0 needs 1.4 s for its part of a step, 1.4 times the 1 s of the others"
+    assert text in imbalanced(1.4, 1.0)
+    assert "process 2 on host2" in imbalanced(1.0, 1.1, 1.5, 1.0)
+    assert "process 1" in imbalanced(0.0, 1.0)
 
 
 def test_fp16_underflow_is_said_at_the_floor_only():

@@ -12,14 +12,14 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jaxtrain.cli import checkpoint, config, data, demo, doctor, evaluate, launch, layout, logs, train
+from jaxtrain.cli import checkpoint, config, data, demo, doctor, evaluate, goodput, launch, layout, logs, train
 from jaxtrain.config import did_you_mean
 from jaxtrain.errors import REPORT_THIS, ConfigError, JaxtrainError
 from jaxtrain.recipes import add_working_directory, split_override
 
 COMMANDS = {
     "train": train, "launch": launch, "evaluate": evaluate, "checkpoint": checkpoint, "data": data, "config": config,
-    "layout": layout, "logs": logs, "demo": demo, "doctor": doctor,
+    "layout": layout, "logs": logs, "goodput": goodput, "demo": demo, "doctor": doctor,
 }  # fmt: skip
 
 

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import importlib.metadata
+import importlib.util
 import os
 import platform
 import sys
 import threading
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -28,6 +32,9 @@ SELF_TEST_BYTES = 4 << 20  # a device's
 # Settings that each host may have for itself.
 OF_ONE_HOST = ("data.dir", "data.workers", "data.prepare_per_host", "data.prepare_timeout")
 
+# Settings that may name a module of the user's own.
+OWN_CODE = ("model.name", "data.name", "optim.name", "optim.loss")
+
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
@@ -35,8 +42,21 @@ def fingerprint_of(config: Mapping[str, Any], workdir: str) -> Fingerprint:
     """What must be the same on all processes. config: flat, by dotted names."""
     versions = {name: importlib.metadata.version(name) for name in ("jaxtrain", *_PACKAGES)}
     versions["python"] = ".".join(platform.python_version_tuple()[:2])
+    versions["code of jaxtrain"] = _hash(*sorted(Path(__file__).parents[1].rglob("*.py")))
+    for module in {name.partition(":")[0] for name in map(config.get, OWN_CODE) if ":" in str(name)}:
+        with contextlib.suppress(ImportError, ValueError, OSError):  # no module, as `folder` of folder:PATH
+            if (found := importlib.util.find_spec(module)) and found.origin:
+                versions[f"code of {module}"] = _hash(Path(found.origin))
     settings = {f"config.{key}": _plain(value) for key, value in config.items() if key not in OF_ONE_HOST}
     return {"versions": versions, "config": settings | {"--workdir": workdir}}
+
+
+def _hash(*files: Path) -> str:
+    """SHA-256 of their contents, shortened."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
 
 
 def _plain(value: Any) -> Any:

@@ -13,6 +13,7 @@ import json
 import os
 import select
 import socket
+import sys
 import time
 from collections.abc import Mapping
 from typing import Any
@@ -22,6 +23,7 @@ from jaxtrain.errors import EnvironmentMismatchError
 
 PORTS = 8  # tried, one after the other, where other programs listen at the first
 _BANNER = "jaxtrain-meeting"
+SKEW_SECONDS = 5.0  # between two hosts' clocks that are warned of
 _HELLO_SECONDS = 2.0  # that a process which has connected may take to say who it is
 
 Fingerprint = Mapping[str, Mapping[str, Any]]
@@ -29,12 +31,16 @@ Fingerprint = Mapping[str, Mapping[str, Any]]
 
 @dataclasses.dataclass(frozen=True)
 class Hello:
-    """What a process tells process 0. fingerprint: `versions` and `config`, each a flat mapping of plain values."""
+    """What a process tells process 0.
+
+    fingerprint: `versions` and `config`, each a flat mapping of plain values. clock: its host's, in seconds since 1970.
+    """
 
     index: int
     processes: int
     host: str
     fingerprint: Fingerprint
+    clock: float = dataclasses.field(default_factory=time.time)
 
 
 def meet(place: Place, fingerprint: Fingerprint, timeout: float, *, allow_version_skew: bool = False) -> str:
@@ -128,6 +134,14 @@ def _welcome(
         other = Hello(**json.loads(connection.makefile(encoding="utf-8").readline(1 << 20)))
     except (OSError, ValueError, TypeError):
         return ""  # nobody came, or it was none of us
+    if abs(skew := other.clock - time.time()) > SKEW_SECONDS:
+        ahead = "ahead of" if skew > 0 else "behind"
+        print(
+            f"jaxtrain: the clock of process {other.index} on {other.host} is {abs(skew):.0f} s {ahead} that of process 0; "
+            "nothing in the run depends on it, but the times in logs will not match.",
+            file=sys.stderr,
+            flush=True,
+        )
     before, come[other.index] = come.get(other.index), connection
     if before is not None or other.index == 0:
         if before is not None:
@@ -167,10 +181,9 @@ def _is_closed(connection: socket.socket) -> bool:
 def _report(place: Place, address: tuple[str, int], hello: Hello, timeout: float) -> dict[str, Any]:
     """Tells process 0 who this is. Returns its answer, once JAX listens there."""
     deadline = time.monotonic() + timeout
-    line = json.dumps(dataclasses.asdict(hello)) + "\n"
     while True:
         for port in range(address[1], min(address[1] + PORTS, 65536)):
-            answer, error = _ask((address[0], port), line, timeout)
+            answer, error = _ask((address[0], port), hello, timeout)
             if answer:
                 return answer if "no" in answer else _wait_for_jax(place, (address[0], answer["port"]), timeout)
             if error is not None and not isinstance(error, ConnectionRefusedError):
@@ -184,7 +197,7 @@ def _report(place: Place, address: tuple[str, int], hello: Hello, timeout: float
         time.sleep(0.1)
 
 
-def _ask(address: tuple[str, int], line: str, timeout: float) -> tuple[dict[str, Any], OSError | None]:
+def _ask(address: tuple[str, int], hello: Hello, timeout: float) -> tuple[dict[str, Any], OSError | None]:
     """The answer of process 0, if it listens there; and the error where nobody listens."""
     try:
         connection = socket.create_connection(address, timeout=_HELLO_SECONDS)
@@ -195,7 +208,8 @@ def _ask(address: tuple[str, int], line: str, timeout: float) -> tuple[dict[str,
             reader = connection.makefile(encoding="utf-8", errors="replace")
             if reader.readline(64).strip() != _BANNER:
                 return {}, None
-            connection.sendall(line.encode())
+            now = dataclasses.replace(hello, clock=time.time())
+            connection.sendall((json.dumps(dataclasses.asdict(now)) + "\n").encode())
             connection.settimeout(timeout + 10)  # process 0 may have begun to wait just now
             answer = json.loads(reader.readline(1 << 16))
         except (OSError, ValueError):

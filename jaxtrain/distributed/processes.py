@@ -38,6 +38,13 @@ def said(words: str) -> dict[str, str]:
     return {key.rpartition("/")[2]: text for key, text in client.key_value_dir_get(words)}
 
 
+def forget(words: str) -> None:
+    """Nobody asks for what is below `words` any more."""
+    client: Any = distributed.global_state.client
+    with contextlib.suppress(RuntimeError):
+        client.key_value_delete(words)
+
+
 def wait_for_word(word: str, timeout: float) -> str:
     """What some process has published. Raises `RuntimeError` after `timeout` seconds, or when process 0 is gone."""
     client: Any = distributed.global_state.client
@@ -50,6 +57,17 @@ def from_all(word: str, mine: str, timeout: float) -> list[str]:
         return [mine]
     publish(f"{word}/{index()}", mine)
     return [wait_for_word(f"{word}/{process}", timeout) for process in range(count())]
+
+
+def from_process_zero(name: str, mine: str, timeout: float) -> str:
+    """What process 0 says. Every process calls it alike. Raises `RuntimeError` after `timeout` seconds."""
+    if count() == 1:
+        return mine
+    word = next_word(name)
+    if index() == 0:
+        publish(word, mine)
+        return mine
+    return wait_for_word(word, timeout)
 
 
 def next_word(name: str) -> str:

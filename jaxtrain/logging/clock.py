@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import statistics
+import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
@@ -80,11 +81,12 @@ class StepClock:
         clock.step_done(examples)
 
     Take `now()` at the start and the end of an epoch, or of the steps between two logged rows; the difference is its
-    `Span`. Blocks may be nested: the inner category counts.
+    `Span`. Blocks may be nested: the inner category counts. Other threads may ask for `now()`.
     """
 
     def __init__(self, timer: Callable[[], float] = time.perf_counter):
         self._timer = timer
+        self._lock = threading.Lock()
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)
         self._category = "other"
         self._last = timer()
@@ -141,9 +143,10 @@ class StepClock:
         return before
 
     def _settle(self) -> None:
-        instant = self._timer()
-        self._seconds[self._category] += instant - self._last
-        self._last = instant
+        with self._lock:
+            instant = self._timer()
+            self._seconds[self._category] += instant - self._last
+            self._last = instant
 
 
 _ADVICE = {

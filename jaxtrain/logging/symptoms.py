@@ -5,6 +5,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Sequence
 
+from jaxtrain.distributed.pace import Pace
 from jaxtrain.logging.clock import Span
 
 SLOW_DATA_SHARE = 0.2
@@ -28,24 +29,22 @@ def slow_data(span: Span) -> str:
     )
 
 
-def imbalanced(seconds: Sequence[float]) -> str:
+def imbalanced(paces: Sequence[Pace]) -> str:
     """One process takes more than 1.3 times as long for its own part of a step as the others, and 2 ms longer.
 
-    Args:
-      seconds: for each process, the time of a step that it spent on its own (input and host work). The whole step will
-        not do: collectives make every process wait for the slowest, so all have the same.
+    The whole step's time will not do: collectives make every process wait for the slowest, so all have the same.
     """
-    if len(seconds) < 2:
+    if len(paces) < 2:
         return ""
-    slow = max(range(len(seconds)), key=seconds.__getitem__)
+    slow = max(paces, key=lambda pace: pace.seconds)
     # the median of the others: of two processes, the slow one would be half of its own yardstick
-    others = statistics.median(s for process, s in enumerate(seconds) if process != slow)
-    if seconds[slow] <= max(IMBALANCE * others, others + IMBALANCE_SECONDS):
+    others = statistics.median(pace.seconds for pace in paces if pace is not slow)
+    if slow.seconds <= max(IMBALANCE * others, others + IMBALANCE_SECONDS):
         return ""
-    ratio = f"{seconds[slow] / others:.1f} times" if others else "and not"
+    ratio = f"{slow.seconds / others:.1f} times" if others else "and not"
     return (
-        f"imbalanced: process {slow} needs {seconds[slow]:.3g} s for its part of a step, {ratio} the {others:.3g} s of "
-        "the others; look for other programs, a slower disk or fewer CPUs on its host."
+        f"imbalanced: process {slow.process} on {slow.host} needs {slow.seconds:.3g} s for its part of a step, {ratio} the "
+        f"{others:.3g} s of the others; look for other programs, a slower disk or fewer CPUs on that host."
     )
 
 

@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 
+from jaxtrain import supervisor
 from jaxtrain.gpus import Gpu, Gpus
 from jaxtrain.supervisor import Options, Supervisor, TooFewGpusError, missing_gpus, share
 
@@ -44,6 +45,11 @@ WORKER = textwrap.dedent(
     exec(words[0])
     """
 )
+
+
+@pytest.fixture(autouse=True)
+def _short_last_words(monkeypatch):
+    monkeypatch.setattr(supervisor, "_LAST_WORDS_SECONDS", 0.5)  # of workers that have nothing to say
 
 
 def supervise(tmp_path: Path, script: str, gpus: Gpus | None = None, **options: object) -> int:
@@ -87,7 +93,7 @@ def test_the_first_failure_is_the_cause_and_not_its_echo(tmp_path, capfd):
     script = """
         if process == 0:
             end(70, "PeerError", True)
-        time.sleep(1)
+        time.sleep(0.2)
         end(66, "CheckpointError", False)
     """
     assert supervise(tmp_path, script) == 66

@@ -1,0 +1,63 @@
+"""Goodput: the wall time of a run over all its starts adds up, and steps that were done twice count once."""
+
+import json
+
+import pytest
+import runs
+from runs import SMALL, here
+
+from jaxtrain.logging.goodput import StartTimes, goodput, read_starts
+
+
+def start(began, first, last, *, lost=0, **seconds):
+    return StartTimes(began, first, last, lost, {"start": 1.0, "step": 0.0} | seconds)
+
+
+def test_an_undisturbed_run():
+    found = goodput([start(100, 0, 10, step=8.0, compile=1.0)])
+    assert found.seconds == {"training": 8.0, "done again": 0.0, "start": 1.0, "compile": 1.0}
+    assert (found.wall, found.share, found.steps, found.lost_steps) == (10.0, 0.8, 10, 0)
+
+
+def test_steps_that_a_later_start_does_again_count_once():
+    """Killed at step 10, on from 6; killed at once, on from 4, which the first start had done: 3 s between starts."""
+    found = goodput([start(0, 0, 10, step=10.0), start(14, 6, 8, step=4.0), start(22, 4, 12, step=16.0)])
+    assert found.seconds == {"training": 4 + 16, "done again": 4 + 2 + 4, "start": 3.0, "down": 3.0 + 3.0}
+    assert (found.steps, found.lost_steps) == (12, 4 + 2 + 2)
+    assert found.wall == 22 + 17
+
+
+def test_a_rollback_and_a_step_that_was_never_finished():
+    found = goodput([start(0, 0, 8, lost=2, step=10.0), start(11, 8, 8, step=5.0)])
+    assert found.seconds == {"training": 8.0, "done again": 2.0 + 5.0, "start": 2.0, "down": 0.0}
+    assert found.lost_steps == 2
+
+
+def test_a_real_run_adds_up(tmp_path, capsys):
+    run = tmp_path / "run"
+    here(run, SMALL, train__steps=6)
+    result = here(run, SMALL, train__steps=12).result
+    first, second = read_starts(run / "starts")
+    assert (first.first_step, first.step, second.first_step, second.step) == (0, 6, 6, 12)
+    assert second.began >= first.began  # both are this process's
+    assert result["starts"] == 2
+    assert json.loads((run / "result.json").read_text())["goodput"] == result["goodput"] > 0
+    assert runs.command_line(["goodput", str(run), "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["wall_seconds"] == pytest.approx(sum(said["seconds"].values()))
+    assert (said["starts"], said["steps"], said["lost_steps"]) == (2, 12, 0)
+    assert runs.command_line(["goodput", str(run)]) == 0
+    assert "2 starts, 12 steps" in capsys.readouterr().out
+
+
+def test_a_fresh_run_begins_a_new_account(tmp_path):
+    run = tmp_path / "run"
+    here(run, SMALL, train__steps=4)
+    here(run, SMALL, train__steps=4, checkpoint__resume="none")
+    assert [each.step for each in read_starts(run / "starts")] == [4]
+    assert len(list((run / "superseded").glob("*/starts/*.json"))) >= 1
+
+
+def test_what_is_no_run(tmp_path, capsys):
+    assert runs.command_line(["goodput", str(tmp_path)]) == 73
+    assert "holds no start of a run" in capsys.readouterr().err
