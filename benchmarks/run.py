@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import checkpoints, inputs, overhead, pipeline, startup, steps
+from benchmarks import checkpoints, faults, inputs, overhead, pipeline, startup, steps
 from benchmarks.common import ROOT, machine
 
 BENCHMARKS: dict[str, Callable[[], Any]] = {
@@ -25,6 +25,7 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "quickstart": startup.quickstart,
     "inputs": inputs.measure,
     "checkpoints": checkpoints.measure,
+    "faults": faults.measure,
     "bubble": pipeline.bubble,
     "dispatch": pipeline.dispatch,
     "efficiency": pipeline.efficiency,
@@ -81,6 +82,9 @@ def table(results: dict[str, Any]) -> str:
     for row in measured.get("checkpoints", []):
         for key in ("blocked", "whole", "manifest", "verify", "restore"):
             lines.append(_row(f"checkpoint of {row['name']} ({row['bytes'] / 1e6:.0f} MB), {key}", row[key], 1, "s", 3))
+    for row in measured.get("faults", []):
+        key, unit = ("steps", "steps") if "steps" in row else ("seconds", "s")
+        lines.append(_row(f"fault: {row['name']}", row[key], 1, unit))
     for row in measured.get("bubble", []):
         name = f"bubble of {row['schedule']}, {row['stages']} stages, {row['microbatches']} microbatches"
         lines.append(_row(f"{name}: formula {100 * row['formula']:.1f} %", row["bubble"], 100, "%"))

@@ -170,6 +170,11 @@ def checkpoints(workdir: Path) -> list[int]:
     return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir() if path.name.isdigit())
 
 
+def starts(workdir: Path) -> list[dict[str, Any]]:
+    """What manifest.json says of each start."""
+    return json.loads((workdir / "manifest.json").read_text())["starts"]
+
+
 def leaves(result: TrainResult) -> dict[str, np.ndarray]:
     """Every leaf of the final state."""
     found = jax.tree_util.tree_leaves_with_path(result.state)

@@ -43,7 +43,8 @@ def fingerprint_of(config: Mapping[str, Any], workdir: str) -> Fingerprint:
     versions = {name: importlib.metadata.version(name) for name in ("jaxtrain", *_PACKAGES)}
     versions["python"] = ".".join(platform.python_version_tuple()[:2])
     versions["code of jaxtrain"] = _hash(*sorted(Path(__file__).parents[1].rglob("*.py")))
-    for module in {name.partition(":")[0] for name in map(config.get, OWN_CODE) if ":" in str(name)}:
+    names = (str(config.get(key, "")) for key in OWN_CODE)
+    for module in sorted({name.partition(":")[0] for name in names if ":" in name}):
         with contextlib.suppress(ImportError, ValueError, OSError):  # no module, as `folder` of folder:PATH
             if (found := importlib.util.find_spec(module)) and found.origin:
                 versions[f"code of {module}"] = _hash(Path(found.origin))

@@ -146,11 +146,15 @@ def test_an_error_of_one_process_ends_all_soon_and_is_named(tmp_path):
         assert re.search(r"process 1 \(pid \d+\) on \S+ ended with DataError: .*a disk that is not there", job.output)
 
 
-@pytest.mark.parametrize("fault", ["stuck", "frozen"])
+@pytest.mark.parametrize("fault", ["stuck", "frozen", "stopped"])
 def test_a_process_that_stands_still_is_found(tmp_path, fault):
-    """Stuck: its own watchdog ends it, with its stacks. Frozen, with the interpreter's lock: the launcher does."""
-    options = ["--max-restarts", "0", "--hang", "6"]
-    with launch(tmp_path, *options, data__name=f"faulty:{fault}", train__hang_seconds=4) as job:
+    """Stuck: its own watchdog ends it, with its stacks. With the interpreter's lock, or by SIGSTOP: the launcher does."""
+    options, limit = ["--max-restarts", "0", "--hang", "6"], 60 if fault == "stopped" else 4
+    name = "faulty:digits" if fault == "stopped" else f"faulty:{fault}"
+    with launch(tmp_path, *options, data__name=name, train__hang_seconds=limit) as job:
+        if fault == "stopped":
+            job.wait_for(functools.partial(has_rows, tmp_path / "run", 3), "a few steps")
+            os.kill(worker(job, 1), signal.SIGSTOP)
         assert job.end() == 70, job.output
         if fault == "stuck":
             assert "HangError: No progress for" in job.output

@@ -27,7 +27,7 @@ KILLS = int(os.environ.get("JAXTRAIN_SOAK_KILLS", "100"))
 EVERY = 20
 FIELDS = SMALL | {
     "data.name": "faulty:digits", "data.residency": "stream", "data.workers": 0, "data.examples": 128,
-    "train.steps": 80 * KILLS, "train.eval_every": "0", "checkpoint.every": str(EVERY),
+    "train.steps": 25 * KILLS, "train.eval_every": "0", "checkpoint.every": str(EVERY),
 }  # fmt: skip
 
 

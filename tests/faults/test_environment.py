@@ -1,0 +1,150 @@
+"""An environment that is amiss: clocks apart, secrets in it, other versions, other data, directories that are not shared."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+import runs
+import tiny
+from runs import SMALL, here
+from test_launch import FAULTY, FIELDS, worker
+
+from jaxtrain.errors import DataError, WorkdirError
+from jaxtrain.lease import held, wait_to_see
+
+# Python runs a module of this name when it starts: process 1 believes that it is an hour later.
+ONE_HOUR_AHEAD = """
+import pathlib, time
+words = pathlib.Path("/proc/self/cmdline").read_text().split("\\0")
+if "--process-id" in words and words[words.index("--process-id") + 1] == "1":
+    real, real_ns = time.time, time.time_ns
+    time.time, time.time_ns = (lambda: real() + 3600), (lambda: real_ns() + 3600 * 10**9)
+"""
+CANARY = "correct-horse-battery-staple"
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """A run of two processes that ended well. listening: addresses at which they listened meanwhile."""
+
+    folder: Path
+    output: str
+    listening: set[str]
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("job")
+    (folder / "sitecustomize.py").write_text(ONE_HOUR_AHEAD)
+    (folder / "faulty.py").write_text(FAULTY)
+    secrets = {
+        "AWS_SECRET_ACCESS_KEY": CANARY,
+        "WANDB_API_KEY": CANARY,
+        "HTTPS_PROXY": f"http://me:{CANARY}@proxy.invalid",
+    }
+    secrets["JAX_ACCESS_TOKEN"] = CANARY
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in (secrets | {"PYTHONPATH": str(folder)}).items():
+            patch.setenv(name, value)
+        command = ["-m", "jaxtrain", "launch", "--nproc", "2", "--", "train"]
+        command += runs.arguments(folder / "run", FIELDS, "--simulate-devices", "1")
+        with runs.Started(folder / "output.txt", command, cwd=folder) as started:
+            started.wait_for(lambda: runs.count_rows(folder / "run") > 3, "a few steps")
+            listening = set().union(*(listens_at(pid) for pid in (started.pid, worker(started, 0), worker(started, 1))))
+            assert started.end() == 0, started.output
+            return Job(folder, started.output, listening)
+
+
+def listens_at(pid: int) -> set[str]:
+    """The local addresses of a process's listening TCP sockets."""
+    links = (os.readlink(path) for path in Path(f"/proc/{pid}/fd").iterdir() if path.is_symlink())
+    own = {link[8:-1] for link in links if link.startswith("socket:[")}
+    found = set()
+    for table, family in (("tcp", socket.AF_INET), ("tcp6", socket.AF_INET6)):
+        for line in Path(f"/proc/{pid}/net/{table}").read_text().splitlines()[1:]:
+            cells = line.split()
+            if cells[3] == "0A" and cells[9] in own:
+                words = bytes.fromhex(cells[1].partition(":")[0])
+                address = b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))
+                found.add(socket.inet_ntop(family, address))
+    return found
+
+
+def test_a_clock_an_hour_ahead_is_told_of_and_changes_nothing(job, tmp_path):
+    assert re.search(r"the clock of process 1 on \S+ is 3600 s ahead of that of process 0", job.output)
+    here(tmp_path / "whole", FIELDS | {"data.name": "digits"}, devices=2)
+    assert runs.rows(job.folder / "run") == runs.rows(tmp_path / "whole")
+    assert runs.checkpoints(job.folder / "run") == runs.checkpoints(tmp_path / "whole")
+
+
+def test_secrets_of_the_environment_are_written_nowhere(job):
+    assert CANARY not in job.output
+    files = [path for path in (job.folder / "run").rglob("*") if path.is_file()]
+    assert len(files) > 20
+    assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
+
+
+def test_processes_of_one_host_listen_on_the_loopback_alone(job):
+    assert job.listening
+    assert {address for address in job.listening if address not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")} == set()
+
+
+def test_another_jax_is_named_before_anything_starts(tmp_path):
+    """JAXTRAIN_OTHER_PYTHON: an interpreter in whose environment jaxtrain is installed with another version of jax."""
+    other = os.environ.get("JAXTRAIN_OTHER_PYTHON")
+    if not other:
+        pytest.skip("JAXTRAIN_OTHER_PYTHON names no second environment with another jax")
+    port = runs.free_port()
+    command = ["-m", "jaxtrain.main", *runs.arguments(tmp_path / "run", SMALL, "--start-timeout", "60")]
+    path = os.pathsep.join([str(runs.ROOT), str(runs.ROOT / "tests")])
+    with runs.main(tmp_path / "0.txt", *command[2:], *runs.joined(0, 2, port)) as first:
+        second = subprocess.run(
+            [other, *command, *runs.joined(1, 2, port)], capture_output=True, text=True, check=False,
+            env=os.environ | {"PYTHONPATH": path},
+        )  # fmt: skip
+        assert (first.end(), second.returncode) == (78, 78), second.stderr
+        for said in (first.output, second.stderr):
+            assert re.search(r"process 1 on \S+ has another versions \(.*jax is '.*' there and '.*' on process 0", said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_that_the_hosts_do_not_share(tmp_path):
+    for name in ("here", "there"):
+        (tmp_path / name).mkdir()
+    with held(tmp_path / "here") as lease:
+        wait_to_see(tmp_path / "here", lease.token, 1)
+        with pytest.raises(WorkdirError, match=r"Process 1 on .* must be on a file system that all hosts share"):
+            wait_to_see(tmp_path / "there", lease.token, 1, patience=0.1)
+
+
+OTHER_ON_ONE = """
+import dataclasses, jax, tiny
+def digits(config, image_size):
+    return dataclasses.replace(tiny.digits(config, image_size=image_size), fingerprint=f"{jax.process_index()}" * 64)
+"""
+
+
+def test_other_data_on_one_host(tmp_path):
+    (tmp_path / "other.py").write_text(OTHER_ON_ONE)
+    arguments = runs.arguments(tmp_path / "run", SMALL | {"data.name": "other:digits"}, "--simulate-devices", "1")
+    with runs.Started(
+        tmp_path / "output.txt", ["-m", "jaxtrain", "launch", "--nproc", "2", "--", "train", *arguments], cwd=tmp_path
+    ) as job:
+        assert job.end() == 78, job.output
+        assert re.search(r"Process 1 on \S+ found another data set other:digits than process 0", job.output)
+
+
+def test_data_that_has_changed_since_the_last_start(tmp_path, monkeypatch):
+    run, real = tmp_path / "run", tiny.digits
+    here(run, SMALL, train__steps=4)
+    monkeypatch.setattr(tiny, "digits", lambda *a, **k: dataclasses.replace(real(*a, **k), fingerprint="another" * 9))
+    with pytest.raises(DataError, match="The data set tiny:digits has changed since step 4"):
+        here(run, SMALL, train__steps=8)
+    here(run, SMALL, train__steps=8, checkpoint__allow_changes=True)
+    assert len(runs.losses(run)) == 8
