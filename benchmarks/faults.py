@@ -1,4 +1,4 @@
-"""What faults cost: seconds from a fault to the end of what it causes, with real processes of this host under `jaxtrain launch`.
+"""What faults cost: seconds from a fault to the end of what it causes, with real processes under `jaxtrain launch`.
 
 python -m benchmarks.run cpu2 faults
 """
