@@ -148,3 +148,21 @@ def test_data_that_has_changed_since_the_last_start(tmp_path, monkeypatch):
         here(run, SMALL, train__steps=8)
     here(run, SMALL, train__steps=8, checkpoint__allow_changes=True)
     assert len(runs.losses(run)) == 8
+
+
+LITTLE_MEMORY = """
+import resource, sys
+resource.setrlimit(resource.RLIMIT_AS, (4000 << 20, 4000 << 20))
+from jaxtrain.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_model_that_does_not_fit_the_memory_is_not_tried_again(tmp_path):
+    arguments = runs.arguments(tmp_path / "run", SMALL | {"model.width": 60_000, "train.steps": 1})
+    command = ["-c", LITTLE_MEMORY, "launch", "--", "train", *arguments]
+    with runs.Started(tmp_path / "output.txt", command, cwd=tmp_path) as job:
+        assert job.end() == 70, job.output
+        assert "ended with DeviceMemoryError: The run does not fit the devices' memory." in job.output
+        assert "config.layout.microbatches" in job.output
+        assert job.output.count("work directory:") == 1
