@@ -136,6 +136,26 @@ def test_sigterm_to_the_launcher_saves_and_the_next_launch_goes_on(tmp_path, und
     assert_undisturbed(tmp_path / "run", undisturbed)
 
 
+def test_pipeline_stages_are_stopped_killed_and_resumed_like_any_run(tmp_path):
+    """A stage on each process: stopped by SIGTERM to one of them, started again, and one killed."""
+    stages, run = {"layout__stages": 2, "layout__microbatches": 2}, tmp_path / "run"
+    with launch(tmp_path, **stages) as job:
+        job.wait_for(functools.partial(has_rows, run, 6), "six steps")
+        os.kill(worker(job, 1), signal.SIGTERM)
+        assert job.end() == 75, job.output
+    stopped = runs.checkpoints(run)[-1]
+    with launch(tmp_path, **stages) as job:
+        job.wait_for(
+            lambda: runs.checkpoints(run)[-1] > stopped and (run / "checkpoints" / "15").exists(), "a checkpoint"
+        )
+        os.kill(worker(job, 1), signal.SIGKILL)
+        assert job.end() == 0, job.output
+        assert "was killed by SIGKILL" in job.output
+    whole = tmp_path / "whole"
+    here(whole, FIELDS | {"data.name": "digits", "layout.stages": 2, "layout.microbatches": 2}, devices=2)
+    assert_undisturbed(run, (whole, None))
+
+
 def test_an_error_of_one_process_ends_all_soon_and_is_named(tmp_path):
     with launch(tmp_path, "--max-restarts", "1", data__name="faulty:failing") as job:
         job.wait_for(lambda: "a disk that is not there" in job.output, "the error")
