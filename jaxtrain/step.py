@@ -28,7 +28,28 @@ from jaxtrain.state import AUGMENT, DROPOUT, TrainState, role_key
 from jaxtrain.task import Batch, Resident, Task, select, wrapper
 
 PyTree = Any
-Metrics = dict[str, Any]
+
+
+@flax.struct.dataclass
+class Metrics:
+    """What a step reports, or several: one array [..., names], since each one would be a transfer of its own."""
+
+    numbers: jax.Array
+    names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+
+    def __getitem__(self, name: str) -> jax.Array:
+        """[...]: one of the numbers."""
+        return self.numbers[..., self.names.index(name)]
+
+    def rows(self) -> list[dict[str, float]]:
+        """A row for each step, on the host; waits for them."""
+        return [dict(zip(self.names, row, strict=True)) for row in np.atleast_2d(jax.device_get(self.numbers)).tolist()]
+
+
+def pack(values: Mapping[str, jax.Array]) -> Metrics:
+    """Scalars by name, in the type of the loss; in the names' order, which is the same for all engines."""
+    names = tuple(sorted(values))
+    return Metrics(jnp.stack([values[name].astype(values["loss"].dtype) for name in names]), names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -274,7 +295,7 @@ def _update(
     after, updates = advance(task, shardings, updating, state, gradients, sums.batch_stats, verdict)
     params_part = jax.lax.with_sharding_constraint(state.params, updating)
     norms = (verdict.norm, global_norm(params_part), global_norm(updates))
-    return after, metrics_of(task, state.step, state.loss_scale, verdict, sums.loss, sums.correct, *norms)
+    return after, pack(metrics_of(task, state.step, state.loss_scale, verdict, sums.loss, sums.correct, *norms))
 
 
 def metrics_of(
@@ -287,10 +308,10 @@ def metrics_of(
     grad_norm: jax.Array,
     param_norm: jax.Array,
     update_norm: jax.Array,
-) -> Metrics:
-    """What a step reports; `step` and `loss_scale` are those before it."""
+) -> dict[str, jax.Array]:
+    """What a step reports; `step` and `loss_scale` are those before it. made: the step counts, its batch is used up."""
     return {
-        "step": verdict.step,
+        "made": verdict.accepted | verdict.skipped,
         "loss": loss,
         "correct": correct,
         "learning_rate": task.schedule(step),

@@ -15,20 +15,19 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.experimental import multihost_utils
 from rich.console import Console
 
 from jaxtrain import config as config_lib
 from jaxtrain import resume as resume_lib
 from jaxtrain import workdir as workdir_lib
+from jaxtrain import xla_flags
 from jaxtrain.anomalies import Finding, Guard
 from jaxtrain.checkpoint import Checkpoints, Start
 from jaxtrain.checkpoint_files import manifested_steps, read_manifest
 from jaxtrain.config import Config, Duration
 from jaxtrain.data.order import batch_indices
 from jaxtrain.data.sources import Dataset
-from jaxtrain.determinism import ask_for_determinism
 from jaxtrain.distributed import processes
 from jaxtrain.distributed.interrupt import Interrupt, catch_signals
 from jaxtrain.distributed.processes import barrier, first_on_process_zero, same_everywhere
@@ -58,6 +57,7 @@ from jaxtrain.run import (
     warmup_steps,
 )
 from jaxtrain.state import TrainState
+from jaxtrain.step import Metrics
 from jaxtrain.workdir import Workdir
 
 log = logging.getLogger("jaxtrain")
@@ -99,8 +99,9 @@ def train(
       JaxtrainError: one of the types in `jaxtrain.errors`, with one clear sentence. Never exits the process.
     """
     config = config if isinstance(config, Config) else config_lib.from_dict(config_lib.plain(config))
+    xla_flags.set_flags(xla_flags.for_this_host())
     if config.train.deterministic:
-        ask_for_determinism()
+        xla_flags.set_flags(xla_flags.DETERMINISTIC)
     check_names(config)
     directory = workdir_lib.prepare(workdir)
     with contextlib.ExitStack() as stack:
@@ -310,7 +311,7 @@ class _Loop:
         )
         if self.position.owes_validation:
             self._between_steps(state, owed=True)
-        pending: collections.deque[tuple[range, dict[str, jax.Array]]] = collections.deque()
+        pending: collections.deque[tuple[range, Metrics]] = collections.deque()
         with contextlib.closing(batches):
             for steps, due in self._calls():
                 self.watchdog.feed("input", steps[0] - 1, len(steps) * (self.clock.step_seconds or 0.0))
@@ -319,8 +320,7 @@ class _Loop:
                 self.watchdog.feed("step")
                 with self.clock.charge("step"):
                     state, metrics = self.engine.step(state, batch, self.engine.feed.resident)
-                    for value in metrics.values():
-                        value.copy_to_host_async()
+                    metrics.numbers.copy_to_host_async()
                     pending.append((steps, metrics))
                     pause = self._told_to_pause(steps) or due
                     self.watchdog.feed("wait")
@@ -377,15 +377,14 @@ class _Loop:
 
     # ----------------------------------------------------------------------------------------------------- one step
 
-    def _read(self, steps: range, metrics: dict[str, jax.Array], state: TrainState) -> None:
+    def _read(self, steps: range, metrics: Metrics, state: TrainState) -> None:
         """Takes note of the metrics of a call, step by step. state: that after the call that was dispatched last."""
-        columns = {name: np.atleast_1d(values).tolist() for name, values in jax.device_get(metrics).items()}
-        for step, *values in zip(steps, *columns.values(), strict=True):
-            self._note(step, dict(zip(columns, values, strict=True)), state)
+        for step, values in zip(steps, metrics.rows(), strict=True):
+            self._note(step, values, state)
 
-    def _note(self, step: int, values: dict[str, Any], state: TrainState) -> None:
+    def _note(self, step: int, values: dict[str, float], state: TrainState) -> None:
         """Adds a step's metrics to the epoch's sums, and writes a row when it is due. Raises `NumericError`."""
-        if values.pop("step") != step:
+        if not values.pop("made"):
             self._stop_at_bad_numbers(step, values, state)
         skipped = values.pop("skipped")
         overflowed = skipped and self.config.train.precision == "fp16" and values["loss_scale"] > MIN_SCALE
