@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import math
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,9 +13,11 @@ import pytest
 import runs
 from runs import SMALL, here
 
+from jaxtrain.config import Duration
 from jaxtrain.distributed.interrupt import Interrupt
 from jaxtrain.errors import PreemptedError
 from jaxtrain.step import Step
+from jaxtrain.trainer import Cadence
 
 # Twelve steps in epochs of four, cut by whatever may be due; and twelve in which nothing is.
 CUT = SMALL | {
@@ -100,3 +103,14 @@ def test_where_it_has_no_effect_one_line_says_so(tmp_path, calls, fields, why):
     assert calls == [1] * 4
     log = (tmp_path / "run" / "logs" / "process_0.log").read_text()
     assert log.count(f"train.steps_per_call=4 has no effect here, where each call makes one step: {why}") == 1
+
+
+@pytest.mark.parametrize("text", ["7", "1 step", "100 examples", "1 epoch", "0.3 epochs", "2.5 epochs", "0"])
+def test_what_is_due_next_is_what_counting_every_step_finds(text):
+    batch, examples, start = 32, 1000, 70  # that many examples were done before, in batches of another size
+    cadence = Cadence(Duration.parse(text, "every"), examples)
+    counts = [cadence.count(step, start + step * batch) for step in range(300)]
+    due = [step for step in range(1, 300) if counts[step] > counts[step - 1]]
+    for step in range(200):
+        wanted = next((each for each in due if each > step), math.inf)
+        assert cadence.next_after(step, start + step * batch, batch) == wanted
