@@ -46,10 +46,10 @@ class Metrics:
         return [dict(zip(self.names, row, strict=True)) for row in np.atleast_2d(jax.device_get(self.numbers)).tolist()]
 
 
-def pack(values: Mapping[str, jax.Array]) -> Metrics:
+def pack(values: Mapping[str, Any]) -> Metrics:
     """Scalars by name, in the type of the loss; in the names' order, which is the same for all engines."""
     names = tuple(sorted(values))
-    return Metrics(jnp.stack([values[name].astype(values["loss"].dtype) for name in names]), names)
+    return Metrics(jnp.stack([jnp.asarray(values[name], values["loss"].dtype) for name in names]), names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -308,7 +308,7 @@ def metrics_of(
     grad_norm: jax.Array,
     param_norm: jax.Array,
     update_norm: jax.Array,
-) -> dict[str, jax.Array]:
+) -> dict[str, Any]:
     """What a step reports; `step` and `loss_scale` are those before it. made: the step counts, its batch is used up."""
     return {
         "made": verdict.accepted | verdict.skipped,

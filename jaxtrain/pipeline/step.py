@@ -338,12 +338,12 @@ def make_pipeline(
 
 def _judge(
     task: Task, step: jax.Array, loss_scale: PyTree, batch_step: jax.Array, numbers: jax.Array
-) -> tuple[Verdict, dict[str, jax.Array]]:
+) -> tuple[Verdict, dict[str, Any]]:
     loss, correct, gradients, params = jnp.sum(numbers, 0)
     verdict = judge(step, loss_scale, batch_step, loss, jnp.sqrt(gradients), skips=task.skips)
     norms = (verdict.norm, jnp.sqrt(params), jnp.zeros((), numbers.dtype))
     return verdict, metrics_of(task, step, loss_scale, verdict, loss, correct, *norms)
 
 
-def _finish(squares: jax.Array, metrics: dict[str, jax.Array]) -> Metrics:
+def _finish(squares: jax.Array, metrics: dict[str, Any]) -> Metrics:
     return pack(metrics | {"update_norm": jnp.sqrt(jnp.sum(squares))})
