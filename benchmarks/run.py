@@ -14,13 +14,14 @@ from typing import Any
 
 import jax
 
-from benchmarks import checkpoints, faults, inputs, overhead, pipeline, startup, steps
+from benchmarks import calls, checkpoints, faults, inputs, overhead, pipeline, startup, steps
 from benchmarks.common import ROOT, machine
 
 BENCHMARKS: dict[str, Callable[[], Any]] = {
     "steps": steps.per_model,
     "layouts": steps.per_layout,
     "overhead": overhead.measure,
+    "calls": calls.measure,
     "startup": startup.measure,
     "quickstart": startup.quickstart,
     "inputs": inputs.measure,
@@ -69,6 +70,11 @@ def table(results: dict[str, Any]) -> str:
     if "overhead" in measured:
         for key in ("real_data_over_cached_batch", "trainer_over_bare_step"):
             lines.append(_row(key.replace("_", " "), measured["overhead"][key], 1, "x", 3))
+    for row in measured.get("calls", []):
+        name = f"a step of a tiny MLP in a whole run, {row['per_call']} a call"
+        lines.append(_row(name, row["seconds"], 1e6, "us", 0))
+        if row["per_call"] > 1:
+            lines.append(_row(f"{name}: times faster than 1 a call", row["over_one"], 1, "x", 2))
     for row in measured.get("startup", []):
         for key in ("cold", "warm"):
             lines.append(_row(f"first step of {row['name']}, {key} compile cache", row[key], 1, "s"))

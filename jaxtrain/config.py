@@ -295,6 +295,9 @@ class TrainConfig(_Section):
 
     epochs, steps: the run's length; steps > 0 overrides epochs.
     log_every: steps between rows of metrics.jsonl. eval_every: duration between validations; "0" only at the end.
+    steps_per_call: steps that one program makes before the host hears of them, for models so small that a GPU waits for the
+        host between steps; numbers, rows and checkpoints are those of 1, and a call is cut short where something is due.
+        Pipeline stages and microbatches, and on CPU models with convolutions, take one step a call whatever it says.
     hang_seconds: a process that makes no progress for so long (or for ten steps' time; 30 times longer while it compiles,
         evaluates or saves) writes its threads' stacks and ends; 0 is off.
     nonfinite_skips: updates in a row with a loss or gradient that is not finite that are passed over; 0 stops at the first.
@@ -316,6 +319,7 @@ class TrainConfig(_Section):
     steps: int = 0
     log_every: int = 50
     eval_every: str = "1 epoch"
+    steps_per_call: int = 1
     hang_seconds: float = 60.0
     nonfinite_skips: int = 0
     rollbacks: int = 0
@@ -326,7 +330,7 @@ class TrainConfig(_Section):
     remat: str = "none"
 
     def _validate(self) -> None:
-        self._min(1, "epochs", "log_every")
+        self._min(1, "epochs", "log_every", "steps_per_call")
         self._min(0, "steps", "hang_seconds", "nonfinite_skips", "rollbacks", "spike_threshold", "check_replicas_every")
         _one_of("train.precision", self.precision, PRECISIONS)
         _one_of("train.remat", self.remat, REMATS)

@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 from pathlib import Path
 
+from jaxtrain import xla_flags
 from jaxtrain.checkpoint import Checkpoints, find_start
 from jaxtrain.checkpoint_files import manifested_steps, problems, read_manifest
 from jaxtrain.config import LayoutConfig, from_dict
@@ -44,6 +45,7 @@ def evaluate(
     Raises:
       CheckpointError: the run has no such checkpoint. ConfigError: no such split, or the run keeps no average.
     """
+    xla_flags.set_flags(xla_flags.for_this_host())
     if split not in SPLITS:
         raise ConfigError(f"split={split!r}: must be one of train, val, test.")
     directory = Path(workdir) / "checkpoints"

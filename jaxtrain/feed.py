@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Generator, Mapping
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 from jaxtrain.data.order import eval_batches, index_stream
 from jaxtrain.data.sources import Dataset, Source, is_cheap, materialize, nbytes
 from jaxtrain.data.stream import default_workers, eval_stream, train_stream
 from jaxtrain.evaluator import EvalBatch
-from jaxtrain.parallel.layout import Layout
+from jaxtrain.parallel.layout import Layout, over_steps
 from jaxtrain.task import Batch, Resident
 
 # `data.residency=auto` keeps a data set on the devices up to this share of their memory, or this size where it is unknown.
@@ -33,24 +35,36 @@ class Placer:
         # Positions in the global batch, in the order in which `batch` wants the rows.
         self.positions = (np.arange(parts)[:, None] * size + self._columns).ravel()
 
-    def images(self, rows: np.ndarray) -> jax.Array:
+    def images(self, *rows: np.ndarray) -> jax.Array:
         """The same for images, which only the first pipeline stage needs."""
-        return self.batch(rows, self._images)
+        return self._place(rows, self._images)
 
-    def batch(self, rows: np.ndarray, sharding: jax.sharding.Sharding | None = None) -> jax.Array:
-        """The global array [parts, size, ...] from this process's `rows` [len(positions), ...]."""
-        local = rows.reshape(self._shape[0], len(self._columns), *rows.shape[1:])
+    def batch(self, *rows: np.ndarray) -> jax.Array:
+        """The global array [parts, size, ...] from this process's `rows` [len(positions), ...].
+
+        From the rows of k steps, the array [k, parts, size, ...].
+        """
+        return self._place(rows, self._sharding)
+
+    def _place(self, rows: Sequence[np.ndarray], sharding: NamedSharding) -> jax.Array:
+        tail = rows[0].shape[1:]
+        local = [each.reshape(self._shape[0], len(self._columns), *tail) for each in rows]
 
         def shard(index: tuple[slice, ...]) -> np.ndarray:
-            start, stop, _ = index[1].indices(self._shape[1])
+            start, stop, _ = index[len(index) - len(tail) - 1].indices(self._shape[1])
             first = int(np.searchsorted(self._columns, start))
-            return local[:, first : first + stop - start]
+            parts = [each[:, first : first + stop - start] for each in local]
+            return parts[0] if len(parts) == 1 else np.stack(parts)
 
-        return _place((*self._shape, *rows.shape[1:]), rows.dtype, sharding or self._sharding, shard)
+        shape, dtype = (*self._shape, *tail), rows[0].dtype
+        if len(rows) == 1:
+            return _place(shape, dtype, sharding, shard)
+        return _place((len(rows), *shape), dtype, over_steps(sharding), shard)
 
-    def scalar(self, value: int) -> jax.Array:
-        """An int32 that every device has."""
-        return _place((), np.int32, self._replicated, lambda _: np.int32(value))
+    def numbers(self, first: int, count: int = 1) -> jax.Array:
+        """An int32 that every device has, or int32 [count]: it and those that follow."""
+        value = np.int32(first) if count == 1 else np.arange(first, first + count, dtype=np.int32)
+        return _place(value.shape, np.int32, self._replicated, lambda _: value)
 
 
 def _place(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding, part: Callable[..., Any]) -> jax.Array:
@@ -74,27 +88,42 @@ class Feed:
     workers: int
 
     def train(
-        self, *, seed: int, global_batch: int, first_step: int, first_example: int, steps: int
+        self,
+        *,
+        seed: int,
+        global_batch: int,
+        first_step: int,
+        first_example: int,
+        steps: int,
+        calls: Iterable[int] | None = None,
     ) -> Generator[Batch]:
-        """Batches for the updates `first_step`, `first_step + 1`, ...; the same ones whether resident or streamed."""
+        """Batches for the updates `first_step`, `first_step + 1`, ...; the same ones whether resident or streamed.
+
+        calls: how many of them come stacked as one, each time; without it every one comes alone.
+        """
         parts, source = self.layout.config.microbatches, self.dataset.train
         placer = Placer(self.layout, parts, global_batch // parts)
         order: dict[str, Any] = {
             "seed": seed, "global_batch": global_batch, "positions": placer.positions,
             "first_example": first_example, "steps": steps,
         }  # fmt: skip
+        calls = itertools.repeat(1, steps) if calls is None else calls
         if self.offsets:
-            for number, rows in enumerate(index_stream(len(source), **order), first_step):
-                yield Batch(placer.scalar(number), rows=placer.batch(rows + np.int32(self.offsets["train"])))
+            for number, chunk in _chunks(index_stream(len(source), **order), calls, first_step):
+                rows = placer.batch(*(each + np.int32(self.offsets["train"]) for each in chunk))
+                yield Batch(placer.numbers(number, len(chunk)), rows=rows)
             return
         with train_stream(source, workers=self.workers, **order) as stream:
-            for number, (images, labels) in enumerate(stream, first_step):
-                yield Batch(placer.scalar(number), images=placer.images(images), labels=placer.batch(labels))
+            for number, chunk in _chunks(stream, calls, first_step):
+                images, labels = zip(*chunk, strict=True)
+                yield Batch(
+                    placer.numbers(number, len(chunk)), images=placer.images(*images), labels=placer.batch(*labels)
+                )
 
     def evaluation(self, split: str, batch: int) -> Generator[EvalBatch]:
         """Every example of `split` once, in order, in batches of `batch`; the last is padded and masked."""
         placer = Placer(self.layout, 1, batch)
-        step, source = placer.scalar(0), getattr(self.dataset, split)
+        step, source = placer.numbers(0), getattr(self.dataset, split)
         if not len(source):
             return
         masks = ((rows[placer.positions], mask[placer.positions]) for rows, mask in eval_batches(len(source), batch))
@@ -108,6 +137,14 @@ class Feed:
                 yield EvalBatch(
                     Batch(step, images=placer.images(images), labels=placer.batch(labels)), placer.batch(mask)
                 )
+
+
+def _chunks(stream: Iterable[Any], sizes: Iterable[int], number: int) -> Iterator[tuple[int, list[Any]]]:
+    """So many elements of `stream` at once, and the number of the first of them."""
+    elements = iter(stream)
+    for size in sizes:
+        yield number, list(itertools.islice(elements, size))
+        number += size
 
 
 def make_feed(dataset: Dataset, layout: Layout, residency: str, workers: int) -> Feed:

@@ -92,7 +92,7 @@ def settings(config: Config) -> Iterator[None]:
     wanted: dict[str, object] = {
         "jax_enable_x64": config.train.precision == "f64" or _jax_setting("jax_enable_x64"),
         "jax_threefry_partitionable": True,  # or a layout would change the random numbers
-        "jax_persistent_cache_min_compile_time_secs": 0.2,
+        "jax_persistent_cache_min_compile_time_secs": 0.0,  # pipelines have many small programs
     }
     if not _jax_setting("jax_compilation_cache_dir"):
         wanted["jax_compilation_cache_dir"] = str(Path.home() / ".cache" / "jaxtrain" / "xla")

@@ -1,8 +1,9 @@
 """One optimizer update: `step(state, batch) -> (state, metrics)`, whichever the layout.
 
-With one microbatch a step is one program. With more, the host runs a gradient program for each, adding into a donated
-accumulator, and then an update program: a convolution's gradient inside `lax.scan` is 20-60 times slower on XLA:CPU
-(jax#12868), and the host's dispatch costs less than a millisecond.
+With one microbatch a step is one program, and several steps may be one too: a loop on the device over their batches, for
+models so small that the host could not dispatch single steps as fast as they run. With more, the host runs a gradient
+program for each, adding into a donated accumulator, and then an update program: a convolution's gradient inside `lax.scan`
+is 20-60 times slower on XLA:CPU (jax#12868), and the host's dispatch costs less than a millisecond.
 """
 
 from __future__ import annotations
@@ -21,13 +22,34 @@ import optax
 from jaxtrain.data.augment import train_inputs
 from jaxtrain.models.layers import Context
 from jaxtrain.optim import clip_by_global_norm, ema_update, global_norm
-from jaxtrain.parallel.layout import Layout, path_of
+from jaxtrain.parallel.layout import Layout, over_steps, path_of
 from jaxtrain.precision import LossScale, adjust_loss_scale, at_floor, at_least_f32, scale_factor
 from jaxtrain.state import AUGMENT, DROPOUT, TrainState, role_key
 from jaxtrain.task import Batch, Resident, Task, select, wrapper
 
 PyTree = Any
-Metrics = dict[str, Any]
+
+
+@flax.struct.dataclass
+class Metrics:
+    """What a step reports, or several: one array [..., names], since each one would be a transfer of its own."""
+
+    numbers: jax.Array
+    names: tuple[str, ...] = flax.struct.field(pytree_node=False)
+
+    def __getitem__(self, name: str) -> jax.Array:
+        """[...]: one of the numbers."""
+        return self.numbers[..., self.names.index(name)]
+
+    def rows(self) -> list[dict[str, float]]:
+        """A row for each step, on the host; waits for them."""
+        return [dict(zip(self.names, row, strict=True)) for row in np.atleast_2d(jax.device_get(self.numbers)).tolist()]
+
+
+def pack(values: Mapping[str, Any]) -> Metrics:
+    """Scalars by name, in the type of the loss; in the names' order, which is the same for all engines."""
+    names = tuple(sorted(values))
+    return Metrics(jnp.stack([jnp.asarray(values[name], values["loss"].dtype) for name in names]), names)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,16 +57,23 @@ class Step:
     """The compiled step.
 
     programs: its XLA programs by name, for the audit and for `memory_analysis`. after: where they leave the state.
-    accumulator: where the gradients rest between microbatches, or `None` where there is no accumulator.
+    accumulator: where the gradients rest between microbatches, or `None` where there is no accumulator. per_call: how many
+    updates the program `call` makes; 1 where there is no such program.
     """
 
     programs: Mapping[str, jax.stages.Compiled]
     after: TrainState
     accumulator: PyTree = None
     microbatches: tuple[jax.Array, ...] = ()
+    per_call: int = 1
 
     def __call__(self, state: TrainState, batch: Batch, resident: Resident) -> tuple[TrainState, Metrics]:
-        """Donates `state`. Asynchronous: the metrics are not there until they are read."""
+        """Donates `state`. Asynchronous: the metrics are not there until they are read.
+
+        batch: of one update, or of `per_call` of them, stacked (`batch.step` tells which); so are the metrics then.
+        """
+        if batch.step.ndim:
+            return self.programs["call"](state, batch, resident)
         if "step" in self.programs:
             return self.programs["step"](state, batch, resident)
         sums = self.programs["zeros"]()
@@ -53,8 +82,14 @@ class Step:
         return self.programs["update"](state, sums, batch.step)
 
 
-def make_step(task: Task, layout: Layout, state: TrainState, batch: Batch, resident: Resident) -> Step:
-    """Compiles the step for `state`, `batch` and `resident` (arrays, or shapes with shardings)."""
+def make_step(
+    task: Task, layout: Layout, state: TrainState, batch: Batch, resident: Resident, per_call: int = 1
+) -> Step:
+    """Compiles the step for `state`, `batch` and `resident` (arrays, or shapes with shardings).
+
+    per_call: how many updates one program should make; one where the host drives the microbatches, and where the loop
+    would make each of them slower.
+    """
     parts = layout.config.microbatches
     state_shardings = layout.shardings(state)
     gradient_shardings = like_params(layout, "gradients", state.params)
@@ -70,9 +105,21 @@ def make_step(task: Task, layout: Layout, state: TrainState, batch: Batch, resid
         def step(state: TrainState, batch: Batch, resident: Resident) -> tuple[TrainState, Metrics]:
             return update(state, gradients(state, batch, resident, 0), batch.step)
 
-        jitted = jax.jit(step, out_shardings=(state_shardings, layout.sharding()), donate_argnums=0)
-        program = jitted.lower(state, batch, resident).compile()
-        return Step({"step": program}, program.output_shardings[0])
+        def call(state: TrainState, batches: Batch, resident: Resident) -> tuple[TrainState, Metrics]:
+            def one(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+                after, metrics = step(state, batch, resident)
+                return jax.lax.with_sharding_constraint(after, state_shardings), metrics
+
+            return jax.lax.scan(one, state, batches)
+
+        compiling = functools.partial(jax.jit, out_shardings=(state_shardings, layout.sharding()), donate_argnums=0)
+        lowered = compiling(step).lower(state, batch, resident)
+        if per_call > 1 and _slow_in_a_loop(layout, lowered):
+            per_call = 1
+        programs = {"step": lowered.compile()}
+        if per_call > 1:
+            programs["call"] = compiling(call).lower(state, stacked(batch, per_call), resident).compile()
+        return Step(programs, programs["step"].output_shardings[0], per_call=per_call)
 
     def accumulate(sums: Sums, state: TrainState, batch: Batch, resident: Resident, index: jax.Array) -> Sums:
         new = gradients(state, batch, resident, index)
@@ -93,6 +140,20 @@ def make_step(task: Task, layout: Layout, state: TrainState, batch: Batch, resid
     programs = {name: program.compile() for name, program in lowered.items()}
     accumulator = programs["zeros"].output_shardings.gradients
     return Step(programs, programs["update"].output_shardings[0], accumulator, indices)
+
+
+def stacked(batch: Batch, count: int) -> Batch:
+    """The shapes and shardings of `count` such batches as one, with the steps as their first dim."""
+
+    def shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype, sharding=over_steps(leaf.sharding))
+
+    return jax.tree.map(shape, batch)
+
+
+def _slow_in_a_loop(layout: Layout, step: jax.stages.Lowered) -> bool:
+    """XLA:CPU computes a convolution's gradient 20-60 times slower in a loop (jax#12868); GPUs do not."""
+    return layout.mesh.devices.flat[0].platform == "cpu" and "stablehlo.convolution" in step.as_text()
 
 
 # ---------------------------------------------------------------------------------------------------------- gradients
@@ -234,7 +295,7 @@ def _update(
     after, updates = advance(task, shardings, updating, state, gradients, sums.batch_stats, verdict)
     params_part = jax.lax.with_sharding_constraint(state.params, updating)
     norms = (verdict.norm, global_norm(params_part), global_norm(updates))
-    return after, metrics_of(task, state.step, state.loss_scale, verdict, sums.loss, sums.correct, *norms)
+    return after, pack(metrics_of(task, state.step, state.loss_scale, verdict, sums.loss, sums.correct, *norms))
 
 
 def metrics_of(
@@ -247,10 +308,10 @@ def metrics_of(
     grad_norm: jax.Array,
     param_norm: jax.Array,
     update_norm: jax.Array,
-) -> Metrics:
-    """What a step reports; `step` and `loss_scale` are those before it."""
+) -> dict[str, Any]:
+    """What a step reports; `step` and `loss_scale` are those before it. made: the step counts, its batch is used up."""
     return {
-        "step": verdict.step,
+        "made": verdict.accepted | verdict.skipped,
         "loss": loss,
         "correct": correct,
         "learning_rate": task.schedule(step),

@@ -10,7 +10,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,13 @@ from rich.console import Console
 from jaxtrain import config as config_lib
 from jaxtrain import resume as resume_lib
 from jaxtrain import workdir as workdir_lib
+from jaxtrain import xla_flags
 from jaxtrain.anomalies import Finding, Guard
 from jaxtrain.checkpoint import Checkpoints, Start
 from jaxtrain.checkpoint_files import manifested_steps, read_manifest
 from jaxtrain.config import Config, Duration
 from jaxtrain.data.order import batch_indices
 from jaxtrain.data.sources import Dataset
-from jaxtrain.determinism import ask_for_determinism
 from jaxtrain.distributed import pace, processes
 from jaxtrain.distributed.interrupt import Interrupt, catch_signals
 from jaxtrain.distributed.processes import barrier, first_on_process_zero, from_process_zero, same_everywhere
@@ -58,11 +58,12 @@ from jaxtrain.run import (
     warmup_steps,
 )
 from jaxtrain.state import TrainState
+from jaxtrain.step import Metrics
 from jaxtrain.workdir import Workdir
 
 log = logging.getLogger("jaxtrain")
 
-# Metrics are read this many steps after their step was dispatched, so that the devices never wait for the host.
+# Metrics are read this many calls after theirs was dispatched, so that the devices never wait for the host.
 READ_BEHIND = 2
 
 _REPLICAS_SECONDS = 60.0
@@ -99,8 +100,9 @@ def train(
       JaxtrainError: one of the types in `jaxtrain.errors`, with one clear sentence. Never exits the process.
     """
     config = config if isinstance(config, Config) else config_lib.from_dict(config_lib.plain(config))
+    xla_flags.set_flags(xla_flags.for_this_host())
     if config.train.deterministic:
-        ask_for_determinism()
+        xla_flags.set_flags(xla_flags.DETERMINISTIC)
     check_names(config)
     directory = workdir_lib.prepare(workdir)
     with contextlib.ExitStack() as stack:
@@ -224,6 +226,17 @@ class Cadence:
         done = {"steps": step, "examples": examples, "epochs": Fraction(examples, self.train_examples)}
         return math.floor(done[self.duration.unit] / value)
 
+    def next_after(self, step: int, examples: int, batch: int) -> float:
+        """The first step after `step`, at which `examples` are done, after which it is due; infinity if it never is."""
+        value = Fraction(self.duration.value).limit_denominator(10**6)
+        if not value or self.duration.unit == "minutes":
+            return math.inf
+        wanted = (self.count(step, examples) + 1) * value
+        if self.duration.unit == "steps":
+            return math.ceil(wanted)
+        left = wanted * (self.train_examples if self.duration.unit == "epochs" else 1) - examples
+        return step + math.ceil(left / batch)
+
 
 class _StopEvaluation(Exception):
     """The run is told to stop before this batch."""
@@ -264,6 +277,7 @@ class _Loop:
         self.epochs = self._epoch(run.steps) + 1
         self.log_span = self.epoch_span = self.pace_span = self.clock.now()
         self.paces, self.spread = pace.Paces(), 1.0
+        self.data_wait = 0.0  # of the last logged row, seconds
         self.saved_step, self.saved_at = position.step, time.monotonic()
         self.validated: tuple[int, dict[str, EvalResult]] = (-1, {})  # the last step that was, and its results
         every, milestone = self.config.checkpoint.every, self.config.checkpoint.milestone_every
@@ -296,54 +310,64 @@ class _Loop:
 
     def run_to_end(self, state: TrainState) -> TrainResult:
         """Steps, evaluations and saves until the last step; then the test, and result.json."""
-        steps = range(self.first_step + 1, self.run.steps + 1)
-        if not steps:
+        if self.first_step >= self.run.steps:
             log.info("this run is complete: it is at step %d of %d", self.first_step, self.run.steps)
         batches = self.engine.feed.train(
             seed=self.config.seed,
             global_batch=self._batch,
             first_step=self.first_step,
             first_example=self.position.examples,
-            steps=len(steps),
+            steps=max(self.run.steps - self.first_step, 0),
+            calls=(len(steps) for steps, _ in self._calls()),
         )
         if self.position.owes_validation:
             self._between_steps(state, owed=True)
-        pending: collections.deque[tuple[int, dict[str, jax.Array]]] = collections.deque()
+        pending: collections.deque[tuple[range, Metrics]] = collections.deque()
         with contextlib.closing(batches):
-            for step in steps:
-                self.watchdog.feed("input", step - 1, self.clock.step_seconds)
+            for steps, due in self._calls():
+                self.watchdog.feed("input", steps[0] - 1, len(steps) * (self.clock.step_seconds or 0.0))
                 with self.clock.charge("input"):
                     batch = next(batches)
                 self.watchdog.feed("step")
                 with self.clock.charge("step"):
                     state, metrics = self.engine.step(state, batch, self.engine.feed.resident)
-                    for value in metrics.values():
-                        value.copy_to_host_async()
-                    pending.append((step, metrics))
-                    pause = self._pauses_after(step)
+                    metrics.numbers.copy_to_host_async()
+                    pending.append((steps, metrics))
+                    pause = self._told_to_pause(steps) or due
                     self.watchdog.feed("wait")
                     while len(pending) > (0 if pause else READ_BEHIND):
                         self._read(*pending.popleft(), state)
-                self.clock.step_done(self._batch)
-                self.progress.advance(step)
+                self.clock.step_done(self._batch, len(steps))
+                self.progress.advance(steps[-1])
                 if pause:
                     self._between_steps(state)
         return self._finish(state)
 
-    def _pauses_after(self, step: int) -> bool:
-        """Whether something is due after `step` that needs its metrics."""
+    def _calls(self) -> Iterator[tuple[range, bool]]:
+        """The steps of each call, and whether something is due after them: single steps, where it is before a whole call ends.
+
+        The same on every process, and the same steps for any `train.steps_per_call`.
+        """
+        step, pause, size = self.first_step, self.first_step, self.engine.steps_per_call
+        while step < self.run.steps:
+            if step == pause:
+                pause = self._next_pause(step)
+            count = size if step + size <= pause else 1
+            step += count
+            yield range(step - count + 1, step + 1), step == pause
+
+    def _next_pause(self, step: int) -> float:
+        """The first step after `step` after which something is due that needs its metrics."""
+        cadences, every = (self.epoch_ends, self.evaluations, self.saves, self.milestones), self._replicas_every
+        due = [cadence.next_after(step, self._examples_at(step), self._batch) for cadence in cadences]
+        return min(self.run.steps, *due, (step // every + 1) * every if every else math.inf)
+
+    def _told_to_pause(self, steps: range) -> bool:
+        """Whether a signal or the clock asks for a pause after these `steps`."""
         self.checkpoints.check()
         self.stopping = self.interrupt.poll()
-        self.time_to_save = self._save_time_has_come(step)
-        return (
-            step == self.run.steps
-            or self.stopping
-            or self.time_to_save
-            or self._compares_replicas_after(step)
-            or any(
-                self._due(cadence, step) for cadence in (self.epoch_ends, self.evaluations, self.saves, self.milestones)
-            )
-        )
+        self.time_to_save = self._save_time_has_come(steps)
+        return self.stopping or self.time_to_save
 
     def _due(self, cadence: Cadence, step: int) -> bool:
         examples = self._examples_at(step)
@@ -352,22 +376,26 @@ class _Loop:
     def _examples_at(self, step: int) -> int:
         return self.position.examples + (step - self.position.step) * self._batch
 
-    def _save_time_has_come(self, step: int) -> bool:
+    def _save_time_has_come(self, steps: range) -> bool:
         """For `checkpoint.every` in minutes. Process 0's clock decides; asking it costs the others a collective."""
         duration = self.save_every
         if duration.unit != "minutes" or not duration.value:
             return False
-        if jax.process_count() > 1 and step % self.config.train.log_every:
+        if jax.process_count() > 1 and not any(step % self.config.train.log_every == 0 for step in steps):
             return False
         with jax.transfer_guard("allow"):  # to tell the others, JAX puts it on the devices
             return same_everywhere(time.monotonic() - self.saved_at >= duration.seconds)
 
     # ----------------------------------------------------------------------------------------------------- one step
 
-    def _read(self, step: int, metrics: dict[str, jax.Array], state: TrainState) -> None:
+    def _read(self, steps: range, metrics: Metrics, state: TrainState) -> None:
+        """Takes note of the metrics of a call, step by step. state: that after the call that was dispatched last."""
+        for step, values in zip(steps, metrics.rows(), strict=True):
+            self._note(step, values, state)
+
+    def _note(self, step: int, values: dict[str, float], state: TrainState) -> None:
         """Adds a step's metrics to the epoch's sums, and writes a row when it is due. Raises `NumericError`."""
-        values = {name: value.item() for name, value in jax.device_get(metrics).items()}
-        if values.pop("step") != step:
+        if not values.pop("made"):
             self._stop_at_bad_numbers(step, values, state)
         skipped = values.pop("skipped")
         overflowed = skipped and self.config.train.precision == "fp16" and values["loss_scale"] > MIN_SCALE
@@ -391,11 +419,13 @@ class _Loop:
             span, self.log_span = now - self.log_span, now
             values = {"loss": values.pop("loss"), "accuracy": correct / self._batch, **values}
             epoch = self._epoch(step)
-            # Rows that are read at once, before an evaluation, have no time of their own: the median step stands in.
+            # Rows that are read at once, of one call or before an evaluation, have no time of their own but the first: the
+            # median step stands in, and the wait of the row before.
             median = self.clock.step_seconds
+            self.data_wait = span.data_wait if span.steps else self.data_wait
             throughput = span.throughput if span.steps or not median else self._batch / median
             rates = {"throughput": throughput, "throughput_per_device": throughput / self._devices}
-            row = {"step": step, "epoch": epoch, "phase": "train", **values, **rates, "data_wait": span.data_wait}
+            row = {"step": step, "epoch": epoch, "phase": "train", **values, **rates, "data_wait": self.data_wait}
             row |= {"process_spread": self.spread} if jax.process_count() > 1 else {}
             self.records.train_step(row)
             self.history.append(row)
@@ -430,9 +460,9 @@ class _Loop:
         log.warning("rolled back to step %d; the %d examples since are passed over", stored.step, passed_over)
         raise _RollBack(Resume(start, dataclasses.replace(stored, examples=last), self.config))
 
-    def _compares_replicas_after(self, step: int) -> bool:
-        every = self.config.train.check_replicas_every
-        return bool(every) and step % every == 0
+    @property
+    def _replicas_every(self) -> int:
+        return self.config.train.check_replicas_every
 
     def _compare_replicas(self, state: TrainState) -> None:
         """Rolls back or stops where the copies of a weight differ; every process hears what any has found."""
@@ -447,7 +477,7 @@ class _Loop:
             step = self.position.step
             text = f"after step {step} {found[0]}: a device's memory or arithmetic is at fault"
             # How long they have differed is not known: back to before the comparison that was the last to be good.
-            self._heed(Finding(text, "stop", max(step - self.config.train.check_replicas_every, 0) + 1), step)
+            self._heed(Finding(text, "stop", max(step - self._replicas_every, 0) + 1), step)
 
     def _stop_at_bad_numbers(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
         if self.rollbacks_left:
@@ -475,7 +505,7 @@ class _Loop:
         """
         step, last = self.position.step, self.position.step == self.run.steps
         self.watchdog.feed("save", step)
-        if not owed and self._compares_replicas_after(step):
+        if not owed and self._replicas_every and step % self._replicas_every == 0:
             self._compare_replicas(state)
         epoch, ends_epoch = self._epoch(step), self._due(self.epoch_ends, step)
         if not owed and (ends_epoch or last):

@@ -14,8 +14,8 @@ PACKAGE = ROOT / "jaxtrain"
 
 # From the ground up. A module imports from the floors below its own, and a package's modules from each other.
 FLOORS = (
-    ("errors",),
-    ("config", "determinism", "distributed"),
+    ("errors", "xla_flags"),
+    ("config", "distributed"),
     ("plugins", "precision", "recipes", "workdir"),
     ("checkpoint_files", "lease", "gpus"),
     ("supervisor",),
@@ -169,7 +169,7 @@ def run(code: str, *paths: Path) -> None:
         "jaxtrain.config",
         "jaxtrain.recipes",
         "jaxtrain.plugins",
-        "jaxtrain.determinism",
+        "jaxtrain.xla_flags",
         "jaxtrain.workdir",
         "jaxtrain.cli",
     ],

@@ -655,6 +655,18 @@ def test_throughput_and_step_time_leave_out_warm_up_and_work_between_steps():
     assert (span.steps, span.examples) == (clocks.WARMUP_STEPS + 8, 32 * (clocks.WARMUP_STEPS + 8))
 
 
+def test_the_steps_of_one_call_share_its_time():
+    timer = Timer()
+    clock = clocks.StepClock(timer)
+    for number in range(clocks.WARMUP_STEPS + 3):
+        spend(clock, timer, "step", 40 if number < clocks.WARMUP_STEPS else 4)
+        clock.step_done(32, 8)
+    span = clock.now()
+    assert (span.steps, span.examples) == (8 * (clocks.WARMUP_STEPS + 3), 256 * (clocks.WARMUP_STEPS + 3))
+    assert clock.step_seconds == pytest.approx(0.5)
+    assert span.throughput == pytest.approx(64.0), "the first calls are warm-up"
+
+
 def test_a_difference_of_two_instants_is_the_span_between_them():
     timer = Timer()
     clock = clocks.StepClock(timer)

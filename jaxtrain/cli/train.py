@@ -5,6 +5,7 @@ import os
 import sys
 from pathlib import Path
 
+from jaxtrain import xla_flags
 from jaxtrain.cli import start
 from jaxtrain.distributed.failure import Report, as_peer_error
 from jaxtrain.errors import REPORT_THIS, InterruptedRunError, JaxtrainError, PreemptedError
@@ -31,9 +32,7 @@ def run(arguments: argparse.Namespace) -> None:
     with catch_signals(leave) as interrupt:
         try:
             if resolved.config.train.deterministic:
-                from jaxtrain.determinism import ask_for_determinism  # noqa: PLC0415
-
-                ask_for_determinism()
+                xla_flags.set_flags(xla_flags.DETERMINISTIC)  # before the processes join
             start.start_devices(arguments)
             start.start_processes(arguments, resolved, workdir)
             from jaxtrain.trainer import train  # noqa: PLC0415  JAX is set up by now

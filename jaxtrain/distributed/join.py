@@ -23,10 +23,10 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.distributed.meeting import Fingerprint, meet
 from jaxtrain.distributed.place import FLAGS, Place
 from jaxtrain.errors import EnvironmentMismatchError
+from jaxtrain.xla_flags import SEVERAL_PROCESSES, set_flags
 
 WAITING_NOTE_SECONDS = 10.0
 HEARTBEAT_SECONDS = 15  # JAX's own 100 s are how long a dead process would keep the others waiting at a barrier
-COLLECTIVE_SECONDS = 600  # after which a collective that another process does not join is an error
 SELF_TEST_BYTES = 4 << 20  # a device's
 
 # Settings that each host may have for itself.
@@ -77,10 +77,7 @@ def join(place: Place, fingerprint: Fingerprint, timeout: int, *, allow_version_
     # XLA:CPU runs programs in as many threads as there are cores; one that waits for another process must not keep the
     # others from running.
     os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, 8)))
-    _set_xla_flags(
-        xla_cpu_collective_timeout_seconds=COLLECTIVE_SECONDS,
-        xla_gpu_nccl_termination_timeout_seconds=COLLECTIVE_SECONDS,
-    )
+    set_flags(SEVERAL_PROCESSES)
     try:
         address = meet(place, fingerprint, timeout, allow_version_skew=allow_version_skew)
         jax.distributed.initialize(
@@ -110,13 +107,6 @@ def _say_what_is_waited_for(place: Place) -> None:
         file=sys.stderr,
         flush=True,
     )
-
-
-def _set_xla_flags(**flags: object) -> None:
-    """Adds flags that the user has not set; before the backend starts."""
-    found = os.environ.get("XLA_FLAGS", "")
-    more = [f"--{name}={value}" for name, value in flags.items() if f"--{name}" not in found]
-    os.environ["XLA_FLAGS"] = " ".join([found, *more]).strip()
 
 
 def self_test() -> None:

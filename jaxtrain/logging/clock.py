@@ -90,7 +90,7 @@ class StepClock:
         self._seconds = dict.fromkeys(CATEGORIES, 0.0)
         self._category = "other"
         self._last = timer()
-        self._steps = self._examples = self._steady_examples = 0
+        self._calls = self._steps = self._examples = self._steady_examples = 0
         self._steady_seconds = 0.0
         self._step_began = 0.0  # on the clock of `_training_seconds`
         self._recent: deque[float] = deque(maxlen=101)
@@ -106,16 +106,19 @@ class StepClock:
         finally:
             self._switch(before)
 
-    def step_done(self, examples: int) -> None:
-        """Marks the end of an optimizer step over `examples`; its time began at the end of the one before."""
+    def step_done(self, examples: int, steps: int = 1) -> None:
+        """Marks the end of an optimizer step over `examples`, or of `steps` made at once; its time began at the end of the
+        one before.
+        """
         self._settle()
         training = self._training_seconds()
         seconds, self._step_began = training - self._step_began, training
-        self._steps += 1
-        self._examples += examples
-        if self._steps > WARMUP_STEPS:
-            self._recent.append(seconds)
-            self._steady_examples += examples
+        self._calls += 1
+        self._steps += steps
+        self._examples += steps * examples
+        if self._calls > WARMUP_STEPS:
+            self._recent.extend([seconds / steps] * steps)
+            self._steady_examples += steps * examples
             self._steady_seconds += seconds
 
     def now(self) -> Span:

@@ -236,6 +236,11 @@ class Layout:
             )
 
 
+def over_steps(sharding: Any) -> NamedSharding:
+    """The sharding of several such arrays in one, stacked along a new first dim."""
+    return NamedSharding(sharding.mesh, P(None, *sharding.spec))
+
+
 def path_of(path: tuple[Any, ...]) -> str:
     """'layers_03/conv1/kernel' from JAX's key path."""
     return jax.tree_util.keystr(path, simple=True, separator="/")

@@ -40,7 +40,7 @@ from jaxtrain.pipeline.programs import (
 from jaxtrain.pipeline.slices import Slice, on_layers, on_stage, slices_of, weights_of
 from jaxtrain.pipeline.transfer import Route, edge, make_routes
 from jaxtrain.state import TrainState
-from jaxtrain.step import Metrics, Sums, Verdict, judge, like_params, metrics_of
+from jaxtrain.step import Metrics, Sums, Verdict, judge, like_params, metrics_of, pack
 from jaxtrain.task import Batch, Resident, Task
 from jaxtrain.workdir import atomic_write
 
@@ -92,7 +92,7 @@ class PipelineStep:
             old, leaves[i] = leaves[i], own[0]
             if old.sharding.mesh == self.layout.mesh:
                 leaves[i] = join(own, old.shape, old.sharding)
-        return structure.unflatten(leaves), metrics | {"update_norm": self.finish(norms)}
+        return structure.unflatten(leaves), self.finish(norms, metrics)
 
     def _part(self, stage: StageStep, leaves: Sequence[jax.Array]) -> TrainState:
         own = [leaves[i] for i in stage.indices]
@@ -296,7 +296,7 @@ def make_pipeline(
     numbers_of_all = jax.ShapeDtypeStruct((layout.stages, 4), dtype, sharding=layout.sharding(P("stage")))
     judging, asked = functools.partial(_judge, task), (state.step, state.loss_scale, data[0].step, numbers_of_all)
     judged = jax.jit(judging, out_shardings=everywhere).lower(*asked).compile()
-    verdict, _ = outputs_of(judged, jax.eval_shape(judging, *asked))
+    verdict, metrics = outputs_of(judged, jax.eval_shape(judging, *asked))
     sums = {s: tuple(each.sums for each in steps.values() if each.part.stage == s) for s in here}
     updates = compile_together(
         [
@@ -305,7 +305,7 @@ def make_pipeline(
         ]
     )
     norms = jax.ShapeDtypeStruct((layout.stages,), dtype, sharding=layout.sharding(P("stage")))
-    finish = jax.jit(lambda squares: jnp.sqrt(jnp.sum(squares)), out_shardings=everywhere).lower(norms).compile()
+    finish = jax.jit(_finish, out_shardings=everywhere).lower(norms, metrics).compile()
     programs = {"judge": judged, "finish": finish}
     for _, more in (*compiled, *updates):
         programs |= more
@@ -338,8 +338,12 @@ def make_pipeline(
 
 def _judge(
     task: Task, step: jax.Array, loss_scale: PyTree, batch_step: jax.Array, numbers: jax.Array
-) -> tuple[Verdict, Metrics]:
+) -> tuple[Verdict, dict[str, Any]]:
     loss, correct, gradients, params = jnp.sum(numbers, 0)
     verdict = judge(step, loss_scale, batch_step, loss, jnp.sqrt(gradients), skips=task.skips)
     norms = (verdict.norm, jnp.sqrt(params), jnp.zeros((), numbers.dtype))
     return verdict, metrics_of(task, step, loss_scale, verdict, loss, correct, *norms)
+
+
+def _finish(squares: jax.Array, metrics: dict[str, Any]) -> Metrics:
+    return pack(metrics | {"update_norm": jnp.sqrt(jnp.sum(squares))})

@@ -67,7 +67,12 @@ def notes(workdir: Path) -> list[dict]:
     return [json.loads(line) for line in (workdir / "bad_batches.jsonl").read_text().splitlines()]
 
 
-@pytest.mark.parametrize("layout", [{}, {"layout.stages": 2, "layout.microbatches": 2}], ids=["one", "stages"])
+CALLS = {"train.steps_per_call": 4, "checkpoint.every": "0"}
+
+
+@pytest.mark.parametrize(
+    "layout", [{}, {"layout.stages": 2, "layout.microbatches": 2}, CALLS], ids=["one", "stages", "calls"]
+)
 def test_a_bad_batch_is_passed_over(tmp_path, layout):
     result = here(tmp_path / "run", FIELDS | layout | {"train.nonfinite_skips": 1}, devices=2 if layout else 1)
     losses = [row["loss"] for row in result.history if row["phase"] == "train"]
@@ -84,13 +89,17 @@ def test_a_bad_batch_is_passed_over(tmp_path, layout):
             assert norms[step] == norms[step - 1]
 
 
-def test_without_leave_to_pass_over_the_run_stops_with_its_state(tmp_path):
+@pytest.mark.parametrize("calls", [{}, CALLS], ids=["one", "calls"])
+def test_without_leave_to_pass_over_the_run_stops_with_its_state(tmp_path, calls):
     with pytest.raises(NumericError, match="is not finite"):
-        here(tmp_path / "run", FIELDS)
+        here(tmp_path / "run", FIELDS | calls, seed=1)  # the bad example comes in step 3
+    assert [row["step"] for row in runs.rows(tmp_path / "run")] == [1, 2]
+    assert runs.checkpoints(tmp_path / "run")[-1] == 2
 
 
-def test_a_rollback_goes_past_the_examples_that_spoiled_the_run(tmp_path):
-    fields = FIELDS | {"train.rollbacks": 3, "checkpoint.every": "2"}
+@pytest.mark.parametrize("per_call", [1, 2])
+def test_a_rollback_goes_past_the_examples_that_spoiled_the_run(tmp_path, per_call):
+    fields = FIELDS | {"train.rollbacks": 3, "checkpoint.every": "2", "train.steps_per_call": per_call}
     result = here(tmp_path / "run", fields)
     rows = [row for row in result.history if row["phase"] == "train"]
     assert all(np.isfinite(row["loss"]) for row in rows)

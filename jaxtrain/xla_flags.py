@@ -1,0 +1,44 @@
+"""XLA's flags that a run sets, all of them: they count only before JAX's backend starts. Imports no JAX.
+
+Flags that the user has set in `XLA_FLAGS` win. What each is for, and what it was measured to gain: docs/xla_flags.md. A flag
+that jaxlib does not know ends the process at its first use of a device, so each is tried with every supported jaxlib.
+"""
+
+import os
+from collections.abc import Mapping
+
+COLLECTIVE_SECONDS = 600  # after which a collective that another process does not join is an error
+
+# More than one GPU: without it XLA:GPU runs a collective when its turn comes, and computes nothing meanwhile.
+SEVERAL_GPUS: Mapping[str, object] = {"xla_gpu_enable_latency_hiding_scheduler": True}
+SEVERAL_PROCESSES: Mapping[str, object] = {
+    "xla_cpu_collective_timeout_seconds": COLLECTIVE_SECONDS,
+    "xla_gpu_nccl_termination_timeout_seconds": COLLECTIVE_SECONDS,
+    **SEVERAL_GPUS,
+}
+# Autotuning picks kernels by time, so it is off too. What it costs: docs/troubleshooting.md.
+DETERMINISTIC: Mapping[str, object] = {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0}
+
+
+def set_flags(flags: Mapping[str, object]) -> None:
+    """Adds flags that the user has not set to `XLA_FLAGS`."""
+    found = os.environ.get("XLA_FLAGS", "").split()
+    names = {flag.lstrip("-").partition("=")[0] for flag in found}
+    more = [f"--{name}={str(value).lower()}" for name, value in flags.items() if name not in names]
+    os.environ["XLA_FLAGS"] = " ".join(found + more)
+
+
+def for_this_host() -> Mapping[str, object]:
+    """The flags of a run of one process: those for several GPUs where it sees several."""
+    return SEVERAL_GPUS if visible_gpus() > 1 else {}
+
+
+def visible_gpus() -> int:
+    """How many NVIDIA GPUs a process may use, as far as can be told without starting CUDA."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named is not None:
+        return len([name for name in named.split(",") if name.strip() not in ("", "-1")])
+    try:
+        return sum(name.removeprefix("nvidia").isdigit() for name in os.listdir("/dev") if name.startswith("nvidia"))
+    except OSError:
+        return 0
