@@ -41,7 +41,7 @@ OWNERS = {
     "orbax": "checkpoint",
     "tensorflow_datasets": "data.tfds_sets",
     "grain": "data.stream",
-    "tensorboardX": "logging.events",
+    "tensorboardX": None,  # it imports PyTorch
     "sklearn": None,  # only its data file is read
     "tensorflow": None,
     "clu": None,
