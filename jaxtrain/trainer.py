@@ -163,6 +163,7 @@ def _train_from(
     host.watchdog.feed("compile")
     with host.clock.charge("compile"):
         engine, state = start_engine(run, resume, directory.trace(jax.process_index()))
+    engine.evaluate.begin(state)
     _take_over(directory, resume, config)
     checkpoints = Checkpoints(
         directory.checkpoints, config.checkpoint.keep, owner=host.lease.token, still_owner=host.lease.check
