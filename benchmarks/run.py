@@ -77,7 +77,8 @@ def table(results: dict[str, Any]) -> str:
             lines.append(_row(f"{name}: times faster than 1 a call", row["over_one"], 1, "x", 2))
     for row in measured.get("startup", []):
         for key in ("cold", "warm"):
-            lines.append(_row(f"first step of {row['name']}, {key} compile cache", row[key], 1, "s"))
+            what = f"{row['name']}: {row['phase']}" if "phase" in row else f"first step of {row['name']}"
+            lines.append(_row(f"{what}, {key} compile cache", row[key], 1, "s"))
     for row in measured.get("quickstart", []):
         lines.append(
             f"| whole quickstart, cold, seed {row['seed']}: test accuracy {row['test_accuracy']:.4f} "

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import dataclasses
 import functools
@@ -27,7 +28,7 @@ from jaxtrain.pipeline.step import PipelineStep, make_pipeline
 from jaxtrain.resume import Resume
 from jaxtrain.run import Run
 from jaxtrain.stages import microbatches
-from jaxtrain.state import TrainState, create_state
+from jaxtrain.state import TrainState, create_state, state_shapes
 from jaxtrain.step import Step, make_step
 
 PyTree = Any
@@ -36,10 +37,10 @@ log = logging.getLogger("jaxtrain")
 
 @dataclasses.dataclass(frozen=True)
 class Engine:
-    """step: one update (see `jaxtrain.step`). evaluate: see `make_evaluation`. feed: batches."""
+    """step: one update (see `jaxtrain.step`). evaluate: weights, on a split. feed: batches."""
 
     step: Step | PipelineStep
-    evaluate: Callable[..., EvalResult]
+    evaluate: Evaluation
     feed: Feed
 
     @property
@@ -49,28 +50,38 @@ class Engine:
 
 
 def start_engine(run: Run, resume: Resume, trace: Path = Path("pipeline_trace.json")) -> tuple[Engine, TrainState]:
-    """Makes or restores the state, compiles the step and audits the layout. Evaluation compiles when it is first used.
-
-    trace: the file of `layout.trace_step`.
-    """
+    """Makes or restores the state, compiles the step beside it and audits the layout. trace: of `layout.trace_step`."""
     began = time.perf_counter()
-    state = create_state(run.init, run.layout)
-    if resume.start is not None:
-        with contextlib.closing(Checkpoints(resume.start.directory, read_only=True)) as checkpoints:
-            state = checkpoints.restore(resume.start.step, state, allow_changes=run.config.checkpoint.allow_changes)
-        log.info("resumed from %s", resume.start.directory / str(resume.start.step))
+    shapes = state_shapes(run.init, run.layout)
+    table = layout_table(run.layout, shapes)
     feed = make_feed(run.dataset, run.layout, run.config.data.residency, run.config.data.workers)
     where = "resident on the devices" if feed.offsets else "streamed"
-    table = layout_table(run.layout, state)
+    compiler = concurrent.futures.ThreadPoolExecutor(1, "compile")
+    compiling = compiler.submit(_compile_step, run, feed, shapes, trace)
+    state = _restored(run, resume, shapes) if resume.start is not None else None
     for line in summary(run, table):
         log.info("%s", line)
     if text := idle_stages(run, bool(table["batch_stats"])):
         log.warning("%s", text)
-    step = _compile_step(run, feed, state, trace)
+    log.info("data %s; compiling the step (the next start finds it in the compile cache)", where)
+    if state is None:
+        state = create_state(run.init, run.layout)
+    step = compiling.result()
     for note in audit(run.layout, table, state, step).notes:
         log.info("%s", note)
-    log.info("data %s; compiled in %.1f s", where, time.perf_counter() - began)
-    return Engine(step, make_evaluation(run, feed), feed), state
+    log.info("compiled in %.1f s", time.perf_counter() - began)
+    return Engine(step, Evaluation(run, feed, compiler), feed), state
+
+
+def _restored(run: Run, resume: Resume, shapes: TrainState) -> TrainState:
+    """The state that the run goes on from."""
+    assert resume.start is not None
+    changes = run.config.checkpoint.allow_changes  # then a tree may stay as it is in a fresh state
+    template = create_state(run.init, run.layout) if changes else shapes
+    with contextlib.closing(Checkpoints(resume.start.directory, read_only=True)) as checkpoints:
+        state = checkpoints.restore(resume.start.step, template, allow_changes=changes)
+    log.info("resumed from %s", resume.start.directory / str(resume.start.step))
+    return state
 
 
 def layout_table(layout: Layout, state: TrainState) -> dict[str, list[Placement]]:
@@ -78,37 +89,59 @@ def layout_table(layout: Layout, state: TrainState) -> dict[str, list[Placement]
     return layout.table(state) | {"gradients": layout.gradients(state.params)}
 
 
-def make_evaluation(run: Run, feed: Feed) -> Callable[..., EvalResult]:
-    """A function that evaluates weights on a split; compiled at its first call. before_each: called before every batch."""
-    batch = run.config.data.global_batch // run.layout.config.microbatches
-    compiled: dict[Any, Evaluator | PipelineEvaluator] = {}
+class Evaluation:
+    """Evaluates weights on a split. Compiled in a thread, at the first call or from `begin` on."""
 
-    def evaluate(
-        split: str, params: PyTree, batch_stats: PyTree, before_each: Callable[[], None] = lambda: None
+    def __init__(self, run: Run, feed: Feed, compiler: concurrent.futures.Executor | None = None):
+        self._run, self._feed = run, feed
+        self._batch = run.config.data.global_batch // run.layout.config.microbatches
+        self._compiler = compiler or concurrent.futures.ThreadPoolExecutor(1, "compile")
+        self._compiled: dict[Any, concurrent.futures.Future[Evaluator | PipelineEvaluator]] = {}
+
+    def begin(self, state: TrainState) -> None:
+        """Compiles beside what comes next for the weights of `state`, and for their average.
+
+        Not by stages: what that compiles shares the devices' dispatching threads with the step.
+        """
+        dataset = self._run.dataset
+        if self._run.layout.stages > 1 or not (len(dataset.validation) or len(dataset.test)):
+            return
+        self._program(state.params, state.batch_stats)
+        if state.ema:
+            self._program(state.ema["params"], state.ema["batch_stats"])
+
+    def __call__(
+        self, split: str, params: PyTree, batch_stats: PyTree, before_each: Callable[[], None] = lambda: None
     ) -> EvalResult:
+        """before_each: called before every batch."""
+
         def watched(batches: Iterator[EvalBatch]) -> Iterator[EvalBatch]:
             for each in batches:
                 before_each()
                 yield each
 
-        # Under ZeRO-1 and 2 the average is sharded and the weights are not: two programs.
-        where = tuple(leaf.sharding for leaf in jax.tree.leaves((params, batch_stats)))
-        if where not in compiled:
-            with contextlib.closing(feed.evaluation(split, batch)) as batches:
-                make = make_pipeline_evaluator if run.layout.stages > 1 else make_evaluator
-                compiled[where] = make(run.task, run.layout, params, batch_stats, next(batches), feed.resident)
-        with contextlib.closing(feed.evaluation(split, batch)) as batches:
-            return compiled[where](params, batch_stats, watched(batches), feed.resident)
+        program = self._program(params, batch_stats).result()
+        with contextlib.closing(self._feed.evaluation(split, self._batch)) as batches:
+            return program(params, batch_stats, watched(batches), self._feed.resident)
 
-    return evaluate
+    def _program(self, *weights: PyTree) -> concurrent.futures.Future[Evaluator | PipelineEvaluator]:
+        leaves, structure = jax.tree.flatten(weights)
+        # Under ZeRO-1 and 2 the average is sharded and the weights are not: two programs.
+        where = tuple(leaf.sharding for leaf in leaves)
+        if where not in self._compiled:
+            # Shapes: a step may donate and delete the arrays meanwhile.
+            shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves]
+            params, batch_stats = structure.unflatten(shapes)
+            batch, resident = self._feed.evaluation_shapes(self._batch), self._feed.resident
+            make = make_pipeline_evaluator if self._run.layout.stages > 1 else make_evaluator
+            task, layout = self._run.task, self._run.layout
+            self._compiled[where] = self._compiler.submit(make, task, layout, params, batch_stats, batch, resident)
+        return self._compiled[where]
 
 
 def _compile_step(run: Run, feed: Feed, state: TrainState, trace: Path) -> Step | PipelineStep:
-    examples = feed.train(
-        seed=run.config.seed, global_batch=run.config.data.global_batch, first_step=0, first_example=0, steps=1
-    )
-    with contextlib.closing(examples) as batches:
-        batch = next(batches)
+    """state: shapes."""
+    batch = feed.train_shapes(run.config.data.global_batch)
     if run.layout.stages > 1:
         if run.config.train.steps_per_call > 1:
             log.info("%s", one_step_a_call(run.config))

@@ -10,13 +10,13 @@ from jaxtrain import xla_flags
 from jaxtrain.checkpoint import Checkpoints, find_start
 from jaxtrain.checkpoint_files import manifested_steps, problems, read_manifest
 from jaxtrain.config import LayoutConfig, from_dict
-from jaxtrain.engine import make_evaluation
+from jaxtrain.engine import Evaluation
 from jaxtrain.errors import CheckpointError, ConfigError
 from jaxtrain.evaluator import EvalResult
 from jaxtrain.feed import make_feed
 from jaxtrain.parallel.mesh import batch_ways, make_mesh
 from jaxtrain.run import load_data, make_run, select_devices, settings
-from jaxtrain.state import create_state
+from jaxtrain.state import state_shapes
 
 SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 
@@ -72,8 +72,8 @@ def evaluate(
             if not len(getattr(dataset, SPLITS[split])):
                 raise ConfigError(f"The data set {dataset.name} has no {split} split.")
             run = make_run(config, dataset, devices)
-            state = checkpoints.restore_weights(start.step, create_state(run.init, run.layout))
+            state = checkpoints.restore_weights(start.step, state_shapes(run.init, run.layout))
             feed = make_feed(dataset, run.layout, config.data.residency, config.data.workers)
             weights = state.ema if ema else {"params": state.params, "batch_stats": state.batch_stats}
-            result = make_evaluation(run, feed)(SPLITS[split], weights["params"], weights["batch_stats"])
+            result = Evaluation(run, feed)(SPLITS[split], weights["params"], weights["batch_stats"])
     return Evaluated(result, start.step, dataset.class_names)

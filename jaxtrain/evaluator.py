@@ -101,7 +101,7 @@ def make_evaluator(
     sums = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding()), jax.eval_shape(zeros)
     )
-    return Evaluator(zeros, add.lower(sums, params, batch_stats, batch, resident).compile())
+    return Evaluator(zeros.lower().compile(), add.lower(sums, params, batch_stats, batch, resident).compile())
 
 
 def zero_sums_of(num_classes: int, params: PyTree) -> EvalSums:

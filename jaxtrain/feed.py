@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -119,6 +120,24 @@ class Feed:
                 yield Batch(
                     placer.numbers(number, len(chunk)), images=placer.images(*images), labels=placer.batch(*labels)
                 )
+
+    def train_shapes(self, global_batch: int) -> Batch:
+        """The shapes, types and shardings of what `train` yields."""
+        return self._shapes(global_batch, self.layout.config.microbatches)
+
+    def evaluation_shapes(self, batch: int) -> EvalBatch:
+        """The same for `evaluation`."""
+        mask = jax.ShapeDtypeStruct((1, batch), np.bool_, sharding=self.layout.batch)
+        return EvalBatch(self._shapes(batch, 1), mask)  # type: ignore[arg-type]
+
+    def _shapes(self, global_batch: int, parts: int) -> Batch:
+        shape, layout = functools.partial(jax.ShapeDtypeStruct, (parts, global_batch // parts)), self.layout
+        step: Any = jax.ShapeDtypeStruct((), np.int32, sharding=layout.sharding())
+        numbers = shape(np.int32, sharding=layout.batch)
+        if self.offsets:
+            return Batch(step, rows=numbers)
+        images = (parts, global_batch // parts, *self.dataset.train.shape)
+        return Batch(step, images=jax.ShapeDtypeStruct(images, np.uint8, sharding=layout.images), labels=numbers)
 
     def evaluation(self, split: str, batch: int) -> Generator[EvalBatch]:
         """Every example of `split` once, in order, in batches of `batch`; the last is padded and masked."""

@@ -1,5 +1,6 @@
 """The state of training: one tree, the same under every layout."""
 
+import os
 from typing import Any
 
 import flax.struct
@@ -61,13 +62,22 @@ def initial_state(
     )
 
 
+def state_shapes(init: Any, layout: Layout) -> TrainState:
+    """The shape, type and sharding of every leaf of the state that `init` makes; computes nothing."""
+    shapes = jax.eval_shape(init)
+    return jax.tree.map(
+        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
+        shapes,
+        layout.shardings(shapes),
+    )
+
+
 def create_state(init: Any, layout: Layout) -> TrainState:
     """Runs `init` (a function of nothing) under jit, every leaf born where the layout puts it.
 
     The values do not depend on the layout: JAX's threefry keys are partitionable.
     """
-    shapes = jax.eval_shape(init)
-    leaves, structure = jax.tree.flatten(layout.shardings(shapes))
+    leaves, structure = jax.tree.flatten(layout.shardings(jax.eval_shape(init)))
     found: list[Any] = [None] * len(leaves)
     # One program for each set of devices: all leaves of a pipeline stage are born there, and nowhere else.
     for mesh in dict.fromkeys(sharding.mesh for sharding in leaves):
@@ -77,6 +87,19 @@ def create_state(init: Any, layout: Layout) -> TrainState:
             values = jax.tree.leaves(init())
             return [values[i] for i in wanted]
 
-        for i, leaf in zip(wanted, jax.jit(some, out_shardings=[leaves[i] for i in wanted])(), strict=True):
+        where = [leaves[i] for i in wanted]
+        program = jax.jit(some, out_shardings=where, compiler_options=_once_only(layout))
+        for i, leaf in zip(wanted, program(), strict=True):
             found[i] = leaf
     return structure.unflatten(found)
+
+
+def _once_only(layout: Layout) -> dict[str, Any] | None:
+    """Options for a program that runs once: on a CPU, LLVM's first level of optimization.
+
+    The same bits, and a third to a half of the time to compile (benchmarks/NOTES.md). Level 0 gives other bits: it does not
+    contract a product and a sum. What $XLA_FLAGS says comes first.
+    """
+    on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
+    chosen = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
+    return {"xla_backend_optimization_level": 1} if on_cpu and not chosen else None

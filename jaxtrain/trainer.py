@@ -172,6 +172,7 @@ def _train_from(
     host.watchdog.feed("compile")
     with host.clock.charge("compile"):
         engine, state = start_engine(run, resume, directory.trace(jax.process_index()))
+    engine.evaluate.begin(state)
     _take_over(directory, resume, config)
     host.times.goes_on_from(position.step)
     checkpoints = Checkpoints(

@@ -19,6 +19,7 @@ import numpy as np
 import pytest
 from rich.console import Console
 from tensorboardX.proto import event_pb2
+from tensorboardX.record_writer import masked_crc32c
 
 from jaxtrain import workdir as wd
 from jaxtrain.cli import main as command_line
@@ -272,6 +273,8 @@ def events(directory: Path):
         data = path.read_bytes()
         while data:
             (length,) = struct.unpack_from("<Q", data)
+            for begin, end in ((0, 8), (12, 12 + length)):
+                assert struct.unpack_from("<I", data, end) == (masked_crc32c(data[begin:end]),)
             found.append(event_pb2.Event.FromString(data[12 : 12 + length]))
             data = data[16 + length :]
     return found
@@ -290,6 +293,20 @@ def test_tensorboard_holds_the_scalars_of_each_phase(run):
     assert shown["train"] == {(1, "loss", 0.5), *epoch_means}
     assert shown["val"] == {(4, "loss", 0.125), (4, "accuracy", 0.5), (4, "throughput", 20.0), (4, "top5", 0.75)}
     assert shown["test"] == set()
+    assert [e.file_version for e in events(run.tensorboard / "test")] == ["brain.Event:2", ""]
+
+
+def test_tensorboard_gets_large_steps_long_names_and_numbers_beyond_float32(tmp_path):
+    file = EventFile(tmp_path, step=2**40, now=lambda: 1.5e9 + 0.25)
+    file.scalars(2**41 + 5, {"loss/" + "x" * 200: -1e300, "": 0.1})
+    file.close()
+    *_, start, last = events(tmp_path)
+    assert (start.step, start.session_log.status, last.step) == (2**40 + 1, 1, 2**41 + 5)
+    assert last.wall_time == 1.5e9 + 0.25
+    assert {v.tag: v.simple_value for v in last.summary.value} == {
+        "loss/" + "x" * 200: -np.inf,
+        "": np.float32(0.1),
+    }
 
 
 def test_a_restart_in_the_same_second_or_after_the_clock_went_back_writes_a_later_file(tmp_path):

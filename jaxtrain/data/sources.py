@@ -13,11 +13,12 @@ import json
 import os
 import re
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 
 from jaxtrain.config import DataConfig, did_you_mean
-from jaxtrain.data import base, cifar, images, order, tfds_sets
+from jaxtrain.data import base, cifar, images, order
 from jaxtrain.data.base import Dataset, Source, materialize, nbytes
 from jaxtrain.errors import ConfigError, DataError
 from jaxtrain.plugins import load_dotted
@@ -40,7 +41,7 @@ def check_name(config: DataConfig) -> None:
     root, name = data_dir(config), config.name
     if _is_dotted(name):
         load_dotted(name, "data.name")
-    elif ":" not in name and name not in NAMES and name.split("/")[0] not in (known := tfds_sets.known_names(root)):
+    elif ":" not in name and name not in NAMES and name.split("/")[0] not in (known := _tfds_sets().known_names(root)):
         hint = did_you_mean(name, (*NAMES, *known))
         raise ConfigError(
             f"config.data.name={name!r}: must be one of {', '.join(NAMES)}, folder:PATH, package.module:factory, or a "
@@ -76,7 +77,7 @@ def prepare(config: DataConfig) -> Path | None:
     Cheap when it is there already. Of several processes on a host one works. Raises `DataError` saying what to do.
     """
     if config.name in cifar.OFFICIAL:
-        return tfds_sets.prepare_cifar(config.name, data_dir(config), config.prepare_timeout)
+        return _tfds_sets().prepare_cifar(config.name, data_dir(config), config.prepare_timeout)
     if config.name == "digits":
         return _digits_file()
     if config.name.startswith("folder:"):
@@ -92,7 +93,7 @@ def verify(config: DataConfig) -> dict[str, int]:
     Raises `DataError` naming the file and the record of the first that is damaged.
     """
     if config.name in cifar.OFFICIAL:
-        return tfds_sets.verify_cifar(config.name, data_dir(config))
+        return _tfds_sets().verify_cifar(config.name, data_dir(config))
     dataset = load(dataclasses.replace(config, examples=0), image_size=config.image_size or 32)
     splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
     return {name: sum(len(labels) for _, _, labels in base.chunks(source)) for name, source in splits.items()}
@@ -106,6 +107,13 @@ def is_cheap(source: Source) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------------------- names
+
+
+def _tfds_sets() -> ModuleType:
+    """Imports TFDS, a tenth of what a start imports, for the data sets that need it."""
+    from jaxtrain.data import tfds_sets  # noqa: PLC0415
+
+    return tfds_sets
 
 
 def _is_dotted(name: str) -> bool:
@@ -127,10 +135,10 @@ def _find_parts(config: DataConfig, image_size: int) -> base.Parts:
     if name == "synthetic":
         return _synthetic(config, image_size)
     if name in cifar.OFFICIAL:
-        return tfds_sets.load_cifar(name, data_dir(config))
+        return _tfds_sets().load_cifar(name, data_dir(config))
     side = round(image_size * 8 / 7) if config.augmentation == "resize_crop" else image_size
     if not name.startswith("folder:"):
-        return tfds_sets.load_prepared(_find_prepared(config), data_dir(config), side)
+        return _tfds_sets().load_prepared(_find_prepared(config), data_dir(config), side)
     if not side:
         raise ConfigError(f"config.data.image_size=0: set the side that the images of {name!r} are cut to.")
     return images.folder(_folder_path(config), side)
@@ -138,7 +146,7 @@ def _find_parts(config: DataConfig, image_size: int) -> base.Parts:
 
 def _find_prepared(config: DataConfig) -> Path:
     check_name(config)
-    return tfds_sets.find(config.name, data_dir(config))
+    return _tfds_sets().find(config.name, data_dir(config))
 
 
 # -------------------------------------------------------------------------------------------------------------- splits
