@@ -84,8 +84,13 @@ def table(results: dict[str, Any]) -> str:
             f"| whole quickstart, cold, seed {row['seed']}: test accuracy {row['test_accuracy']:.4f} "
             f"| {row['seconds']:.1f} s | |"
         )
+    units = {"images_per_second": (1, "images/s", 0), "ratio": (1, "x", 3), "share": (100, "%", 2)}
     for row in measured.get("inputs", []):
-        lines.append(_row(f"input, {row['name']}", row["images_per_second"], 1e-3, "k images/s"))
+        for key, (factor, unit, digits) in units.items():
+            if key in row:
+                lines.append(_row(f"input, {row['name']}", row[key], factor, unit, digits))
+        if not units.keys() & row.keys():
+            lines.append(f"| input, {row['name']} | | |")
     for row in measured.get("checkpoints", []):
         for key in ("blocked", "whole", "manifest", "verify", "restore"):
             lines.append(_row(f"checkpoint of {row['name']} ({row['bytes'] / 1e6:.0f} MB), {key}", row[key], 1, "s", 3))

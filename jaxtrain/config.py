@@ -152,7 +152,8 @@ class DataConfig(_Section):
     validation: share of the training set held out where the data set has no validation split of its own.
     split_seed: decides which examples those are; independent of `seed`.
     residency: keep the data set on the device (`device`), read it as it goes (`stream`), or decide by size (`auto`).
-    workers: reading processes for `stream`; -1 takes them from the CPUs this process may use, 0 reads in this process.
+    workers: reading processes for `stream`; -1 takes them from the CPUs this process may use, 0 reads in this process, with
+        several threads where large images are decoded.
     prepare_per_host: every host prepares its own copy (local disks) instead of process 0 alone.
     prepare_timeout: minutes that the other processes wait while the data set is prepared.
     """

@@ -55,7 +55,6 @@ def start_engine(run: Run, resume: Resume, trace: Path = Path("pipeline_trace.js
     shapes = state_shapes(run.init, run.layout)
     table = layout_table(run.layout, shapes)
     feed = make_feed(run.dataset, run.layout, run.config.data.residency, run.config.data.workers)
-    where = "resident on the devices" if feed.offsets else "streamed"
     compiler = concurrent.futures.ThreadPoolExecutor(1, "compile")
     compiling = compiler.submit(_compile_step, run, feed, shapes, trace)
     state = _restored(run, resume, shapes) if resume.start is not None else None
@@ -63,7 +62,7 @@ def start_engine(run: Run, resume: Resume, trace: Path = Path("pipeline_trace.js
         log.info("%s", line)
     if text := idle_stages(run, bool(table["batch_stats"])):
         log.warning("%s", text)
-    log.info("data %s; compiling the step (the next start finds it in the compile cache)", where)
+    log.info("data %s; compiling the step (the next start finds it in the compile cache)", feed.where)
     if state is None:
         state = create_state(run.init, run.layout)
     step = compiling.result()

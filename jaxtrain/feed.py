@@ -13,8 +13,9 @@ import numpy as np
 from jax.sharding import NamedSharding
 
 from jaxtrain.data.order import eval_batches, index_stream
-from jaxtrain.data.sources import Dataset, Source, is_cheap, materialize, nbytes
-from jaxtrain.data.stream import default_workers, eval_stream, train_stream
+from jaxtrain.data.sources import Dataset, Source, decodes_images, is_cheap, materialize, nbytes
+from jaxtrain.data.stream import default_threads, default_workers, eval_stream, train_stream
+from jaxtrain.distributed.processes import on_this_host
 from jaxtrain.evaluator import EvalBatch
 from jaxtrain.parallel.layout import Layout, over_steps
 from jaxtrain.task import Batch, Resident
@@ -79,7 +80,7 @@ class Feed:
     """Batches of a data set for one layout.
 
     resident: every split, one after the other, on every device; `Resident()` when batches are streamed. offsets: the first
-    row of each split in it. workers: reading processes when streaming.
+    row of each split in it. workers: reading processes when streaming. threads: that read where there are none.
     """
 
     dataset: Dataset
@@ -87,6 +88,16 @@ class Feed:
     resident: Resident
     offsets: Mapping[str, int]
     workers: int
+    threads: int = 1
+
+    @property
+    def where(self) -> str:
+        """Where batches come from, for the log."""
+        if self.offsets:
+            return "resident on the devices"
+        count, kind = (self.workers, "worker process") if self.workers else (self.threads, "thread")
+        plural = "" if count == 1 else "es" if self.workers else "s"
+        return f"streamed, read by {count} {kind}{plural}"
 
     def train(
         self,
@@ -114,7 +125,7 @@ class Feed:
                 rows = placer.batch(*(each + np.int32(self.offsets["train"]) for each in chunk))
                 yield Batch(placer.numbers(number, len(chunk)), rows=rows)
             return
-        with train_stream(source, workers=self.workers, **order) as stream:
+        with train_stream(source, workers=self.workers, threads=self.threads, **order) as stream:
             for number, chunk in _chunks(stream, calls, first_step):
                 images, labels = zip(*chunk, strict=True)
                 yield Batch(
@@ -151,7 +162,8 @@ class Feed:
                 local = (rows + self.offsets[split]).astype(np.int32)
                 yield EvalBatch(Batch(step, rows=placer.batch(local)), placer.batch(mask))
             return
-        with eval_stream(source, global_batch=batch, positions=placer.positions, workers=self.workers) as stream:
+        reading: dict[str, Any] = {"workers": self.workers, "threads": self.threads}
+        with eval_stream(source, global_batch=batch, positions=placer.positions, **reading) as stream:
             for (images, labels), (_, mask) in zip(stream, masks, strict=True):
                 yield EvalBatch(
                     Batch(step, images=placer.images(images), labels=placer.batch(labels)), placer.batch(mask)
@@ -170,11 +182,13 @@ def make_feed(dataset: Dataset, layout: Layout, residency: str, workers: int) ->
     """Decides where the data set lives, and puts it on the devices if it is there."""
     splits: dict[str, Source] = {name: getattr(dataset, name) for name in ("train", "validation", "test")}
     size = sum(nbytes(source) for source in splits.values())
+    sharing = on_this_host()
+    threads = default_threads(local_processes=sharing) if decodes_images(dataset.train) else 1
     if residency == "stream" or (residency == "auto" and size > _resident_limit(layout)):
         if workers < 0:
-            workers = default_workers(cheap=is_cheap(dataset.train))
-        return Feed(dataset, layout, Resident(), {}, workers)
-    images, labels = zip(*(materialize(source) for source in splits.values()), strict=True)
+            workers = default_workers(cheap=is_cheap(dataset.train), local_processes=sharing)
+        return Feed(dataset, layout, Resident(), {}, workers, threads)
+    images, labels = zip(*(materialize(source, threads) for source in splits.values()), strict=True)
 
     def place(array: np.ndarray, stage: int | None = None) -> jax.Array:
         return _place(array.shape, array.dtype, layout.sharding(stage=stage), lambda _: array)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import io
 import multiprocessing
@@ -11,16 +12,22 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from jaxtrain.config import DataConfig
-from jaxtrain.data import base, order, sources, stream
+from jaxtrain.config import DataConfig, LayoutConfig
+from jaxtrain.data import base, images, order, sources, stream
+from jaxtrain.distributed import processes
 from jaxtrain.errors import ConfigError, DataError, JaxtrainError
+from jaxtrain.feed import make_feed
+from jaxtrain.parallel.layout import Layout
+from jaxtrain.parallel.mesh import make_mesh
 
 
 def sha(array: np.ndarray) -> str:
@@ -221,7 +228,8 @@ def test_folder_stores_room_for_the_crop(folder):
 
 
 @pytest.mark.parametrize(
-    ("size", "side"), [((30, 10), 10), ((30, 10), 5), ((10, 30), 16), ((20, 12), 6), ((20, 12), 18), ((9, 9), 4)]
+    ("size", "side"),
+    [((30, 10), 10), ((31, 10), 10), ((30, 10), 5), ((10, 30), 16), ((20, 12), 6), ((20, 12), 18), ((9, 9), 4)],
 )
 def test_folder_image_is_the_centre_of_the_resized_image(tmp_path, size, side):
     """Against Pillow's resize of the whole image, then a crop."""
@@ -238,6 +246,40 @@ def test_folder_image_is_the_centre_of_the_resized_image(tmp_path, size, side):
     left, top = (whole.width - side) // 2, (whole.height - side) // 2
     wanted = np.asarray(whole)[top : top + side, left : left + side].astype(int)
     assert np.abs(found[0][0] - wanted).max() <= 1  # rounding of Pillow's fixed-point weights
+
+
+def photo(width: int, height: int) -> Image.Image:
+    """Shapes, a gradient and some noise: smooth as a photograph is, with edges."""
+    y, x = np.mgrid[:height, :width] / height
+    waves = np.stack([np.sin(7 * x + k) * np.cos(5 * y * y + k) for k in range(3)], -1)
+    disc = (np.hypot(x - 0.6, y - 0.4) < 0.3)[..., None] * np.array([70, -50, 30])
+    noise = np.random.default_rng(0).normal(0, 4, (height, width, 3))
+    return Image.fromarray(np.clip(128 + 60 * waves + disc + noise, 0, 255).astype(np.uint8))
+
+
+@pytest.mark.parametrize(
+    ("size", "reduction", "most", "mean"),
+    [((60, 47), 1, 0, 0.0), ((100, 52), 2, 12, 1.2), ((109, 101), 4, 10, 1.0), ((405, 310), 8, 8, 0.8)],
+)
+def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(size, reduction, most, mean):
+    """At side 24, against decoding the whole image first."""
+    buffer = io.BytesIO()
+    photo(*size).save(buffer, format="JPEG", quality=95)
+    decoded = []
+
+    def spy(image, *arguments):
+        decoded.append(image.size)
+        return resize(image, *arguments)
+
+    resize = images._centre_square
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(images, "_centre_square", spy)
+        found = images.decode(buffer.getvalue(), "it", channels=3, side=24).astype(int)
+    assert decoded == [tuple(-(-length // reduction) for length in size)]
+    wanted = np.asarray(resize(Image.open(buffer), 24, *size)).astype(int)
+    assert found.shape == (24, 24, 3)
+    assert np.abs(found - wanted).max() <= most
+    assert np.abs(found - wanted).mean() <= mean
 
 
 def test_folder_with_its_own_splits(folder, tmp_path):
@@ -394,6 +436,58 @@ def test_stream_gives_the_bytes_of_direct_reads(workers):
     assert not children()
 
 
+@pytest.mark.parametrize("read", ["train", "eval"])
+def test_threads_change_no_batch(folder, read):
+    """And they do read at once: the first batch is slow, and those behind it are begun meanwhile."""
+    source = Slow(load_folder(folder).train)
+    order_: dict = {"global_batch": 4, "positions": np.arange(4), "workers": 0, "threads": 3}
+    make = stream.eval_stream
+    if read == "train":
+        make = functools.partial(stream.train_stream, seed=0, first_example=0, steps=5)
+    with make(source, **order_) as batches:
+        got = list(batches)
+    alone = sources.load(DataConfig(name=f"folder:{folder}"), image_size=14).train
+    for step, (pixels, labels) in enumerate(got):
+        rows = order.batch_indices(23, 0, 4 * step, 4) if read == "train" else order.eval_batch(23, 4, step)[0]
+        wanted = alone.read(rows)
+        np.testing.assert_array_equal(pixels, wanted[0])
+        np.testing.assert_array_equal(labels, wanted[1])
+    assert source.most > 1
+
+
+class Slow:
+    """Another source, whose first reading waits for a second to begin (10 s at most). most: readings at once."""
+
+    def __init__(self, whole: base.Source):
+        self.whole, self.shape = whole, whole.shape
+        self.most = self.now = 0
+        self.changed = threading.Condition()
+
+    def __len__(self) -> int:
+        return len(self.whole)
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        with self.changed:
+            self.now += 1
+            self.most = max(self.most, self.now)
+            self.changed.notify_all()
+            self.changed.wait_for(lambda: self.most > 1, 10)
+        result = self.whole.read(indices)
+        with self.changed:
+            self.now -= 1
+        return result
+
+
+def test_threads_read_a_whole_source_in_its_order(monkeypatch, folder):
+    monkeypatch.setattr(base, "_CHUNK", 3)
+    source = Slow(load_folder(folder).train)
+    pixels, labels = base.materialize(source, threads=3)
+    wanted = source.whole.read(np.arange(23))
+    np.testing.assert_array_equal(pixels, wanted[0])
+    np.testing.assert_array_equal(labels, wanted[1])
+    assert source.most > 1
+
+
 def test_evaluation_stream_follows_its_masks():
     source = sources.load(DataConfig(name="digits")).test
     with stream.eval_stream(source, global_batch=100, positions=np.arange(50, 100), workers=0) as batches:
@@ -483,11 +577,39 @@ def test_workers_end_when_the_program_is_killed(tmp_path):
 
 @pytest.mark.parametrize(
     ("cpus", "cheap", "local", "workers"),
-    [(1, False, 1, 0), (2, False, 1, 0), (6, False, 1, 4), (64, False, 1, 8), (64, True, 1, 0), (16, False, 4, 2)],
+    [(1, False, 1, 0), (2, False, 1, 0), (6, False, 1, 4), (64, False, 1, 16), (64, True, 1, 0), (16, False, 4, 2)],
 )
 def test_default_workers_follow_the_cpus(monkeypatch, cpus, cheap, local, workers):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cpus)), raising=False)
     assert stream.default_workers(cheap=cheap, local_processes=local) == workers
+    assert 1 <= stream.default_threads(local_processes=local) <= max(1, cpus // local)
+
+
+@pytest.mark.parametrize(
+    ("name", "side", "sharing", "reading"),
+    [
+        ("folder", 128, 1, (6, 4)),
+        ("folder", 128, 4, (0, 2)),
+        ("folder", 32, 1, (6, 1)),  # small images: Python's lock, not the decoder, is what threads would wait for
+        ("digits", 0, 1, (0, 1)),
+    ],
+)
+def test_a_feed_shares_the_cpus_with_the_processes_of_its_host(monkeypatch, folder, name, side, sharing, reading):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
+    monkeypatch.setattr("jaxtrain.feed.on_this_host", lambda: sharing)
+    config = DataConfig(name=f"folder:{folder}" if name == "folder" else name)
+    layout = Layout(make_mesh(LayoutConfig(), jax.devices()[:1]), LayoutConfig())
+    feed = make_feed(sources.load(config, image_size=side), layout, "stream", -1)
+    assert (feed.workers, feed.threads) == reading
+    assert feed.where.startswith(
+        "streamed, read by " + ("6 worker processes" if reading[0] else f"{reading[1]} thread")
+    )
+
+
+def test_processes_of_this_host_are_counted(monkeypatch):
+    assert processes.on_this_host() == 1
+    monkeypatch.setattr(processes, "from_all", lambda word, mine, timeout: [mine, f"not-{mine}", mine])
+    assert processes.on_this_host() == 2
 
 
 def test_cheap_sources_are_those_in_memory(folder):

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+from array_record.python import array_record_module  # pyright: ignore[reportAttributeAccessIssue]  compiled
 from PIL import Image
 from tensorflow_datasets.core import registered
 
@@ -497,6 +498,18 @@ def test_damaged_record_is_named(tmp_path, damage):
     with pytest.raises(DataError, match=rf"{file.name}: record 6 is damaged"):
         records.read(np.arange(9))
     with pytest.raises(DataError, match=rf"{file.name}: record 6 is damaged"):
+        sources.verify(config(tmp_path, "my_set"))
+
+
+@pytest.mark.parametrize("record", [b"no protocol buffer", b""], ids=["garbage", "no features"])
+def test_a_whole_record_that_is_no_example_is_named(tmp_path, record):
+    directory = build(tmp_path, "MySet", (12, 10, 1), {"train": 9})
+    (file,) = directory.glob("*train.array_record*")
+    writer = array_record_module.ArrayRecordWriter(str(file), "group_size:1")
+    for _ in range(9):
+        writer.write(record)
+    writer.close()
+    with pytest.raises(DataError, match=rf"{file.name}: record \d is damaged"):
         sources.verify(config(tmp_path, "my_set"))
 
 

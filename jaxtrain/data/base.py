@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
@@ -30,6 +31,10 @@ class Source(Protocol):
         Raises `DataError` naming the file and the record of an example that cannot be read.
         """
         ...
+
+
+class DecodedSource:
+    """A source whose examples are encoded images: reading one is mostly Pillow's work."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -157,10 +162,18 @@ def chunks(source: Source) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
         yield start, images, labels
 
 
-def materialize(source: Source) -> tuple[np.ndarray, np.ndarray]:
-    """The whole source as arrays: images uint8 [N, H, W, C] and labels int32 [N]."""
+def materialize(source: Source, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
+    """The whole source as arrays: images uint8 [N, H, W, C] and labels int32 [N].
+
+    threads: that read at once; more than one only for a source that many may read at once.
+    """
     all_images, all_labels = np.empty((len(source), *source.shape), np.uint8), np.empty(len(source), np.int32)
-    for start, images, labels in chunks(source):
-        all_images[start : start + len(images)] = images
-        all_labels[start : start + len(labels)] = labels
+
+    def fill(start: int) -> None:
+        here = slice(start, start + _CHUNK)
+        all_images[here], all_labels[here] = source.read(np.arange(start, min(here.stop, len(source)), dtype=np.int64))
+
+    with ThreadPoolExecutor(threads) as pool:
+        for _ in pool.map(fill, range(0, len(source), _CHUNK)):
+            pass  # raises what `fill` raised, the first in the source's order
     return all_images, all_labels

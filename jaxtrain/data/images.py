@@ -24,7 +24,8 @@ _MAX_PIXELS = 1 << 26
 def decode(data: bytes, where: str, *, channels: int, side: int = 0) -> np.ndarray:
     """uint8 [H, W, channels] of an encoded image.
 
-    side: > 0 resizes the shorter side to it (bilinear, antialiased) and takes the centre square, so H = W = side.
+    side: > 0 resizes the shorter side to it (bilinear, antialiased) and takes the centre square, so H = W = side. A
+        JPEG of twice that side or more is decoded at a half, a quarter or an eighth of its size (never below `side`).
     where: names the file or record in the `DataError` that a truncated, garbage, empty or oversized image raises.
     """
     if not data:
@@ -34,25 +35,30 @@ def decode(data: bytes, where: str, *, channels: int, side: int = 0) -> np.ndarr
             width, height = image.size
             if width * height > _MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{width} x {height} pixels; at most {_MAX_PIXELS:,} are read")
+            # Only for JPEG, whose decoder leaves out the frequencies that the smaller image could not show.
+            reduced = image.draft(None, (side, side)) if side else None
+            size = reduced[1][2:] if reduced else image.size
             pixels = image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
-            array = np.asarray(_centre_square(pixels, side) if side else pixels)
+            array = np.asarray(_centre_square(pixels, side, *size) if side else pixels)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, ...
         raise DataError(f"{where} is not a readable image ({error or type(error).__name__}).") from None
     return array[:, :, None] if array.ndim == 2 else array
 
 
-def _centre_square(image: Image.Image, side: int) -> Image.Image:
-    width, height = image.size
-    if (width, height) == (side, side):
+def _centre_square(image: Image.Image, side: int, width: float, height: float) -> Image.Image:
+    """width, height: of what the image shows; a JPEG reduced to 12.5 pixels has 13, and the last shows half of one."""
+    if image.size == (side, side):
         return image
     square = min(width, height)  # only the square is computed: all of a 1 x 100,000 image at side 256 is 20 GB
     left, top = (width - square) / 2, (height - square) / 2
+    if square == side:  # whole pixels: a shift by half of one would blur
+        return image.crop((int(left), int(top), int(left) + side, int(top) + side))
     box = (left, top, left + square, top + square)
     return image.resize((side, side), Image.Resampling.BILINEAR, box=box)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class FolderSource:
+class FolderSource(base.DecodedSource):
     """Images in files, decoded when read.
 
     files: paths below `root`. labels: int32 [n]. side: of the square that every image is resized and cropped to.

@@ -23,11 +23,23 @@ from jaxtrain.data.base import Dataset, Source, materialize, nbytes
 from jaxtrain.errors import ConfigError, DataError
 from jaxtrain.plugins import load_dotted
 
-__all__ = ["Dataset", "Source", "data_dir", "is_cheap", "load", "materialize", "nbytes", "prepare", "verify"]
+__all__ = [
+    "Dataset",
+    "Source",
+    "data_dir",
+    "decodes_images",
+    "is_cheap",
+    "load",
+    "materialize",
+    "nbytes",
+    "prepare",
+    "verify",
+]
 
 NAMES = ("digits", "synthetic", *cifar.OFFICIAL)
 _TEST_SHARE = 0.2  # of a data set that has neither a validation nor a test split of its own
 _SYNTHETIC_EXAMPLES = 10_000
+_LARGE_SIDE = 96
 
 
 def data_dir(config: DataConfig) -> Path:
@@ -101,9 +113,22 @@ def verify(config: DataConfig) -> dict[str, int]:
 
 def is_cheap(source: Source) -> bool:
     """True where reading copies bytes from memory, the page cache or a generator: nothing that workers would help."""
+    return isinstance(_whole(source), (base.ArraySource, base.MappedSource, SyntheticSource))
+
+
+def decodes_images(source: Source) -> bool:
+    """True where reading is mostly Pillow's decoding of large images, which several threads do at once.
+
+    Decoding one of 32 x 32 pixels is mostly Python, of which one thread runs at a time.
+    """
+    whole = _whole(source)
+    return isinstance(whole, base.DecodedSource) and min(whole.shape[:2]) >= _LARGE_SIDE
+
+
+def _whole(source: Source) -> Source:
     while isinstance(source, base.Subset):
         source = source.base
-    return isinstance(source, (base.ArraySource, base.MappedSource, SyntheticSource))
+    return source
 
 
 # --------------------------------------------------------------------------------------------------------------- names

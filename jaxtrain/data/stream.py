@@ -2,7 +2,7 @@
 
 A step's local batch is one element of a Grain data set, so that Grain's machinery costs once a batch and not once an
 example (measured 5-8 times faster). Which examples those are is `order`'s business, and where a run resumes is one
-number; Grain reads ahead, in a thread of this process or in worker processes, and hands the batches over in order.
+number; Grain reads ahead, in threads of this process or in worker processes, and hands the batches over in order.
 
 Workers are spawned: a script that streams with workers needs `if __name__ == "__main__":`, and a user's source must
 pickle. They end with the stream, and by themselves when this process is killed. A worker that raises or dies ends the
@@ -30,17 +30,26 @@ from jaxtrain.data.base import Source
 from jaxtrain.errors import DataError, JaxtrainError
 
 _READ_AHEAD = 2  # batches ready beside the one in use, in this process or in each worker
-_MOST_WORKERS = 8  # more than one process's share of the memory bandwidth of a host does not pay
+_MOST_WORKERS = 16  # of one training process, each with a copy of the program (about 0.2 GB) and two batches
+_MOST_THREADS = 4  # more of them hold up the thread that feeds the devices: workers are for that
 
 
 def default_workers(*, cheap: bool = False, local_processes: int = 1) -> int:
-    """Reading processes, from the CPUs that this process may use; 0 (read in a thread here) with two CPUs or fewer.
+    """Reading processes, from the CPUs that this process may use; 0 (read in threads here) with two CPUs or fewer.
 
     cheap: the source's examples need no decoding (`sources.is_cheap`), so workers would only add copies.
     local_processes: training processes that share this host's CPUs.
     """
-    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return 0 if cheap else max(0, min(_MOST_WORKERS, cpus // local_processes - 2))
+    return 0 if cheap else max(0, min(_MOST_WORKERS, _cpus() // local_processes - 2))
+
+
+def default_threads(*, local_processes: int = 1) -> int:
+    """Reading threads where there are no workers, for a source that decodes outside Python's lock."""
+    return max(1, min(_MOST_THREADS, _cpus() // local_processes))
+
+
+def _cpus() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 class _Plan(Protocol):
@@ -105,14 +114,15 @@ class Stream:
     when a worker died; the stream is closed then.
     """
 
-    def __init__(self, steps: _Steps, workers: int):
+    def __init__(self, steps: _Steps, workers: int, threads: int):
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()  # Grain reads its flags; from a Python program nobody has parsed any
         self._workers = workers
         self._left = len(steps)
-        # One thread: Python runs one at a time, and more of them only hinder each other (measured).
-        threads = grain.ReadOptions(num_threads=0 if workers else 1, prefetch_buffer_size=0 if workers else _READ_AHEAD)
-        batches = grain.MapDataset.source(steps).to_iter_dataset(threads)
+        ahead = grain.ReadOptions(
+            num_threads=0 if workers else threads, prefetch_buffer_size=0 if workers else max(threads, _READ_AHEAD)
+        )
+        batches = grain.MapDataset.source(steps).to_iter_dataset(ahead)
         if workers:
             processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_READ_AHEAD)
             batches = batches.mp_prefetch(processes, worker_init_fn=_start_worker)
@@ -181,18 +191,21 @@ def train_stream(
     first_example: int,
     workers: int,
     steps: int,
+    threads: int = 1,
 ) -> Stream:
     """The local batches of `steps` training steps.
 
     positions: which places of the global batch (0 <= p < global_batch) this process takes, in its order.
     first_example: how many examples were consumed before; what a checkpoint stores.
-    workers: reading processes; 0 reads in a thread of this one. The batches do not depend on it.
+    workers: reading processes; 0 reads in this one. The batches do not depend on it, nor on `threads`.
+    threads: that read where there are no workers. More than one only for a source that many may read at once
+        (`sources.decodes_images`): the others Python runs one at a time anyway, and they hinder each other (measured).
     """
     plan = _TrainPlan(len(source), seed, global_batch, np.asarray(positions, np.int64), first_example)
-    return Stream(_Steps(source, plan, steps), workers)
+    return Stream(_Steps(source, plan, steps), workers, threads)
 
 
-def eval_stream(source: Source, *, global_batch: int, positions: np.ndarray, workers: int) -> Stream:
+def eval_stream(source: Source, *, global_batch: int, positions: np.ndarray, workers: int, threads: int = 1) -> Stream:
     """The local batches of one pass in order, padded as `order.eval_batches` says (which gives the masks)."""
     plan = _EvalPlan(len(source), global_batch, np.asarray(positions, np.int64))
-    return Stream(_Steps(source, plan, -(-len(source) // global_batch)), workers)
+    return Stream(_Steps(source, plan, -(-len(source) // global_batch)), workers, threads)

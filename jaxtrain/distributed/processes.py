@@ -2,6 +2,7 @@
 
 import contextlib
 import itertools
+import socket
 import time
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from jax.experimental import multihost_utils
 
 from jaxtrain.errors import EnvironmentMismatchError, JaxtrainError
 
+_HOST_SECONDS = 300.0  # the others read data or compile meanwhile
 _questions = itertools.count()  # every process asks the same ones in the same order
 
 
@@ -73,6 +75,12 @@ def from_process_zero(name: str, mine: str, timeout: float) -> str:
 def next_word(name: str) -> str:
     """A word that nobody has said yet; the same on all processes, which ask for the same ones in the same order."""
     return f"jaxtrain/{name}/{next(_questions)}"
+
+
+def on_this_host() -> int:
+    """How many of the run's processes share this host, this one among them. Every process asks together with the others."""
+    host = socket.gethostname()
+    return from_all(next_word("hosts"), host, _HOST_SECONDS).count(host)
 
 
 def first_on_process_zero(
