@@ -126,7 +126,6 @@ class BatchNorm(nn.Module):
         return y.reshape(x.shape)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def normalize(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -136,6 +135,10 @@ def normalize(
     passes over the activations. The backward pass keeps x as it came (a bf16 run stores no copy in f32), and with
     h = (x - mean) / std gives scale / std * (g - mean(g) - h * mean(g * h)), Ioffe and Szegedy's section 3 rearranged.
     """
+    return _normalize(x, scale, bias, epsilon)
+
+
+def _normalize_primal(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> Any:
     return _normalize_forward(x, scale, bias, epsilon)[0]
 
 
@@ -162,7 +165,8 @@ def _normalize_backward(epsilon: float, saved: Any, gradients: Any) -> tuple[jax
     return dx.astype(x.dtype), dscale, dbias
 
 
-normalize.defvjp(_normalize_forward, _normalize_backward)
+_normalize = jax.custom_vjp(_normalize_primal, nondiff_argnums=(3,))
+_normalize.defvjp(_normalize_forward, _normalize_backward)
 
 
 def _affine(x: jax.Array, mean: jax.Array, inverse_std: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:

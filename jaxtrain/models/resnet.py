@@ -105,7 +105,7 @@ def _conv(features: int, size: int, stride: int, **options: Any) -> nn.Conv:
 
 
 def _product(x: jax.Array, kernel: jax.Array, window_strides: Sequence[int], padding: Any, **_: Any) -> jax.Array:
-    # A 1x1 convolution is a matrix product, and XLA:CPU takes a seventh of the time for its weights' gradient.
+    # XLA:CPU takes a seventh of the time for the weights' gradient of a product (32 x 32, 64 to 256 channels).
     vertical, horizontal = window_strides
     return x[:, ::vertical, ::horizontal] @ kernel[0, 0]
 
