@@ -14,12 +14,13 @@ from typing import Any
 
 import jax
 
-from benchmarks import calls, checkpoints, faults, inputs, overhead, pipeline, startup, steps
+from benchmarks import calls, checkpoints, faults, inputs, overhead, peers, pipeline, startup, steps
 from benchmarks.common import ROOT, machine
 
 BENCHMARKS: dict[str, Callable[[], Any]] = {
     "steps": steps.per_model,
     "layouts": steps.per_layout,
+    "peers": peers.measure,
     "overhead": overhead.measure,
     "calls": calls.measure,
     "startup": startup.measure,
@@ -67,6 +68,11 @@ def table(results: dict[str, Any]) -> str:
             detail = f", batch {row['batch']}" if group == "steps" else ""
             name = f"{label}: {row['name']}{detail}, {row['images_per_second']:.0f} images/s"
             lines.append(_row(name, row["seconds"], 1e3, "ms"))
+    for row in measured.get("peers", []):
+        name = f"step against PyTorch: {row['name']}, batch {row['batch']}"
+        lines.append(_row(f"{name}, ours", row["ours"], 1e3, "ms"))
+        lines.append(_row(f"{name}, theirs ({row['peer']})", row["theirs"], 1e3, "ms"))
+        lines.append(_row(f"{name}, theirs over ours", row["theirs_over_ours"], 1, "x", 2))
     if "overhead" in measured:
         for key in ("real_data_over_cached_batch", "trainer_over_bare_step"):
             lines.append(_row(key.replace("_", " "), measured["overhead"][key], 1, "x", 3))

@@ -5,7 +5,10 @@ import jax.numpy as jnp
 import pytest
 
 from jaxtrain import precision
+from jaxtrain.config import ModelConfig
 from jaxtrain.errors import ConfigError
+from jaxtrain.models import registry
+from jaxtrain.models.layers import Context, normalize
 from jaxtrain.precision import LossScale
 
 
@@ -105,3 +108,39 @@ def test_scaling_saves_a_gradient_that_fp16_would_flush_to_zero():
     gradient = jax.grad(loss)
     assert gradient(jnp.float32(1.0), 1.0) == 0
     assert gradient(jnp.float32(1.0), factor) / factor == pytest.approx(1e-9, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        ModelConfig("resnet18", width=8, depths=(1, 1, 1, 1)),
+        ModelConfig("resnet50", width=8, depths=(1, 1, 1, 1)),
+        ModelConfig("vgg11_bn", width=8),
+        ModelConfig("swin_tiny", width=32, depths=(2, 1, 1, 1)),
+    ],
+    ids=lambda config: config.name,
+)
+def test_bf16_keeps_no_wide_copy_of_an_activation_for_the_backward_pass(config):
+    batch = 6  # a size that no other dim has
+    model = registry.build(config, (32, 32, 3), 10, jnp.bfloat16, jnp.float32)
+    images = jax.ShapeDtypeStruct((batch, 32, 32, 3), jnp.bfloat16)
+    params, stats = jax.eval_shape(lambda key: model.init(key, images.shape, images.dtype), jax.random.key(0))
+
+    def kept(params, stats, images):
+        context = Context(jnp.arange(batch), train=True)
+        run = lambda params: model.apply(params, stats, images, context, jax.random.key(0))  # noqa: E731
+        return jax.vjp(run, params, has_aux=True)[1]
+
+    leaves = jax.tree.leaves(jax.eval_shape(kept, params, stats, images))
+    maps = [leaf for leaf in leaves if leaf.ndim >= 4 and batch in leaf.shape[:2] and leaf.shape[-1] > 1]
+    assert len(maps) > 10
+    assert {leaf.dtype for leaf in maps if jnp.issubdtype(leaf.dtype, jnp.floating)} == {jnp.dtype(jnp.bfloat16)}
+
+
+def test_batch_statistics_of_bf16_are_f32():
+    x = 100 + jax.random.normal(jax.random.key(0), (1, 4096, 8)).astype(jnp.bfloat16)
+    y, mean, var = normalize(x, jnp.ones(8), jnp.zeros(8), 1e-5)
+    exact = x.astype(jnp.float32)
+    assert (y.dtype, mean.dtype, var.dtype) == (jnp.bfloat16, jnp.float32, jnp.float32)
+    assert jnp.allclose(mean, exact.mean(1, keepdims=True), rtol=1e-6)
+    assert jnp.allclose(var, exact.var(1, keepdims=True), rtol=0.02)  # of E[x^2] - E[x]^2 at a mean of 100: 1e4 * 1e-7

@@ -6,6 +6,8 @@ mask is a function of the key, the module's path and the example's index in the 
 
 from __future__ import annotations
 
+import functools
+import math
 from typing import Any
 
 import flax.struct
@@ -102,36 +104,149 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, stats_dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, stats_dtype)
 
-        wide = x.astype(at_least_f32(x.dtype))  # fused into its readers: no wide copy of the activations is stored
         if not context.train:
-            y = _normalize(wide, running_mean.value, jax.lax.rsqrt(running_var.value + self.epsilon), scale, bias)
-            return y.astype(x.dtype)
+            wide = x.astype(at_least_f32(x.dtype))  # fused into its readers: no wide copy of the activations is stored
+            inverse_std = jax.lax.rsqrt(running_var.value + self.epsilon)
+            return _affine(wide, running_mean.value, inverse_std, scale, bias).astype(x.dtype)
 
         groups = context.bn_groups
-        wide = wide.reshape(groups, x.shape[0] // groups, *x.shape[1:])
-        axes = tuple(range(1, wide.ndim - 1))
-        count = wide.size // (groups * x.shape[-1])
+        grouped = x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
+        count = x.size // (groups * x.shape[-1])
         if count < 2:
             raise ConfigError(
                 f"config.model.bn_groups: BatchNorm {'/'.join(self.path)} would take its statistics over a single "
                 "value a channel, which leaves nothing of the input; use fewer groups or larger images."
             )
-        # One pass over the activations, E[x^2] - E[x]^2: BatchNorm is bound by memory traffic.
-        mean = jnp.mean(wide, axes, keepdims=True)
-        var = jnp.mean(jnp.square(wide), axes, keepdims=True) - jnp.square(mean)
-        var = jnp.where(var > 0, var, 0)  # rounding can make it negative
-        y = _normalize(wide, mean, jax.lax.rsqrt(var + self.epsilon), scale, bias)
+        y, mean, var = normalize(grouped, scale, bias, self.epsilon)
         if not self.is_initializing():
             unbiased = var * (count / (count - 1))
             for running, batch in ((running_mean, mean), (running_var, unbiased)):
-                new = jnp.mean(batch.reshape(groups, -1), 0).astype(stats_dtype)
+                new = jax.lax.stop_gradient(jnp.mean(batch.reshape(groups, -1), 0).astype(stats_dtype))
                 running.value = self.momentum * running.value + (1 - self.momentum) * new
-        return y.reshape(x.shape).astype(x.dtype)
+        return y.reshape(x.shape)
 
 
-def _normalize(x: jax.Array, mean: jax.Array, inverse_std: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
+def normalize(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """x [groups, n, ..., C], normalized in each group: y of x's type; mean and biased variance [groups, 1, ..., C].
+
+    The last two have at least f32, and no gradient. BatchNorm is bound by memory traffic, so both directions take two
+    passes over the activations. The backward pass keeps x as it came (a bf16 run stores no copy in f32), and with
+    h = (x - mean) / std gives scale / std * (g - mean(g) - h * mean(g * h)), Ioffe and Szegedy's section 3 rearranged.
+    """
+    return _normalize(x, scale, bias, epsilon)
+
+
+def _normalize_primal(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> Any:
+    return _normalize_forward(x, scale, bias, epsilon)[0]
+
+
+def _normalize_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> tuple[Any, Any]:
+    wide = x.astype(at_least_f32(x.dtype))
+    axes = tuple(range(1, x.ndim - 1))
+    mean = jnp.mean(wide, axes, keepdims=True)
+    var = jnp.mean(jnp.square(wide), axes, keepdims=True) - jnp.square(mean)
+    var = jnp.where(var > 0, var, 0)  # rounding can make it negative
+    inverse_std = jax.lax.rsqrt(var + epsilon)
+    y = _affine(wide, mean, inverse_std, scale, bias).astype(x.dtype)
+    return (y, mean, var), (x, mean, inverse_std, scale)
+
+
+def _normalize_backward(epsilon: float, saved: Any, gradients: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, mean, inverse_std, scale = saved
+    wide, g = (a.astype(at_least_f32(x.dtype)) for a in (x, gradients[0]))
+    axes = tuple(range(1, x.ndim - 1))
+    h = (wide - mean) * inverse_std
+    count = math.prod(x.shape[1:-1])
+    sum_g, sum_gh = jnp.sum(g, axes, keepdims=True), jnp.sum(g * h, axes, keepdims=True)
+    dx = (scale.astype(g.dtype) * inverse_std) * (g - sum_g / count - h * (sum_gh / count))
+    dscale, dbias = (jnp.sum(total, (0, *axes)).astype(scale.dtype) for total in (sum_gh, sum_g))
+    return dx.astype(x.dtype), dscale, dbias
+
+
+_normalize = jax.custom_vjp(_normalize_primal, nondiff_argnums=(3,))
+_normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+def _affine(x: jax.Array, mean: jax.Array, inverse_std: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
     mean, inverse_std, scale, bias = (a.astype(x.dtype) for a in (mean, inverse_std, scale, bias))
     return (x - mean) * (inverse_std * scale) + bias
+
+
+class LayerNorm(Layer):
+    """Layer normalization (Ba et al. 2016) over the last dim, computed in at least f32 and rounded to `dtype`."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [..., C] -> the same shape."""
+        scale = self.param("scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+        return layer_norm(x, scale, bias, self.dtype)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: DTypeLike) -> jax.Array:
+    """x [..., C], normalized over its last dim, in `dtype`. Like `normalize`, it keeps x as it came."""
+    return _layer_norm_forward(x, scale, bias, dtype)[0]
+
+
+def _layer_norm_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: DTypeLike) -> tuple[Any, Any]:
+    wide = x.astype(at_least_f32(jnp.promote_types(x.dtype, dtype)))
+    mean = jnp.mean(wide, -1, keepdims=True)
+    var = jnp.mean(jnp.square(wide), -1, keepdims=True) - jnp.square(mean)
+    inverse_std = jax.lax.rsqrt(jnp.where(var > 0, var, 0) + 1e-5)
+    return _affine(wide, mean, inverse_std, scale, bias).astype(dtype), (x, mean, inverse_std, scale)
+
+
+def _layer_norm_backward(dtype: DTypeLike, saved: Any, g: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, mean, inverse_std, scale = saved
+    g = g.astype(mean.dtype)
+    h = (x.astype(mean.dtype) - mean) * inverse_std
+    scaled = g * scale.astype(g.dtype)
+    dx = inverse_std * (scaled - jnp.mean(scaled, -1, keepdims=True) - h * jnp.mean(scaled * h, -1, keepdims=True))
+    rows = tuple(range(x.ndim - 1))
+    dscale, dbias = (jnp.sum(total, rows).astype(scale.dtype) for total in (g * h, g))
+    return dx.astype(x.dtype), dscale, dbias
+
+
+layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
+
+
+@jax.custom_vjp
+def relu(x: jax.Array) -> jax.Array:
+    """max(x, 0). Its gradient is taken from the result, which the next layer keeps anyway, and not from a mask."""
+    return jnp.maximum(x, 0)
+
+
+def _relu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    y = relu(x)
+    return y, y
+
+
+def _relu_backward(y: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    return (jnp.where(y > 0, gradient, 0),)
+
+
+relu.defvjp(_relu_forward, _relu_backward)
+
+
+@jax.custom_vjp
+def gelu(x: jax.Array) -> jax.Array:
+    """x times the normal distribution's share below x (Hendrycks and Gimpel 2016), exact. Its gradient keeps x alone."""
+    return jax.nn.gelu(x, approximate=False)
+
+
+def _gelu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return gelu(x), x
+
+
+def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
+    _, backward = jax.vjp(functools.partial(jax.nn.gelu, approximate=False), x)
+    return backward(gradient)
+
+
+gelu.defvjp(_gelu_forward, _gelu_backward)
 
 
 class Dropout(nn.Module):

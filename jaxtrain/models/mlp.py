@@ -10,7 +10,7 @@ from jaxtrain.config import ModelConfig
 from jaxtrain.errors import ConfigError
 from jaxtrain.models import settings
 from jaxtrain.models.classifier import Classifier, layer_name
-from jaxtrain.models.layers import Context, Dropout, Layer, torch_dense
+from jaxtrain.models.layers import Context, Dropout, Layer, relu, torch_dense
 
 NAMES = ("mlp",)
 
@@ -26,7 +26,7 @@ class Hidden(Layer):
         """x [B, ...] -> [B, features]."""
         x = x.reshape(x.shape[0], -1)
         x = torch_dense(self.features, x.shape[-1], **self.types, name="linear")(x)
-        return Dropout(self.dropout, name="dropout")(nn.relu(x), context)
+        return Dropout(self.dropout, name="dropout")(relu(x), context)
 
 
 class Head(Layer):

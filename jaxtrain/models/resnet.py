@@ -5,6 +5,7 @@ For small images the stem is one 3x3 convolution without stride or pooling (stem
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -23,6 +24,7 @@ from jaxtrain.models.layers import (
     Layer,
     at_least_f32,
     kaiming_normal,
+    relu,
     torch_dense,
 )
 
@@ -47,7 +49,7 @@ class Stem(Layer):
         """x [B, H, W, C] -> [B, H / 4, W / 4, features], or the same H and W if `small`."""
         size, stride = (3, 1) if self.small else (7, 2)
         x = _conv(self.features, size, stride, name="conv", **self.types)(x)
-        x = nn.relu(BatchNorm(self.param_dtype, name="bn")(x, context))
+        x = relu(BatchNorm(self.param_dtype, name="bn")(x, context))
         if self.small:
             return x
         return nn.max_pool(x, (3, 3), (2, 2), padding=((1, 1), (1, 1)))  # pyright: ignore[reportArgumentType]
@@ -73,11 +75,11 @@ class Block(Layer):
             scale_init = nn.initializers.zeros if last else nn.initializers.ones
             y = _conv(features, size, stride, name=f"conv{i}", **self.types)(y)
             y = BatchNorm(self.param_dtype, scale_init, name=f"bn{i}")(y, context)
-            y = y if last else nn.relu(y)
+            y = y if last else relu(y)
         if x.shape[-1] != y.shape[-1] or s != 1:
             x = _conv(y.shape[-1], 1, s, name="shortcut_conv", **self.types)(x)
             x = BatchNorm(self.param_dtype, name="shortcut_bn")(x, context)
-        return nn.relu(x + DropPath(self.drop_path, name="drop_path")(y, context))
+        return relu(x + DropPath(self.drop_path, name="drop_path")(y, context))
 
 
 class Head(Layer):
@@ -97,7 +99,15 @@ class Head(Layer):
 def _conv(features: int, size: int, stride: int, **options: Any) -> nn.Conv:
     # Padding in numbers: "SAME" pads a strided convolution on the other side than PyTorch does.
     options |= {"padding": size // 2, "use_bias": False, "kernel_init": kaiming_normal}
+    if size == 1:
+        options["conv_general_dilated"] = _product
     return nn.Conv(features, (size, size), stride, **options)
+
+
+def _product(x: jax.Array, kernel: jax.Array, window_strides: Sequence[int], padding: Any, **_: Any) -> jax.Array:
+    # XLA:CPU takes a seventh of the time for the weights' gradient of a product (32 x 32, 64 to 256 channels).
+    vertical, horizontal = window_strides
+    return x[:, ::vertical, ::horizontal] @ kernel[0, 0]
 
 
 def build(

@@ -21,7 +21,17 @@ from jaxtrain.config import ModelConfig
 from jaxtrain.errors import ConfigError
 from jaxtrain.models import settings
 from jaxtrain.models.classifier import Classifier
-from jaxtrain.models.layers import Context, Dropout, DropPath, Layer, at_least_f32, torch_bias, torch_kernel
+from jaxtrain.models.layers import (
+    Context,
+    Dropout,
+    DropPath,
+    Layer,
+    LayerNorm,
+    at_least_f32,
+    gelu,
+    torch_bias,
+    torch_kernel,
+)
 
 VARIANTS = {  # name: (width, blocks a stage, drop-path rate)
     "swin_tiny": (96, (2, 2, 6, 2), 0.2),
@@ -153,7 +163,7 @@ class Block(Layer):
         x = x + DropPath(self.drop_path, name="drop_path1")(y, context)
 
         y = _norm("norm2", self.types)(x)
-        y = nn.gelu(nn.Dense(4 * channels, kernel_init=normal, name="fc1", **self.types)(y), approximate=False)
+        y = gelu(nn.Dense(4 * channels, kernel_init=normal, name="fc1", **self.types)(y))
         y = Dropout(self.dropout, name="dropout2")(y, context)
         y = nn.Dense(channels, kernel_init=normal, name="fc2", **self.types)(y)
         y = Dropout(self.dropout, name="dropout3")(y, context)
@@ -222,8 +232,8 @@ def _divides_into_heads(width: int, stages: Iterable[int]) -> bool:
     return all(width * 2**stage % _heads(width * 2**stage) == 0 for stage in stages)
 
 
-def _norm(name: str, types: dict[str, Any]) -> nn.LayerNorm:
-    return nn.LayerNorm(epsilon=1e-5, name=name, **types)  # statistics in at least f32, in one pass
+def _norm(name: str, types: dict[str, Any]) -> LayerNorm:
+    return LayerNorm(name=name, **types)
 
 
 def build(

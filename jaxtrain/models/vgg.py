@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtrain.config import ModelConfig
 from jaxtrain.models import settings
 from jaxtrain.models.classifier import Classifier, layer_name
-from jaxtrain.models.layers import BatchNorm, Context, Dropout, Layer, kaiming_normal
+from jaxtrain.models.layers import BatchNorm, Context, Dropout, Layer, kaiming_normal, relu
 
 DEPTHS = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 NAMES = tuple(name + suffix for name in DEPTHS for suffix in ("", "_bn"))
@@ -37,7 +37,7 @@ class Conv(Layer):
         x = nn.Conv(self.features, (3, 3), padding=1, kernel_init=kaiming_normal, name="conv", **self.types)(x)
         if self.batch_norm:
             x = BatchNorm(self.param_dtype, name="bn")(x, context)
-        x = nn.relu(x)
+        x = relu(x)
         return max_pool_2x2(x) if self.pool else x
 
 
@@ -54,7 +54,7 @@ class Hidden(Layer):
         if self.pool_to:
             x = adaptive_average_pool(x, self.pool_to)
         x = x.reshape(x.shape[0], -1)
-        x = nn.relu(nn.Dense(self.features, kernel_init=linear_init, name="linear", **self.types)(x))
+        x = relu(nn.Dense(self.features, kernel_init=linear_init, name="linear", **self.types)(x))
         return Dropout(self.dropout, name="dropout")(x, context)
 
 
