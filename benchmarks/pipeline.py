@@ -53,7 +53,7 @@ def _config(model: ModelConfig, batch: int, layout: LayoutConfig) -> Config:
     return synthetic(Config(data=DataConfig(global_batch=batch), model=model, optim=optim, layout=layout))
 
 
-def _apart(*calls: tuple[Any, ...]) -> list[Any]:
+def apart(*calls: tuple[Any, ...]) -> list[Any]:
     """What each call (function, *arguments) returns, each in a new process, all at once. Kills what does not end well."""
     context = multiprocessing.get_context("spawn")
     with contextlib.ExitStack() as stack:
@@ -131,7 +131,7 @@ def bubble() -> list[dict[str, Any]]:
         for name, stages, parts in itertools.product(schedules.SCHEDULES, STAGES, BUBBLE_PARTS)
         if name != "interleaved_1f1b" or parts % stages == 0
     ]
-    return _apart((_bubbles, cases))[0]
+    return apart((_bubbles, cases))[0]
 
 
 def _bubbles(cases: list[tuple[str, int, int]]) -> list[dict[str, Any]]:
@@ -192,7 +192,7 @@ def dispatch() -> list[dict[str, Any]]:
     """Seconds of a step for each of its operations (2 V M), where these compute next to nothing: an MLP of width 8."""
     cases = [(stages, parts, DEPTHS[0]) for stages, parts in itertools.product(STAGES, DISPATCH_PARTS)]
     cases += [(STAGES[0], DISPATCH_PARTS[-1], depth) for depth in DEPTHS[1:]]
-    return _apart((_dispatches, cases))[0]
+    return apart((_dispatches, cases))[0]
 
 
 def _dispatches(cases: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
@@ -236,10 +236,10 @@ def efficiency() -> list[dict[str, Any]]:
     rows = []
     for (name, (model, size)), parts in itertools.product(MODELS.items(), EFFICIENCY_PARTS):
         work = (_throughput, model, size, parts)
-        (alone,) = _apart((*work, 0))
-        two = _apart((*work, 0), (*work, 1))
-        port = _free_port()
-        staged = _apart((*work, 0, port), (*work, 1, port))[0]
+        (alone,) = apart((*work, 0))
+        two = apart((*work, 0), (*work, 1))
+        port = free_port()
+        staged = apart((*work, 0, port), (*work, 1, port))[0]
         bound = parts / (parts + 1)
         spread = Spread.of([statistics.median(alone["seconds"]) / (2 * seconds) for seconds in staged["seconds"]])
         two_seconds = statistics.mean(statistics.median(each["seconds"]) for each in two)
@@ -260,7 +260,8 @@ def efficiency() -> list[dict[str, Any]]:
     return rows
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port where nobody listens."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 
@@ -282,4 +283,4 @@ def _throughput(model: ModelConfig, size: int, parts: int, core: int, port: int 
     return {"seconds": seconds, "imbalance": max(weights) / statistics.mean(weights)}
 
 
-__all__ = ["bubble", "dispatch", "efficiency", "sleepy"]
+__all__ = ["apart", "bubble", "dispatch", "efficiency", "free_port", "sleepy"]

@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import calls, checkpoints, faults, inputs, overhead, peers, pipeline, startup, steps
+from benchmarks import calls, checkpoints, faults, inputs, overhead, peers, pipeline, scale, startup, steps
 from benchmarks.common import ROOT, machine
 
 BENCHMARKS: dict[str, Callable[[], Any]] = {
@@ -31,6 +31,7 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "bubble": pipeline.bubble,
     "dispatch": pipeline.dispatch,
     "efficiency": pipeline.efficiency,
+    "scale": scale.measure,
 }
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
@@ -114,6 +115,14 @@ def table(results: dict[str, Any]) -> str:
     for row in measured.get("efficiency", []):
         name = f"two stages on two cores over twice one core, {row['name']}, {row['microbatches']} microbatches"
         lines.append(_row(f"{name}: bound {row['bound']:.3f}", row["efficiency"], 1, "x", 3))
+    if scaled := measured.get("scale"):
+        lines.append(
+            f"| all-reduce of two processes (gloo): latency {1e6 * scaled['latency']:.0f} us "
+            f"| {scaled['bandwidth'] / 1e9:.2f} GB/s | |"
+        )
+        for row in scaled["steps"]:
+            name = f"two processes, {row['name']}, batch {row['batch']}"
+            lines.append(_row(f"{name}: predicted {1e3 * row['predicted']:.1f} ms", row["measured"], 1e3, "ms"))
     return "\n".join(lines)
 
 

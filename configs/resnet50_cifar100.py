@@ -3,8 +3,11 @@
     python -m jaxtrain.main --config configs/resnet50_cifar100.py                        # one GPU, batch 128
     python -m jaxtrain.main --config configs/resnet50_cifar100.py:multi,zero1            # four GPUs, batch 512
     python -m jaxtrain.main --config configs/resnet50_cifar100.py:production,zero3       # eight GPUs, batch 1024
+    python -m jaxtrain.main --config configs/resnet50_cifar100.py:tuned                  # one GPU, aimed at 80 %
 
-The schedule (rate x 0.2 at 30, 60 and 80 % of 200 epochs) is weiaicunzai/pytorch-cifar100's.
+The schedule (rate x 0.2 at 30, 60 and 80 % of 200 epochs) is weiaicunzai/pytorch-cifar100's, whose ResNet-50 has
+77.4 %. `tuned` was not run at full length yet. openmixup's ResNeXt-50, in 200 epochs under cosine, has 79.4 % without mixing,
+81.2 % with mixup (alpha 1), 81.5 % with cutmix (alpha 0.2); over 400 epochs mixup gains (82.5 %) and cutmix loses (78.5 %).
 """
 
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
@@ -29,7 +32,7 @@ def get_config(arg=""):
         ),
         train=TrainConfig(epochs=200),
     )
-    return recipe(config, arg, {"single": single, "multi": multi, "production": production})
+    return recipe(config, arg, {"single": single, "multi": multi, "production": production, "tuned": tuned})
 
 
 def single(config):
@@ -53,5 +56,20 @@ def production(config):
             "train.precision": "bf16",
             "train.epochs": 300,
             "checkpoint.milestone_every": "10 epochs",
+        },
+    )
+
+
+def tuned(config):
+    """Cosine, mixup or cutmix (one of them a batch), Nesterov momentum, a longer warm-up, the average of the weights."""
+    return change(
+        config,
+        **{
+            "data.mixup": 1.0,
+            "data.cutmix": 0.2,
+            "optim.schedule": "cosine",
+            "optim.nesterov": True,
+            "optim.warmup": "5 epochs",
+            "optim.ema": 0.999,
         },
     )

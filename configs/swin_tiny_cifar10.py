@@ -2,12 +2,15 @@
 
     python -m jaxtrain.main --config configs/swin_tiny_cifar10.py
     python -m jaxtrain.main --config configs/swin_tiny_cifar10.py:tensor2 --simulate-devices 8 --config.train.steps=20
+    python -m jaxtrain.main --config configs/swin_tiny_cifar10.py:long     # 600 epochs
 
 Regularized as in Liu 2021: RandAugment, random erasing, mixup 0.8, cutmix 1.0, label smoothing 0.1, drop-path 0.2.
+`long` was not run at full length yet. A Swin-T from scratch needs it: openmixup's, with this regularization on CIFAR-100
+enlarged to 224 px, has 81.3 % after 200 epochs and 84.4 % after 600; kentaroy47's, at 32 px, 90 % on CIFAR-10 after 400.
 """
 
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from jaxtrain.recipes import recipe
+from jaxtrain.recipes import change, recipe
 
 
 def get_config(arg=""):
@@ -27,4 +30,9 @@ def get_config(arg=""):
         ),
         train=TrainConfig(epochs=200),
     )
-    return recipe(config, arg)
+    return recipe(config, arg, {"long": long})
+
+
+def long(config):
+    """600 epochs, a warm-up of 20, the average of the weights."""
+    return change(config, **{"train.epochs": 600, "optim.warmup": "20 epochs", "optim.ema": 0.9999})

@@ -146,6 +146,7 @@ class DataConfig(_Section):
     image_size: side in pixels that the model sees; 0 keeps the source's own.
     augmentation: `none`; `light` (pad-4 crop, flip); `heavy` (light, RandAugment, colour jitter, random erasing);
         `resize_crop` (resize to 8/7 of image_size, random crop, flip; evaluation takes the centre crop).
+    crop_padding: pixels around an image before `light` and `heavy` crop it; 0 is an eighth of its side, 4 for 32.
     mixup, cutmix: the Beta distribution's alpha (Zhang 2018, Yun 2019); 0 is off; both on: one of them a batch, at random.
     mean, std: per-channel normalization in [0, 1]; empty means the source's own.
     examples: use only the first so many training examples (for `synthetic`: how many there are); 0 means all.
@@ -166,6 +167,7 @@ class DataConfig(_Section):
     batch_per_device: int = 0
     image_size: int = 0
     augmentation: str = "none"
+    crop_padding: int = 0
     mixup: float = 0.0
     cutmix: float = 0.0
     mean: tuple = ()
@@ -181,7 +183,7 @@ class DataConfig(_Section):
     def _validate(self) -> None:
         _require(bool(self.name), "data.name", self.name, "the name of a data set")
         self._min(1, "global_batch")
-        self._min(0, "batch_per_device", "image_size", "mixup", "cutmix", "examples", "split_seed")
+        self._min(0, "batch_per_device", "image_size", "crop_padding", "mixup", "cutmix", "examples", "split_seed")
         self._min(-1, "workers")
         self._between(0.0, 1.0, "validation")
         _require(self.prepare_timeout > 0, "data.prepare_timeout", self.prepare_timeout, "above 0 minutes")
@@ -199,9 +201,10 @@ class DataConfig(_Section):
 class ModelConfig(_Section):
     """Which classifier.
 
-    name: `mlp`, `vgg11` ... `vgg19_bn`, `resnet18` ... `resnet152`, `swin_tiny|small|base`, or `package.module:Class`.
+    name: `mlp`, `vgg11` ... `vgg19_bn`, `resnet18` ... `resnet152`, `swin_tiny|small|base`, `convnet_fast`, or
+        `package.module:Class`.
     num_classes: 0 means the data set's.
-    width: channels of the first stage (ResNet, VGG: 64; Swin-T: 96) or hidden width (MLP: 512); 0 is the model's own.
+    width: channels of the first stage (Swin-T: 96; the other networks: 64) or hidden width (MLP: 512); 0 is the model's own.
     depths: blocks a stage, e.g. (1, 1, 1, 1); empty is the model's own.
     stem: `cifar` (3x3, stride 1) or `imagenet` (7x7, stride 2, max-pool); `auto` decides by image size (ResNet, VGG).
     patch, window: Swin's; 0 decides by image size.

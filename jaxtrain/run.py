@@ -175,6 +175,7 @@ def make_run(
         mixup=config.data.mixup,
         cutmix=config.data.cutmix,
         label_smoothing=config.optim.label_smoothing,
+        padding=config.data.crop_padding,
         dtype=types.compute_dtype,
     )
     init = functools.partial(initial_state, config.seed, model, optimizer, types, shape, ema=config.optim.ema > 0)

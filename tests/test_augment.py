@@ -219,11 +219,14 @@ def test_none_is_normalisation_only(channels):
     assert x.dtype == targets.dtype == jnp.float32
 
 
-@pytest.mark.parametrize(("size", "channels", "border"), [(32, 3, 4), (8, 1, 1), (6, 3, 1)])
-def test_light_is_a_padded_crop_and_a_flip(size, channels, border):
+@pytest.mark.parametrize(
+    ("size", "channels", "padding", "border"), [(32, 3, 0, 4), (8, 1, 0, 1), (6, 3, 0, 1), (8, 3, 2, 2)]
+)
+def test_light_is_a_padded_crop_and_a_flip(size, channels, padding, border):
     count = 600
     images, labels, example = batch_of(np.repeat(noise(1, size, channels), count, 0))
-    x, targets = train_inputs(preprocess(size, "light", channels), images, labels, example, jax.random.key(0))
+    pre = preprocess(size, "light", channels, padding=padding)
+    x, targets = train_inputs(pre, images, labels, example, jax.random.key(0))
     assert x.shape == images.shape
     np.testing.assert_array_equal(np.argmax(targets, 1), labels)
 

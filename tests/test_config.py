@@ -46,6 +46,7 @@ BAD = [
     (DataConfig, "global_batch", 0, "at least 1"),
     (DataConfig, "batch_per_device", -1, "at least 0"),
     (DataConfig, "image_size", -32, "at least 0"),
+    (DataConfig, "crop_padding", -1, "at least 0"),
     (DataConfig, "augmentation", "hevy", "one of none, light, heavy, resize_crop. Did you mean 'heavy'?"),
     (DataConfig, "mixup", -0.1, "at least 0"),
     (DataConfig, "mixup", NAN, "a finite number"),

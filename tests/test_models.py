@@ -14,7 +14,7 @@ from flax import linen as nn
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.errors import ConfigError
-from jaxtrain.models import mlp, registry, swin, vgg
+from jaxtrain.models import convnet, mlp, registry, swin, vgg
 from jaxtrain.models.classifier import Classifier
 from jaxtrain.models.layers import BatchNorm, Context, Dropout, DropPath
 from jaxtrain.plugins import load_dotted
@@ -27,6 +27,7 @@ TINY = {
     "resnet18": (ModelConfig(name="resnet18", width=4, depths=(1, 1, 1, 1), drop_path=0.3, dropout=0.2), (8, 8, 3)),
     "resnet50": (ModelConfig(name="resnet50", width=4, depths=(1, 1, 1, 1), drop_path=0.3), (64, 64, 3)),
     "swin_tiny": (ModelConfig(name="swin_tiny", width=16, depths=(1, 2, 1, 1), dropout=0.1), (32, 32, 3)),
+    "convnet_fast": (ModelConfig(name="convnet_fast", width=4, depths=(1, 2, 1), dropout=0.2), (9, 9, 3)),
     "vit": (ModelConfig(name="vit_plugin:ViT", dropout=0.2, drop_path=0.2), (8, 8, 3)),
 }
 WITHOUT_BATCH_NORM = ("mlp", "vgg11", "swin_tiny", "vit")
@@ -110,10 +111,12 @@ def test_parameter_counts_on_small_images():
     cifar = (32, 32, 3)
     # chenyaofo/pytorch-cifar-models: 39.3M; without pooling before its classifier.
     assert parameters(build(ModelConfig(name="vgg19_bn"), cifar, 100), cifar) == 39_327_652
+    # cifar10-airbench's network: its six kernels, biases and head; without the 288 values of its fixed first kernel.
+    assert parameters(build(ModelConfig(name="convnet_fast"), cifar), cifar) == 1_971_352
 
 
 def test_every_name_builds():
-    assert len(set(registry.names())) == 1 + 8 + 5 + 3
+    assert len(set(registry.names())) == 1 + 8 + 5 + 3 + 1
     for name in registry.names():
         assert len(build(ModelConfig(name=name), (32, 32, 3)).layers) > 2
     model = build(ModelConfig(name="resnet50"), (32, 32, 3))
@@ -205,6 +208,29 @@ def test_swin_initialisation():
         is_normal(leaves[name], 0.02)
     assert (leaves["attn/qkv/bias"] == 0).all()
     is_normal(initialised("swin_tiny", 3, (1, 8, 8, 96))["linear/kernel"], 0.02)
+
+
+def test_convnet_initialisation():
+    leaves = initialised("convnet_fast", 3, (1, 8, 8, 64))
+    assert leaves.keys() == {"conv/kernel", "bn/bias"}
+    kernel = leaves["conv/kernel"]
+    x = jax.random.normal(jax.random.key(0), (1, 8, 8, 64))
+    y = jax.lax.conv(jnp.moveaxis(x, -1, 1), jnp.transpose(kernel, (3, 2, 0, 1)), (1, 1), "SAME")
+    np.testing.assert_allclose(y[:, :64], jnp.moveaxis(x, -1, 1), rtol=1e-6)  # the inputs pass
+    is_uniform(kernel[..., 64:], (9 * 64) ** -0.5)
+    is_normal(initialised("convnet_fast", 7, (1, 3, 3, 256), width=64)["linear/kernel"], 1.0)
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_whitening_filters_are_orthogonal_and_come_in_pairs(channels):
+    filters = convnet.whitening_filters(channels).reshape(4 * channels, 8 * channels)
+    first, second = np.split(filters, 2, axis=1)
+    np.testing.assert_array_equal(first, -second)
+    gram = first.T @ first
+    np.testing.assert_allclose(gram, np.diag(np.diag(gram)), atol=1e-9)
+    brightness = first[:, 0]  # of natural images by far the largest variance, and so the smallest weight
+    np.testing.assert_allclose(brightness, brightness[0])
+    assert np.argmin(np.diag(gram)) == 0
 
 
 def test_mlp_initialisation():
@@ -564,7 +590,7 @@ def test_what_is_wrong_with_a_dotted_name(tmp_path, monkeypatch, name, message):
         (
             {"name": "resnet81"},
             32,
-            "must be one of mlp, vgg11, .*swin_base, or package.module:Class. Did you mean 'resnet18'?",
+            "must be one of mlp, vgg11, .*convnet_fast, or package.module:Class. Did you mean 'resnet18'?",
         ),
         ({"name": "resnet18", "depths": (1, 2)}, 32, r"depths=\(1, 2\): resnet18 takes 4 numbers"),
         ({"name": "vgg16"}, 16, "at least 32 x 32 pixels, and these have 16 x 16"),
@@ -576,6 +602,8 @@ def test_what_is_wrong_with_a_dotted_name(tmp_path, monkeypatch, name, message):
         ({"name": "mlp", "width": 1}, 8, "width=1: .* at least 2"),
         ({"name": "mlp", "depths": (2, 2)}, 8, "depths=.*: mlp takes 1 number"),
         ({"name": "mlp", "drop_path": 0.1}, 8, "drop_path=0.1: mlp has no such setting"),
+        ({"name": "convnet_fast"}, 8, "at least 9 x 9 pixels"),
+        ({"name": "convnet_fast", "stem": "cifar"}, 32, "stem='cifar': convnet_fast has no such setting"),
         ({"name": "vgg11", "patch": 4}, 32, "patch=4: vgg11 has no such setting"),
     ],
 )

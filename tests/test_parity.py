@@ -56,6 +56,7 @@ CASES = [
     for model in parity.MODELS
     for layout in LAYOUTS
     if model not in ("vgg", "swin") or layout not in ("data2", "zero1", "tensor2")
+    if model != "convnet" or layout == "tensor2-data2-zero2-accumulate2"  # its recipe has all the others, below
 ]
 
 
@@ -150,12 +151,16 @@ def recipe_losses(name: str, argument: str) -> list[float]:
     shrunk = {
         "data.name": "synthetic",
         "data.examples": 64,
-        "data.image_size": {"mlp_synthetic": 0, "vgg19_cifar10": 32}.get(name, 16 if name in SWINS else 8),
+        "data.image_size": {"mlp_synthetic": 0, "vgg19_cifar10": 32, "resnet_fast_cifar10": 9}.get(
+            name, 16 if name in SWINS else 8
+        ),
         "data.global_batch": 16,
         "optim.lr_reference_batch": 16,
         "optim.warmup": "0",
         "model.width": 16 if name in SWINS else 4,
-        "model.depths": {"mlp_synthetic": (7,), "vgg19_cifar10": ()}.get(name, (1, 1, 1, 1)),
+        "model.depths": {"mlp_synthetic": (7,), "vgg19_cifar10": (), "resnet_fast_cifar10": (1, 1, 1)}.get(
+            name, (1, 1, 1, 1)
+        ),
         "model.bn_groups": 2,
         "train.precision": "f64",
         "train.steps": 6,

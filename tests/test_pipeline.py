@@ -30,6 +30,7 @@ DEEP = {
     "mlp": {"model.depths": (7,)},
     "resnet": {"model.depths": (2, 2, 1, 1)},
     "vgg": {},
+    "convnet": {},
     "swin": {"model.depths": (2, 2, 1, 1)},
 }
 
@@ -92,7 +93,7 @@ EVERYTHING = list(itertools.product(("gpipe", "1f1b", "interleaved_1f1b"), (2, 3
 @pytest.mark.parametrize(("schedule", "stages", "data", "zero"), EVERYTHING)
 @pytest.mark.parametrize("model", grouped(parity.MODELS))
 def test_the_whole_table(model, schedule, stages, data, zero):
-    """With at least two layers a slice, but for VGG, whose eleven layers are too few for that with 4 x 2 slices."""
+    """With at least two layers a slice, but for VGG and `convnet_fast`, whose layers are too few for 4 x 2 slices."""
     deeper, parts = schedule == "interleaved_1f1b", 6 if stages == 3 else 4
     found = parity.numbers(parity.run(model, layout(schedule, stages, data, zero, parts), **fields_of(model, deeper)))
     parity.assert_equal(found, larger_reference(model, deeper), 1e-12)
@@ -101,7 +102,7 @@ def test_the_whole_table(model, schedule, stages, data, zero):
 def fields_of(model: str, deeper: bool) -> dict[str, object]:
     """A batch, and BatchNorm groups, that four and six microbatches divide."""
     more = DEEPER.get(model, {}) if deeper else DEEP[model]
-    groups = {"model.bn_groups": 12} if model in ("resnet", "vgg") else {}
+    groups = {"model.bn_groups": 12} if model in ("resnet", "vgg", "convnet") else {}
     return {"data.global_batch": 96, "data.examples": 96, **groups, **more}
 
 

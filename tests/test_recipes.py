@@ -13,7 +13,12 @@ from jaxtrain.optim import learning_rate
 from jaxtrain.recipes import LAYOUTS, change, load_config, recipe, resolve
 
 CONFIGS = Path(__file__).parents[1] / "configs"
-OWN = {"resnet50_cifar100": ("single", "multi", "production"), "vgg19_cifar10": ("224",)}
+OWN = {
+    "resnet18_cifar10": ("short", "tuned"),
+    "resnet50_cifar100": ("single", "multi", "production", "tuned"),
+    "swin_tiny_cifar10": ("long",),
+    "vgg19_cifar10": ("224",),
+}
 
 # What the issue asks for. `rate`: the peak learning rate at the recipe's own batch.
 NUMBERS = {
@@ -26,6 +31,17 @@ NUMBERS = {
     },
     "resnet18_cifar10": {
         "data.name": "cifar10", "data.global_batch": 128, "model.name": "resnet18", "train.epochs": 200, "rate": 0.1,
+    },
+    "resnet18_cifar10:short": {
+        "data.global_batch": 512, "optim.schedule": "linear", "optim.warmup": "7 epochs", "train.epochs": 35, "rate": 0.4,
+    },
+    "resnet18_cifar10:tuned": {
+        "data.mixup": 1.0, "data.cutmix": 0.2, "optim.ema": 0.999, "train.epochs": 200, "rate": 0.1,
+    },
+    "resnet_fast_cifar10": {
+        "data.name": "cifar10", "data.global_batch": 1024, "data.crop_padding": 2, "data.validation": 0.0,
+        "model.name": "convnet_fast", "model.width": 0, "optim.name": "muon", "optim.label_smoothing": 0.2,
+        "train.epochs": 14, "rate": 0.03,
     },
     "resnet18_cifar100": {
         "data.name": "cifar100", "data.global_batch": 256, "model.name": "resnet18", "train.epochs": 200, "rate": 0.2,
@@ -50,6 +66,10 @@ NUMBERS = {
         "optim.lr_reference_batch": 128, "optim.clip_norm": 1.0, "train.precision": "bf16",
         "checkpoint.milestone_every": "10 epochs",
     },
+    "resnet50_cifar100:tuned": {
+        "data.global_batch": 128, "data.mixup": 1.0, "data.cutmix": 0.2, "optim.schedule": "cosine", "optim.ema": 0.999,
+        "optim.nesterov": True, "train.epochs": 200, "rate": 0.1,
+    },
     "vgg19_cifar10": {
         "data.name": "cifar10", "data.image_size": 0, "data.augmentation": "light", "model.name": "vgg19_bn",
     },
@@ -62,6 +82,7 @@ NUMBERS = {
         "data.name": "cifar10", "data.global_batch": 128, "model.name": "swin_tiny", "model.patch": 0,
         "model.window": 0, "optim.name": "adamw",
     },
+    "swin_tiny_cifar10:long": {"train.epochs": 600, "optim.warmup": "20 epochs", "optim.ema": 0.9999},
     "transformer_pipeline_zero": {
         "data.global_batch": 4 * 32, "model.name": "swin_tiny", "layout.stages": 2, "layout.zero": 2,
     },

@@ -43,6 +43,7 @@ class Preprocess:
     num_classes: K.
     mixup, cutmix: alpha of Beta(alpha, alpha); 0 is off; both on: one of them a batch, with equal probability.
     label_smoothing: share of a target that is spread over all classes.
+    padding: pixels around an image before `light` and `heavy` crop it; 0 is an eighth of its side.
     dtype: of the returned images.
     """
 
@@ -54,6 +55,7 @@ class Preprocess:
     mixup: float = 0.0
     cutmix: float = 0.0
     label_smoothing: float = 0.0
+    padding: int = 0
     dtype: DTypeLike = jnp.float32
 
     @property
@@ -100,7 +102,7 @@ def train_images(pre: Preprocess, images: jax.Array, example: jax.Array, key: ja
         images = random_flip(images, words["flip"])  # first, while they are small
     images = resize(images, pre.resized if pre.augmentation == "resize_crop" else size)
     if pre.augmentation in ("light", "heavy"):
-        images = pad(images)
+        images = pad(images, pre.padding)
     if pre.augmentation != "none":
         images = random_crop(images, size, words["crop"])
     if pre.augmentation == "heavy":
@@ -196,9 +198,9 @@ def _resize_weights(source: int, size: int) -> tuple[np.ndarray, np.ndarray]:
     return first.astype(np.int32), np.take_along_axis(weights, first[:, None] + np.arange(taps), axis=1)
 
 
-def pad(images: jax.Array) -> jax.Array:
-    """Black pixels around [B, S, S, C]: S/8 a side, rounded, at least one; 4 for 32, as is usual for CIFAR."""
-    width = max(1, round(images.shape[1] / 8))
+def pad(images: jax.Array, width: int = 0) -> jax.Array:
+    """Black pixels around [B, S, S, C]: `width` a side, or S/8, rounded, at least one; 4 for 32, as is usual for CIFAR."""
+    width = width or max(1, round(images.shape[1] / 8))
     return jnp.pad(images, ((0, 0), (width, width), (width, width), (0, 0)))
 
 

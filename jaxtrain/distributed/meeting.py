@@ -11,7 +11,8 @@ import contextlib
 import dataclasses
 import json
 import os
-import select
+import resource
+import selectors
 import socket
 import sys
 import time
@@ -24,7 +25,10 @@ from jaxtrain.errors import EnvironmentMismatchError
 PORTS = 8  # tried, one after the other, where other programs listen at the first
 _BANNER = "jaxtrain-meeting"
 SKEW_SECONDS = 5.0  # between two hosts' clocks that are warned of
-_HELLO_SECONDS = 2.0  # that a process which has connected may take to say who it is
+_HELLO_SECONDS = 2.0  # that process 0 may take to say that it is there
+_HELLO_BYTES = 1 << 20
+_BACKLOG = 4096  # connections that the kernel keeps until they are taken; more try again after a second
+_TRIES_A_SECOND = 20_000  # of all processes together, at one that does not listen yet
 
 Fingerprint = Mapping[str, Mapping[str, Any]]
 
@@ -70,29 +74,43 @@ def meet(place: Place, fingerprint: Fingerprint, timeout: float, *, allow_versio
 def _gather(place: Place, port: int, own: Hello, timeout: float, allow_version_skew: bool) -> dict[str, Any]:
     """Returns the answer that all got: {"port": ...} or {"no": why}."""
     server, port = _listen(place, port)
+    _allow_files(place.processes)
     come: dict[int, socket.socket] = {}
     answer: dict[str, Any] = {}
     deadline = time.monotonic() + timeout
     with contextlib.ExitStack() as stack:
-        with server:
-            server.settimeout(0.2)
+        with server, selectors.DefaultSelector() as ears:  # none waits for another: thousands may come at once
+            server.setblocking(False)
+            ears.register(server, selectors.EVENT_READ)
             while not answer:
-                come = {other: connection for other, connection in come.items() if not _is_closed(connection)}
-                missing = [str(other) for other in range(1, place.processes) if other not in come]
-                if not missing:
+                if len(come) == place.processes - 1:
                     answer = {"port": port}
                 elif time.monotonic() > deadline:
-                    names = ", ".join(missing)
+                    names = ", ".join(str(other) for other in range(1, place.processes) if other not in come)
                     answer = _no(
                         f"process {names} of {place.processes} did not come to {place.coordinator} within {timeout:.0f} s."
                     )
-                elif why := _welcome(server, come, own, stack, allow_version_skew):
-                    answer = _no(why)
+                for key, _ in [] if answer else ears.select(0.2):
+                    if key.fileobj is server:
+                        _accept(server, ears, stack)
+                    elif why := _hear(key, ears, come, own, allow_version_skew):
+                        answer = _no(why)
+                        break
         # The port is free again before anybody hears the answer: JAX listens there next.
         for connection in come.values():
+            connection.settimeout(_HELLO_SECONDS)
             with contextlib.suppress(OSError):
                 connection.sendall((json.dumps(answer) + "\n").encode())
     return answer
+
+
+def _allow_files(processes: int) -> None:
+    """A connection is an open file: here, and again in JAX's coordination service. Shells allow 1,024 by default."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = 2 * processes + 1024
+    if soft != resource.RLIM_INFINITY and soft < wanted:
+        most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _no(why: str) -> dict[str, Any]:
@@ -105,8 +123,10 @@ def _listen(place: Place, first: int) -> tuple[socket.socket, int]:
     for port in range(first, min(first + PORTS, 65536)):
         try:
             if everywhere:
-                return socket.create_server(("", port), family=socket.AF_INET6, dualstack_ipv6=True), port
-            return socket.create_server(("127.0.0.1" if place.is_local else "", port)), port
+                return socket.create_server(
+                    ("", port), family=socket.AF_INET6, dualstack_ipv6=True, backlog=_BACKLOG
+                ), port
+            return socket.create_server(("127.0.0.1" if place.is_local else "", port), backlog=_BACKLOG), port
         except OSError as error:
             reason = os.strerror(error.errno or 0)
             if _banner(("127.0.0.1", port)):
@@ -119,21 +139,40 @@ def _listen(place: Place, first: int) -> tuple[socket.socket, int]:
     )
 
 
-def _welcome(
-    server: socket.socket,
+def _accept(server: socket.socket, ears: selectors.BaseSelector, stack: contextlib.ExitStack) -> None:
+    """Lets one in, tells it who is here, and listens to it."""
+    with contextlib.suppress(OSError):  # it is gone again
+        connection = stack.enter_context(server.accept()[0])
+        connection.setblocking(False)
+        connection.send(f"{_BANNER}\n".encode())
+        ears.register(connection, selectors.EVENT_READ, bytearray())
+
+
+def _hear(
+    key: selectors.SelectorKey,
+    ears: selectors.BaseSelector,
     come: dict[int, socket.socket],
     own: Hello,
-    stack: contextlib.ExitStack,
     allow_version_skew: bool,
 ) -> str:
-    """Takes one connection, if there is any, into `come`. Returns what is wrong with who it is, else ''."""
+    """Takes what a connection says; once it has said who it is, into `come`. Returns what is wrong with that, else ''."""
+    connection: Any = key.fileobj
+    heard, said = key.data, b""
+    with contextlib.suppress(OSError):
+        said = connection.recv(1 << 16)
+    heard += said
     try:
-        connection = stack.enter_context(server.accept()[0])
-        connection.settimeout(_HELLO_SECONDS)
-        connection.sendall(f"{_BANNER}\n".encode())
-        other = Hello(**json.loads(connection.makefile(encoding="utf-8").readline(1 << 20)))
-    except (OSError, ValueError, TypeError):
-        return ""  # nobody came, or it was none of us
+        if not said or len(heard) > _HELLO_BYTES:
+            raise ValueError
+        if not said.endswith(b"\n"):
+            return ""  # not all of it yet
+        other = Hello(**json.loads(heard))
+    except (ValueError, TypeError):  # it has gone, or is none of us; who has said its name says nothing more
+        ears.unregister(connection)
+        for index in [index for index, known in come.items() if known is connection]:
+            del come[index]
+        connection.close()
+        return ""
     if abs(skew := other.clock - time.time()) > SKEW_SECONDS:
         ahead = "ahead of" if skew > 0 else "behind"
         print(
@@ -171,10 +210,6 @@ def difference(own: Hello, other: Hello, *, allow_version_skew: bool = False) ->
     return ""
 
 
-def _is_closed(connection: socket.socket) -> bool:
-    return bool(select.select([connection], [], [], 0)[0])  # who has said its name says nothing more
-
-
 # ----------------------------------------------------------------------------------------------------------- the others
 
 
@@ -194,7 +229,7 @@ def _report(place: Place, address: tuple[str, int], hello: Hello, timeout: float
                 f"({error or 'another program answers there'}); is process 0 up there, and does no firewall or proxy stand "
                 "between?"
             )
-        time.sleep(0.1)
+        time.sleep(max(0.1, PORTS * place.processes / _TRIES_A_SECOND))
 
 
 def _ask(address: tuple[str, int], hello: Hello, timeout: float) -> tuple[dict[str, Any], OSError | None]:
@@ -223,7 +258,7 @@ def _wait_for_jax(place: Place, address: tuple[str, int], timeout: float) -> dic
     while time.monotonic() < deadline:
         with contextlib.suppress(OSError), socket.create_connection(address, timeout=_HELLO_SECONDS):
             return {"port": address[1]}
-        time.sleep(0.05)
+        time.sleep(max(0.05, place.processes / _TRIES_A_SECOND))
     return _no(f"{place}: JAX did not start on process 0 within {timeout:.0f} s.")
 
 

@@ -88,10 +88,12 @@ class BatchNorm(nn.Module):
     In training, x [B, ..., C] is normalized by its group's mean and biased variance, and the running statistics move
     towards the mean over the groups of (group mean, unbiased group variance). That update is linear in the batch's
     statistics, so the average of the microbatches' new running statistics is the whole batch's.
+
+    scale_init: None leaves the scale out.
     """
 
     param_dtype: DTypeLike = jnp.float32
-    scale_init: Initializer = nn.initializers.ones
+    scale_init: Initializer | None = nn.initializers.ones
     momentum: float = 0.9
     epsilon: float = 1e-5
 
@@ -99,7 +101,9 @@ class BatchNorm(nn.Module):
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """x [B, ..., C] -> the same shape and type. Raises `ConfigError` when a group has one value a channel."""
         channels, stats_dtype = x.shape[-1:], at_least_f32(self.param_dtype)
-        scale = self.param("scale", self.scale_init, channels, self.param_dtype)
+        scale = jnp.ones((), self.param_dtype)
+        if self.scale_init is not None:
+            scale = self.param("scale", self.scale_init, channels, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, stats_dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, stats_dtype)

@@ -9,11 +9,11 @@ from jax.typing import DTypeLike
 
 from jaxtrain.config import ModelConfig, did_you_mean
 from jaxtrain.errors import ConfigError
-from jaxtrain.models import mlp, resnet, settings, swin, vgg
+from jaxtrain.models import convnet, mlp, resnet, settings, swin, vgg
 from jaxtrain.models.classifier import Classifier
 from jaxtrain.plugins import load_dotted
 
-_BUILDERS = {name: family.build for family in (mlp, vgg, resnet, swin) for name in family.NAMES}
+_BUILDERS = {name: family.build for family in (mlp, vgg, resnet, swin, convnet) for name in family.NAMES}
 
 
 def names() -> tuple[str, ...]:
