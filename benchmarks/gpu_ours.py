@@ -60,11 +60,12 @@ def config_of(case: Case, changes: Mapping[str, Any] | None = None) -> Config:
 
 @dataclasses.dataclass
 class Training:
-    """A compiled step, its state, and a batch on the device."""
+    """A compiled step, its state, and a batch on the device. many: batches for several steps a call. at: updates so far."""
 
     step: Step
     state: Any
     batch: Batch
+    many: Batch | None = None
     at: int = 0
 
     @classmethod
@@ -101,22 +102,33 @@ class Training:
         images = draw.integers(0, 256, (1, batch, *shape), np.uint8)  # never zeros: products of zeros run faster
         labels = draw.integers(0, classes, (1, batch), np.int32)
         first = Batch(step=_scalar(layout, 0), images=_put(layout, images), labels=_put(layout, labels))
-        return cls(make_step(task, layout, state, first, Resident()), state, first)
+        several = getattr(config.train, "steps_per_call", 1)
+        step = make_step(task, layout, state, first, Resident(), *([several] if several > 1 else []))
+        many = None
+        if "call" in step.programs:
+            places = step.programs["call"].input_shardings[0][1]
+            repeated = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[None], several, 0), first)
+            many = jax.device_put(repeated, places)
+        return cls(step, state, first, many)
 
     def batches(self, steps: int) -> list[Batch]:
-        """The same images for the next updates."""
-        place = self.batch.step.sharding
-        numbers = [jax.device_put(np.int32(self.at + i), place) for i in range(steps)]
-        self.at += steps
-        return jax.block_until_ready([dataclasses.replace(self.batch, step=number) for number in numbers])
+        """The same images for the next updates, or for whole calls of several that make as many at least."""
+        batch = self.batch if self.many is None else self.many
+        place, shape = batch.step.sharding, batch.step.shape
+        found = []
+        while steps > 0:
+            number = np.arange(self.at, self.at + batch.step.size, dtype=np.int32).reshape(shape)
+            found.append(dataclasses.replace(batch, step=jax.device_put(number, place)))
+            self.at, steps = self.at + number.size, steps - number.size
+        return jax.block_until_ready(found)
 
     def run(self, batches: list[Batch]) -> float:
-        """One update a batch; waits for the last and returns its loss."""
+        """An update for each batch; waits for the last and returns its loss."""
         metrics: Any = None
         for batch in batches:
             self.state, metrics = self.step(self.state, batch, Resident())
         jax.block_until_ready((self.state, metrics))
-        return float(metrics["loss"])
+        return float(np.ravel(metrics["loss"])[-1])
 
 
 def _put(layout: Layout, value: np.ndarray) -> jax.Array:
@@ -216,7 +228,8 @@ class Commands:
         batches = self.training.batches(steps)
         began = time.perf_counter()
         loss = self.training.run(batches)
-        return {"seconds": (time.perf_counter() - began) / steps, "loss": loss}
+        made = sum(batch.step.size for batch in batches)
+        return {"seconds": (time.perf_counter() - began) / made, "loss": loss}
 
     def memory(self) -> dict[str, Any]:
         """Bytes of the device's memory at most, by the allocator."""
@@ -229,10 +242,11 @@ class Commands:
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):
                 self.training.run(batches)
+            made = sum(batch.step.size for batch in batches)
             traces = sorted(Path(folder).rglob("*.trace.json.gz"))
             if not traces:
                 return {"error": "the profiler wrote no trace"}
-            return profile(read_trace(traces[0]), steps, step_seconds)
+            return profile(read_trace(traces[0]), made, step_seconds)
 
     def ceilings(self, size: int) -> dict[str, Any]:
         """What a large product and a large copy reach, both on random data."""

@@ -81,6 +81,7 @@ FLAGS: Mapping[str, str] = {
 }
 # Fields of the config, likewise: what a part of the step costs, or another way to the same numbers.
 VARIANTS: Mapping[str, Mapping[str, Any]] = {
+    "8 steps a call": {"train.steps_per_call": 8},
     "no augmentation": {"data.augmentation": "none"},
     "BatchNorm in 8 groups": {"model.bn_groups": 8},
 }

@@ -38,7 +38,10 @@ WHEELS = (
     "simple_parsing", "docstring-parser", "tensorflow-metadata", "googleapis-common-protos", "termcolor", "toml",
     "cloudpickle", "portpicker", "importlib_resources",
 )  # fmt: skip
-SOURCES = ("promise",)  # has no wheel; pure Python
+SOURCES = (
+    "promise",
+    str(ROOT),
+)  # the one has no wheel, though it is pure Python; the other's version a run wants to know
 PYTHON, PLATFORMS = "3.12", ("2_28", "2_27", "2_17", "2014", "1")
 
 # Multiply-adds of a forward pass an image, counted from the models (`benchmarks.gpu_ours.forward_macs`).
@@ -170,7 +173,10 @@ def one_run(command: list[str], workdir: Path, environment: Mapping[str, str], b
             with contextlib.suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
     ended = time.time()
-    row = read_run(workdir, began, ended, utilization.samples)
+    try:
+        row = read_run(workdir, began, ended, utilization.samples)
+    except (KeyError, ValueError, TypeError, OSError) as error:  # a run that was cut off leaves torn files
+        row = {"total_seconds": ended - began, "unread": f"{type(error).__name__}: {error}"}
     if code:
         why = "the budget ended first" if code == -1 else f"exit code {code}"
         row["error"] = f"{why}: " + " / ".join(output.read_text(errors="replace").splitlines()[-5:])
@@ -190,7 +196,7 @@ def read_run(workdir: Path, began: float, ended: float, samples: list[tuple[floa
     row: Row = {"total_seconds": ended - began}
     log = workdir / "logs" / "process_0.log"
     lines = log.read_text(errors="replace").splitlines() if log.exists() else []
-    first = next((_time(line) for line in lines if "; compiled in " in line), None)
+    first = next((_time(line) for line in lines if re.search(r" compiled in [0-9.]+ s", line)), None)
     epochs = [_time(line) for line in lines if re.search(r" epoch \d+/\d+ (train|val): ", line)]
     if first is not None:
         row["start_seconds"] = first - began
@@ -211,6 +217,7 @@ def read_run(workdir: Path, began: float, ended: float, samples: list[tuple[floa
         found = json.loads(result.read_text())
         row |= {key: found[key] for key in ("steps", "epochs", "seconds", "precision", "device_kind")}
         row["test_accuracy"] = found["last"]["test"]["accuracy"]
+        row["best"] = found.get("best")
         row |= _mfu(workdir, row)
     return row
 
