@@ -63,7 +63,7 @@ class Child:
         try:
             self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
             self._process.stdin.flush()
-        except OSError:
+        except (OSError, ValueError):  # the pipe is broken, or closed after a time-out
             raise ChildError(f"{command}: the process has ended. {self._tail()}") from None
         try:
             line = self._answers.get(timeout=max(timeout, 1.0))
