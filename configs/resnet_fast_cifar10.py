@@ -33,7 +33,7 @@ def get_config(arg=""):
             warmup="0.5 epochs",
             label_smoothing=0.2,
         ),
-        train=TrainConfig(epochs=14, eval_every="0"),
+        train=TrainConfig(epochs=14, eval_every="0", steps_per_call=8),
         checkpoint=CheckpointConfig(every="0"),
     )
     return recipe(config, arg)

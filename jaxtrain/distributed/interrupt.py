@@ -165,10 +165,12 @@ def catch_signals(leave: Leave | None = None) -> Iterator[Interrupt]:
                 times += 1
                 interrupt.asked(signal.Signals(number[0]), times)
 
+    handled = itertools.count(1)
+
     def handle(number: int, _: object) -> None:
         # The thread has it. Without `leave` the second one is for whoever called: the handlers from before, but for a
-        # shell's, which has a background job ignore Ctrl-C.
-        if leave is None and interrupt.signal is not None:
+        # shell's, which has a background job ignore Ctrl-C. (Counted here: the thread may be through with the first already.)
+        if leave is None and next(handled) > 1:
             signal.signal(signal.SIGINT, signal.default_int_handler)
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
             signal.raise_signal(number)
