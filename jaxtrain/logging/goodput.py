@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import threading
@@ -20,6 +21,7 @@ from jaxtrain.errors import WorkdirError
 from jaxtrain.logging.clock import StepClock
 
 _WRITE_SECONDS = 2.0
+_accounts = itertools.count()
 _STARTED = time.time()  # where the system does not say when the process began
 
 
@@ -63,8 +65,9 @@ class TimesFile(NullTimes):
     def __init__(self, folder: Path, clock: StepClock, step: Callable[[], int]):
         self._path = folder / f"{1 + max((int(path.stem) for path in folder.glob('[0-9]*.json')), default=0):06d}.json"
         self._clock, self._step = clock, step
-        self._began = process_began()
-        self._before = time.time() - self._began - clock.now().wall
+        # A program that trains a second time has told of the time before already.
+        self._before = 0.0 if next(_accounts) else time.time() - process_began() - clock.now().wall
+        self._began = time.time() - clock.now().wall - self._before
         self._first: int | None = None
         self._lost = 0
         self._closed = threading.Event()
