@@ -101,7 +101,7 @@ class BatchNorm(nn.Module):
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """x [B, ..., C] -> the same shape and type. Raises `ConfigError` when a group has one value a channel."""
         channels, stats_dtype = x.shape[-1:], at_least_f32(self.param_dtype)
-        scale = jnp.ones((), self.param_dtype)
+        scale = jnp.ones(channels, self.param_dtype)
         if self.scale_init is not None:
             scale = self.param("scale", self.scale_init, channels, self.param_dtype)
         bias = self.param("bias", nn.initializers.zeros, channels, self.param_dtype)
