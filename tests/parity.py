@@ -33,7 +33,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "convnet": {
         "model": ModelConfig("convnet_fast", width=4, depths=(1, 2, 1), dropout=0.1, bn_groups=4),
         "data.image_size": 9,
-        "optim.learning_rate": 0.5,
+        "optim.learning_rate": 2.0,
     },
     "swin": {
         "model": ModelConfig("swin_tiny", width=16, depths=(2, 1, 1, 1), dropout=0.1, drop_path=0.2),
