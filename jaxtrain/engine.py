@@ -50,13 +50,20 @@ class Engine:
 
 
 def start_engine(run: Run, resume: Resume, trace: Path = Path("pipeline_trace.json")) -> tuple[Engine, TrainState]:
-    """Makes or restores the state, compiles the step beside it and audits the layout. trace: of `layout.trace_step`."""
+    """Makes or restores the state, compiles the step (beside it, in a run of one process) and audits the layout.
+
+    trace: the file of `layout.trace_step`.
+    """
     began = time.perf_counter()
     shapes = state_shapes(run.init, run.layout)
     table = layout_table(run.layout, shapes)
     feed = make_feed(run.dataset, run.layout, run.config.data.residency, run.config.data.workers)
     compiler = concurrent.futures.ThreadPoolExecutor(1, "compile")
     compiling = compiler.submit(_compile_step, run, feed, shapes, trace)
+    if (
+        jax.process_count() > 1
+    ):  # both ask the other processes (Orbax, arrays over all devices): one after the other on each
+        compiling.result()
     state = _restored(run, resume, shapes) if resume.start is not None else None
     for line in summary(run, table):
         log.info("%s", line)
@@ -100,10 +107,11 @@ class Evaluation:
     def begin(self, state: TrainState) -> None:
         """Compiles beside what comes next for the weights of `state`, and for their average.
 
-        Not by stages: what that compiles shares the devices' dispatching threads with the step.
+        Not by stages: what that compiles shares the devices' dispatching threads with the step. Nor with other processes,
+        whom the steps speak to meanwhile.
         """
-        dataset = self._run.dataset
-        if self._run.layout.stages > 1 or not (len(dataset.validation) or len(dataset.test)):
+        dataset, alone = self._run.dataset, self._run.layout.stages == 1 and jax.process_count() == 1
+        if not alone or not (len(dataset.validation) or len(dataset.test)):
             return
         self._program(state.params, state.batch_stats)
         if state.ema:

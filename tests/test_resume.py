@@ -146,7 +146,7 @@ def test_a_complete_run_started_again_only_writes_its_result_again(copy, complet
     assert runs.epochs(copy) == runs.epochs(complete[0])
     changed = [path for path in copy.rglob("*") if path.is_file() and path.read_bytes() != before.get(path)]
     written = {path.relative_to(copy).parts[0] for path in changed}
-    assert written == {"logs", "manifest.json", "metrics.csv", "metrics.jsonl", "result.json", "tensorboard"}
+    assert written == {"logs", "manifest.json", "metrics.csv", "metrics.jsonl", "result.json", "starts", "tensorboard"}
     runs.assert_same_bits(result, complete[1])
     old, new = (json.loads((path / "result.json").read_text()) for path in (complete[0], copy))
     for key in ("steps", "examples", "epochs", "last", "best", "devices"):
@@ -415,10 +415,10 @@ def test_a_changed_batch_neither_loses_nor_repeats_an_example(tmp_path, monkeypa
     fields = SMALL | {"data.name": "ledger:digits", "data.residency": "stream", "data.workers": 0, "data.examples": 120}
 
     def consumed(workdir, **more):
-        """The examples in the order in which they were trained on; compiling looks at one batch."""
+        """The examples in the order in which they were trained on."""
         ledger.read.clear()
         here(workdir, fields, **more)
-        return [index for batch in ledger.read[1:] for index in batch]
+        return [index for batch in ledger.read for index in batch]
 
     whole = consumed(tmp_path / "whole")
     assert len(whole) == 384  # 12 batches of 32: the last is whole, and goes past the third epoch
