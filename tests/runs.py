@@ -24,7 +24,7 @@ __all__ = ["command_line"]  # `jaxtrain ...` in this process
 
 ROOT = Path(__file__).parents[1]
 RECIPE = ROOT / "configs" / "quickstart.py"
-SECONDS = 300  # that a process may take; a test that waits so long has failed
+SECONDS = 500  # that a process may take; a test that waits so long has failed
 
 # A run of 12 steps, in epochs of 4: an MLP on the digits, its rate constant so that the length may change.
 SMALL: dict[str, Any] = {
