@@ -234,8 +234,10 @@ def test_activations_in_flight_follow_the_schedule(schedule, monkeypatch):
         plan = engine.step.schedule
     wanted = tuple(parts if schedule == "gpipe" else stages - stage for stage in range(stages))
     assert in_flight(plan) == wanted
-    # Layers of one width keep several residuals of one shape: the same number for each microbatch.
-    assert all(peaks[stage] <= marks[stage][2] * count for stage, count in enumerate(wanted)), (peaks, marks)
+    # Layers of one width keep several residuals of one shape: the same number for each microbatch. What is on its way
+    # between two stages, an activation and a gradient, has that shape too.
+    assert all(peaks[stage] <= marks[stage][2] * count + 2 for stage, count in enumerate(wanted)), (peaks, marks)
+    assert min(count for *_, count in marks.values() if count > 1) > 2, "or a microbatch too many would go unseen"
 
 
 @pytest.mark.parametrize(
