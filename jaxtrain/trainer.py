@@ -657,11 +657,13 @@ class _Loop:
             "device_kind": self.run.layout.mesh.devices.flat[0].device_kind,
             "precision": self.config.train.precision,
         }
-        result |= self.times.summary()
+        found = self.times.summary()
+        if found is not None:
+            result |= {"goodput": found.share, "starts": found.starts}
         self.records.result(result)
         self.progress.message(explain(whole, "this run"))
-        if result.get("starts", 1) > 1:
-            self.progress.message(f"goodput {result['goodput']:.1%} over {result['starts']} starts (jaxtrain goodput)")
+        if found is not None and found.starts > 1:
+            self.progress.message(f"goodput {found.share:.1%} over {found.starts} starts (jaxtrain goodput)")
         log.info("result: %s", self.directory.result)
         return TrainResult(state, self.history, result, self.directory)
 

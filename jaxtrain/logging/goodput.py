@@ -6,6 +6,7 @@ of it at most. (The term, and what it leaves out, as in Google's "ML productivit
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import dataclasses
 import itertools
@@ -51,9 +52,9 @@ class NullTimes:
     def goes_on_from(self, step: int) -> None:
         """The run goes on from `step`: at the start, or after a roll-back."""
 
-    def summary(self) -> dict[str, Any]:
-        """For `result.json`: `goodput` over all starts, and how many there were."""
-        return {}
+    def summary(self) -> Goodput | None:
+        """Over all starts; None where it is not known."""
+        return None
 
     def close(self) -> None:
         """Writes a last time."""
@@ -80,12 +81,11 @@ class TimesFile(NullTimes):
         else:
             self._lost += max(self._step() - step, 0)
 
-    def summary(self) -> dict[str, Any]:
+    def summary(self) -> Goodput | None:
         self._write()
         with contextlib.suppress(WorkdirError):
-            found = goodput(read_starts(self._path.parent))
-            return {"goodput": found.share, "starts": found.starts}
-        return {}
+            return goodput(read_starts(self._path.parent))
+        return None
 
     def _write(self) -> None:
         step = self._step()
@@ -162,7 +162,7 @@ def read_starts(folder: Path) -> list[StartTimes]:
 
 def goodput(starts: Sequence[StartTimes]) -> Goodput:
     """Adds the starts up. The steps that a start lost are taken to have been as long as its others."""
-    total: dict[str, float] = {"training": 0.0, "done again": 0.0}
+    total: collections.defaultdict[str, float] = collections.defaultdict(float, {"training": 0.0, "done again": 0.0})
     counting: list[tuple[int, int, float]] = []  # (first, last, seconds a step) of the steps that count
     lost_steps = 0
     for number, start in enumerate(starts):
@@ -175,7 +175,7 @@ def goodput(starts: Sequence[StartTimes]) -> Goodput:
                 counting.append((first, kept, each))
         for name, value in start.seconds.items():
             if name != "step":
-                total[name] = total.get(name, 0.0) + value
+                total[name] += value
         steps = start.step - start.first_step
         each = start.seconds["step"] / (steps + start.lost_steps) if steps + start.lost_steps else 0.0
         lost_steps += start.lost_steps
@@ -185,6 +185,6 @@ def goodput(starts: Sequence[StartTimes]) -> Goodput:
         else:  # a step that was never finished
             total["done again"] += start.seconds["step"] - start.lost_steps * each
         if number + 1 < len(starts):
-            total["down"] = total.get("down", 0.0) + max(starts[number + 1].began - start.began - start.wall, 0.0)
+            total["down"] += max(starts[number + 1].began - start.began - start.wall, 0.0)
     total["training"] = sum((last - first) * each for first, last, each in counting)
-    return Goodput(total, len(starts), sum(last - first for first, last, _ in counting), lost_steps)
+    return Goodput(dict(total), len(starts), sum(last - first for first, last, _ in counting), lost_steps)
