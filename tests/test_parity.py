@@ -70,7 +70,8 @@ def test_a_layout_changes_no_number(model, layout):
 def test_the_reference_learns(model):
     losses = reference(model)["loss"]
     assert len(losses) >= 6
-    assert np.ptp(losses) / losses[0] >= 0.03
+    # Behind whitening and BatchNorm six steps move convnet less, at any rate: 0.039 measured.
+    assert np.ptp(losses) / losses[0] >= (0.03 if model == "convnet" else 0.05)
 
 
 @pytest.mark.parametrize("layout", ["data8", "zero2-accumulate2"])
