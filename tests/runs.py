@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import jax
@@ -55,6 +56,13 @@ EXACT: dict[str, Any] = SMALL | {
     "optim.clip_norm": 5.0,
     "train.precision": "f64",
 }
+
+
+def module(name: str, code: str) -> ModuleType:
+    """A module of this code, to be put into `sys.modules`."""
+    made = ModuleType(name)
+    exec(code, vars(made))
+    return made
 
 
 def here(workdir: Path, fields: dict[str, Any], *, devices: int = 1, **more: Any) -> TrainResult:

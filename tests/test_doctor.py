@@ -98,13 +98,9 @@ def test_lines_for_a_person_and_nothing_left_behind(capsys, quick):
 
 
 def test_a_gpu_that_jax_does_not_see(capsys, quick, monkeypatch):
-    (quick / "site").mkdir()
-    (quick / "site" / "pynvml.py").write_text(FAKE_NVML)
-    monkeypatch.syspath_prepend(quick / "site")
-    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
+    monkeypatch.setitem(sys.modules, "pynvml", runs.module("pynvml", FAKE_NVML))
     monkeypatch.delenv("JAX_PLATFORMS")
     code, checks, said = examined(capsys, quick, "--write")
-    monkeypatch.delitem(sys.modules, "pynvml")
     assert code == 78
     assert checks["devices"]["state"] == "problem"
     assert "1 x H100 and JAX sees none" in checks["devices"]["found"]

@@ -42,7 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
             stopped = isinstance(error, (PreemptedError, InterruptedRunError))
             if processes.count() > 1:
                 error = as_peer_error(error)
-                interrupt.ends("" if stopped else str(error))
+                interrupt.ends(None if stopped else error)
             elif not stopped:
                 Report.of(error, 0).write()
                 raise

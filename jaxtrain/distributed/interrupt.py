@@ -26,6 +26,8 @@ _LISTEN_SECONDS = 0.3
 _QUESTIONS_A_SECOND = 2000  # of all processes together; process 0 answered 2,800 on two busy cores
 _AGREE_SECONDS = 20.0
 _LAST_WORDS_SECONDS = 1.0  # that a process gets to end by its own error after another one has failed
+_FAREWELL_SECONDS = 3.5  # that process 0 waits at most for the others to end before it, if all are alive
+_EXIT_SECONDS = 0.2  # from a process's farewell to its end
 
 Leave = Callable[[JaxtrainError], None]
 _starts = itertools.count()  # every process starts the same runs in the same order
@@ -67,17 +69,15 @@ class Interrupt:
         self._listener = threading.Thread(target=self._listen, name="listens to the others", daemon=True)
         self._listener.start()
 
-    def ends(self, failure: str) -> None:
-        """Before this process ends early: tells the others of its failure, '' where all have agreed to stop.
-
-        Process 0 stays for a moment: the others' words go through it.
-        """
+    def ends(self, failure: BaseException | None = None) -> None:
+        """Before this process ends early: tells the others of its failure, None where all have agreed to stop."""
         if not self._words:
             return
-        if failure:
-            self._say("failed", {"process": processes.index(), "host": socket.gethostname(), "text": failure})
-        if processes.index() == 0:
-            time.sleep(_LAST_WORDS_SECONDS)
+        lost = isinstance(failure, PeerError)
+        if failure is not None:
+            text = str(failure) or type(failure).__name__
+            self._say("failed", {"process": processes.index(), "host": socket.gethostname(), "text": text, "lost": lost})
+        self._farewell(lost)
 
     def close(self) -> None:
         """Listens no more."""
@@ -108,11 +108,25 @@ class Interrupt:
         self._stop_at = at
         self._agreed.set()
         if at == 1:
+            if self._words:
+                self._farewell()
             self._go("Stopped before the first step of this start; the checkpoints are as they were.")
 
     def _go(self, text: str) -> None:
         if self.leave is not None:
             self.leave(self.error(text))
+
+    def _farewell(self, lost: bool = False) -> None:
+        """Says that this process is about to end. Process 0 waits for the others, not for long if some process is `lost`.
+
+        The words go through process 0, and JAX aborts a process that loses it.
+        """
+        processes.publish(f"{self._words}/farewell/{processes.index()}", "")
+        if processes.index() == 0:
+            until = time.monotonic() + (_LAST_WORDS_SECONDS if lost else _FAREWELL_SECONDS)
+            while len(processes.said(f"{self._words}/farewell/")) < processes.count() and time.monotonic() < until:
+                time.sleep(0.05)
+            time.sleep(_EXIT_SECONDS)
 
     def _say(self, word: str, said: dict[str, Any]) -> None:
         processes.publish(f"{self._words}/said/{word}", json.dumps(said))
@@ -123,18 +137,20 @@ class Interrupt:
             try:
                 said = processes.said(f"{self._words}/said/")
             except RuntimeError as error:  # process 0 is gone
-                self._peer_is_gone(f"Process 0 of this run ended or does not answer ({str(error).splitlines()[0]}).")
+                text = f"Process 0 of this run ended or does not answer ({str(error).splitlines()[0]})."
+                self._peer_failed(text, lost=True)
                 return
             if "failed" in said and (what := json.loads(said["failed"]))["process"] != processes.index():
-                self._peer_is_gone(f"Process {what['process']} on {what['host']} failed: {what['text']}")
+                self._peer_failed(f"Process {what['process']} on {what['host']} failed: {what['text']}", what["lost"])
                 return
             if "stop" in said:
                 self._stop(signal.Signals(json.loads(said["stop"])["signal"]))
 
-    def _peer_is_gone(self, text: str) -> None:
+    def _peer_failed(self, text: str, lost: bool) -> None:
         # One that has agreed to stop is about to end by itself.
         seconds = _LAST_WORDS_SECONDS if self.signal is None else _AGREE_SECONDS
         if self.leave is not None and not self._closed.wait(seconds):
+            self._farewell(lost)
             self.leave(PeerError(text))
 
 

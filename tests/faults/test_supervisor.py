@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import runs
 
 from jaxtrain import supervisor
 from jaxtrain.gpus import Gpu, Gpus
@@ -285,12 +285,9 @@ def nvmlSystemGetDriverVersion(): return "570.1"
 """
 
 
-def test_health_is_read_from_nvml(tmp_path, monkeypatch):
-    (tmp_path / "pynvml.py").write_text(FAKE_NVML)
-    monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "pynvml", raising=False)
-    pynvml: Any = importlib.import_module("pynvml")
-
+def test_health_is_read_from_nvml(monkeypatch):
+    pynvml: Any = runs.module("pynvml", FAKE_NVML)
+    monkeypatch.setitem(sys.modules, "pynvml", pynvml)
     gpus = Gpus()
     assert [(gpu.uuid, gpu.fault) for gpu in gpus.all()] == [("GPU-0", ""), ("GPU-1", ""), ("GPU-2", "")]
     assert gpus.driver() == "570.1"
@@ -299,7 +296,6 @@ def test_health_is_read_from_nvml(tmp_path, monkeypatch):
     assert [gpu.fault for gpu in gpus.all()] == ["", "Xid 79", "4 uncorrectable memory errors"]
     pynvml.lost.add(0)
     assert gpus.all()[0].fault == "it does not answer: GPU is lost"
-    monkeypatch.delitem(sys.modules, "pynvml")
 
 
 def test_a_host_without_nvml_has_no_gpus(monkeypatch):
