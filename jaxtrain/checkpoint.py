@@ -96,7 +96,7 @@ class Checkpoints:
         """
         self._finish_commit()
         self._saving = step
-        if self._is_short_of(_state_bytes(state)):
+        if _is_short_of(self.directory, _state_bytes(state)):
             self._failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._give_up(alone=False)
             return
@@ -145,20 +145,6 @@ class Checkpoints:
             self._give_up()
         else:
             self._failures = 0
-
-    def check_space(self, state: TrainState) -> None:
-        """Raises `WorkdirError` where the disk has no room for a checkpoint; warns where there is none for two."""
-        needed, free = _state_bytes(state), shutil.disk_usage(self.directory).free
-        text = f"A checkpoint takes {needed / 2**20:.0f} MiB and {self.directory} has {free / 2**20:.0f} MiB free"
-        if self._is_short_of(needed):
-            raise WorkdirError(f"{text}; free some, or choose another --workdir.")
-        if free < 2 * needed:
-            log.warning("%s: too little for two, and the old one goes when the new one is whole.", text)
-
-    def _is_short_of(self, needed: int) -> bool:
-        """Whether any process finds less room than that on the checkpoints' disk."""
-        short = shutil.disk_usage(self.directory).free < needed
-        return "True" in processes.from_all(processes.next_word("room for a checkpoint"), str(short), _ASK_SECONDS)
 
     def _give_up(self, *, alone: bool = True) -> None:
         """After a failed save: frees what it took, and warns; the third time in a row it raises.
@@ -270,6 +256,22 @@ def _mesh(state: TrainState) -> Any:
     """The mesh of the whole run: that of what every stage has."""
     where: Any = state.step.sharding
     return where.mesh
+
+
+def check_space(directory: Path, state: TrainState) -> None:
+    """Raises `WorkdirError` where the disk has no room for a checkpoint of `state`, or its shapes; warns if not for two."""
+    needed, free = _state_bytes(state), shutil.disk_usage(directory).free
+    text = f"A checkpoint takes {needed / 2**20:.0f} MiB and {directory} has {free / 2**20:.0f} MiB free"
+    if _is_short_of(directory, needed):
+        raise WorkdirError(f"{text}; free some, or choose another --workdir.")
+    if free < 2 * needed:
+        log.warning("%s: too little for two, and the old one goes when the new one is whole.", text)
+
+
+def _is_short_of(directory: Path, needed: int) -> bool:
+    """Whether any process finds less room than that on the directory's disk."""
+    short = shutil.disk_usage(directory).free < needed
+    return "True" in processes.from_all(processes.next_word("room for a checkpoint"), str(short), _ASK_SECONDS)
 
 
 def _state_bytes(state: TrainState) -> int:

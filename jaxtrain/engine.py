@@ -60,10 +60,8 @@ def start_engine(run: Run, resume: Resume, trace: Path = Path("pipeline_trace.js
     feed = make_feed(run.dataset, run.layout, run.config.data.residency, run.config.data.workers)
     compiler = concurrent.futures.ThreadPoolExecutor(1, "compile")
     compiling = compiler.submit(_compile_step, run, feed, shapes, trace)
-    if (
-        jax.process_count() > 1
-    ):  # both ask the other processes (Orbax, arrays over all devices): one after the other on each
-        compiling.result()
+    if jax.process_count() > 1:
+        compiling.result()  # both ask the other processes (Orbax, arrays over all devices): one after the other on each
     state = _restored(run, resume, shapes) if resume.start is not None else None
     for line in summary(run, table):
         log.info("%s", line)

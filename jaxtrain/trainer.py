@@ -23,7 +23,7 @@ from jaxtrain import resume as resume_lib
 from jaxtrain import workdir as workdir_lib
 from jaxtrain import xla_flags
 from jaxtrain.anomalies import Finding, Guard
-from jaxtrain.checkpoint import Checkpoints, Start
+from jaxtrain.checkpoint import Checkpoints, Start, check_space
 from jaxtrain.checkpoint_files import manifested_steps, read_manifest
 from jaxtrain.config import Config, Duration
 from jaxtrain.data.order import batch_indices
@@ -169,6 +169,7 @@ def _train_from(
     if (warmup := warmup_steps(config, len(dataset.train))) > run.steps:
         text = "config.optim.warmup=%r is %d steps, longer than the run's %d."
         log.warning(text, config.optim.warmup, warmup, run.steps)
+    check_space(directory.path, jax.eval_shape(run.init))
     host.watchdog.feed("compile")
     with host.clock.charge("compile"):
         engine, state = start_engine(run, resume, directory.trace(jax.process_index()))
@@ -178,10 +179,12 @@ def _train_from(
     checkpoints = Checkpoints(
         directory.checkpoints, config.checkpoint.keep, owner=host.lease.token, still_owner=host.lease.check
     )
-    with contextlib.closing(checkpoints):
-        checkpoints.check_space(state)
-        with no_implicit_transfers(), _Loop(run, engine, checkpoints, host, position, rollbacks_left) as loop:
-            return loop.run_to_end(state)
+    with (
+        contextlib.closing(checkpoints),
+        no_implicit_transfers(),
+        _Loop(run, engine, checkpoints, host, position, rollbacks_left) as loop,
+    ):
+        return loop.run_to_end(state)
 
 
 def _take_lease(directory: Workdir, stack: contextlib.ExitStack) -> Lease | NoLease:

@@ -115,7 +115,7 @@ class Started:
         while not condition():
             assert self._process.poll() is None, f"ended before {what}:\n{self.output}"
             assert time.monotonic() < deadline, f"no {what} in {SECONDS} s:\n{self.output}"
-            time.sleep(0.001)
+            time.sleep(0.005)
 
     def __enter__(self) -> Started:
         return self

@@ -76,7 +76,9 @@ class Interrupt:
         lost = isinstance(failure, PeerError)
         if failure is not None:
             text = str(failure) or type(failure).__name__
-            self._say("failed", {"process": processes.index(), "host": socket.gethostname(), "text": text, "lost": lost})
+            self._say(
+                "failed", {"process": processes.index(), "host": socket.gethostname(), "text": text, "lost": lost}
+            )
         self._farewell(lost)
 
     def close(self) -> None:

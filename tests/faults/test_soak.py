@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import os
 import random
-import re
 import signal
 import statistics
 import time
@@ -43,11 +42,15 @@ def saves(run: Path) -> bool:
     return any("tmp" in path.name or not (path / "manifest.json").exists() for path in paths)
 
 
-def first_steps(output: str) -> list[int]:
-    """The step that each start went on from, as process 0 told."""
-    starts = [start for start in re.split(r"(?m)^\S+ work directory:", output)[1:] if " model: " in start]
-    found = [re.search(r"(?m)^\S+ resumed from .*/(\d+)$", start) for start in starts]
-    return [int(step[1]) if step else 0 for step in found]
+def starts(run: Path) -> list[int]:
+    """The step that each start went on from."""
+    return [start["step"] for start in runs.starts(run)] if (run / "manifest.json").exists() else []
+
+
+def goes_on(run: Path) -> bool:
+    """Whether the last start has made a step: it notes its start first, then forgets what rows lie behind it."""
+    noted, written = ((run / name).stat().st_mtime_ns for name in ("manifest.json", "metrics.jsonl"))
+    return written > noted and last_step(run) > starts(run)[-1]
 
 
 @pytest.mark.slow
@@ -68,17 +71,16 @@ def test_random_kills_end_in_the_same_numbers(tmp_path):
             else:
                 kind = "anywhere"
                 time.sleep(chance.random() * 3)
-            before, starts = last_step(run), len(first_steps(job.output))
+            before, count = last_step(run), len(starts(run))
             victim = worker(job, chance.randrange(2))
             if not victim:
                 continue  # between two starts
             os.kill(victim, signal.SIGKILL)
             killed[kind] += 1
             began = time.monotonic()
-            job.wait_for(lambda starts=starts: len(first_steps(job.output)) > starts, "the next start")
-            resumed = first_steps(job.output)[-1]
-            redone.append(max(before - resumed, 0))
-            job.wait_for(lambda resumed=resumed: last_step(run) > resumed, "a new step")
+            job.wait_for(lambda count=count: len(starts(run)) > count, "the next start")
+            redone.append(max(before - starts(run)[-1], 0))
+            job.wait_for(lambda: goes_on(run), "a new step")
             recoveries.append(time.monotonic() - began)
         assert job.end() == 0, job.output[-3000:]
     here(tmp_path / "whole", FIELDS | {"data.name": "digits"}, devices=2)
