@@ -58,12 +58,24 @@ def main() -> None:
 
 
 def table(results: dict[str, Any]) -> str:
-    """Markdown of everything in a results file."""
-    found = next(iter(results.values()))["machine"]
-    versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
-    lines = [f"{found['cpu']}, {found['cores']} cores; Python {found['python']}, {versions}; {found['date']}.", ""]
-    lines += ["| what | median | least - most |", "| -- | -- | -- |"]
-    measured = {name: result["measured"] for name, result in results.items()}
+    """Markdown of everything in a results file: a table for each machine, the latest first."""
+    machines: dict[str, dict[str, Any]] = {}
+    dates: dict[str, list[str]] = {}
+    for name, result in results.items():
+        found = result["machine"]
+        versions = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+        machine = f"{found['cpu']}, {found['cores']} cores; Python {found['python']}, {versions}"
+        machines.setdefault(machine, {})[name] = result["measured"]
+        dates.setdefault(machine, []).append(found["date"])
+    parts = []
+    for machine in sorted(machines, key=lambda machine: max(dates[machine]), reverse=True):
+        days = " to ".join(sorted({min(dates[machine]), max(dates[machine])}))
+        parts.append("\n".join([f"{machine}; {days}.", "", *_rows(machines[machine])]))
+    return "\n\n".join(parts)
+
+
+def _rows(measured: dict[str, Any]) -> list[str]:
+    lines = ["| what | median | least - most |", "| -- | -- | -- |"]
     for group, label in (("steps", "step"), ("layouts", "ResNet-18 of width 16, batch 64")):
         for row in measured.get(group, []):
             detail = f", batch {row['batch']}" if group == "steps" else ""
@@ -123,7 +135,7 @@ def table(results: dict[str, Any]) -> str:
         for row in scaled["steps"]:
             name = f"two processes, {row['name']}, batch {row['batch']}"
             lines.append(_row(f"{name}: predicted {1e3 * row['predicted']:.1f} ms", row["measured"], 1e3, "ms"))
-    return "\n".join(lines)
+    return lines
 
 
 def _row(name: str, spread: dict[str, float], factor: float, unit: str, digits: int = 1) -> str:

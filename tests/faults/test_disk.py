@@ -10,6 +10,7 @@ import pytest
 import runs
 from runs import SMALL, here
 
+from jaxtrain import trainer
 from jaxtrain.checkpoint_files import manifested_steps, problems
 from jaxtrain.errors import WorkdirError
 
@@ -103,6 +104,7 @@ def test_the_third_failed_save_in_a_row_ends_the_run_with_a_good_checkpoint(disk
 
 def test_a_disk_without_room_for_one_checkpoint_is_refused_at_the_start(disk: Path, monkeypatch):
     monkeypatch.setenv("LEFT", "0")
+    monkeypatch.setattr(trainer, "start_engine", lambda *_: pytest.fail("it was compiled first"))
     (disk / "filler").write_bytes(b"x" * (11 << 20))
     with pytest.raises(WorkdirError, match="A checkpoint takes 2 MiB and"):
         here(disk / "run", FIELDS | {"data.name": "digits"})
