@@ -197,6 +197,8 @@ def _take_lease(directory: Workdir, stack: contextlib.ExitStack) -> Lease | NoLe
     )
     lease = found[0] if found else NoLease()
     wait_to_see(directory.path, from_process_zero("lease", lease.token, LEASE_SECONDS), jax.process_index())
+    # Process 0 goes on when all have seen it: should it fail next, the lock is gone.
+    processes.from_all(processes.next_word("lease seen"), "seen", 3 * LEASE_SECONDS)
     return lease
 
 
