@@ -497,7 +497,8 @@ def check_proxies(host: str, environment: Mapping[str, str]) -> Check:
     proxies = [name for name in ("grpc_proxy", "https_proxy", "http_proxy") if name in lower]
     if not proxies:
         return Check("proxies", "ok", "not set")
-    excepted = re.split(r"[,\s]+", lower.get("no_grpc_proxy") or lower.get("no_proxy", ""))
+    named = [lower[name] for name in ("no_grpc_proxy", "no_proxy") if name in lower][:1]  # gRPC's own comes first
+    excepted = [word for text in named for word in re.split(r"[,\s]+", text)]
     through = [name for name in ("localhost", "127.0.0.1", host) if not _is_excepted(name, excepted)]
     if through:
         text = (
