@@ -169,7 +169,8 @@ def _train_from(
     if (warmup := warmup_steps(config, len(dataset.train))) > run.steps:
         text = "config.optim.warmup=%r is %d steps, longer than the run's %d."
         log.warning(text, config.optim.warmup, warmup, run.steps)
-    check_space(directory.path, jax.eval_shape(run.init))
+    # It may be a link to another disk; a new run makes it later.
+    check_space(directory.checkpoints if directory.checkpoints.exists() else directory.path, jax.eval_shape(run.init))
     host.watchdog.feed("compile")
     with host.clock.charge("compile"):
         engine, state = start_engine(run, resume, directory.trace(jax.process_index()))
