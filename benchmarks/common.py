@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 
+from jaxtrain import xla_flags
 from jaxtrain.config import Config
 from jaxtrain.engine import Engine, start_engine
 from jaxtrain.recipes import change
@@ -25,6 +26,7 @@ from jaxtrain.state import TrainState
 from jaxtrain.task import Batch
 
 ROOT = Path(__file__).resolve().parent.parent
+xla_flags.set_flags(xla_flags.for_run("f32"))  # as a run does, before the first device is used
 
 
 def machine() -> dict[str, Any]:

@@ -45,7 +45,6 @@ def evaluate(
     Raises:
       CheckpointError: the run has no such checkpoint. ConfigError: no such split, or the run keeps no average.
     """
-    xla_flags.set_flags(xla_flags.for_this_host())
     if split not in SPLITS:
         raise ConfigError(f"split={split!r}: must be one of train, val, test.")
     directory = Path(workdir) / "checkpoints"
@@ -55,8 +54,9 @@ def evaluate(
     folder = start.directory / str(start.step)
     if found := problems(folder):
         raise CheckpointError(f"{folder} is damaged ({found[0]}); choose another with --checkpoint.")
+    config = from_dict(read_manifest(folder).position["config"])
+    xla_flags.set_flags(xla_flags.for_run(config.train.precision))
     with contextlib.closing(Checkpoints(start.directory, read_only=True)) as checkpoints:
-        config = from_dict(read_manifest(folder).position["config"])
         devices = select_devices(num_devices)
         # Numbers do not depend on the layout: weights shared out among the devices, and a batch that they divide.
         config = dataclasses.replace(

@@ -100,9 +100,7 @@ def train(
       JaxtrainError: one of the types in `jaxtrain.errors`, with one clear sentence. Never exits the process.
     """
     config = config if isinstance(config, Config) else config_lib.from_dict(config_lib.plain(config))
-    xla_flags.set_flags(xla_flags.for_this_host())
-    if config.train.deterministic:
-        xla_flags.set_flags(xla_flags.DETERMINISTIC)
+    xla_flags.set_flags(xla_flags.for_run(config.train.precision, deterministic=config.train.deterministic))
     check_names(config)
     directory = workdir_lib.prepare(workdir)
     with contextlib.ExitStack() as stack:

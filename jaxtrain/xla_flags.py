@@ -16,6 +16,9 @@ SEVERAL_PROCESSES: Mapping[str, object] = {
     "xla_gpu_nccl_termination_timeout_seconds": COLLECTIVE_SECONDS,
     **SEVERAL_GPUS,
 }
+# XLA:CPU gives convolutions to YNNPACK, which computes many of them in one thread; Eigen, which it has too, uses every core.
+# Eigen computes no f64.
+CPU_CONVOLUTIONS: Mapping[str, object] = {"xla_cpu_experimental_ynn_fusion_type": "-individual_convolution"}
 # Autotuning picks kernels by time, so it is off too. What it costs: docs/troubleshooting.md.
 DETERMINISTIC: Mapping[str, object] = {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0}
 
@@ -28,9 +31,13 @@ def set_flags(flags: Mapping[str, object]) -> None:
     os.environ["XLA_FLAGS"] = " ".join(found + more)
 
 
-def for_this_host() -> Mapping[str, object]:
-    """The flags of a run of one process: those for several GPUs where it sees several."""
-    return SEVERAL_GPUS if visible_gpus() > 1 else {}
+def for_run(precision: str, *, deterministic: bool = False) -> Mapping[str, object]:
+    """The flags of a run on this host's devices: `train.precision` and `train.deterministic` choose among them."""
+    return {
+        **(SEVERAL_GPUS if visible_gpus() > 1 else {}),
+        **(CPU_CONVOLUTIONS if precision != "f64" else {}),
+        **(DETERMINISTIC if deterministic else {}),
+    }
 
 
 def visible_gpus() -> int:

@@ -21,13 +21,18 @@ def test_a_flag_that_the_user_has_set_stays(monkeypatch):
 @pytest.mark.parametrize(("visible", "hides"), [("0", False), ("", False), ("-1", False), ("0,1", True)])
 def test_collectives_are_overlapped_where_there_are_several_gpus(monkeypatch, visible, hides):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", visible)
-    assert ("xla_gpu_enable_latency_hiding_scheduler" in xla_flags.for_this_host()) == hides
+    assert ("xla_gpu_enable_latency_hiding_scheduler" in xla_flags.for_run("f32")) == hides
+
+
+def test_double_precision_keeps_the_convolutions_that_can_compute_it():
+    """Those of the flag would take 30 times as long, an element at a time."""
+    assert set(xla_flags.for_run("f32")) - set(xla_flags.for_run("f64")) == set(xla_flags.CPU_CONVOLUTIONS)
 
 
 def test_jaxlib_knows_every_flag(monkeypatch):
     """It ends the process at one that it does not know."""
     monkeypatch.delenv("XLA_FLAGS")
-    for flags in (xla_flags.SEVERAL_GPUS, xla_flags.SEVERAL_PROCESSES, xla_flags.DETERMINISTIC):
+    for flags in (xla_flags.SEVERAL_PROCESSES, xla_flags.for_run("f32", deterministic=True)):
         xla_flags.set_flags(flags)
     command = [sys.executable, "-c", "import jax; jax.devices()"]
     found = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)

@@ -31,8 +31,9 @@ def run(arguments: argparse.Namespace) -> None:
 
     with catch_signals(leave) as interrupt:
         try:
-            if resolved.config.train.deterministic:
-                xla_flags.set_flags(xla_flags.DETERMINISTIC)  # before the processes join
+            chosen = resolved.config.train
+            flags = xla_flags.for_run(chosen.precision, deterministic=chosen.deterministic)
+            xla_flags.set_flags(flags)  # before the processes join
             start.start_devices(arguments)
             start.start_processes(arguments, resolved, workdir)
             from jaxtrain.trainer import train  # noqa: PLC0415  JAX is set up by now

@@ -218,6 +218,28 @@ layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
 @jax.custom_vjp
+def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    """x [..., I] @ kernel [I, O]. XLA:CPU transposes the first factor of the weights' gradient: here the smaller one."""
+    return x @ kernel
+
+
+def _matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return x @ kernel, (x, kernel)
+
+
+def _matmul_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = saved
+    if kernel.shape[0] <= kernel.shape[1]:
+        weights = jnp.einsum("...i,...o->io", x, gradient)
+    else:
+        weights = jnp.einsum("...o,...i->oi", gradient, x).T
+    return gradient @ kernel.T, weights
+
+
+matmul.defvjp(_matmul_forward, _matmul_backward)
+
+
+@jax.custom_vjp
 def relu(x: jax.Array) -> jax.Array:
     """max(x, 0). Its gradient is taken from the result, which the next layer keeps anyway, and not from a mask."""
     return jnp.maximum(x, 0)
