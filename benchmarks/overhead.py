@@ -1,86 +1,125 @@
-"""What the trainer and its input add to the bare compiled step. Each is measured in a process of its own, in turns.
+"""What the trainer and its input add to the bare compiled step.
 
-python -m benchmarks.overhead cached|fed|trainer      # one of them: prints its seconds a step, block by block
+Three processes take turns of a few seconds, the others stopped (SIGSTOP) meanwhile: what slows the machine for longer than
+that slows all of them alike, and the ratio of neighbouring turns stays.
+
+python -m benchmarks.overhead cached|fed|trainer WORKDIR      # one of them: a line in WORKDIR/metrics.jsonl after each block
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import json
+import itertools
+import signal
 import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
 from typing import Any
 
 import jax
 
-from benchmarks.common import ROOT, Spread, batches, block_seconds, settings, start, synthetic
+from benchmarks.common import ROOT, Spread, batches, settings, start, synthetic
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from jaxtrain.task import Batch
 from jaxtrain.trainer import train
 
-STEPS, BLOCKS, TURNS = 60, 4, 5  # steps a block; blocks a process, after one that warms up; processes of each kind
+STEPS, TURNS, WARM = 32, 25, 2  # steps a block, an epoch; blocks of each kind, after some that warm up
 
 CONFIG = synthetic(
     Config(
         data=DataConfig(global_batch=64, augmentation="light"),
         model=ModelConfig("resnet18", width=8),
         optim=OptimConfig(learning_rate=0.01, schedule="constant"),
-        train=TrainConfig(steps=STEPS * (BLOCKS + 1), log_every=STEPS, eval_every="0"),
+        train=TrainConfig(steps=10**6, log_every=STEPS, eval_every="0"),
     ),
     **{"checkpoint.every": "0"},
 )
 
 
-def cached() -> list[float]:
+def cached(workdir: Path) -> None:
     """The bare step, again and again on the same batches, which lie on the device."""
-    with settings(CONFIG):
-        return block_seconds(*start(CONFIG), STEPS, BLOCKS)
+    _steps(workdir, lambda first: first)
 
 
-def fed() -> list[float]:
+def fed(workdir: Path) -> None:
     """The bare step in a loop over the input pipeline."""
-    seconds = []
-    with settings(CONFIG):
+    _steps(workdir, lambda _: None)
+
+
+def _steps(workdir: Path, reused: Callable[[list[Batch]], Iterable[Batch] | None]) -> None:
+    workdir.mkdir()
+    with settings(CONFIG), (workdir / "metrics.jsonl").open("w") as rows:
         run, engine, state = start(CONFIG)
-        for block in range(BLOCKS + 1):
-            began = time.perf_counter()
-            for batch in batches(run, engine, block * STEPS, STEPS):
+        first = list(batches(run, engine, 0, STEPS))
+        for block in itertools.count():
+            for batch in reused(first) or batches(run, engine, block * STEPS, STEPS):
                 state, metrics = engine.step(state, batch, engine.feed.resident)
             jax.block_until_ready((state, metrics))
-            seconds.append((time.perf_counter() - began) / STEPS)
-    return seconds[1:]
+            print(block, file=rows, flush=True)
 
 
-def trainer() -> list[float]:
-    """`train`, by its own rows of metrics: steps, input, logging, and all that the host does between them."""
-    with tempfile.TemporaryDirectory(prefix="jaxtrain-bench-") as workdir:
-        history = train(CONFIG, workdir, num_devices=1, quiet=True).history
-    return [CONFIG.data.global_batch / row["throughput"] for row in history if row["phase"] == "train"][1:]
+def trainer(workdir: Path) -> None:
+    """`train`: steps, input, logging, and all that the host does between them."""
+    train(CONFIG, workdir, num_devices=1, quiet=True)
 
 
 KINDS = {"cached": cached, "fed": fed, "trainer": trainer}
 
 
+class _Job:
+    """A process that runs during its turns alone."""
+
+    def __init__(self, kind: str, workdir: Path) -> None:
+        self._rows = workdir / "metrics.jsonl"
+        self._process = subprocess.Popen([sys.executable, "-m", "benchmarks.overhead", kind, str(workdir)], cwd=ROOT)
+
+    def turn(self) -> float:
+        """Runs to the end of its next block; returns the seconds that took."""
+        before, began = self._blocks(), time.perf_counter()
+        self._process.send_signal(signal.SIGCONT)
+        while self._blocks() == before:
+            if self._process.poll() is not None:
+                raise RuntimeError(f"{self._process.args} ended with {self._process.returncode}.")
+            time.sleep(0.002)
+        self._process.send_signal(signal.SIGSTOP)
+        return time.perf_counter() - began
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.wait()
+
+    def _blocks(self) -> int:
+        return self._rows.read_bytes().count(b"\n") if self._rows.exists() else 0
+
+
 def measure() -> dict[str, Any]:
-    """Ratios of neighbouring processes: real batches over one cached block, and the trainer over the bare step."""
+    """Ratios of neighbouring turns: real batches over one cached block, and the trainer over the bare step."""
     found: dict[str, list[float]] = {kind: [] for kind in KINDS}
-    for _ in range(TURNS):
-        for kind, seconds in found.items():
-            command = [sys.executable, "-m", "benchmarks.overhead", kind]
-            output = subprocess.run(command, cwd=ROOT, check=True, capture_output=True, text=True).stdout
-            seconds.append(Spread.of(json.loads(output.splitlines()[-1])).median)
+    with tempfile.TemporaryDirectory(prefix="jaxtrain-bench-") as folder, contextlib.ExitStack() as stack:
+        jobs: dict[str, _Job] = {}
+        for kind in KINDS:
+            jobs[kind] = _Job(kind, Path(folder, kind))
+            stack.callback(jobs[kind].kill)
+            for _ in range(WARM):
+                jobs[kind].turn()
+        for _ in range(TURNS):
+            for kind, job in jobs.items():
+                found[kind].append(job.turn())
 
     def over_bare(kind: str) -> dict[str, float]:
         return dataclasses.asdict(Spread.of([a / b for a, b in zip(found[kind], found["cached"], strict=True)]))
 
     return {
-        "steps": STEPS * BLOCKS,
-        "step_seconds": dataclasses.asdict(Spread.of(found["cached"])),
+        "steps": STEPS * TURNS,
+        "step_seconds": dataclasses.asdict(Spread.of([seconds / STEPS for seconds in found["cached"]])),
         "real_data_over_cached_batch": over_bare("fed"),
         "trainer_over_bare_step": over_bare("trainer"),
     }
 
 
 if __name__ == "__main__":
-    print(json.dumps(KINDS[sys.argv[1]]()))
+    KINDS[sys.argv[1]](Path(sys.argv[2]))
