@@ -54,9 +54,9 @@ def grouped(names):
 COVERED = {
     "mlp": tuple(LAYOUTS),
     "resnet": tuple(LAYOUTS),
-    "vgg": ("data8", "hybrid-zero1-accumulate2", "zero3-accumulate4", "tensor2-data2-zero2-accumulate2"),
+    "vgg": ("hybrid-zero1-accumulate2", "zero3-accumulate4", "tensor2-data2-zero2-accumulate2"),
     "convnet": ("zero2-accumulate2", "tensor2-data2-zero2-accumulate2"),
-    "swin": ("data2-accumulate2", "zero2-accumulate2", "zero3-accumulate4", "hybrid", "tensor2-data2-zero3"),
+    "swin": ("data2-accumulate2", "zero3-accumulate4", "hybrid", "tensor2-data2-zero3"),
 }
 CASES = [
     pytest.param(model, layout, marks=pytest.mark.xdist_group(model)) for model in COVERED for layout in COVERED[model]
