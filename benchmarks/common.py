@@ -26,7 +26,11 @@ from jaxtrain.state import TrainState
 from jaxtrain.task import Batch
 
 ROOT = Path(__file__).resolve().parent.parent
-xla_flags.set_flags(xla_flags.for_run("f32"))  # as a run does, before the first device is used
+
+
+def set_flags() -> None:
+    """XLA's flags, as a run has them; they count before the first device is used."""
+    xla_flags.set_flags(xla_flags.for_run("f32"))
 
 
 def machine() -> dict[str, Any]:
@@ -86,6 +90,7 @@ def synthetic(config: Config, **fields: Any) -> Config:
 
 def start(config: Config, devices: int = 1) -> tuple[Run, Engine, TrainState]:
     """A compiled run. The caller is inside `settings(config)`."""
+    set_flags()
     run = make_run(config, load_data(config.data), jax.devices()[:devices])
     engine, state = start_engine(run, Resume(None, Position(), None))
     return run, engine, state
@@ -112,4 +117,15 @@ def batches(run: Run, engine: Engine, first_step: int, steps: int) -> Iterator[B
     )
 
 
-__all__ = ["ROOT", "Spread", "batches", "block_seconds", "machine", "settings", "start", "synthetic", "timed"]
+__all__ = [
+    "ROOT",
+    "Spread",
+    "batches",
+    "block_seconds",
+    "machine",
+    "set_flags",
+    "settings",
+    "start",
+    "synthetic",
+    "timed",
+]

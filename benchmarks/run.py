@@ -15,7 +15,7 @@ from typing import Any
 import jax
 
 from benchmarks import calls, checkpoints, faults, inputs, overhead, peers, pipeline, scale, startup, steps
-from benchmarks.common import ROOT, machine
+from benchmarks.common import ROOT, machine, set_flags
 
 BENCHMARKS: dict[str, Callable[[], Any]] = {
     "steps": steps.per_model,
@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--table", action="store_true", help="measure nothing, write the table of the file")
     arguments = parser.parse_args()
     jax.config.update("jax_num_cpu_devices", 4)
+    set_flags()
     path = ROOT / "benchmarks" / "results" / f"{arguments.name}.json"
     results = json.loads(path.read_text()) if path.exists() else {}
     if not arguments.table:

@@ -21,6 +21,13 @@ import jax  # noqa: E402  after the environment is set
 import pytest  # noqa: E402
 
 jax.config.update("jax_num_cpu_devices", 8)
+jax.devices()  # from here on XLA's flags are fixed: those of a run would slow down f64, in which most layouts are compared
+
+
+@pytest.fixture(autouse=True)
+def _flags_of_a_run_end_with_its_test(monkeypatch) -> None:
+    """A run adds to $XLA_FLAGS, which every later process would inherit."""
+    monkeypatch.setenv("XLA_FLAGS", os.environ["XLA_FLAGS"])
 
 
 @pytest.fixture(scope="module", autouse=True)
