@@ -23,16 +23,15 @@ from jax.extend import core
 from benchmarks.gpu_child import serve
 from benchmarks.gpu_parts import CASES, Case, profile, read_trace
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, from_dict, to_dict
-from jaxtrain.data.augment import Preprocess
 from jaxtrain.models import registry
 from jaxtrain.models.layers import Context
-from jaxtrain.optim import loss_fn, make, schedule
+from jaxtrain.optim import schedule
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.precision import policy
 from jaxtrain.state import create_state, initial_state
 from jaxtrain.step import Step, make_step
-from jaxtrain.task import Batch, Resident, Task
+from jaxtrain.task import Batch, Resident, make_task
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -75,35 +74,18 @@ class Training:
         types, shape = policy(config.train.precision), (size, size, 3)
         model = registry.build(config.model, shape, classes, types.compute_dtype, types.param_dtype)
         rate = schedule(config.optim, config.train.steps, 0, batch)
-        optimizer = make(config.optim, rate, model.no_decay)
-        preprocess = Preprocess(
-            image_size=size,
-            augmentation=config.data.augmentation,
-            mean=MEAN,
-            std=STD,
-            num_classes=classes,
-            dtype=types.compute_dtype,
-        )
-        task = Task(
-            model=model,
-            optimizer=optimizer,
-            schedule=rate,
-            loss=loss_fn(config.optim.loss),
-            preprocess=preprocess,
-            optim=config.optim,
-            seed=config.seed,
-            bn_groups=config.model.bn_groups,
-            remat=config.train.remat,
-        )
+        task = make_task(config, model, rate, side=size, classes=classes, mean=MEAN, std=STD)
         layout = Layout(make_mesh(config.layout, jax.devices()[:1]), config.layout, model.tensor_rules)
-        init = functools.partial(initial_state, config.seed, model, optimizer, types, shape, ema=config.optim.ema > 0)
+        init = functools.partial(
+            initial_state, config.seed, model, task.optimizer, types, shape, ema=config.optim.ema > 0
+        )
         state = create_state(init, layout)
         draw = np.random.default_rng(0)
         images = draw.integers(0, 256, (1, batch, *shape), np.uint8)  # never zeros: products of zeros run faster
         labels = draw.integers(0, classes, (1, batch), np.int32)
         first = Batch(step=_scalar(layout, 0), images=_put(layout, images), labels=_put(layout, labels))
-        several = getattr(config.train, "steps_per_call", 1)
-        step = make_step(task, layout, state, first, Resident(), *([several] if several > 1 else []))
+        several = config.train.steps_per_call
+        step = make_step(task, layout, state, first, Resident(), several)
         many = None
         if "call" in step.programs:
             places = step.programs["call"].input_shardings[0][1]

@@ -17,7 +17,6 @@ import optax
 
 from jaxtrain.config import Config, DataConfig, Duration
 from jaxtrain.data import sources
-from jaxtrain.data.augment import Preprocess
 from jaxtrain.data.sources import Dataset
 from jaxtrain.distributed import processes
 from jaxtrain.distributed.processes import first_on_process_zero
@@ -30,7 +29,7 @@ from jaxtrain.parallel.split import Split
 from jaxtrain.precision import policy, resolve
 from jaxtrain.stages import make_split, microbatches
 from jaxtrain.state import TrainState, initial_state
-from jaxtrain.task import Task
+from jaxtrain.task import Task, make_task
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,44 +163,20 @@ def make_run(
     model = registry.build(config.model, shape, classes, types.compute_dtype, types.param_dtype)
     steps = total_steps(config, len(dataset.train), start_step, start_example)
     rate = make_schedule(config, len(dataset.train), start_step, start_example)
-    optimizer = make(config.optim, rate, model.no_decay)
     mean, std = (config.data.mean, config.data.std) if config.data.mean else (dataset.mean, dataset.std)
-    preprocess = Preprocess(
-        image_size=side,
-        augmentation=config.data.augmentation,
-        mean=mean,
-        std=std,
-        num_classes=classes,
-        mixup=config.data.mixup,
-        cutmix=config.data.cutmix,
-        label_smoothing=config.optim.label_smoothing,
-        padding=config.data.crop_padding,
-        dtype=types.compute_dtype,
-    )
-    init = functools.partial(initial_state, config.seed, model, optimizer, types, shape, ema=config.optim.ema > 0)
-    task = Task(
-        model=model,
-        optimizer=optimizer,
-        schedule=rate,
-        loss=loss_fn(config.optim.loss),
-        preprocess=preprocess,
-        optim=config.optim,
-        seed=config.seed,
-        bn_groups=config.model.bn_groups,
-        remat=config.train.remat,
-        skips=config.train.nonfinite_skips > 0,
-    )
+    task = make_task(config, model, rate, side=side, classes=classes, mean=mean, std=std)
+    init = functools.partial(initial_state, config.seed, model, task.optimizer, types, shape, ema=config.optim.ema > 0)
     state = jax.eval_shape(init)
     has_batch_norm, batch, groups = (
         bool(jax.tree.leaves(state.batch_stats)),
         config.data.global_batch,
         config.model.bn_groups,
     )
-    parts = microbatches(config.layout, batch, batch_ways(mesh), groups * has_batch_norm, even=preprocess.mixes)
+    parts = microbatches(config.layout, batch, batch_ways(mesh), groups * has_batch_norm, even=task.preprocess.mixes)
     config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, microbatches=parts))
     layout = Layout(mesh, config.layout, config.layout.rules + model.tensor_rules)
     layout.check_batch(batch, groups, has_batch_norm)
-    if preprocess.mixes and parts > 1 and batch // parts % 2:
+    if task.preprocess.mixes and parts > 1 and batch // parts % 2:
         raise ConfigError(
             f"config.layout.microbatches={parts}: mixup and cutmix mix neighbours, so that a microbatch needs an even number "
             f"of examples, and config.data.global_batch={batch} gives each {batch // parts}."

@@ -11,10 +11,12 @@ import flax.struct
 import jax
 import optax
 
-from jaxtrain.config import OptimConfig
+from jaxtrain.config import Config, OptimConfig
 from jaxtrain.data.augment import Preprocess
 from jaxtrain.models.classifier import Classifier
+from jaxtrain.optim import loss_fn, make
 from jaxtrain.parallel.layout import Layout, path_of
+from jaxtrain.precision import policy
 
 PyTree = Any
 
@@ -52,9 +54,46 @@ class Task:
     preprocess: Preprocess
     optim: OptimConfig
     seed: int
-    bn_groups: int = 1
-    remat: str = "none"
-    skips: bool = False
+    bn_groups: int
+    remat: str
+    skips: bool
+
+
+def make_task(
+    config: Config,
+    model: Classifier,
+    rate: optax.Schedule,
+    *,
+    side: int,
+    classes: int,
+    mean: tuple[float, ...],
+    std: tuple[float, ...],
+) -> Task:
+    """The task of `config` on images of `side` pixels. mean, std: per channel, of pixels in [0, 1]."""
+    preprocess = Preprocess(
+        image_size=side,
+        augmentation=config.data.augmentation,
+        mean=mean,
+        std=std,
+        num_classes=classes,
+        mixup=config.data.mixup,
+        cutmix=config.data.cutmix,
+        label_smoothing=config.optim.label_smoothing,
+        padding=config.data.crop_padding,
+        dtype=policy(config.train.precision).compute_dtype,
+    )
+    return Task(
+        model=model,
+        optimizer=make(config.optim, rate, model.no_decay),
+        schedule=rate,
+        loss=loss_fn(config.optim.loss),
+        preprocess=preprocess,
+        optim=config.optim,
+        seed=config.seed,
+        bn_groups=config.model.bn_groups,
+        remat=config.train.remat,
+        skips=config.train.nonfinite_skips > 0,
+    )
 
 
 def select(batch: Batch, resident: Resident, index: Any, layout: Layout) -> tuple[jax.Array, jax.Array]:
