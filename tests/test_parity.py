@@ -54,9 +54,9 @@ def grouped(names):
 COVERED = {
     "mlp": tuple(LAYOUTS),
     "resnet": tuple(LAYOUTS),
-    "vgg": ("hybrid-zero1-accumulate2", "zero3-accumulate4", "tensor2-data2-zero2-accumulate2"),
+    "vgg": ("hybrid-zero1-accumulate2", "tensor2-data2-zero2-accumulate2"),
     "convnet": ("zero2-accumulate2", "tensor2-data2-zero2-accumulate2"),
-    "swin": ("data2-accumulate2", "zero3-accumulate4", "hybrid", "tensor2-data2-zero3"),
+    "swin": ("data2-accumulate2", "zero3-accumulate4", "tensor2-data2-zero3"),
 }
 CASES = [
     pytest.param(model, layout, marks=pytest.mark.xdist_group(model)) for model in COVERED for layout in COVERED[model]
@@ -77,11 +77,10 @@ def test_the_reference_learns(model):
     assert np.ptp(losses) / losses[0] >= (0.03 if model == "convnet" else 0.05)
 
 
-@pytest.mark.parametrize("layout", ["data8", "zero2-accumulate2"])
 @pytest.mark.parametrize("model", grouped(["mlp", "resnet"]))
-def test_in_f32_rounding_alone_differs(model, layout):
+def test_in_f32_rounding_alone_differs(model):
     small = {"train.precision": "f32", "optim.learning_rate": 1e-4}
-    found, wanted = (parity.numbers(parity.run(model, each, **small)) for each in (LAYOUTS[layout], ONE))
+    found, wanted = (parity.numbers(parity.run(model, each, **small)) for each in (LAYOUTS["zero2-accumulate2"], ONE))
     for key in ("loss", "test", "test_ema"):
         np.testing.assert_allclose(found[key], wanted[key], rtol=1e-5)
 
@@ -186,10 +185,20 @@ def recipe_losses(name: str, argument: str) -> list[float]:
 
 
 # Every argument with the cheapest recipe, and every recipe with what changes it most.
+CHANGED = dict.fromkeys(RECIPES, ("zero3", "pipeline2")) | {"mlp_synthetic": tuple(LAYOUT_ARGUMENTS)}
+# Dear to compile, and shrunk to almost what another recipe is.
+REPEATED = {
+    ("transformer_pipeline_zero", "zero3"), ("swin_tiny_cifar10", "pipeline2"), ("resnet101_cifar100", "zero3"),
+    ("resnet101_cifar100", "pipeline2"), ("resnet18_cifar100", "zero3"), ("resnet18_cifar100", "pipeline2"),
+}  # fmt: skip
 ARGUMENTS = [
-    pytest.param(recipe, argument, marks=pytest.mark.xdist_group(recipe))
+    pytest.param(
+        recipe,
+        argument,
+        marks=[pytest.mark.xdist_group(recipe), *([pytest.mark.slow] if (recipe, argument) in REPEATED else [])],
+    )
     for recipe in RECIPES
-    for argument in (LAYOUT_ARGUMENTS if recipe == "mlp_synthetic" else ("zero3", "pipeline2"))
+    for argument in CHANGED[recipe]
 ]
 
 

@@ -74,8 +74,8 @@ TABLE = {
 }
 # All of the table with the cheapest model; of the others what differs in kind.
 COVERED = [("mlp", name) for name in TABLE]
-COVERED += [("resnet", name) for name in ("gpipe-2", "1f1b-4-zero2", "interleaved-2-zero2", "1f1b-2-hybrid")]
-COVERED += [("swin", name) for name in ("1f1b-2-zero3", "interleaved-2-zero2", "1f1b-2-tensor2")]
+COVERED += [("resnet", name) for name in ("gpipe-2", "1f1b-4-zero2", "interleaved-2-zero2")]
+COVERED += [("swin", name) for name in ("1f1b-2-zero3", "1f1b-2-tensor2")]
 COVERED += [("vgg", "1f1b-4-zero2")]
 
 
@@ -235,7 +235,13 @@ def test_activations_in_flight_follow_the_schedule(schedule, monkeypatch):
 
 @pytest.mark.parametrize(
     ("model", "precision", "zero"),
-    [("mlp", "f32", 0), ("mlp", "f32", 3), ("mlp", "bf16", 0), ("mlp", "bf16", 3), ("swin", "bf16", 3)],
+    [
+        ("mlp", "f32", 0),
+        ("mlp", "f32", 3),
+        ("mlp", "bf16", 0),
+        ("mlp", "bf16", 3),
+        pytest.param("swin", "bf16", 3, marks=pytest.mark.slow),
+    ],
 )
 def test_a_microbatch_in_flight_holds_no_parameter(model, precision, zero, monkeypatch):
     """What it keeps doubles with the batch: whatever does not is no activation, and may not be larger than a few vectors."""

@@ -120,14 +120,13 @@ def test_saved_by_two_of_two_resumed_by_two_of_one(saved, whole, zero):
 
 @shares_saved
 def test_saved_by_two_of_two_resumed_by_four_of_one(saved, whole, tmp_path):
-    copies = {zero: shutil.copytree(saved / f"zero{zero}", tmp_path / f"zero{zero}") for zero in (0, 3)}
-    train_in_turn(tmp_path, 4, 1, *(job(copies[zero], zero, checkpoint__resume=HALF) for zero in (0, 3)))
-    for copy in copies.values():
-        assert_same(copy, whole[0])
-        assert runs.epochs(copy)[0] == "epoch,phase,loss,accuracy"
-        assert len(runs.epochs(copy)) == 1 + 3 + 3 + 1
-        starts = json.loads((copy / "manifest.json").read_text())["starts"]
-        assert [start["devices"]["processes"] for start in starts] == [2, 4]
+    copy = shutil.copytree(saved / "zero3", tmp_path / "copy")
+    train_in_turn(tmp_path, 4, 1, job(copy, 3, checkpoint__resume=HALF))
+    assert_same(copy, whole[0])
+    assert runs.epochs(copy)[0] == "epoch,phase,loss,accuracy"
+    assert len(runs.epochs(copy)) == 1 + 3 + 3 + 1
+    starts = json.loads((copy / "manifest.json").read_text())["starts"]
+    assert [start["devices"]["processes"] for start in starts] == [2, 4]
 
 
 @shares_saved

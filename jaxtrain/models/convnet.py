@@ -20,7 +20,7 @@ from jax.typing import DTypeLike
 from jaxtrain.config import ModelConfig
 from jaxtrain.models import settings
 from jaxtrain.models.classifier import Classifier, layer_name
-from jaxtrain.models.layers import BatchNorm, Context, Dropout, Layer, torch_kernel
+from jaxtrain.models.layers import BatchNorm, Context, Dense, Dropout, Layer, torch_kernel
 from jaxtrain.models.vgg import max_pool_2x2
 
 NAMES = ("convnet_fast",)
@@ -89,7 +89,7 @@ class Head(Layer):
         x = nn.max_pool(x, x.shape[1:3]).reshape(x.shape[0], -1)
         x = Dropout(self.dropout, name="dropout")(x, context)
         options = {"use_bias": False, "kernel_init": nn.initializers.normal(1.0), "name": "linear", **self.wide_types}
-        return nn.Dense(self.num_classes, **options)(x) / x.shape[-1]
+        return Dense(self.num_classes, **options)(x) / x.shape[-1]
 
 
 def identity_first(key: Any, shape: Any, dtype: Any = None, out_sharding: Any = None) -> jax.Array:

@@ -57,9 +57,19 @@ def torch_bias(fan_in: int) -> Initializer:
     return init
 
 
+def _product(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision: None = None) -> jax.Array:
+    (axes, _), _ = dimension_numbers
+    return matmul(x, kernel, len(axes))
+
+
+# Linen's linear maps, by `matmul`.
+Dense = functools.partial(nn.Dense, dot_general=_product)
+DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=_product)
+
+
 def torch_dense(features: int, fan_in: int, **options: Any) -> nn.Dense:
     """A linear map from `fan_in` values, initialised as torch.nn.Linear is."""
-    return nn.Dense(features, kernel_init=torch_kernel, bias_init=torch_bias(fan_in), **options)
+    return Dense(features, kernel_init=torch_kernel, bias_init=torch_bias(fan_in), **options)
 
 
 # -------------------------------------------------------------------------------------------------------------- layers
@@ -217,23 +227,30 @@ def _layer_norm_backward(dtype: DTypeLike, saved: Any, g: jax.Array) -> tuple[ja
 layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 
-@jax.custom_vjp
-def matmul(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """x [..., I] @ kernel [I, O]. XLA:CPU transposes the first factor of the weights' gradient: here the smaller one."""
-    return x @ kernel
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def matmul(x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
+    """x [..., *I] times kernel [*I, *O] over the `axes` dims of I, -> [..., *O].
+
+    XLA:CPU transposes the first factor of the weights' gradient. Here that is x, unless the output's gradient and the
+    kernel together are smaller. JAX's own rule always transposes the latter two, the kernel's gradient only after it has
+    been added over the devices, where XLA no longer merges the transposition into the product.
+    """
+    return jnp.tensordot(x, kernel, axes)
 
 
-def _matmul_forward(x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    return x @ kernel, (x, kernel)
+def _matmul_forward(x: jax.Array, kernel: jax.Array, axes: int) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    return matmul(x, kernel, axes), (x, kernel)
 
 
-def _matmul_backward(saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _matmul_backward(axes: int, saved: tuple[jax.Array, jax.Array], gradient: jax.Array) -> tuple[jax.Array, jax.Array]:
     x, kernel = saved
-    if kernel.shape[0] <= kernel.shape[1]:
-        weights = jnp.einsum("...i,...o->io", x, gradient)
+    examples, outputs = tuple(range(x.ndim - axes)), kernel.ndim - axes
+    if x.size <= gradient.size + kernel.size:
+        weights = jnp.tensordot(x, gradient, (examples, examples))
     else:
-        weights = jnp.einsum("...o,...i->oi", gradient, x).T
-    return gradient @ kernel.T, weights
+        weights = jnp.moveaxis(jnp.tensordot(gradient, x, (examples, examples)), range(-axes, 0), range(axes))
+    ends = tuple(range(-outputs, 0))
+    return jnp.tensordot(gradient, kernel, (ends, ends)), weights
 
 
 matmul.defvjp(_matmul_forward, _matmul_backward)

@@ -23,6 +23,8 @@ from jaxtrain.models import settings
 from jaxtrain.models.classifier import Classifier
 from jaxtrain.models.layers import (
     Context,
+    Dense,
+    DenseGeneral,
     Dropout,
     DropPath,
     Layer,
@@ -81,7 +83,7 @@ class WindowAttention(Layer):
         """
         channels, window, wide = x.shape[-1], round(x.shape[-2] ** 0.5), at_least_f32(self.dtype)
         head_dim = channels // self.heads
-        qkv = nn.DenseGeneral((3, self.heads, head_dim), kernel_init=normal, name="qkv", **self.types)(x)
+        qkv = DenseGeneral((3, self.heads, head_dim), kernel_init=normal, name="qkv", **self.types)(x)
         q, k, v = jnp.moveaxis(qkv, -3, 0)
 
         table = self.param("bias_table", normal, ((2 * window - 1) ** 2, self.heads), self.param_dtype)
@@ -93,7 +95,7 @@ class WindowAttention(Layer):
         scores = jnp.einsum("bwnhd,bwmhd->bwhnm", q, k)
         attention = softmax_to(scores.astype(wide) * head_dim**-0.5 + bias, self.dtype)
         y = jnp.einsum("bwhnm,bwmhd->bwnhd", attention, v)
-        return nn.DenseGeneral(channels, axis=(-2, -1), kernel_init=normal, name="proj", **self.types)(y)
+        return DenseGeneral(channels, axis=(-2, -1), kernel_init=normal, name="proj", **self.types)(y)
 
 
 def relative_position_bias(table: jax.Array, window: int) -> jax.Array:
@@ -163,9 +165,9 @@ class Block(Layer):
         x = x + DropPath(self.drop_path, name="drop_path1")(y, context)
 
         y = _norm("norm2", self.types)(x)
-        y = gelu(nn.Dense(4 * channels, kernel_init=normal, name="fc1", **self.types)(y))
+        y = gelu(Dense(4 * channels, kernel_init=normal, name="fc1", **self.types)(y))
         y = Dropout(self.dropout, name="dropout2")(y, context)
-        y = nn.Dense(channels, kernel_init=normal, name="fc2", **self.types)(y)
+        y = Dense(channels, kernel_init=normal, name="fc2", **self.types)(y)
         y = Dropout(self.dropout, name="dropout3")(y, context)
         return x + DropPath(self.drop_path, name="drop_path2")(y, context)
 
@@ -209,7 +211,7 @@ class PatchMerging(Layer):
         # The reference's order of the four: down the square's columns first.
         x = x.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 4, 2, 5).reshape(b, h // 2, w // 2, 4 * c)
         x = _norm("norm", self.types)(x)
-        return nn.Dense(2 * c, use_bias=False, kernel_init=normal, name="linear", **self.types)(x)
+        return Dense(2 * c, use_bias=False, kernel_init=normal, name="linear", **self.types)(x)
 
 
 class Head(Layer):
@@ -221,7 +223,7 @@ class Head(Layer):
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """x [B, H, W, C] -> logits [B, num_classes]."""
         x = jnp.mean(_norm("norm", self.wide_types)(x), (1, 2))
-        return nn.Dense(self.num_classes, kernel_init=normal, name="linear", **self.wide_types)(x)
+        return Dense(self.num_classes, kernel_init=normal, name="linear", **self.wide_types)(x)
 
 
 def _heads(channels: int) -> int:

@@ -16,7 +16,7 @@ from jax.typing import DTypeLike
 from jaxtrain.config import ModelConfig
 from jaxtrain.models import settings
 from jaxtrain.models.classifier import Classifier, layer_name
-from jaxtrain.models.layers import BatchNorm, Context, Dropout, Layer, kaiming_normal, relu
+from jaxtrain.models.layers import BatchNorm, Context, Dense, Dropout, Layer, kaiming_normal, relu
 
 DEPTHS = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 NAMES = tuple(name + suffix for name in DEPTHS for suffix in ("", "_bn"))
@@ -54,7 +54,7 @@ class Hidden(Layer):
         if self.pool_to:
             x = adaptive_average_pool(x, self.pool_to)
         x = x.reshape(x.shape[0], -1)
-        x = relu(nn.Dense(self.features, kernel_init=linear_init, name="linear", **self.types)(x))
+        x = relu(Dense(self.features, kernel_init=linear_init, name="linear", **self.types)(x))
         return Dropout(self.dropout, name="dropout")(x, context)
 
 
@@ -66,7 +66,7 @@ class Head(Layer):
     @nn.compact
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """x [B, C] -> logits [B, num_classes]."""
-        return nn.Dense(self.num_classes, kernel_init=linear_init, name="linear", **self.wide_types)(x)
+        return Dense(self.num_classes, kernel_init=linear_init, name="linear", **self.wide_types)(x)
 
 
 def max_pool_2x2(x: jax.Array) -> jax.Array:
