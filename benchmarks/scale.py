@@ -33,6 +33,7 @@ SIZES = tuple(1 << power for power in range(10, 27, 2))  # bytes of an all-reduc
 # name: (model, global batch)
 MODELS = {
     "resnet18 of width 16": (ModelConfig("resnet18", width=16), 64),
+    "resnet18 of width 16, BatchNorm of a process": (ModelConfig("resnet18", width=16, bn_groups=2), 64),
     "mlp of width 2048": (ModelConfig("mlp", width=2048), 256),
 }
 REPEATS = 5
@@ -47,7 +48,8 @@ def measure() -> dict[str, Any]:
     link = fit(reduces)
     rows = []
     for name, (model, batch) in MODELS.items():
-        halves = apart((_step, model, batch // 2, 0, 0), (_step, model, batch // 2, 1, 0))
+        half = dataclasses.replace(model, bn_groups=1)
+        halves = apart((_step, half, batch // 2, 0, 0), (_step, half, batch // 2, 1, 0))
         (whole,) = apart((_step, model, batch, 0, 0))
         port = free_port()
         both = apart((_step, model, batch, 0, port), (_step, model, batch, 1, port))[0]
