@@ -11,12 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import linen as nn
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.errors import ConfigError
 from jaxtrain.models import convnet, mlp, registry, swin, vgg
 from jaxtrain.models.classifier import Classifier
-from jaxtrain.models.layers import BatchNorm, Context, Dropout, DropPath
+from jaxtrain.models.layers import BatchNorm, Context, Dropout, DropPath, matmul
 from jaxtrain.plugins import load_dotted
 
 # One small model of each family; stochastic, so that every path is taken.
@@ -494,6 +496,41 @@ def test_shifted_windows_keep_what_is_not_adjacent_apart():
     rows, columns = np.indices((8, 8))
     wanted = (window(rows)[..., None, None] == window(rows)) & (window(columns)[..., None, None] == window(columns))
     np.testing.assert_array_equal(heard, wanted)
+
+
+PRODUCTS = {  # x, kernel, axes: with x the smaller, and the larger, of what the kernel's gradient may transpose
+    "small x": ((8, 6), (6, 4), 1),
+    "large x": ((90, 7), (7, 2), 1),
+    "to heads": ((2, 3, 5), (5, 3, 2, 4), 1),
+    "from heads": ((9, 90, 4, 6), (4, 6, 3), 2),
+}
+
+
+@pytest.mark.parametrize(("x", "kernel", "axes"), PRODUCTS.values(), ids=PRODUCTS)
+def test_matmul_has_the_gradients_of_a_plain_product(x64, x, kernel, axes):
+    draw = np.random.default_rng(0)
+    x, kernel = draw.normal(size=x), draw.normal(size=kernel)
+    found, wanted = (
+        jax.grad(lambda x, kernel, product=product: jnp.sum(jnp.sin(product(x, kernel, axes))), (0, 1))(x, kernel)
+        for product in (matmul, jnp.tensordot)
+    )
+    for a, b in zip(found, wanted, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-12)
+
+
+def test_a_kernels_gradient_is_added_over_devices_as_the_kernel_lies():
+    """Added as its transpose, it would be transposed afterwards, and the optimizer would read it against its order."""
+    model, params, stats, images = tiny("mlp")
+    mesh = jax.make_mesh((2,), ("data",))
+    split, whole = (NamedSharding(mesh, P(*names)) for names in (["data"], []))
+
+    def loss(params, images):
+        return jnp.sum(model.apply(params, stats, images, Context(example=jnp.arange(6)))[0] ** 2)
+
+    program = jax.jit(jax.grad(loss), in_shardings=(whole, split), out_shardings=whole).lower(params, images).compile()
+    reduced = "".join(re.findall(r"= (.*?) all-reduce(?:-start)?\(", program.as_text()))
+    assert "f32[64,16]" in reduced
+    assert "f32[16,64]" not in reduced
 
 
 def test_softmax_keeps_its_gradient(x64):
