@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+import pytest
 
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.trainer import TrainResult, train
@@ -43,6 +44,11 @@ MODELS: dict[str, dict[str, Any]] = {
         "optim.learning_rate": 1e-3,
     },
 }
+
+
+def case(group: str, *values: Any, slow: bool = False) -> Any:
+    """A test's parameters; it runs on the worker of `group`, where a reference is computed once. slow: not by default."""
+    return pytest.param(*values, marks=[pytest.mark.xdist_group(group), *([pytest.mark.slow] if slow else [])])
 
 
 def config(name: str, layout: LayoutConfig, **fields: Any) -> Config:

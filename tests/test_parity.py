@@ -47,19 +47,20 @@ def reference(model: str) -> dict[str, np.ndarray]:
 
 def grouped(names):
     """Parameters whose tests run on one worker, where the reference is computed once."""
-    return [pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in names]
+    return [parity.case(name, name) for name in names]
 
 
 # All with the cheapest model and with BatchNorm; of the others what differs in kind (split channels, attention's heads).
 COVERED = {
     "mlp": tuple(LAYOUTS),
     "resnet": tuple(LAYOUTS),
-    "vgg": ("hybrid-zero1-accumulate2", "tensor2-data2-zero2-accumulate2"),
+    "vgg": ("hybrid-zero1-accumulate2", "zero3-accumulate4", "tensor2-data2-zero2-accumulate2"),
     "convnet": ("zero2-accumulate2", "tensor2-data2-zero2-accumulate2"),
-    "swin": ("data2-accumulate2", "zero3-accumulate4", "tensor2-data2-zero3"),
+    "swin": ("data2-accumulate2", "zero3-accumulate4", "hybrid", "tensor2-data2-zero3"),
 }
+SLOW = {("vgg", "zero3-accumulate4"), ("swin", "hybrid")}
 CASES = [
-    pytest.param(model, layout, marks=pytest.mark.xdist_group(model)) for model in COVERED for layout in COVERED[model]
+    parity.case(model, model, layout, slow=(model, layout) in SLOW) for model in COVERED for layout in COVERED[model]
 ]
 
 
@@ -77,10 +78,11 @@ def test_the_reference_learns(model):
     assert np.ptp(losses) / losses[0] >= (0.03 if model == "convnet" else 0.05)
 
 
+@pytest.mark.parametrize("layout", [pytest.param("data8", marks=pytest.mark.slow), "zero2-accumulate2"])
 @pytest.mark.parametrize("model", grouped(["mlp", "resnet"]))
-def test_in_f32_rounding_alone_differs(model):
+def test_in_f32_rounding_alone_differs(model, layout):
     small = {"train.precision": "f32", "optim.learning_rate": 1e-4}
-    found, wanted = (parity.numbers(parity.run(model, each, **small)) for each in (LAYOUTS["zero2-accumulate2"], ONE))
+    found, wanted = (parity.numbers(parity.run(model, each, **small)) for each in (LAYOUTS[layout], ONE))
     for key in ("loss", "test", "test_ema"):
         np.testing.assert_allclose(found[key], wanted[key], rtol=1e-5)
 
@@ -192,11 +194,7 @@ REPEATED = {
     ("resnet101_cifar100", "pipeline2"), ("resnet18_cifar100", "zero3"), ("resnet18_cifar100", "pipeline2"),
 }  # fmt: skip
 ARGUMENTS = [
-    pytest.param(
-        recipe,
-        argument,
-        marks=[pytest.mark.xdist_group(recipe), *([pytest.mark.slow] if (recipe, argument) in REPEATED else [])],
-    )
+    parity.case(recipe, recipe, argument, slow=(recipe, argument) in REPEATED)
     for recipe in RECIPES
     for argument in CHANGED[recipe]
 ]

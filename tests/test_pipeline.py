@@ -59,7 +59,7 @@ def reference(model: str) -> dict[str, np.ndarray]:
 
 
 def grouped(names):
-    return [pytest.param(name, marks=pytest.mark.xdist_group(f"deep {name}")) for name in names]
+    return [parity.case(f"deep {name}", name) for name in names]
 
 
 TABLE = {
@@ -74,13 +74,14 @@ TABLE = {
 }
 # All of the table with the cheapest model; of the others what differs in kind.
 COVERED = [("mlp", name) for name in TABLE]
-COVERED += [("resnet", name) for name in ("gpipe-2", "1f1b-4-zero2", "interleaved-2-zero2")]
-COVERED += [("swin", name) for name in ("1f1b-2-zero3", "1f1b-2-tensor2")]
+COVERED += [("resnet", name) for name in ("gpipe-2", "1f1b-4-zero2", "interleaved-2-zero2", "1f1b-2-hybrid")]
+COVERED += [("swin", name) for name in ("1f1b-2-zero3", "interleaved-2-zero2", "1f1b-2-tensor2")]
 COVERED += [("vgg", "1f1b-4-zero2")]
+SLOW = {("resnet", "1f1b-2-hybrid"), ("swin", "interleaved-2-zero2")}
 
 
 @pytest.mark.parametrize(
-    ("model", "name"), [pytest.param(*pair, marks=pytest.mark.xdist_group(f"deep {pair[0]}")) for pair in COVERED]
+    ("model", "name"), [parity.case(f"deep {pair[0]}", *pair, slow=pair in SLOW) for pair in COVERED]
 )
 def test_stages_change_no_number(model, name):
     found = parity.numbers(parity.run(model, TABLE[name], **DEEP[model]))

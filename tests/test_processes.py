@@ -119,9 +119,10 @@ def test_saved_by_two_of_two_resumed_by_two_of_one(saved, whole, zero):
 
 
 @shares_saved
-def test_saved_by_two_of_two_resumed_by_four_of_one(saved, whole, tmp_path):
-    copy = shutil.copytree(saved / "zero3", tmp_path / "copy")
-    train_in_turn(tmp_path, 4, 1, job(copy, 3, checkpoint__resume=HALF))
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), 3])
+def test_saved_by_two_of_two_resumed_by_four_of_one(saved, whole, tmp_path, zero):
+    copy = shutil.copytree(saved / f"zero{zero}", tmp_path / "copy")
+    train_in_turn(tmp_path, 4, 1, job(copy, zero, checkpoint__resume=HALF))
     assert_same(copy, whole[0])
     assert runs.epochs(copy)[0] == "epoch,phase,loss,accuracy"
     assert len(runs.epochs(copy)) == 1 + 3 + 3 + 1
@@ -168,6 +169,7 @@ def test_stages_of_four_processes(tmp_path, whole):
 def test_a_process_with_slow_data_is_named(saved):
     zero, one = ((saved / "slow" / "logs" / f"process_{process}.log").read_text() for process in (0, 1))
     assert f"WARNING imbalanced: process 1 on {socket.gethostname()} needs 0." in zero
+    assert "imbalanced: process 0" not in zero
     assert "WARNING slow data: training waited for its input" in one
     assert "imbalanced" not in one
 

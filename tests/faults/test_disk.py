@@ -74,7 +74,9 @@ def disk(tmp_path, monkeypatch):
 
 
 # Of a save that failed, Orbax's other writes end when its event loop is closed.
-@pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.filterwarnings(
+    "ignore:(?s)Exception ignored in.*Event loop is closed:pytest.PytestUnraisableExceptionWarning"
+)
 @pytest.mark.parametrize("left", [600_000, 0], ids=["seen before", "found while writing"])
 def test_training_goes_on_and_a_later_save_succeeds(disk: Path, monkeypatch, left):
     monkeypatch.setenv("LEFT", str(left))
