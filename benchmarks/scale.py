@@ -4,12 +4,14 @@
     python -m benchmarks.scale                 # the modelled table of docs/scaling.md; measures nothing
 
 A step is predicted from what two such processes take when each computes its half of the batch for itself at the same time,
-and from the all-reduces that its compiled program has, at the latency and bandwidth that were measured before.
+and from the arrays that its compiled program adds over both, at the latency and bandwidth that were measured before. XLA
+merges all-reduces into a few of many arrays each, but gloo adds one array after the other.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 import re
 import statistics
@@ -26,7 +28,7 @@ from benchmarks import scale_model
 from benchmarks.common import Spread, block_seconds, settings, start, synthetic
 from benchmarks.pipeline import apart, free_port
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig
-from jaxtrain.distributed.join import join
+from jaxtrain.distributed.join import join, set_threads
 from jaxtrain.distributed.place import Place
 
 SIZES = tuple(1 << power for power in range(10, 27, 2))  # bytes of an all-reduce: 1 KiB to 64 MiB
@@ -91,6 +93,8 @@ def _alone_on(core: int, port: int) -> None:
     jax.config.update("jax_num_cpu_devices", 1)
     if port:
         join(Place(f"127.0.0.1:{port}", 2, core), {}, 120)
+    else:
+        set_threads()  # the same, so that joining adds nothing but communication
 
 
 def _reduces(core: int, port: int) -> dict[int, float]:
@@ -125,14 +129,9 @@ def _step(model: ModelConfig, batch: int, core: int, port: int) -> dict[str, Any
 
 
 def reduced_bytes(program: str) -> list[int]:
-    """Bytes of each all-reduce in a compiled program; one of several arrays is one."""
-    sizes = []
-    for match in _REDUCED.finditer(program):
-        arrays = _ARRAY.findall(match[1])
-        sizes.append(
-            sum(int(bits) // 8 * int(np.prod([int(n) for n in dims.split(",") if n])) for _, bits, dims in arrays)
-        )
-    return sizes
+    """Bytes of each array that the all-reduces of a compiled program add."""
+    arrays = (array for match in _REDUCED.finditer(program) for array in _ARRAY.findall(match[1]))
+    return [int(bits) // 8 * math.prod(int(n) for n in dims.split(",") if n) for _, bits, dims in arrays]
 
 
 # ------------------------------------------------------------------------------------------------------------ modelled

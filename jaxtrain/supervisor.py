@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from jaxtrain.distributed.failure import ERROR_FILE, Report, read_report
-from jaxtrain.distributed.watchdog import HEARTBEAT_FILE, Beat, read_beat
+from jaxtrain.distributed.watchdog import HEARTBEAT_FILE, Beat, Wakes, read_beat
 from jaxtrain.errors import ConfigError, EnvironmentMismatchError, PeerError
 from jaxtrain.gpus import Gpus
 
@@ -264,8 +264,9 @@ class Gang:
     def watch(self, signals: list[int]) -> list[Ended]:
         """Returns how each process ended, once all have, or one has failed and the others had time for last words."""
         ended: dict[int, Ended] = {}
-        passed_on, kill_at = 0, float("inf")
+        passed_on, kill_at, wakes = 0, float("inf"), Wakes()
         while len(ended) < len(self._processes):
+            wakes.look()
             for number, process in enumerate(self._processes):
                 if number not in ended and (code := process.poll()) is not None:
                     report = read_report(self._file("error", number))
@@ -278,7 +279,7 @@ class Gang:
                 kill_at = min(kill_at, time.monotonic() + (self._options.grace if passed_on == 1 else 2.0))
             if self._began is None and (steps := [beat.step for beat in self._beats() if beat.phase != "start"]):
                 self._began = min(steps)
-            for number, hung in self._hung(ended):
+            for number, hung in self._hung(ended, wakes.last):
                 process = self._processes[number]
                 process.kill()
                 ended[number] = Ended(number, process.pid, -signal.SIGKILL, time.monotonic(), None, hung)
@@ -288,13 +289,16 @@ class Gang:
             time.sleep(_LOOK_SECONDS)
         return list(ended.values())
 
-    def _hung(self, ended: dict[int, Ended]) -> Iterator[tuple[int, str]]:
-        """The processes whose heartbeat has stopped: frozen, or stuck with Python's global lock held."""
+    def _hung(self, ended: dict[int, Ended], awake: float) -> Iterator[tuple[int, str]]:
+        """The processes whose heartbeat has stopped: frozen, or stuck with Python's global lock held.
+
+        awake: since when the supervisor itself is not stopped; those that were stopped with it need time to beat again.
+        """
         for number in range(len(self._processes)):
             beat = read_beat(self._file("beat", number))
             if number in ended or beat is None or not self._options.hang:
                 continue
-            silent = time.monotonic() - beat.time
+            silent = time.monotonic() - max(beat.time, awake)
             if silent > self._options.hang:
                 yield number, f"gave no sign of life for {silent:.0f} s, in {beat.phase!r} after step {beat.step}"
 

@@ -74,9 +74,7 @@ def join(place: Place, fingerprint: Fingerprint, timeout: int, *, allow_version_
     note.start()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM; see `interrupt`
-    # XLA:CPU runs programs in as many threads as there are cores; one that waits for another process must not keep the
-    # others from running.
-    os.environ.setdefault("PJRT_NPROC", str(max(os.cpu_count() or 1, 8)))
+    set_threads()
     set_flags(SEVERAL_PROCESSES)
     try:
         address = meet(place, fingerprint, timeout, allow_version_skew=allow_version_skew)
@@ -98,6 +96,11 @@ def join(place: Place, fingerprint: Fingerprint, timeout: int, *, allow_version_
         ) from error
     finally:
         note.cancel()
+
+
+def set_threads() -> None:
+    """XLA:CPU runs programs in as many threads as it has cores; one that waits for another process must leave some over."""
+    os.environ.setdefault("PJRT_NPROC", str(max(len(os.sched_getaffinity(0)), 8)))
 
 
 def _say_what_is_waited_for(place: Place) -> None:

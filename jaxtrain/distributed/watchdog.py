@@ -27,6 +27,7 @@ _WAIT_SECONDS = (
     5.0  # longer for a process that waits for others in a collective: the one that stands still shall say so
 )
 _MEDIANS = 10  # a step that took as long as so many others is no progress
+_STOPPED_SECONDS = 5.0  # a thread that sleeps for a second and wakes so much later was stopped meanwhile, with its process
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,6 +40,23 @@ class Beat:
     step: int
 
 
+class Wakes:
+    """When this process last went on after it had been stopped as a whole: Ctrl-Z, Slurm's suspend, a paused container.
+
+    Nothing makes progress in such a time, so it says nothing of what hangs. `look` must be called every second or so.
+    """
+
+    def __init__(self) -> None:
+        self._looked = self.last = time.monotonic()
+
+    def look(self) -> None:
+        """Notices a stop since the last call."""
+        now = time.monotonic()
+        if now - self._looked > _STOPPED_SECONDS:
+            self.last = now
+        self._looked = now
+
+
 class Watchdog:
     """Knows what the run does and since when. limit: seconds that a step may take, or ten of the median step; 0: any time."""
 
@@ -46,6 +64,7 @@ class Watchdog:
         self._limit = limit
         self._now = ("start", 0, time.monotonic())  # phase, step, since when; replaced as a whole
         self._step_seconds = 0.0
+        self.wakes = Wakes()
 
     def feed(self, phase: str, step: int = -1, step_seconds: float | None = None) -> None:
         """The run has come so far. step: -1 where it is the same. step_seconds: what a step takes, where it is known."""
@@ -58,7 +77,7 @@ class Watchdog:
         of_a_step = phase in ("input", "step", "wait") and self._step_seconds > 0
         allowed = max(self._limit, _MEDIANS * self._step_seconds) * (1 if of_a_step else _SLOW_PHASES)
         allowed += _WAIT_SECONDS if phase == "wait" else 0
-        stood = time.monotonic() - since
+        stood = time.monotonic() - max(since, self.wakes.last)
         if not self._limit or stood <= allowed:
             return ""
         return (
@@ -84,6 +103,7 @@ def watching(watchdog: Watchdog, leave: Callable[[JaxtrainError], None] | None, 
         if beats:
             write_beat(Path(beats), watchdog.beat())
         while not closed.wait(_BEAT_SECONDS):
+            watchdog.wakes.look()
             if beats:
                 write_beat(Path(beats), watchdog.beat())
                 if os.getppid() != supervisor:  # it was killed: nobody would end or replace this process

@@ -13,6 +13,8 @@ import pytest
 import runs
 from runs import SMALL, here
 
+from jaxtrain.distributed.watchdog import Watchdog
+
 # Two processes of one device compute bit for bit what one process of two does.
 FIELDS = SMALL | {
     "data.name": "faulty:digits", "data.residency": "stream", "data.workers": 0, "data.examples": 128, "train.steps": 24,
@@ -182,3 +184,38 @@ def test_a_process_that_stands_still_is_found(tmp_path, fault):
         else:
             assert "process 1 (pid" in job.output
             assert "gave no sign of life" in job.output
+
+
+def test_a_job_that_was_stopped_as_a_whole_goes_on(tmp_path, undisturbed):
+    """As by Slurm's suspend and resume, for longer than the process may stand still, for itself and for the launcher."""
+    (tmp_path / "faulty.py").write_text(FAULTY)
+    fields = FIELDS | {"data.name": "faulty:digits", "train.hang_seconds": 4}
+    arguments = runs.arguments(tmp_path / "run", fields, "--simulate-devices", "2")
+    command = ["-m", "jaxtrain", "launch", "--max-restarts", "0", "--hang", "5", "--", "train", *arguments]
+    with runs.Started(tmp_path / "output.txt", command, cwd=tmp_path) as job:
+        job.wait_for(functools.partial(has_rows, tmp_path / "run", 3), "a few steps")
+        pids = [job.pid, *(int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split())]
+        assert len(pids) == 2
+        for pid in pids:
+            os.kill(pid, signal.SIGSTOP)
+        time.sleep(12)
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+        assert job.end() == 0, job.output
+    assert_undisturbed(tmp_path / "run", undisturbed)
+
+
+def test_only_time_in_which_the_process_ran_counts_as_a_hang(monkeypatch):
+    now = 1000.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    watchdog = Watchdog(limit=60)
+    watchdog.feed("step", 7, step_seconds=1.0)
+    now += 1.0
+    watchdog.wakes.look()
+    now += 500.0  # nothing of this process ran
+    watchdog.wakes.look()
+    assert not watchdog.complaint()
+    for _ in range(70):
+        now += 1.0
+        watchdog.wakes.look()
+    assert "No progress for 70 s in 'step' after step 7" in watchdog.complaint()
