@@ -27,7 +27,7 @@ _WAIT_SECONDS = (
     5.0  # longer for a process that waits for others in a collective: the one that stands still shall say so
 )
 _MEDIANS = 10  # a step that took as long as so many others is no progress
-_STOPPED_SECONDS = 5.0  # a thread that sleeps for a second and wakes so much later was stopped meanwhile, with its process
+_STOPPED_SECONDS = 5.0  # a thread that wakes so much later than it should was stopped meanwhile, with its process
 
 
 @dataclasses.dataclass(frozen=True)
