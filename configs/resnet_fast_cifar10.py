@@ -23,7 +23,7 @@ def get_config(arg=""):
         model=ModelConfig(name="convnet_fast"),
         optim=OptimConfig(
             name="muon",
-            learning_rate=0.03,
+            learning_rate=0.1,
             lr_reference_batch=1024,
             lr_scaling="none",
             momentum=0.6,
