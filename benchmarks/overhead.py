@@ -1,7 +1,8 @@
 """What the trainer and its input add to the bare compiled step.
 
 Three processes take turns of a few seconds, the others stopped (SIGSTOP) meanwhile: what slows the machine for longer than
-that slows all of them alike, and the ratio of neighbouring turns stays.
+that slows all of them alike, and the ratio of neighbouring turns stays. Processor time, of all threads, varies less than
+that of the clock; on cores that the step keeps busy, what the trainer computes is what it costs.
 
 python -m benchmarks.overhead cached|fed|trainer WORKDIR      # one of them: a line in WORKDIR/metrics.jsonl after each block
 """
@@ -11,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import itertools
+import os
 import signal
 import subprocess
 import sys
@@ -77,16 +79,20 @@ class _Job:
         self._rows = workdir / "metrics.jsonl"
         self._process = subprocess.Popen([sys.executable, "-m", "benchmarks.overhead", kind, str(workdir)], cwd=ROOT)
 
-    def turn(self) -> float:
-        """Runs to the end of its next block; returns the seconds that took."""
-        before, began = self._blocks(), time.perf_counter()
+    def turn(self) -> tuple[float, float]:
+        """Runs to the end of its next block; returns the seconds that took, by the clock and of processors."""
+        before, began, used = self._blocks(), time.perf_counter(), self._processor_seconds()
         self._process.send_signal(signal.SIGCONT)
         while self._blocks() == before:
             if self._process.poll() is not None:
                 raise RuntimeError(f"{self._process.args} ended with {self._process.returncode}.")
             time.sleep(0.002)
         self._process.send_signal(signal.SIGSTOP)
-        return time.perf_counter() - began
+        return time.perf_counter() - began, self._processor_seconds() - used
+
+    def _processor_seconds(self) -> float:
+        fields = Path(f"/proc/{self._process.pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
     def kill(self) -> None:
         self._process.kill()
@@ -98,7 +104,7 @@ class _Job:
 
 def measure() -> dict[str, Any]:
     """Ratios of neighbouring turns: real batches over one cached block, and the trainer over the bare step."""
-    found: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory(prefix="jaxtrain-bench-") as folder, contextlib.ExitStack() as stack:
         jobs: dict[str, _Job] = {}
         for kind in KINDS:
@@ -110,14 +116,17 @@ def measure() -> dict[str, Any]:
             for kind, job in jobs.items():
                 found[kind].append(job.turn())
 
-    def over_bare(kind: str) -> dict[str, float]:
-        return dataclasses.asdict(Spread.of([a / b for a, b in zip(found[kind], found["cached"], strict=True)]))
+    def over_bare(kind: str, clock: int) -> dict[str, float]:
+        turns = zip(found[kind], found["cached"], strict=True)
+        return dataclasses.asdict(Spread.of([turn[clock] / bare[clock] for turn, bare in turns]))
 
     return {
         "steps": STEPS * TURNS,
-        "step_seconds": dataclasses.asdict(Spread.of([seconds / STEPS for seconds in found["cached"]])),
-        "real_data_over_cached_batch": over_bare("fed"),
-        "trainer_over_bare_step": over_bare("trainer"),
+        "step_seconds": dataclasses.asdict(Spread.of([seconds / STEPS for seconds, _ in found["cached"]])),
+        "real_data_over_cached_batch": over_bare("fed", 0),
+        "real_data_over_cached_batch_processor": over_bare("fed", 1),
+        "trainer_over_bare_step": over_bare("trainer", 0),
+        "trainer_over_bare_step_processor": over_bare("trainer", 1),
     }
 
 

@@ -79,8 +79,9 @@ def _rows(measured: dict[str, Any]) -> list[str]:
     lines = ["| what | median | least - most |", "| -- | -- | -- |"]
     for group, label in (("steps", "step"), ("layouts", "ResNet-18 of width 16, batch 64")):
         for row in measured.get(group, []):
-            detail = f", batch {row['batch']}" if group == "steps" else ""
+            detail = f", batch {row['batch']}" if group == "steps" else f" ({row['devices']} devices)"
             name = f"{label}: {row['name']}{detail}, {row['images_per_second']:.0f} images/s"
+            name += f", at most {row['peak_bytes_per_device'] / 1e6:.1f} MB a device"
             lines.append(_row(name, row["seconds"], 1e3, "ms"))
     for row in measured.get("peers", []):
         name = f"step against PyTorch: {row['name']}, batch {row['batch']}"
@@ -89,7 +90,8 @@ def _rows(measured: dict[str, Any]) -> list[str]:
         lines.append(_row(f"{name}, theirs over ours", row["theirs_over_ours"], 1, "x", 2))
     if "overhead" in measured:
         for key in ("real_data_over_cached_batch", "trainer_over_bare_step"):
-            lines.append(_row(key.replace("_", " "), measured["overhead"][key], 1, "x", 3))
+            for what, time in (("", ""), ("_processor", ", processor time")):
+                lines.append(_row(key.replace("_", " ") + time, measured["overhead"][key + what], 1, "x", 3))
     for row in measured.get("calls", []):
         name = f"a step of a tiny MLP in a whole run, {row['per_call']} a call"
         lines.append(_row(name, row["seconds"], 1e6, "us", 0))

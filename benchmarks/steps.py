@@ -1,15 +1,21 @@
-"""Step time and images/s per model and layout.
+"""Step time and images/s per model and layout, and what a device holds at most.
 
-A layout's simulated devices share this machine's cores: its figure shows what the layout costs, not what it would gain.
+A layout's simulated devices share this machine's cores: its time shows what the layout costs, not what it would gain.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import Any
+
+import jax
 
 from benchmarks.common import Spread, block_seconds, settings, start, synthetic
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig
+from jaxtrain.parallel.schedule import in_flight
+from jaxtrain.pipeline.step import PipelineStep
+from jaxtrain.step import Step
 
 # name: (model, batch, steps a block). The sizes are what two cores can pay for.
 MODELS: dict[str, tuple[ModelConfig, int, int]] = {
@@ -24,8 +30,13 @@ LAYOUTS: dict[str, tuple[LayoutConfig, int]] = {
     "accumulate 4": (LayoutConfig(microbatches=4), 1),
     "data 4": (LayoutConfig(), 4),
     "data 4, zero 1": (LayoutConfig(zero=1), 4),
+    "data 4, zero 2": (LayoutConfig(zero=2), 4),
     "data 4, zero 3": (LayoutConfig(zero=3), 4),
+    "replica 2, data 2, zero 3": (LayoutConfig(replica=2, zero=3), 4),
     "data 2, tensor 2": (LayoutConfig(tensor=2), 4),
+    "stages 2, microbatches 4": (LayoutConfig(stages=2, microbatches=4), 2),
+    "stages 4, microbatches 4": (LayoutConfig(stages=4, microbatches=4), 4),
+    "stages 2, microbatches 4, data 2, zero 2": (LayoutConfig(stages=2, microbatches=4, zero=2), 4),
 }
 REPEATS = 5
 
@@ -55,13 +66,50 @@ def _measure(
     config = _config(model, batch, layout or LayoutConfig())
     with settings(config):
         run, engine, state = start(config, devices)
+        peak = peak_bytes(engine.step)
         spread = Spread.of(block_seconds(run, engine, state, steps, REPEATS))
     return {
         "name": name,
         "batch": batch,
+        "devices": devices,
         "seconds": dataclasses.asdict(spread),
         "images_per_second": batch / spread.median,
+        "peak_bytes_per_device": peak,
     }
 
 
-__all__ = ["per_layout", "per_model"]
+def peak_bytes(step: Step | PipelineStep) -> int:
+    """What the fullest device holds at most during a step, by XLA's memory analysis of the compiled programs."""
+    if isinstance(step, PipelineStep):
+        return max(_stage_peak(step, stage) for stage in step.stages)
+    sizes: list[Any] = [program.memory_analysis() for program in step.programs.values()]
+    return max(
+        s.argument_size_in_bytes + s.temp_size_in_bytes + s.output_size_in_bytes - s.alias_size_in_bytes for s in sizes
+    )
+
+
+def _stage_peak(step: PipelineStep, stage: int) -> int:
+    """State, sums, data, what the backward pass needs of each microbatch in flight, and the largest program's temporaries."""
+    sizes = {name: program.memory_analysis() for name, program in step.programs.items()}
+    update = sizes[f"stage {stage}: update"]
+    held, most = update.argument_size_in_bytes, update.temp_size_in_bytes  # of the update: state and sums
+    for index, each in step.slices.items():
+        if each.part.stage == stage:
+            forward, backward, zeros = (sizes[f"slice {index}: {name}"] for name in ("forward", "backward", "zeros"))
+            incoming = backward.output_size_in_bytes - zeros.output_size_in_bytes  # its gradient, of the same size
+            data = forward.argument_size_in_bytes - incoming - (0 if each.prepare else _parameter_bytes(each.forward))
+            held += data + (forward.output_size_in_bytes + incoming) * in_flight(step.schedule)[stage]
+            most = max(most, forward.temp_size_in_bytes, backward.temp_size_in_bytes)
+    return held + most
+
+
+def _parameter_bytes(forward: jax.stages.Compiled) -> int:
+    leaves, places = (jax.tree.leaves(tree[0][0]) for tree in (forward.args_info, forward.input_shardings))
+    sizes = (
+        math.prod(place.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+        for leaf, place in zip(leaves, places, strict=True)
+    )
+    return sum(sizes)
+
+
+__all__ = ["peak_bytes", "per_layout", "per_model"]

@@ -41,7 +41,7 @@ NUMBERS = {
     "resnet_fast_cifar10": {
         "data.name": "cifar10", "data.global_batch": 1024, "data.crop_padding": 2, "data.validation": 0.0,
         "model.name": "convnet_fast", "model.width": 0, "optim.name": "muon", "optim.label_smoothing": 0.2,
-        "train.epochs": 14, "rate": 0.03,
+        "train.epochs": 14, "rate": 0.1,
     },
     "resnet18_cifar100": {
         "data.name": "cifar100", "data.global_batch": 256, "model.name": "resnet18", "train.epochs": 200, "rate": 0.2,
