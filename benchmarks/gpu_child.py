@@ -23,12 +23,16 @@ from benchmarks.gpu_parts import ROOT
 
 
 class ChildError(Exception):
-    """A command that failed, or a child that died or did not answer; in one text."""
+    """A command that failed, or a child that died or did not answer; in one text. aside: more of it, that is no cause."""
+
+    def __init__(self, text: str, aside: str = ""):
+        super().__init__(f"{text} {aside}".rstrip())
+        self._cause = text
 
     @property
     def out_of_memory(self) -> bool:
         """Whether the device's memory was too small."""
-        text = str(self).lower()
+        text = self._cause.lower()
         return any(sign in text for sign in ("resource_exhausted", "out of memory", "outofmemory"))
 
 
@@ -69,10 +73,13 @@ class Child:
             line = self._answers.get(timeout=max(timeout, 1.0))
         except queue.Empty:
             self.close(wait=0)
-            raise ChildError(f"{command}: no answer in {timeout:.0f} s. {self._tail()}") from None
+            raise ChildError(f"{command}: no answer in {timeout:.0f} s.", self._tail()) from None
         if line is None:
             raise ChildError(f"{command}: the process ended with code {self._process.wait()}. {self._tail()}")
-        answer = json.loads(line)
+        try:
+            answer = json.loads(line)
+        except ValueError:
+            raise ChildError(f"{command}: {line.strip()[:200]!r} is no answer.") from None
         if "error" in answer:
             raise ChildError(f"{command}: {answer['error']}")
         return answer["result"]

@@ -104,13 +104,12 @@ class Training:
             self.at, steps = self.at + number.size, steps - number.size
         return jax.block_until_ready(found)
 
-    def run(self, batches: list[Batch]) -> float:
-        """An update for each batch; waits for the last and returns its loss."""
+    def run(self, batches: list[Batch]) -> Any:
+        """An update for each batch; waits for the last and returns its metrics."""
         metrics: Any = None
         for batch in batches:
             self.state, metrics = self.step(self.state, batch, Resident())
-        jax.block_until_ready((self.state, metrics))
-        return float(np.ravel(metrics["loss"])[-1])
+        return jax.block_until_ready((metrics, self.state))[0]
 
 
 def _put(layout: Layout, value: np.ndarray) -> jax.Array:
@@ -192,7 +191,7 @@ class Commands:
         shape = CASES[case].shrunk() if smoke else CASES[case]
         self._training = Training.make(config_of(dataclasses.replace(shape, batch=batch), changes))
         compiled = time.perf_counter()
-        loss = self.training.run(self.training.batches(1))
+        metrics = self.training.run(self.training.batches(1))
         seconds = time.perf_counter() - began
         program = self.training.step.programs["step"].memory_analysis()
         temporary = getattr(program, "temp_size_in_bytes", None)
@@ -200,7 +199,7 @@ class Commands:
             "seconds": seconds,
             "compile_seconds": compiled - began,
             "cache_hits": self._hits,
-            "loss": loss,
+            "loss": _last_loss(metrics),
             "parameters": sum(leaf.size for leaf in jax.tree.leaves(self.training.state.params)),
             "temporary_bytes": temporary,
         }
@@ -209,9 +208,9 @@ class Commands:
         """Seconds a step of `steps` updates, dispatched one after the other and waited for at the end."""
         batches = self.training.batches(steps)
         began = time.perf_counter()
-        loss = self.training.run(batches)
-        made = sum(batch.step.size for batch in batches)
-        return {"seconds": (time.perf_counter() - began) / made, "loss": loss}
+        metrics = self.training.run(batches)
+        seconds = time.perf_counter() - began
+        return {"seconds": seconds / sum(batch.step.size for batch in batches), "loss": _last_loss(metrics)}
 
     def memory(self) -> dict[str, Any]:
         """Bytes of the device's memory at most, by the allocator."""
@@ -248,6 +247,10 @@ class Commands:
             "matrix_tflops": 2 * size**3 / seconds / 1e12,
             "copy_tb_per_second": 2 * values.nbytes / copying / 1e12,
         }
+
+
+def _last_loss(metrics: Any) -> float:
+    return float(np.ravel(metrics["loss"])[-1])
 
 
 def _best(function: Any, *arguments: Any, calls: int = 10, repeats: int = 5) -> float:

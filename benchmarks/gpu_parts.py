@@ -51,16 +51,16 @@ class Case:
         return dataclasses.replace(self, image=32, batch=4, classes=10, gmacs=0.01, smoke=True)
 
 
-_PLAIN, _GRAPH, _OWN_GRAPH, _TUNED = "default", "reduce-overhead", "whole-graph", "max-autotune-no-cudagraphs"
+PLAIN, _GRAPH, OWN_GRAPH, _TUNED = "default", "reduce-overhead", "whole-graph", "max-autotune-no-cudagraphs"
 _BLOCKS = {"width": 8, "depths": (1, 1, 1, 1)}
 CASES: Mapping[str, Case] = {
-    "resnet50_224": Case("resnet50", 224, 256, 1000, "sgd", 4.11, (_PLAIN, _TUNED, _OWN_GRAPH), _BLOCKS),
-    "vgg19_224": Case("vgg19", 224, 128, 1000, "sgd", 19.63, (_PLAIN, _TUNED), {"width": 8, "depths": (1,) * 5}),
+    "resnet50_224": Case("resnet50", 224, 256, 1000, "sgd", 4.11, (PLAIN, OWN_GRAPH, _TUNED), _BLOCKS),
+    "vgg19_224": Case("vgg19", 224, 128, 1000, "sgd", 19.63, (PLAIN, _TUNED), {"width": 8, "depths": (1,) * 5}),
     "swin_tiny_224": Case(
-        "swin_tiny", 224, 256, 1000, "adamw", 4.51, (_PLAIN, _TUNED, _OWN_GRAPH), {"width": 32, "depths": (1, 1, 1, 1)}
+        "swin_tiny", 224, 256, 1000, "adamw", 4.51, (PLAIN, OWN_GRAPH, _TUNED), {"width": 32, "depths": (1, 1, 1, 1)}
     ),
-    "resnet18_32": Case("resnet18", 32, 1024, 10, "sgd", 0.556, (_PLAIN, _OWN_GRAPH, _GRAPH, _TUNED), _BLOCKS),
-    "resnet50_32": Case("resnet50", 32, 512, 100, "sgd", 1.30, (_PLAIN, _OWN_GRAPH, _GRAPH, _TUNED), _BLOCKS),
+    "resnet18_32": Case("resnet18", 32, 1024, 10, "sgd", 0.556, (PLAIN, OWN_GRAPH, _GRAPH, _TUNED), _BLOCKS),
+    "resnet50_32": Case("resnet50", 32, 512, 100, "sgd", 1.30, (PLAIN, OWN_GRAPH, _GRAPH, _TUNED), _BLOCKS),
 }
 GROUPS: Mapping[str, tuple[str, ...]] = {
     "cnn224": ("resnet50_224", "vgg19_224"),

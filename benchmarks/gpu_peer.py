@@ -159,6 +159,8 @@ class Commands:
         loss = float(self._steps[False]()[0])
         self._wait()
         first = time.perf_counter() - began
+        if self.device == "cuda":  # what cuDNN and inductor took to choose their kernels is no part of a step
+            torch.cuda.reset_peak_memory_stats()
         if whole and self.device == "cuda":
             self._steps = _graphs(step)
         for _ in range(WARM_UP):
@@ -208,16 +210,18 @@ class Commands:
 
 def _graphs(step: Callable[[bool], Any]) -> dict[bool, Callable[[], Any]]:
     """Each way of the step as one CUDA graph; both share their memory."""
-    found: dict[bool, Callable[[], Any]] = {}
-    pool = torch.cuda.graph_pool_handle()
-    for bare in (False, True):
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
+    ways = (False, True)
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):  # both, before the first graph keeps a step's memory for itself
+        for bare in ways:
             for _ in range(WARM_UP):
                 step(bare)
-        torch.cuda.current_stream().wait_stream(side)
-        torch.cuda.synchronize()
+    torch.cuda.current_stream().wait_stream(side)
+    torch.cuda.synchronize()
+    found: dict[bool, Callable[[], Any]] = {}
+    pool = torch.cuda.graph_pool_handle()
+    for bare in ways:
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=pool):
             result = step(bare)

@@ -36,7 +36,7 @@ from benchmarks.gpu_suite import machine
 WHEELS = (
     "tensorflow-datasets", "grain", "clu", "ml_collections", "tensorboardX", "array_record", "dm-tree", "immutabledict",
     "simple_parsing", "docstring-parser", "tensorflow-metadata", "googleapis-common-protos", "termcolor", "toml",
-    "cloudpickle", "portpicker", "importlib_resources",
+    "cloudpickle", "portpicker", "importlib_resources", "protobuf",
 )  # fmt: skip
 SOURCES = (
     "promise",

@@ -31,6 +31,8 @@ from benchmarks.gpu_parts import (
     CASES,
     FLAGS,
     GROUPS,
+    OWN_GRAPH,
+    PLAIN,
     RESULTS,
     ROOT,
     VARIANTS,
@@ -84,7 +86,6 @@ class Suite:
             "JAX_COMPILATION_CACHE_DIR": str(self.scratch / f"xla-{cache}"),
             "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
             "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
             "XLA_PYTHON_CLIENT_MEM_FRACTION": str(fraction),
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
             "JAX_PLATFORMS": "cpu" if self.smoke else "cuda",
@@ -113,7 +114,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="flags: a part of the names of those to try")
     parser.add_argument("--budget-seconds", type=float, default=520.0, help="nothing is begun that would end later")
     parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--logs", type=Path, help="keep the processes' logs in this directory")
+    parser.add_argument("--logs", type=Path, help="keep the processes' logs, as one file in this directory")
     parser.add_argument("--commit", default="", help="of the source, where there is no git")
     parser.add_argument("--smoke", action="store_true", help="on the CPU, with tiny models")
     parser.add_argument("--backend", default="inductor", help="of torch.compile; aot_eager needs no C++ compiler")
@@ -165,8 +166,10 @@ def main() -> None:
 
 
 def _keep_logs(scratch: Path, logs: Path) -> None:
-    for path in scratch.glob("*.log"):
-        (logs / path.name).write_bytes(path.read_bytes()[-1_000_000:])
+    """The end of each process's log, in one file: some machines give only a few files back."""
+    with open(logs / "gpu_suite.log", "wb") as file:
+        for path in sorted(scratch.glob("*.log")):
+            file.write(f"\n==> {path.name}\n".encode() + path.read_bytes()[-1_000_000:])
 
 
 # ------------------------------------------------------------------------------------------------------------- machine
@@ -224,17 +227,16 @@ def probe(suite: Suite) -> None:
             row["error"] = str(error)
         suite.session.put(row)
         suite.say(f"ceilings: {row.get('error') or row}")
-        small = dataclasses.replace(suite, budget=Budget(min(suite.budget.left, 150)))
         quick: Row = {"kind": "probe", "name": "a step of resnet18_32"}
         builds: dict[str, Callable[[], Row]] = {
-            "ours": lambda: _build_ours(small, ours, "resnet18_32", CASES["resnet18_32"].batch),
-            "peer": lambda: _build_peer(small, peer, "resnet18_32", CASES["resnet18_32"].batch, "default", TOGETHER),
+            "ours": lambda: _build_ours(suite, ours, "resnet18_32", CASES["resnet18_32"].batch),
+            "peer": lambda: _build_peer(suite, peer, "resnet18_32", CASES["resnet18_32"].batch, "default", TOGETHER),
         }
         for name, build in builds.items():
             side = ours if name == "ours" else peer
             try:
                 quick[name] = build()
-                seconds = side.ask("block", small.budget.left, steps=3, **({} if name == "ours" else {"bare": False}))[
+                seconds = side.ask("block", suite.budget.left, steps=3, **({} if name == "ours" else {"bare": False}))[
                     "seconds"
                 ]
                 quick[name] |= {
@@ -293,7 +295,7 @@ class _Comparison:
         """Whether memory ran out."""
         with contextlib.ExitStack() as stack:
             # Both are started at once, since importing takes seconds, and used one after the other.
-            ours = stack.enter_context(self.suite.ours(f"{self.name}-{self.case.batch}", self.fraction))
+            ours = self._ours(stack)
             first = self._peer(stack, self.case.candidates[0])
             self._try("ours", lambda: self._alone(ours))
             ours.close()
@@ -307,7 +309,7 @@ class _Comparison:
             self._together()
         else:
             self._apart()
-        return self.out_of_memory and self.fraction == TOGETHER
+        return self.out_of_memory and self.fraction == TOGETHER and "ratio" not in self.row
 
     def _try(self, side: str, work: Callable[[], None]) -> None:
         try:
@@ -323,8 +325,16 @@ class _Comparison:
         self.row[side]["device"] = found["device"]
         self.suite.session.machine["versions"] |= found["versions"]
 
+    def _ours(self, stack: contextlib.ExitStack) -> Child:
+        return stack.enter_context(self.suite.ours(self._cache, self.fraction))
+
     def _peer(self, stack: contextlib.ExitStack, candidate: str) -> Child:
-        return stack.enter_context(self.suite.peer(f"{self.name}-{self.case.batch}-{candidate}"))
+        compiled = PLAIN if candidate == OWN_GRAPH else candidate  # a graph of what was compiled there
+        return stack.enter_context(self.suite.peer(f"{self._cache}-{compiled}"))
+
+    @property
+    def _cache(self) -> str:
+        return f"{self.name}-{self.case.batch}-{self.fraction}"
 
     def _alone(self, child: Child) -> None:
         """Our cold start."""
@@ -336,16 +346,22 @@ class _Comparison:
         self.suite.say(f"{self.name}, ours: cold {built['seconds']:.1f} s, {1e3 * block['seconds']:.2f} ms a step")
 
     def _candidates(self, first: Child, stack: contextlib.ExitStack) -> None:
-        """The peer's ways, as many as half of the budget pays for, each alone and with an empty cache."""
+        """The peer's ways, as many as half of the budget pays for, each alone and with an empty cache.
+
+        Its one graph of the whole step is of what `PLAIN` has compiled before, so that is its cold start.
+        """
         budget, found = self.suite.budget, self.row["peer"]["candidates"]
         dearest = 0.0
         for index, candidate in enumerate(self.case.candidates[: 1 if self.suite.smoke else None]):
             began = budget.left
-            if index and began - 1.2 * dearest < 0.45 * budget.seconds:
+            price = dearest * (0.5 if candidate == OWN_GRAPH else 1.2)
+            if index and began - price < 0.45 * budget.seconds:
                 found[candidate] = {"left_out": f"{began:.0f} s were left"}
                 continue
             child = first if index == 0 else self._peer(stack, candidate)
             found[candidate] = self._candidate(child, candidate)
+            if candidate == OWN_GRAPH and "cold_seconds" in found[candidate] and "cold_seconds" in found[PLAIN]:
+                found[candidate]["cold_seconds"] = found[PLAIN]["cold_seconds"]
             child.close()
             dearest = max(dearest, began - budget.left)
             self.suite.session.put(self.row)
@@ -377,7 +393,7 @@ class _Comparison:
         return min(timed, key=lambda name: timed[name]["seconds"]) if timed else ""
 
     def _start_ours(self, stack: contextlib.ExitStack) -> Child:
-        child = stack.enter_context(self.suite.ours(f"{self.name}-{self.case.batch}", self.fraction))
+        child = self._ours(stack)
         built = _build_ours(self.suite, child, self.name, self.case.batch)
         self.row["ours"] |= {"warm_seconds": built["seconds"], "cache_hits": built["cache_hits"]}
         return child
