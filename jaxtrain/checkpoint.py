@@ -217,15 +217,25 @@ class Checkpoints:
         for name in fresh:
             log.warning("The checkpoint has another %s; this run starts with a fresh one.", name)
         if "ema" in fresh and template.ema:
-            restored["ema"] = {name: jax.tree.map(_copy, restored[name]) for name in template.ema}
+            restored["ema"] = _average_of(restored, template)
         if "opt_state" in fresh:
             restored["opt_state"] = _at_step(template.opt_state, restored["step"])
         return dataclasses.replace(template, **restored)
 
     def restore_weights(self, step: int, template: TrainState) -> TrainState:
-        """`template` with the parameters, statistics and EMA of `step`; its other trees are not read."""
+        """`template` with the parameters, statistics and EMA of `step`; its other trees are not read.
+
+        Where that step has no EMA, since the run went without one until then, the weights themselves stand in for it.
+        """
         trees = {name: tree for name, tree in _tree(template).items() if name in ("params", "batch_stats", "ema")}
-        return dataclasses.replace(template, **self._read(step, trees, _mesh(template)))
+        lacks_ema = "ema" in trees and not any(path.startswith("ema/") for path in self._stored_shapes(step))
+        if lacks_ema:
+            del trees["ema"]
+        restored = self._read(step, trees, _mesh(template))
+        if lacks_ema:
+            log.warning("The checkpoint of step %d has no moving average; its weights are taken for it.", step)
+            restored["ema"] = _average_of(restored, template)
+        return dataclasses.replace(template, **restored)
 
     def _read(self, step: int, trees: dict[str, Any], mesh: Any) -> dict[str, Any]:
         def target(x: jax.Array) -> jax.ShapeDtypeStruct:
@@ -276,6 +286,11 @@ def _is_short_of(directory: Path, needed: int) -> bool:
 
 def _state_bytes(state: TrainState) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
+
+
+def _average_of(restored: dict[str, Any], template: TrainState) -> dict[str, PyTree]:
+    """A moving average that starts here: of the restored weights. A tree without leaves is not stored."""
+    return {name: jax.tree.map(_copy, restored.get(name, tree)) for name, tree in template.ema.items()}
 
 
 def _copy(x: jax.Array) -> jax.Array:
@@ -335,6 +350,11 @@ class Start:
     step: int
 
 
+def names_path(resume: str) -> bool:
+    """Whether `checkpoint.resume` names another place than the run's own directory."""
+    return not re.fullmatch(r"auto|latest|best|none|\d+|epoch:\d+", resume)
+
+
 def find_start(directory: Path, resume: str, setting: str = "config.checkpoint.resume") -> Start | None:
     """What `checkpoint.resume` means here; `None` for a fresh run. Raises `CheckpointError` for what is not there.
 
@@ -343,7 +363,7 @@ def find_start(directory: Path, resume: str, setting: str = "config.checkpoint.r
     if resume == "none":
         return None
     directory = directory.absolute()
-    if resume in ("auto", "latest", "best") or resume.isdigit() or re.fullmatch(r"epoch:\d+", resume):
+    if not names_path(resume):
         steps = manifested_steps(directory)
         if not steps:
             if resume == "auto":

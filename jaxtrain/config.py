@@ -147,7 +147,7 @@ class DataConfig(_Section):
     augmentation: `none`; `light` (pad-4 crop, flip); `heavy` (light, RandAugment, colour jitter, random erasing);
         `resize_crop` (resize to 8/7 of image_size, random crop, flip; evaluation takes the centre crop).
     crop_padding: pixels around an image before `light` and `heavy` crop it; 0 is an eighth of its side, 4 for 32.
-    mixup, cutmix: the Beta distribution's alpha (Zhang 2018, Yun 2019); 0 is off; both on: one of them a batch, at random.
+    mixup, cutmix: the Beta distribution's alpha (Zhang 2018, Yun 2019); 0 is off, below 32; both on: a batch gets one of them.
     mean, std: per-channel normalization in [0, 1]; empty means the source's own.
     examples: use only the first so many training examples (for `synthetic`: how many there are); 0 means all.
     validation: share of the training set held out where the data set has no validation split of its own.
@@ -183,9 +183,11 @@ class DataConfig(_Section):
     def _validate(self) -> None:
         _require(bool(self.name), "data.name", self.name, "the name of a data set")
         self._min(1, "global_batch")
-        self._min(0, "batch_per_device", "image_size", "crop_padding", "mixup", "cutmix", "examples", "split_seed")
+        self._min(0, "batch_per_device", "image_size", "crop_padding", "examples")
         self._min(-1, "workers")
         self._between(0.0, 1.0, "validation")
+        self._between(0.0, 32.0, "mixup", "cutmix")
+        _require(0 <= self.split_seed < 2**31, "data.split_seed", self.split_seed, "at least 0 and below 2**31")
         _require(self.prepare_timeout > 0, "data.prepare_timeout", self.prepare_timeout, "above 0 minutes")
         _one_of("data.augmentation", self.augmentation, AUGMENTATIONS)
         _one_of("data.residency", self.residency, RESIDENCIES)

@@ -15,10 +15,11 @@ from typing import Any
 import numpy as np
 
 from jaxtrain import workdir as workdir_lib
-from jaxtrain.checkpoint import Start, find_start
+from jaxtrain.checkpoint import Start, find_start, names_path
 from jaxtrain.checkpoint_files import discard_unfinished, manifested_steps, problems, quarantine, read_manifest
 from jaxtrain.config import Config, from_dict
 from jaxtrain.distributed import processes
+from jaxtrain.distributed.place import jobs
 from jaxtrain.errors import CheckpointError, ConfigError, DataError, WorkdirError
 from jaxtrain.run import make_schedule
 from jaxtrain.workdir import Workdir
@@ -44,8 +45,8 @@ class Position:
     data: str = ""
 
     def to_json(self, config: dict[str, Any]) -> dict[str, Any]:
-        """As stored in a checkpoint, with the config of the run beside it."""
-        return dataclasses.asdict(self) | {"config": config}
+        """As stored in a checkpoint, with the config of the run and the job beside it."""
+        return dataclasses.asdict(self) | {"config": config, "jobs": sorted(jobs())}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Position:
@@ -65,14 +66,16 @@ class Resume:
 def find(directory: Workdir, config: Config) -> Resume:
     """Looks for what `checkpoint.resume` names, and checks its files; of several processes each checks a part.
 
-    A damaged checkpoint of this directory is moved to `corrupt/` and the next older one is taken, where the step was not
+    A job that is started again by itself goes on from what it has saved, wherever it began (`_wanted`). A damaged checkpoint
+    of this directory is moved to `corrupt/` and the next older one is taken, where the step was not
     chosen by number. Raises `CheckpointError` when nothing is there, or nothing whole.
     """
-    start = find_start(directory.checkpoints, config.checkpoint.resume)
+    wanted = _wanted(directory, config.checkpoint.resume)
+    start = find_start(directory.checkpoints, wanted)
     while start is not None and (found := _damage(start)):
-        start = _without(directory, config, start, found)
+        start = _without(directory, wanted, start, found)
     if start is None:
-        values = directory.read_config() if config.checkpoint.resume != "none" else None
+        values = directory.read_config() if wanted != "none" else None
         return Resume(None, Position(), _stored(values, directory.config) if values else None)
     folder = start.directory / str(start.step)
     values = read_manifest(folder).position
@@ -82,6 +85,38 @@ def find(directory: Workdir, config: Config) -> Resume:
 _VERIFY_SECONDS = 1800.0
 
 
+def _wanted(directory: Workdir, resume: str) -> str:
+    """`checkpoint.resume`, but `auto` where that was only where this directory's own run began.
+
+    That is: its newest checkpoint is of this very job, which a launcher or Slurm has started again, or of a run that began at
+    the same path. Else each restart would throw away what the one before it has done.
+    """
+    steps = manifested_steps(directory.checkpoints)
+    if resume == "auto" or not steps:
+        return resume
+    try:
+        made = read_manifest(directory.checkpoints / str(steps[-1])).position
+    except CheckpointError:
+        return resume
+    same_job = not jobs(again=True).isdisjoint(made.get("jobs", ()))
+    same_path = names_path(resume) and made["config"]["checkpoint"]["resume"] == resume
+    if not (same_job or same_path):
+        return resume
+    text = (
+        "this run began at checkpoint.resume=%s and goes on from step %d; choose another --workdir to begin there again"
+    )
+    log.info(text, resume, steps[-1])
+    return "auto"
+
+
+def how_to_go_on(config: Config) -> str:
+    """What to do after a stop: a command that names where to begin would begin there again."""
+    resume = config.checkpoint.resume
+    if resume == "auto" or names_path(resume):
+        return "the same command goes on from there"
+    return f"--config.checkpoint.resume=auto instead of {resume} goes on from there"
+
+
 def _damage(start: Start) -> list[str]:
     """What is wrong with a checkpoint's files, as all processes have found together."""
     own = problems(start.directory / str(start.step), (processes.index(), processes.count()))
@@ -89,12 +124,12 @@ def _damage(start: Start) -> list[str]:
     return sorted({problem for text in said for problem in json.loads(text)})
 
 
-def _without(directory: Workdir, config: Config, start: Start, found: list[str]) -> Start:
+def _without(directory: Workdir, wanted: str, start: Start, found: list[str]) -> Start:
     """The next older checkpoint, after process 0 has moved the damaged one away."""
     folder = start.directory / str(start.step)
     text = f"{folder} is damaged ({found[0]}" + (f", and {len(found) - 1} more" if len(found) > 1 else "") + ")"
     others = [step for step in manifested_steps(directory.checkpoints) if step != start.step]
-    by_rule = config.checkpoint.resume in ("auto", "latest", "best")
+    by_rule = wanted in ("auto", "latest", "best")
     if not by_rule or not others:
         advice = "choose another with --config.checkpoint.resume" if others else "no other one is there"
         raise CheckpointError(f"{text}; {advice}, or start again with --config.checkpoint.resume=none.")
@@ -104,7 +139,7 @@ def _without(directory: Workdir, config: Config, start: Start, found: list[str])
 
     processes.first_on_process_zero("quarantine", move, _VERIFY_SECONDS)
     try:
-        older = find_start(directory.checkpoints, config.checkpoint.resume)
+        older = find_start(directory.checkpoints, wanted)
     except CheckpointError:  # the best one was damaged, and no other was evaluated
         older = find_start(directory.checkpoints, "latest")
     assert older is not None
@@ -170,8 +205,9 @@ def _refusal(directory: Workdir, resume: Resume, refused: list[workdir_lib.Chang
     return WorkdirError(workdir_lib.refuse_text(checkpoint, refused, foreign=True))
 
 
-def set_aside(directory: Workdir, resume: Resume, config: Config) -> Path | None:
-    """Moves what a run that starts here would overwrite to `superseded/<time>/`: later checkpoints, and copies of the metrics.
+def set_aside(directory: Workdir, resume: Resume, config: Config, steps: int) -> Path | None:
+    """Moves what a run that starts here would overwrite to `superseded/<time>/`: later checkpoints, and copies of the metrics;
+    and the result of a shorter run. steps: the length of this one.
 
     A run with another history (fresh, with `checkpoint.resume=none`, or another directory's) moves everything. Returns the
     folder, or `None` if there was nothing in the way. Nothing is lost: move it back to undo this. Only process 0 may call
@@ -191,10 +227,11 @@ def set_aside(directory: Workdir, resume: Resume, config: Config) -> Path | None
         )
         copied, moved = [], [path for path in own if path.exists()]
     else:
-        steps = [step for step in manifested_steps(directory.checkpoints) if step > resume.position.step]
-        moved = [directory.checkpoints / str(step) for step in steps]
+        later = [step for step in manifested_steps(directory.checkpoints) if step > resume.position.step]
+        moved = [directory.checkpoints / str(step) for step in later]
         copied = metrics if moved else []
-        moved += [directory.result] if moved and directory.result.exists() else []
+        # Who waits for the result must not see the old one while the run goes on.
+        moved += [directory.result] if resume.position.step < steps and directory.result.exists() else []
     if not moved:
         return None
     folder.mkdir(parents=True)

@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from jaxtrain.distributed.failure import ERROR_FILE, Report, read_report
+from jaxtrain.distributed.place import JOB
 from jaxtrain.distributed.watchdog import HEARTBEAT_FILE, Beat, Wakes, read_beat
 from jaxtrain.errors import ConfigError, EnvironmentMismatchError, PeerError
 from jaxtrain.gpus import Gpus
@@ -91,6 +92,7 @@ class Supervisor:
         self._first_gpus = 0  # used by the first start
         self._signals: list[int] = []
         self._furthest = -1
+        self._job = os.urandom(8).hex()
 
     def run(self) -> int:
         """Starts, watches, restarts. Raises `EnvironmentMismatchError` when too few GPUs are left."""
@@ -98,7 +100,7 @@ class Supervisor:
         idle = 0  # starts in a row that made no step
         with _caught(self._signals):
             while True:
-                with Gang(self._command, self._places(), self._options) as gang:
+                with Gang(self._command, self._places(), self._options, self._job) as gang:
                     ended = gang.watch(self._signals)
                     step, idle = gang.step(), 0 if gang.made_a_step() else idle + 1
                     cause = root_cause(ended)
@@ -211,9 +213,9 @@ def share(uuids: Sequence[str], processes: int, group: int) -> list[tuple[str, .
 
 
 class Gang:
-    """The processes of one start. Leaving the block kills what is left of them."""
+    """The processes of one start. Leaving the block kills what is left of them. job: names all starts together."""
 
-    def __init__(self, command: Sequence[str], places: Sequence[tuple[str, ...]], options: Options):
+    def __init__(self, command: Sequence[str], places: Sequence[tuple[str, ...]], options: Options, job: str):
         self.places, self._options = list(places), options
         self._folder = tempfile.TemporaryDirectory(prefix="jaxtrain-launch-")
         self._ooms = _oom_kills()
@@ -224,6 +226,7 @@ class Gang:
             environment = os.environ | {
                 ERROR_FILE: str(self._file("error", number)),
                 HEARTBEAT_FILE: str(self._file("beat", number)),
+                JOB: job,
             }
             if uuids:
                 environment["CUDA_VISIBLE_DEVICES"] = ",".join(uuids)

@@ -173,7 +173,7 @@ def _train_from(
     with host.clock.charge("compile"):
         engine, state = start_engine(run, resume, directory.trace(jax.process_index()))
     engine.evaluate.begin(state)
-    _take_over(directory, resume, config)
+    _take_over(directory, resume, config, run.steps)
     host.times.goes_on_from(position.step)
     checkpoints = Checkpoints(
         directory.checkpoints, config.checkpoint.keep, owner=host.lease.token, still_owner=host.lease.check
@@ -201,11 +201,11 @@ def _take_lease(directory: Workdir, stack: contextlib.ExitStack) -> Lease | NoLe
     return lease
 
 
-def _take_over(directory: Workdir, resume: Resume, config: Config) -> None:
+def _take_over(directory: Workdir, resume: Resume, config: Config, steps: int) -> None:
     """Process 0 makes the work directory this run's: sets aside what lies after its start, stores config and manifest."""
     if jax.process_index() == 0:
         step = resume.position.step
-        if folder := resume_lib.set_aside(directory, resume, config):
+        if folder := resume_lib.set_aside(directory, resume, config, steps):
             log.warning(
                 "What this directory held after step %d was moved to %s; move it back to undo this.", step, folder
             )
@@ -317,6 +317,13 @@ class _Loop:
         """Steps, evaluations and saves until the last step; then the test, and result.json."""
         if self.first_step >= self.run.steps:
             log.info("this run is complete: it is at step %d of %d", self.first_step, self.run.steps)
+        elif (gap := self._next_pause(self.first_step) - self.first_step) < self.engine.steps_per_call:
+            log.warning(
+                "train.steps_per_call=%d is more than the %d steps to the next evaluation, save or end of an epoch, so each "
+                "is a call of its own.",
+                self.engine.steps_per_call,
+                gap,
+            )
         batches = self.engine.feed.train(
             seed=self.config.seed,
             global_batch=self._batch,
@@ -531,7 +538,9 @@ class _Loop:
         if self.stopping and not last:
             self.watchdog.feed("save")
             self.checkpoints.wait()
-            raise self.interrupt.error(f"Stopped after step {step} and saved it; the same command goes on from there.")
+            raise self.interrupt.error(
+                f"Stopped after step {step} and saved it; {resume_lib.how_to_go_on(self.config)}."
+            )
 
     def _end_epoch(self, epoch: int) -> None:
         now = self.clock.now()

@@ -469,6 +469,17 @@ def test_the_accuracy_of_each_class(capsys, finished):
     assert f"{found['per_class']['3']:.4f}" in text
 
 
+def test_evaluate_a_model_with_more_outputs_than_classes(capsys, tmp_path):
+    config = Config(
+        data=DataConfig("digits"), model=ModelConfig("mlp", width=8, num_classes=12), train=TrainConfig(steps=2)
+    )
+    train(config, tmp_path, num_devices=1, quiet=True)
+    found = evaluated(capsys, str(tmp_path))["per_class"]
+    assert list(found)[9:] == ["9", "class 10", "class 11"]
+    assert found["class 10"] is None
+    assert cli.main(["evaluate", str(tmp_path)]) == 0
+
+
 @pytest.mark.xdist_group("finished run")
 def test_evaluate_changes_nothing_in_the_run(capsys, finished):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}

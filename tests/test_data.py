@@ -339,6 +339,37 @@ def test_bad_image_file_is_named(folder, content, words):
         sources.verify(DataConfig(name=f"folder:{folder}"))
 
 
+@pytest.mark.parametrize("mode", ["I;16", "I", "F"])
+def test_images_of_more_than_eight_bits_are_refused(folder, mode):
+    Image.fromarray(np.full((20, 20), 1000, {"I;16": np.uint16, "I": np.int32, "F": np.float32}[mode])).save(
+        folder / "bee" / "0.tif"
+    )
+    with pytest.raises(DataError, match=rf"bee/0.tif .*pixels are of mode {mode}, and 8-bit ones are read"):
+        sources.verify(DataConfig(name=f"folder:{folder}"))
+
+
+def test_no_folder_of_images_is_left_out_unnoticed(folder, tmp_path):
+    top = tmp_path / "split"
+    top.mkdir()
+    os.rename(folder, top / "train")
+    write_image(top / "valid/ant/0.png")
+    assert len(load_folder(top).validation) == 1
+    write_image(top / "Test/ant/0.png")
+    with pytest.raises(
+        DataError, match=r"has the splits train, valid and beside them Test; splits are called train, val"
+    ):
+        load_folder(top)
+    os.rename(top / "Test", top / "val")
+    with pytest.raises(DataError, match=r"val and valid are both for validation; keep one"):
+        load_folder(top)
+
+
+def test_a_name_that_is_no_text_is_refused(folder):
+    os.mkdir(os.fsencode(folder) + b"/caf\xe9")
+    with pytest.raises(DataError, match=r"the name 'caf\\udce9' is not UTF-8"):
+        load_folder(folder)
+
+
 def test_a_large_image_below_the_bomb_limit_is_refused_too(monkeypatch, folder):
     monkeypatch.setattr("jaxtrain.data.images._MAX_PIXELS", 300)
     with pytest.raises(DataError, match="at most 300 are read"):

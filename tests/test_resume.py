@@ -208,6 +208,42 @@ def test_a_path_starts_from_another_run_and_moves_the_history_that_was_here(copy
 
 
 @shares_complete
+def test_a_run_that_began_at_a_path_goes_on_when_it_is_started_again(copy, complete, tmp_path):
+    fields = SMALL | {"checkpoint.resume": str(copy / "checkpoints" / "4")}
+    here(tmp_path / "new", fields, train__steps=8)
+    result = here(tmp_path / "new", fields)
+    assert [row["step"] for row in runs.rows(tmp_path / "new")] == list(range(5, LAST + 1))
+    assert runs.checkpoints(tmp_path / "new") == [6, 8, 10, 12]
+    runs.assert_same_bits(result, complete[1])
+
+
+@shares_complete
+@pytest.mark.parametrize(
+    ("first", "again", "goes_on"),
+    [
+        ({"JAXTRAIN_JOB": "a"}, {"JAXTRAIN_JOB": "a"}, True),
+        ({"JAXTRAIN_JOB": "a"}, {"JAXTRAIN_JOB": "b"}, False),
+        ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "JAXTRAIN_JOB": "c"}, True),
+        ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7"}, False),  # by hand, in an allocation
+        ({}, {}, False),
+    ],
+)
+def test_a_job_that_is_started_again_by_itself_keeps_what_it_has_done(tmp_path, monkeypatch, first, again, goes_on):
+    """`checkpoint.resume=none` is how the job began, not how each of its starts does."""
+    fields = SMALL | {"checkpoint.resume": "none", "checkpoint.every": "4"}
+    for environment, changes in ((first, {"train.steps": 8}), (again, {})):
+        with monkeypatch.context() as variables:
+            for name, value in environment.items():
+                variables.setenv(name, value)
+            here(tmp_path / "run", fields | changes)
+    assert runs.checkpoints(tmp_path / "run") == [4, 8, 12]
+    folder = superseded(tmp_path / "run")[-1]
+    assert {path.name for path in folder.iterdir() if path.name in ("checkpoints", "result.json")} == (
+        {"result.json"} if goes_on else {"checkpoints", "result.json"}
+    )
+
+
+@shares_complete
 def test_what_is_not_there_is_refused_by_name(copy, tmp_path):
     refused(CheckpointError, "resume=7", "2, 4, 6, 8, 10, 12", workdir=copy, fields=SMALL | {"checkpoint.resume": "7"})
     refused(CheckpointError, "epoch:9", "1, 2, 3", workdir=copy, fields=SMALL | {"checkpoint.resume": "epoch:9"})
@@ -313,7 +349,11 @@ def test_the_length_may_change_where_no_step_that_was_run_had_another_rate(tmp_p
 
 def test_a_longer_run_is_the_run_that_was_longer_from_the_start(tmp_path):
     here(tmp_path / "longer", SMALL, train__steps=6)  # ends within an epoch
+    shorter = json.loads((tmp_path / "longer" / "result.json").read_text())
     longer, whole = here(tmp_path / "longer", SMALL), here(tmp_path / "whole", SMALL)
+    (folder,) = superseded(tmp_path / "longer")
+    assert [path.name for path in folder.iterdir()] == ["result.json"], "the old result, while the run went on"
+    assert json.loads((folder / "result.json").read_text()) == shorter
     assert runs.rows(tmp_path / "longer") == runs.rows(tmp_path / "whole")
     assert [line for line in runs.epochs(tmp_path / "longer") if "train" in line] == [
         line for line in runs.epochs(tmp_path / "whole") if "train" in line
@@ -332,6 +372,21 @@ def test_allow_changes_goes_on_with_another_optimizer_at_the_rate_of_its_step(co
         rate = 0.05 * (1 + np.cos(np.pi * (row["step"] - 1) / LAST)) / 2  # 0.1 at the recipe's batch of 64
         np.testing.assert_allclose(row["learning_rate"], rate, rtol=1e-5)
         np.testing.assert_allclose(row["update_norm"] / row["grad_norm"], rate, rtol=1e-5)
+
+
+@pytest.mark.parametrize("model", ["mlp", "tiny:resnet"])
+def test_a_moving_average_may_begin_in_the_middle_of_a_run(tmp_path, model):
+    """With rate 0 from there, so that the average is what was restored; and the best checkpoint is from before it."""
+    fields = SMALL | {"model.name": model, "train.eval_every": "2 steps"}
+    here(tmp_path / "run", fields, train__steps=6)
+    later = {"optim.ema": 0.9, "optim.learning_rate": 0.0, "checkpoint.allow_changes": True}
+    result = here(tmp_path / "run", fields | later)
+    best, last = (result.result[key] for key in ("best", "last"))
+    assert best["step"] <= 6
+    for found in (best, last):
+        assert found["test_ema"]["accuracy"] == found["test"]["accuracy"]
+    with pytest.raises(ConfigError, match="no moving average"):  # whoever asks for the best one's own
+        evaluate(tmp_path / "run", checkpoint="best", ema=True)
 
 
 @shares_complete

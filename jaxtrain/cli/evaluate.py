@@ -32,8 +32,10 @@ def run(arguments: argparse.Namespace) -> None:
         num_devices=arguments.devices,
     )
     result = found.result
+    # A model may have more outputs than the data has classes.
+    names = [*found.class_names, *(f"class {i}" for i in range(len(found.class_names), len(result.per_class)))]
     if arguments.json:
-        classes = {n: None if math.isnan(a) else a for n, a in zip(found.class_names, result.per_class, strict=True)}
+        classes = {n: None if math.isnan(a) else a for n, a in zip(names, result.per_class, strict=True)}
         numbers = {"loss": result.loss, "accuracy": result.accuracy, "top5": result.top5, "examples": result.examples}
         print(json.dumps({"step": found.step, "split": arguments.split, **numbers, "per_class": classes}, indent=2))
         return
@@ -43,6 +45,6 @@ def run(arguments: argparse.Namespace) -> None:
         f"loss {result.loss:.4f} ({result.examples} examples)"
     )
     table = Table("class", "accuracy", box=None, pad_edge=False)
-    for name, accuracy in zip(found.class_names, result.per_class, strict=True):
+    for name, accuracy in zip(names, result.per_class, strict=True):
         table.add_row(name, "-" if math.isnan(accuracy) else f"{accuracy:.4f}")
     console.print(table)

@@ -35,6 +35,8 @@ def decode(data: bytes, where: str, *, channels: int, side: int = 0) -> np.ndarr
             width, height = image.size
             if width * height > _MAX_PIXELS:
                 raise Image.DecompressionBombError(f"{width} x {height} pixels; at most {_MAX_PIXELS:,} are read")
+            if image.mode.startswith(("I", "F")):  # Pillow would cut off what is above 255
+                raise ValueError(f"its pixels are of mode {image.mode}, and 8-bit ones are read: convert it")
             # Only for JPEG, whose decoder leaves out the frequencies that the smaller image could not show.
             reduced = image.draft(None, (side, side)) if side else None
             size = reduced[1][2:] if reduced else image.size
@@ -92,17 +94,13 @@ def _read_bytes(path: Path) -> bytes:
 
 
 def folder(path: Path, side: int) -> base.Parts:
-    """Finds the images of PATH/{train,val|validation,test}/CLASS/*, or of PATH/CLASS/* where there are no splits.
+    """Finds the images of PATH/{train,val|valid|validation,test}/CLASS/*, or of PATH/CLASS/* where there are no splits.
 
     Classes are the folders' names, sorted; other files than images are left alone. Raises `DataError` for a class or a
     split without images, a class that training lacks, and a link that leaves `path` (it could name any file).
     """
     root = path.resolve()
-    split_of = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
-    found = {split_of[entry.name]: entry.name for entry in _listing(root, root) if entry.name in split_of}
-    if found and "train" not in found:
-        raise DataError(f"{root}: has {', '.join(sorted(found.values()))} but no train.")
-    splits = found or {"train": "."}
+    splits = _splits(root) or {"train": "."}
     classes = tuple(e.name for e in _listing(root / splits["train"], root) if e.is_dir())
     if len(classes) < 2:
         raise DataError(f"{root / splits['train']}: needs a folder of images for each of at least 2 classes.")
@@ -119,6 +117,28 @@ def folder(path: Path, side: int) -> base.Parts:
         identity=digest.hexdigest(),
         labels=sources["train"].labels,
     )
+
+
+_SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
+
+
+def _splits(root: Path) -> dict[str, str]:
+    """The folder of each split, {} where there are none. Raises `DataError` where images would be left out unnoticed."""
+    names = [entry.name for entry in _listing(root, root) if entry.is_dir()]
+    found: dict[str, str] = {}
+    for name in names:
+        if (split := _SPLITS.get(name)) in found:
+            raise DataError(f"{root}: {found[split]} and {name} are both for {split}; keep one of them.")
+        if split:
+            found[split] = name
+    if found and "train" not in found:
+        raise DataError(f"{root}: has {', '.join(sorted(found.values()))} but no train.")
+    if found and (others := [name for name in names if name not in _SPLITS]):
+        raise DataError(
+            f"{root}: has the split{'s' * (len(found) > 1)} {', '.join(found.values())} and beside them {', '.join(others[:3])}"
+            f"{', ...' * (len(others) > 3)}; splits are called {', '.join(_SPLITS)}, and a class must not be called like one."
+        )
+    return found
 
 
 def _split_source(root: Path, split: str, classes: tuple[str, ...], side: int, digest: hashlib._Hash) -> FolderSource:
@@ -150,13 +170,27 @@ def _size(entry: os.DirEntry[str]) -> int:
 
 
 def _listing(folder_path: Path, root: Path) -> list[os.DirEntry[str]]:
-    """Entries sorted by name, without hidden ones; raises `DataError` for a link that leads out of `root`."""
+    """Entries sorted by name, without hidden ones.
+
+    Raises `DataError` for a link that leads out of `root`, and for a name that is no UTF-8.
+    """
     try:
         with os.scandir(folder_path) as entries:
             visible = sorted((e for e in entries if not e.name.startswith(".")), key=lambda e: e.name)
     except OSError as error:
         raise DataError(f"{folder_path} cannot be read ({error.strerror}).") from None
     for entry in visible:
+        if not _is_utf8(entry.name):
+            raise DataError(f"{folder_path}: the name {entry.name!r} is not UTF-8; give it another one.")
         if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
             raise DataError(f"{entry.path}: the link leads out of {root}; copy what it points to, or mount it there.")
     return visible
+
+
+def _is_utf8(name: str) -> bool:
+    """Whether a name of the file system is text: Python keeps other bytes as lone surrogates."""
+    try:
+        name.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -20,6 +20,9 @@ PROCESS_VARIABLES = {
     "index": "JAXTRAIN_PROCESS_ID",
 }
 
+JOB = "JAXTRAIN_JOB"  # set by `jaxtrain launch`: the same for all of its starts
+_RESTARTS = {"SLURM_JOB_ID": "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID": "TORCHELASTIC_RESTART_COUNT"}
+
 
 @dataclasses.dataclass(frozen=True)
 class Place:
@@ -88,6 +91,18 @@ def _given(coordinator: str, processes: int, index: int) -> Place:
     place = Place(coordinator, processes, index)
     _ = place.address
     return place
+
+
+def jobs(environment: Mapping[str, str] = os.environ, *, again: bool = False) -> set[str]:
+    """What names the job that may start this run several times by itself: the launcher, Slurm, torchrun.
+
+    again: only those of which this may not be the first start.
+    """
+    found = {JOB: environment.get(JOB, "")}
+    for name, restarts in _RESTARTS.items():
+        if not again or _number(environment, restarts, 0) > 0:
+            found[name] = environment.get(name, "")
+    return {f"{name}={value}" for name, value in found.items() if value}
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:

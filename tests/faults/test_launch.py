@@ -112,7 +112,8 @@ def assert_undisturbed(run: Path, undisturbed) -> None:
 
 @pytest.mark.parametrize("process", [0, 1])
 def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(tmp_path, undisturbed, process):
-    with launch(tmp_path) as job:
+    begun = "none" if process else "auto"  # where the job begins, not each start of it
+    with launch(tmp_path, checkpoint__resume=begun) as job:
         job.wait_for(lambda: any((tmp_path / "run").glob("checkpoints/*/manifest.json")), "a checkpoint")
         os.kill(worker(job, process), signal.SIGKILL)
         assert job.end() == 0, job.output
