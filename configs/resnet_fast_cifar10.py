@@ -1,4 +1,4 @@
-"""CIFAR-10 in as few seconds as a general trainer needs: aimed at 94 %. No GPU has run it yet.
+"""CIFAR-10 in as few seconds as a general trainer needs: aimed at 94 %. Measured: 92.5 %, one seed, in f32 on a CPU; no GPU has run it.
 
     python -m jaxtrain.main --config configs/resnet_fast_cifar10.py
 

@@ -190,16 +190,16 @@ def test_a_process_that_stands_still_is_found(tmp_path, fault):
 def test_a_job_that_was_stopped_as_a_whole_goes_on(tmp_path, undisturbed):
     """As by Slurm's suspend and resume, for longer than the process may stand still, for itself and for the launcher."""
     (tmp_path / "faulty.py").write_text(FAULTY)
-    fields = FIELDS | {"data.name": "faulty:digits", "train.hang_seconds": 4}
+    fields = FIELDS | {"data.name": "faulty:digits", "train.hang_seconds": 15}
     arguments = runs.arguments(tmp_path / "run", fields, "--simulate-devices", "2")
-    command = ["-m", "jaxtrain", "launch", "--max-restarts", "0", "--hang", "5", "--", "train", *arguments]
+    command = ["-m", "jaxtrain", "launch", "--max-restarts", "0", "--hang", "15", "--", "train", *arguments]
     with runs.Started(tmp_path / "output.txt", command, cwd=tmp_path) as job:
         job.wait_for(functools.partial(has_rows, tmp_path / "run", 3), "a few steps")
         pids = [job.pid, *(int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split())]
         assert len(pids) == 2
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
-        time.sleep(12)
+        time.sleep(25)
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
         assert job.end() == 0, job.output
