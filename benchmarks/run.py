@@ -79,7 +79,8 @@ def _rows(measured: dict[str, Any]) -> list[str]:
     lines = ["| what | median | least - most |", "| -- | -- | -- |"]
     for group, label in (("steps", "step"), ("layouts", "ResNet-18 of width 16, batch 64")):
         for row in measured.get(group, []):
-            detail = f", batch {row['batch']}" if group == "steps" else f" ({row['devices']} device{'s' * (row['devices'] > 1)})"
+            plural = "s" * (row["devices"] > 1)
+            detail = f", batch {row['batch']}" if group == "steps" else f" ({row['devices']} device{plural})"
             name = f"{label}: {row['name']}{detail}, {row['images_per_second']:.0f} images/s"
             name += f", at most {row['peak_bytes_per_device'] / 1e6:.1f} MB a device"
             lines.append(_row(name, row["seconds"], 1e3, "ms"))
