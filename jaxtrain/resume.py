@@ -33,6 +33,7 @@ class Position:
 
     examples: consumed so far. epoch_*: sums since the epoch began. best_accuracy: so far, or -1. owes_validation: the run
     was stopped before the validation that is due after this step. data: the data set's fingerprint, '' where it is not known.
+    jobs: what names the job that came so far (`place.jobs`).
     """
 
     step: int = 0
@@ -43,10 +44,11 @@ class Position:
     best_accuracy: float = -1.0
     owes_validation: bool = False
     data: str = ""
+    jobs: tuple[str, ...] = ()
 
     def to_json(self, config: dict[str, Any]) -> dict[str, Any]:
-        """As stored in a checkpoint, with the config of the run and the job beside it."""
-        return dataclasses.asdict(self) | {"config": config, "jobs": sorted(jobs())}
+        """As stored in a checkpoint, with the config of the run beside it."""
+        return dataclasses.asdict(self) | {"config": config}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Position:
@@ -98,7 +100,7 @@ def _wanted(directory: Workdir, resume: str) -> str:
         made = read_manifest(directory.checkpoints / str(steps[-1])).position
     except CheckpointError:
         return resume
-    same_job = not jobs(again=True).isdisjoint(made.get("jobs", ()))
+    same_job = not jobs(again=True).isdisjoint(Position.from_json(made).jobs)
     same_path = names_path(resume) and made["config"]["checkpoint"]["resume"] == resume
     if not (same_job or same_path):
         return resume

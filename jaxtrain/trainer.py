@@ -28,7 +28,7 @@ from jaxtrain.checkpoint_files import manifested_steps, read_manifest
 from jaxtrain.config import Config, Duration
 from jaxtrain.data.order import batch_indices
 from jaxtrain.data.sources import Dataset
-from jaxtrain.distributed import pace, processes
+from jaxtrain.distributed import pace, place, processes
 from jaxtrain.distributed.interrupt import Interrupt, catch_signals
 from jaxtrain.distributed.processes import barrier, first_on_process_zero, from_process_zero, same_everywhere
 from jaxtrain.distributed.watchdog import Watchdog, watching
@@ -126,10 +126,11 @@ def train(
             dataset = load_data(config.data)
         resume_lib.refuse_length(directory, resume, config, len(dataset.train))
         resume_lib.refuse_other_data(directory, resume, config, dataset.fingerprint)
-        resume = dataclasses.replace(resume, position=dataclasses.replace(resume.position, data=dataset.fingerprint))
         stack.enter_context(explain_out_of_memory())
         host = _Host(directory, interrupt, watchdog, clock, console, lease, times)
         for rollbacks_left in range(config.train.rollbacks, -1, -1):
+            position = dataclasses.replace(resume.position, data=dataset.fingerprint, jobs=tuple(sorted(place.jobs())))
+            resume = dataclasses.replace(resume, position=position)
             try:
                 return _train_from(resume, config, dataset, devices, host, rollbacks_left)
             except _RollBack as asked:
