@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from jaxtrain.config import DataConfig
+from jaxtrain.cpus import usable_cpus
 from jaxtrain.distributed.place import Place, find_place
 from jaxtrain.errors import JaxtrainError
 from jaxtrain.gpus import Gpu, Gpus
@@ -150,7 +151,7 @@ def look() -> Machine:
         host=socket.gethostname(),
         system=platform.platform(),
         python=platform.python_version(),
-        cores=len(os.sched_getaffinity(0)),
+        cores=usable_cpus(),
         memory=total,
         memory_free=free,
         shared_memory=shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0,

@@ -25,6 +25,7 @@ import grain
 import numpy as np
 from absl import flags
 
+from jaxtrain.cpus import usable_cpus
 from jaxtrain.data import order
 from jaxtrain.data.base import Source
 from jaxtrain.errors import DataError, JaxtrainError
@@ -40,16 +41,12 @@ def default_workers(*, cheap: bool = False, local_processes: int = 1) -> int:
     cheap: the source's examples need no decoding (`sources.is_cheap`), so workers would only add copies.
     local_processes: training processes that share this host's CPUs.
     """
-    return 0 if cheap else max(0, min(_MOST_WORKERS, _cpus() // local_processes - 2))
+    return 0 if cheap else max(0, min(_MOST_WORKERS, usable_cpus() // local_processes - 2))
 
 
 def default_threads(*, local_processes: int = 1) -> int:
     """Reading threads where there are no workers, for a source that decodes outside Python's lock."""
-    return max(1, min(_MOST_THREADS, _cpus() // local_processes))
-
-
-def _cpus() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(_MOST_THREADS, usable_cpus() // local_processes))
 
 
 class _Plan(Protocol):

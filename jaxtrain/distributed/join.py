@@ -20,6 +20,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtrain.cpus import usable_cpus
 from jaxtrain.distributed.meeting import Fingerprint, meet
 from jaxtrain.distributed.place import FLAGS, Place
 from jaxtrain.errors import EnvironmentMismatchError
@@ -100,7 +101,7 @@ def join(place: Place, fingerprint: Fingerprint, timeout: int, *, allow_version_
 
 def set_threads() -> None:
     """XLA:CPU runs programs in as many threads as it has cores; one that waits for another process must leave some over."""
-    os.environ.setdefault("PJRT_NPROC", str(max(len(os.sched_getaffinity(0)), 8)))
+    os.environ.setdefault("PJRT_NPROC", str(max(usable_cpus(), 8)))
 
 
 def _say_what_is_waited_for(place: Place) -> None:

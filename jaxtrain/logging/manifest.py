@@ -20,6 +20,7 @@ from typing import Any
 
 import jax
 
+from jaxtrain.cpus import usable_cpus
 from jaxtrain.errors import WorkdirError
 from jaxtrain.workdir import atomic_write, read_json
 
@@ -74,7 +75,7 @@ def environment(step: int, argv: Sequence[str] | None = None, env: Mapping[str, 
         "git": git_state(Path(__file__).resolve().parents[1]),
         "hostname": socket.gethostname(),
         "platform": platform.platform(),
-        "cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cpus": usable_cpus(),
         "devices": {
             "backend": jax.default_backend(),
             "count": jax.device_count(),

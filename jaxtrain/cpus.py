@@ -1,0 +1,8 @@
+"""The CPUs of this host that this process may use. Imports no JAX."""
+
+import os
+
+
+def usable_cpus() -> int:
+    """How many: a scheduler may give a process a part of the host's."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
