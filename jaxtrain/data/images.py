@@ -97,7 +97,8 @@ def folder(path: Path, side: int) -> base.Parts:
     """Finds the images of PATH/{train,val|valid|validation,test}/CLASS/*, or of PATH/CLASS/* where there are no splits.
 
     Classes are the folders' names, sorted; other files than images are left alone. Raises `DataError` for a class or a
-    split without images, a class that training lacks, and a link that leaves `path` (it could name any file).
+    split without images, a class that training lacks, folders beside the splits, a name that is no UTF-8, and a link that
+    leaves `path` (it could name any file).
     """
     root = path.resolve()
     splits = _splits(root) or {"train": "."}
