@@ -232,8 +232,12 @@ def probe(suite: Suite) -> None:
             "ours": lambda: _build_ours(suite, ours, "resnet18_32", CASES["resnet18_32"].batch),
             "peer": lambda: _build_peer(suite, peer, "resnet18_32", CASES["resnet18_32"].batch, "default", TOGETHER),
         }
+        whole = suite
         for name, build in builds.items():
             side = ours if name == "ours" else peer
+            suite = dataclasses.replace(
+                whole, budget=Budget(min(whole.budget.left, 150))
+            )  # a side that hangs leaves the other's
             try:
                 quick[name] = build()
                 seconds = side.ask("block", suite.budget.left, steps=3, **({} if name == "ours" else {"bare": False}))[

@@ -1,8 +1,8 @@
 """What the trainer and its input add to the bare compiled step.
 
 Three processes take turns of a few seconds, the others stopped (SIGSTOP) meanwhile: what slows the machine for longer than
-that slows all of them alike, and the ratio of neighbouring turns stays. Processor time, of all threads, varies less than
-that of the clock; on cores that the step keeps busy, what the trainer computes is what it costs.
+that slows all of them alike, and the ratio of neighbouring turns stays. Beside the clock's time that of the processors, of all
+threads: on cores that the step keeps busy, what the trainer computes is what it costs.
 
 python -m benchmarks.overhead cached|fed|trainer WORKDIR      # one of them: a line in WORKDIR/metrics.jsonl after each block
 """
