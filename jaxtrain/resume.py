@@ -207,9 +207,11 @@ def _refusal(directory: Workdir, resume: Resume, refused: list[workdir_lib.Chang
     return WorkdirError(workdir_lib.refuse_text(checkpoint, refused, foreign=True))
 
 
-def set_aside(directory: Workdir, resume: Resume, config: Config, steps: int) -> Path | None:
+def set_aside(
+    directory: Workdir, resume: Resume, config: Config, steps: int, this_start: Path | None = None
+) -> Path | None:
     """Moves what a run that starts here would overwrite to `superseded/<time>/`: later checkpoints, and copies of the metrics;
-    and the result of a shorter run. steps: the length of this one.
+    and the result of a shorter run. steps: the length of this one. this_start: its file of times, which stays.
 
     A run with another history (fresh, with `checkpoint.resume=none`, or another directory's) moves everything. Returns the
     folder, or `None` if there was nothing in the way. Nothing is lost: move it back to undo this. Only process 0 may call
@@ -224,7 +226,7 @@ def set_aside(directory: Workdir, resume: Resume, config: Config, steps: int) ->
             *metrics,
             directory.tensorboard,
             directory.result,
-            directory.starts,
+            *(path for path in directory.starts.glob("*.json") if path != this_start),
             directory.checkpoints,
         )
         copied, moved = [], [path for path in own if path.exists()]
@@ -241,7 +243,9 @@ def set_aside(directory: Workdir, resume: Resume, config: Config, steps: int) ->
     for path in copied:
         shutil.copy2(path, folder)
     for path in moved:
-        path.rename(folder / path.name)
+        to = folder / path.relative_to(directory.path)
+        to.parent.mkdir(exist_ok=True)
+        shutil.move(path, to)  # a linked directory may be on another disk
     return folder
 
 

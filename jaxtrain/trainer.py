@@ -174,7 +174,7 @@ def _train_from(
     with host.clock.charge("compile"):
         engine, state = start_engine(run, resume, directory.trace(jax.process_index()))
     engine.evaluate.begin(state)
-    _take_over(directory, resume, config, run.steps)
+    _take_over(host, resume, config, run.steps)
     host.times.goes_on_from(position.step)
     checkpoints = Checkpoints(
         directory.checkpoints, config.checkpoint.keep, owner=host.lease.token, still_owner=host.lease.check
@@ -202,11 +202,12 @@ def _take_lease(directory: Workdir, stack: contextlib.ExitStack) -> Lease | NoLe
     return lease
 
 
-def _take_over(directory: Workdir, resume: Resume, config: Config, steps: int) -> None:
+def _take_over(host: _Host, resume: Resume, config: Config, steps: int) -> None:
     """Process 0 makes the work directory this run's: sets aside what lies after its start, stores config and manifest."""
+    directory = host.directory
     if jax.process_index() == 0:
         step = resume.position.step
-        if folder := resume_lib.set_aside(directory, resume, config, steps):
+        if folder := resume_lib.set_aside(directory, resume, config, steps, host.times.path):
             log.warning(
                 "What this directory held after step %d was moved to %s; move it back to undo this.", step, folder
             )

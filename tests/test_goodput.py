@@ -53,10 +53,12 @@ def test_a_real_run_adds_up(tmp_path, capsys):
 
 def test_a_fresh_run_begins_a_new_account(tmp_path):
     run = tmp_path / "run"
-    here(run, SMALL, train__steps=4)
+    here(run, SMALL, train__steps=3, checkpoint__resume="none")
+    assert not (run / "superseded").exists(), "nothing was here"
     here(run, SMALL, train__steps=4, checkpoint__resume="none")
     assert [each.step for each in read_starts(run / "starts")] == [4]
-    assert len(list((run / "superseded").glob("*/starts/*.json"))) >= 1
+    (folder,) = (run / "superseded").iterdir()
+    assert [each.step for each in read_starts(folder / "starts")] == [3]
 
 
 def test_what_is_no_run(tmp_path, capsys):

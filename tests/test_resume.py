@@ -5,9 +5,11 @@ from __future__ import annotations
 import functools
 import importlib
 import json
+import os
 import random
 import shutil
 import signal
+import tempfile
 import time
 from pathlib import Path
 
@@ -179,8 +181,7 @@ def test_where_a_run_goes_on_from_and_what_lay_behind_is_kept(copy, complete, re
     later = [each for each in runs.checkpoints(complete[0]) if each > step]
     assert len(superseded(copy)) == bool(later)
     for folder in superseded(copy):
-        kept = folder / "checkpoints" if resume == "none" else folder
-        assert sorted(int(path.name) for path in kept.iterdir() if path.name.isdigit()) == later
+        assert runs.checkpoints(folder) == later
         for name in ("metrics.jsonl", "metrics.csv", "result.json"):
             assert (folder / name).read_bytes() == (complete[0] / name).read_bytes()
 
@@ -191,6 +192,18 @@ def test_two_fresh_starts_within_a_second_keep_both_predecessors(copy):
         here(copy, SMALL, checkpoint__resume="none", train__epochs=1)
     assert len(superseded(copy)) == 2
     assert [len(runs.losses(folder)) for folder in superseded(copy)] == [12, 4]
+
+
+@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="a directory on another disk")
+def test_checkpoints_on_another_disk_are_set_aside_too(tmp_path):
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
+        (tmp_path / "checkpoints").symlink_to(other)
+        here(tmp_path, SMALL, train__steps=4)
+        whole = {path.name for path in Path(other, "4").rglob("*")}
+        here(tmp_path, SMALL, train__steps=4, checkpoint__resume="2")
+        (folder,) = superseded(tmp_path)
+        assert {path.name for path in (folder / "checkpoints" / "4").rglob("*")} == whole
+        assert runs.checkpoints(tmp_path) == [2, 4]
 
 
 @shares_complete
@@ -237,7 +250,7 @@ def test_a_job_that_is_started_again_by_itself_keeps_what_it_has_done(tmp_path, 
                 variables.setenv(name, value)
             here(tmp_path / "run", fields | changes)
     assert runs.checkpoints(tmp_path / "run") == [4, 8, 12]
-    folder = superseded(tmp_path / "run")[-1]
+    (folder,) = superseded(tmp_path / "run")
     assert {path.name for path in folder.iterdir() if path.name in ("checkpoints", "result.json")} == (
         {"result.json"} if goes_on else {"checkpoints", "result.json"}
     )

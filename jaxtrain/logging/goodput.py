@@ -49,6 +49,8 @@ class StartTimes:
 class NullTimes:
     """Keeps nothing: what every process but the first holds."""
 
+    path: Path | None = None
+
     def goes_on_from(self, step: int) -> None:
         """The run goes on from `step`: at the start, or after a roll-back."""
 
@@ -61,10 +63,10 @@ class NullTimes:
 
 
 class TimesFile(NullTimes):
-    """Keeps the file of this start up to date until it is closed. step: the last step that was done."""
+    """Keeps the file of this start, `path`, up to date until it is closed. step: the last step that was done."""
 
     def __init__(self, folder: Path, clock: StepClock, step: Callable[[], int]):
-        self._path = folder / f"{1 + max((int(path.stem) for path in folder.glob('[0-9]*.json')), default=0):06d}.json"
+        self.path = folder / f"{1 + max((int(path.stem) for path in folder.glob('[0-9]*.json')), default=0):06d}.json"
         self._clock, self._step = clock, step
         # A program that trains a second time has told of the time before already.
         self._before = 0.0 if next(_accounts) else time.time() - process_began() - clock.now().wall
@@ -84,7 +86,7 @@ class TimesFile(NullTimes):
     def summary(self) -> Goodput | None:
         self._write()
         with contextlib.suppress(WorkdirError):
-            return goodput(read_starts(self._path.parent))
+            return goodput(read_starts(self.path.parent))
         return None
 
     def _write(self) -> None:
@@ -92,11 +94,11 @@ class TimesFile(NullTimes):
         first = step if self._first is None else self._first
         seconds = {"start": self._before, **self._clock.now().seconds}
         times = StartTimes(self._began, first, max(step, first), self._lost, seconds)
-        part = self._path.with_suffix(".part")
+        part = self.path.with_suffix(".part")
         with contextlib.suppress(OSError):  # a full disk must not end the run for this
-            part.parent.mkdir(exist_ok=True)  # a fresh run has the files before it put aside
+            part.parent.mkdir(exist_ok=True)
             part.write_text(json.dumps(dataclasses.asdict(times)) + "\n")
-            part.replace(self._path)
+            part.replace(self.path)
 
     def close(self) -> None:
         self._closed.set()
