@@ -121,6 +121,16 @@ def test_where_it_has_no_effect_one_line_says_so(tmp_path, calls, fields, why):
     assert log.count(f"train.steps_per_call=4 has no effect here, where each call makes one step: {why}") == 1
 
 
+def test_a_call_that_never_fits_between_two_pauses_is_told_of(tmp_path, calls):
+    here(tmp_path / "run", SMALL | {"train.steps": 8, "checkpoint.every": "0"}, train__steps_per_call=5)
+    assert calls == [1] * 8
+    log = (tmp_path / "run" / "logs" / "process_0.log").read_text()
+    assert log.count("train.steps_per_call=5 is more than the 4 steps to the next evaluation, save or end of an epoch") == 1
+    here(tmp_path / "fits", SMALL | {"train.steps": 8, "checkpoint.every": "0"}, train__steps_per_call=4)
+    assert calls[8:] == [4, 4]
+    assert "is more than" not in (tmp_path / "fits" / "logs" / "process_0.log").read_text()
+
+
 @pytest.mark.parametrize("text", ["7", "1 step", "100 examples", "1 epoch", "0.3 epochs", "2.5 epochs", "0"])
 def test_what_is_due_next_is_what_counting_every_step_finds(text):
     batch, examples, start = 32, 1000, 70  # that many examples were done before, in batches of another size
