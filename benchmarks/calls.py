@@ -1,6 +1,7 @@
 """What the host spends on a step, by the steps that one program makes (`train.steps_per_call`): a tiny MLP, whole runs.
 
-A model so small that the host is what takes the time. Runs are taken in turns.
+A model so small that the host is what takes the time. Runs are taken in turns, and with them the bare step on batches that
+are there: what a whole run takes longer is what the trainer and its input add to a step of any model that is no longer.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import dataclasses
 import tempfile
 from typing import Any
 
-from benchmarks.common import Spread, synthetic
+from benchmarks.common import Spread, block_seconds, settings, start, synthetic
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.recipes import change
 from jaxtrain.trainer import train
@@ -28,21 +29,33 @@ CONFIG = synthetic(
 )
 
 
-def measure() -> list[dict[str, Any]]:
-    """Seconds a step of the whole loop, and how many times shorter than with one step a call."""
+def measure() -> dict[str, Any]:
+    """Seconds a step of the whole loop, how many times shorter than with one step a call, and how much longer than bare."""
     seconds: dict[int, list[float]] = {count: [] for count in PER_CALL}
+    bare = []
     for _ in range(TURNS):
+        with settings(CONFIG):
+            bare += block_seconds(*start(CONFIG), STEPS, 1)
         for count, found in seconds.items():
             with tempfile.TemporaryDirectory(prefix="jaxtrain-bench-") as workdir:
                 config = change(CONFIG, **{"train.steps_per_call": count})
                 result = train(config, workdir, num_devices=1, quiet=True).result
             found.append(CONFIG.data.global_batch / result["throughput"])
-    return [
-        {
-            "per_call": count,
-            "batch": CONFIG.data.global_batch,
-            "seconds": dataclasses.asdict(Spread.of(found)),
-            "over_one": dataclasses.asdict(Spread.of([one / own for one, own in zip(seconds[1], found, strict=True)])),
-        }
-        for count, found in seconds.items()
-    ]
+
+    def over(found: list[float], other: list[float]) -> dict[str, float]:
+        return dataclasses.asdict(Spread.of([a / b for a, b in zip(found, other, strict=True)]))
+
+    added = [whole - alone for whole, alone in zip(seconds[1], bare, strict=True)]
+    return {
+        "batch": CONFIG.data.global_batch,
+        "bare": dataclasses.asdict(Spread.of(bare)),
+        "added": dataclasses.asdict(Spread.of(added)),
+        "per_call": [
+            {
+                "per_call": count,
+                "seconds": dataclasses.asdict(Spread.of(found)),
+                "over_one": over(seconds[1], found),
+            }
+            for count, found in seconds.items()
+        ],
+    }

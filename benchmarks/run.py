@@ -93,11 +93,14 @@ def _rows(measured: dict[str, Any]) -> list[str]:
         for key in ("real_data_over_cached_batch", "trainer_over_bare_step"):
             for what, time in (("", ""), ("_processor", ", processor time")):
                 lines.append(_row(key.replace("_", " ") + time, measured["overhead"][key + what], 1, "x", 3))
-    for row in measured.get("calls", []):
-        name = f"a step of a tiny MLP in a whole run, {row['per_call']} a call"
-        lines.append(_row(name, row["seconds"], 1e6, "us", 0))
-        if row["per_call"] > 1:
-            lines.append(_row(f"{name}: times faster than 1 a call", row["over_one"], 1, "x", 2))
+    if "calls" in measured:
+        lines.append(_row("a step of a tiny MLP, bare", measured["calls"]["bare"], 1e6, "us", 0))
+        lines.append(_row("what the trainer and its input add to that step", measured["calls"]["added"], 1e6, "us", 0))
+        for row in measured["calls"]["per_call"]:
+            name = f"a step of a tiny MLP in a whole run, {row['per_call']} a call"
+            lines.append(_row(name, row["seconds"], 1e6, "us", 0))
+            if row["per_call"] > 1:
+                lines.append(_row(f"{name}: times faster than 1 a call", row["over_one"], 1, "x", 2))
     for row in measured.get("startup", []):
         for key in ("cold", "warm"):
             what = f"{row['name']}: {row['phase']}" if "phase" in row else f"first step of {row['name']}"
