@@ -125,7 +125,10 @@ def test_a_call_that_never_fits_between_two_pauses_is_told_of(tmp_path, calls):
     here(tmp_path / "run", SMALL | {"train.steps": 8, "checkpoint.every": "0"}, train__steps_per_call=5)
     assert calls == [1] * 8
     log = (tmp_path / "run" / "logs" / "process_0.log").read_text()
-    assert log.count("train.steps_per_call=5 is more than the 4 steps to the next evaluation, save or end of an epoch") == 1
+    assert (
+        log.count("train.steps_per_call=5 is more than the 4 steps to the next evaluation, save or end of an epoch")
+        == 1
+    )
     here(tmp_path / "fits", SMALL | {"train.steps": 8, "checkpoint.every": "0"}, train__steps_per_call=4)
     assert calls[8:] == [4, 4]
     assert "is more than" not in (tmp_path / "fits" / "logs" / "process_0.log").read_text()
