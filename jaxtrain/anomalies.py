@@ -51,7 +51,8 @@ class Guard:
         self._refused.clear()
         self.poisoned = not math.isfinite(update_norm)
         if self.poisoned:
-            return Finding(f"the update of step {step} is not finite ({update_norm:g})", "roll back", step)
+            text = f"the update of step {step} is not finite (norm {update_norm:g}; try a lower config.optim.learning_rate)"
+            return Finding(text, "stop", step)
         for name, value in (("loss", loss), ("gradient norm", grad_norm)):
             seen = self._seen[name]
             if self._spike and len(seen) >= _LEAST and (score := robust_score(value, list(seen))) > self._spike:

@@ -323,9 +323,12 @@ OPTIMIZERS: dict[str, Callable[[OptimConfig, optax.Schedule, Mask], optax.Gradie
 
 
 def global_norm(tree: PyTree) -> jax.Array:
-    """The Euclidean norm of all leaves together, a scalar of at least float32; leaves are added in the tree's order."""
+    """The Euclidean norm of all leaves together, a scalar of at least float32; leaves are added in the tree's order.
+
+    0 for a tree without leaves.
+    """
     squares = [jnp.sum(jnp.square(leaf.astype(_at_least_f32(leaf.dtype)))) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(functools.reduce(jnp.add, squares))
+    return jnp.sqrt(functools.reduce(jnp.add, squares, 0.0))
 
 
 def clip_by_global_norm(gradients: PyTree, norm: jax.Array, max_norm: float) -> PyTree:

@@ -266,24 +266,39 @@ def advance(
     gradients: PyTree,
     batch_stats: PyTree,
     verdict: Verdict,
-) -> tuple[TrainState, PyTree]:
-    """The state (of the whole model or of some of its layers) after `verdict`, and what was added to the parameters."""
+) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
+    """The state (of the whole model or of some of its layers) after `verdict`; the norms of the old parameters and of what
+    `verdict` was about to add to them.
+    """
     if task.optim.clip_norm:
         gradients = clip_by_global_norm(gradients, verdict.norm, task.optim.clip_norm)
     params_part = jax.lax.with_sharding_constraint(state.params, updating)
     updates, opt_state = task.optimizer.update(gradients, state.opt_state, params_part)
+    norms = (global_norm(params_part), global_norm(updates))
+    accepted = _once_known(verdict.accepted, norms)
     params = jax.lax.with_sharding_constraint(optax.apply_updates(params_part, updates), shardings.params)
     ema = state.ema
     if task.optim.ema:
         new = {"params": params, "batch_stats": batch_stats}
         ema = ema_update(state.ema, new, task.optim.ema, state.step)
     updated = TrainState(state.step, params, batch_stats, opt_state, ema, state.loss_scale)
-    after = _select(verdict.accepted, updated, state)
+    after = _select(accepted, updated, state)
     # The optimizer counts a skipped step too, so that its learning rate stays the schedule's at `step`.
     counted = jax.tree.map(
         lambda new, old: jnp.where(verdict.skipped & _is_count(new), new, old), opt_state, after.opt_state
     )
-    return dataclasses.replace(after, step=verdict.step, loss_scale=verdict.loss_scale, opt_state=counted), updates
+    return dataclasses.replace(after, step=verdict.step, loss_scale=verdict.loss_scale, opt_state=counted), norms
+
+
+def _once_known(accepted: jax.Array, norms: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """`accepted`, and on a CPU only if both norms are finite: the new state then waits for them.
+
+    XLA writes a leaf in place only where whatever reads the old one is sure to come before. On a CPU the norms and the new
+    parameters read it in programs of their own, and all leaves were copied at each step: benchmarks/NOTES.md. On a GPU one
+    program should read and write a leaf, which waiting would part. Who is told of a norm that is not finite goes back anyway.
+    """
+    finite = jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
+    return jax.lax.platform_dependent(accepted, finite, cpu=jnp.logical_and, default=lambda accepted, _: accepted)
 
 
 def _update(
@@ -292,9 +307,7 @@ def _update(
     """The state after the update, or the same state where the loss or the gradient norm is not finite."""
     gradients = unscaled(state.loss_scale, sums.gradients, updating)
     verdict = judge(state.step, state.loss_scale, step, sums.loss, global_norm(gradients), skips=task.skips)
-    after, updates = advance(task, shardings, updating, state, gradients, sums.batch_stats, verdict)
-    params_part = jax.lax.with_sharding_constraint(state.params, updating)
-    norms = (verdict.norm, global_norm(params_part), global_norm(updates))
+    after, norms = advance(task, shardings, updating, state, gradients, sums.batch_stats, verdict)
     return after, pack(metrics_of(task, state.step, state.loss_scale, verdict, sums.loss, sums.correct, *norms))
 
 
@@ -305,7 +318,6 @@ def metrics_of(
     verdict: Verdict,
     loss: jax.Array,
     correct: jax.Array,
-    grad_norm: jax.Array,
     param_norm: jax.Array,
     update_norm: jax.Array,
 ) -> dict[str, Any]:
@@ -315,7 +327,7 @@ def metrics_of(
         "loss": loss,
         "correct": correct,
         "learning_rate": task.schedule(step),
-        "grad_norm": grad_norm,
+        "grad_norm": verdict.norm,
         "param_norm": param_norm,
         "update_norm": update_norm,
         "loss_scale": scale_factor(loss_scale, loss.dtype),

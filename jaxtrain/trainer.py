@@ -464,7 +464,10 @@ class _Loop:
             return
         self.checkpoints.wait()
         if not self.rollbacks_left:
-            raise NumericError(f"The run stops: {finding.text}, and config.train.rollbacks allows no more roll-back.")
+            raise NumericError(
+                f"The run stops: {finding.text}, and config.train.rollbacks allows no more roll-back; the last checkpoint "
+                "is as it was."
+            )
         older = [s for s in manifested_steps(self.directory.checkpoints) if s < finding.first]
         start = Start(self.directory.checkpoints, older[-1]) if older else None
         stored = Position()

@@ -229,19 +229,20 @@ def compile_stage(
         return gradients, batch_stats
 
     def measure(state: TrainState, sums: tuple[Sums, ...]) -> jax.Array:
-        """[1, 4]: this stage's part of the loss, the correct answers, and the squared norms of gradients and parameters."""
+        """[1, 3]: this stage's part of the loss, of the correct answers, and of the squared norm of the gradients."""
         gradients = unscaled(state.loss_scale, merged(sums)[0], updating)
-        params = jax.lax.with_sharding_constraint(state.params, updating)
-        norms = [jnp.square(global_norm(tree)) if jax.tree.leaves(tree) else 0.0 for tree in (gradients, params)]
         loss, correct = sum(part.loss for part in sums), sum(part.correct for part in sums)
-        return jnp.stack([jnp.asarray(x, sums[0].loss.dtype) for x in (loss, correct, *norms)])[None]
+        return row(loss, correct, jnp.square(global_norm(gradients)))
+
+    def row(*numbers: Any) -> jax.Array:
+        return jnp.stack([jnp.asarray(number, sums[0].loss.dtype) for number in numbers])[None]
 
     def update(state: TrainState, sums: tuple[Sums, ...], verdict: Verdict) -> tuple[TrainState, jax.Array]:
+        """The stage after it, and [1, 2]: its part of the squared norms of the parameters and of what was added to them."""
         gradients, batch_stats = merged(sums)
         gradients = unscaled(state.loss_scale, gradients, updating)
-        after, updates = advance(task, shardings, updating, state, gradients, batch_stats, verdict)
-        norm = jnp.square(global_norm(updates)) if jax.tree.leaves(updates) else jnp.zeros((), sums[0].loss.dtype)
-        return after, norm.astype(sums[0].loss.dtype)[None]
+        after, norms = advance(task, shardings, updating, state, gradients, batch_stats, verdict)
+        return after, row(*map(jnp.square, norms))
 
     programs = yield {
         "measure": jax.jit(measure, out_shardings=lay.sharding()).lower(state, sums),

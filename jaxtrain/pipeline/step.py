@@ -80,10 +80,10 @@ class PipelineStep:
         if flight.events is not None:
             self.trace.write(flight.events)
         everywhere = self.layout.sharding(P("stage"))
-        numbers = join(measured, (self.layout.stages, 4), everywhere)
+        numbers = join(measured, (self.layout.stages, 3), everywhere)
         verdict, metrics = self.judge(state.step, state.loss_scale, batch.step, numbers)
         done = self.lanes.each({s: functools.partial(self._update, flight, s, verdict) for s in self.stages})
-        norms = join([norm for _, norm in done], (self.layout.stages,), everywhere)
+        norms = join([norm for _, norm in done], (self.layout.stages, 2), everywhere)
         found = collections.defaultdict(list)
         for stage, (part, _) in zip(self.stages.values(), done, strict=True):
             for i, leaf in zip(stage.indices, jax.tree.leaves(part), strict=True):
@@ -293,7 +293,7 @@ def make_pipeline(
     routes = make_routes(layout, slices, inputs, back=True)
     dtype = next(iter(steps.values())).sums.loss.dtype
     everywhere = layout.sharding()
-    numbers_of_all = jax.ShapeDtypeStruct((layout.stages, 4), dtype, sharding=layout.sharding(P("stage")))
+    numbers_of_all = jax.ShapeDtypeStruct((layout.stages, 3), dtype, sharding=layout.sharding(P("stage")))
     judging, asked = functools.partial(_judge, task), (state.step, state.loss_scale, data[0].step, numbers_of_all)
     judged = jax.jit(judging, out_shardings=everywhere).lower(*asked).compile()
     verdict, metrics = outputs_of(judged, jax.eval_shape(judging, *asked))
@@ -304,7 +304,7 @@ def make_pipeline(
             for s in here
         ]
     )
-    norms = jax.ShapeDtypeStruct((layout.stages,), dtype, sharding=layout.sharding(P("stage")))
+    norms = jax.ShapeDtypeStruct((layout.stages, 2), dtype, sharding=layout.sharding(P("stage")))
     finish = jax.jit(_finish, out_shardings=everywhere).lower(norms, metrics).compile()
     programs = {"judge": judged, "finish": finish}
     for _, more in (*compiled, *updates):
@@ -339,11 +339,12 @@ def make_pipeline(
 def _judge(
     task: Task, step: jax.Array, loss_scale: PyTree, batch_step: jax.Array, numbers: jax.Array
 ) -> tuple[Verdict, dict[str, Any]]:
-    loss, correct, gradients, params = jnp.sum(numbers, 0)
+    loss, correct, gradients = jnp.sum(numbers, 0)
     verdict = judge(step, loss_scale, batch_step, loss, jnp.sqrt(gradients), skips=task.skips)
-    norms = (verdict.norm, jnp.sqrt(params), jnp.zeros((), numbers.dtype))
-    return verdict, metrics_of(task, step, loss_scale, verdict, loss, correct, *norms)
+    later = jnp.zeros((), numbers.dtype)  # `_finish` knows the norms
+    return verdict, metrics_of(task, step, loss_scale, verdict, loss, correct, later, later)
 
 
 def _finish(squares: jax.Array, metrics: dict[str, Any]) -> Metrics:
-    return pack(metrics | {"update_norm": jnp.sqrt(jnp.sum(squares))})
+    params, updates = jnp.sqrt(jnp.sum(squares, 0))
+    return pack(metrics | {"param_norm": params, "update_norm": updates})

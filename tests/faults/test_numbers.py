@@ -141,7 +141,7 @@ def test_a_spike_is_found_at_its_step(loss, norm, what):
 
 def test_an_update_that_is_not_finite_is_found():
     guard = Guard(3, 0.0)
-    assert guard.look(5, 1.0, 1.0, float("inf"), skipped=False).action == "roll back"
+    assert guard.look(5, 1.0, 1.0, float("inf"), skipped=False).action == "stop"
     assert guard.poisoned
     guard.look(6, 1.0, 1.0, 0.1, skipped=False)
     assert not guard.poisoned
