@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import re
 from collections.abc import Iterator
 
 import jax
@@ -343,3 +344,15 @@ def test_held_bytes_is_the_most_that_a_device_holds():
     layout = Layout(jax.sharding.Mesh(jax.devices()[:2], ("data",)), LayoutConfig())
     halves = jax.device_put(jnp.zeros(8, jnp.float32), layout.sharding(jax.P("data")))
     assert (held_bytes(halves), held_bytes(jax.device_put(halves, layout.sharding()))) == (16, 32)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "devices"),
+    [(config(), 1), (config("resnet", "sgd"), 1), (config(zero=3), 2), (config(microbatches=2), 1)],
+    ids=["one", "resnet", "zero3", "microbatches"],
+)
+def test_the_new_state_is_written_where_the_old_one_lay(wanted, devices):
+    """XLA copies a leaf that something may still read; once it copied all parameters and moments at each step."""
+    with started(wanted, devices) as run:
+        text = "\n".join(program.as_text() for program in run.step.programs.values())
+    assert re.findall(r"\[\d\S* copy\(%?(state_\w*(?:params|opt_state)\w*)", text) == []
