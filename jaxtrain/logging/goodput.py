@@ -65,6 +65,8 @@ class NullTimes:
 class TimesFile(NullTimes):
     """Keeps the file of this start, `path`, up to date until it is closed. step: the last step that was done."""
 
+    path: Path
+
     def __init__(self, folder: Path, clock: StepClock, step: Callable[[], int]):
         self.path = folder / f"{1 + max((int(path.stem) for path in folder.glob('[0-9]*.json')), default=0):06d}.json"
         self._clock, self._step = clock, step

@@ -51,7 +51,8 @@ class PipelineEvaluator:
                 for part in self.slices:
                     k = part.index
                     if k in self.programs:
-                        x = self.lanes.submit(part.stage, self._run, part, weights[k], x, sums, batch, resident)
+                        given = on_stage(self.layout, part.stage, _eval_given(part, batch, resident))
+                        x = self.lanes.submit(part.stage, self._run, part, weights[k], x, sums, given)
                         in_flight.append(x)
                     route = self.routes.get((k, k + 1))
                     if route is not None and route.crosses and route.joins:
@@ -67,8 +68,7 @@ class PipelineEvaluator:
                 each.result()
         return self._everywhere(sums.result())
 
-    def _run(self, part: Slice, own: Any, x: Any, sums: Any, batch: EvalBatch, resident: Resident) -> Any:
-        given = on_stage(self.layout, part.stage, _eval_given(part, batch, resident))
+    def _run(self, part: Slice, own: Any, x: Any, sums: Any, given: Any) -> Any:
         if part.last:
             return self.programs[part.index](sums.result(), *own, x.result(), given)
         y, route = self.programs[part.index](*own, x.result(), given), self.routes[part.index, part.index + 1]

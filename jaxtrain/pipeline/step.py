@@ -82,7 +82,8 @@ class PipelineStep:
         everywhere = self.layout.sharding(P("stage"))
         numbers = join(measured, (self.layout.stages, 3), everywhere)
         verdict, metrics = self.judge(state.step, state.loss_scale, batch.step, numbers)
-        done = self.lanes.each({s: functools.partial(self._update, flight, s, verdict) for s in self.stages})
+        verdicts = {s: on_stage(self.layout, s, verdict) for s in self.stages}
+        done = self.lanes.each({s: functools.partial(self._update, flight, s, verdicts[s]) for s in self.stages})
         norms = join([norm for _, norm in done], (self.layout.stages, 2), everywhere)
         found = collections.defaultdict(list)
         for stage, (part, _) in zip(self.stages.values(), done, strict=True):
@@ -99,8 +100,7 @@ class PipelineStep:
         return stage.structure.unflatten(on_stage(self.layout, stage.stage, own))
 
     def _update(self, flight: Flight, stage: int, verdict: Verdict) -> tuple[TrainState, jax.Array]:
-        mine = on_stage(self.layout, stage, verdict)
-        return self.stages[stage].update(flight.parts[stage], flight.sums_of(stage), mine)
+        return self.stages[stage].update(flight.parts[stage], flight.sums_of(stage), verdict)
 
 
 @dataclasses.dataclass
@@ -134,7 +134,7 @@ class Flight:
 
     def __init__(self, step: PipelineStep, parts: Mapping[int, TrainState], batch: Batch, resident: Resident):
         self.step, self.parts = step, parts
-        self._data = batch, resident
+        self._data = {stage: on_stage(step.layout, stage, (batch, resident)) for stage in step.stages}
         self._params: dict[int, PyTree] = {}
         self._stats: dict[int, PyTree] = {}
         self._given: dict[int, dict[str, Any]] = {}
@@ -182,7 +182,7 @@ class Flight:
     def begin(self, stage: int) -> None:
         """Makes the parameters of a stage ready, and its accumulators zero."""
         state = self.parts[stage]
-        batch, resident = on_stage(self.step.layout, stage, self._data)
+        batch, resident = self._data[stage]
         for k, each in self.step.slices.items():
             part = each.part
             if part.stage != stage:
