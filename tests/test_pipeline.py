@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import sys
 import weakref
 
 import jax
@@ -86,6 +87,18 @@ SLOW = {("resnet", "1f1b-2-hybrid"), ("swin", "interleaved-2-zero2")}
 def test_stages_change_no_number(model, name):
     found = parity.numbers(parity.run(model, TABLE[name], **DEEP[model]))
     parity.assert_equal(found, reference(model), 1e-12)
+
+
+def test_threads_of_stages_do_not_disturb_each_other(tmp_path):
+    """Two that asked for the shards of one array at the same time got them twice: here they change places all the time."""
+    interval = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        fields = {"layout.stages": 2, "layout.microbatches": 2, "model.depths": "(1,)", "checkpoint.every": "0"}
+        result = runs.here(tmp_path, runs.SMALL | fields | {"train.steps": 40}, devices=8)
+    finally:
+        sys.setswitchinterval(interval)
+    assert len([row for row in result.history if row["phase"] == "train"]) == 40
 
 
 EVERYTHING = list(itertools.product(("gpipe", "1f1b", "interleaved_1f1b"), (2, 3, 4), (1, 2), (0, 1, 2, 3)))
