@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import importlib
 import json
@@ -9,7 +10,6 @@ import os
 import random
 import shutil
 import signal
-import tempfile
 import time
 from pathlib import Path
 
@@ -194,16 +194,25 @@ def test_two_fresh_starts_within_a_second_keep_both_predecessors(copy):
     assert [len(runs.losses(folder)) for folder in superseded(copy)] == [12, 4]
 
 
-@pytest.mark.skipif(not os.access("/dev/shm", os.W_OK), reason="a directory on another disk")
-def test_checkpoints_on_another_disk_are_set_aside_too(tmp_path):
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as other:
-        (tmp_path / "checkpoints").symlink_to(other)
-        here(tmp_path, SMALL, train__steps=4)
-        whole = {path.name for path in Path(other, "4").rglob("*")}
-        here(tmp_path, SMALL, train__steps=4, checkpoint__resume="2")
-        (folder,) = superseded(tmp_path)
-        assert {path.name for path in (folder / "checkpoints" / "4").rglob("*")} == whole
-        assert runs.checkpoints(tmp_path) == [2, 4]
+def test_checkpoints_on_another_disk_are_set_aside_too(tmp_path, monkeypatch):
+    run, other = tmp_path / "run", tmp_path / "other"
+    for path in (run, other):
+        path.mkdir()
+    (run / "checkpoints").symlink_to(other)
+    rename = os.rename
+
+    def refused_between_disks(source, target, **more):
+        if len({Path(os.path.realpath(path)).is_relative_to(other) for path in (source, target)}) == 2:
+            raise OSError(errno.EXDEV, os.strerror(errno.EXDEV), str(source))
+        rename(source, target, **more)
+
+    here(run, SMALL, train__steps=4)
+    whole = {path.name for path in (other / "4").rglob("*")}
+    monkeypatch.setattr(os, "rename", refused_between_disks)
+    here(run, SMALL, train__steps=4, checkpoint__resume="2")
+    (folder,) = superseded(run)
+    assert {path.name for path in (folder / "checkpoints" / "4").rglob("*")} == whole
+    assert runs.checkpoints(run) == [2, 4]
 
 
 @shares_complete
