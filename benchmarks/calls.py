@@ -1,7 +1,7 @@
 """What the host spends on a step, by the steps that one program makes (`train.steps_per_call`): a tiny MLP, whole runs.
 
 A model so small that the host is what takes the time. Runs are taken in turns, and with them the bare step on batches that
-are there: what a whole run takes longer is what the trainer and its input add to a step of any model that is no longer.
+are there: what a step of a whole run takes longer is what the trainer and its input add to it.
 """
 
 from __future__ import annotations
@@ -41,10 +41,6 @@ def measure() -> dict[str, Any]:
                 config = change(CONFIG, **{"train.steps_per_call": count})
                 result = train(config, workdir, num_devices=1, quiet=True).result
             found.append(CONFIG.data.global_batch / result["throughput"])
-
-    def over(found: list[float], other: list[float]) -> dict[str, float]:
-        return dataclasses.asdict(Spread.of([a / b for a, b in zip(found, other, strict=True)]))
-
     added = [whole - alone for whole, alone in zip(seconds[1], bare, strict=True)]
     return {
         "batch": CONFIG.data.global_batch,
@@ -54,7 +50,9 @@ def measure() -> dict[str, Any]:
             {
                 "per_call": count,
                 "seconds": dataclasses.asdict(Spread.of(found)),
-                "over_one": over(seconds[1], found),
+                "over_one": dataclasses.asdict(
+                    Spread.of([one / own for one, own in zip(seconds[1], found, strict=True)])
+                ),
             }
             for count, found in seconds.items()
         ],

@@ -235,9 +235,8 @@ def probe(suite: Suite) -> None:
         whole = suite
         for name, build in builds.items():
             side = ours if name == "ours" else peer
-            suite = dataclasses.replace(
-                whole, budget=Budget(min(whole.budget.left, 150))
-            )  # a side that hangs leaves the other's
+            # A side that hangs leaves the other's time.
+            suite = dataclasses.replace(whole, budget=Budget(min(whole.budget.left, 150)))
             try:
                 quick[name] = build()
                 seconds = side.ask("block", suite.budget.left, steps=3, **({} if name == "ours" else {"bare": False}))[

@@ -63,8 +63,7 @@ def weights_of(part: Slice, params: PyTree, batch_stats: PyTree) -> tuple[PyTree
 def on_stage(layout: Layout, stage: int, tree: PyTree) -> PyTree:
     """Arrays that every stage has, as `stage` sees them; others as they are.
 
-    Not for a stage's own thread: of two threads that ask for the shards of one array, jaxlib 0.10.2 gives either all of them
-    twice, about once in three times.
+    Not for a stage's own thread: jaxlib 0.10.2 may give two threads that ask for the shards of one array all of them twice.
     """
 
     def seen(leaf: jax.Array) -> jax.Array:
