@@ -93,6 +93,12 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
     return f" Did you mean {prefix + close[0]!r}?" if close else ""
 
 
+def without_effect(section: str, values: _Section, fields: Iterable[str], why: str) -> list[str]:
+    """A sentence for each of `fields` that was set to another value than its default, although nothing reads it."""
+    changed = [name for name in fields if getattr(values, name) != getattr(type(values)(), name)]
+    return [f"config.{section}.{name}={getattr(values, name)!r} has no effect: {why}" for name in changed]
+
+
 class _Section:
     """Checks every field's type and that floats are finite, then the section's own rules (`_validate`)."""
 
@@ -109,6 +115,9 @@ class _Section:
                 object.__setattr__(self, field.name, value := _tuples(value))
             if type(value) is not wanted:
                 raise ConfigError(f"config.{name}={value!r}: must be {_KIND.get(wanted, wanted.__name__)}.")
+            if value == "None":  # `--config.data.dir=None` is a text, and would be the name of a directory
+                default = getattr(type(self)(), field.name)
+                raise ConfigError(f"config.{name}='None': write {default!r}, the default, or leave it out.")
             if wanted is float and not math.isfinite(value):
                 raise ConfigError(f"config.{name}={value!r}: must be a finite number.")
         self._validate()
@@ -149,6 +158,8 @@ class DataConfig(_Section):
     crop_padding: pixels around an image before `light` and `heavy` crop it; 0 is an eighth of its side, 4 for 32.
     mixup, cutmix: the Beta distribution's alpha (Zhang 2018, Yun 2019); 0 is off, below 32; both on: a batch gets one of them.
     mean, std: per-channel normalization in [0, 1]; empty means the source's own.
+    splits: which splits of a folder or a TFDS data set are used, "train=train,validation=val,test=none" for example; `none`
+        goes without one, and what is not named is found by its usual name, or drawn from training.
     examples: use only the first so many training examples (for `synthetic`: how many there are); 0 means all.
     validation: share of the training set held out where the data set has no validation split of its own.
     split_seed: decides which examples those are; independent of `seed`.
@@ -172,6 +183,7 @@ class DataConfig(_Section):
     cutmix: float = 0.0
     mean: tuple = ()
     std: tuple = ()
+    splits: str = ""
     examples: int = 0
     validation: float = 0.1
     split_seed: int = 0
@@ -189,6 +201,7 @@ class DataConfig(_Section):
         self._between(0.0, 32.0, "mixup", "cutmix")
         _require(0 <= self.split_seed < 2**31, "data.split_seed", self.split_seed, "at least 0 and below 2**31")
         _require(self.prepare_timeout > 0, "data.prepare_timeout", self.prepare_timeout, "above 0 minutes")
+        _ = self.chosen_splits
         _one_of("data.augmentation", self.augmentation, AUGMENTATIONS)
         _one_of("data.residency", self.residency, RESIDENCIES)
         _require(len(self.mean) == len(self.std), "data.std", self.std, f"as long as data.mean={self.mean!r}")
@@ -197,6 +210,20 @@ class DataConfig(_Section):
             numbers = all(type(v) in (int, float) and math.isfinite(v) for v in values)
             _require(numbers, "data." + name, values, "a tuple of finite numbers, one a channel")
         _require(all(v > 0 for v in self.std), "data.std", self.std, "above 0")
+
+    @property
+    def chosen_splits(self) -> dict[str, str]:
+        """What `splits` says: of `train`, `validation` and `test` those that it names -> a split's own name, or `none`."""
+        chosen: dict[str, str] = {}
+        wanted = "pairs such as 'train=train,validation=val,test=none', each of train, validation and test at most once"
+        for pair in filter(None, self.splits.split(",")):
+            name, equals, own = (part.strip() for part in pair.partition("="))
+            split = {"val": "validation"}.get(name, name)
+            good = equals and own and split in ("train", "validation", "test") and split not in chosen
+            _require(bool(good), "data.splits", self.splits, wanted)
+            chosen[split] = own
+        _require(chosen.get("train") != "none", "data.splits", self.splits, "with a split to train on")
+        return chosen
 
 
 @dataclasses.dataclass(frozen=True)

@@ -183,10 +183,11 @@ def make_feed(dataset: Dataset, layout: Layout, residency: str, workers: int) ->
     splits: dict[str, Source] = {name: getattr(dataset, name) for name in ("train", "validation", "test")}
     size = sum(nbytes(source) for source in splits.values())
     sharing = on_this_host()
-    threads = default_threads(local_processes=sharing) if decodes_images(dataset.train) else 1
+    typical = next((source for source in splits.values() if len(source)), dataset.train)
+    threads = default_threads(local_processes=sharing) if decodes_images(typical) else 1
     if residency == "stream" or (residency == "auto" and size > _resident_limit(layout)):
         if workers < 0:
-            workers = default_workers(cheap=is_cheap(dataset.train), local_processes=sharing)
+            workers = default_workers(cheap=is_cheap(typical), local_processes=sharing)
         return Feed(dataset, layout, Resident(), {}, workers, threads)
     images, labels = zip(*(materialize(source, threads) for source in splits.values()), strict=True)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import dataclasses
 import json
 import math
 import statistics
@@ -11,53 +10,20 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
+import jax.numpy as jnp
 
 from jaxtrain.config import Config
 from jaxtrain.data import sources
-from jaxtrain.data.sources import Dataset
+from jaxtrain.data.augment import train_inputs
 from jaxtrain.engine import idle_stages, layout_table
 from jaxtrain.errors import ConfigError
+from jaxtrain.models.layers import Context
 from jaxtrain.parallel import schedule as schedules
 from jaxtrain.parallel.layout import Placement, bytes_by_stage, bytes_per_device
 from jaxtrain.parallel.schedule import Op
 from jaxtrain.parallel.timeline import Event, Timeline, simulate, svg
 from jaxtrain.run import Run, decide, make_run, select_devices, settings
-
-
-@dataclasses.dataclass(frozen=True)
-class _Outline:
-    """A source of known size whose examples are not there."""
-
-    count: int
-    shape: tuple[int, int, int]
-
-    def __len__(self) -> int:
-        return self.count
-
-    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        raise LookupError(f"an outline has no examples (asked for {len(indices)})")
-
-
-def _outline(config: Config) -> Dataset:
-    """The data set's sizes: of CIFAR without its files, of others by loading them."""
-    classes = {"cifar10": 10, "cifar100": 100}.get(config.data.name)
-    if classes is None:
-        return sources.load(config.data, image_size=config.data.image_size)
-    held_out = round(50_000 * config.data.validation)
-    train = min(config.data.examples or 50_000, 50_000 - held_out)
-    names = tuple(map(str, range(classes)))
-    return Dataset(
-        name=config.data.name,
-        train=_Outline(train, (32, 32, 3)),
-        validation=_Outline(held_out, (32, 32, 3)),
-        test=_Outline(10_000, (32, 32, 3)),
-        num_classes=classes,
-        class_names=names,
-        mean=(0.5,) * 3,
-        std=(0.25,) * 3,
-        fingerprint="outline",
-    )
+from jaxtrain.state import TrainState
 
 
 def describe_layout(config: Config, num_devices: int = 0) -> dict[str, Any]:
@@ -76,8 +42,26 @@ def _planned(config: Config, num_devices: int) -> tuple[Run, dict[str, list[Plac
     devices = select_devices(num_devices)
     config = decide(config, None, devices)
     with settings(config):
-        run = make_run(config, _outline(config), devices)
-        return run, layout_table(run.layout, jax.eval_shape(run.init))
+        run = make_run(config, sources.outline(config.data, image_size=config.data.image_size), devices)
+        state = jax.eval_shape(run.init)
+        _trace(run, state)
+        return run, layout_table(run.layout, state)
+
+
+def _trace(run: Run, state: TrainState) -> None:
+    """Traces a microbatch's forward pass, so that what training refuses there is refused here. Computes nothing."""
+    task, parts = run.task, run.config.layout.microbatches
+    size = run.config.data.global_batch // parts
+
+    def forward(params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        example, key = jnp.arange(size, dtype=jnp.int32), jax.random.key(0)
+        inputs, targets = train_inputs(task.preprocess, images, labels, example, key)
+        context = Context(example=example, train=True, bn_groups=max(task.bn_groups // parts, 1))
+        logits, _ = task.model.apply(params, batch_stats, inputs, context, key)
+        return task.loss(logits, targets)
+
+    images = jax.ShapeDtypeStruct((size, *run.dataset.train.shape), jnp.uint8)
+    jax.eval_shape(forward, state.params, state.batch_stats, images, jax.ShapeDtypeStruct((size,), jnp.int32))
 
 
 def describe(run: Run, table: dict[str, list[Placement]]) -> dict[str, Any]:

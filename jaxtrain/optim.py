@@ -31,7 +31,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtrain.config import OptimConfig, did_you_mean
+from jaxtrain.config import OptimConfig, did_you_mean, without_effect
 from jaxtrain.errors import ConfigError
 from jaxtrain.plugins import load_dotted
 
@@ -128,6 +128,31 @@ def decay_mask(params: PyTree, no_decay: tuple[str, ...] = ()) -> PyTree:
         return leaf.ndim > 1 and not excluded
 
     return jax.tree_util.tree_map_with_path(decays, params)
+
+
+# Which fields each optimizer reads beside the learning rate and the weight decay.
+_FIELDS = {
+    "sgd": ("momentum", "nesterov"),
+    "adamw": ("b1", "b2", "eps"),
+    "lamb": ("b1", "b2", "eps"),
+    "lars": ("momentum", "nesterov"),
+    "lion": ("b1", "b2"),
+    "muon": ("momentum", "nesterov", "b1", "b2", "eps"),
+}
+
+
+def unused_settings(config: OptimConfig) -> list[str]:
+    """A sentence for each field that was changed from its default and that nothing reads."""
+    found: list[str] = []
+    if config.name in _FIELDS:
+        unread = {"momentum", "nesterov", "b1", "b2", "eps"}.difference(_FIELDS[config.name])
+        found += without_effect("optim", config, sorted(unread), f"{config.name} has no such setting")
+    for names, schedules in (
+        (("step_at", "step_gamma"), ("step",)), (("decay_share",), ("wsd",)), (("final_scale",), ("cosine", "linear", "wsd")),
+    ):  # fmt: skip
+        if config.schedule not in schedules:
+            found += without_effect("optim", config, names, f"the schedule is {config.schedule}")
+    return found
 
 
 def make(config: OptimConfig, rate: optax.Schedule, no_decay: tuple[str, ...] = ()) -> optax.GradientTransformation:

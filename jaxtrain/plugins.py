@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import os
@@ -44,3 +45,21 @@ def load_dotted(name: str, field: str) -> Any:
         known = [key for key in vars(module) if not key.startswith("_")]
         hint = did_you_mean(attribute, known)
         raise ConfigError(f"{where}: module {module_name!r} has no {attribute!r}.{hint}") from None
+
+
+def watch(section: Any) -> tuple[Any, set[str]]:
+    """A copy of a config section, and the names of those of its fields that were read since."""
+    read: set[str] = set()
+    values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
+
+    class Watched(type(section)):
+        def __getattribute__(self, name: str) -> Any:
+            read.add(name)
+            return super().__getattribute__(name)
+
+        def __reduce__(self) -> Any:  # what is pickled for a reading worker is an ordinary section
+            return functools.partial(type(section), **values), ()
+
+    watched = Watched(**values)
+    read.clear()  # the checks have read all of them
+    return watched, read

@@ -18,6 +18,8 @@ from jaxtrain import workdir as workdir_lib
 from jaxtrain.checkpoint import Start, find_start, names_path
 from jaxtrain.checkpoint_files import discard_unfinished, manifested_steps, problems, quarantine, read_manifest
 from jaxtrain.config import Config, from_dict
+from jaxtrain.data.base import Dataset, follow_classes
+from jaxtrain.data.record import changed_sentence, differences, refuse_other_rule, same_split
 from jaxtrain.distributed import processes
 from jaxtrain.distributed.place import jobs
 from jaxtrain.errors import CheckpointError, ConfigError, DataError, WorkdirError
@@ -32,7 +34,8 @@ class Position:
     """How far a run has come.
 
     examples: consumed so far. epoch_*: sums since the epoch began. best_accuracy: so far, or -1. owes_validation: the run
-    was stopped before the validation that is due after this step. data: the data set's fingerprint, '' where it is not known.
+    was stopped before the validation that is due after this step. dataset: what is remembered of the data set (`data.record`);
+    of a run that is older than that its `fingerprint` alone. data_since: the step after which the run has trained on it.
     jobs: what names the job that came so far (`place.jobs`).
     """
 
@@ -43,7 +46,8 @@ class Position:
     epoch_examples: int = 0
     best_accuracy: float = -1.0
     owes_validation: bool = False
-    data: str = ""
+    dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    data_since: int = 0
     jobs: tuple[str, ...] = ()
 
     def to_json(self, config: dict[str, Any]) -> dict[str, Any]:
@@ -53,6 +57,8 @@ class Position:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Position:
         """The inverse of `to_json`."""
+        if values.get("data"):  # a checkpoint that is older than `dataset`
+            values = {**values, "dataset": {"fingerprint": values["data"]}}
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
 
 
@@ -188,16 +194,38 @@ def refuse_length(directory: Workdir, resume: Resume, config: Config, train_exam
         raise _refusal(directory, resume, refused)
 
 
-def refuse_other_data(directory: Workdir, resume: Resume, config: Config, fingerprint: str) -> None:
+def refuse_other_data(directory: Workdir, resume: Resume, config: Config, dataset: Dataset) -> None:
     """Raises `DataError` where the data set holds something else than when the checkpoint was made."""
-    stored = resume.position.data
-    if stored in ("", fingerprint) or config.checkpoint.allow_changes:
+    stored, where = resume.position.dataset, f"step {resume.position.step} of {directory.path}"
+    if not stored:
         return
-    raise DataError(
-        f"The data set {config.data.name} has changed since step {resume.position.step} of {directory.path} (its fingerprint "
-        f"was {stored[:12]} and is {fingerprint[:12]}); bring the old one back, choose another --workdir, or go on with "
-        "--config.checkpoint.allow_changes=true."
-    )
+    refuse_other_rule(stored, dataset, where)
+    if stored["fingerprint"] == dataset.fingerprint or config.checkpoint.allow_changes:
+        return
+    remedy = "bring the old one back, choose another --workdir, or go on with --config.checkpoint.allow_changes=true."
+    raise DataError(changed_sentence(config.data.name, stored, dataset, where, remedy))
+
+
+def go_on_with(dataset: Dataset, resume: Resume) -> tuple[Dataset, Resume]:
+    """The data set with its classes numbered as the run knows them, and where it goes on on it.
+
+    On other training examples than before, the epoch's sums and the rows of epochs begin anew: a mean over two data sets
+    would be of neither.
+    """
+    position = resume.position
+    stored = position.dataset
+    if not set(stored.get("class_names", ())).isdisjoint(dataset.class_names):
+        followed = follow_classes(dataset, stored["class_names"], extend=True)
+        for note in followed.notes[len(dataset.notes) :]:
+            log.warning("data %s: %s", dataset.name, note)
+        dataset = followed
+    if stored and not same_split(stored, dataset, "train"):
+        text = "; ".join(differences(stored, dataset)) or "it is another"
+        log.warning("data %s: since step %d %s; the rows of epochs begin anew", dataset.name, position.step, text)
+        position = dataclasses.replace(
+            position, epoch_loss=0.0, epoch_correct=0.0, epoch_examples=0, data_since=position.step
+        )
+    return dataset, dataclasses.replace(resume, position=position)
 
 
 def _refusal(directory: Workdir, resume: Resume, refused: list[workdir_lib.Change]) -> WorkdirError:
@@ -207,22 +235,22 @@ def _refusal(directory: Workdir, resume: Resume, refused: list[workdir_lib.Chang
     return WorkdirError(workdir_lib.refuse_text(checkpoint, refused, foreign=True))
 
 
-def set_aside(
-    directory: Workdir, resume: Resume, config: Config, steps: int, this_start: Path | None = None
-) -> Path | None:
+def set_aside(directory: Workdir, resume: Resume, config: Config, steps: int, this_start: Path | None = None) -> None:
     """Moves what a run that starts here would overwrite to `superseded/<time>/`: later checkpoints, and copies of the metrics;
     and the result of a shorter run. steps: the length of this one. this_start: its file of times, which stays.
 
-    A run with another history (fresh, with `checkpoint.resume=none`, or another directory's) moves everything. Returns the
-    folder, or `None` if there was nothing in the way. Nothing is lost: move it back to undo this. Only process 0 may call
-    it. What a killed run left unfinished is deleted.
+    A run with another history (fresh, with `checkpoint.resume=none`, or another directory's) moves everything; one that goes
+    on on other data leaves a copy of its metrics. Nothing is lost: move it back to undo this. Only process 0 may call it.
+    What a killed run left unfinished is deleted.
     """
     discard_unfinished(directory.checkpoints)
     folder = _new_folder(directory.path / "superseded" / time.strftime("%Y%m%d-%H%M%S"))
     metrics = [path for path in (directory.metrics_csv, directory.metrics_jsonl) if path.exists()]
+    step = resume.position.step
     if _is_another_history(directory, resume, config):
         own = (
             directory.config,
+            directory.dataset,
             *metrics,
             directory.tensorboard,
             directory.result,
@@ -231,13 +259,13 @@ def set_aside(
         )
         copied, moved = [], [path for path in own if path.exists()]
     else:
-        later = [step for step in manifested_steps(directory.checkpoints) if step > resume.position.step]
-        moved = [directory.checkpoints / str(step) for step in later]
-        copied = metrics if moved else []
+        later = [saved for saved in manifested_steps(directory.checkpoints) if saved > step]
+        moved = [directory.checkpoints / str(saved) for saved in later]
+        copied = metrics if moved or resume.position.data_since == step > 0 else []
         # Who waits for the result must not see the old one while the run goes on.
-        moved += [directory.result] if resume.position.step < steps and directory.result.exists() else []
-    if not moved:
-        return None
+        moved += [directory.result] if step < steps and directory.result.exists() else []
+    if not (copied or moved):
+        return
     folder.mkdir(parents=True)
     # Copies first: a kill in between must leave the later steps here, so that the next start comes by again.
     for path in copied:
@@ -246,7 +274,10 @@ def set_aside(
         to = folder / path.relative_to(directory.path)
         to.parent.mkdir(exist_ok=True)
         shutil.move(path, to)  # a linked directory may be on another disk
-    return folder
+    if moved:
+        log.warning("What this directory held after step %d was moved to %s; move it back to undo this.", step, folder)
+    else:
+        log.warning("The metrics up to step %d were copied to %s.", step, folder)
 
 
 def _is_another_history(directory: Workdir, resume: Resume, config: Config) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
+import logging
 import random
 import socket
 from collections.abc import Callable, Iterator, Mapping
@@ -15,8 +16,10 @@ import jax
 import numpy as np
 import optax
 
-from jaxtrain.config import Config, DataConfig, Duration
+from jaxtrain import optim as optimizers
+from jaxtrain.config import Config, DataConfig, Duration, without_effect
 from jaxtrain.data import sources
+from jaxtrain.data.record import record
 from jaxtrain.data.sources import Dataset
 from jaxtrain.distributed import processes
 from jaxtrain.distributed.processes import first_on_process_zero
@@ -30,6 +33,8 @@ from jaxtrain.precision import policy, resolve
 from jaxtrain.stages import make_split, microbatches
 from jaxtrain.state import TrainState, initial_state
 from jaxtrain.task import Task, make_task
+
+log = logging.getLogger("jaxtrain")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,6 +51,18 @@ class Run:
     init: Callable[[], TrainState]
     steps: int
     split: Split | None = None
+
+    @property
+    def data_record(self) -> dict[str, Any]:
+        """What the run remembers of its data set, for those that go on from it or evaluate it."""
+        inputs = self.task.preprocess
+        return record(
+            self.dataset,
+            image_size=inputs.image_size,
+            num_classes=inputs.num_classes,
+            mean=inputs.mean,
+            std=inputs.std,
+        )
 
 
 def select_devices(count: int) -> list[Device]:
@@ -130,21 +147,28 @@ def check_names(config: Config) -> None:
     loss_fn(config.optim.loss)
 
 
-def load_data(config: DataConfig) -> Dataset:
-    """The data set, prepared if need be by process 0 while the others wait (by each, with `data.prepare_per_host`)."""
+def load_data(config: DataConfig, needed: str = "") -> Dataset:
+    """The data set, prepared if need be by process 0 while the others wait (by each, with `data.prepare_per_host`).
+
+    needed: the one split whose files must be there, "" for all (`sources.load`).
+    """
     first_on_process_zero(
         f"prepare the data set {config.name}",
         functools.partial(sources.prepare, config),
         config.prepare_timeout * 60,
         every_process=config.prepare_per_host,
     )
-    dataset = sources.load(config, image_size=config.image_size)
+    dataset = sources.load(config, image_size=config.image_size, needed=needed)
     of_first = processes.from_process_zero("the data set", dataset.fingerprint, config.prepare_timeout * 60)
     if dataset.fingerprint != of_first:
         raise EnvironmentMismatchError(
             f"Process {processes.index()} on {socket.gethostname()} found another data set {config.name} than process 0 (its "
             f"fingerprint is {dataset.fingerprint[:12]}, not {of_first[:12]}); give all hosts the same files."
         )
+    for note in dataset.notes if processes.index() == 0 else ():
+        log.warning("data %s: %s", dataset.name, note)
+    if processes.index() == 0 and not needed:
+        sources.record_contents(config, dataset)
     return dataset
 
 
@@ -191,6 +215,22 @@ def make_run(
         names = tuple(tuple(split.costs[i].name for i in layers) for layers in split.slices)
         layout = dataclasses.replace(layout, slices=names)
     return Run(config, dataset, layout, task, init, steps, split)
+
+
+def unused_settings(run: Run) -> list[str]:
+    """A sentence for each setting that was changed from its default and can have no effect on this run."""
+    config, data, optim, layout = run.config, run.config.data, run.config.optim, run.config.layout
+    found = optimizers.unused_settings(optim)
+    if data.augmentation not in ("light", "heavy"):
+        found += without_effect("data", data, ["crop_padding"], f"data.augmentation={data.augmentation!r} does not pad")
+    if layout.stages == 1:
+        fields = ("schedule", "chunks", "balance", "stage_placement", "trace_step")
+        found += without_effect("layout", layout, fields, "there is one stage")
+    if not jax.tree.leaves(jax.eval_shape(run.init).batch_stats):
+        found += without_effect("model", config.model, ["bn_groups"], f"{config.model.name} has no BatchNorm")
+    if not len(run.dataset.validation):
+        found += without_effect("train", config.train, ["eval_every"], "there is no validation split")
+    return found
 
 
 def total_steps(config: Config, train_examples: int, start_step: int = 0, start_example: int = 0) -> int:

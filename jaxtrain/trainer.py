@@ -55,6 +55,7 @@ from jaxtrain.run import (
     no_implicit_transfers,
     select_devices,
     settings,
+    unused_settings,
     warmup_steps,
 )
 from jaxtrain.state import TrainState
@@ -125,11 +126,12 @@ def train(
         with clock.charge("input"):
             dataset = load_data(config.data)
         resume_lib.refuse_length(directory, resume, config, len(dataset.train))
-        resume_lib.refuse_other_data(directory, resume, config, dataset.fingerprint)
+        resume_lib.refuse_other_data(directory, resume, config, dataset)
+        dataset, resume = resume_lib.go_on_with(dataset, resume)
         stack.enter_context(explain_out_of_memory())
         host = _Host(directory, interrupt, watchdog, clock, console, lease, times)
         for rollbacks_left in range(config.train.rollbacks, -1, -1):
-            position = dataclasses.replace(resume.position, data=dataset.fingerprint, jobs=tuple(sorted(place.jobs())))
+            position = dataclasses.replace(resume.position, jobs=tuple(sorted(place.jobs())))
             resume = dataclasses.replace(resume, position=position)
             try:
                 return _train_from(resume, config, dataset, devices, host, rollbacks_left)
@@ -165,6 +167,9 @@ def _train_from(
     """From `resume` to the end of the run. Raises `_RollBack` if that is better begun again."""
     position, directory = resume.position, host.directory
     run = make_run(config, dataset, devices, start_step=position.step, start_example=position.examples)
+    position = dataclasses.replace(position, dataset=run.data_record)
+    for text in unused_settings(run):
+        log.warning("%s", text)
     if (warmup := warmup_steps(config, len(dataset.train))) > run.steps:
         text = "config.optim.warmup=%r is %d steps, longer than the run's %d."
         log.warning(text, config.optim.warmup, warmup, run.steps)
@@ -174,7 +179,7 @@ def _train_from(
     with host.clock.charge("compile"):
         engine, state = start_engine(run, resume, directory.trace(jax.process_index()))
     engine.evaluate.begin(state)
-    _take_over(host, resume, config, run.steps)
+    _take_over(host, resume, config, run)
     host.times.goes_on_from(position.step)
     checkpoints = Checkpoints(
         directory.checkpoints, config.checkpoint.keep, owner=host.lease.token, still_owner=host.lease.check
@@ -202,18 +207,16 @@ def _take_lease(directory: Workdir, stack: contextlib.ExitStack) -> Lease | NoLe
     return lease
 
 
-def _take_over(host: _Host, resume: Resume, config: Config, steps: int) -> None:
-    """Process 0 makes the work directory this run's: sets aside what lies after its start, stores config and manifest."""
+def _take_over(host: _Host, resume: Resume, config: Config, run: Run) -> None:
+    """Process 0 makes the work directory this run's: sets aside what lies after its start, stores config, data, manifest."""
     directory = host.directory
     if jax.process_index() == 0:
         step = resume.position.step
-        if folder := resume_lib.set_aside(directory, resume, config, steps, host.times.path):
-            log.warning(
-                "What this directory held after step %d was moved to %s; move it back to undo this.", step, folder
-            )
+        resume_lib.set_aside(directory, resume, config, run.steps, host.times.path)
         for old in directory.logs.glob("pipeline_trace_*.json"):  # of another start, maybe of other stages
             old.unlink()
         directory.write_config(config_lib.to_dict(config))
+        directory.write_dataset(run.data_record)
         manifest.append_start(directory.manifest, manifest.environment(step))
     barrier("the work directory is this run's")
 
@@ -279,7 +282,9 @@ class _Loop:
         epochs_done = rounded(Fraction(position.examples, self.train_examples))
         self.guard = Guard(self.config.train.nonfinite_skips, self.config.train.spike_threshold)
         self.check_replicas = ReplicaCheck()
-        self.records = Records(host.directory, position.step, epochs_done) if first else NullRecords()
+        self.records = NullRecords()
+        if first:
+            self.records = Records(host.directory, position.step, epochs_done, since=position.data_since)
         self.progress = Progress(run.steps, position.step, host.console) if first else NullProgress()
         self.epochs = self._epoch(run.steps) + 1
         self.log_span = self.epoch_span = self.pace_span = self.clock.now()
@@ -662,12 +667,14 @@ class _Loop:
         if "test" in last["results"]:
             self._record(epoch, "test", last["results"]["test"], seconds)
         whole = self.clock.now()
+        chosen = "ema" if state.ema else "raw"
         result = {
             "steps": self.position.step,
             "examples": self.position.examples,
             "epochs": self.position.examples / self.train_examples,
             "last": {"step": self.position.step} | last["summary"],
-            "best": {"step": self.position.step if best_step is None else best_step} | best["summary"],
+            "best": {"step": self.position.step if best_step is None else best_step, "weights": chosen}
+            | best["summary"],
             "wall_seconds": whole.wall,
             "seconds": dict(whole.seconds),
             "throughput": whole.throughput,
@@ -679,11 +686,33 @@ class _Loop:
         if found is not None:
             result |= {"goodput": found.share, "starts": found.starts}
         self.records.result(result)
+        self._show_end(result, best_step)
         self.progress.message(explain(whole, "this run"))
         if found is not None and found.starts > 1:
             self.progress.message(f"goodput {found.share:.1%} over {found.starts} starts (jaxtrain goodput)")
         log.info("result: %s", self.directory.result)
         return TrainResult(state, self.history, result, self.directory)
+
+    def _show_end(self, result: Mapping[str, Any], best_step: int | None) -> None:
+        """The last weights and the best ones, and what each of their figures is of."""
+        weights = {"raw": "", "ema": "EMA "} if "validation_ema" in result["last"] else {"raw": ""}
+        for name in ("last",) if best_step is None else ("last", "best"):
+            found = result[name]
+            figures = [
+                f"{label}{split} accuracy {found[key]['accuracy']:.4f}"
+                for split in ("validation", "test")
+                for weight, label in weights.items()
+                if found.get(key := split if weight == "raw" else f"{split}_ema")
+            ]
+            why = (
+                f" (by the validation accuracy of its {weights.get(found['weights'], '')}weights)"
+                if name == "best"
+                else ""
+            )
+            if figures:
+                self.progress.message(f"{name}, step {found['step']}{why}: {', '.join(figures)}")
+        if not len(self.run.dataset.test):
+            self.progress.message(f"nothing was tested: {self.config.data.name} has no test split")
 
     def _test(self, state: TrainState, validation: dict[str, EvalResult] | None = None) -> dict[str, Any]:
         """Results by split and weights, and what result.json says of them. validation: if these were evaluated before."""
@@ -693,7 +722,7 @@ class _Loop:
             results["validation"] = validation or self._evaluate(state, "validation")
         if len(dataset.test):
             results["test"] = self._evaluate(state, "test")
-        summary: dict[str, Any] = {}
+        summary: dict[str, Any] = {} if len(dataset.test) else {"test": None}
         for name, each in results.items():
             for weights, outcome in each.items():
                 key = name if weights == "raw" else f"{name}_{weights}"

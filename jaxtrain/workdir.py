@@ -33,6 +33,11 @@ class Workdir:
         return self.path / "config.json"
 
     @property
+    def dataset(self) -> Path:
+        """What the run remembers of its data set."""
+        return self.path / "dataset.json"
+
+    @property
     def metrics_csv(self) -> Path:
         """One row an epoch and phase."""
         return self.path / "metrics.csv"
@@ -97,6 +102,10 @@ class Workdir:
     def write_config(self, values: Mapping[str, Any]) -> None:
         """Stores the resolved config (`config.to_dict`)."""
         atomic_write(self.config, json.dumps(values, indent=2, allow_nan=False) + "\n")
+
+    def write_dataset(self, record: Mapping[str, Any]) -> None:
+        """Stores what is remembered of the data set (`data.record`)."""
+        atomic_write(self.dataset, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
 _ELSEWHERE = "restore it from a copy, or choose another work directory with --workdir"

@@ -16,6 +16,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from PIL import Image
 
 from jaxtrain import load_config, train
 from jaxtrain.cli import main as command_line
@@ -139,6 +140,19 @@ def free_port() -> int:
     """A port that nobody listens at."""
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
+
+
+def draw_folder(top: Path, classes: str, first: int, last: int, side: int = 8) -> Path:
+    """TOP/CLASS/*.png: images `first` ... `last` - 1 of each class, which has a bright quarter of its own."""
+    for name in classes:
+        (top / name).mkdir(parents=True, exist_ok=True)
+        for k in range(first, last):
+            pixels = np.random.default_rng(1000 * ord(name) + k).integers(0, 120, (side, side, 3), np.uint8)
+            row, column = divmod(ord(name) % 4, 2)
+            half = side // 2
+            pixels[row * half : (row + 1) * half, column * half : (column + 1) * half] += 100
+            Image.fromarray(pixels).save(top / name / f"{k:03d}.png")
+    return top
 
 
 # ------------------------------------------------------------------------------------------------------------- records

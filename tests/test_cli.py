@@ -388,6 +388,21 @@ def test_layout_needs_no_data_of_cifar(capsys, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize(
+    ("recipe", "changes", "said"),
+    [
+        ("resnet18_cifar10", {"data.examples": 60000}, "cifar10 has 45,000 training examples"),
+        ("resnet18_cifar10", {"data.splits": "test=none"}, "cifar10 has its own splits"),
+        ("resnet18_cifar10", {"data.mean": "(0.5,)", "data.std": "(0.5,)"}, "must have 3 numbers"),
+        ("quickstart", {"data.examples": 5000}, "digits has 1,294 training examples"),
+        ("resnet50_cifar100", {"model.bn_groups": 64, "data.image_size": 8, "data.global_batch": 64}, "single value"),
+    ],
+)
+def test_layout_refuses_what_training_refuses(capsys, tmp_path, recipe, changes, said):
+    config = [str(ROOT / "configs" / f"{recipe}.py"), *(f"--config.{key}={value}" for key, value in changes.items())]
+    assert said in sentence(capsys, ["layout", "--config", *config, "--devices", "1"], 64)
+
+
 def test_a_reader_that_goes_away_is_no_error():
     command = f"{sys.executable} -c 'from jaxtrain.cli import main; exit(main())'"
     found = subprocess.run(
@@ -443,16 +458,19 @@ def evaluated(capsys, *words) -> dict:
 def test_evaluate_finds_what_the_run_found(capsys, finished, devices):
     result = json.loads((finished / "result.json").read_text())
     for words, wanted in [
-        ([], result["best"]["test"]),
-        (["--checkpoint", "latest"], result["last"]["test"]),
-        (["--checkpoint", "latest", "--ema"], result["last"]["test_ema"]),
+        ([], result["best"]["test_ema"]),  # the weights that it was chosen by
+        (["--no-ema"], result["best"]["test"]),
+        (["--checkpoint", "latest", "--no-ema"], result["last"]["test"]),
+        (["--checkpoint", "latest"], result["last"]["test_ema"]),
         (["--split", "val", "--ema"], result["best"]["validation_ema"]),
     ][: 1 if devices else None]:
         found = evaluated(capsys, str(finished), *words, *devices)
         assert found["accuracy"] == wanted["accuracy"]
         assert found["top5"] == wanted["top5"]
         assert found["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
+        assert found["weights"] == ("raw" if "--no-ema" in words else "ema")
     assert result["last"]["test"]["loss"] != result["last"]["test_ema"]["loss"]
+    assert result["best"]["weights"] == "ema"
 
 
 @pytest.mark.xdist_group("finished run")
@@ -466,6 +484,7 @@ def test_the_accuracy_of_each_class(capsys, finished):
     assert cli.main(["evaluate", str(finished), "--checkpoint", "20"]) == 0
     text = capsys.readouterr().out
     assert f"step 20, test: accuracy {found['accuracy']:.4f}" in text
+    assert "(359 examples, EMA weights)" in text
     assert f"{found['per_class']['3']:.4f}" in text
 
 

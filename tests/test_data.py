@@ -8,6 +8,7 @@ import hashlib
 import io
 import multiprocessing
 import os
+import pickle
 import signal
 import subprocess
 import sys
@@ -210,16 +211,91 @@ def load_folder(path: Path, **changes) -> base.Dataset:
     return sources.load(DataConfig(name=f"folder:{path}", **changes), image_size=14)
 
 
-def test_folder_without_splits_is_cut_by_class(folder):
+def test_folder_without_splits_is_cut(folder):
     dataset = load_folder(folder)
     assert dataset.class_names == ("ant", "bee", "cat", "dog")
-    assert [len(s) for s in (dataset.train, dataset.validation, dataset.test)] == [23, 2, 8]
+    assert [len(s) for s in (dataset.train, dataset.validation, dataset.test)] == [21, 2, 10]
     pixels, labels = sources.materialize(dataset.train)
-    assert pixels.shape == (23, 14, 14, 3)
-    coloured = np.ptp(pixels.astype(int), axis=-1).reshape(23, -1).max(1) > 0
+    assert pixels.shape == (21, 14, 14, 3)
+    coloured = np.ptp(pixels.astype(int), axis=-1).reshape(21, -1).max(1) > 0
     np.testing.assert_allclose(pixels[coloured].mean((1, 2))[:, 0], 60 * labels[coloured], atol=3)
     grey = ~coloured
     assert (pixels[grey] == 200).all()  # converted to RGB
+
+
+def empty_files(top: Path, classes: str, first: int, last: int) -> Path:
+    """PATH/CLASS/*.png of no bytes: finding and splitting them reads none."""
+    for name in classes:
+        (top / name).mkdir(parents=True, exist_ok=True)
+        for k in range(first, last):
+            (top / name / f"{(k * 7919) % 100_000:05d}.png").touch()
+    return top
+
+
+def split_files(dataset: base.Dataset) -> dict[str, set[str]]:
+    """The files of each split."""
+    found: dict[str, set[str]] = {}
+    for split in base.SPLITS:
+        source = getattr(dataset, split)
+        whole = source.base if isinstance(source, base.Subset) else source
+        assert isinstance(whole, images.FolderSource)
+        found[split] = {os.path.normpath(whole.files[i]) for i in indices_of(source)}
+    return found
+
+
+def test_no_added_file_moves_another_to_another_split(tmp_path):
+    before = load_folder(empty_files(tmp_path, "ace", 0, 400))
+    files = split_files(before)
+    after = split_files(load_folder(empty_files(tmp_path, "abcde", 0, 500)))
+    assert all(files[split] <= after[split] for split in files)
+    assert sum(map(len, after.values())) == 2500
+    for split, share in (("test", 0.2), ("validation", 0.8 * 0.1)):  # within four deviations
+        expected = 1200 * share
+        assert abs(len(files[split]) - expected) < 4 * (expected * (1 - share)) ** 0.5
+    wider = split_files(load_folder(tmp_path, validation=0.3))
+    assert after["validation"] < wider["validation"]
+    assert after["test"] == wider["test"]
+    assert split_files(load_folder(tmp_path, split_seed=1)) != after
+    assert split_files(load_folder(tmp_path, examples=100))["train"] < after["train"]
+
+
+def test_a_split_is_known_again_by_its_own_files(tmp_path):
+    before = load_folder(empty_files(tmp_path, "ab", 0, 60))
+    test, other = (next(iter(split_files(before)[split])) for split in ("test", "train"))
+    (tmp_path / other).write_bytes(b"longer")
+    after = load_folder(tmp_path)
+    changed = {split for split in base.SPLITS if after.split_fingerprints[split] != before.split_fingerprints[split]}
+    assert changed == {"train"}
+    assert after.fingerprint != before.fingerprint
+    (tmp_path / test).unlink()
+    assert load_folder(tmp_path).split_fingerprints["test"] != before.split_fingerprints["test"]
+
+
+def test_fingerprints_of_positions_are_those_of_every_version():
+    """A run that was started before goes on: these are of the first version."""
+    prints = [sources.load(DataConfig(name=name)).fingerprint[:12] for name in ("digits", "synthetic")]
+    assert prints == ["95c7481f8691", "6a89c4e5e0f1"]
+
+
+def test_classes_without_an_example_are_named(tmp_path):
+    empty_files(tmp_path, "ab", 0, 60)
+    empty_files(tmp_path, "c", 0, 1)
+    dataset = load_folder(tmp_path)
+    (where,) = [split for split, files in split_files(dataset).items() if any(file.startswith("c") for file in files)]
+    missing = {note.split()[0] for note in dataset.notes if note.endswith("has no example of the class 'c'")}
+    assert missing == set(base.SPLITS) - {where}
+
+
+def test_too_few_images_are_not_blamed_on_the_validation(tmp_path):
+    empty_files(tmp_path, "ab", 0, 1)
+    refused = []
+    for seed in range(60):
+        try:
+            load_folder(tmp_path, split_seed=seed)
+        except ConfigError as error:
+            refused.append(str(error))
+    assert 0 < len(refused) < 30  # both images are held out, with a probability of (0.2 + 0.8 * 0.1) ** 2
+    assert all("of 2 training examples none is left (" in text and "data.validation" not in text for text in refused)
 
 
 def test_folder_stores_room_for_the_crop(folder):
@@ -282,6 +358,106 @@ def test_a_large_jpeg_is_decoded_smaller_and_looks_the_same(size, reduction, mos
     assert np.abs(found - wanted).mean() <= mean
 
 
+def test_chosen_splits_of_a_folder(folder, tmp_path):
+    top = tmp_path / "split"
+    top.mkdir()
+    os.rename(folder, top / "training")
+    for name in ("held", "other"):
+        write_image(top / name / "ant/0.png")
+    dataset = load_folder(top, splits="train=training,val=held,test=none")
+    assert [len(getattr(dataset, split)) for split in base.SPLITS] == [33, 1, 0]
+    assert not any("has no test split" in note for note in dataset.notes)  # it was not wanted
+    drawn = load_folder(top, splits="train=training,test=other")
+    assert [len(getattr(drawn, split)) > 0 for split in base.SPLITS] == [True, True, True]
+    assert len(drawn.train) + len(drawn.validation) == 33
+    assert [len(getattr(load_folder(top, splits="train=training,validation=none"), s)) > 0 for s in base.SPLITS] == [
+        True, False, True,
+    ]  # fmt: skip
+    with pytest.raises(ConfigError, match=r"has no folder 'test' for test; it has held, other, training"):
+        load_folder(top, splits="train=training,test=test")
+    with pytest.raises(DataError, match="has held but no train"):
+        load_folder(top, splits="val=held")
+    with pytest.raises(ConfigError, match="digits has its own splits"):
+        sources.load(DataConfig(name="digits", splits="test=none"))
+
+
+def test_one_split_needs_no_other(folder, tmp_path):
+    top = tmp_path / "split"
+    top.mkdir()
+    os.rename(folder, top / "train")
+    for name in ("ant", "dog"):
+        write_image(top / "test" / name / "0.png")
+    config = DataConfig(name=f"folder:{top}", validation=0.0)
+    whole = sources.load(config, image_size=14)
+    for path in (top / "train").glob("*/*"):
+        path.unlink()
+    alone = sources.load(config, image_size=14, needed="test")
+    assert alone.split_fingerprints["test"] == whole.split_fingerprints["test"]
+    assert (len(alone.train), len(alone.test)) == (0, 2)
+    with pytest.raises(DataError, match="the class has no images"):
+        sources.load(config, image_size=14)
+    with pytest.raises(DataError, match="the class has no images"):
+        sources.load(config, image_size=14, needed="train")
+    os.rename(top / "train", tmp_path / "gone")
+    assert sources.load(config, image_size=14, needed="test").class_names == ("ant", "dog")
+
+
+def test_classes_are_followed_by_name():
+    source = base.ArraySource(np.zeros((6, 2, 2, 1), np.uint8), np.array([0, 0, 1, 1, 2, 2], np.int32))
+    dataset = base.Dataset("mine", source, source, source, 3, ("a", "c", "zb"), (0.5,), (0.5,), "1")
+    assert base.follow_classes(dataset, ("a", "c", "zb"), extend=False) is dataset
+
+    renamed = base.follow_classes(dataset, ("a", "b", "c"), extend=True)
+    assert renamed.class_names == ("a", "zb", "c")
+    assert renamed.train.read(np.arange(6))[1].tolist() == [0, 0, 2, 2, 1, 1]
+    assert renamed.notes == ("the class 'b' is gone", "the class 'zb' is new and has output 1")
+    longer = base.follow_classes(dataset, ("zb", "q", "r", "a", "x"), extend=True)
+    assert (longer.class_names, longer.num_classes) == (("zb", "c", "r", "a", "x"), 5)
+
+    known = base.follow_classes(dataset, ("a", "b", "c"), extend=False)
+    assert (known.class_names, known.num_classes, len(known.test)) == (("a", "b", "c"), 3, 4)
+    assert known.test.read(np.arange(4))[1].tolist() == [0, 0, 2, 2]
+    assert base.labels_of(known.test).tolist() == [0, 0, 2, 2]
+    with pytest.raises(DataError, match="not unique"):
+        base.follow_classes(dataset, ("a", "a"), extend=False)
+
+
+def test_an_image_that_was_edited_at_the_same_size_is_found(folder, tmp_path):
+    config = DataConfig(name=f"folder:{folder}", dir=str(tmp_path / "data"))
+    assert sources.recorded_on(config) == ""
+    sources.verify(config)
+    assert sources.recorded_on(config)
+    victim = folder / "bee/1.png"
+    before = load_folder(folder).fingerprint
+    content = victim.read_bytes()
+    victim.write_bytes(edited(content))
+    assert load_folder(folder).fingerprint == before  # names and sizes
+    with pytest.raises(DataError, match=r"1 of 33 files of .* are not as they were on .* \(bee/1.png has changed\)"):
+        sources.verify(config)
+    victim.write_bytes(content)
+    write_image(folder / "bee/new.png")
+    assert sum(sources.verify(config).values()) == 34  # what was added is recorded too
+    (folder / "bee/new.png").unlink()
+    with pytest.raises(DataError, match=r"bee/new.png is gone"):
+        sources.verify(config)
+    sources.record_contents(config, load_folder(folder), afresh=True)
+    assert sum(sources.verify(config).values()) == 33
+
+
+def edited(png: bytes) -> bytes:
+    """A PNG of the same size in bytes and pixels, which shows another image."""
+    with Image.open(io.BytesIO(png)) as image:
+        pixels = np.asarray(image).copy()
+    for value in range(256):
+        pixels[...] = value
+        buffer = io.BytesIO()
+        Image.fromarray(pixels).save(buffer, format="PNG")
+        if len(buffer.getvalue()) <= len(png):
+            data = buffer.getvalue()
+            return data + b"\0" * (len(png) - len(data))  # behind the end of the image
+    raise AssertionError
+
+
 def test_folder_with_its_own_splits(folder, tmp_path):
     top = tmp_path / "split"
     top.mkdir()
@@ -289,11 +465,10 @@ def test_folder_with_its_own_splits(folder, tmp_path):
     for name in ("ant", "dog"):
         write_image(top / "val" / name / "0.png")
     dataset = load_folder(top)
-    assert [len(s) for s in (dataset.train, dataset.validation, dataset.test)] == [
-        33,
-        2,
-        2,
-    ]  # ImageNet has no test either
+    assert [len(s) for s in (dataset.train, dataset.validation, dataset.test)] == [33, 2, 0]
+    assert any(
+        "has no test split" in note for note in dataset.notes
+    )  # as ImageNet: validation chooses the best weights
     assert dataset.validation.read(np.arange(2))[1].tolist() == [0, 3]
     write_image(top / "test/bee/0.png")
     assert len(load_folder(top).test) == 1
@@ -379,7 +554,8 @@ def test_a_large_image_below_the_bomb_limit_is_refused_too(monkeypatch, folder):
 def test_links_that_leave_the_folder_are_refused(folder, tmp_path):
     write_image(tmp_path / "elsewhere.png")
     (folder / "bee/inside.png").symlink_to(folder / "bee/1.png")
-    assert len(load_folder(folder, validation=0.0).train) == 26
+    linked = load_folder(folder, validation=0.0)
+    assert len(linked.train) + len(linked.test) == 34
     (folder / "bee/outside.png").symlink_to(tmp_path / "elsewhere.png")
     with pytest.raises(DataError, match=r"bee/outside.png: the link leads out of"):
         load_folder(folder)
@@ -417,6 +593,41 @@ def test_source_by_dotted_name(monkeypatch):
     assert sources.prepare(config) is None
     with pytest.raises(ConfigError, match="returned int, not a Dataset"):
         sources.load(DataConfig(name="test_data:not_a_source"))
+
+
+def test_settings_that_a_users_data_set_does_not_read_are_said(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    config = DataConfig(name="test_data:my_source", split_seed=9, examples=3, validation=0.5)
+    assert sources.load(config, image_size=5).notes == (
+        "config.data.examples=3 has no effect: test_data:my_source does not read it",
+        "config.data.validation=0.5 has no effect: test_data:my_source does not read it",
+    )
+    config = DataConfig(name="test_data:watched_source", examples=3)
+    assert pickle.loads(pickle.dumps(sources.load(config, image_size=5).train)).config == config
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class WithConfig(base.ArraySource):
+    config: DataConfig
+
+
+def watched_source(config: DataConfig, *, image_size: int) -> base.Dataset:
+    """Its source holds the config, and goes to reading workers with it."""
+    found = my_source(dataclasses.replace(config, split_seed=1), image_size=image_size)
+    assert config.examples == 3
+    return dataclasses.replace(found, train=WithConfig(found.train.images, found.train.labels, config))
+
+
+def unlabelled_source(config: DataConfig, *, image_size: int) -> base.Dataset:
+    found = my_source(config, image_size=image_size)
+    return dataclasses.replace(found, test=base.ArraySource(found.test.images, np.full(6, -1, np.int32)))
+
+
+def test_labels_of_a_users_data_set_are_classes(monkeypatch):
+    """A label of -1 would count as a wrong answer."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    with pytest.raises(DataError, match="example 0 of test has label -1, and there are 2 classes"):
+        sources.load(DataConfig(name="test_data:unlabelled_source"), image_size=5)
 
 
 def not_a_source(config: DataConfig, *, image_size: int) -> int:
@@ -479,7 +690,7 @@ def test_threads_change_no_batch(folder, read):
         got = list(batches)
     alone = sources.load(DataConfig(name=f"folder:{folder}"), image_size=14).train
     for step, (pixels, labels) in enumerate(got):
-        rows = order.batch_indices(23, 0, 4 * step, 4) if read == "train" else order.eval_batch(23, 4, step)[0]
+        rows = order.batch_indices(21, 0, 4 * step, 4) if read == "train" else order.eval_batch(21, 4, step)[0]
         wanted = alone.read(rows)
         np.testing.assert_array_equal(pixels, wanted[0])
         np.testing.assert_array_equal(labels, wanted[1])
@@ -513,7 +724,7 @@ def test_threads_read_a_whole_source_in_its_order(monkeypatch, folder):
     monkeypatch.setattr(base, "_CHUNK", 3)
     source = Slow(load_folder(folder).train)
     pixels, labels = base.materialize(source, threads=3)
-    wanted = source.whole.read(np.arange(23))
+    wanted = source.whole.read(np.arange(21))
     np.testing.assert_array_equal(pixels, wanted[0])
     np.testing.assert_array_equal(labels, wanted[1])
     assert source.most > 1

@@ -414,8 +414,13 @@ def test_real_data(name):
 # ------------------------------------------------------------------------------------------------- prepared by TFDS
 
 
-def make_builder(name: str, shape: tuple, splits: dict[str, int], *, labels: bool = True) -> type:
-    """A TFDS builder class as a user would write it; image k of a split is filled with k, its label is k modulo 3."""
+def make_builder(
+    name: str, shape: tuple, splits: dict[str, int], *, labels: bool = True, unlabelled: tuple[str, ...] = ()
+) -> type:
+    """A TFDS builder class as a user would write it; image k of a split is filled with k, its label is k modulo 3.
+
+    unlabelled: splits whose labels are -1, as TFDS has those of a test that is not published.
+    """
 
     def info(self):
         features: dict[str, object] = {"picture": tfds.features.Image(shape=shape, encoding_format="png")}
@@ -425,11 +430,11 @@ def make_builder(name: str, shape: tuple, splits: dict[str, int], *, labels: boo
             builder=self, features=tfds.features.FeaturesDict(features), disable_shuffling=True
         )
 
-    def generate(self, count):
+    def generate(self, count, labelled):
         for k in range(count):
             height = 12 if shape[0] else 12 + k
             image = Image.new("L" if shape[2] == 1 else "RGB", (10, height), k if shape[2] == 1 else (k, k, k))
-            yield k, {"picture": image, **({"kind": k % 3} if labels else {})}
+            yield k, {"picture": image, **({"kind": k % 3 if labelled else -1} if labels else {})}
 
     with registered.skip_registration():
         return type(
@@ -438,7 +443,9 @@ def make_builder(name: str, shape: tuple, splits: dict[str, int], *, labels: boo
             {
                 "VERSION": tfds.core.Version("1.0.0"),
                 "_info": info,
-                "_split_generators": lambda self, _: {s: self._generate_examples(n) for s, n in splits.items()},
+                "_split_generators": lambda self, _: {
+                    s: self._generate_examples(n, s not in unlabelled) for s, n in splits.items()
+                },
                 "_generate_examples": generate,
                 "__module__": __name__,
             },
@@ -466,6 +473,77 @@ def test_prepared_set_by_name(tmp_path):
     np.testing.assert_array_equal(again.read(np.array([4, 1]))[0][:, 0, 0, 0], [4, 1])
     assert sources.prepare(config(tmp_path, "my_set")) == tmp_path / "my_set/1.0.0"
     assert sources.verify(config(tmp_path, "my_set")) == {"train": 9, "validation": 4, "test": 5}
+
+
+@pytest.mark.parametrize(
+    ("splits", "unlabelled", "sizes", "noted"),
+    [
+        ({"train": 20, "validation": 4, "test": 5}, "test", (20, 4, 0), ("no labels and is left out", "no test split")),
+        ({"train": 20, "test": 5}, "test", (14, 2, 4), ("no labels and is left out",)),
+        ({"train": 20, "validation": 4, "test": 5}, "validation", (18, 2, 5), ("no labels and is left out",)),
+        ({"train": 20, "validation": 4}, "", (20, 4, 0), ("no test split",)),
+        ({"train": 20, "test": 5}, "", (18, 2, 5), ()),
+        ({"train": 20}, "", (14, 2, 4), ()),
+    ],
+)
+def test_a_split_without_labels_is_absent(tmp_path, splits, unlabelled, sizes, noted):
+    build(tmp_path, "MySet", (12, 10, 1), splits, unlabelled=(unlabelled,))
+    dataset = sources.load(config(tmp_path, "my_set"))
+    assert tuple(len(getattr(dataset, split)) for split in base.SPLITS) == sizes
+    assert [words for words in noted if any(words in note for note in dataset.notes)] == list(noted)
+    assert len(dataset.notes) == len(noted)
+    for split in base.SPLITS:
+        one = sources.load(config(tmp_path, "my_set"), needed=split)
+        assert len(getattr(one, split)) == len(getattr(dataset, split))
+        if len(getattr(one, split)):
+            assert one.split_fingerprints[split] == dataset.split_fingerprints[split]
+
+
+def test_a_split_left_out_changes_the_identity_where_another_is_drawn_for_it(tmp_path):
+    """What training holds then is not what it held with the unlabelled test: no run goes on on it unnoticed."""
+    splits = {"train": 20, "validation": 4, "test": 5}
+    prints = []
+    for number, (left, unlabelled) in enumerate(
+        [(splits, ()), (splits, ("test",)), ({"train": 20, "test": 5}, ("test",))]
+    ):
+        build(tmp_path / str(number), "MySet", (12, 10, 1), left, unlabelled=unlabelled)
+        prints.append(sources.load(config(tmp_path / str(number), "my_set")))
+    directory = tfds_sets.find("my_set", tmp_path / "2")
+    files = [(p.name, p.stat().st_size) for p in sorted(directory.iterdir()) if not p.name.startswith(".")]
+    as_before = json.dumps([json.dumps(["my_set/1.0.0", 0, files]), 0, 0.1, 0])
+    assert prints[2].fingerprint != hashlib.sha256(as_before.encode()).hexdigest()
+    directory = tfds_sets.find("my_set", tmp_path / "1")  # its training is what it always was
+    files = [(p.name, p.stat().st_size) for p in sorted(directory.iterdir()) if not p.name.startswith(".")]
+    as_before = json.dumps([json.dumps(["my_set/1.0.0", 0, files]), 0, 0.1, 0])
+    assert prints[1].fingerprint == hashlib.sha256(as_before.encode()).hexdigest()
+
+
+def test_a_split_with_some_labels_or_no_training_labels_is_refused(tmp_path):
+    build(tmp_path, "MySet", (12, 10, 1), {"train": 20}, unlabelled=("train",))
+    with pytest.raises(
+        DataError, match=r"the split 'train' has no labels \(-1\); choose another with config.data.splits"
+    ):
+        sources.load(config(tmp_path, "my_set"))
+    build(tmp_path / "some", "MySet", (12, 10, 1), {"train": 20, "test": 9}, unlabelled=("test",))
+    with pytest.raises(DataError, match=r"record 0 has no label \(-1\), and others of its split have one"):
+        sources.load(config(tmp_path / "some", "my_set", splits="train=train+test[:3],test=none"))
+
+
+def test_chosen_splits_of_a_prepared_set(tmp_path):
+    build(tmp_path, "MySet", (12, 10, 1), {"train": 20, "extra": 7, "test": 5}, unlabelled=("test",))
+    dataset = sources.load(config(tmp_path, "my_set", splits="train=train[:16],validation=train[16:],test=extra"))
+    assert [len(getattr(dataset, split)) for split in base.SPLITS] == [16, 4, 7]
+    assert dataset.validation.read(np.arange(4))[0][:, 0, 0, 0].tolist() == [16, 17, 18, 19]
+    assert dataset.validation.where(1).endswith("record 17")
+    assert dataset.notes == ()
+    assert dataset.fingerprint != sources.load(config(tmp_path, "my_set")).fingerprint
+    assert len(sources.load(config(tmp_path, "my_set", splits="test=none")).test) == 0
+    for chosen, error, words in (
+        ("test=tset", ConfigError, "has no split 'tset'; it has extra, test, train"),
+        ("test=test", DataError, "the split 'test' has no labels"),
+    ):
+        with pytest.raises(error, match=words):
+            sources.load(config(tmp_path, "my_set", splits=chosen))
 
 
 def test_prepared_set_of_many_sizes_is_cut_to_squares(tmp_path):

@@ -2,27 +2,44 @@
 
 import argparse
 import dataclasses
+import sys
+from collections.abc import Iterable
+
+from rich.console import Console
+from rich.progress import track
 
 from jaxtrain.config import DataConfig
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """prepare|verify NAME."""
+    """prepare|verify NAME, --dir, --splits."""
     parser.add_argument("action", choices=("prepare", "verify"))
     parser.add_argument("name", help="digits, synthetic, cifar10, cifar100, folder:PATH, or a TFDS name")
     parser.add_argument(
         "--dir", default="", help="data directory; default $JAXTRAIN_DATA_DIR, then ~/.cache/jaxtrain/data"
     )
+    parser.add_argument("--splits", default="", help="as config.data.splits, of a folder or a TFDS data set")
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints where the data set is, or how many examples of each split are sound."""
     from jaxtrain.data import sources  # noqa: PLC0415
 
-    config = dataclasses.replace(DataConfig(), name=arguments.name, dir=arguments.dir)
+    config = dataclasses.replace(DataConfig(), name=arguments.name, dir=arguments.dir, splits=arguments.splits)
     path = sources.prepare(config)
     if arguments.action == "prepare":
         print(f"{arguments.name}: {path or 'made as it is read, nothing on disk'}")
+        if arguments.name.startswith("folder:"):
+            dataset = sources.load(config, image_size=32)
+            print(sources.record_contents(config, dataset, afresh=True, progress=_progress))
         return
-    counts = sources.verify(config)
+    recorded = sources.recorded_on(config)
+    counts = sources.verify(config, _progress)
     print(f"{arguments.name}: sound; " + ", ".join(f"{count} {split}" for split, count in counts.items()))
+    if arguments.name.startswith("folder:"):
+        print(f"contents: as on {recorded}" if recorded else "contents: recorded now, to be compared with from now on")
+
+
+def _progress(files: Iterable[str]) -> Iterable[str]:
+    console = Console(stderr=True)
+    return track(list(files), "reading", console=console, transient=True, disable=not sys.stderr.isatty())

@@ -10,11 +10,19 @@ from jaxtrain.cli import start
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN, --split, --checkpoint, --ema, --json, devices."""
+    """RUN, --split, --checkpoint, --ema, --allow-changes, --json, devices."""
     parser.add_argument("workdir", metavar="RUN", help="the work directory of a run")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test")
     parser.add_argument("--checkpoint", default="best", help="best, latest, a step, or epoch:N (default: best)")
-    parser.add_argument("--ema", action="store_true", help="evaluate the moving average of the weights")
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="evaluate the moving average of the weights, or not; default: where the run keeps one",
+    )
+    parser.add_argument(
+        "--allow-changes", action="store_true", help="evaluate a data set that has changed since, and say what has"
+    )
     parser.add_argument("--json", action="store_true", help="print JSON")
     start.add_device_arguments(parser)
 
@@ -30,6 +38,7 @@ def run(arguments: argparse.Namespace) -> None:
         checkpoint=arguments.checkpoint,
         ema=arguments.ema,
         num_devices=arguments.devices,
+        allow_changes=arguments.allow_changes,
     )
     result = found.result
     # A model may have more outputs than the data has classes.
@@ -37,12 +46,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.json:
         classes = {n: None if math.isnan(a) else a for n, a in zip(names, result.per_class, strict=True)}
         numbers = {"loss": result.loss, "accuracy": result.accuracy, "top5": result.top5, "examples": result.examples}
-        print(json.dumps({"step": found.step, "split": arguments.split, **numbers, "per_class": classes}, indent=2))
+        what = {"step": found.step, "split": arguments.split, "weights": found.weights}
+        print(json.dumps({**what, **numbers, "per_class": classes}, indent=2))
         return
     console = start.console()
     console.print(
         f"step {found.step}, {arguments.split}: accuracy {result.accuracy:.4f}, top-5 {result.top5:.4f}, "
-        f"loss {result.loss:.4f} ({result.examples} examples)"
+        f"loss {result.loss:.4f} ({result.examples} examples, {'EMA' if found.weights == 'ema' else 'raw'} weights)"
     )
     table = Table("class", "accuracy", box=None, pad_edge=False)
     for name, accuracy in zip(names, result.per_class, strict=True):

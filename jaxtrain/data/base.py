@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -37,12 +37,18 @@ class DecodedSource:
     """A source whose examples are encoded images: reading one is mostly Pillow's work."""
 
 
+SPLITS = ("train", "validation", "test")
+
+
 @dataclasses.dataclass(frozen=True)
 class Dataset:
     """A data set cut into splits; `validation` and `test` may be empty.
 
     mean, std: per channel, of pixels in [0, 1]; what the images are normalized with.
     fingerprint: SHA-256 (hex) of what identifies the content and the splits; equal on every process and path.
+    split_fingerprints: the same of each split alone; {} where only the whole is known.
+    split_rule: by which rule splits were drawn from file names ("" where they were not); another rule is another run.
+    notes: what a user should know of it, a sentence each.
     """
 
     name: str
@@ -54,15 +60,24 @@ class Dataset:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     fingerprint: str
+    split_fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    split_rule: str = ""
+    notes: tuple[str, ...] = ()
+
+    def only(self, split: str) -> Dataset:
+        """The same with the other splits empty."""
+        empty = {name: Outline(0, getattr(self, name).shape) for name in SPLITS if name != split}
+        return dataclasses.replace(self, **empty)
 
 
 @dataclasses.dataclass(frozen=True)
 class Parts:
     """What a loader finds, before `sources.load` cuts the missing splits and applies the config.
 
-    validation, test: the data set's own, or None where it has none.
+    validation, test: the data set's own, or None where it has none and one may be drawn from training.
     labels: int [len(train)], for a stratified test split; None where reading them all would cost too much.
-    identity: text that identifies the content.
+    identity: text that identifies the content. identities: the same for each of its own splits.
+    files: (name below the split, bytes) of each training example's file, where they are files: splits are drawn by them.
     """
 
     train: Source
@@ -72,7 +87,10 @@ class Parts:
     mean: tuple[float, ...]
     std: tuple[float, ...]
     identity: str
+    identities: Mapping[str, str] = dataclasses.field(default_factory=dict)
     labels: np.ndarray | None = None
+    files: tuple[tuple[str, int], ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 def channel_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
@@ -115,6 +133,11 @@ class MappedSource:
         return MappedSource, self._paths
 
     @property
+    def labels(self) -> np.ndarray:
+        """int32 [N]."""
+        return np.asarray(self._arrays[1])
+
+    @property
     def shape(self) -> tuple[int, int, int]:
         return _image_shape(self._arrays[0])
 
@@ -142,6 +165,108 @@ class Subset:
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         return self.base.read(self.indices[indices])
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Relabelled:
+    """Another source whose label k is `labels[k]` (int32 [classes])."""
+
+    base: Source
+    labels: np.ndarray
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        return self.base.shape
+
+    def __len__(self) -> int:
+        return len(self.base)
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        images, labels = self.base.read(indices)
+        return images, self.labels[labels]
+
+
+@dataclasses.dataclass(frozen=True)
+class Outline:
+    """A source of known size whose examples are not there."""
+
+    count: int
+    shape: tuple[int, int, int]
+
+    def __len__(self) -> int:
+        return self.count
+
+    def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        raise LookupError(f"an outline has no examples (asked for {len(indices)})")
+
+
+def labels_of(source: Source) -> np.ndarray | None:
+    """int32 [N]: the labels of a source that knows them without reading its images, else None."""
+    if isinstance(source, Subset):
+        whole = labels_of(source.base)
+        return None if whole is None else whole[source.indices]
+    if isinstance(source, Relabelled):
+        whole = labels_of(source.base)
+        return None if whole is None else source.labels[whole]
+    labels: Any = getattr(source, "labels", None)
+    return labels if isinstance(labels, np.ndarray) else None
+
+
+# -------------------------------------------------------------------------------------------------------- class names
+
+
+def follow_classes(dataset: Dataset, known: Sequence[str], *, extend: bool) -> Dataset:
+    """`dataset` with its classes numbered as in `known`, by their names; notes say what has changed.
+
+    extend: a class that is not known takes the number of one that is gone, or a new one, to be trained on. Without it,
+    examples of such classes are left out: a model that was trained on `known` has no output for them.
+
+    Raises `DataError` where names are not unique, or examples would have to be left out that are only known once they
+    are read.
+    """
+    found, known = dataset.class_names, tuple(known)
+    if found == known:
+        return dataset
+    for names in (found, known):
+        if len(set(names)) < len(names):
+            raise DataError(
+                f"The classes of {dataset.name} have changed, and their names are not unique: they cannot be told apart."
+            )
+    gone = [name for name in known if name not in found]
+    new = [name for name in found if name not in known]
+    numbered = list(known)
+    if extend:
+        for old, name in zip(gone, new, strict=False):
+            numbered[numbered.index(old)] = name
+        numbered += new[len(gone) :]
+    numbers = np.array([numbered.index(name) if name in numbered else -1 for name in found], np.int32)
+    notes = [f"the class {name!r} is gone" for name in gone]
+    notes += [
+        f"the class {name!r} is new and has output {numbered.index(name)}" if extend
+        else f"the class {name!r} is not known to the run, and its examples are left out"
+        for name in new
+    ]  # fmt: skip
+
+    def follow(split: str) -> Source:
+        source: Source = getattr(dataset, split)
+        if not len(source):
+            return source
+        if (numbers < 0).any():
+            labels = labels_of(source)
+            if labels is None:
+                raise DataError(
+                    f"The data set {dataset.name} has classes that the run does not know: {', '.join(new)}."
+                )
+            source = Subset(source, np.flatnonzero(numbers[labels] >= 0))
+        return Relabelled(source, numbers)
+
+    return dataclasses.replace(
+        dataset,
+        **{split: follow(split) for split in SPLITS},
+        num_classes=len(numbered),
+        class_names=tuple(numbered),
+        notes=(*dataset.notes, *notes),
+    )
 
 
 def _image_shape(images: np.ndarray) -> tuple[int, int, int]:

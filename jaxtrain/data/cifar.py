@@ -28,7 +28,7 @@ class Official:
     archive_sha256: as Keras pins it; the page gives MD5 only.
     folder: what the archive extracts to.
     files: name -> (bytes, MD5). splits: split -> its files, in order. examples: split -> how many.
-    meta: the file with the names of the classes.
+    shape: of every image. classes: how many the labels used have. meta: the file with their names.
     labels: feature -> (key of its class names in `meta`, key of its column in a split's file).
     mean, std: per channel, over the training images in [0, 1].
     """
@@ -40,10 +40,12 @@ class Official:
     files: Mapping[str, tuple[int, str]]
     splits: Mapping[str, tuple[str, ...]]
     examples: Mapping[str, int]
+    classes: int
     meta: str
     labels: Mapping[str, tuple[bytes, bytes]]
     mean: tuple[float, ...]
     std: tuple[float, ...]
+    shape: tuple[int, int, int] = (32, 32, 3)
 
     @property
     def archive(self) -> str:
@@ -68,6 +70,7 @@ OFFICIAL = {
         },
         splits={"train": tuple(f"data_batch_{k}" for k in range(1, 6)), "test": ("test_batch",)},
         examples={"train": 50_000, "test": 10_000},
+        classes=10,
         meta="batches.meta",
         labels={"label": (b"label_names", b"labels")},
         mean=(0.4914, 0.4822, 0.4465),
@@ -85,6 +88,7 @@ OFFICIAL = {
         },
         splits={"train": ("train",), "test": ("test",)},
         examples={"train": 50_000, "test": 10_000},
+        classes=100,
         meta="meta",
         labels={
             "label": (b"fine_label_names", b"fine_labels"),
@@ -144,7 +148,8 @@ def examples(official: Official, files: Mapping[str, bytes], split: str) -> Iter
     """Yields (image uint8 [32, 32, 3], label feature -> class) of a split, in the official order."""
     for name in official.splits[split]:
         content = _unpickle(files[name])
-        images = content[b"data"].reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)
+        height, width, channels = official.shape
+        images = content[b"data"].reshape(-1, channels, height, width).transpose(0, 2, 3, 1)
         columns = {feature: content[key] for feature, (_, key) in official.labels.items()}
         for row, image in enumerate(images):
             yield np.ascontiguousarray(image), {feature: int(column[row]) for feature, column in columns.items()}

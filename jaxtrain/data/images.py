@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from PIL import Image
 
 from jaxtrain.config import did_you_mean
 from jaxtrain.data import base
-from jaxtrain.errors import DataError
+from jaxtrain.errors import ConfigError, DataError
 
 _EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
@@ -93,58 +94,102 @@ def _read_bytes(path: Path) -> bytes:
         raise DataError(f"{path} (class {path.parent.name!r}) cannot be read ({error.strerror}).") from None
 
 
-def folder(path: Path, side: int) -> base.Parts:
+def folder(path: Path, side: int, chosen: Mapping[str, str], needed: str = "") -> base.Parts:
     """Finds the images of PATH/{train,val|valid|validation,test}/CLASS/*, or of PATH/CLASS/* where there are no splits.
 
-    Classes are the folders' names, sorted; other files than images are left alone. Raises `DataError` for a class or a
-    split without images, a class that training lacks, folders beside the splits, a name that is no UTF-8, and a link that
-    leaves `path` (it could name any file).
+    Classes are the folders' names, sorted; other files than images are left alone.
+
+    Args:
+      path: the folder.
+      side: of the square that every image is resized and cropped to.
+      chosen: as `DataConfig.chosen_splits`: folders that are splits whatever they are called; others may lie beside them.
+      needed: the one split whose folder must be there, "" for all.
+
+    Raises:
+      DataError: for a class or a split without images, a class that training lacks, folders beside the splits, a name that
+        is no UTF-8, and a link that leaves `path` (it could name any file). ConfigError: a chosen split is not there.
     """
     root = path.resolve()
-    splits = _splits(root) or {"train": "."}
-    classes = tuple(e.name for e in _listing(root / splits["train"], root) if e.is_dir())
-    if len(classes) < 2:
+    splits = _splits(root, chosen) or {"train": "."}
+    required = needed if needed in splits else "train"
+    if required not in splits:
+        raise DataError(f"{root}: has {', '.join(sorted(splits.values()))} but no train.")
+    of_classes = {required, *({"train"} & splits.keys())}
+    names = {e.name for split in of_classes for e in _listing(root / splits[split], root) if e.is_dir()}
+    if len(names) < 2 and not needed:
         raise DataError(f"{root / splits['train']}: needs a folder of images for each of at least 2 classes.")
+    classes = tuple(sorted(names))
     digest = hashlib.sha256(f"{side} {classes}".encode())
-    sources = {split: _split_source(root, name, classes, side, digest) for split, name in splits.items()}
+    sources: dict[str, FolderSource] = {}
+    sizes: dict[str, list[int]] = {}
+    identities: dict[str, str] = {}
+    for split, name in splits.items():
+        try:
+            sources[split], sizes[split] = _split_source(root, name, classes, side)
+        except DataError:
+            if needed and split != required:
+                continue  # as if it were not there
+            raise
+        identities[split] = "".join(
+            f"{file} {size}\n" for file, size in zip(sources[split].files, sizes[split], strict=True)
+        )
+        digest.update(identities[split].encode())
+    absent = base.Outline(0, (side, side, 3))
+    found = (
+        {split: absent for split, name in chosen.items() if name == "none"} | dict.fromkeys(splits, absent) | sources
+    )
     mean, std = base.channel_statistics(3)
+    train = sources.get("train")
+    below = len(splits.get("train", "")) + 1
     return base.Parts(
-        train=sources["train"],
-        validation=sources.get("validation"),
-        test=sources.get("test"),
+        train=found.get("train", absent),
+        validation=found.get("validation"),
+        test=found.get("test"),
         class_names=classes,
         mean=mean,
         std=std,
         identity=digest.hexdigest(),
-        labels=sources["train"].labels,
+        identities=identities,
+        labels=train.labels if train else None,
+        files=tuple((file[below:], size) for file, size in zip(train.files, sizes["train"], strict=True))
+        if train
+        else (),
     )
 
 
 _SPLITS = {"train": "train", "val": "validation", "valid": "validation", "validation": "validation", "test": "test"}
 
 
-def _splits(root: Path) -> dict[str, str]:
+def _splits(root: Path, chosen: Mapping[str, str]) -> dict[str, str]:
     """The folder of each split, {} where there are none. Raises `DataError` where images would be left out unnoticed."""
     names = [entry.name for entry in _listing(root, root) if entry.is_dir()]
-    found: dict[str, str] = {}
+    found: dict[str, str] = {split: name for split, name in chosen.items() if name != "none"}
+    for split, name in found.items():
+        if name not in names:
+            there = f"it has {', '.join(names[:8])}{', ...' * (len(names) > 8)}" if names else "it has none"
+            raise ConfigError(f"config.data.splits: {root} has no folder {name!r} for {split}; {there}.")
     for name in names:
+        if name in chosen.values() or _SPLITS.get(name) in chosen:
+            continue
         if (split := _SPLITS.get(name)) in found:
             raise DataError(f"{root}: {found[split]} and {name} are both for {split}; keep one of them.")
         if split:
             found[split] = name
-    if found and "train" not in found:
-        raise DataError(f"{root}: has {', '.join(sorted(found.values()))} but no train.")
-    if found and (others := [name for name in names if name not in _SPLITS]):
+    others = [name for name in names if name not in _SPLITS and name not in found.values()]
+    if found and others and not chosen:
         raise DataError(
             f"{root}: has the split{'s' * (len(found) > 1)} {', '.join(found.values())} and beside them {', '.join(others[:3])}"
-            f"{', ...' * (len(others) > 3)}; splits are called {', '.join(_SPLITS)}, and a class must not be called like one."
+            f"{', ...' * (len(others) > 3)}; splits are called {', '.join(_SPLITS)}, and a class must not be called like one. "
+            "config.data.splits names others."
         )
     return found
 
 
-def _split_source(root: Path, split: str, classes: tuple[str, ...], side: int, digest: hashlib._Hash) -> FolderSource:
+def _split_source(root: Path, split: str, classes: tuple[str, ...], side: int) -> tuple[FolderSource, list[int]]:
+    """The images of a split's folder, and the bytes of each of their files."""
     files: list[str] = []
     labels: list[int] = []
+    sizes: list[int] = []
     for folder_entry in _listing(root / split, root):
         name = folder_entry.name
         if not folder_entry.is_dir():
@@ -154,13 +199,12 @@ def _split_source(root: Path, split: str, classes: tuple[str, ...], side: int, d
         images = [e for e in _listing(root / split / name, root) if e.name.lower().endswith(_EXTENSIONS)]
         if not images:
             raise DataError(f"{root / split / name}: the class has no images ({', '.join(_EXTENSIONS)}).")
-        for entry in images:
-            digest.update(f"{split}/{name}/{entry.name} {_size(entry)}\n".encode())
+        sizes += [_size(entry) for entry in images]
         files += [os.path.join(split, name, entry.name) for entry in images]
         labels += [classes.index(name)] * len(images)
     if not files:
         raise DataError(f"{root / split}: the split has no images.")
-    return FolderSource(root, tuple(files), np.array(labels, np.int32), side)
+    return FolderSource(root, tuple(files), np.array(labels, np.int32), side), sizes
 
 
 def _size(entry: os.DirEntry[str]) -> int:

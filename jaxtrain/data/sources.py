@@ -5,23 +5,25 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import gzip
 import hashlib
 import importlib.util
-import json
 import os
 import re
+import shlex
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 
-from jaxtrain.config import DataConfig, did_you_mean
-from jaxtrain.data import base, cifar, images, order
+from jaxtrain.config import DataConfig, did_you_mean, without_effect
+from jaxtrain.data import base, cifar, contents, images, splits
 from jaxtrain.data.base import Dataset, Source, materialize, nbytes
-from jaxtrain.errors import ConfigError, DataError
-from jaxtrain.plugins import load_dotted
+from jaxtrain.errors import ConfigError, DataError, WorkdirError
+from jaxtrain.plugins import load_dotted, watch
 
 __all__ = [
     "Dataset",
@@ -32,12 +34,14 @@ __all__ = [
     "load",
     "materialize",
     "nbytes",
+    "outline",
     "prepare",
+    "record_contents",
+    "recorded_on",
     "verify",
 ]
 
 NAMES = ("digits", "synthetic", *cifar.OFFICIAL)
-_TEST_SHARE = 0.2  # of a data set that has neither a validation nor a test split of its own
 _SYNTHETIC_EXAMPLES = 10_000
 _LARGE_SIDE = 96
 
@@ -61,26 +65,64 @@ def check_name(config: DataConfig) -> None:
         )
 
 
-def load(config: DataConfig, *, image_size: int = 0) -> Dataset:
+def load(config: DataConfig, *, image_size: int = 0, needed: str = "") -> Dataset:
     """The data set `config.name`, cut into train, validation and test.
 
     image_size: side that the model sees. Sources with a size of their own keep it (the device resizes). Images that
     differ in size need it: they are stored at this side, or at 8/7 of it with `resize_crop` (224 -> 256).
+    needed: the one split whose files must be there ("" for all); others whose files are not are then empty.
 
-    Splits: a data set's own ones are used. Without a validation split, the share `config.validation` of training is
-    held out; with a validation but no test split (ImageNet), the validation split serves as both; with neither, a fifth
-    of every class is held out for the test first. `config.split_seed` alone decides which examples. `config.examples`
-    then keeps the first so many of the training examples, in split order.
+    Splits: a data set's own ones are used, or those that `config.splits` names. Without a validation split, the share
+    `config.validation` of training is held out; without a test split there is none, unless both are missing: then a fifth
+    of training is held out for the test first. Of a folder, a file is held out when a hash of its name is below the share,
+    so that no added file moves another; elsewhere positions are drawn (for the test, of every class where labels are
+    known), so that every data set keeps its splits while it has the same examples. `config.split_seed` alone decides
+    which. `config.examples` then keeps the first so many of the training examples, in split order.
 
     Raises `ConfigError` for an unknown name or settings that do not fit the data, and `DataError` for data that is
     missing or damaged.
     """
-    if not _is_dotted(config.name):
-        return _split(_find_parts(config, image_size), config)
-    dataset = load_dotted(config.name, "data.name")(config, image_size=image_size)
+    if _is_dotted(config.name):
+        dataset = _own(config, image_size)
+    else:
+        dataset = splits.cut(_find_parts(config, image_size, needed), config, needed)
+        if config.name in ("digits", "synthetic") or config.name.startswith("folder:"):
+            notes = without_effect("data", config, ["dir"], f"{config.name} is not in the data directory")
+            dataset = dataclasses.replace(dataset, notes=(*dataset.notes, *notes))
+    return dataset
+
+
+def _own(config: DataConfig, image_size: int) -> Dataset:
+    """What a user's factory returns, with a note of the settings that it has not looked at."""
+    watched, read = watch(config)
+    dataset = load_dotted(config.name, "data.name")(watched, image_size=image_size)
     if not isinstance(dataset, Dataset):
         raise ConfigError(f"config.data.name={config.name!r}: returned {type(dataset).__name__}, not a Dataset.")
-    return dataset
+    for split in base.SPLITS:
+        labels = base.labels_of(getattr(dataset, split))
+        if labels is not None and len(wrong := np.flatnonzero((labels < 0) | (labels >= dataset.num_classes))):
+            raise DataError(
+                f"config.data.name={config.name!r}: example {wrong[0]} of {split} has label {labels[wrong[0]]}, and there are "
+                f"{dataset.num_classes} classes; leave out a split that has no labels."
+            )
+    unread = [name for name in ("dir", "splits", "examples", "validation", "split_seed") if name not in read]
+    notes = without_effect("data", config, unread, f"{config.name} does not read it")
+    return dataclasses.replace(dataset, notes=(*dataset.notes, *notes))
+
+
+def outline(config: DataConfig, *, image_size: int = 0) -> Dataset:
+    """What `load` returns, or the same without its examples where they need not be there to know how many there are.
+
+    Accepts and refuses what `load` does.
+    """
+    if config.name not in cifar.OFFICIAL:
+        return load(config, image_size=image_size)
+    _refuse_chosen_splits(config)
+    official = cifar.OFFICIAL[config.name]
+    train, test = (base.Outline(official.examples[split], official.shape) for split in ("train", "test"))
+    names = tuple(str(label) for label in range(official.classes))
+    parts = base.Parts(train, None, test, names, official.mean, official.std, identity="outline")
+    return splits.cut(parts, config)
 
 
 def prepare(config: DataConfig) -> Path | None:
@@ -99,16 +141,72 @@ def prepare(config: DataConfig) -> Path | None:
     return _find_prepared(config)
 
 
-def verify(config: DataConfig) -> dict[str, int]:
+def verify(config: DataConfig, progress: Progress = iter) -> dict[str, int]:
     """Reads every example, and compares hashes where they are stored; returns split -> number of examples.
 
-    Raises `DataError` naming the file and the record of the first that is damaged.
+    Of a folder, the contents are compared with those that `record_contents` has stored, and stored where it has not.
+
+    Raises `DataError` naming the file and the record of the first that is damaged, or the files that have changed.
     """
     if config.name in cifar.OFFICIAL:
         return _tfds_sets().verify_cifar(config.name, data_dir(config))
     dataset = load(dataclasses.replace(config, examples=0), image_size=config.image_size or 32)
-    splits = {"train": dataset.train, "validation": dataset.validation, "test": dataset.test}
-    return {name: sum(len(labels) for _, _, labels in base.chunks(source)) for name, source in splits.items()}
+    counts = {split: sum(len(labels) for _, _, labels in base.chunks(getattr(dataset, split))) for split in base.SPLITS}
+    if config.name.startswith("folder:"):
+        folder, names, path = _folder_files(config, dataset)
+        recorded = contents.read_record(path)
+        changed = contents.compare(folder, names, recorded, progress) if recorded else []
+        if recorded and changed:
+            raise DataError(
+                f"{len(changed):,} of {len(recorded.files):,} files of {folder} are not as they were on {recorded.when} "
+                f"({', '.join(changed[:3])}{', ...' * (len(changed) > 3)}); bring them back, or take them as they are with "
+                f"`jaxtrain data prepare {shlex.quote(config.name)}`."
+            )
+        contents.record(folder, names, path, known=recorded, progress=progress)
+    return counts
+
+
+Progress = Callable[[Iterable[str]], Iterable[str]]  # wraps an iterable of files to show how far it is
+
+# Of a folder up to this size a run records the contents at its first start, in a second or two.
+_SMALL_FILES, _SMALL_BYTES = 50_000, 1 << 30
+
+
+def record_contents(config: DataConfig, dataset: Dataset, *, afresh: bool = False, progress: Progress = iter) -> str:
+    """Stores a SHA-256 of every file of a folder, for `verify`; returns what was recorded when, "" where nothing is.
+
+    afresh: read every file again and take it as it is; else files that are known are not read again, and a folder of more
+    than 1 GiB or 50,000 files is left to who asks for it.
+    """
+    if not config.name.startswith("folder:"):
+        return ""
+    folder, names, path = _folder_files(config, dataset)
+    if not afresh:
+        if len(names) > _SMALL_FILES or sum(os.stat(folder / name).st_size for name in names) > _SMALL_BYTES:
+            return ""
+        with contextlib.suppress(OSError, WorkdirError, DataError):  # the data directory need not be writable for this
+            contents.record(folder, names, path, known=contents.read_record(path))
+        return ""
+    found = contents.record(folder, names, path, progress=progress)
+    return f"{len(found.files):,} files recorded in {path}"
+
+
+def recorded_on(config: DataConfig) -> str:
+    """When the contents of a folder were recorded, "" where they were not."""
+    if not config.name.startswith("folder:"):
+        return ""
+    found = contents.read_record(contents.record_path(_folder_path(config), data_dir(config)))
+    return found.when if found else ""
+
+
+def _folder_files(config: DataConfig, dataset: Dataset) -> tuple[Path, set[str], Path]:
+    """The folder, its images' files below it, and where their contents are recorded."""
+    folder = _folder_path(config).resolve()
+    wholes = (_whole(getattr(dataset, split)) for split in base.SPLITS)
+    names = {
+        os.path.normpath(file) for whole in wholes if isinstance(whole, images.FolderSource) for file in whole.files
+    }
+    return folder, names, contents.record_path(folder, data_dir(config))
 
 
 def is_cheap(source: Source) -> bool:
@@ -126,7 +224,7 @@ def decodes_images(source: Source) -> bool:
 
 
 def _whole(source: Source) -> Source:
-    while isinstance(source, base.Subset):
+    while isinstance(source, (base.Subset, base.Relabelled)):
         source = source.base
     return source
 
@@ -153,72 +251,39 @@ def _folder_path(config: DataConfig) -> Path:
     return path
 
 
-def _find_parts(config: DataConfig, image_size: int) -> base.Parts:
+def _find_parts(config: DataConfig, image_size: int, needed: str) -> base.Parts:
     name = config.name
+    side = round(image_size * 8 / 7) if config.augmentation == "resize_crop" else image_size
+    if name.startswith("folder:"):
+        if not side:
+            raise ConfigError(f"config.data.image_size=0: set the side that the images of {name!r} are cut to.")
+        return images.folder(_folder_path(config), side, config.chosen_splits, needed)
+    if _is_tfds(name):
+        directory = _find_prepared(config)
+        return _tfds_sets().load_prepared(directory, data_dir(config), side, config.chosen_splits, needed)
+    _refuse_chosen_splits(config)
     if name == "digits":
         return _digits()
     if name == "synthetic":
         return _synthetic(config, image_size)
-    if name in cifar.OFFICIAL:
-        return _tfds_sets().load_cifar(name, data_dir(config))
-    side = round(image_size * 8 / 7) if config.augmentation == "resize_crop" else image_size
-    if not name.startswith("folder:"):
-        return _tfds_sets().load_prepared(_find_prepared(config), data_dir(config), side)
-    if not side:
-        raise ConfigError(f"config.data.image_size=0: set the side that the images of {name!r} are cut to.")
-    return images.folder(_folder_path(config), side)
+    return _tfds_sets().load_cifar(name, data_dir(config))
+
+
+def _refuse_chosen_splits(config: DataConfig) -> None:
+    if config.splits:
+        raise ConfigError(
+            f"config.data.splits={config.splits!r}: {config.name} has its own splits; leave it out, or hold out another share "
+            "with config.data.validation."
+        )
+
+
+def _is_tfds(name: str) -> bool:
+    return name not in NAMES and not name.startswith("folder:") and not _is_dotted(name)
 
 
 def _find_prepared(config: DataConfig) -> Path:
     check_name(config)
     return _tfds_sets().find(config.name, data_dir(config))
-
-
-# -------------------------------------------------------------------------------------------------------------- splits
-
-
-def _split(parts: base.Parts, config: DataConfig) -> Dataset:
-    validation, test = parts.validation, parts.test
-    train = np.arange(len(parts.train), dtype=np.int64)
-    if validation is None and test is None:
-        labels = np.zeros(len(train), np.int32) if parts.labels is None else parts.labels
-        held = _stratified(labels, _TEST_SHARE, config.split_seed)
-        train, test = np.setdiff1d(train, held), base.Subset(parts.train, held)
-    train = train[order.split_permutation(len(train), config.split_seed)]
-    if validation is None:
-        count = round(len(train) * config.validation)
-        train, validation = train[count:], base.Subset(parts.train, train[:count])
-    if config.examples > len(train) or not len(train):
-        raise ConfigError(
-            f"config.data.examples={config.examples}: {config.name} has {len(train):,} training examples"
-            f" (config.data.validation={config.validation:g} is held out)."
-        )
-    channels = parts.train.shape[2]
-    mean, std = (config.mean, config.std) if config.mean else (parts.mean, parts.std)
-    if len(mean) != channels:
-        raise ConfigError(f"config.data.mean={mean!r}: must have {channels} numbers, one for each channel.")
-    splits = (config.split_seed, config.validation, config.examples)
-    return Dataset(
-        name=config.name,
-        train=base.Subset(parts.train, train[: config.examples or None]),
-        validation=validation,
-        test=validation if test is None else test,
-        num_classes=len(parts.class_names),
-        class_names=parts.class_names,
-        mean=tuple(float(m) for m in mean),
-        std=tuple(float(s) for s in std),
-        fingerprint=hashlib.sha256(json.dumps([parts.identity, *splits]).encode()).hexdigest(),
-    )
-
-
-def _stratified(labels: np.ndarray, share: float, split_seed: int) -> np.ndarray:
-    """int64, sorted: `share` of the examples of every class, at least one of each."""
-    held = []
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        count = max(1, round(share * len(members)))
-        held.append(members[order.split_permutation(len(members), split_seed, role=1 + int(label))[:count]])
-    return np.sort(np.concatenate(held))
 
 
 # -------------------------------------------------------------------------------------------------------------- digits

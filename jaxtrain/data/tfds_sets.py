@@ -20,7 +20,7 @@ import shutil
 import sys
 import time
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -61,7 +61,7 @@ class _Cifar(tfds.core.GeneratorBasedBuilder):
 
     def _info(self) -> Any:
         labels = {feature: tfds.features.ClassLabel() for feature in self.official.labels}
-        image = tfds.features.Image(shape=(32, 32, 3), encoding_format="png")
+        image = tfds.features.Image(shape=self.official.shape, encoding_format="png")
         return tfds.core.DatasetInfo(
             builder=self,
             description="CIFAR: A. Krizhevsky, Learning Multiple Layers of Features from Tiny Images, 2009.",
@@ -281,6 +281,10 @@ def load_cifar(name: str, root: Path) -> base.Parts:
         mean=official.mean,
         std=official.std,
         identity=json.dumps([name, *official.files.values()]),
+        identities={
+            split: json.dumps([name, *(official.files[file] for file in files)])
+            for split, files in official.splits.items()
+        },
     )
 
 
@@ -320,14 +324,8 @@ class TfdsSource(base.DecodedSource):
         """
         self._arguments = (directory, split, side)
         self._side = side
-        try:
-            builder: Any = tfds.builder_from_directory(directory)
-            info = builder.info
-            formats = {str(getattr(f, "value", f)) for f in info.available_file_formats()}
-        except Exception as error:  # TFDS raises what its parsers raise
-            raise DataError(
-                f"{directory} is not a complete TFDS data set ({error}); delete it and prepare it again."
-            ) from None
+        builder, formats = _builder(directory)
+        info = builder.info
         if "array_record" not in formats:
             raise DataError(
                 f"{directory} is stored as {' and '.join(sorted(formats))}, which has no random access: run `tfds "
@@ -343,10 +341,10 @@ class TfdsSource(base.DecodedSource):
         raw = tfds.decode.DeserializeMethod.RAW_BYTES
         try:
             self._records = builder.as_data_source(split, deserialize_method=raw, file_format="array_record")
-            self._files = [(Path(f.filename), f.take) for f in info.splits[split].file_instructions]
+            self._files = [(Path(f.filename), f.skip, f.take) for f in info.splits[split].file_instructions]
         except Exception as error:
             raise DataError(f"{directory}: the split {split!r} cannot be opened ({error}).") from None
-        for path, _ in self._files:
+        for path, _, _ in self._files:
             if not path.exists():
                 raise DataError(f"{path} is missing; prepare the data set again.")
 
@@ -358,11 +356,21 @@ class TfdsSource(base.DecodedSource):
 
     def where(self, index: int) -> str:
         """'FILE: record N' of example `index`."""
-        for path, count in self._files:
+        for path, skip, count in self._files:
             if index < count:
-                return f"{path}: record {index}"
+                return f"{path}: record {index + skip}"
             index -= count
         raise IndexError(index)
+
+    @property
+    def identity(self) -> str:
+        """Text that identifies its content: the files' names and sizes, and which of their records it has."""
+        files = [(path.name, path.stat().st_size, skip, count) for path, skip, count in self._files]
+        return json.dumps([self._arguments[0].name, self._side, files])
+
+    def label(self, index: int) -> int:
+        """The label of example `index` as it is stored: -1 where there is none."""
+        return self._parse(self._fetch_one(index), self.where(index))[1]
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         pixels = np.empty((len(indices), *self.shape), np.uint8)
@@ -398,6 +406,17 @@ class TfdsSource(base.DecodedSource):
         except Exception as error:  # array_record raises what its C++ library reports
             reason = " ".join(str(error).split())
             raise DataError(f"{self.where(index)} is damaged ({reason}).") from None
+
+
+def _builder(directory: Path) -> tuple[Any, set[str]]:
+    """TFDS's builder of a prepared data set, and the formats of its files. Raises `DataError` where it is not one."""
+    try:
+        builder: Any = tfds.builder_from_directory(directory)
+        return builder, {str(getattr(f, "value", f)) for f in builder.info.available_file_formats()}
+    except Exception as error:  # TFDS raises what its parsers raise
+        raise DataError(
+            f"{directory} is not a complete TFDS data set ({error}); delete it and prepare it again."
+        ) from None
 
 
 def _keys(directory: Path, info: Any) -> tuple[str, str]:
@@ -442,28 +461,89 @@ def find(name: str, root: Path) -> Path:
     )
 
 
-def load_prepared(directory: Path, root: Path, side: int) -> base.Parts:
+def load_prepared(directory: Path, root: Path, side: int, chosen: Mapping[str, str], needed: str) -> base.Parts:
     """The data set in `directory`, below `root`; `side` is used where its images differ in size.
 
-    Raises `DataError` when it is damaged, and `ConfigError` when a side is needed and is 0.
+    chosen: as `DataConfig.chosen_splits`; what it does not name has the split's usual name. A split without labels, as
+    the test of a competition, counts as absent. needed: the one split whose files must be there, "" for all.
+
+    Raises `DataError` when it is damaged, and `ConfigError` when a side is needed and is 0, or a chosen split is not there.
     """
-    train = TfdsSource(directory, "train")
-    if None in train.shape and not side:
+    names = _split_names(directory, chosen)
+    required = needed if needed in names else "train"
+    first = TfdsSource(directory, names[required])
+    if None in first.shape and not side:
         raise ConfigError(
             f"config.data.image_size=0: the images in {directory} differ in size; set the side they are cut to."
         )
-    side = side if None in train.shape else 0
-    info = tfds.builder_from_directory(directory).info
-    present = [split for split in info.splits if info.splits[split].num_examples]
-    own = {split: TfdsSource(directory, split, side) for split in ("train", "validation", "test") if split in present}
-    mean, std = base.channel_statistics(train.shape[2])
+    side = side if None in first.shape else 0
+    sources: dict[str, TfdsSource] = {}
+    for split, name in names.items():
+        try:
+            sources[split] = TfdsSource(directory, name, side)
+        except DataError:
+            if not needed or split == required:
+                raise
+    unlabelled = [split for split, source in sources.items() if _is_unlabelled(source)]
+    for split in unlabelled:
+        if split == "train" or split in chosen:
+            raise DataError(
+                f"{directory}: the split {names[split]!r} has no labels (-1); choose another with config.data.splits."
+            )
+        del sources[split]
+    shape = (side, side, first.shape[2]) if side else first.shape
+    not_read = [split for split in names if split not in unlabelled]
+    not_wanted = [split for split, name in chosen.items() if name == "none"]
+    own: dict[str, base.Source] = {**dict.fromkeys([*not_read, *not_wanted], base.Outline(0, shape)), **sources}
+    mean, std = base.channel_statistics(first.shape[2])
     files = [(p.name, p.stat().st_size) for p in sorted(directory.iterdir()) if not p.name.startswith(".")]
+    identity = [str(directory.relative_to(root)), side, files]
+    # What is drawn from training depends on what was left out; a data set that lacks nothing keeps its identity.
+    drawn_anew = unlabelled if "validation" not in own else []
     return base.Parts(
         train=own["train"],
         validation=own.get("validation"),
         test=own.get("test"),
-        class_names=train.class_names,
+        class_names=first.class_names,
         mean=mean,
         std=std,
-        identity=json.dumps([str(directory.relative_to(root)), side, files]),
+        identity=json.dumps([*identity, *([names] if chosen else []), *([drawn_anew] if drawn_anew else [])]),
+        identities={split: source.identity for split, source in sources.items()},
+        notes=tuple(f"the split {names[split]!r} has no labels and is left out" for split in unlabelled),
     )
+
+
+def _split_names(directory: Path, chosen: Mapping[str, str]) -> dict[str, str]:
+    """Of train, validation and test those that are there or chosen -> TFDS's name of it (`train`, or `train[:90%]`)."""
+    info = _builder(directory)[0].info
+    names = {split: chosen.get(split, split) for split in base.SPLITS}
+    for name in chosen.values():
+        if name != "none" and not _examples(info, name):
+            there = ", ".join(sorted(key for key in info.splits if info.splits[key].num_examples))
+            raise ConfigError(f"config.data.splits: {directory} has no split {name!r}; it has {there}.")
+    found = {split: name for split, name in names.items() if name != "none" and _examples(info, name)}
+    return {"train": names["train"], **found}
+
+
+def _examples(info: Any, split: str) -> int:
+    try:
+        return info.splits[split].num_examples
+    except Exception:  # TFDS raises what its parsers raise
+        return 0
+
+
+# How many labels are looked at to tell whether a split has any: reading one reads its image.
+_LOOKED_AT = 16
+
+
+def _is_unlabelled(source: TfdsSource) -> bool:
+    """Whether no example of `source` has a label (-1), by those that are looked at. Raises `DataError` where some have one."""
+    looked = np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int)).tolist() if len(source) else []
+    labels: dict[int, int] = {}
+    for index in looked:
+        with contextlib.suppress(DataError):  # a damaged record is told of by who reads it
+            labels[index] = source.label(index)
+    missing = [index for index, label in labels.items() if label < 0]
+    if missing and len(missing) < len(labels):
+        raise DataError(f"{source.where(missing[0])} has no label (-1), and others of its split have one.")
+    return bool(missing)

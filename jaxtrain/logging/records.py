@@ -65,9 +65,10 @@ class NullRecords:
 class Records(NullRecords):
     """Process 0's records. Opening forgets what was recorded after the resumed step, so no row is there twice."""
 
-    def __init__(self, workdir: Workdir, step: int = 0, epochs_done: int = 0):
+    def __init__(self, workdir: Workdir, step: int = 0, epochs_done: int = 0, since: int = 0):
         """Opens the files for a run that goes on from `step`, at which `epochs_done` whole epochs were trained.
 
+        since: the step after which it has had its present data set, whose epochs the rows of the CSV are of.
         Rows of the metrics of step `step` and before must have been recorded before its checkpoint became durable, or a
         kill in between loses them: nothing computes them again.
         """
@@ -76,8 +77,9 @@ class Records(NullRecords):
         self._csv = MetricsCsv(workdir.metrics_csv)
         # The CSV has no steps. Of the epoch that is going on, it holds the evaluations that the step-level file still
         # has: a later one, now undone, may have replaced an earlier one.
-        whole = [row for row in self._csv.rows if row.epoch < epochs_done]
-        self._csv.replace(whole + [_epoch_row(row) for row in self._jsonl.evaluations])
+        whole = [row for row in self._csv.rows if row.epoch < epochs_done and step > since]
+        evaluations = [row for row in self._jsonl.evaluations if row["step"] > since]
+        self._csv.replace(whole + [_epoch_row(row) for row in evaluations])
         self._events = {phase: EventFile(workdir.tensorboard / phase, step) for phase in PHASES}
 
     def train_step(self, row: Mapping[str, Any]) -> None:

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 import re
 import socket
 import subprocess
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 import runs
 import tiny
-from runs import SMALL, here
+from runs import SMALL, draw_folder, here
 from test_launch import FAULTY, FIELDS, worker
 
+from jaxtrain import evaluate
 from jaxtrain.errors import DataError, WorkdirError
 from jaxtrain.lease import held, wait_to_see
+from jaxtrain.trainer import TrainResult
 
 # Python runs a module of this name when it starts: process 1 believes that it is an hour later.
 ONE_HOUR_AHEAD = """
@@ -148,6 +153,64 @@ def test_data_that_has_changed_since_the_last_start(tmp_path, monkeypatch):
         here(run, SMALL, train__steps=8)
     here(run, SMALL, train__steps=8, checkpoint__allow_changes=True)
     assert len(runs.losses(run)) == 8
+
+
+FOLDER = SMALL | {"data.image_size": 8, "data.examples": 0, "data.global_batch": 8, "train.eval_every": "1 epoch"}
+
+
+def folder_run(top: Path, images: int, **more: Any) -> TrainResult:
+    """A run on TOP/data/{train,val,test}, of so many training images in each of two classes."""
+    data = top / "data"
+    draw_folder(data / "train", "ab", 0, images)
+    for split in ("val", "test"):
+        draw_folder(data / split, "ab", 200, 204)
+    return here(top / "run", FOLDER | {"data.name": f"folder:{data}"}, checkpoint__every="5", **more)
+
+
+@pytest.mark.parametrize(("first", "second"), [(20, 50), (40, 20)])
+def test_data_that_grew_or_shrank_loses_no_row_and_mixes_none(tmp_path, first, second):
+    """120 examples of the first data set, then 120 of the second: a row of an epoch is of one of them alone."""
+    folder_run(tmp_path, first, train__steps=15)
+    before = (tmp_path / "run/metrics.csv").read_text(), (tmp_path / "run/metrics.jsonl").read_text()
+    for path in (tmp_path / "data/train").glob("*/*"):
+        path.unlink()
+    with pytest.raises(DataError, match=f"train had {2 * first} examples and has {2 * second}"):
+        folder_run(tmp_path, second, train__steps=30)
+    folder_run(tmp_path, second, train__steps=30, checkpoint__allow_changes=True)
+    (folder,) = (tmp_path / "run/superseded").glob("*")
+    assert ((folder / "metrics.csv").read_text(), (folder / "metrics.jsonl").read_text()) == before
+
+    losses = runs.losses(tmp_path / "run")  # every step is there once
+    assert losses[:15].tolist() == [json.loads(line)["loss"] for line in before[1].splitlines() if '"train"' in line]
+    found = [line.split(",") for line in runs.epochs(tmp_path / "run")[1:]]
+    rows = {int(epoch): float(loss) for epoch, phase, loss, _ in found if phase == "train"}
+    ends = [step for step in range(16, 31) if 8 * step // (2 * second) > 8 * (step - 1) // (2 * second)]
+    starts = [15, *ends]
+    for epoch, begin, end in zip(sorted(rows), starts, [*ends, 30], strict=False):
+        np.testing.assert_allclose(rows[epoch], losses[begin:end].mean(), atol=2e-6)
+
+    again = folder_run(tmp_path, second, train__steps=34)
+    assert [row["step"] for row in again.history if row["phase"] == "train"] == [31, 32, 33, 34]
+    whole = [line for line in found if int(line[0]) < 8 * 30 // (2 * second) and line[1] != "test"]
+    assert [line.split(",") for line in runs.epochs(tmp_path / "run")[1:]][: len(whole)] == whole
+
+
+def test_a_renamed_class_keeps_its_output_on_resume(tmp_path):
+    """Classes are numbered by the run's names, so that no other changes its meaning with them."""
+    folder_run(tmp_path, 20, train__steps=15)
+    for split in ("train", "val", "test"):
+        (tmp_path / "data" / split / "a").rename(tmp_path / "data" / split / "z")
+    fields = FOLDER | {"data.name": f"folder:{tmp_path / 'data'}", "checkpoint.every": "5", "train.steps": 20}
+    with pytest.raises(DataError, match="the class 'a' is gone; the class 'z' is new"):
+        here(tmp_path / "run", fields)
+    here(tmp_path / "run", fields, checkpoint__allow_changes=True)
+    record = json.loads((tmp_path / "run/dataset.json").read_text())
+    assert record["class_names"] == ["z", "b"]
+    found = evaluate(tmp_path / "run", "train", checkpoint="latest", num_devices=1)
+    assert found.class_names == ("z", "b")
+    assert found.result.accuracy > 0.9
+    here(tmp_path / "run", fields, train__steps=22)  # and on the next start as well
+    assert evaluate(tmp_path / "run", "train", checkpoint="latest", num_devices=1).result.accuracy > 0.9
 
 
 LITTLE_MEMORY = """

@@ -1,0 +1,198 @@
+"""How a data set is cut into train, validation and test, where it does not bring all three."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+
+from jaxtrain.config import DataConfig, without_effect
+from jaxtrain.data import base, order
+from jaxtrain.errors import ConfigError
+
+# By which rule files are held out. It enters the fingerprint, since a run that went on under another rule would train on
+# what it had held out.
+FILE_RULE = "by file name, version 1"
+
+_TEST_SHARE = 0.2  # of a data set that has neither a validation nor a test split of its own
+
+
+def cut(parts: base.Parts, config: DataConfig, needed: str = "") -> base.Dataset:
+    """The data set of `parts`, with the splits drawn that it lacks (see `sources.load`).
+
+    needed: the one split that will be read, "" for all.
+
+    Raises `ConfigError` where too few training examples are left, or `config.mean` does not fit.
+    """
+    draw = (_ByFile if parts.files and _lacks(parts) else _ByPosition)(parts, config)
+    drawn: dict[str, np.ndarray] = {}
+    train = np.arange(len(parts.train), dtype=np.int64)
+    if "test" in _lacks(parts):
+        train, drawn["test"] = draw.test(train)
+    train = draw.ordered(train)
+    if "validation" in _lacks(parts):
+        train, drawn["validation"] = draw.validation(train)
+    if needed in ("", "train"):
+        _check_train(parts, config, len(train), {split: len(indices) for split, indices in drawn.items()})
+    empty = base.Outline(0, parts.train.shape)
+    found: dict[str, base.Source] = {
+        "train": base.Subset(parts.train, train[: config.examples or None]),
+        "validation": parts.validation or empty,
+        "test": parts.test or empty,
+        **{split: base.Subset(parts.train, indices) for split, indices in drawn.items()},
+    }
+    mean, std = (config.mean, config.std) if config.mean else (parts.mean, parts.std)
+    if len(mean) != parts.train.shape[2]:
+        raise ConfigError(f"config.data.mean={mean!r}: must have {parts.train.shape[2]} numbers, one for each channel.")
+    rule = draw.rule if drawn else ""
+    return base.Dataset(
+        name=config.name,
+        **found,
+        num_classes=len(parts.class_names),
+        class_names=parts.class_names,
+        mean=tuple(float(m) for m in mean),
+        std=tuple(float(s) for s in std),
+        fingerprint=_sha256(
+            [parts.identity, config.split_seed, config.validation, config.examples, *filter(None, [rule])]
+        ),
+        split_fingerprints={split: draw.fingerprint(split, source, drawn) for split, source in found.items()},
+        split_rule=rule,
+        notes=(*parts.notes, *_notes(parts, config, found, drawn, needed)),
+    )
+
+
+def _lacks(parts: base.Parts) -> list[str]:
+    """The splits that are drawn: the validation where there is none, and the test where there is neither."""
+    test = parts.test is None and not len(parts.validation or ())
+    return ["test"] * test + ["validation"] * (parts.validation is None)
+
+
+def _sha256(value: object) -> str:
+    return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+@dataclasses.dataclass(frozen=True)
+class _ByPosition:
+    """Draws positions among the training examples: the splits stay while the examples are the same."""
+
+    parts: base.Parts
+    config: DataConfig
+
+    rule = ""
+
+    def test(self, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(what is left, what is held out) of `train`, each rising."""
+        labels = np.zeros(len(train), np.int32) if self.parts.labels is None else self.parts.labels
+        held = _stratified(labels, _TEST_SHARE, self.config.split_seed)
+        return np.setdiff1d(train, held), held
+
+    def ordered(self, train: np.ndarray) -> np.ndarray:
+        """`train` in split order, in which `validation` and `config.examples` cut it."""
+        return train[order.split_permutation(len(train), self.config.split_seed)]
+
+    def validation(self, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """(what is left, what is held out) of `train` in split order."""
+        count = round(len(train) * self.config.validation)
+        return train[count:], train[:count]
+
+    def fingerprint(self, split: str, source: base.Source, drawn: Mapping[str, np.ndarray]) -> str:
+        """SHA-256 of what identifies a split: its own content, or what it is drawn from and how."""
+        parts, config = self.parts, self.config
+        if split != "train" and split not in drawn:
+            return _sha256(parts.identities.get(split, parts.identity)) if len(source) else ""
+        whole = parts.identities.get("train", parts.identity)
+        shares = {"train": [config.validation, config.examples], "validation": [config.validation], "test": []}
+        return _sha256([whole, split, sorted(drawn), config.split_seed, *shares[split]])
+
+
+@dataclasses.dataclass(frozen=True)
+class _ByFile(_ByPosition):
+    """Holds a file out when a hash of its name is below the share, so that no added file moves another.
+
+    Shares hold on average. The test, the validation and the order have a hash each: three words of one SHA-256.
+    """
+
+    rule = FILE_RULE
+
+    def _hash(self, train: np.ndarray, word: int) -> np.ndarray:
+        """float64 [len(train)] in [0, 1): of the names of these examples' files."""
+        seed, files = self.config.split_seed, self.parts.files
+        digests = (hashlib.sha256(f"{seed}\n{files[index][0]}".encode()).digest() for index in train)
+        return np.array([int.from_bytes(digest[8 * word : 8 * word + 6], "big") for digest in digests]) / 2.0**48
+
+    def test(self, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        held = self._hash(train, 0) < _TEST_SHARE
+        return train[~held], train[held]
+
+    def ordered(self, train: np.ndarray) -> np.ndarray:
+        return train[np.argsort(self._hash(train, 2), kind="stable")]
+
+    def validation(self, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        held = self._hash(train, 1) < self.config.validation
+        return train[~held], train[held]
+
+    def fingerprint(self, split: str, source: base.Source, drawn: Mapping[str, np.ndarray]) -> str:
+        """Of a split that is cut from training: of its own files alone, since others do not move them."""
+        if not isinstance(source, base.Subset):
+            return super().fingerprint(split, source, drawn)
+        return _sha256([self.parts.files[index] for index in np.sort(source.indices)])
+
+
+def _stratified(labels: np.ndarray, share: float, split_seed: int) -> np.ndarray:
+    """int64, sorted: `share` of the examples of every class, at least one of each."""
+    held = []
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = max(1, round(share * len(members)))
+        held.append(members[order.split_permutation(len(members), split_seed, role=1 + int(label))[:count]])
+    return np.sort(np.concatenate(held))
+
+
+def _check_train(parts: base.Parts, config: DataConfig, left: int, drawn: Mapping[str, int]) -> None:
+    """Raises `ConfigError` where too few of the training examples are left."""
+    if not left:
+        held = " and ".join(f"{count:,} for {split}" for split, count in drawn.items() if count)
+        raise ConfigError(
+            f"config.data.name={config.name!r}: of {len(parts.train):,} training examples none is left"
+            + (f" ({held} held out); add some, or bring splits of your own (config.data.splits)." if held else ".")
+        )
+    if config.examples > left:
+        raise ConfigError(
+            f"config.data.examples={config.examples}: {config.name} has {left:,} training examples"
+            f" (config.data.validation={config.validation:g} is held out)."
+        )
+
+
+def _notes(
+    parts: base.Parts,
+    config: DataConfig,
+    found: Mapping[str, base.Source],
+    drawn: Mapping[str, np.ndarray],
+    needed: str,
+) -> list[str]:
+    """What a user should know of the splits, a sentence each."""
+    notes = []
+    if parts.test is None and "test" not in drawn:
+        notes.append("it has no test split, and its validation split, which chooses the best weights, is none")
+    if "validation" in drawn and config.validation and not len(found["validation"]):
+        notes.append(f"no example was drawn for validation (config.data.validation={config.validation:g})")
+    if "validation" not in drawn and config.name != "synthetic":  # which makes as many as that says
+        notes += without_effect("data", config, ["validation"], "no validation is drawn from training")
+    for split in (needed,) if needed else found:
+        labels = base.labels_of(found[split])
+        if labels is not None and len(labels):
+            notes += _without_examples(split, labels, parts.class_names)
+    return notes
+
+
+def _without_examples(split: str, labels: np.ndarray, class_names: Sequence[str]) -> list[str]:
+    """A sentence that names the classes that have no example in a split; [] where all have one."""
+    counts = np.bincount(labels, minlength=len(class_names))
+    missing = [repr(name) for name, count in zip(class_names, counts, strict=False) if not count]
+    if not missing:
+        return []
+    more = f" and {len(missing) - 5} more" if len(missing) > 5 else ""
+    return [f"{split} has no example of the class{'es' * (len(missing) > 1)} {', '.join(missing[:5])}{more}"]

@@ -1,0 +1,159 @@
+"""Evaluating a run on data that has changed since, and which weights and classes a figure is of."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from runs import draw_folder
+
+from jaxtrain import cli, evaluate, train
+from jaxtrain.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from jaxtrain.data import sources
+from jaxtrain.errors import ConfigError, DataError
+from jaxtrain.trainer import TrainResult
+
+SIDE = 8
+
+
+def fit(
+    workdir: Path, data: Path | str, *, steps: int = 30, allow_changes: bool = False, ema: float = 0.0
+) -> TrainResult:
+    config = Config(
+        data=DataConfig(name=f"folder:{data}", global_batch=32, image_size=SIDE),
+        model=ModelConfig(name="mlp", width=32),
+        optim=OptimConfig(learning_rate=0.05, lr_scaling="none", schedule="constant", ema=ema),
+        train=TrainConfig(steps=steps, eval_every="10 steps"),
+        checkpoint=CheckpointConfig(every="0", allow_changes=allow_changes),
+    )
+    return train(config, workdir, num_devices=1, quiet=True)
+
+
+@pytest.fixture
+def trained(tmp_path) -> Path:
+    """`data`, a folder of three classes, and `run`, a run that has learned it."""
+    fit(tmp_path / "run", draw_folder(tmp_path / "data", "abc", 0, 60))
+    return tmp_path
+
+
+def test_data_as_it_was_is_evaluated(trained):
+    found = evaluate(trained / "run", num_devices=1)
+    result = json.loads((trained / "run/result.json").read_text())["best"]
+    assert (found.step, found.split, found.weights) == (result["step"], "test", "raw")
+    assert found.result.accuracy == result["test"]["accuracy"] > 0.9
+
+
+def test_grown_data_is_refused_and_no_trained_image_is_tested(trained, caplog):
+    before = sources.load(DataConfig(name=f"folder:{trained / 'data'}"), image_size=SIDE)
+    draw_folder(trained / "data", "abc", 60, 90)
+    with pytest.raises(
+        DataError, match=r"has changed since step \d+ of .*test had \d+ examples and has \d+.*--allow-changes"
+    ):
+        evaluate(trained / "run", num_devices=1)
+    assert cli.main(["evaluate", str(trained / "run"), "--devices", "1"]) == 65
+    found = evaluate(trained / "run", num_devices=1, allow_changes=True)
+    assert found.result.examples > len(before.test)
+    assert "test had" in caplog.text
+
+
+def test_a_class_that_is_renamed_moves_no_other(trained, caplog):
+    accuracy = evaluate(trained / "run", num_devices=1).result.per_class
+    (trained / "data/b").rename(trained / "data/zb")
+    with pytest.raises(DataError, match=r"the class 'b' is gone; the class 'zb' is new"):
+        evaluate(trained / "run", num_devices=1)
+    found = evaluate(trained / "run", num_devices=1, allow_changes=True)
+    assert found.class_names == ("a", "b", "c")
+    assert found.result.per_class[0] == accuracy[0]
+    assert found.result.per_class[2] == accuracy[2]
+    assert np.isnan(found.result.per_class[1])  # what it does not know is left out
+    assert "the class 'zb' is new" in caplog.text
+
+
+def test_a_class_that_is_added_renumbers_nothing(trained):
+    """It stands first, and its images are those of a class that the run knows."""
+    wanted = evaluate(trained / "run", num_devices=1)
+    draw_folder(trained / "data", "A", 0, 1)
+    found = evaluate(trained / "run", num_devices=1, allow_changes=True)
+    assert found.class_names == ("a", "b", "c")
+    assert found.result == wanted.result
+
+
+def own_splits(top: Path) -> Path:
+    draw_folder(top / "train", "abc", 0, 40)
+    draw_folder(top / "val", "abc", 40, 50)
+    return draw_folder(top / "test", "abc", 50, 60).parent
+
+
+def test_the_test_needs_no_training_files(tmp_path, caplog):
+    found = fit(tmp_path / "run", own_splits(tmp_path / "data"))
+    wanted = found.result["best"]["test"]["accuracy"]
+    draw_folder(tmp_path / "data/train", "abc", 60, 70)
+    assert evaluate(tmp_path / "run", num_devices=1).result.accuracy == wanted
+    assert "train had 120 examples and has 150; test is as it was" in caplog.text
+    with pytest.raises(DataError, match="train had 120 examples and has 150"):
+        evaluate(tmp_path / "run", "train", num_devices=1)
+    shutil.rmtree(tmp_path / "data/train")
+    shutil.rmtree(tmp_path / "data/val")
+    assert evaluate(tmp_path / "run", num_devices=1).result.accuracy == wanted
+    with pytest.raises(DataError, match="no train"):
+        evaluate(tmp_path / "run", "val", num_devices=1)
+
+
+def test_without_a_test_split_nothing_is_tested(tmp_path, capfd):
+    shutil.rmtree(own_splits(tmp_path / "data") / "test")
+    found = fit(tmp_path / "run", tmp_path / "data")
+    stored = json.loads((tmp_path / "run/result.json").read_text())
+    assert stored["last"]["test"] is stored["best"]["test"] is None
+    assert stored["best"]["validation"]["accuracy"] > 0.9
+    assert "test" not in {row["phase"] for row in found.history}
+    assert ",test," not in (tmp_path / "run/metrics.csv").read_text()
+    said = (tmp_path / "run/logs/process_0.log").read_text()
+    assert "it has no test split, and its validation split, which chooses the best weights, is none" in said
+    assert "nothing was tested" in said
+    with pytest.raises(ConfigError, match="has no test split"):
+        evaluate(tmp_path / "run", num_devices=1)
+    assert evaluate(tmp_path / "run", "val", num_devices=1).result.examples == 30
+
+
+def test_the_end_of_a_run_says_what_each_figure_is_of(tmp_path):
+    found = fit(tmp_path / "run", draw_folder(tmp_path / "data", "abc", 0, 60), ema=0.8)
+    said = (tmp_path / "run/logs/process_0.log").read_text()
+    last, best = found.result["last"], found.result["best"]
+    assert best["weights"] == "ema"
+    assert f"last, step 30: validation accuracy {last['validation']['accuracy']:.4f}" in said
+    assert f"best, step {best['step']} (by the validation accuracy of its EMA weights): " in said
+    assert f"EMA test accuracy {best['test_ema']['accuracy']:.4f}" in said
+    assert evaluate(tmp_path / "run", num_devices=1).result.accuracy == best["test_ema"]["accuracy"]
+
+
+def test_what_is_remembered_of_the_data(trained):
+    record = json.loads((trained / "run/dataset.json").read_text())
+    (manifest,) = (trained / "run/checkpoints").glob("30/manifest.json")
+    assert json.loads(manifest.read_text())["position"]["dataset"] == record
+    assert record["class_names"] == ["a", "b", "c"]
+    assert (record["num_classes"], record["image_size"]) == (3, SIDE)
+    assert (record["mean"], record["std"]) == ([0.485, 0.456, 0.406], [0.229, 0.224, 0.225])
+    assert sum(split["examples"] for split in record["splits"].values()) == 180
+    assert record["split_rule"] == "by file name, version 1"
+
+
+def test_a_run_that_was_split_by_another_rule_is_refused_by_name(trained):
+    """Not even `allow_changes` would make its test images new to it."""
+    run = trained / "run"
+    for path in run.glob("checkpoints/*/manifest.json"):
+        values = json.loads(path.read_text())
+        position = values["position"]
+        position["data"] = position.pop("dataset")["fingerprint"]  # as the first version stored it
+        del values["sha256"]
+        digest = hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+        path.write_text(json.dumps({**values, "sha256": digest}, indent=1, sort_keys=True) + "\n")
+    said = "were drawn by an older rule, by the files' positions"
+    for allow in (False, True):
+        with pytest.raises(DataError, match=said):
+            evaluate(run, num_devices=1, allow_changes=allow)
+    with pytest.raises(DataError, match=said):
+        fit(run, trained / "data", steps=40, allow_changes=True)
