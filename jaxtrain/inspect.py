@@ -22,7 +22,7 @@ from jaxtrain.parallel import schedule as schedules
 from jaxtrain.parallel.layout import Placement, bytes_by_stage, bytes_per_device
 from jaxtrain.parallel.schedule import Op
 from jaxtrain.parallel.timeline import Event, Timeline, simulate, svg
-from jaxtrain.run import Run, decide, make_run, select_devices, settings
+from jaxtrain.run import Run, decide, make_run, select_devices, settings, unused_settings
 from jaxtrain.state import TrainState
 
 
@@ -33,7 +33,8 @@ def describe_layout(config: Config, num_devices: int = 0) -> dict[str, Any]:
       `parameters` (their number), `mesh` (size of each axis), `bytes_per_device` (by tree), and `leaves`: for each `tree`,
       `path` (with the tree in front), `shape`, `dtype`, `spec` (axis or None for each dim; a list where a dim has several),
       `stage`, `bytes_per_device`, `note`. With pipeline stages also `bytes_by_stage` (by tree, then stage), `stages`
-      (a line about each), and `warnings`; `microbatches` is their number.
+      (a line about each); `microbatches` is their number. `warnings`: what a user should know, among it settings that have no
+      effect.
     """
     return describe(*_planned(config, num_devices))
 
@@ -87,7 +88,11 @@ def describe(run: Run, table: dict[str, list[Placement]]) -> dict[str, Any]:
         "bytes_by_stage": {tree: bytes_by_stage(placements) for tree, placements in table.items()},
         "microbatches": run.layout.config.microbatches,
         "stages": run.split.describe() if run.split else [],
-        "warnings": list(filter(None, [idle_stages(run, bool(table["batch_stats"]))])),
+        "warnings": [
+            *filter(None, [idle_stages(run, bool(table["batch_stats"]))]),
+            *run.dataset.notes,
+            *unused_settings(run),
+        ],
         "leaves": leaves,
     }
 

@@ -228,7 +228,8 @@ def unused_settings(run: Run) -> list[str]:
         found += without_effect("layout", layout, fields, "there is one stage")
     if not jax.tree.leaves(jax.eval_shape(run.init).batch_stats):
         found += without_effect("model", config.model, ["bn_groups"], f"{config.model.name} has no BatchNorm")
-    if not len(run.dataset.validation):
+    evaluates = Duration.parse(config.train.eval_every, "config.train.eval_every").value > 0
+    if evaluates and not len(run.dataset.validation):
         found += without_effect("train", config.train, ["eval_every"], "there is no validation split")
     return found
 

@@ -23,6 +23,8 @@ import jaxtrain
 from jaxtrain import evaluate, load_config, train
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.errors import CheckpointError, ConfigError, DataError, JaxtrainError, NumericError, WorkdirError
+from jaxtrain.inspect import describe_layout
+from jaxtrain.recipes import resolve
 from jaxtrain.run import no_implicit_transfers
 
 ROOT = Path(__file__).parents[1]
@@ -176,6 +178,46 @@ def test_evaluate_raises_typed_errors_too(tmp_path):
     ]:
         with pytest.raises(ConfigError, match=said):
             evaluate(tmp_path, **arguments)
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"optim": {"name": "adamw", "nesterov": True}}, "config.optim.nesterov=True has no effect: adamw has no such"),
+        ({"optim": {"name": "lion", "eps": 1e-6}}, "config.optim.eps=1e-06 has no effect: lion has no such setting"),
+        ({"optim": {"schedule": "cosine", "decay_share": 0.5}}, "config.optim.decay_share=0.5 has no effect"),
+        ({"optim": {"schedule": "constant", "final_scale": 0.5}}, "config.optim.final_scale=0.5 has no effect"),
+        (
+            {"data": {"crop_padding": 3}},
+            "config.data.crop_padding=3 has no effect: data.augmentation='none' does not pad",
+        ),
+        (
+            {"data": {"dir": "elsewhere"}},
+            "config.data.dir='elsewhere' has no effect: digits is not in the data directory",
+        ),
+        ({"model": {"bn_groups": 2}}, "config.model.bn_groups=2 has no effect: mlp has no BatchNorm"),
+        ({"layout": {"balance": "time"}}, "config.layout.balance='time' has no effect: there is one stage"),
+        (
+            {"data": {"validation": 0.0}, "train": {"eval_every": "2 steps"}},
+            "config.train.eval_every='2 steps' has no effect",
+        ),
+    ],
+)
+def test_a_setting_without_effect_is_said(fields, said):
+    """Of each part that can have one; what has an effect, or its default, is not."""
+    values = config(**{name: part for name, part in fields.items() if name != "layout"})
+    changed = dataclasses.replace(values, layout=LayoutConfig(**fields.get("layout", {})))
+    before, after = (describe_layout(each, 1)["warnings"] for each in (config(), changed))
+    assert before == []
+    assert [text for text in after if text.startswith(said)] == after
+    assert len(after) == 1
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "configs").glob("*.py")))
+def test_no_recipe_has_a_setting_without_effect(recipe):
+    resolved = resolve(str(ROOT / "configs" / f"{recipe}.py")).config
+    devices = 4 if recipe == "transformer_pipeline_zero" else 1
+    assert describe_layout(resolved, devices)["warnings"] == []
 
 
 # ------------------------------------------------------------------------------------------------- a user's own parts
