@@ -207,10 +207,15 @@ def make_run(
         )
     split = None
     if layout.stages > 1:
-        size = batch // parts // batch_ways(mesh)
-        dtype = types.compute_dtype
         split = make_split(
-            config.layout, model, state.params, state.batch_stats, (size, *shape), dtype, max(groups // parts, 1)
+            config.layout,
+            model,
+            state.params,
+            state.batch_stats,
+            (batch // parts, *shape),
+            types.compute_dtype,
+            max(groups // parts, 1),
+            batch_ways(mesh),
         )
         names = tuple(tuple(split.costs[i].name for i in layers) for layers in split.slices)
         layout = dataclasses.replace(layout, slices=names)

@@ -40,6 +40,16 @@ def microbatches(config: LayoutConfig, global_batch: int, ways: int, bn_groups: 
     return max(fits)
 
 
+def sample(share: int, microbatch: int, bn_groups: int) -> tuple[int, int]:
+    """How many examples, in how many BatchNorm groups, a layer is measured on for a device's `share` of a microbatch.
+
+    The share itself, where it holds whole groups. A group that spans devices is measured as one group of the share, which
+    costs the same, but never of a single example: it has more, and BatchNorm refuses statistics over one value.
+    """
+    whole, rest = divmod(share * bn_groups, microbatch)
+    return (max(share, 2), 1) if rest else (share, whole)
+
+
 def make_split(
     config: LayoutConfig,
     model: Classifier,
@@ -48,22 +58,25 @@ def make_split(
     input_shape: tuple[int, ...],
     dtype: DTypeLike,
     bn_groups: int,
+    ways: int,
 ) -> Split:
-    """The model's slices. input_shape: [B, H, W, C] of a microbatch on one device. bn_groups: in it, at least 1."""
+    """The model's slices. input_shape: [B, H, W, C] of a microbatch. bn_groups: in it, at least 1. ways: devices it is on."""
     split.check_counts(config, len(model.layers))
     plan = schedule.make(config.schedule, config.stages, config.microbatches, config.chunks)
-    calls, x = [], jax.ShapeDtypeStruct(input_shape, dtype)
-    example = jnp.arange(input_shape[0], dtype=jnp.int32)
+    share = input_shape[0] // ways
+    examples, groups = sample(share, input_shape[0], bn_groups)
+    calls, x = [], jax.ShapeDtypeStruct((examples, *input_shape[1:]), dtype)
+    example = jnp.arange(examples, dtype=jnp.int32)
     for index, layer in enumerate(model.layers):
         name = layer_name(index)
         own, stats = params.get(name, {}), batch_stats.get(name, {})
 
         def function(params: PyTree, x: jax.Array, layer: Any = layer, stats: PyTree = stats) -> jax.Array:
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), stats)
-            context = Context(example=example, train=True, bn_groups=bn_groups)
+            context = Context(example=example, train=True, bn_groups=groups)
             return layer_function(layer)(params, zeros, x, context, jax.random.key(0))[0]
 
-        calls.append(LayerCall(name, function, own, x, (layer, x.shape), index == 0))
+        calls.append(LayerCall(name, function, own, x, (layer, x.shape), index == 0, share / examples))
         x = jax.eval_shape(function, own, x)
     costs = split.measure(calls, timed=config.balance == "time")
     return split.split(config, costs, schedule.in_flight(plan))

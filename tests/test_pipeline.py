@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import itertools
+import json
 import sys
 import weakref
 
@@ -87,6 +88,29 @@ SLOW = {("resnet", "1f1b-2-hybrid"), ("swin", "interleaved-2-zero2")}
 def test_stages_change_no_number(model, name):
     found = parity.numbers(parity.run(model, TABLE[name], **DEEP[model]))
     parity.assert_equal(found, reference(model), 1e-12)
+
+
+# Groups of two examples.
+PAIRS = {"model.name": "tiny:resnet", "model.width": 4, "model.bn_groups": 8, "data.image_size": 8}
+PAIRS |= {"model.drop_path": 0.2, "data.global_batch": 16, "data.mixup": 0.0}
+
+
+@functools.cache
+def pairs() -> dict[str, np.ndarray]:
+    return parity.numbers(parity.run("mlp", LayoutConfig(data=1), **PAIRS))
+
+
+@pytest.mark.parametrize(
+    "where",
+    [
+        parity.case("pairs", layout(data=4, balance="time")),
+        parity.case("pairs", layout(data=2, replica=2, zero=3, parts=0)),
+    ],
+    ids=["timed", "microbatches chosen"],
+)
+def test_a_batch_norm_group_may_span_the_devices_of_a_stage(where):
+    """A device has one example of a microbatch."""
+    parity.assert_equal(parity.numbers(parity.run("mlp", where, **PAIRS)), pairs(), 1e-12)
 
 
 def test_threads_of_stages_do_not_disturb_each_other(tmp_path):
@@ -327,6 +351,18 @@ def test_what_does_not_fit_is_answered_in_one_sentence(settings_, parts, capsys)
     said = capsys.readouterr().err
     assert said.count("\n") == 1
     assert all(part in said for part in parts), said
+
+
+@pytest.mark.parametrize(("batch", "per_device"), [(16, 1), (32, 2)])
+def test_a_plan_asks_no_more_of_batch_norm_than_the_run(batch, per_device, capsys):
+    """The last blocks see one pixel. A group of 2 or 4 examples has enough of them, however few a device has."""
+    words = ["--config", str(runs.ROOT / "configs" / "resnet18_cifar10.py"), "--devices", "8", "--json"]
+    fields = {"data.image_size": 8, "data.global_batch": batch, "model.width": 8, "model.bn_groups": 8}
+    fields |= {"layout.stages": 2, "layout.microbatches": 4, "layout.data": 4}
+    assert runs.command_line(["layout", *words, *(f"--config.{k}={v}" for k, v in fields.items())]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["microbatches"] == 4
+    assert batch // 4 // found["mesh"]["data"] == per_device
 
 
 def test_a_batch_norm_that_allows_one_microbatch_is_said(tmp_path):

@@ -87,7 +87,8 @@ class Split:
             own = [layers for k, layers in enumerate(self.slices) if k % self.stages == stage]
             costs = [self.costs[i] for layers in own for i in layers]
             names = ", ".join(
-                self.costs[s[0]].name + (f"-{self.costs[s[-1]].name[-2:]}" if len(s) > 1 else "") for s in own
+                self.costs[s[0]].name + (f"-{self.costs[s[-1]].name.removeprefix('layers_')}" if len(s) > 1 else "")
+                for s in own
             )
             shares.append(sum(self.weights[stage :: self.stages]) / total)
             handed = sum(self.costs[layers[-1]].output for layers in own if layers[-1] + 1 < len(self.costs))
@@ -179,7 +180,8 @@ def partition(layers: int, slices: int, cost: Callable[[int, range], float]) -> 
 class LayerCall:
     """One layer as a function `(params, x) -> y` with the shapes of its arguments.
 
-    key: equal for layers that cost the same. first: whether x are the images, whose gradient nobody needs.
+    key: equal for layers that cost the same. first: whether x are the images, whose gradient nobody needs. share: how much
+    of x a device has of a microbatch, at most 1.
     """
 
     name: str
@@ -188,6 +190,7 @@ class LayerCall:
     x: jax.ShapeDtypeStruct
     key: Hashable
     first: bool
+    share: float = 1.0
 
 
 def measure(calls: Sequence[LayerCall], *, timed: bool) -> list[LayerCost]:
@@ -221,11 +224,12 @@ def _measure(call: LayerCall, *, timed: bool) -> LayerCost:
     flops = float(analysis["flops"]) if "flops" in analysis else 0.0  # a layer may only move data
     residuals = jax.eval_shape(forward, call.params, call.x)[1]
     weights, leaves = _nbytes(call.params), jax.tree.leaves(call.params)
-    moved = 3 * (weights + _nbytes(call.x) + _nbytes(y))
-    kept = max(_nbytes(residuals) - weights, 0)
+    output = round(_nbytes(y) * call.share)
+    moved = 3 * (weights + round(_nbytes(call.x) * call.share) + output)
+    kept = round(max(_nbytes(residuals) - weights, 0) * call.share)
     seconds = _seconds(forward, shapes) if timed and jax.process_index() == 0 else 0.0
     count = sum(math.prod(leaf.shape) for leaf in leaves)
-    return LayerCost(call.name, count, weights, flops, moved, kept, _nbytes(y), seconds)
+    return LayerCost(call.name, count, weights, flops * call.share, moved, kept, output, seconds * call.share)
 
 
 def _nbytes(tree: PyTree) -> int:
