@@ -16,7 +16,6 @@ import numpy as np
 from jaxtrain.data.augment import eval_inputs
 from jaxtrain.models.layers import Context
 from jaxtrain.parallel.layout import Layout
-from jaxtrain.precision import at_least_f32
 from jaxtrain.task import Batch, Resident, Task, select, wrapper
 
 PyTree = Any
@@ -94,9 +93,7 @@ def make_evaluator(
     task: Task, layout: Layout, params: PyTree, batch_stats: PyTree, batch: EvalBatch, resident: Resident
 ) -> Evaluator:
     """Compiles the evaluation of one batch, for weights that lie as `params` do."""
-    zeros = jax.jit(
-        functools.partial(zero_sums_of, task.preprocess.num_classes, params), out_shardings=layout.sharding()
-    )
+    zeros = jax.jit(functools.partial(zero_sums_of, task), out_shardings=layout.sharding())
     add = jax.jit(functools.partial(_add, task, layout), out_shardings=layout.sharding())
     sums = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding()), jax.eval_shape(zeros)
@@ -104,10 +101,10 @@ def make_evaluator(
     return Evaluator(zeros.lower().compile(), add.lower(sums, params, batch_stats, batch, resident).compile())
 
 
-def zero_sums_of(num_classes: int, params: PyTree) -> EvalSums:
+def zero_sums_of(task: Task) -> EvalSums:
     """The sums of no example."""
-    dtype = at_least_f32(jax.tree.leaves(params)[0].dtype)
-    classes = jnp.zeros(num_classes, dtype)
+    dtype = task.sums_dtype
+    classes = jnp.zeros(task.preprocess.num_classes, dtype)
     return EvalSums(jnp.zeros((), dtype), jnp.zeros((), dtype), classes, classes)
 
 

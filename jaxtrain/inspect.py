@@ -81,11 +81,12 @@ def describe(run: Run, table: dict[str, list[Placement]]) -> dict[str, Any]:
         for tree, placements in table.items()
         for leaf in placements
     ]
+    stages = run.layout.stages
     return {
         "parameters": sum(math.prod(leaf.shape) for leaf in table["params"]),
         "mesh": dict(run.layout.mesh.shape),
         "bytes_per_device": {tree: bytes_per_device(placements) for tree, placements in table.items()},
-        "bytes_by_stage": {tree: bytes_by_stage(placements) for tree, placements in table.items()},
+        "bytes_by_stage": {tree: bytes_by_stage(placements, stages) for tree, placements in table.items()},
         "microbatches": run.layout.config.microbatches,
         "stages": run.split.describe() if run.split else [],
         "warnings": [

@@ -254,7 +254,7 @@ def _muon(config: OptimConfig, rate: optax.Schedule, mask: Mask) -> optax.Gradie
 
     def init(params: PyTree) -> PyTree:
         hidden = _hidden_kernels(params, mask)
-        if not any(jax.tree.leaves(hidden)):
+        if params and not any(jax.tree.leaves(hidden)):
             raise ConfigError(
                 f"config.optim.name='muon': of the layers {', '.join(sorted(params))} none between the first and the "
                 "last has a kernel, which is what Muon updates; use adamw."
@@ -279,7 +279,7 @@ def _hidden_kernels(params: PyTree, mask: Mask) -> PyTree:
 
     def hidden(path: tuple[Any, ...], decays: bool) -> bool:
         keys = _path(path).split("/")
-        return decays and keys[-1] == "kernel" and keys[0] not in (names[0], names[-1])
+        return decays and keys[-1] == "kernel" and keys[0] not in (*names[:1], *names[-1:])
 
     return jax.tree_util.tree_map_with_path(hidden, mask(params))
 

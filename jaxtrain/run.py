@@ -191,6 +191,11 @@ def make_run(
     task = make_task(config, model, rate, side=side, classes=classes, mean=mean, std=std)
     init = functools.partial(initial_state, config.seed, model, task.optimizer, types, shape, ema=config.optim.ema > 0)
     state = jax.eval_shape(init)
+    if not jax.tree.leaves(state.params):
+        raise ConfigError(
+            f"config.model.name={config.model.name!r}: none of its layers ({len(model.layers)}) has parameters, so that "
+            "there is nothing to train; at least one must."
+        )
     has_batch_norm, batch, groups = (
         bool(jax.tree.leaves(state.batch_stats)),
         config.data.global_batch,

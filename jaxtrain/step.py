@@ -23,7 +23,7 @@ from jaxtrain.data.augment import train_inputs
 from jaxtrain.models.layers import Context
 from jaxtrain.optim import clip_by_global_norm, ema_update, global_norm
 from jaxtrain.parallel.layout import Layout, over_steps, path_of
-from jaxtrain.precision import LossScale, adjust_loss_scale, at_floor, at_least_f32, scale_factor
+from jaxtrain.precision import LossScale, adjust_loss_scale, at_floor, scale_factor
 from jaxtrain.state import AUGMENT, DROPOUT, TrainState, role_key
 from jaxtrain.task import Batch, Resident, Task, select, wrapper
 
@@ -93,7 +93,8 @@ def make_step(
     parts = layout.config.microbatches
     state_shardings = layout.shardings(state)
     gradient_shardings = like_params(layout, "gradients", state.params)
-    sums_shapes = jax.eval_shape(zero_sums, state.params, state.batch_stats)
+    zero = functools.partial(zero_sums, state.params, state.batch_stats, task.sums_dtype)
+    sums_shapes = jax.eval_shape(zero)
     sums_shardings = dataclasses.replace(
         jax.tree.map(lambda _: layout.sharding(), sums_shapes), gradients=gradient_shardings
     )
@@ -129,7 +130,7 @@ def make_step(
     sums = jax.tree.map(
         lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), sums_shapes, sums_shardings
     )
-    zeros = jax.jit(functools.partial(zero_sums, state.params, state.batch_stats), out_shardings=sums_shardings)
+    zeros = jax.jit(zero, out_shardings=sums_shardings)
     adding = jax.jit(accumulate, out_shardings=sums_shardings, donate_argnums=0)
     updating = jax.jit(update, out_shardings=(state_shardings, layout.sharding()), donate_argnums=0)
     lowered = {
@@ -169,10 +170,9 @@ class Sums:
     correct: jax.Array
 
 
-def zero_sums(params: PyTree, batch_stats: PyTree) -> Sums:
-    """The sums of no microbatch."""
+def zero_sums(params: PyTree, batch_stats: PyTree, dtype: Any) -> Sums:
+    """The sums of no microbatch. dtype: of the loss and the correct answers; gradients have their parameters'."""
     zeros = functools.partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype))
-    dtype = at_least_f32(jax.tree.leaves(params)[0].dtype)
     return Sums(zeros(params), zeros(batch_stats), jnp.zeros((), dtype), jnp.zeros((), dtype))
 
 

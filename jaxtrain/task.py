@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.struct
 import jax
+import jax.numpy as jnp
 import optax
 
 from jaxtrain.config import Config, OptimConfig
@@ -16,7 +17,7 @@ from jaxtrain.data.augment import Preprocess
 from jaxtrain.models.classifier import Classifier
 from jaxtrain.optim import loss_fn, make
 from jaxtrain.parallel.layout import Layout, path_of
-from jaxtrain.precision import policy
+from jaxtrain.precision import at_least_f32, policy
 
 PyTree = Any
 
@@ -57,6 +58,11 @@ class Task:
     bn_groups: int
     remat: str
     skips: bool
+
+    @property
+    def sums_dtype(self) -> jnp.dtype:
+        """The type that losses and counts are added up in. (A pipeline stage may own no parameter to take it from.)"""
+        return at_least_f32(self.preprocess.dtype)
 
 
 def make_task(

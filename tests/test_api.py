@@ -306,6 +306,7 @@ def test_a_users_model_by_dotted_name(tmp_path):
         ("optim.name", "wrong:optimizer", "must return an optax.GradientTransformation"),
         ("data.name", "wrong:data", "returned dict, not a Dataset"),
         ("model.name", "wrong:Model", "must return a jaxtrain.models.classifier.Classifier"),
+        ("model.name", "wrong:Empty", r"none of its layers \(1\) has parameters"),
         ("optim.loss", "wrong:los", "has no 'los'.*Did you mean 'loss'"),
     ],
 )
@@ -318,6 +319,15 @@ def test_what_is_wrong_with_a_users_part_is_said(tmp_path, user_code, field, tex
         def data(config, *, image_size): return {}
         def Model(config, *, image_shape, num_classes, dtype, param_dtype): return "a model"
         def loss(logits, targets): return logits
+
+        from jaxtrain.models.classifier import Classifier
+        from jaxtrain.models.layers import Layer
+
+        class Flat(Layer):
+            def __call__(self, x, context): return x.reshape(x.shape[0], -1)[:, :10]
+
+        def Empty(config, *, image_shape, num_classes, dtype, param_dtype):
+            return Classifier((Flat(dtype, param_dtype),))
         """,
     )
     section, _, key = field.partition(".")

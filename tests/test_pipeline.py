@@ -90,6 +90,30 @@ def test_stages_change_no_number(model, name):
     parity.assert_equal(found, reference(model), 1e-12)
 
 
+# Six layers, of which the second and the fifth have parameters, and the third has statistics.
+SPARSE = {"model.name": "tiny:sparse", "model.width": 16, "model.bn_groups": 4, "data.image_size": 8}
+WITHOUT = {
+    "the first": layout("gpipe", data=2, zero=3, boundaries=(1,)),
+    "the last": layout(data=2, zero=2, boundaries=(5,)),
+    "the middle": layout(stages=3, data=2, zero=1, boundaries=(2, 4), stage_placement="hosts"),
+    "two of four": layout("interleaved_1f1b", data=2, zero=2, boundaries=(1, 4, 5)),
+    "four of six": layout(stages=6, boundaries=(1, 2, 3, 4, 5)),
+    "by their cost": layout(stages=4, data=2, zero=3, balance="time"),
+}
+
+
+@functools.cache
+def sparse() -> dict[str, np.ndarray]:
+    return parity.numbers(parity.run("mlp", LayoutConfig(data=1), **SPARSE))
+
+
+@pytest.mark.parametrize("which", [parity.case("sparse", name) for name in WITHOUT])
+def test_a_slice_may_have_no_parameters(which):
+    """Pooling, dropout, a softmax, or what has statistics alone; with EMA, clipping and both evaluations."""
+    found = parity.numbers(parity.run("mlp", WITHOUT[which], **SPARSE))
+    parity.assert_equal(found, sparse(), 1e-12)
+
+
 # Groups of two examples.
 PAIRS = {"model.name": "tiny:resnet", "model.width": 4, "model.bn_groups": 8, "data.image_size": 8}
 PAIRS |= {"model.drop_path": 0.2, "data.global_batch": 16, "data.mixup": 0.0}
@@ -331,6 +355,16 @@ def test_a_checkpoint_fits_any_number_of_stages(tmp_path):
     np.testing.assert_allclose(*evaluated, rtol=1e-12)
 
 
+def test_a_checkpoint_fits_stages_without_parameters(tmp_path):
+    fields = runs.SMALL | {k: v for k, v in SPARSE.items() if k != "data.image_size"}
+    fields |= {"train.precision": "f64", "optim.ema": 0.9}
+    runs.here(tmp_path / "whole", fields)
+    for last, stages, boundaries in ((4, 3, "(2, 4)"), (8, 2, "(5,)"), (12, 1, "()")):
+        more = {"layout.stages": stages, "layout.boundaries": boundaries, "layout.microbatches": 4}
+        runs.here(tmp_path / "run", fields | more | {"train.steps": last}, devices=stages)
+    np.testing.assert_allclose(runs.losses(tmp_path / "run"), runs.losses(tmp_path / "whole"), rtol=1e-12)
+
+
 # ---------------------------------------------------------------------------------------------------------- what is said
 
 REFUSED = [
@@ -363,6 +397,19 @@ def test_a_plan_asks_no_more_of_batch_norm_than_the_run(batch, per_device, capsy
     found = json.loads(capsys.readouterr().out)
     assert found["microbatches"] == 4
     assert batch // 4 // found["mesh"]["data"] == per_device
+
+
+def test_a_stage_without_parameters_is_in_the_table(capsys):
+    fields = SPARSE | {"data.name": "synthetic", "data.examples": 64, "layout.stages": 3, "layout.boundaries": "(2, 4)"}
+    words = ["--config", str(runs.RECIPE), *(f"--config.{k}={v}" for k, v in fields.items()), "--devices", "3"]
+    assert runs.command_line(["layout", *words, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    first, middle, last = found["bytes_by_stage"]["params"].values()
+    assert (middle, first + last) == (0, 4 * found["parameters"])
+    assert first > 0 < last
+    assert "stage 1: layers_02-03, 0 parameters" in found["stages"][1]
+    assert runs.command_line(["layout", *words]) == 0
+    assert f"params: {max(first, last):,} bytes per device ({first:,}, 0, {last:,})" in capsys.readouterr().out
 
 
 def test_a_batch_norm_that_allows_one_microbatch_is_said(tmp_path):

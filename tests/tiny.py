@@ -1,14 +1,17 @@
-"""A ResNet of one block and a handful of digits, named in configs as `tiny:resnet` and `tiny:digits`: compiled in a moment."""
+"""Models of a few layers and a handful of digits, named in configs as `tiny:resnet`, `tiny:digits`: compiled in a moment."""
 
 import dataclasses
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+from flax import linen as nn
 
 from jaxtrain.data import sources
 from jaxtrain.data.base import Subset
 from jaxtrain.models.classifier import Classifier
+from jaxtrain.models.layers import Dropout, Layer, at_least_f32
 from jaxtrain.models.resnet import Block, Head, Stem
 
 
@@ -40,3 +43,63 @@ def slow_digits(config, *, image_size):
     """`digits` whose training examples come slowly to process 1."""
     found = digits(config, image_size=image_size)
     return dataclasses.replace(found, train=SlowOnProcess1(found.train, np.arange(len(found.train))))
+
+
+class Pool(Layer):
+    """[B, H, W, C] -> [B, H / 2 * W / 2 * C]; no parameters."""
+
+    @nn.compact
+    def __call__(self, x, context):
+        return nn.avg_pool(x, (2, 2), (2, 2)).reshape(x.shape[0], -1)
+
+
+class Dense(Layer):
+    """[B, D] -> [B, width]; without a bias, which `Centre` would leave without a gradient."""
+
+    width: int
+
+    @nn.compact
+    def __call__(self, x, context):
+        return nn.Dense(self.width, use_bias=False, name="linear", **self.types)(x)
+
+
+class Centre(Layer):
+    """[B, D], less the mean of its BatchNorm group: statistics without parameters."""
+
+    @nn.compact
+    def __call__(self, x, context):
+        running = self.variable("batch_stats", "mean", jnp.zeros, x.shape[-1:], self.param_dtype)
+        if not context.train:
+            return x - running.value.astype(x.dtype)
+        groups = x.reshape(context.bn_groups, -1, x.shape[-1])
+        mean = groups.mean(1, keepdims=True)
+        if not self.is_initializing():
+            new = jax.lax.stop_gradient(mean.mean((0, 1)).astype(self.param_dtype))
+            running.value = 0.9 * running.value + 0.1 * new
+        return (groups - mean).reshape(x.shape)
+
+
+class Dropped(Layer):
+    """Dropout alone."""
+
+    rate: float
+
+    @nn.compact
+    def __call__(self, x, context):
+        return Dropout(self.rate)(x, context)
+
+
+class Logits(Layer):
+    """The values as logits: at least f32, and no parameters."""
+
+    @nn.compact
+    def __call__(self, x, context):
+        return jax.nn.log_softmax(x.astype(at_least_f32(x.dtype)))
+
+
+def sparse(config, *, image_shape, num_classes, dtype, param_dtype):
+    """Six layers, of which two have parameters: a pool, a product, centring, dropout, a product, a softmax."""
+    del image_shape
+    types = (dtype, param_dtype)
+    wide, last = Dense(*types, config.width), Dense(*types, num_classes)
+    return Classifier((Pool(*types), wide, Centre(*types), Dropped(*types, config.dropout), last, Logits(*types)))

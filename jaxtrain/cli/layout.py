@@ -62,5 +62,5 @@ def run(arguments: argparse.Namespace) -> None:
         by_stage = layout["bytes_by_stage"][tree].values()
         console.print(
             f"{tree}: {count:,} bytes per device"
-            + (f" ({', '.join(f'{b:,}' for b in by_stage)})" if len(by_stage) > 1 else "")
+            + (f" ({', '.join(f'{b:,}' for b in by_stage)})" if len(set(by_stage)) > 1 else "")
         )

@@ -248,14 +248,13 @@ def path_of(path: tuple[Any, ...]) -> str:
 
 def bytes_per_device(placements: list[Placement]) -> int:
     """Bytes of one tree that a device holds; of several stages, the one that holds most."""
-    return max(bytes_by_stage(placements).values(), default=0)
+    stages = 1 + max((leaf.stage or 0 for leaf in placements), default=0)
+    return max(bytes_by_stage(placements, stages).values())
 
 
-def bytes_by_stage(placements: list[Placement]) -> dict[int, int]:
+def bytes_by_stage(placements: list[Placement], stages: int) -> dict[int, int]:
     """Bytes of one tree that a device of each stage holds, what every stage has included."""
-    everywhere = sum(leaf.bytes_per_device for leaf in placements if leaf.stage is None)
-    stages = {leaf.stage for leaf in placements if leaf.stage is not None} or {0}
     return {
-        stage: everywhere + sum(leaf.bytes_per_device for leaf in placements if leaf.stage == stage)
-        for stage in sorted(stages)
+        stage: sum(leaf.bytes_per_device for leaf in placements if leaf.stage in (None, stage))
+        for stage in range(stages)
     }

@@ -108,7 +108,7 @@ def make_pipeline_evaluator(
     """Compiles the evaluation of one batch, as `jaxtrain.evaluator.make_evaluator` does."""
     slices, here = slices_of(layout), local_stages(layout)
     params, batch_stats, batch, resident = shapes_of((params, batch_stats, batch, resident))
-    zero = functools.partial(zero_sums_of, task.preprocess.num_classes, params)
+    zero = functools.partial(zero_sums_of, task)
     lowered: dict[int, Any] = {}
     inputs: list[Any] = [()]
     for part in slices:

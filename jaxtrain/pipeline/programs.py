@@ -171,7 +171,7 @@ def compile_slice(
     lowered["forward"] = ran.lower(used, stats, x, given)
 
     gradient_shardings = like_params(lay, "gradients", params)
-    zero = functools.partial(zero_sums, params, stats)
+    zero = functools.partial(zero_sums, params, stats, task.sums_dtype)
     sums_shapes = jax.eval_shape(zero)
     sums_shardings = dataclasses.replace(
         jax.tree.map(lambda _: lay.sharding(), sums_shapes), gradients=gradient_shardings

@@ -291,9 +291,8 @@ def make_pipeline(
     )
     steps = {step.part.index: step for step, _ in compiled}
     routes = make_routes(layout, slices, inputs, back=True)
-    dtype = next(iter(steps.values())).sums.loss.dtype
     everywhere = layout.sharding()
-    numbers_of_all = jax.ShapeDtypeStruct((layout.stages, 3), dtype, sharding=layout.sharding(P("stage")))
+    numbers_of_all = jax.ShapeDtypeStruct((layout.stages, 3), task.sums_dtype, sharding=layout.sharding(P("stage")))
     judging, asked = functools.partial(_judge, task), (state.step, state.loss_scale, data[0].step, numbers_of_all)
     judged = jax.jit(judging, out_shardings=everywhere).lower(*asked).compile()
     verdict, metrics = outputs_of(judged, jax.eval_shape(judging, *asked))
@@ -304,7 +303,7 @@ def make_pipeline(
             for s in here
         ]
     )
-    norms = jax.ShapeDtypeStruct((layout.stages, 2), dtype, sharding=layout.sharding(P("stage")))
+    norms = jax.ShapeDtypeStruct((layout.stages, 2), task.sums_dtype, sharding=layout.sharding(P("stage")))
     finish = jax.jit(_finish, out_shardings=everywhere).lower(norms, metrics).compile()
     programs = {"judge": judged, "finish": finish}
     for _, more in (*compiled, *updates):
