@@ -26,7 +26,7 @@ from typing import IO
 from jaxtrain.distributed.failure import ERROR_FILE, Report, read_report
 from jaxtrain.distributed.place import JOB
 from jaxtrain.distributed.watchdog import HEARTBEAT_FILE, Beat, Wakes, read_beat
-from jaxtrain.errors import ConfigError, EnvironmentMismatchError, PeerError
+from jaxtrain.errors import ConfigError, EnvironmentMismatchError, HangError, PeerError
 from jaxtrain.gpus import Gpus
 
 _LOOK_SECONDS = 0.1
@@ -34,6 +34,9 @@ _LAST_WORDS_SECONDS = 4.0  # that the others get to say why they end, after one 
 _SAME_STEP = 3  # failures of the program itself without any progress: a crash loop
 _BACKOFF_SECONDS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 _DEATHS_ON_A_GPU = 2
+# A process without a sign of life for so long (one comes each second) may be why another failed that waited for it: JAX ends
+# those that wait after `distributed.join.HEARTBEAT_SECONDS` without signs of its own, which are half as far apart.
+_SILENT_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,6 +71,20 @@ class Ended:
     def is_root(self) -> bool:
         """Whether it has a cause of its own, rather than the end of another process."""
         return bool(self.hung) or (self.report.error != PeerError.__name__ if self.report else self.code < 0)
+
+    @property
+    def may_be_an_echo(self) -> bool:
+        """Whether a process that fell silent may have caused it: JAX aborts the others, or they wait until they give up."""
+        if self.report:
+            return self.report.error in (PeerError.__name__, HangError.__name__)
+        return self.code == -signal.SIGABRT and not self.hung
+
+    @property
+    def word(self) -> str:
+        """How it ended, in a word or two."""
+        if self.report:
+            return self.report.error
+        return signal.Signals(-self.code).name if self.code < 0 else f"exit code {self.code}"
 
     def __str__(self) -> str:
         who = f"process {self.process} (pid {self.pid})"
@@ -292,18 +309,26 @@ class Gang:
             time.sleep(_LOOK_SECONDS)
         return list(ended.values())
 
-    def _hung(self, ended: dict[int, Ended], awake: float) -> Iterator[tuple[int, str]]:
-        """The processes whose heartbeat has stopped: frozen, or stuck with Python's global lock held.
+    def _hung(self, ended: dict[int, Ended], awake: float) -> list[tuple[int, str]]:
+        """The processes whose heartbeat has stopped: frozen, or stuck with Python's global lock held. The longest silent first.
 
         awake: since when the supervisor itself is not stopped; those that were stopped with it need time to beat again.
         """
-        for number in range(len(self._processes)):
-            beat = read_beat(self._file("beat", number))
-            if number in ended or beat is None or not self._options.hang:
-                continue
-            silent = time.monotonic() - max(beat.time, awake)
-            if silent > self._options.hang:
-                yield number, f"gave no sign of life for {silent:.0f} s, in {beat.phase!r} after step {beat.step}"
+        limit = self._options.hang or float("inf")
+        echo = min((each.when for each in ended.values() if each.may_be_an_echo), default=float("-inf"))
+        beats = {n: read_beat(self._file("beat", n)) for n in range(len(self._processes)) if n not in ended}
+        now = time.monotonic()
+        states = {n: f"{now - beat.time:.0f} s" if beat else "none yet" for n, beat in beats.items()}
+        states |= {n: each.word for n, each in ended.items()}
+        found = sorted((beat.time, n, beat) for n, beat in beats.items() if beat is not None)
+        hung = []
+        for last, number, beat in found:
+            since = max(last, awake)
+            if now - since > limit or echo - since > _SILENT_SECONDS:
+                others = ", ".join(f"process {n}: {state}" for n, state in sorted(states.items()) if n != number)
+                text = f"gave no sign of life for {states[number]}, in {beat.phase!r} after step {beat.step}"
+                hung.append((number, f"{text} ({others})" if others else text))
+        return hung
 
     def _send(self, number: int) -> None:
         for process in self._processes:
@@ -330,9 +355,14 @@ class Gang:
 
 
 def root_cause(ended: Sequence[Ended]) -> Ended | None:
-    """The failure that came first and has a cause of its own; None where all went well."""
+    """The failure that came first and has a cause of its own; None where all went well.
+
+    Where a process had fallen silent, the others' waiting for it is not their own cause.
+    """
     failed = sorted((each for each in ended if each.code), key=lambda each: each.when)
-    return next((each for each in failed if each.is_root), failed[0] if failed else None)
+    silent = any(each.hung for each in failed)
+    roots = (each for each in failed if each.is_root and not (silent and each.may_be_an_echo))
+    return next(roots, failed[0] if failed else None)
 
 
 @contextlib.contextmanager

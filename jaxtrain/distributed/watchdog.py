@@ -47,7 +47,7 @@ class Wakes:
     """
 
     def __init__(self) -> None:
-        self._looked = self.last = time.monotonic()
+        self._looked, self.last = time.monotonic(), float("-inf")  # it has not been stopped yet
 
     def look(self) -> None:
         """Notices a stop since the last call."""

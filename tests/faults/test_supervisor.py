@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -19,7 +20,7 @@ import runs
 
 from jaxtrain import supervisor
 from jaxtrain.gpus import Gpu, Gpus
-from jaxtrain.supervisor import Options, Supervisor, TooFewGpusError, missing_gpus, share
+from jaxtrain.supervisor import Ended, Gang, Options, Supervisor, TooFewGpusError, missing_gpus, root_cause, share
 
 # Counts its own starts, tells where it is, and then does what its argument says.
 WORKER = textwrap.dedent(
@@ -34,7 +35,14 @@ WORKER = textwrap.dedent(
 
     def beat(step, age=0.0):
         beat = {"time": time.monotonic() - age, "pid": os.getpid(), "phase": "step", "step": step}
-        pathlib.Path(os.environ["JAXTRAIN_HEARTBEAT"]).write_text(json.dumps(beat))
+        path = pathlib.Path(os.environ["JAXTRAIN_HEARTBEAT"])
+        path.with_suffix(".part").write_text(json.dumps(beat))
+        path.with_suffix(".part").replace(path)
+
+    def wait_for_beat(process):
+        path = pathlib.Path(os.environ["JAXTRAIN_HEARTBEAT"])
+        while not path.with_name(f"beat-{process}.json").exists():
+            time.sleep(0.01)
 
     def end(code, error, retry):
         report = {"process": process, "host": "here", "pid": 1, "time": 0.0, "code": code, "error": error,
@@ -52,11 +60,14 @@ def _short_last_words(monkeypatch):
     monkeypatch.setattr(supervisor, "_LAST_WORDS_SECONDS", 0.5)  # of workers that have nothing to say
 
 
-def supervise(tmp_path: Path, script: str, gpus: Gpus | None = None, **options: object) -> int:
+def command(tmp_path: Path, script: str) -> list[str]:
     worker = tmp_path / "worker.py"
     worker.write_text(WORKER)
-    command = [sys.executable, str(worker), textwrap.dedent(script), str(tmp_path)]
-    return Supervisor(command, Options(**{"processes": 2, **options}), gpus or NoGpus()).run()
+    return [sys.executable, str(worker), textwrap.dedent(script), str(tmp_path)]
+
+
+def supervise(tmp_path: Path, script: str, gpus: Gpus | None = None, **options: object) -> int:
+    return Supervisor(command(tmp_path, script), Options(**{"processes": 2, **options}), gpus or NoGpus()).run()
 
 
 class NoGpus(Gpus):
@@ -127,14 +138,80 @@ def test_restarts_are_bounded_where_nothing_gets_further(tmp_path):
 
 def test_a_process_without_signs_of_life_is_replaced(tmp_path, capfd):
     script = """
-        beat(7, age=3600 if process and not count else 0)
         if not count:
-            time.sleep(60)
+            if process == 0:
+                wait_for_beat(1)
+            beat(7, age=3600 if process else 0)
+            time.sleep(600)
     """
-    assert supervise(tmp_path, script, hang=30) == 0
-    assert "process 1 (pid" in (said := capfd.readouterr().err)
-    assert "gave no sign of life" in said
-    assert "in 'step' after step 7" in said
+    assert supervise(tmp_path, script, hang=1) == 0
+    said = capfd.readouterr().err
+    assert re.search(r"process 1 \(pid \d+\) gave no sign of life for 36\d\d s, in 'step' after step 7", said), said
+    assert len(starts(tmp_path, 0)) == len(starts(tmp_path, 1)) == 2
+
+
+@pytest.mark.parametrize("longest", [0, 1, 2])
+def test_of_several_silent_processes_the_longest_silent_is_named(tmp_path, longest):
+    """All are found at once, and the supervisor has run for less time than any was silent. The fourth has yet to say a word."""
+    script = f"""
+        if process != 3:
+            beat(process, age=3000 if process == {longest} else 1000)
+        (starts.parent / f"told-{{process}}").touch()
+        time.sleep(600)
+    """
+    with Gang(command(tmp_path, script), [()] * 4, Options(hang=0.1), "job") as gang:
+        deadline = time.monotonic() + runs.SECONDS
+        while len(list(tmp_path.glob("told-*"))) < 4:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+        cause = root_cause(gang.watch([]))
+    assert cause is not None
+    assert (cause.process, cause.report) == (longest, None)
+    age = re.match(rf"gave no sign of life for (\d+) s, in 'step' after step {longest} \(", cause.hung)
+    assert age is not None, cause.hung
+    assert int(age[1]) >= 3000
+    others = {int(n): int(seconds) for n, seconds in re.findall(r"process (\d): (\d+) s", cause.hung)}
+    assert others.keys() == {0, 1, 2} - {longest}
+    assert all(1000 <= seconds < int(age[1]) for seconds in others.values())
+    assert "process 3: none yet" in cause.hung
+
+
+@pytest.mark.parametrize(
+    ("end", "word"),
+    [
+        ("os.abort()", "SIGABRT"),
+        ("end(70, 'HangError', True)", "HangError"),
+        ("end(70, 'PeerError', True)", "PeerError"),
+    ],
+)
+@pytest.mark.parametrize("hang", [0, 600])
+def test_who_gave_up_waiting_for_a_silent_process_is_not_the_cause(tmp_path, end, word, hang):
+    """JAX aborts a process that waits for one which is frozen, long before `--hang`."""
+    cause = cause_of(tmp_path, hang, f"{end} if process == 0 else beat(7, age=25)")
+    assert cause.process == 1
+    assert re.search(rf"gave no sign of life for \d\d s, in 'step' after step 7 \(process 0: {word}\)", str(cause))
+
+
+@pytest.mark.parametrize(
+    ("end", "said"),
+    [
+        ("os.kill(os.getpid(), signal.SIGKILL)", "was killed by SIGKILL"),
+        ("os.kill(os.getpid(), signal.SIGSEGV)", "was killed by SIGSEGV"),
+        ("end(70, 'ValueError', True)", "ended with ValueError"),
+    ],
+)
+def test_who_failed_by_himself_is_the_cause_beside_a_silent_process(tmp_path, end, said):
+    cause = cause_of(tmp_path, 600, f"{end} if process == 0 else beat(7, age=25)")
+    assert (cause.process, said in str(cause)) == (0, True)
+
+
+def cause_of(tmp_path: Path, hang: float, script: str) -> Ended:
+    """Why a gang of two ended, of which process 1 tells of itself before process 0 begins."""
+    waiting = "wait_for_beat(1) if process == 0 else None\n"
+    with Gang(command(tmp_path, f"{waiting}{script}\ntime.sleep(600)"), [()] * 2, Options(hang=hang), "job") as gang:
+        cause = root_cause(gang.watch([]))
+    assert cause is not None
+    return cause
 
 
 def test_sigterm_is_passed_on_and_then_enforced(tmp_path):
