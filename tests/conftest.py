@@ -20,7 +20,7 @@ os.environ["JAX_PLATFORMS"] = "cpu"
 import jax  # noqa: E402  after the environment is set
 import pytest  # noqa: E402
 
-jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_num_cpu_devices", int(os.environ.get("JAXTRAIN_TEST_DEVICES", "8")))
 jax.devices()  # from here on XLA's flags are fixed: those of a run would slow down f64, in which most layouts are compared
 
 

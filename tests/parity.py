@@ -11,6 +11,8 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
+from jaxtrain.data import sources
+from jaxtrain.data.base import ArraySource, Dataset, Subset
 from jaxtrain.trainer import TrainResult, train
 
 STEPS = 6
@@ -51,9 +53,10 @@ def case(group: str, *values: Any, slow: bool = False) -> Any:
     return pytest.param(*values, marks=[pytest.mark.xdist_group(group), *([pytest.mark.slow] if slow else [])])
 
 
-def config(name: str, layout: LayoutConfig, **fields: Any) -> Config:
+def config(name: str, layout: LayoutConfig, *, seed: int = 0, **fields: Any) -> Config:
     """The run of model `name` under `layout`: f64, a constant rate, EMA, clipping, mixup."""
     sections: dict[str, dict[str, Any]] = {
+        "model": {},
         "data": {"name": "synthetic", "global_batch": BATCH, "examples": 64, "mixup": 0.4},
         "optim": {
             "learning_rate": 0.1,
@@ -75,6 +78,7 @@ def config(name: str, layout: LayoutConfig, **fields: Any) -> Config:
         else:
             sections[section][field] = value
     return Config(
+        seed=seed,
         data=DataConfig(**sections["data"]),
         model=model,
         optim=OptimConfig(**sections["optim"]),
@@ -109,12 +113,53 @@ def numbers(result: TrainResult) -> dict[str, np.ndarray]:
     return curves | tests | state
 
 
-def assert_equal(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], tolerance: float) -> None:
-    """Every number agrees within `tolerance`, relative to the largest of its array, or to 1 where all are smaller.
+def errors(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray]) -> dict[str, float]:
+    """The largest difference in each array, relative to its largest number, or to 1 where all are smaller.
 
     (A bias before a BatchNorm has no gradient: it is rounding and nothing else.)
     """
     assert found.keys() == wanted.keys()
-    for key, value in wanted.items():
-        error = np.max(np.abs(found[key] - value)) / max(np.max(np.abs(value)), 1.0)
+    return {
+        key: float(np.max(np.abs(found[key] - value)) / max(np.max(np.abs(value)), 1.0))
+        for key, value in wanted.items()
+    }
+
+
+def assert_equal(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], tolerance: float) -> None:
+    """Every number agrees within `tolerance`, as `errors` measures it."""
+    for key, error in errors(found, wanted).items():
         assert error <= tolerance, f"{key}: relative error {error:.2g}"
+
+
+# -------------------------------------------------------------------------------------------------------------- images
+
+
+def cifar(config: DataConfig, *, image_size: int) -> Dataset:
+    """`parity:cifar`: 360 images of the prepared CIFAR-10, with 40 for validation and 40 for the test."""
+    found = sources.load(dataclasses.replace(config, name="cifar10"), image_size=image_size)
+    parts = {"train": 360, "validation": 40, "test": 40}
+    return dataclasses.replace(found, **{k: Subset(getattr(found, k), np.arange(n)) for k, n in parts.items()})
+
+
+def flat(config: DataConfig, *, image_size: int) -> Dataset:
+    """`parity:flat`: what drawings and skies have, and noise has not: areas that are flat, or rise by whole levels.
+
+    There neighbouring patches are alike, or differ as much at other levels, so that the largest value of a window is
+    there twice, or nearly twice. A tenth of each image is noise, and its label is the row of its brightest area.
+    """
+    del config
+    chance, count, side, areas = np.random.default_rng(0), 96, image_size or 32, 3
+    edges = np.linspace(0, side, areas + 1).astype(int)
+    places = np.clip(np.searchsorted(edges, np.arange(side), "right") - 1, 0, areas - 1)
+    shape = (count, areas, areas, 3)
+    slopes = chance.integers(-3, 4, (2, *shape)) * (chance.random((1, *shape[:3], 1)) < 0.7)
+    start = chance.integers(60, 196, shape)
+    of = np.ix_(range(count), places, places)
+    row, column = np.mgrid[:side, :side][..., None]
+    x = start[of] + slopes[0][of] * (row - side // 2) + slopes[1][of] * (column - side // 2)
+    x = np.where(chance.random((count, side, side, 1)) < 0.1, chance.integers(0, 256, x.shape), np.clip(x, 0, 255))
+    labels = start.sum((2, 3)).argmax(1).astype(np.int32)
+    parts = (ArraySource(x[i].astype(np.uint8), labels[i]) for i in (slice(64), slice(64, 80), slice(80, 96)))
+    names = tuple(str(i) for i in range(areas))
+    usual = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2470, 0.2435, 0.2616)}  # those of CIFAR-10
+    return Dataset("flat", *parts, num_classes=areas, class_names=names, fingerprint="flat", **usual)

@@ -413,6 +413,24 @@ def test_precisions_agree():
         np.testing.assert_allclose(a, b, atol=1e-5)
 
 
+@pytest.mark.parametrize("mean", [(0.4914, 0.4822, 0.4465), (0.5, 0.5, 0.5), (0.0, 0.9, 0.1)])
+def test_sums_of_a_patch_are_the_same_in_any_order_in_f64(mean):
+    """So that no layout rounds them otherwise; and what that moves is far less than f32 resolves."""
+    std, draws = (0.2470, 0.2435, 0.2616), np.random.default_rng(0)
+    images, _, example = batch_of(noise(8, 8))
+    with jax.enable_x64(True):
+        plain, mixed = (
+            augment.Preprocess(8, "none", mean, std, 10, mixup=alpha, dtype=jnp.float64) for alpha in (0.0, 0.4)
+        )
+        np.testing.assert_allclose(eval_inputs(plain, images), (images / 255 - mean) / std, rtol=0, atol=2e-8)
+        for seed in range(3):
+            x = jax.jit(augment.train_images, static_argnums=0)(mixed, images, example, jax.random.key(seed))
+            patches = np.asarray(x).reshape(-1, 12) * np.tile([1, -2, 1], 4)
+            for _ in range(5):
+                order = draws.permutation(12)
+                np.testing.assert_array_equal(np.cumsum(patches[:, order], 1)[:, -1], np.cumsum(patches, 1)[:, -1])
+
+
 def test_a_sharded_batch_stays_on_its_devices():
     """Eight devices, two examples each: the compiled program has no collective, and the numbers are those of one."""
     program = """

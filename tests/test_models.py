@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import sys
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +17,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxtrain.config import ModelConfig
+from jaxtrain.data import augment
 from jaxtrain.errors import ConfigError
 from jaxtrain.models import convnet, mlp, registry, swin, vgg
 from jaxtrain.models.classifier import Classifier
@@ -225,7 +228,8 @@ def test_convnet_initialisation():
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_whitening_filters_are_orthogonal_and_come_in_pairs(channels):
-    filters = convnet.whitening_filters(channels).reshape(4 * channels, 8 * channels)
+    patterns, scales = convnet.whitening_filters(channels)
+    filters = (patterns * scales).reshape(4 * channels, 8 * channels)
     first, second = np.split(filters, 2, axis=1)
     np.testing.assert_array_equal(first, -second)
     gram = first.T @ first
@@ -548,6 +552,49 @@ def test_max_pool_gives_the_gradient_to_one_of_four():
     gradient = jax.grad(lambda x: (vgg.max_pool_2x2(x)[0, :, :, 0] @ jnp.array([3.0, 4.0])).sum())(x)[0, :, :, 0]
     np.testing.assert_array_equal(gradient, [[0, 3, 4, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
     assert jnp.isnan(vgg.max_pool_2x2(x.at[0, 1, 1].set(jnp.nan))[0, 0, 0, 0])
+
+
+def first_of_the_largest(window):
+    """1 at the first of the largest values of a window [H, W], row by row; else 0."""
+    return np.arange(window.size).reshape(window.shape) == window.argmax()
+
+
+def test_of_equals_the_first_has_the_gradient_row_by_row(x64):
+    draw = np.random.default_rng(0)
+    x = draw.integers(0, 3, (1, 8, 8, 5)).astype(float)
+    found = jax.jit(jax.grad(lambda x: vgg.max_pool_2x2(x).sum()))(x)
+    for row, column, channel in itertools.product(range(0, 8, 2), range(0, 8, 2), range(5)):
+        square = np.s_[0, row : row + 2, column : column + 2, channel]
+        np.testing.assert_array_equal(found[square], first_of_the_largest(x[square]))
+
+    head, context = convnet.Head(jnp.float64, jnp.float64, 2, dropout=0.0), Context(example=jnp.arange(1))
+    variables = head.init(jax.random.key(0), x, context)
+    found = np.asarray(jax.jit(jax.grad(lambda x: head.apply(variables, x, context)[0, 0]))(x))
+    for channel in range(5):
+        np.testing.assert_array_equal(found[0, ..., channel] != 0, first_of_the_largest(x[0, ..., channel]))
+
+
+@pytest.mark.parametrize("mixup", [0.0, 0.4])
+@pytest.mark.parametrize("usual", [True, False])
+def test_patches_of_equal_differences_give_equal_bits(x64, mixup, usual):
+    """Of images that rise by whole levels, mixed or not, all but the brightness is the same everywhere, to the last bit."""
+    row, column, _ = np.mgrid[:16, :16, :3]
+    slopes = [((3, 1, 2), (5, 5, 4)), ((1, 0, 7), (2, 9, 2))]
+    images: Any = np.stack([10 + row * a + column * b for a, b in np.array(slopes)]).astype(np.uint8)
+    mean, std = ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)) if usual else ((0.5,) * 3, (0.5,) * 3)
+    pre = augment.Preprocess(16, "none", mean, std, 2, mixup=mixup, dtype=jnp.float64)
+    example = jnp.arange(2)
+    stem, context = convnet.Stem(jnp.float64, jnp.float64), Context(example=example)
+    variables = stem.init(jax.random.key(0), jnp.zeros((2, 16, 16, 3)), context)
+
+    @jax.jit
+    def outputs(images, key):
+        return stem.apply(variables, augment.train_images(pre, images, example, key), context)
+
+    for seed in range(5):
+        y = np.asarray(outputs(images, jax.random.key(seed))).reshape(2, -1, 2, 12)[..., 3:]
+        np.testing.assert_array_equal(y, np.broadcast_to(y[:, :1], y.shape))
+        assert np.abs(y).max() > 0.1
 
 
 @pytest.mark.parametrize(("side", "size"), [(7, 7), (2, 7), (3, 7), (10, 7), (14, 7)])

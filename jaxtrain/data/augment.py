@@ -24,6 +24,9 @@ from jaxtrain.errors import ConfigError
 
 _EXAMPLE, _BATCH = range(2)  # root keys: of what concerns one example, and of what concerns the whole batch
 
+_SHARE_BITS = 12  # mixup's shares are multiples of 2**-12
+_SUM_BITS = 4  # for whole weights whose sizes add up to 16, the largest sum of `convnet.Stem`
+
 _ERASE_PROBABILITY = 0.25
 _ERASE_AREA = (0.02, 0.33)  # share of the image
 _ERASE_LOG_ASPECT = (math.log(0.3), math.log(3.3))  # height / width
@@ -224,9 +227,26 @@ def random_flip(images: jax.Array, words: jax.Array) -> jax.Array:
 
 
 def normalize(pre: Preprocess, images: jax.Array) -> jax.Array:
-    """(pixels / 255 - mean) / std, in `pre.float_dtype`."""
+    """(pixels / 255 - mean) / std, in `pre.float_dtype`; f64, in which layouts are compared, adds up exactly after it."""
+    pixels = images.astype(pre.float_dtype)
+    if pre.float_dtype == jnp.float64:
+        scale, shift = _exact_affine(pre.mean, pre.std)
+        return pixels * scale + shift
     mean, std = (jnp.asarray(values, pre.float_dtype) for values in (pre.mean, pre.std))
-    return (images.astype(pre.float_dtype) / 255 - mean) / std
+    return (pixels / 255 - mean) / std
+
+
+def _exact_affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """float64 (scale, shift), rounded to multiples of 2**-k, so that x = pixels * scale + shift is one, too.
+
+    k leaves f64's 53 bits room for a share (`_SHARE_BITS`) and a sum (`_SUM_BITS`): those of x are then exact, and so the
+    same in any order. For the usual means and deviations k is 35, which moves x by 4e-9 at most. Where one channel is
+    scaled so much less than another that its scale would lose f32's 24 bits, it keeps these, and sums are rounded.
+    """
+    shift, scale = -np.asarray(mean) / std, 1 / (255 * np.asarray(std))
+    largest = np.max(np.maximum(np.abs(shift), np.abs(255 * scale + shift)))
+    grid = 2.0 ** max(53 - _SHARE_BITS - _SUM_BITS - math.frexp(largest)[1], 25 - math.frexp(scale.min())[1])
+    return np.rint(scale * grid) / grid, np.rint(shift * grid) / grid
 
 
 def random_erase(x: jax.Array, words: jax.Array) -> jax.Array:
@@ -284,7 +304,11 @@ def mix_shares(pre: Preprocess, key: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _mixup_shares(lam: jax.Array, side: int) -> tuple[jax.Array, jax.Array]:
-    """The share of each pixel [S, S, 1], and of the label, that an example keeps of its own: the same everywhere."""
+    """The share of each pixel [S, S, 1], and of the label, that an example keeps of its own: the same everywhere.
+
+    Rounded to `_SHARE_BITS`, within a quarter of the quantile's own error, so that mixed values are exact in f64, too.
+    """
+    lam = jnp.round(lam * 2**_SHARE_BITS) / 2**_SHARE_BITS
     return jnp.broadcast_to(lam, (side, side, 1)), lam
 
 

@@ -25,26 +25,27 @@ from jaxtrain.models.vgg import max_pool_2x2
 
 NAMES = ("convnet_fast",)
 
-_HAAR = np.array([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]]) / 2  # of the pixels 00, 01, 10, 11
-_COLORS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]]) / np.sqrt([[3], [2], [6]])
-# Variance of each output of Haar x color on the normalized training images of CIFAR-10.
+_HAAR = np.array([[1, 1, 1, 1], [1, 1, -1, -1], [1, -1, 1, -1], [1, -1, -1, 1]])  # of the pixels 00, 01, 10, 11
+_COLORS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]])
+# Variance of each output of Haar x color, both of length 1, on the normalized training images of CIFAR-10.
 _VARIANCES = np.array(
     [[10.146, 0.8165, 0.1855], [0.3965, 0.01650, 0.00495], [0.3314, 0.01407, 0.00449], [0.05543, 0.00161, 0.00062]]
 )
 _LEAST_VARIANCE = 5e-4  # added, so that what is hardly there is not blown up
 
 
-def whitening_filters(channels: int) -> np.ndarray:
-    """[2, 2, channels, 8 * channels]: each filter and its negative, for outputs of about variance 1.
+def whitening_filters(channels: int) -> tuple[np.ndarray, np.ndarray]:
+    """Patterns of whole numbers [2, 2, channels, 8 * channels], each and its negative, and their scales [8 * channels].
 
-    Images that are not RGB have no color basis: each of their channels is whitened alone.
+    Scaled, outputs have about variance 1. Images that are not RGB have no color basis: each channel is whitened alone.
     """
     colors, variances = (
-        (_COLORS, _VARIANCES) if channels == 3 else (np.eye(channels), np.tile(_VARIANCES[:, :1], channels))
+        (_COLORS, _VARIANCES) if channels == 3 else (np.eye(channels, dtype=int), np.tile(_VARIANCES[:, :1], channels))
     )
-    scaled = np.einsum("sp,kc->skpc", _HAAR, colors) / np.sqrt(variances + _LEAST_VARIANCE)[..., None, None]
-    filters = scaled.reshape(-1, 2, 2, channels)
-    return np.moveaxis(np.concatenate([filters, -filters]), 0, -1)
+    patterns = np.einsum("sp,kc->skpc", _HAAR, colors).reshape(-1, 2, 2, channels)
+    patterns = np.moveaxis(np.concatenate([patterns, -patterns]), 0, -1)
+    deviations = np.sqrt(np.concatenate([variances, variances]).reshape(-1) + _LEAST_VARIANCE)
+    return patterns, 1 / (np.sqrt(np.square(patterns).sum((0, 1, 2))) * deviations)
 
 
 class Stem(Layer):
@@ -53,12 +54,15 @@ class Stem(Layer):
     @nn.compact
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """x [B, H, W, C] -> [B, H - 1, W - 1, 8 C]."""
-        filters = jnp.asarray(whitening_filters(x.shape[-1]), self.dtype)
+        patterns, scales = (jnp.asarray(array, self.dtype) for array in whitening_filters(x.shape[-1]))
+        # Scaled after the sum: in f64 a sum of whole multiples of x is exact (`augment.normalize`), so patches of equal
+        # differences give equal bits. Else the order of the sum, another on another layout, would decide which of them
+        # is the larger, and gets a max-pool's gradient.
         x = jax.lax.conv_general_dilated(
-            x.astype(self.dtype), filters, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+            x.astype(self.dtype), patterns, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
         bias = self.param("bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
-        return nn.gelu(x + bias.astype(x.dtype))
+        return nn.gelu(x * scales + bias.astype(x.dtype))
 
 
 class Conv(Layer):
