@@ -31,6 +31,7 @@ from jaxtrain.checkpoint_files import Manifest, best_of, manifested_steps, read_
 from jaxtrain.distributed import processes
 from jaxtrain.distributed.processes import barrier
 from jaxtrain.errors import CheckpointError, ConfigError, JaxtrainError, WorkdirError
+from jaxtrain.outside import require_local
 from jaxtrain.parallel.arrays import is_everywhere, to_every_process, view
 from jaxtrain.parallel.layout import path_of
 from jaxtrain.state import TrainState
@@ -370,6 +371,7 @@ def find_start(directory: Path, resume: str, setting: str = "config.checkpoint.r
                 return None
             raise CheckpointError(f"{setting}={resume!r}: {directory} holds no checkpoint.")
         return Start(directory, _named_step(directory, steps, resume, setting))
+    require_local(resume, f"{setting}={resume!r}", ConfigError)
     return _start_at_path(Path(resume).absolute(), setting)
 
 

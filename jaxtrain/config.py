@@ -17,6 +17,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from jaxtrain.errors import ConfigError
+from jaxtrain.outside import require_local
 
 AUGMENTATIONS = ("none", "light", "heavy", "resize_crop")
 RESIDENCIES = ("auto", "device", "stream")
@@ -77,6 +78,11 @@ class Duration:
 def _require(condition: bool, field: str, value: object, wanted: str) -> None:
     if not condition:
         raise ConfigError(f"config.{field}={value!r}: must be {wanted}.")
+
+
+def _local(field: str, value: str, path: str) -> None:
+    """path: the part of `value` that names a file or a directory."""
+    require_local(path, f"config.{field}={value!r}", ConfigError)
 
 
 def _one_of(field: str, value: str, allowed: Iterable[str]) -> None:
@@ -194,6 +200,8 @@ class DataConfig(_Section):
 
     def _validate(self) -> None:
         _require(bool(self.name), "data.name", self.name, "the name of a data set")
+        _local("data.name", self.name, self.name.removeprefix("folder:"))
+        _local("data.dir", self.dir, self.dir)
         self._min(1, "global_batch")
         self._min(0, "batch_per_device", "image_size", "crop_padding", "examples")
         self._min(-1, "workers")
@@ -454,6 +462,7 @@ class CheckpointConfig(_Section):
         _require(
             bool(self.resume), "checkpoint.resume", self.resume, "auto, latest, best, a step, epoch:N, a path or none"
         )
+        _local("checkpoint.resume", self.resume, self.resume)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -28,7 +28,7 @@ from typing import Any, Literal
 from jaxtrain.config import DataConfig
 from jaxtrain.cpus import usable_cpus
 from jaxtrain.distributed.place import Place, find_place
-from jaxtrain.errors import JaxtrainError
+from jaxtrain.errors import ConfigError, JaxtrainError
 from jaxtrain.gpus import Gpu, Gpus
 from jaxtrain.workdir import atomic_write
 
@@ -131,7 +131,7 @@ def _checks(machine: Machine, workdir: Path, environment: Mapping[str, str]) -> 
     proxies = check_proxies(machine.host, environment)
     yield check_collective(add_over_loopback(), proxies)
     yield check_disk("work directory", workdir, "choose another directory with --workdir")
-    yield check_disk("data directory", _data_dir(), "set JAXTRAIN_DATA_DIR to another directory")
+    yield check_data_directory()
     yield check_compile_cache(environment)
     yield check_tensorflow(machine, importlib.util.find_spec("tensorflow") is not None, environment)
     yield check_xla_flags(environment)
@@ -422,6 +422,15 @@ def check_disk(name: str, directory: Path, elsewhere: str) -> Check:
     if free < _LOW_DISK:
         return Check(name, "problem" if free < _NO_DISK else "warning", found, f"make room there, or {elsewhere}")
     return Check(name, "ok", found)
+
+
+def check_data_directory() -> Check:
+    """The same for the data directory, which `$JAXTRAIN_DATA_DIR` may name."""
+    name, elsewhere = "data directory", "set JAXTRAIN_DATA_DIR to another directory"
+    try:
+        return check_disk(name, _data_dir(), elsewhere)
+    except ConfigError as error:  # it names no directory
+        return Check(name, "problem", str(error).rstrip("."), elsewhere)
 
 
 def check_compile_cache(environment: Mapping[str, str]) -> Check:

@@ -21,6 +21,7 @@ from jaxtrain.parallel.mesh import batch_ways, make_mesh
 from jaxtrain.resume import Position
 from jaxtrain.run import load_data, make_run, select_devices, settings
 from jaxtrain.state import state_shapes
+from jaxtrain.workdir import named
 
 SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 log = logging.getLogger("jaxtrain")
@@ -69,7 +70,7 @@ def evaluate(
     """
     if split not in SPLITS:
         raise ConfigError(f"split={split!r}: must be one of train, val, test.")
-    start, position, config = _find(Path(workdir), checkpoint)
+    start, position, config = _find(named(workdir), checkpoint)
     if ema and not config.optim.ema:
         raise ConfigError(f"{workdir} keeps no moving average of the weights (config.optim.ema=0).")
     ema = bool(config.optim.ema) if ema is None else ema

@@ -18,6 +18,7 @@ from jaxtrain.data.augment import train_inputs
 from jaxtrain.engine import idle_stages, layout_table
 from jaxtrain.errors import ConfigError
 from jaxtrain.models.layers import Context
+from jaxtrain.outside import require_local
 from jaxtrain.parallel import schedule as schedules
 from jaxtrain.parallel.layout import Placement, bytes_by_stage, bytes_per_device
 from jaxtrain.parallel.schedule import Op
@@ -136,6 +137,7 @@ def draw_schedule(config: Config, num_devices: int = 0, traced: str | Path = "")
 
 def read_trace(workdir: str | Path) -> Timeline:
     """The step that a run recorded (`layout.trace_step`). Raises `ConfigError` where there is none."""
+    require_local(workdir, f"--trace {workdir}", ConfigError)
     paths = sorted((Path(workdir) / "logs").glob("pipeline_trace_*.json"))
     rows = [row for path in paths for row in json.loads(path.read_text())]
     if not rows:

@@ -21,6 +21,7 @@ from ml_collections import config_flags
 
 from jaxtrain.config import SECTIONS, Config, did_you_mean, flat_keys, flatten, from_dict, plain, to_dict
 from jaxtrain.errors import ConfigError
+from jaxtrain.outside import require_local
 
 # Every recipe takes these arguments. They change only where things live, never a number of the run.
 LAYOUTS: Mapping[str, Mapping[str, int]] = MappingProxyType(
@@ -109,6 +110,8 @@ def resolve(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Resolved:
     """Runs the recipe and applies (dotted name, text) overrides; a later one wins."""
     overrides = list(overrides)
     path, _, arg = spec.partition(":")
+    if arg:
+        require_local(spec, f"--config {spec}", ConfigError)
     get_config = _load_recipe(Path(path))
     plain_recipe, with_arg = (_call(get_config, path, each) for each in ("", arg))
     values = _override(with_arg, overrides)

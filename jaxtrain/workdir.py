@@ -13,9 +13,9 @@ from typing import Any, Literal
 
 from jaxtrain.config import Config, flatten, to_dict
 from jaxtrain.errors import WorkdirError
+from jaxtrain.outside import require_local
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
-_REMOTE = re.compile(r"[a-zA-Z][a-zA-Z0-9+.-]*://")
 
 
 # ---------------------------------------------------------------------------------------------------- the directory
@@ -111,6 +111,12 @@ class Workdir:
 _ELSEWHERE = "restore it from a copy, or choose another work directory with --workdir"
 
 
+def named(path: str | Path) -> Path:
+    """The path of a work directory that a user has named. Raises `WorkdirError` for an address."""
+    require_local(path, f"The work directory {path}", WorkdirError)
+    return Path(path)
+
+
 def prepare(path: str | Path) -> Workdir:
     """Creates the directory and proves that files in it can be written, synced and renamed.
 
@@ -125,11 +131,7 @@ def prepare(path: str | Path) -> Workdir:
         raise WorkdirError("The work directory has an empty name; choose one with --workdir.")
     if _CONTROL.search(name):
         raise WorkdirError(f"The work directory {name!r} has a control character in its name; choose another name.")
-    if _REMOTE.match(name):
-        raise WorkdirError(
-            f"The work directory {name} is not a local path; choose a directory of a mounted file system."
-        )
-    workdir = Workdir(Path(name).expanduser().absolute())
+    workdir = Workdir(named(path).expanduser().absolute())
     probe = workdir.path / f".probe.{os.getpid()}.{os.urandom(4).hex()}"
     renamed = probe.with_name(probe.name + ".renamed")
     try:

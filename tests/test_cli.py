@@ -305,6 +305,42 @@ def test_a_wrong_name_is_answered_before_the_data_and_the_work_directory(capsys,
     assert not (tmp_path / "run").exists()
 
 
+TRAIN = ["train", "--config", QUICKSTART]
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        ([*TRAIN, "--workdir", "s3://b/run"], 73),
+        ([*TRAIN, "--workdir", "s3:/b"], 73),
+        ([*TRAIN, "--workdir", "file:///runs/x"], 73),
+        ([*TRAIN, "--config.data.dir=gs://b/d"], 64),
+        ([*TRAIN, "--config.data.name=folder:s3://b/d"], 64),
+        ([*TRAIN, "--config.data.name=s3://b/d"], 64),
+        ([*TRAIN, "--config.checkpoint.resume=s3://b/run"], 64),
+        (["train", "--config", "s3://b/recipe.py:dp"], 64),
+        (["evaluate", "s3://b/run"], 73),
+        (["checkpoint", "list", "s3://b/run"], 73),
+        (["logs", "s3://b/run"], 73),
+        (["goodput", "s3://b/run"], 73),
+        (["layout", "--config", QUICKSTART, "--schedule-plot", "s3://b/x.svg"], 64),
+        (["layout", "--config", QUICKSTART, "--schedule-plot", "x.svg", "--trace", "s3://b/run"], 64),
+        (["data", "prepare", "digits", "--dir", "s3://b/d"], 64),
+        (["doctor", "--write", "--workdir", "s3://b"], 73),
+    ],
+    ids=lambda value: " ".join(map(str, value[-2:])) if isinstance(value, list) else str(value),
+)
+def test_an_address_is_no_path(capsys, argv, code):
+    assert "is not a local path but an address (" in sentence(capsys, argv, code)
+    assert not list(Path.cwd().iterdir())
+
+
+def test_an_address_of_the_data_directory_in_the_environment(capsys, monkeypatch):
+    monkeypatch.setenv("JAXTRAIN_DATA_DIR", "s3://b/d")
+    assert sentence(capsys, TRAIN).startswith("$JAXTRAIN_DATA_DIR='s3://b/d' is not a local path")
+    assert not list(Path.cwd().iterdir())
+
+
 def test_other_errors_have_other_exit_codes(capsys, monkeypatch):
     def fails(error):
         def run(arguments):

@@ -4,6 +4,7 @@ import dataclasses
 import errno
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 
@@ -64,6 +65,10 @@ def test_a_path_through_a_file_is_refused(tmp_path):
         ("a\x00b", "control character"),
         ("a\nb", "control character"),
         ("gs://bucket/run", "not a local path"),
+        ("s3:/bucket/run", "an address (s3:)"),
+        (Path("s3://bucket/run"), "an address (s3:)"),
+        (" hdfs://host/run", "an address (hdfs:)"),
+        ("file:///runs/x", "write /runs/x"),
         ("x" * 300, "File name too long"),
     ],
 )
@@ -71,6 +76,13 @@ def test_an_illegal_name_is_refused(tmp_path, monkeypatch, name, said):
     monkeypatch.chdir(tmp_path)
     assert said in refusal(name)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["runs/a:b", "./s3:/b", "a:b"])
+def test_a_colon_in_a_name_is_a_letter(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    assert wd.prepare(name).path == tmp_path / name
+    assert (tmp_path / name / "logs").is_dir()
 
 
 @pytest.mark.parametrize("call", ["open", "fsync", "replace", "mkdir"])

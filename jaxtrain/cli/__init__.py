@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from jaxtrain.cli import checkpoint, config, data, demo, doctor, evaluate, goodput, launch, layout, logs, train
 from jaxtrain.config import did_you_mean
+from jaxtrain.distributed.failure import Report
 from jaxtrain.errors import REPORT_THIS, ConfigError, JaxtrainError
 from jaxtrain.recipes import add_working_directory, split_override
 
@@ -37,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         return COMMANDS[arguments.command].run(arguments) or 0
     except JaxtrainError as error:
+        Report.of(error, 0).write()  # so that `jaxtrain launch` starts nothing again that cannot go well
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("Stopped at once; the last checkpoint is as it was.", 130)

@@ -10,6 +10,7 @@ from rich.table import Table
 from jaxtrain.checkpoint_files import manifested_steps, problems, read_manifest
 from jaxtrain.cli import start
 from jaxtrain.errors import CheckpointError
+from jaxtrain.workdir import named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -21,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints a row for each checkpoint. Raises `CheckpointError` when there is none, or `verify` finds a damaged one."""
-    path = Path(arguments.workdir)
+    path = named(arguments.workdir)
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     steps = manifested_steps(directory)
     if not steps:

@@ -9,6 +9,8 @@ from rich.console import Console
 from rich.progress import track
 
 from jaxtrain.config import DataConfig
+from jaxtrain.errors import ConfigError
+from jaxtrain.outside import require_local
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,6 +27,7 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints where the data set is, or how many examples of each split are sound."""
     from jaxtrain.data import sources  # noqa: PLC0415
 
+    require_local(arguments.dir, f"--dir {arguments.dir}", ConfigError)
     config = dataclasses.replace(DataConfig(), name=arguments.name, dir=arguments.dir, splits=arguments.splits)
     path = sources.prepare(config)
     if arguments.action == "prepare":

@@ -3,10 +3,10 @@
 import argparse
 import dataclasses
 import json
-from pathlib import Path
 
 from jaxtrain.doctor import Check, examine, write
 from jaxtrain.errors import EnvironmentMismatchError
+from jaxtrain.workdir import named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,13 +18,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints each check as it is made. Raises `EnvironmentMismatchError` naming the problems."""
-    found = examine(Path(arguments.workdir), (lambda check: None) if arguments.json else _show)
+    directory = named(arguments.workdir)
+    found = examine(directory, (lambda check: None) if arguments.json else _show)
     problems = [check for check in found.checks if check.state == "problem"]
     if arguments.json:
         checks = [dataclasses.asdict(check) for check in found.checks]
         print(json.dumps({"ok": not problems, "checks": checks, "machine": found.machine.facts()}, indent=2))
     if arguments.write:
-        path = write(found.machine, Path(arguments.workdir))
+        path = write(found.machine, directory)
         if not arguments.json:
             print(path)
     if problems:

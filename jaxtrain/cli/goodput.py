@@ -2,14 +2,13 @@
 
 import argparse
 import json
-from pathlib import Path
 
 from rich.table import Table
 
 from jaxtrain.cli.start import console
 from jaxtrain.logging.goodput import goodput, read_starts
 from jaxtrain.logging.progress import duration
-from jaxtrain.workdir import Workdir
+from jaxtrain.workdir import Workdir, named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the table. Raises `WorkdirError` where no run was started."""
-    found = goodput(read_starts(Workdir(Path(arguments.workdir)).starts))
+    found = goodput(read_starts(Workdir(named(arguments.workdir)).starts))
     if arguments.json:
         print(json.dumps(found.to_json()))
         return

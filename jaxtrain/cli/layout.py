@@ -9,6 +9,7 @@ from rich.table import Column, Table
 
 from jaxtrain.cli import start
 from jaxtrain.errors import ConfigError
+from jaxtrain.outside import require_local
 from jaxtrain.workdir import atomic_write
 
 
@@ -23,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """The table of `Layout.table`, with totals."""
+    for option in ("schedule_plot", "trace"):
+        path = getattr(arguments, option)
+        require_local(path, f"--{option.replace('_', '-')} {path}", ConfigError)
     resolved = start.resolved(arguments)
     start.start_devices(arguments)
     from jaxtrain.inspect import describe_layout, draw_schedule  # noqa: PLC0415

@@ -77,7 +77,7 @@ def start_devices(arguments: argparse.Namespace) -> None:
         jax.config.update("jax_num_cpu_devices", arguments.simulate_devices)
 
 
-def start_processes(arguments: argparse.Namespace, resolved: Resolved, workdir: Path) -> None:
+def start_processes(arguments: argparse.Namespace, resolved: Resolved, workdir: str) -> None:
     """Joins the other processes of the run, if it has any. Raises `EnvironmentMismatchError` when they do not come."""
     if arguments.standalone:
         return
@@ -86,7 +86,7 @@ def start_processes(arguments: argparse.Namespace, resolved: Resolved, workdir: 
         return
     from jaxtrain.distributed.join import fingerprint_of, join  # noqa: PLC0415  without other processes JAX is loaded later
 
-    fingerprint = fingerprint_of(flatten(to_dict(resolved.config)), str(workdir))
+    fingerprint = fingerprint_of(flatten(to_dict(resolved.config)), str(Path(workdir)))
     join(place, fingerprint, arguments.start_timeout, allow_version_skew=arguments.allow_version_skew)
 
 

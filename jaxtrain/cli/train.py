@@ -3,12 +3,12 @@
 import argparse
 import os
 import sys
-from pathlib import Path
 
 from jaxtrain import xla_flags
 from jaxtrain.cli import start
 from jaxtrain.distributed.failure import Report, as_peer_error
 from jaxtrain.errors import REPORT_THIS, InterruptedRunError, JaxtrainError, PreemptedError
+from jaxtrain.workdir import named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,7 +25,8 @@ def run(arguments: argparse.Namespace) -> None:
     """Checks the config, then starts devices and processes, then trains. A process of several ends at once with an error."""
     resolved = start.resolved(arguments)
     start.check_devices(arguments)
-    workdir = Path(arguments.workdir or start.default_workdir(resolved.name))
+    workdir = arguments.workdir or str(start.default_workdir(resolved.name))
+    named(workdir)  # as it was written: of a path the slashes are folded
     from jaxtrain.distributed import processes  # noqa: PLC0415  a bad config is answered before JAX is loaded
     from jaxtrain.distributed.interrupt import catch_signals  # noqa: PLC0415
 

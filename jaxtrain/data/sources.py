@@ -23,6 +23,7 @@ from jaxtrain.config import DataConfig, did_you_mean, without_effect
 from jaxtrain.data import base, cifar, contents, images, splits
 from jaxtrain.data.base import Dataset, Source, materialize, nbytes
 from jaxtrain.errors import ConfigError, DataError, WorkdirError
+from jaxtrain.outside import require_local
 from jaxtrain.plugins import load_dotted, watch
 
 __all__ = [
@@ -47,7 +48,9 @@ _LARGE_SIDE = 96
 
 
 def data_dir(config: DataConfig) -> Path:
-    """`config.dir`, else `$JAXTRAIN_DATA_DIR`, else `~/.cache/jaxtrain/data`; absolute."""
+    """`config.dir`, else `$JAXTRAIN_DATA_DIR`, else `~/.cache/jaxtrain/data`; absolute. Raises `ConfigError` for an address."""
+    if not config.dir and (variable := os.environ.get("JAXTRAIN_DATA_DIR")):
+        require_local(variable, f"$JAXTRAIN_DATA_DIR={variable!r}", ConfigError)
     named = config.dir or os.environ.get("JAXTRAIN_DATA_DIR") or "~/.cache/jaxtrain/data"
     return Path(named).expanduser().absolute()
 

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 
 from jaxtrain.errors import WorkdirError
-from jaxtrain.workdir import Workdir, reading
+from jaxtrain.workdir import Workdir, named, reading
 
 _LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) ([A-Z]+) (.*)")
 
@@ -25,7 +25,7 @@ class Entry:
 def merged(workdir: str | Path) -> list[Entry]:
     """All entries, by time, then by process. Raises `WorkdirError` where no run has logged anything."""
     entries: list[Entry] = []
-    for path in sorted(Workdir(Path(workdir)).logs.glob("process_*.log")):
+    for path in sorted(Workdir(named(workdir)).logs.glob("process_*.log")):
         process = int(path.stem.rpartition("_")[2])
         with reading(path):
             lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
