@@ -10,11 +10,13 @@ import multiprocessing
 import os
 import pickle
 import signal
+import struct
 import subprocess
 import sys
 import textwrap
 import threading
 import time
+import zlib
 from pathlib import Path
 
 import jax
@@ -478,13 +480,21 @@ def test_folder_with_its_own_splits(folder, tmp_path):
         load_folder(top)
 
 
-def bomb() -> bytes:
-    """A PNG of a few bytes that declares 60,000 x 60,000 pixels."""
+def bomb(width: int = 60_000, height: int = 60_000) -> bytes:
+    """A PNG of a few bytes that declares so many pixels."""
     buffer = io.BytesIO()
     Image.new("L", (1, 1)).save(buffer, format="PNG")
     data = bytearray(buffer.getvalue())
-    data[16:24] = (60_000).to_bytes(4, "big") * 2
+    data[16:24] = struct.pack(">II", width, height)
+    data[29:33] = struct.pack(">I", zlib.crc32(data[12:29]))
     return bytes(data)
+
+
+def tiled_tiff() -> bytes:
+    """A TIFF of 4 x 4 pixels in one tile of 60,000 x 60,000."""
+    words = {256: 4, 257: 4, 258: 8, 259: 8, 262: 1, 277: 1, 322: 60_000, 323: 60_000, 324: 200, 325: 8}
+    entries = b"".join(struct.pack("<HHII", tag, 4, 1, value) for tag, value in words.items())
+    return struct.pack("<2sHIH", b"II", 42, 8, len(words)) + entries + bytes(4 + 100)
 
 
 def jpeg(size: tuple[int, int] = (64, 64)) -> bytes:
@@ -499,9 +509,11 @@ def jpeg(size: tuple[int, int] = (64, 64)) -> bytes:
         (b"", "is empty"),
         (b"\x00garbage" * 50, "is not a readable image"),
         (jpeg()[:-200], "is not a readable image .*truncated"),
-        (bomb(), "is not a readable image"),
+        (bomb(), "is not a readable image .*60000 x 60000 pixels; at most 67,108,864 are read.*make it smaller"),
+        (bomb(1, 1 << 26), "is not a readable image .*1 x 67108864 pixels; .* at most 65,536 a side: make it smaller"),
+        (tiled_tiff(), "is not a readable image .*4 x 4 pixels; at most 67,108,864 are read"),
     ],
-    ids=["zero-length", "garbage", "truncated", "bomb"],
+    ids=["zero-length", "garbage", "truncated", "bomb", "column", "tile"],
 )
 @pytest.mark.filterwarnings("error")
 def test_bad_image_file_is_named(folder, content, words):
@@ -549,6 +561,73 @@ def test_a_large_image_below_the_bomb_limit_is_refused_too(monkeypatch, folder):
     monkeypatch.setattr("jaxtrain.data.images._MAX_PIXELS", 300)
     with pytest.raises(DataError, match="at most 300 are read"):
         sources.verify(DataConfig(name=f"folder:{folder}"))
+
+
+@pytest.mark.filterwarnings("error")  # Pillow warns above 89 megapixels, whatever is decoded of them
+def test_of_a_jpeg_the_pixels_count_that_are_decoded():
+    """108 megapixels, as a phone takes them; grey, so that the test is quick."""
+    buffer = io.BytesIO()
+    Image.new("L", (12_000, 9_000), 77).save(buffer, format="JPEG")
+    assert (images.decode(buffer.getvalue(), "it", channels=3, side=224) == 77).all()
+    with pytest.raises(DataError, match=r"12000 x 9000 pixels; at most 67,108,864 are read.*: make it smaller"):
+        images.decode(buffer.getvalue(), "it", channels=3)
+    with pytest.raises(DataError, match=r"make it smaller, or save it as a JPEG, which is read at a reduced size"):
+        images.decode(bomb(12_000, 9_000), "it", channels=3, side=224)
+
+
+@pytest.mark.parametrize(
+    ("progressive", "said"), [(False, "200,000 of a JPEG"), (True, "100,000 of a progressive JPEG")]
+)
+def test_a_jpeg_has_a_limit_before_it_is_reduced_too(monkeypatch, progressive, said):
+    monkeypatch.setattr(images, "_MAX_STORED", 200_000)
+    monkeypatch.setattr(images, "_MAX_PROGRESSIVE", 100_000)
+    sizes = [(310, 310), (320, 320)] if progressive else [(440, 440), (450, 450)]
+    small, large = io.BytesIO(), io.BytesIO()
+    for size, buffer in zip(sizes, (small, large), strict=True):
+        photo(*size).save(buffer, format="JPEG", progressive=progressive)
+    assert images.decode(small.getvalue(), "it", channels=3, side=24).shape == (24, 24, 3)
+    with pytest.raises(DataError, match=f"at most {said} are read: make it smaller"):
+        images.decode(large.getvalue(), "it", channels=3, side=24)
+
+
+def encoded(name: str, **options) -> bytes:
+    buffer = io.BytesIO()
+    Image.new("RGB", (20, 20), (200, 0, 0)).save(buffer, format=name, **options)
+    return buffer.getvalue()
+
+
+@pytest.mark.parametrize("name", ["EPS", "PDF", "TGA", "ICO", "PCX", "SGI", "JPEG2000", "DIB"])
+def test_an_image_of_a_format_that_is_not_promised_is_not_opened(monkeypatch, name):
+    """By its content, whatever its name: Pillow hands an EPS file to Ghostscript."""
+
+    def other_program(*arguments, **options):
+        raise AssertionError(f"another program was started: {arguments}")
+
+    monkeypatch.setattr("subprocess.Popen", other_program)
+    monkeypatch.setattr("shutil.which", lambda program: program)
+    with pytest.raises(
+        DataError, match=r"x\.png is not a readable image .*none of JPEG, PNG, BMP, GIF, WEBP, PPM, TIFF"
+    ):
+        images.decode(encoded(name), "x.png", channels=3, side=8)
+
+
+@pytest.mark.parametrize(
+    ("name", "options"),
+    [
+        *((name, {}) for name in ("JPEG", "PNG", "BMP", "PPM")),
+        *(("TIFF", {"compression": each}) for each in (None, "tiff_lzw", "tiff_deflate", "jpeg", "packbits")),
+        *(
+            (name, {"save_all": True, "append_images": [Image.new("RGB", (20, 20))]})
+            for name in ("GIF", "WEBP", "TIFF")
+        ),
+        ("MPO", {"save_all": True, "append_images": [Image.new("RGB", (20, 20))]}),
+        ("PNG", {"save_all": True, "append_images": [Image.new("RGB", (20, 20))]}),
+    ],
+    ids=str,
+)
+def test_the_first_frame_of_each_promised_format_is_read(name, options):
+    found = images.decode(encoded(name, **options), "it", channels=3, side=8)
+    assert np.abs(found.astype(int) - [200, 0, 0]).max() <= 3
 
 
 def test_links_that_leave_the_folder_are_refused(folder, tmp_path):
