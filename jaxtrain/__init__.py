@@ -6,9 +6,9 @@
 The three are imported when they are first used, so that `jaxtrain.config` and the command line's checks need no JAX.
 """
 
-import importlib
-from typing import TYPE_CHECKING, Any
+import importlib  # nothing else: `python -m jaxtrain` has the current directory first in its path, see `search_path`
 
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from jaxtrain.evaluation import evaluate
     from jaxtrain.recipes import load_config
@@ -20,7 +20,7 @@ __version__ = "0.1.0"
 _HOMES = {"evaluate": "jaxtrain.evaluation", "load_config": "jaxtrain.recipes", "train": "jaxtrain.trainer"}
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxtrain' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

@@ -239,10 +239,13 @@ def _ask(calls: Sequence[str], seconds: float, more: Mapping[str, str]) -> list[
 
     more: environment variables.
     """
-    code = "import json; from jaxtrain import doctor; print(json.dumps(doctor.{}), flush=True)"
+    # -P: or the current directory would come first, and a stranger's jax.py in it
+    code = (
+        f"import sys; sys.path.append({str(Path(__file__).parents[1])!r}); import json; from jaxtrain import doctor; "
+    )
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", code.format(call)],
+            [sys.executable, "-P", "-c", f"{code}print(json.dumps(doctor.{call}), flush=True)"],
             env={**os.environ, **more},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

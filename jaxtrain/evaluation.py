@@ -10,7 +10,7 @@ from pathlib import Path
 from jaxtrain import xla_flags
 from jaxtrain.checkpoint import Checkpoints, Start, find_start
 from jaxtrain.checkpoint_files import manifested_steps, problems, read_manifest
-from jaxtrain.config import Config, LayoutConfig, from_dict
+from jaxtrain.config import Config, LayoutConfig, flatten, from_dict, to_dict
 from jaxtrain.data import record
 from jaxtrain.data.base import Dataset, follow_classes
 from jaxtrain.engine import Evaluation
@@ -18,6 +18,7 @@ from jaxtrain.errors import CheckpointError, ConfigError, DataError
 from jaxtrain.evaluator import EvalResult
 from jaxtrain.feed import make_feed
 from jaxtrain.parallel.mesh import batch_ways, make_mesh
+from jaxtrain.plugins import refuse_code
 from jaxtrain.resume import Position
 from jaxtrain.run import load_data, make_run, select_devices, settings
 from jaxtrain.state import state_shapes
@@ -50,6 +51,7 @@ def evaluate(
     ema: bool | None = None,
     num_devices: int = 0,
     allow_changes: bool = False,
+    trust: bool = False,
 ) -> Evaluated:
     """Evaluates a checkpoint of the run in `workdir`, with the layout that fits these devices.
 
@@ -63,14 +65,18 @@ def evaluate(
         chosen by it.
       num_devices: use the first so many devices of each host; 0 uses all.
       allow_changes: evaluate on a data set that has changed since, and say what has.
+      trust: run the code that the run's config names (a model, optimizer, loss or data set of the user's own).
 
     Raises:
-      CheckpointError: the run has no such checkpoint. ConfigError: no such split, or the run keeps no average.
+      CheckpointError: the run has no such checkpoint. ConfigError: no such split, the run keeps no average, or its config names
+        code and `trust` is not set.
       DataError: the split does not hold what it held when the checkpoint was made.
     """
     if split not in SPLITS:
         raise ConfigError(f"split={split!r}: must be one of train, val, test.")
     start, position, config = _find(named(workdir), checkpoint)
+    if not trust:
+        refuse_code(flatten(to_dict(config)), start.directory / str(start.step))
     if ema and not config.optim.ema:
         raise ConfigError(f"{workdir} keeps no moving average of the weights (config.optim.ema=0).")
     ema = bool(config.optim.ema) if ema is None else ema

@@ -2,7 +2,10 @@
 
 import sys
 
-from jaxtrain.cli import main
+from jaxtrain import search_path
 
 if __name__ == "__main__":
+    search_path.leave_out_the_current_directory()  # before anything else is imported
+    from jaxtrain.cli import main
+
     sys.exit(main(["train", *sys.argv[1:]]))

@@ -6,15 +6,56 @@ import dataclasses
 import functools
 import importlib
 import os
+import re
 import sys
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from jaxtrain.config import did_you_mean
 from jaxtrain.errors import ConfigError
 
+OWN_CODE = ("model.name", "data.name", "optim.name", "optim.loss")
+"""The fields that may name code."""
+
+
+def is_factory(name: str) -> bool:
+    """Whether a data set's `name` means `package.module:factory` (and not `folder:PATH`, nor `name:1.0.0`)."""
+    return re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", name) is not None and not name.startswith("folder:")
+
+
+def code_in(config: Mapping[str, Any]) -> dict[str, str]:
+    """What a config names of the user's own, by field. config: flat, by dotted names."""
+    names = {field: str(config.get(field, "")) for field in OWN_CODE}
+    return {f: name for f, name in names.items() if (is_factory(name) if f == "data.name" else ":" in name)}
+
+
+def refuse_code(config: Mapping[str, Any], source: Path) -> None:
+    """Raises `ConfigError` where a config that was found in a run's directory names code: `os:system` is a name too.
+
+    config: flat, by dotted names. source: where it was found.
+    """
+    for field, name in code_in(config).items():
+        raise ConfigError(
+            f"config.{field}={name!r}: {source} names code to be run, and a directory's word for it is not taken; "
+            "use --trust (from Python trust=True) where you trust whoever made it."
+        )
+
+
+def add_working_directory() -> None:
+    """Makes the modules of the current directory importable, after all others.
+
+    For good, since what is loaded from there may itself import, late, from beside it.
+    """
+    here = os.getcwd()
+    if "" not in sys.path and here not in sys.path:
+        sys.path.append(here)
+
 
 def load_dotted(name: str, field: str) -> Any:
-    """The object that `name` means; the working directory is importable, as it is with `python -m`.
+    """The object that `name` means; a module is looked for in the current directory too, last.
+
+    Only for a name that the user gave, or trusts: see `refuse_code`.
 
     Args:
       name: `package.module:attribute`, e.g. "my_project.vit:ViT".
@@ -29,22 +70,26 @@ def load_dotted(name: str, field: str) -> Any:
     parts = [*module_name.split("."), *attribute.split(".")]
     if ":" not in name or not all(part.isidentifier() for part in parts):
         raise ConfigError(f"{where}: must have the form 'package.module:attribute'.")
-    here = os.getcwd()
-    if "" not in sys.path and here not in sys.path:
-        sys.path.insert(0, here)  # for good: what is loaded here may itself import, late, from beside it
+    add_working_directory()
     try:
         module = importlib.import_module(module_name)
     except Exception as error:  # whatever the user's module raises while it is imported
         cause = f"{type(error).__name__}: {error}"
         raise ConfigError(
-            f"{where}: importing {module_name!r} (from {here} or sys.path) failed with {cause}."
+            f"{where}: importing {module_name!r} (from {os.getcwd()} or sys.path) failed with {cause}."
         ) from error
     try:
         return functools.reduce(getattr, attribute.split("."), module)
     except AttributeError:
         known = [key for key in vars(module) if not key.startswith("_")]
         hint = did_you_mean(attribute, known)
-        raise ConfigError(f"{where}: module {module_name!r} has no {attribute!r}.{hint}") from None
+        raise ConfigError(f"{where}: module {module_name!r} has no {attribute!r}.{hint}{_found_in(module)}") from None
+
+
+def _found_in(module: Any) -> str:
+    """Where a module lies that is not of the current directory: an installed one may have the name that was meant."""
+    file = getattr(module, "__file__", None) or "built in"
+    return "" if file.startswith(os.getcwd() + os.sep) else f" It is {file}; the current directory is looked in last."
 
 
 def watch(section: Any) -> tuple[Any, set[str]]:

@@ -6,11 +6,12 @@ the colon of `--config FILE:arg`: names joined by commas, the recipe's own or on
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import sys
 import traceback
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -112,8 +113,9 @@ def resolve(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Resolved:
     path, _, arg = spec.partition(":")
     if arg:
         require_local(spec, f"--config {spec}", ConfigError)
-    get_config = _load_recipe(Path(path))
-    plain_recipe, with_arg = (_call(get_config, path, each) for each in ("", arg))
+    with _working_directory_importable():
+        get_config = _load_recipe(Path(path))
+        plain_recipe, with_arg = (_call(get_config, path, each) for each in ("", arg))
     values = _override(with_arg, overrides)
     config = from_dict(plain(values))
     default, base, variant, final = (
@@ -212,7 +214,19 @@ def _suggest(key: str, known: list[str]) -> str:
     return did_you_mean(key, known, "config.") or elsewhere
 
 
-def add_working_directory() -> None:
-    """Makes dotted names importable from the current directory, as they are with `python -m`."""
-    if "" not in sys.path and str(Path.cwd()) not in sys.path:
-        sys.path.insert(0, str(Path.cwd()))
+@contextlib.contextmanager
+def _working_directory_importable() -> Iterator[None]:
+    """Inside, the modules of the current directory can be imported, after all others.
+
+    Only while a recipe runs: nothing else that is imported later, and may be missing, shall be looked for there.
+    """
+    here = str(Path.cwd())
+    if "" in sys.path or here in sys.path:
+        yield
+        return
+    sys.path.append(here)
+    try:
+        yield
+    finally:
+        if here in sys.path:
+            sys.path.remove(here)

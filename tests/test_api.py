@@ -296,7 +296,7 @@ def test_a_users_model_by_dotted_name(tmp_path):
     )
     assert int(found.state.step) == 2
     assert "position" in found.state.params["layers_00"]
-    assert evaluate(tmp_path, num_devices=1).result.examples == 359  # which finds the model by its name too
+    assert evaluate(tmp_path, num_devices=1, trust=True).result.examples == 359  # which finds the model by its name too
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,14 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-from jaxtrain import cli
+from jaxtrain import checkpoint_files, cli
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.errors import DataError
 from jaxtrain.recipes import LAYOUTS
@@ -554,6 +555,67 @@ def test_evaluate_changes_nothing_in_the_run(capsys, finished):
 )
 def test_evaluate_what_is_not_there(capsys, finished, words, code, said):
     assert said in sentence(capsys, ["evaluate", str(finished), *words], code)
+
+
+@pytest.fixture
+def decoys(tmp_path) -> Path:
+    """A directory with files called like packages that jaxtrain needs; `ran` is there once one was run."""
+    (tmp_path / "here").mkdir()
+    for name in ("optax", "jax", "numpy", "rich", "ml_collections", "argparse", "typing", "dataclasses"):
+        code = f"open({str(tmp_path / 'ran')!r}, 'w').close()\nraise ImportError('a stranger wrote this')\n"
+        (tmp_path / "here" / f"{name}.py").write_text(code)
+    return tmp_path / "here"
+
+
+@pytest.mark.xdist_group("finished run")
+def test_no_file_of_the_current_directory_is_run(decoys, finished):
+    for argv in (
+        ["-m", "jaxtrain", "evaluate", str(finished), "--devices", "1"],
+        ["-m", "jaxtrain", "layout", "--config", QUICKSTART],
+        ["-m", "jaxtrain.main", "--help"],
+    ):
+        found = run(*argv, cwd=decoys)
+        assert found.returncode == 0, found.stderr
+    assert not (decoys.parent / "ran").exists()
+
+
+def test_a_path_that_the_user_set_stays(tmp_path):
+    """Also where it is the current directory, which `python -m` adds once more."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, sys\natexit.register(lambda: print(sys.path.count(sys.path[0]), sys.path[0]))\n"
+    )
+    found = subprocess.run(
+        [sys.executable, "-m", "jaxtrain", "--help"], cwd=tmp_path, capture_output=True, text=True, check=False,
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"},
+    )  # fmt: skip
+    assert found.stdout.splitlines()[-1] == f"1 {tmp_path}", found
+
+
+def test_a_command_leaves_the_search_path_as_it_was(capsys, monkeypatch):
+    before = list(sys.path)
+    assert cli.main(["config", QUICKSTART]) == 0
+    assert sys.path == before
+
+
+@pytest.mark.xdist_group("finished run")
+@pytest.mark.parametrize("field", ["model.name", "data.name", "optim.name", "optim.loss"])
+def test_code_that_a_run_directory_names_is_not_run_unless_it_is_trusted(
+    capsys, finished, tmp_path, monkeypatch, field
+):
+    copy = tmp_path / "run"
+    shutil.copytree(finished, copy)
+    (tmp_path / "stranger.py").write_text("raise RuntimeError('the code was run')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    folder = copy / "checkpoints" / "30"
+    position = dict(checkpoint_files.read_manifest(folder).position)
+    section, _, key = field.partition(".")
+    position["config"][section][key] = "stranger:thing"
+    checkpoint_files.annotate(folder, position=position)
+    words = ["evaluate", str(copy), "--checkpoint", "30"]
+    text = sentence(capsys, words)
+    assert all(part in text for part in (f"config.{field}='stranger:thing'", str(folder), "--trust", "trust=True"))
+    assert "the code was run" in sentence(capsys, [*words, "--trust"])
 
 
 def test_evaluate_no_run(capsys, tmp_path):

@@ -896,6 +896,33 @@ def test_workers_end_when_the_program_is_killed(tmp_path):
     assert not survivors, "the worker outlived its parent"
 
 
+def test_a_worker_takes_no_module_from_the_current_directory(tmp_path):
+    """It is a Python started with -c, which looks there first for what it needs to come up."""
+    (tmp_path / "here").mkdir()
+    for name in ("pickle", "socket", "multiprocessing"):
+        (tmp_path / "here" / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w').close()\n")
+    script = tmp_path / "run.py"
+    script.write_text(
+        textwrap.dedent("""
+        import os
+        import numpy as np
+        from jaxtrain.data import base, stream
+        if __name__ == "__main__":
+            source = base.ArraySource(np.zeros((64, 2, 2, 1), np.uint8), np.zeros(64, np.int32))
+            with stream.train_stream(source, seed=0, global_batch=4, positions=np.arange(4), first_example=0,
+                                     workers=1, steps=2) as batches:
+                print(len(list(batches)), os.environ.get("PYTHONSAFEPATH"))
+        """)
+    )
+    path = os.pathsep.join([str(Path(base.__file__).parents[2]), *filter(None, sys.path)])
+    found = subprocess.run(
+        [sys.executable, str(script)], cwd=tmp_path / "here", capture_output=True, text=True, check=False,
+        env={**os.environ, "PYTHONPATH": path}, timeout=120,
+    )  # fmt: skip
+    assert found.stdout == "2 None\n", found.stderr
+    assert not (tmp_path / "ran").exists()
+
+
 @pytest.mark.parametrize(
     ("cpus", "cheap", "local", "workers"),
     [(1, False, 1, 0), (2, False, 1, 0), (6, False, 1, 4), (64, False, 1, 16), (64, True, 1, 0), (16, False, 4, 2)],

@@ -610,6 +610,44 @@ def test_garbage_description_is_named(tmp_path):
         sources.load(config(tmp_path, "my_set"))
 
 
+CLASS = "stranger_features.Feature"
+
+
+@pytest.mark.parametrize(
+    ("file", "values"),
+    [
+        ("features.json", {"pythonClassName": CLASS}),
+        ("features.json", {"python_class_name": CLASS}),
+        ("features.json", {"type": CLASS, "content": {}}),
+        ("features.json", {"pythonClassName": "os.system"}),
+        (
+            "features.json",
+            {
+                "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
+                "featuresDict": {"features": {"image": {"pythonClassName": CLASS}}},
+            },
+        ),
+        (
+            "features.json",
+            {
+                "pythonClassName": "tensorflow_datasets.core.features.features_dict.FeaturesDict",
+                "jsonFeature": {"json": json.dumps({"image": {"type": CLASS, "content": {}}})},
+            },
+        ),
+        ("dataset_info.json", {"features": {"pythonClassName": CLASS}}),
+    ],
+    ids=["proto", "proto-field-name", "legacy", "standard-library", "nested", "json-in-json", "info"],
+)
+def test_a_class_that_a_data_set_names_is_not_imported(tmp_path, monkeypatch, file, values):
+    directory = build(tmp_path / "data", "made_by_a_stranger", (8, 8, 1), {"train": 4})
+    (tmp_path / "stranger_features.py").write_text("raise RuntimeError('the code was run')\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    before = json.loads((directory / file).read_text()) if file == "dataset_info.json" else {}
+    (directory / file).write_text(json.dumps(before | values))
+    with pytest.raises(DataError, match=rf"{file} names the class '.*', which would be imported"):
+        sources.load(config(tmp_path / "data", "made_by_a_stranger"))
+
+
 def test_tfrecord_names_the_command_that_converts(tmp_path):
     directory = build(tmp_path, "MySet", (12, 10, 1), {"train": 9})
     info = json.loads((directory / "dataset_info.json").read_text())

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "jaxtrain"
 
 # From the ground up. A module imports from the floors below its own, and a package's modules from each other.
 FLOORS = (
-    ("errors", "outside", "xla_flags", "cpus"),
+    ("errors", "outside", "search_path", "xla_flags", "cpus"),
     ("config", "distributed"),
     ("plugins", "precision", "recipes", "workdir"),
     ("checkpoint_files", "lease", "gpus"),

@@ -643,6 +643,7 @@ def test_dotted_names_are_imported_from_the_working_directory(tmp_path, monkeypa
     monkeypatch.chdir(tmp_path)
     assert load_dotted("own_package.things:Thing", "model.name").__name__ == "Thing"
     assert load_dotted("own_package.things:Thing.inner", "model.name") == 5
+    assert sys.path[-1] == str(tmp_path)  # behind all others: a file in it hides no installed package
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import itertools
 import json
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -217,6 +218,22 @@ def test_change_names_fields_by_their_dotted_names():
     assert (config.optim.name, config.seed) == ("adamw", 3)
     with pytest.raises(ConfigError, match=r"config\.optim\.ema=2"):
         change(config, **{"optim.ema": 2.0})
+
+
+def test_a_recipe_may_import_from_the_current_directory_and_nothing_else_may(tmp_path, monkeypatch):
+    (tmp_path / "own_settings.py").write_text("SEED = 7\n")
+    (tmp_path / "yaml.py").write_text("raise ImportError('not the installed one')\n")
+    (tmp_path / "recipes").mkdir()
+    (tmp_path / "recipes" / "mine.py").write_text(
+        "import own_settings, yaml\nfrom jaxtrain.config import Config\nfrom jaxtrain.recipes import recipe\n"
+        "def get_config(arg=''):\n    return recipe(Config(seed=own_settings.SEED), arg)\n"
+    )
+    monkeypatch.setattr(sys, "path", [entry for entry in sys.path if entry not in ("", ".")])
+    monkeypatch.delitem(sys.modules, "yaml", raising=False)
+    monkeypatch.chdir(tmp_path)
+    before = list(sys.path)
+    assert load_config("recipes/mine.py").seed == 7
+    assert sys.path == before
 
 
 def test_a_recipe_of_ones_own(tmp_path):

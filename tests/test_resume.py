@@ -281,7 +281,7 @@ def test_the_best_and_the_milestones_stay_beside_the_latest(tmp_path):
     result = here(tmp_path, SMALL, checkpoint__keep=1, checkpoint__every="1", checkpoint__milestone_every="5")
     best = result.result["best"]["step"]
     assert set(runs.checkpoints(tmp_path)) == {5, 10, LAST, best}
-    found = evaluate(tmp_path, "val", checkpoint="best")
+    found = evaluate(tmp_path, "val", checkpoint="best", trust=True)
     assert found.step == best
     assert found.result.accuracy == max(row["accuracy"] for row in runs.rows(tmp_path, "val"))
 
@@ -408,7 +408,7 @@ def test_a_moving_average_may_begin_in_the_middle_of_a_run(tmp_path, model):
     for found in (best, last):
         assert found["test_ema"]["accuracy"] == found["test"]["accuracy"]
     with pytest.raises(ConfigError, match="no moving average"):  # whoever asks for the best one's own
-        evaluate(tmp_path / "run", checkpoint="best", ema=True)
+        evaluate(tmp_path / "run", checkpoint="best", ema=True, trust=True)
 
 
 @shares_complete

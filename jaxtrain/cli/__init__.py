@@ -16,7 +16,7 @@ from jaxtrain.cli import checkpoint, config, data, demo, doctor, evaluate, goodp
 from jaxtrain.config import did_you_mean
 from jaxtrain.distributed.failure import Report
 from jaxtrain.errors import REPORT_THIS, ConfigError, JaxtrainError
-from jaxtrain.recipes import add_working_directory, split_override
+from jaxtrain.recipes import split_override
 
 COMMANDS = {
     "train": train, "launch": launch, "evaluate": evaluate, "checkpoint": checkpoint, "data": data, "config": config,
@@ -33,7 +33,6 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, or `JaxtrainError.exit_code` with one sentence on standard error."""
-    add_working_directory()
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         return COMMANDS[arguments.command].run(arguments) or 0

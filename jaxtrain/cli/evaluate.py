@@ -10,7 +10,7 @@ from jaxtrain.cli import start
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN, --split, --checkpoint, --ema, --allow-changes, --json, devices."""
+    """RUN, --split, --checkpoint, --ema, --allow-changes, --json, --trust, devices."""
     parser.add_argument("workdir", metavar="RUN", help="the work directory of a run")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test")
     parser.add_argument("--checkpoint", default="best", help="best, latest, a step, or epoch:N (default: best)")
@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--allow-changes", action="store_true", help="evaluate a data set that has changed since, and say what has"
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--trust", action="store_true", help="run the code that the run's config names, as package.module:attribute"
+    )
     start.add_device_arguments(parser)
 
 
@@ -39,6 +42,7 @@ def run(arguments: argparse.Namespace) -> None:
         ema=arguments.ema,
         num_devices=arguments.devices,
         allow_changes=arguments.allow_changes,
+        trust=arguments.trust,
     )
     result = found.result
     # A model may have more outputs than the data has classes.

@@ -11,6 +11,7 @@ from rich.console import Console
 from jaxtrain.config import flatten, to_dict
 from jaxtrain.distributed.place import find_place
 from jaxtrain.errors import ConfigError
+from jaxtrain.plugins import add_working_directory, code_in
 from jaxtrain.recipes import Resolved, resolve
 
 
@@ -86,7 +87,11 @@ def start_processes(arguments: argparse.Namespace, resolved: Resolved, workdir: 
         return
     from jaxtrain.distributed.join import fingerprint_of, join  # noqa: PLC0415  without other processes JAX is loaded later
 
-    fingerprint = fingerprint_of(flatten(to_dict(resolved.config)), str(Path(workdir)))
+    config = flatten(to_dict(resolved.config))
+    if names := code_in(config).values():
+        add_working_directory()
+    modules = [name.partition(":")[0] for name in names]
+    fingerprint = fingerprint_of(config, str(Path(workdir)), modules)
     join(place, fingerprint, arguments.start_timeout, allow_version_skew=arguments.allow_version_skew)
 
 

@@ -11,7 +11,6 @@ import gzip
 import hashlib
 import importlib.util
 import os
-import re
 import shlex
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -24,7 +23,7 @@ from jaxtrain.data import base, cifar, contents, images, splits
 from jaxtrain.data.base import Dataset, Source, materialize, nbytes
 from jaxtrain.errors import ConfigError, DataError, WorkdirError
 from jaxtrain.outside import require_local
-from jaxtrain.plugins import load_dotted, watch
+from jaxtrain.plugins import is_factory, load_dotted, watch
 
 __all__ = [
     "Dataset",
@@ -58,7 +57,7 @@ def data_dir(config: DataConfig) -> Path:
 def check_name(config: DataConfig) -> None:
     """Raises `ConfigError` where `config.name` can mean no data set; reads no data."""
     root, name = data_dir(config), config.name
-    if _is_dotted(name):
+    if is_factory(name):
         load_dotted(name, "data.name")
     elif ":" not in name and name not in NAMES and name.split("/")[0] not in (known := _tfds_sets().known_names(root)):
         hint = did_you_mean(name, (*NAMES, *known))
@@ -85,7 +84,7 @@ def load(config: DataConfig, *, image_size: int = 0, needed: str = "") -> Datase
     Raises `ConfigError` for an unknown name or settings that do not fit the data, and `DataError` for data that is
     missing or damaged.
     """
-    if _is_dotted(config.name):
+    if is_factory(config.name):
         dataset = _own(config, image_size)
     else:
         dataset = splits.cut(_find_parts(config, image_size, needed), config, needed)
@@ -139,7 +138,7 @@ def prepare(config: DataConfig) -> Path | None:
         return _digits_file()
     if config.name.startswith("folder:"):
         return _folder_path(config)
-    if config.name == "synthetic" or _is_dotted(config.name):
+    if config.name == "synthetic" or is_factory(config.name):
         return None
     return _find_prepared(config)
 
@@ -242,11 +241,6 @@ def _tfds_sets() -> ModuleType:
     return tfds_sets
 
 
-def _is_dotted(name: str) -> bool:
-    """Whether `name` means `package.module:factory` (and not `folder:PATH`, nor `name:1.0.0`)."""
-    return re.fullmatch(r"[A-Za-z_][\w.]*:[A-Za-z_][\w.]*", name) is not None and not name.startswith("folder:")
-
-
 def _folder_path(config: DataConfig) -> Path:
     path = Path(config.name.removeprefix("folder:")).expanduser()
     if not path.is_dir():
@@ -281,7 +275,7 @@ def _refuse_chosen_splits(config: DataConfig) -> None:
 
 
 def _is_tfds(name: str) -> bool:
-    return name not in NAMES and not name.startswith("folder:") and not _is_dotted(name)
+    return name not in NAMES and not name.startswith("folder:") and not is_factory(name)
 
 
 def _find_prepared(config: DataConfig) -> Path:

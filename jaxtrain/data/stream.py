@@ -123,6 +123,8 @@ class Stream:
         if workers:
             processes = grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=_READ_AHEAD)
             batches = batches.mp_prefetch(processes, worker_init_fn=_start_worker)
+        if workers:
+            _SAFE_PATH.hold()
         self._batches: Any = iter(batches)
         self.close = weakref.finalize(self, _close, self._batches, workers)
         """Ends the workers and frees what was read ahead. Runs once; at the latest when the program exits."""
@@ -158,8 +160,41 @@ class Stream:
         self.close()
 
 
+class _SafePath:
+    """While a stream with workers is open, a Python that is started takes no module from the current directory by itself.
+
+    A worker has this process's search path only once it has imported what `multiprocessing` needs, and Grain starts it from a
+    thread of its own, some time after it was asked to.
+    """
+
+    def __init__(self) -> None:
+        self._lock, self._held, self._before = threading.Lock(), 0, None
+
+    def hold(self) -> None:
+        """To be released as often as it is held."""
+        with self._lock:
+            if not self._held:
+                self._before = os.environ.get("PYTHONSAFEPATH")
+                os.environ["PYTHONSAFEPATH"] = "1"
+            self._held += 1
+
+    def release(self) -> None:
+        """The last one gives the environment back."""
+        with self._lock:
+            self._held -= 1
+            if not self._held and self._before is None:
+                os.environ.pop("PYTHONSAFEPATH", None)
+
+
+_SAFE_PATH = _SafePath()
+
+
 def _close(batches: Any, workers: int) -> None:
-    batches.close()
+    try:
+        batches.close()
+    finally:
+        if workers:
+            _SAFE_PATH.release()
     if workers:
         gc.collect()  # the exceptions that Grain hands between threads are cycles, which hold the last shared memory
 
@@ -167,6 +202,7 @@ def _close(batches: Any, workers: int) -> None:
 def _start_worker(index: int, count: int) -> None:
     """Runs first in every worker: Ctrl-C is the parent's to handle, and the worker ends when the parent is gone."""
     del index, count
+    os.environ.pop("PYTHONSAFEPATH", None)  # what a user's source starts is its own business
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
 

@@ -168,6 +168,7 @@ def _generate(name: str, root: Path) -> None:
         *(root / "downloads" / directory.parent.name).glob("**/*.tmp.*"),
     ]:
         shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed: we hold the lock
+    _check_classes(directory)
     try:
         builder = _BUILDERS[name](data_dir=root)
     except Exception as error:  # it reads what an earlier preparation left, with TFDS's parsers
@@ -314,6 +315,40 @@ def verify_cifar(name: str, root: Path) -> dict[str, int]:
 # ----------------------------------------------------------------------------------------------------- prepared by TFDS
 
 
+def _check_classes(directory: Path) -> None:
+    """TFDS imports the modules of the classes that `features.json` and `dataset_info.json` name, whatever they are."""
+    for name in ("features.json", "dataset_info.json"):
+        try:
+            values = json.loads((directory / name).read_text(encoding="utf-8"))
+            found = _class_names(values if name == "features.json" else values.get("features"))
+        except FileNotFoundError:
+            continue
+        except (OSError, ValueError, AttributeError, RecursionError) as error:
+            raise DataError(
+                f"{directory} is not a complete TFDS data set ({name}: {error}); delete it and prepare it again."
+            ) from None
+        for cls in found:
+            if not re.fullmatch(r"tensorflow_datasets(\.\w+)+", cls):
+                raise DataError(
+                    f"{directory / name} names the class {cls!r}, which would be imported, and must name classes of "
+                    "tensorflow_datasets only: prepare the data set again with TFDS's own features."
+                )
+
+
+def _class_names(values: Any) -> list[str]:
+    """The names of feature classes anywhere in parsed JSON, also in JSON that is a text within it."""
+    if isinstance(values, str) and values.lstrip()[:1] in ("{", "["):
+        with contextlib.suppress(ValueError):
+            return _class_names(json.loads(values))
+    if isinstance(values, list):
+        return [name for value in values for name in _class_names(value)]
+    if not isinstance(values, dict):
+        return []
+    keys = ("type", "pythonClassName", "python_class_name")
+    own = [value for key, value in values.items() if key in keys and isinstance(value, str)]
+    return own + [name for value in values.values() for name in _class_names(value)]
+
+
 class TfdsSource(base.DecodedSource):
     """One split of a data set that TFDS has prepared as array_record; images are decoded when read."""
 
@@ -409,7 +444,11 @@ class TfdsSource(base.DecodedSource):
 
 
 def _builder(directory: Path) -> tuple[Any, set[str]]:
-    """TFDS's builder of a prepared data set, and the formats of its files. Raises `DataError` where it is not one."""
+    """TFDS's builder of a prepared data set, and the formats of its files.
+
+    Raises `DataError` where it is not one, or its files name classes that are not TFDS's own.
+    """
+    _check_classes(directory)
     try:
         builder: Any = tfds.builder_from_directory(directory)
         return builder, {str(getattr(f, "value", f)) for f in builder.info.available_file_formats()}

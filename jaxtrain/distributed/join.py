@@ -10,7 +10,7 @@ import os
 import platform
 import sys
 import threading
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,20 +33,16 @@ SELF_TEST_BYTES = 4 << 20  # a device's
 # Settings that each host may have for itself.
 OF_ONE_HOST = ("data.dir", "data.workers", "data.prepare_per_host", "data.prepare_timeout")
 
-# Settings that may name a module of the user's own.
-OWN_CODE = ("model.name", "data.name", "optim.name", "optim.loss")
-
 _PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
 
 
-def fingerprint_of(config: Mapping[str, Any], workdir: str) -> Fingerprint:
-    """What must be the same on all processes. config: flat, by dotted names."""
+def fingerprint_of(config: Mapping[str, Any], workdir: str, modules: Iterable[str] = ()) -> Fingerprint:
+    """What must be the same on all processes. config: flat, by dotted names. modules: of the user's own, that it names."""
     versions = {name: importlib.metadata.version(name) for name in ("jaxtrain", *_PACKAGES)}
     versions["python"] = ".".join(platform.python_version_tuple()[:2])
     versions["code of jaxtrain"] = _hash(*sorted(Path(__file__).parents[1].rglob("*.py")))
-    names = (str(config.get(key, "")) for key in OWN_CODE)
-    for module in sorted({name.partition(":")[0] for name in names if ":" in name}):
-        with contextlib.suppress(ImportError, ValueError, OSError):  # no module, as `folder` of folder:PATH
+    for module in sorted(set(modules)):
+        with contextlib.suppress(ImportError, ValueError, OSError):  # no module: `load_dotted` says so
             if (found := importlib.util.find_spec(module)) and found.origin:
                 versions[f"code of {module}"] = _hash(Path(found.origin))
     settings = {f"config.{key}": _plain(value) for key, value in config.items() if key not in OF_ONE_HOST}
