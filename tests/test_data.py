@@ -383,6 +383,19 @@ def test_chosen_splits_of_a_folder(folder, tmp_path):
         sources.load(DataConfig(name="digits", splits="test=none"))
 
 
+def test_a_test_without_classes_is_absent(folder, tmp_path):
+    top = tmp_path / "split"
+    top.mkdir()
+    os.rename(folder, top / "train")
+    write_image(top / "test/0.png")
+    dataset = load_folder(top)
+    assert [len(getattr(dataset, split)) > 0 for split in base.SPLITS] == [True, True, True]  # drawn from training
+    assert "the split 'test' has images without classes, and is left out" in dataset.notes
+    assert len(sources.load(DataConfig(name=f"folder:{top}"), image_size=14, needed="test").test) == len(dataset.test)
+    write_image(top / "val/ant/0.png")
+    assert len(load_folder(top).test) == 0
+
+
 def test_one_split_needs_no_other(folder, tmp_path):
     top = tmp_path / "split"
     top.mkdir()
@@ -591,6 +604,9 @@ def test_a_jpeg_has_a_limit_before_it_is_reduced_too(monkeypatch, progressive, s
 
 
 def encoded(name: str, **options) -> bytes:
+    """A red image; with `save_all`, and a black one behind it."""
+    if options.get("save_all"):
+        options["append_images"] = [Image.new("RGB", (20, 20))]
     buffer = io.BytesIO()
     Image.new("RGB", (20, 20), (200, 0, 0)).save(buffer, format=name, **options)
     return buffer.getvalue()
@@ -616,12 +632,7 @@ def test_an_image_of_a_format_that_is_not_promised_is_not_opened(monkeypatch, na
     [
         *((name, {}) for name in ("JPEG", "PNG", "BMP", "PPM")),
         *(("TIFF", {"compression": each}) for each in (None, "tiff_lzw", "tiff_deflate", "jpeg", "packbits")),
-        *(
-            (name, {"save_all": True, "append_images": [Image.new("RGB", (20, 20))]})
-            for name in ("GIF", "WEBP", "TIFF")
-        ),
-        ("MPO", {"save_all": True, "append_images": [Image.new("RGB", (20, 20))]}),
-        ("PNG", {"save_all": True, "append_images": [Image.new("RGB", (20, 20))]}),
+        *((name, {"save_all": True}) for name in ("GIF", "WEBP", "TIFF", "MPO", "PNG")),
     ],
     ids=str,
 )

@@ -153,7 +153,8 @@ def _read_bytes(path: Path) -> bytes:
 def folder(path: Path, side: int, chosen: Mapping[str, str], needed: str = "") -> base.Parts:
     """Finds the images of PATH/{train,val|valid|validation,test}/CLASS/*, or of PATH/CLASS/* where there are no splits.
 
-    Classes are the folders' names, sorted; other files than images are left alone.
+    Classes are the folders' names, sorted; other files than images are left alone. A split whose images lie in no folders of
+    classes counts as absent.
 
     Args:
       path: the folder.
@@ -170,6 +171,12 @@ def folder(path: Path, side: int, chosen: Mapping[str, str], needed: str = "") -
     required = needed if needed in splits else "train"
     if required not in splits:
         raise DataError(f"{root}: has {', '.join(sorted(splits.values()))} but no train.")
+    unlabelled = [
+        split for split, name in splits.items()
+        if split != "train" and split not in chosen and _has_no_classes(root / name, root)
+    ]  # fmt: skip
+    splits = {split: name for split, name in splits.items() if split not in unlabelled}
+    required = required if required in splits else "train"
     of_classes = {required, *({"train"} & splits.keys())}
     names = {e.name for split in of_classes for e in _listing(root / splits[split], root) if e.is_dir()}
     if len(names) < 2 and not needed:
@@ -207,6 +214,7 @@ def folder(path: Path, side: int, chosen: Mapping[str, str], needed: str = "") -
         identity=digest.hexdigest(),
         identities=identities,
         labels=train.labels if train else None,
+        notes=tuple(f"the split {split!r} has images without classes, and is left out" for split in unlabelled),
         files=tuple((file[below:], size) for file, size in zip(train.files, sizes["train"], strict=True))
         if train
         else (),
@@ -239,6 +247,12 @@ def _splits(root: Path, chosen: Mapping[str, str]) -> dict[str, str]:
             "config.data.splits names others."
         )
     return found
+
+
+def _has_no_classes(split: Path, root: Path) -> bool:
+    """Whether a split's folder has images, as the test of a competition, and no folders of classes."""
+    entries = _listing(split, root)
+    return not any(e.is_dir() for e in entries) and any(e.name.lower().endswith(_EXTENSIONS) for e in entries)
 
 
 def _split_source(root: Path, split: str, classes: tuple[str, ...], side: int) -> tuple[FolderSource, list[int]]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
@@ -117,21 +118,28 @@ class _ByFile(_ByPosition):
 
     rule = FILE_RULE
 
-    def _hash(self, train: np.ndarray, word: int) -> np.ndarray:
-        """float64 [len(train)] in [0, 1): of the names of these examples' files."""
-        seed, files = self.config.split_seed, self.parts.files
-        digests = (hashlib.sha256(f"{seed}\n{files[index][0]}".encode()).digest() for index in train)
-        return np.array([int.from_bytes(digest[8 * word : 8 * word + 6], "big") for digest in digests]) / 2.0**48
+    @functools.cached_property
+    def _words(self) -> np.ndarray:
+        """float64 [files, 3] in [0, 1): the words of each file."""
+        start = hashlib.sha256(f"{self.config.split_seed}\n".encode())
+
+        def digest(name: str) -> bytes:
+            hashed = start.copy()
+            hashed.update(name.encode())
+            return hashed.digest()
+
+        words = np.frombuffer(b"".join(digest(name) for name, _ in self.parts.files), ">u8")
+        return (words.reshape(-1, 4)[:, :3] >> 11) / 2.0**53
 
     def test(self, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        held = self._hash(train, 0) < _TEST_SHARE
+        held = self._words[train, 0] < _TEST_SHARE
         return train[~held], train[held]
 
     def ordered(self, train: np.ndarray) -> np.ndarray:
-        return train[np.argsort(self._hash(train, 2), kind="stable")]
+        return train[np.argsort(self._words[train, 2], kind="stable")]
 
     def validation(self, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        held = self._hash(train, 1) < self.config.validation
+        held = self._words[train, 1] < self.config.validation
         return train[~held], train[held]
 
     def fingerprint(self, split: str, source: base.Source, drawn: Mapping[str, np.ndarray]) -> str:
