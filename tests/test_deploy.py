@@ -25,6 +25,7 @@ from jaxtrain.recipes import resolve
 
 ROOT = Path(__file__).parents[1]
 LAUNCH = ROOT / "launch"
+SECONDS = 300  # that a script may take; one that waits for what does not come would take longer
 SCRIPTS = sorted([*LAUNCH.glob("*.sh"), *LAUNCH.glob("*.sbatch")])
 NOT_MENDED = {64, 65, 66, 73, 76, 78}  # by another start
 
@@ -54,7 +55,7 @@ SAVES = f"""exec {sys.executable} -c '
 import os, signal, sys, time
 signal.signal(signal.SIGTERM, lambda *_: sys.exit(75))
 open(os.environ["RECORD"] + f".{{os.getpid()}}", "w").close()
-time.sleep(20)
+time.sleep(600)
 '"""
 
 
@@ -83,7 +84,7 @@ class Stage:
 
     def run(self, *words: str, cwd: Path = ROOT, **variables: str) -> tuple[int, str]:
         process = self.start(*words, cwd=cwd, **variables)
-        output, _ = process.communicate(timeout=30)
+        output, _ = process.communicate(timeout=SECONDS)
         return process.returncode, output
 
     def calls(self, name: str) -> list[dict[str, Any]]:
@@ -253,11 +254,12 @@ def test_ssh_passes_sigterm_on(stage):
     stage.stand_in("ssh", does=SSH)
     stage.stand_in("python", does=SAVES)
     process = stage.start("launch/ssh.sh", hosts(stage), "--config", "configs/quickstart.py")
-    deadline = time.monotonic() + 20
-    while len(list(stage.folder.glob("record.*"))) < 2 and time.monotonic() < deadline:
+    deadline = time.monotonic() + SECONDS
+    while len(list(stage.folder.glob("record.*"))) < 2:
+        assert time.monotonic() < deadline
         time.sleep(0.05)
     process.send_signal(signal.SIGTERM)
-    output, _ = process.communicate(timeout=10)
+    output, _ = process.communicate(timeout=SECONDS)
     assert process.returncode == 75, output
 
 
@@ -293,9 +295,7 @@ def test_pbs_starts_a_process_on_each_node(stage):
 
 def test_pbs_saves_before_its_time_is_up(stage):
     stage.stand_in("python", does=SAVES)
-    began = time.monotonic()
-    assert pbs(stage, "n1", TRAIN_MINUTES="0.01")[0] == 75
-    assert time.monotonic() - began < 10
+    assert pbs(stage, "n1", TRAIN_MINUTES="0.05")[0] == 75
 
 
 def test_mpirun_gives_each_process_its_place(stage):

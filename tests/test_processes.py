@@ -224,7 +224,7 @@ def test_data_that_process_zero_cannot_prepare_end_all_with_its_sentence(tmp_pat
     ids=["missing", "twice", "miscounted", "alone"],
 )
 def test_processes_that_do_not_fit_together_say_why(tmp_path, numbers, counts, said):
-    port, seconds = runs.free_port(), 60 if len(set(numbers)) < len(numbers) or len(set(counts)) > 1 else 8
+    port, seconds = runs.free_port(), 60 if len(set(numbers)) < len(numbers) or len(set(counts)) > 1 else 20
     command = ["-m", "jaxtrain.main", *runs.arguments(tmp_path / "run", SMALL, "--start-timeout", str(seconds))]
     places = [runs.joined(number, count, port) for number, count in zip(numbers, counts, strict=True)]
     with several(tmp_path, *([*command, *place] for place in places)) as started:

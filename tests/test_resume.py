@@ -441,10 +441,12 @@ def test_a_batch_given_per_device_is_that_of_the_first_start(tmp_path):
 
 LEDGER = """
 import dataclasses
+import pathlib
 import time
 
 from jaxtrain.config import DataConfig
 from jaxtrain.data import sources
+from jaxtrain.distributed.interrupt import Interrupt
 
 read = []
 
@@ -471,6 +473,14 @@ def stuck(config, image_size):
     time.sleep(10_000)
 
 
+agree = Interrupt._stop
+
+
+def heard(self, number):
+    agree(self, number)
+    pathlib.Path(__file__).with_name("heard").touch()
+
+
 class Stuck(Ledger):
     def read(self, indices):
         if len(read) > 5:
@@ -479,6 +489,7 @@ class Stuck(Ledger):
 
 
 def stuck_later(config, image_size):
+    Interrupt._stop = heard
     found = digits(config, image_size)
     return dataclasses.replace(found, train=Stuck(found.train.base))
 """
@@ -550,10 +561,12 @@ def test_a_second_ctrl_c_ends_a_run_that_cannot_stop(tmp_path):
     command = ["-m", "jaxtrain.main", *runs.arguments(tmp_path / "run", fields)]
     with runs.Started(tmp_path / "output.txt", command, cwd=tmp_path) as run:
         run.wait_for(lambda: "stuck" in run.output.splitlines(), "the disk that is gone")
-        time.sleep(3)  # until the batches that were read ahead are used up
+        run.wait_for(lambda: runs.count_rows(tmp_path / "run") == 7, "the steps of what was read ahead")
+        time.sleep(1)  # the last of these has come back, and the run waits for the next batch
         run.send(signal.SIGINT)
-        time.sleep(1)
-        run.wait_for(lambda: True, "the second signal")  # the first one waits for a step that never comes
+        run.wait_for(
+            (tmp_path / "heard").exists, "that it has heard of the first"
+        )  # which waits for a step that never comes
         run.send(signal.SIGINT)
         assert run.end() == 130
         assert run.output.splitlines()[-1].startswith("jaxtrain: Stopped at once")

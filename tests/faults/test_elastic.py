@@ -31,16 +31,19 @@ def nvmlDeviceRegisterEvents(*_): pass
 def nvmlEventSetWait_v2(*_): raise NVMLError("timeout")
 """
 
-# The tiny digits, read slowly enough for a kill to hit a step.
+# The tiny digits, of which no more than fifteen batches a start are read while there is a file `hold`.
 SLOW = """
-import dataclasses, time
+import dataclasses, pathlib, time
 import tiny
 
 class Slow:
-    def __init__(self, base): self.base, self.shape = base, base.shape
+    def __init__(self, base): self.base, self.shape, self.reads = base, base.shape, 0
     def __len__(self): return len(self.base)
     def read(self, indices):
         time.sleep(0.1)
+        self.reads += 1
+        while self.reads > 15 and pathlib.Path(__file__).with_name("hold").exists():
+            time.sleep(0.01)
         return self.base.read(indices)
 
 def digits(config, image_size):
@@ -72,6 +75,7 @@ def assert_same(run, whole):
 def test_a_lost_gpu_is_left_out_and_the_run_goes_on_with_the_rest(tmp_path, monkeypatch, whole, processes):
     (tmp_path / "pynvml.py").write_text(textwrap.dedent(FAKE_NVML.format(count=processes)))
     (tmp_path / "slow.py").write_text(SLOW)
+    (tmp_path / "hold").touch()
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     run = tmp_path / "run"
     arguments = runs.arguments(run, FIELDS, "--simulate-devices", "1")
@@ -80,6 +84,7 @@ def test_a_lost_gpu_is_left_out_and_the_run_goes_on_with_the_rest(tmp_path, monk
         job.wait_for(lambda: any(run.glob("checkpoints/*/manifest.json")), "a checkpoint")
         (tmp_path / "lost-1").touch()
         os.kill(worker(job, 1), signal.SIGKILL)
+        (tmp_path / "hold").unlink()
         assert job.end() == 0, job.output
         assert "GPU-1 is left out: it does not answer: GPU is lost" in job.output
     counts = [start["devices"]["count"] for start in runs.starts(run)]

@@ -90,8 +90,11 @@ def test_all_goes_well(tmp_path):
 def test_all_start_again_when_one_is_killed(tmp_path, capfd):
     script = """
         beat(5 * count)
+        if count < 3 and process:
+            wait_for_beat(0)
+            os.kill(os.getpid(), signal.SIGKILL)
         if count < 3:
-            os.kill(os.getpid(), signal.SIGKILL) if process else time.sleep(60)
+            time.sleep(600)
     """
     assert supervise(tmp_path, script) == 0
     assert len(starts(tmp_path, 0)) == len(starts(tmp_path, 1)) == 4
@@ -100,10 +103,13 @@ def test_all_start_again_when_one_is_killed(tmp_path, capfd):
     assert "process 1 (pid " in said
 
 
-def test_the_first_failure_is_the_cause_and_not_its_echo(tmp_path, capfd):
+def test_the_first_failure_is_the_cause_and_not_its_echo(tmp_path, capfd, monkeypatch):
+    monkeypatch.setattr(supervisor, "_LAST_WORDS_SECONDS", runs.SECONDS)
     script = """
         if process == 0:
+            beat(0)
             end(70, "PeerError", True)
+        wait_for_beat(0)
         time.sleep(0.2)
         end(66, "CheckpointError", False)
     """
@@ -121,13 +127,16 @@ def test_a_run_that_was_stopped_and_saved_is_not_started_again(tmp_path, code):
 def test_a_crash_loop_ends(tmp_path, capfd):
     script = """
         beat(37)
-        end(70, "RuntimeError", True) if process else time.sleep(60)
+        if process:
+            wait_for_beat(0)
+            end(70, "RuntimeError", True)
+        time.sleep(600)
+        (starts.parent / "waited for").touch()
     """
-    began = time.monotonic()
     assert supervise(tmp_path, script) == 70
     assert len(starts(tmp_path)) == 3
     assert "giving up" in capfd.readouterr().err
-    assert time.monotonic() - began < 60
+    assert not (tmp_path / "waited for").exists()
 
 
 def test_restarts_are_bounded_where_nothing_gets_further(tmp_path):
@@ -216,14 +225,25 @@ def cause_of(tmp_path: Path, hang: float, script: str) -> Ended:
 
 def test_sigterm_is_passed_on_and_then_enforced(tmp_path):
     script = """
-        signal.signal(signal.SIGTERM, signal.SIG_IGN if process else lambda *_: end(75, "PreemptedError", False))
+        def stop(*_):
+            (starts.parent / "told").touch()
+            end(75, "PreemptedError", False)
+
+        signal.signal(signal.SIGTERM, signal.SIG_IGN if process else stop)
+        (starts.parent / f"ready-{process}").touch()
         time.sleep(600)
+        (starts.parent / "waited for").touch()
     """
-    timer = threading.Timer(2.0, os.kill, [os.getpid(), signal.SIGTERM])
-    timer.start()
-    began = time.monotonic()
+
+    def send() -> None:
+        while len(list(tmp_path.glob("ready-*"))) < 2:
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=send, daemon=True).start()
     assert supervise(tmp_path, script, grace=2) == 75
-    assert time.monotonic() - began < 20
+    assert (tmp_path / "told").exists()
+    assert not (tmp_path / "waited for").exists()
 
 
 MEMORY = Path("/sys/fs/cgroup/memory")  # control groups of version 1; where there are others, the test is skipped
@@ -287,9 +307,10 @@ def test_a_gpu_that_a_process_dies_on_twice_is_left_out(tmp_path, capfd):
     script = """
         beat(count)
         if "GPU-2" in os.environ["CUDA_VISIBLE_DEVICES"]:
+            wait_for_beat(0), wait_for_beat(1), wait_for_beat(3)
             os.kill(os.getpid(), signal.SIGSEGV)
         if count < 2:
-            time.sleep(60)
+            time.sleep(600)
     """
     assert supervise(tmp_path, script, NoGpus(*FOUR), processes=4) == 0
     assert starts(tmp_path, 2) == ["GPU-2", "GPU-2", "GPU-3"]
@@ -310,8 +331,10 @@ def test_a_batch_that_three_gpus_cannot_share_is_given_to_two(tmp_path, capfd):
     script = """
         beat(count)
         gpus = int(words[words.index("--num-processes") + 1])
+        if gpus > 2:
+            [wait_for_beat(other) for other in range(gpus)]
         if gpus == 4:
-            time.sleep(60) if process != 3 else os.kill(os.getpid(), signal.SIGKILL)
+            time.sleep(600) if process != 3 else os.kill(os.getpid(), signal.SIGKILL)
         if gpus == 3:
             end(64, "ConfigError", False)
     """
@@ -323,7 +346,8 @@ def test_a_batch_that_three_gpus_cannot_share_is_given_to_two(tmp_path, capfd):
 
 
 def test_a_config_that_is_wrong_on_all_gpus_is_tried_once(tmp_path):
-    assert supervise(tmp_path, "end(64, 'ConfigError', False)", NoGpus(*FOUR), processes=4) == 64
+    script = "beat(0), [wait_for_beat(other) for other in range(4)], end(64, 'ConfigError', False)"
+    assert supervise(tmp_path, script, NoGpus(*FOUR), processes=4) == 64
     assert starts(tmp_path) == ["GPU-0"]
 
 
