@@ -19,6 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxtrain.errors import WorkdirError
+from jaxtrain.outside import create
 from jaxtrain.workdir import writing
 
 LEASE_SECONDS = 30.0
@@ -168,7 +169,8 @@ def _create(path: Path, owner: Owner) -> bool:
     part = path.with_name(f".{path.name}.{owner.token}")
     with writing(path):
         try:
-            part.write_text(json.dumps(dataclasses.asdict(owner)) + "\n")
+            with create(part) as file:
+                file.write(json.dumps(dataclasses.asdict(owner)) + "\n")
             os.link(part, path)
         except FileExistsError:
             return False

@@ -5,6 +5,7 @@ Imports the standard library alone, so that every module may use it.
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import unicodedata
@@ -36,6 +37,7 @@ def require_local(path: str | Path, what: str, error: type[Exception]) -> None:
 
 # Unicode's categories: controls, halves of pairs, breaks of lines and paragraphs, and what shows nothing itself.
 _UNSHOWN = ("Cc", "Cs", "Zl", "Zp", "Cf")
+INDENT = "    "  # of the further lines of an entry in a log
 _JOINERS = "\u00ad\u200c\u200d"  # what shows nothing, but belongs to words and emoji: hyphenation, Persian, families
 
 
@@ -57,9 +59,15 @@ def _shown(letter: str, lines: bool) -> str:
     return letter.encode("unicode_escape").decode("ascii")
 
 
+def escape_message(record: logging.LogRecord) -> bool:
+    """A logger's filter: its messages are `printable`, wherever its handlers send them."""
+    record.msg, record.args = printable(record.getMessage()), ()
+    return True
+
+
 def indented(text: str) -> str:
     """`printable` lines of which all but the first are indented, so that none looks like the beginning of another entry."""
-    return printable(text, lines=True).replace("\n", "\n    ")
+    return printable(text, lines=True).replace("\n", f"\n{INDENT}")
 
 
 # --------------------------------------------------------------------------------------------------------------- files

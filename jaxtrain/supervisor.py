@@ -28,6 +28,7 @@ from jaxtrain.distributed.place import JOB
 from jaxtrain.distributed.watchdog import HEARTBEAT_FILE, Beat, Wakes, read_beat
 from jaxtrain.errors import ConfigError, EnvironmentMismatchError, HangError, PeerError
 from jaxtrain.gpus import Gpus
+from jaxtrain.outside import printable
 
 _LOOK_SECONDS = 0.1
 _LAST_WORDS_SECONDS = 4.0  # that the others get to say why they end, after one has failed
@@ -381,7 +382,7 @@ def _caught(signals: list[int]) -> Iterator[None]:
 def _pass_on(number: int, lines: IO[str]) -> None:
     for line in lines:
         if not line.startswith("[Gloo]"):
-            print(f"[{number}] {line}", end="", file=sys.stderr, flush=True)
+            print(f"[{number}] {printable(line, lines=True)}", end="", file=sys.stderr, flush=True)
 
 
 def _free_port() -> int:
@@ -421,4 +422,4 @@ def _about_memory(cause: Ended, oom: bool | None) -> str:
 
 def say(text: str) -> None:
     """A line of the supervisor's own."""
-    print(f"jaxtrain launch: {text}", file=sys.stderr, flush=True)
+    print(f"jaxtrain launch: {printable(text)}", file=sys.stderr, flush=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import os
 import re
@@ -13,7 +14,7 @@ from typing import Any, Literal
 
 from jaxtrain.config import Config, flatten, to_dict
 from jaxtrain.errors import WorkdirError
-from jaxtrain.outside import require_local
+from jaxtrain.outside import create, require_local
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -158,7 +159,8 @@ def prepare(path: str | Path) -> Workdir:
 def atomic_write(path: Path, text: str) -> None:
     """Replaces `path` by `text` at once: a reader, or a restart after a kill, sees the old text or the new, whole.
 
-    The temporary name is fixed, so what a killed process left is overwritten; shared files have one writer, process 0.
+    The temporary name is fixed, so what a killed process left, or a link to elsewhere, is replaced; shared files have one
+    writer, process 0.
     Raises `WorkdirError` naming the file when the disk is full, read-only or gone.
     """
     part = path.with_name(f".{path.name}.part")
@@ -179,7 +181,9 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise WorkdirError(f"{path} cannot be written ({error.strerror}).") from error
+        linked = error.errno == errno.ELOOP  # `outside.no_link`; the system's own words would speak of too many levels
+        reason = "it is a link, and is not written through; remove it" if linked else error.strerror
+        raise WorkdirError(f"{path} cannot be written ({reason}).") from error
 
 
 @contextlib.contextmanager
@@ -201,7 +205,7 @@ def read_json(path: Path) -> Any:
 
 
 def _write_synced(path: Path, text: str) -> None:
-    with open(path, "w", encoding="utf-8", newline="\n") as file:
+    with create(path) as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())

@@ -13,6 +13,8 @@ import pytest
 from jaxtrain import checkpoint_files, cli
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.errors import DataError
+from jaxtrain.evaluation import Evaluated
+from jaxtrain.evaluator import EvalResult
 from jaxtrain.recipes import LAYOUTS
 from jaxtrain.trainer import train
 
@@ -616,6 +618,40 @@ def test_code_that_a_run_directory_names_is_not_run_unless_it_is_trusted(
     text = sentence(capsys, words)
     assert all(part in text for part in (f"config.{field}='stranger:thing'", str(folder), "--trust", "trust=True"))
     assert "the code was run" in sentence(capsys, [*words, "--trust"])
+
+
+HOSTILE = "cat\x1b[31m\n dog  0.9999\r\u202e\u2028\x9b\udc80"
+SHOWN = r"cat\x1b[31m\n dog  0.9999\r\u202e\u2028\x9b\udc80"
+
+
+def test_a_class_name_is_shown_as_letters(capsys, monkeypatch):
+    result = EvalResult(1.0, 0.5, 1.0, 2, (0.25, 0.75))
+    monkeypatch.setattr("jaxtrain.evaluation.evaluate", lambda *_, **__: Evaluated(result, 3, (HOSTILE, "[red]Katze")))
+    assert cli.main(["evaluate", "run"]) == 0
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row.rstrip() for row in rows] == [f"{SHOWN}  0.2500", f"{'[red]Katze'.ljust(len(SHOWN))}  0.7500"]
+    assert cli.main(["evaluate", "run", "--json"]) == 0
+    said = capsys.readouterr().out
+    assert said.isascii()
+    assert HOSTILE in json.loads(said)["per_class"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "code"),
+    [
+        (["logs", HOSTILE], 73),
+        (["checkpoint", "list", HOSTILE], 66),
+        (["goodput", HOSTILE], 73),
+        (["evaluate", HOSTILE], 66),
+        (["train", "--config", HOSTILE], 64),
+        (["layout", "--config", QUICKSTART, f"--{HOSTILE}"], 64),
+    ],
+    ids=lambda value: value[0] if isinstance(value, list) else "",
+)
+def test_a_name_in_an_error_is_shown_as_letters(capsys, argv, code):
+    text = sentence(capsys, argv, code)
+    assert SHOWN in text
+    assert text.isprintable()
 
 
 def test_evaluate_no_run(capsys, tmp_path):

@@ -7,6 +7,7 @@ import logging
 import os
 import random
 import re
+import socket
 import stat
 import struct
 import subprocess
@@ -25,10 +26,12 @@ from tensorboardX.record_writer import masked_crc32c
 from jaxtrain import workdir as wd
 from jaxtrain.cli import main as command_line
 from jaxtrain.distributed.pace import Pace
+from jaxtrain.distributed.watchdog import Beat, dump_stacks, read_beat, write_beat
 from jaxtrain.errors import WorkdirError
 from jaxtrain.logging import clock as clocks
 from jaxtrain.logging import manifest, symptoms
 from jaxtrain.logging.events import EventFile
+from jaxtrain.logging.goodput import TimesFile
 from jaxtrain.logging.progress import NullProgress, Progress, duration
 from jaxtrain.logging.records import NullRecords, Records
 from jaxtrain.logging.rows import EpochRow, MetricsCsv, MetricsJsonl
@@ -757,6 +760,108 @@ def test_fp16_underflow_is_said_at_the_floor_only():
     assert "config.train.precision=bf16" in text
 
 
+# What others have named: escape codes, a forged entry after each kind of line break, letters that run backwards, half a pair.
+FORGED = "2026-01-02T03:04:05.100Z ERROR forged"
+HOSTILE = "\x1b[2Jcat" + "".join(f"{end}{FORGED}" for end in "\n\r\x0b\x0c\x1c\x85\u2028\u2029") + "\u202e\udc80\x9b"
+
+
+def shows_nothing_but_letters(text: str) -> bool:
+    return all(letter.isprintable() or letter == "\n" for letter in text)
+
+
+def test_a_logged_text_forges_no_entry_and_moves_no_cursor(tmp_path, capsys):
+    console = pipe_console()
+    log = logging.getLogger("jaxtrain")
+    with TextLog(tmp_path / "logs" / "process_0.log", console=console):
+        log.warning("class %s", HOSTILE)
+        try:
+            raise ValueError(HOSTILE)
+        except ValueError:
+            log.exception("failed")
+    for text in ((tmp_path / "logs" / "process_0.log").read_text(), console.file.getvalue()):
+        assert shows_nothing_but_letters(text)
+        assert "class \\x1b[2Jcat" in text
+        assert re.search(r"failed\n    Traceback \(most recent call last\):\n      File", text)
+        assert not re.search(f"^{FORGED}", text, re.MULTILINE)
+    assert command_line(["logs", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert shows_nothing_but_letters(shown)
+    assert len(re.findall(r"^\S", shown, re.MULTILINE)) == 2
+    assert command_line(["logs", str(tmp_path), "--json"]) == 0
+    assert "forged" not in [json.loads(line)["message"] for line in capsys.readouterr().out.splitlines()]
+
+
+def test_the_log_of_a_stranger_is_shown_as_letters(tmp_path, capsys):
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "process_0.log").write_text(f"2026-01-02T03:04:05.100Z INFO \x1b[2J\u2028{FORGED}\u202e\n")
+    assert command_line(["logs", str(tmp_path)]) == 0
+    shown = capsys.readouterr().out
+    assert shown == f"2026-01-02T03:04:05.100Z 0 INFO \\x1b[2J\\u2028{FORGED}\\u202e\n"
+
+
+# ---------------------------------------------------------------------------------------------------------------- links
+
+
+def test_no_temporary_file_is_written_through_a_link(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("kept")
+    path = tmp_path / "result.json"
+    for plant in (os.symlink, os.link):
+        plant(victim, tmp_path / ".result.json.part")
+        wd.atomic_write(path, "new")
+        assert (victim.read_text(), path.read_text()) == ("kept", "new")
+    start = tmp_path / "run" / "starts" / "000001.part"
+    start.parent.mkdir(parents=True)
+    start.symlink_to(victim)
+    TimesFile(start.parent, clocks.StepClock(), lambda: 1).close()
+    beat = tmp_path / "beat.part"
+    beat.symlink_to(victim)
+    write_beat(tmp_path / "beat.json", Beat(0.0, 1, "step", 1))
+    assert read_beat(tmp_path / "beat.json") is not None
+    assert start.with_suffix(".json").is_file()
+    assert victim.read_text() == "kept"
+
+
+def test_nothing_is_appended_through_a_link(tmp_path):
+    victim = tmp_path / "victim"
+    victim.write_text("kept")
+    mode = victim.stat().st_mode
+    run = wd.prepare(tmp_path / "run")
+    run.log(0).symlink_to(victim)
+    with pytest.raises(WorkdirError, match=r"process_0\.log cannot be written \(it is a link, .*; remove it\)"):
+        TextLog(run.log(0))
+    dump_stacks(run.log(0))
+    run.bad_batches.symlink_to(victim)
+    with Records(run) as records:
+        with pytest.raises(WorkdirError, match=r"bad_batches\.jsonl cannot be written \(it is a link"):
+            records.bad_batch({"step": 1})
+        records.epoch(0, "train", 1.0, 0.5, 10.0, step=1)
+        run.metrics_csv.unlink()
+        run.metrics_csv.symlink_to(victim)
+        with pytest.raises(WorkdirError, match=r"metrics\.csv cannot be written \(it is a link"):
+            records.epoch(0, "val", 1.0, 0.5, 10.0, step=1)
+    assert (victim.read_text(), victim.stat().st_mode) == ("kept", mode)
+
+
+def test_an_event_file_is_not_written_through_a_link(tmp_path):
+    victim, name = tmp_path / "victim", f"events.out.tfevents.{1000:010d}.{socket.gethostname()}"
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / name).symlink_to(victim)
+    EventFile(tmp_path / "train", 0, now=lambda: 1000.0).close()  # takes the next name
+    assert len(list((tmp_path / "train").iterdir())) == 2
+    assert not victim.exists()
+
+
+def test_the_directory_of_the_logs_may_be_a_link(tmp_path):
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "logs").symlink_to(tmp_path / "disk")
+    run = wd.prepare(tmp_path / "run")
+    with TextLog(run.log(0), console=pipe_console()):
+        logging.getLogger("jaxtrain").info("there")
+    assert "there" in (tmp_path / "disk" / "process_0.log").read_text()
+
+
 # --------------------------------------------------------------------------------------------------------- merged logs
 
 
@@ -773,8 +878,8 @@ def test_the_logs_of_all_processes_are_merged_by_time(tmp_path, capsys):
         "2026-01-02T03:04:05.100Z 10 INFO d",
         "2026-01-02T03:04:06.000Z 10 WARNING c",
         "2026-01-02T03:04:07.000Z 0 ERROR b",
-        "Traceback",
-        "  more",
+        "    Traceback",  # no line but an entry's first looks like one
+        "      more",
     ]
     assert command_line(["logs", str(tmp_path), "--json"]) == 0
     rows = [json.loads(line) for line in capsys.readouterr().out.splitlines()]

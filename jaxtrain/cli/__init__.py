@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import traceback
@@ -16,6 +17,7 @@ from jaxtrain.cli import checkpoint, config, data, demo, doctor, evaluate, goodp
 from jaxtrain.config import did_you_mean
 from jaxtrain.distributed.failure import Report
 from jaxtrain.errors import REPORT_THIS, ConfigError, JaxtrainError
+from jaxtrain.outside import escape_message, printable
 from jaxtrain.recipes import split_override
 
 COMMANDS = {
@@ -33,6 +35,9 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, or `JaxtrainError.exit_code` with one sentence on standard error."""
+    logging.getLogger("jaxtrain").addFilter(
+        escape_message
+    )  # what is logged outside of a run goes to standard error as it is
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         return COMMANDS[arguments.command].run(arguments) or 0
@@ -45,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `jaxtrain layout | head` is no error
         return 0
     except Exception:
-        return _fail(f"{REPORT_THIS}\n{traceback.format_exc()}", 70)
+        return _fail(f"{REPORT_THIS}\n{traceback.format_exc()}", 70, lines=True)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -93,6 +98,6 @@ def split_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
     return overrides, rest
 
 
-def _fail(text: str, code: int) -> int:
-    print(f"jaxtrain: {text}", file=sys.stderr, flush=True)
+def _fail(text: str, code: int, *, lines: bool = False) -> int:
+    print(f"jaxtrain: {printable(text, lines=lines)}", file=sys.stderr, flush=True)
     return code

@@ -10,7 +10,7 @@ from rich.progress import track
 
 from jaxtrain.config import DataConfig
 from jaxtrain.errors import ConfigError
-from jaxtrain.outside import require_local
+from jaxtrain.outside import printable, require_local
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,14 +31,14 @@ def run(arguments: argparse.Namespace) -> None:
     config = dataclasses.replace(DataConfig(), name=arguments.name, dir=arguments.dir, splits=arguments.splits)
     path = sources.prepare(config)
     if arguments.action == "prepare":
-        print(f"{arguments.name}: {path or 'made as it is read, nothing on disk'}")
+        print(printable(f"{arguments.name}: {path or 'made as it is read, nothing on disk'}"))
         if arguments.name.startswith("folder:"):
             dataset = sources.load(config, image_size=32)
-            print(sources.record_contents(config, dataset, afresh=True, progress=_progress))
+            print(printable(sources.record_contents(config, dataset, afresh=True, progress=_progress)))
         return
     recorded = sources.recorded_on(config)
     counts = sources.verify(config, _progress)
-    print(f"{arguments.name}: sound; " + ", ".join(f"{count} {split}" for split, count in counts.items()))
+    print(printable(f"{arguments.name}: sound; " + ", ".join(f"{count} {split}" for split, count in counts.items())))
     if arguments.name.startswith("folder:"):
         print(f"contents: as on {recorded}" if recorded else "contents: recorded now, to be compared with from now on")
 

@@ -6,6 +6,7 @@ import json
 
 from jaxtrain.cli import start
 from jaxtrain.errors import JaxtrainError
+from jaxtrain.outside import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,7 +21,7 @@ def run(arguments: argparse.Namespace) -> None:
     from jaxtrain.demo import Check, run_demo  # noqa: PLC0415  bad arguments are answered before JAX is loaded
 
     def show(check: Check) -> None:
-        print(f"{'ok' if check.passed else 'FAILED':8}{check.name}: {check.found}", flush=True)
+        print(printable(f"{'ok' if check.passed else 'FAILED':8}{check.name}: {check.found}"), flush=True)
 
     checks = run_demo(arguments.devices, (lambda check: None) if arguments.json else show)
     failed = [check for check in checks if not check.passed]

@@ -6,6 +6,7 @@ import json
 
 from jaxtrain.doctor import Check, examine, write
 from jaxtrain.errors import EnvironmentMismatchError
+from jaxtrain.outside import printable
 from jaxtrain.workdir import named
 
 
@@ -27,13 +28,13 @@ def run(arguments: argparse.Namespace) -> None:
     if arguments.write:
         path = write(found.machine, directory)
         if not arguments.json:
-            print(path)
+            print(printable(path))
     if problems:
         why = "; ".join(f"{check.name}: {check.found}" for check in problems)
         raise EnvironmentMismatchError(f"{len(problems)} of {len(found.checks)} checks found a problem ({why}).")
 
 
 def _show(check: Check) -> None:
-    print(f"{check.state:9}{check.name}: {check.found}", flush=True)
+    print(printable(f"{check.state:9}{check.name}: {check.found}"), flush=True)
     if check.fix:
-        print(f"{'':9}fix: {check.fix}", flush=True)
+        print(printable(f"{'':9}fix: {check.fix}"), flush=True)

@@ -9,7 +9,7 @@ from rich.table import Column, Table
 
 from jaxtrain.cli import start
 from jaxtrain.errors import ConfigError
-from jaxtrain.outside import require_local
+from jaxtrain.outside import printable, require_local
 from jaxtrain.workdir import atomic_write
 
 
@@ -33,7 +33,7 @@ def run(arguments: argparse.Namespace) -> None:
 
     if arguments.schedule_plot:
         atomic_write(Path(arguments.schedule_plot), draw_schedule(resolved.config, arguments.devices, arguments.trace))
-        print(arguments.schedule_plot)
+        print(printable(arguments.schedule_plot))
         return
     if arguments.trace:
         raise ConfigError("--trace belongs to --schedule-plot FILE.")
@@ -57,11 +57,12 @@ def run(arguments: argparse.Namespace) -> None:
         )
     console.print(table)
     axes = " x ".join(f"{name} {size}" for name, size in layout["mesh"].items())
-    console.print(f"\n{layout['parameters']:,} parameters; mesh {axes}; microbatches {layout['microbatches']}")
+    console.print()
+    console.print(f"{layout['parameters']:,} parameters; mesh {axes}; microbatches {layout['microbatches']}")
     for line in layout["stages"]:
         console.print(line)
     for text in layout["warnings"]:
-        print(f"jaxtrain: {text}", file=sys.stderr)
+        print(f"jaxtrain: {printable(text)}", file=sys.stderr)
     for tree, count in layout["bytes_per_device"].items():
         by_stage = layout["bytes_by_stage"][tree].values()
         console.print(

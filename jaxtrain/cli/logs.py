@@ -5,6 +5,7 @@ import dataclasses
 import json
 
 from jaxtrain.logging.merged import merged
+from jaxtrain.outside import indented
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -19,4 +20,4 @@ def run(arguments: argparse.Namespace) -> None:
         if arguments.json:
             print(json.dumps(dataclasses.asdict(entry)))
         else:
-            print(f"{entry.time} {entry.process} {entry.level} {entry.message}")
+            print(indented(f"{entry.time} {entry.process} {entry.level} {entry.message}"))

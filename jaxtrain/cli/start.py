@@ -5,20 +5,30 @@ from __future__ import annotations
 import argparse
 import sys
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
+from rich.text import Text
 
 from jaxtrain.config import flatten, to_dict
 from jaxtrain.distributed.place import find_place
 from jaxtrain.errors import ConfigError
+from jaxtrain.outside import printable
 from jaxtrain.plugins import add_working_directory, code_in
 from jaxtrain.recipes import Resolved, resolve
+
+
+class _Printable(Console):
+    """Shows what others have named, a class or a file, as `printable` text: each line and each cell of a table is one."""
+
+    def render_str(self, text: str, **options: Any) -> Text:
+        return super().render_str(printable(text), **options)
 
 
 def console() -> Console:
     """Standard output. A table that goes into a file or another program is not cut to the width of a screen."""
     width = None if sys.stdout.isatty() else 1_000_000
-    return Console(width=width, highlight=False, markup=False, emoji=False)
+    return _Printable(width=width, highlight=False, markup=False, emoji=False)
 
 
 def add_config_argument(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ from jaxtrain import xla_flags
 from jaxtrain.cli import start
 from jaxtrain.distributed.failure import Report, as_peer_error
 from jaxtrain.errors import REPORT_THIS, InterruptedRunError, JaxtrainError, PreemptedError
+from jaxtrain.outside import printable
 from jaxtrain.workdir import named
 
 
@@ -57,7 +58,8 @@ def leave(error: BaseException) -> None:
 
     report = Report.of(error, processes.index())
     report.write()
-    text = report.message if isinstance(error, JaxtrainError) else f"{REPORT_THIS}\n{report.trace}"
-    print(f"jaxtrain: {text}", file=sys.stderr, flush=True)
+    known = isinstance(error, JaxtrainError)
+    text = report.message if known else f"{REPORT_THIS}\n{report.trace}"
+    print(f"jaxtrain: {printable(text, lines=not known)}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(report.code)

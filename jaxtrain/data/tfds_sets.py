@@ -33,6 +33,7 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from jaxtrain.data import base, cifar, images
 from jaxtrain.errors import ConfigError, DataError
+from jaxtrain.outside import create, no_link, printable
 
 _MANIFEST = "jaxtrain.json"
 _SPLITS = ("train", "test")
@@ -151,7 +152,7 @@ def prepare_cifar(name: str, root: Path, timeout: float) -> Path:
         root.mkdir(parents=True, exist_ok=True)
         with _lock(root / f"{directory.parent.name}.lock", timeout):
             if not (directory / _MANIFEST).exists():
-                print(f"Preparing {name} in {directory} (once, about 20 s) ...", file=sys.stderr, flush=True)
+                print(f"Preparing {name} in {printable(directory)} (once, about 20 s) ...", file=sys.stderr, flush=True)
                 _generate(name, root)
                 _write_arrays(name, directory)
     except OSError as error:
@@ -188,15 +189,15 @@ def _write_arrays(name: str, directory: Path) -> None:
         if len(source) != count:
             raise DataError(f"{directory}: {split} has {len(source):,} records and must have {count:,}; delete it.")
         for path, array in zip(_array_paths(directory, split), base.materialize(source), strict=True):
-            with open(f"{path}.tmp", "wb") as file:
+            with open(f"{path}.tmp", "wb", opener=no_link) as file:
                 np.save(file, array, allow_pickle=False)
             os.replace(f"{path}.tmp", path)
     complete = [path for path in sorted(directory.iterdir()) if path.suffix != ".tmp"]
     files = {path.name: {"bytes": path.stat().st_size, "sha256": _sha256(path)} for path in complete}
     temporary = directory / f"{_MANIFEST}.tmp"
-    temporary.write_text(
-        json.dumps({"class_names": TfdsSource(directory, "train").class_names, "files": files}, indent=1)
-    )
+    text = json.dumps({"class_names": TfdsSource(directory, "train").class_names, "files": files}, indent=1)
+    with create(temporary) as file:
+        file.write(text)
     os.replace(temporary, directory / _MANIFEST)
 
 
@@ -245,7 +246,7 @@ def _sha256(path: Path) -> str:
 def _lock(path: Path, timeout: float) -> Iterator[None]:
     """Holds an exclusive lock, which the operating system frees when the process dies; waits `timeout` minutes."""
     deadline = time.monotonic() + 60 * timeout
-    with open(path, "w") as file:
+    with open(path, "w", opener=no_link) as file:
         while True:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)

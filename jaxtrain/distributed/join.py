@@ -24,6 +24,7 @@ from jaxtrain.cpus import usable_cpus
 from jaxtrain.distributed.meeting import Fingerprint, meet
 from jaxtrain.distributed.place import FLAGS, Place
 from jaxtrain.errors import EnvironmentMismatchError
+from jaxtrain.outside import printable
 from jaxtrain.xla_flags import SEVERAL_PROCESSES, set_flags
 
 WAITING_NOTE_SECONDS = 10.0
@@ -101,12 +102,11 @@ def set_threads() -> None:
 
 
 def _say_what_is_waited_for(place: Place) -> None:
-    print(
-        f"jaxtrain: {place} (by {place.source}) waits for the others at {place.coordinator}; is every process started, with "
-        "the same --num-processes and its own --process-id, and does no firewall stand between?",
-        file=sys.stderr,
-        flush=True,
+    text = (
+        f"{place} (by {place.source}) waits for the others at {place.coordinator}; is every process started, with "
+        "the same --num-processes and its own --process-id, and does no firewall stand between?"
     )
+    print(f"jaxtrain: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def self_test() -> None:

@@ -21,6 +21,7 @@ from typing import Any
 
 from jaxtrain.distributed.place import Place
 from jaxtrain.errors import EnvironmentMismatchError
+from jaxtrain.outside import printable
 
 PORTS = 8  # tried, one after the other, where other programs listen at the first
 _BANNER = "jaxtrain-meeting"
@@ -175,12 +176,11 @@ def _hear(
         return ""
     if abs(skew := other.clock - time.time()) > SKEW_SECONDS:
         ahead = "ahead of" if skew > 0 else "behind"
-        print(
-            f"jaxtrain: the clock of process {other.index} on {other.host} is {abs(skew):.0f} s {ahead} that of process 0; "
-            "nothing in the run depends on it, but the times in logs will not match.",
-            file=sys.stderr,
-            flush=True,
+        text = (
+            f"the clock of process {other.index} on {other.host} is {abs(skew):.0f} s {ahead} that of process 0; "
+            "nothing in the run depends on it, but the times in logs will not match."
         )
+        print(f"jaxtrain: {printable(text)}", file=sys.stderr, flush=True)
     before, come[other.index] = come.get(other.index), connection
     if before is not None or other.index == 0:
         if before is not None:

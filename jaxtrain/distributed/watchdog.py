@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jaxtrain.errors import HangError, JaxtrainError
+from jaxtrain.outside import create, no_link
 
 HEARTBEAT_FILE = "JAXTRAIN_HEARTBEAT"  # set by `jaxtrain launch`, for each process its own
 _BEAT_SECONDS = 1.0
@@ -129,7 +130,7 @@ def watching(watchdog: Watchdog, leave: Callable[[JaxtrainError], None] | None, 
 def dump_stacks(log: Path) -> None:
     """The stacks of all threads, on standard error and into the log file."""
     faulthandler.dump_traceback(sys.__stderr__ or 2)
-    with contextlib.suppress(OSError), open(log, "a", encoding="utf-8") as file:
+    with contextlib.suppress(OSError), open(log, "a", encoding="utf-8", opener=no_link) as file:
         faulthandler.dump_traceback(file)
 
 
@@ -137,7 +138,8 @@ def write_beat(path: Path, beat: Beat) -> None:
     """Replaces the heartbeat file."""
     part = path.with_suffix(".part")
     with contextlib.suppress(OSError):
-        part.write_text(json.dumps(dataclasses.asdict(beat)))
+        with create(part) as file:
+            file.write(json.dumps(dataclasses.asdict(beat)))
         part.replace(path)
 
 

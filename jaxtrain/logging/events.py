@@ -37,7 +37,7 @@ class EventFile:
         with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
             path = directory / f"events.out.tfevents.{second:010d}.{socket.gethostname()}"
-            self._file = path.open("wb")
+            self._file = path.open("xb")  # nor through a link that has its name
         self._write(_bytes(3, b"brain.Event:2"))
         self._write(_integer(2, step + 1 if step else 0) + _bytes(7, _integer(1, _SESSION_START)))
         self._flush()

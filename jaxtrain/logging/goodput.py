@@ -20,6 +20,7 @@ from typing import Any
 
 from jaxtrain.errors import WorkdirError
 from jaxtrain.logging.clock import StepClock
+from jaxtrain.outside import create
 
 _WRITE_SECONDS = 2.0
 _accounts = itertools.count()
@@ -99,7 +100,8 @@ class TimesFile(NullTimes):
         part = self.path.with_suffix(".part")
         with contextlib.suppress(OSError):  # a full disk must not end the run for this
             part.parent.mkdir(exist_ok=True)
-            part.write_text(json.dumps(dataclasses.asdict(times)) + "\n")
+            with create(part) as file:
+                file.write(json.dumps(dataclasses.asdict(times)) + "\n")
             part.replace(self.path)
 
     def close(self) -> None:

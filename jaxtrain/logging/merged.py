@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from jaxtrain.errors import WorkdirError
+from jaxtrain.outside import INDENT
 from jaxtrain.workdir import Workdir, named, reading
 
 _LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) ([A-Z]+) (.*)")
@@ -28,13 +29,13 @@ def merged(workdir: str | Path) -> list[Entry]:
     for path in sorted(Workdir(named(workdir)).logs.glob("process_*.log")):
         process = int(path.stem.rpartition("_")[2])
         with reading(path):
-            lines = path.read_text(encoding="utf-8", errors="replace").splitlines()
+            lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
         own: list[Entry] = []
         for line in lines:
             if found := _LINE.fullmatch(line):
                 own.append(Entry(found[1], process, found[2], found[3]))
             elif own:  # the next line of the same entry
-                own[-1] = dataclasses.replace(own[-1], message=f"{own[-1].message}\n{line}")
+                own[-1] = dataclasses.replace(own[-1], message=f"{own[-1].message}\n{line.removeprefix(INDENT)}")
         entries += own
     if not entries:
         raise WorkdirError(f"{workdir} holds no logs of a run.")

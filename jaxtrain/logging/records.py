@@ -9,6 +9,7 @@ from typing import Any
 
 from jaxtrain.logging.events import EventFile
 from jaxtrain.logging.rows import PHASES, EpochRow, MetricsCsv, MetricsJsonl, plain
+from jaxtrain.outside import no_link
 from jaxtrain.workdir import Workdir, atomic_write, writing
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -111,7 +112,8 @@ class Records(NullRecords):
         self._csv.append(EpochRow(epoch, phase, loss, accuracy, throughput))
 
     def bad_batch(self, values: Mapping[str, Any]) -> None:
-        with writing(self._workdir.bad_batches), open(self._workdir.bad_batches, "a", encoding="utf-8") as file:
+        path = self._workdir.bad_batches
+        with writing(path), open(path, "a", encoding="utf-8", opener=no_link) as file:
             file.write(json.dumps(plain(values)) + "\n")
 
     def result(self, values: Mapping[str, Any]) -> None:

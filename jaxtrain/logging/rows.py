@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from jaxtrain.errors import WorkdirError
+from jaxtrain.outside import no_link
 from jaxtrain.workdir import atomic_write, reading, writing
 
 LOGGER = logging.getLogger("jaxtrain")
@@ -108,7 +109,7 @@ class MetricsCsv:
         if not self._add(row):
             self._rewrite()
             return
-        with writing(self._path), open(self._path, "a", encoding="utf-8", newline="\n") as file:
+        with writing(self._path), open(self._path, "a", encoding="utf-8", newline="\n", opener=no_link) as file:
             file.write(f"{row}\n")
             file.flush()
             os.fsync(file.fileno())  # once an epoch: milliseconds
@@ -148,7 +149,7 @@ class MetricsJsonl:
 
     def _open(self) -> TextIO:
         with writing(self._path):
-            return open(self._path, "a", encoding="utf-8", newline="\n", buffering=1)
+            return open(self._path, "a", encoding="utf-8", newline="\n", buffering=1, opener=no_link)
 
     def append(self, row: Mapping[str, Any]) -> None:
         """Adds one object. A row of the resumed step that is there already (an evaluation done again) is replaced."""

@@ -14,6 +14,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from jaxtrain.outside import indented
 from jaxtrain.workdir import writing
 
 LOGGER = logging.getLogger("jaxtrain")
@@ -31,11 +32,11 @@ class TextLog:
         """Appends to `path`, readable by its owner alone. The console is standard error unless one is given."""
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
         with contextlib.suppress(OSError):  # an older file that belongs to somebody else
             os.fchmod(descriptor, 0o600)
         file = logging.StreamHandler(os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace"))
-        stamped = logging.Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
+        stamped = _Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
         stamped.converter = time.gmtime  # the logs of several hosts can be merged by sorting
         file.setFormatter(stamped)
         screen = _ConsoleHandler(console if console is not None else Console(stderr=True))
@@ -66,12 +67,19 @@ class TextLog:
         self.close()
 
 
+class _Formatter(logging.Formatter):
+    """Class names, file names and other processes' texts cannot forge an entry, nor move the cursor of who reads the log."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return indented(super().format(record))
+
+
 class _ConsoleHandler(logging.Handler):
     def __init__(self, console: Console):
         super().__init__()
         self._console = console
-        self._plain = logging.Formatter("%(asctime)s %(message)s", "%H:%M:%S")
-        self._marked = logging.Formatter("%(asctime)s %(levelname)s: %(message)s", "%H:%M:%S")
+        self._plain = _Formatter("%(asctime)s %(message)s", "%H:%M:%S")
+        self._marked = _Formatter("%(asctime)s %(levelname)s: %(message)s", "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
         return (self._plain if record.levelno < logging.WARNING else self._marked).format(record)

@@ -402,3 +402,15 @@ def test_health_is_read_from_nvml(monkeypatch):
 def test_a_host_without_nvml_has_no_gpus(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert Gpus().all() == []
+
+
+def test_what_a_process_says_forges_no_line(tmp_path, capfd):
+    """Its last words, which may name a file of anybody, and what it prints."""
+    script = r"""
+        end(3, "DataError", False)
+    """
+    hostile = "\\x1b[2Jx\\u2028jaxtrain launch: forged\\u202e"
+    assert supervise(tmp_path, script.replace('"DataError"', f'"{hostile}"')) == 3
+    text = capfd.readouterr().err
+    assert r"\x1b[2Jx\u2028jaxtrain launch: forged\u202e" in text
+    assert text.replace("\n", "").isprintable()
