@@ -322,12 +322,10 @@ def _check_classes(directory: Path) -> None:
         try:
             values = json.loads((directory / name).read_text(encoding="utf-8"))
             found = _class_names(values if name == "features.json" else values.get("features"))
-        except FileNotFoundError:
-            continue
-        except (OSError, ValueError, AttributeError, RecursionError) as error:
-            raise DataError(
-                f"{directory} is not a complete TFDS data set ({name}: {error}); delete it and prepare it again."
-            ) from None
+        except (OSError, ValueError, AttributeError):
+            continue  # not there, or not what TFDS reads: it says so
+        except RecursionError:
+            raise DataError(f"{directory / name} is nested too deep; prepare the data set again.") from None
         for cls in found:
             if not re.fullmatch(r"tensorflow_datasets(\.\w+)+", cls):
                 raise DataError(
