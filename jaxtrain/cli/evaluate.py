@@ -35,15 +35,16 @@ def run(arguments: argparse.Namespace) -> None:
     start.start_devices(arguments)
     from jaxtrain.evaluation import evaluate  # noqa: PLC0415
 
-    found = evaluate(
-        arguments.workdir,
-        split=arguments.split,
-        checkpoint=arguments.checkpoint,
-        ema=arguments.ema,
-        num_devices=arguments.devices,
-        allow_changes=arguments.allow_changes,
-        trust=arguments.trust,
-    )
+    with start.warnings_shown():
+        found = evaluate(
+            arguments.workdir,
+            split=arguments.split,
+            checkpoint=arguments.checkpoint,
+            ema=arguments.ema,
+            num_devices=arguments.devices,
+            allow_changes=arguments.allow_changes,
+            trust=arguments.trust,
+        )
     result = found.result
     # A model may have more outputs than the data has classes.
     names = [*found.class_names, *(f"class {i}" for i in range(len(found.class_names), len(result.per_class)))]

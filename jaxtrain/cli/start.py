@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
+import logging
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +32,21 @@ def console() -> Console:
     """Standard output. A table that goes into a file or another program is not cut to the width of a screen."""
     width = None if sys.stdout.isatty() else 1_000_000
     return _Printable(width=width, highlight=False, markup=False, emoji=False)
+
+
+@contextlib.contextmanager
+def warnings_shown() -> Iterator[None]:
+    """Inside, what is logged as a warning is a line of standard error like those of errors."""
+    logger, handler = logging.getLogger("jaxtrain"), logging.StreamHandler()
+    handler.setLevel(logging.WARNING)
+    handler.setFormatter(logging.Formatter("jaxtrain: %(message)s"))
+    logger.addHandler(handler)
+    propagates, logger.propagate = logger.propagate, False
+    try:
+        yield
+    finally:
+        logger.removeHandler(handler)
+        logger.propagate = propagates
 
 
 def add_config_argument(parser: argparse.ArgumentParser) -> None:
