@@ -15,10 +15,11 @@ import parity
 import pytest
 import runs
 
-from jaxtrain import evaluate, step
-from jaxtrain.config import LayoutConfig
+from jaxtrain import evaluate, load_config, step
+from jaxtrain.config import LayoutConfig, from_dict, plain
 from jaxtrain.engine import start_engine
-from jaxtrain.inspect import read_trace
+from jaxtrain.errors import ConfigError
+from jaxtrain.inspect import describe_layout, read_trace
 from jaxtrain.optim import global_norm
 from jaxtrain.parallel.layout import path_of
 from jaxtrain.parallel.schedule import in_flight
@@ -399,6 +400,19 @@ def test_a_plan_asks_no_more_of_batch_norm_than_the_run(batch, per_device, capsy
     found = json.loads(capsys.readouterr().out)
     assert found["microbatches"] == 4
     assert batch // 4 // found["mesh"]["data"] == per_device
+
+
+@pytest.mark.parametrize("stages", [1, 2])
+def test_a_plan_refuses_what_the_run_refuses(stages, tmp_path):
+    """Statistics over single values, in the same words."""
+    fields = {"model.name": "resnet18", "model.width": 8, "model.depths": (1, 1, 1, 1), "model.bn_groups": 8}
+    fields |= {"data.name": "synthetic", "data.examples": 64, "data.image_size": 8, "data.global_batch": 8}
+    fields |= {"layout.stages": stages}
+    with pytest.raises(ConfigError, match="would take its statistics over a single value") as trained:
+        runs.here(tmp_path, fields, devices=4)
+    with pytest.raises(ConfigError) as planned:
+        describe_layout(from_dict(plain(load_config(runs.RECIPE, fields))), 4)
+    assert str(planned.value) == str(trained.value)
 
 
 def test_a_stage_without_parameters_is_in_the_table(capsys):
