@@ -626,7 +626,8 @@ SHOWN = r"cat\x1b[31m\n dog  0.9999\r\u202e\u2028\x9b\udc80"
 
 def test_a_class_name_is_shown_as_letters(capsys, monkeypatch):
     result = EvalResult(1.0, 0.5, 1.0, 2, (0.25, 0.75))
-    monkeypatch.setattr("jaxtrain.evaluation.evaluate", lambda *_, **__: Evaluated(result, 3, (HOSTILE, "[red]Katze")))
+    found = Evaluated(result, step=3, split="test", weights="raw", class_names=(HOSTILE, "[red]Katze"))
+    monkeypatch.setattr("jaxtrain.evaluation.evaluate", lambda *_, **__: found)
     assert cli.main(["evaluate", "run"]) == 0
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.rstrip() for row in rows] == [f"{SHOWN}  0.2500", f"{'[red]Katze'.ljust(len(SHOWN))}  0.7500"]
