@@ -175,6 +175,18 @@ def larger_reference(model: str, deeper: bool) -> dict[str, np.ndarray]:
     return parity.numbers(parity.run(model, LayoutConfig(data=1), **fields_of(model, deeper)))
 
 
+@pytest.mark.parametrize(("batch", "groups"), [(12, 4), (4, 2)])
+def test_a_devices_part_need_not_hold_whole_batch_norm_groups(batch, groups):
+    """Layers are cut by their costs on one device: with three of two groups of three, or one of two, on a map of one pixel."""
+    large = {"model.stem": "imagenet", "data.image_size": 32}
+    fields = {"data.global_batch": batch, "model.bn_groups": groups}
+    config = parity.config("resnet", layout("gpipe", 2, 2, parts=2), **large, **fields)
+    with settings(config):
+        run = make_run(config, load_data(config.data), jax.devices()[:4])
+    assert run.split is not None
+    assert sum(map(len, run.split.slices)) == len(run.task.model.layers)
+
+
 # ------------------------------------------------------------------------------------------------------ planted faults
 
 
