@@ -199,7 +199,10 @@ def refuse_other_data(directory: Workdir, resume: Resume, config: Config, datase
     stored, where = resume.position.dataset, f"step {resume.position.step} of {directory.path}"
     if not stored:
         return
-    refuse_other_rule(stored, dataset, where)
+    if resume.stored is not None and resume.stored.data.name.startswith(
+        "folder:"
+    ):  # and not weights from another data set
+        refuse_other_rule(stored, dataset, where)
     if stored["fingerprint"] == dataset.fingerprint or config.checkpoint.allow_changes:
         return
     remedy = "bring the old one back, choose another --workdir, or go on with --config.checkpoint.allow_changes=true."

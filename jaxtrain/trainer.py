@@ -127,10 +127,10 @@ def train(
             dataset = load_data(config.data)
         resume_lib.refuse_length(directory, resume, config, len(dataset.train))
         resume_lib.refuse_other_data(directory, resume, config, dataset)
-        dataset, resume = resume_lib.go_on_with(dataset, resume)
         stack.enter_context(explain_out_of_memory())
         host = _Host(directory, interrupt, watchdog, clock, console, lease, times)
         for rollbacks_left in range(config.train.rollbacks, -1, -1):
+            dataset, resume = resume_lib.go_on_with(dataset, resume)
             position = dataclasses.replace(resume.position, jobs=tuple(sorted(place.jobs())))
             resume = dataclasses.replace(resume, position=position)
             try:
@@ -168,7 +168,7 @@ def _train_from(
     position, directory = resume.position, host.directory
     run = make_run(config, dataset, devices, start_step=position.step, start_example=position.examples)
     position = dataclasses.replace(position, dataset=run.data_record)
-    for text in unused_settings(run):
+    for text in unused_settings(run) if jax.process_index() == 0 else ():
         log.warning("%s", text)
     if (warmup := warmup_steps(config, len(dataset.train))) > run.steps:
         text = "config.optim.warmup=%r is %d steps, longer than the run's %d."
@@ -695,22 +695,20 @@ class _Loop:
 
     def _show_end(self, result: Mapping[str, Any], best_step: int | None) -> None:
         """The last weights and the best ones, and what each of their figures is of."""
-        weights = {"raw": "", "ema": "EMA "} if "validation_ema" in result["last"] else {"raw": ""}
+        chosen = result["best"]["weights"]
+        keys = {"": "", "EMA ": "_ema"} if chosen == "ema" else {"": ""}
         for name in ("last",) if best_step is None else ("last", "best"):
-            found = result[name]
             figures = [
-                f"{label}{split} accuracy {found[key]['accuracy']:.4f}"
+                f"{label}{split} accuracy {result[name][split + key]['accuracy']:.4f}"
                 for split in ("validation", "test")
-                for weight, label in weights.items()
-                if found.get(key := split if weight == "raw" else f"{split}_ema")
+                for label, key in keys.items()
+                if result[name].get(split + key)
             ]
-            why = (
-                f" (by the validation accuracy of its {weights.get(found['weights'], '')}weights)"
-                if name == "best"
-                else ""
+            why = f", by the validation accuracy of the {'EMA' if chosen == 'ema' else 'raw'} weights" * (
+                name == "best"
             )
             if figures:
-                self.progress.message(f"{name}, step {found['step']}{why}: {', '.join(figures)}")
+                self.progress.message(f"{name}, step {result[name]['step']}{why}: {', '.join(figures)}")
         if not len(self.run.dataset.test):
             self.progress.message(f"nothing was tested: {self.config.data.name} has no test split")
 

@@ -720,6 +720,18 @@ def test_labels_of_a_users_data_set_are_classes(monkeypatch):
         sources.load(DataConfig(name="test_data:unlabelled_source"), image_size=5)
 
 
+def odd_source(config: DataConfig, *, image_size: int) -> base.Dataset:
+    found = my_source(config, image_size=image_size)
+    return dataclasses.replace(found, test=base.ArraySource(found.test.images[:, 1:], found.test.labels))
+
+
+def test_a_split_of_a_users_data_set_is_like_its_training(monkeypatch):
+    """Or the run would end in an error when it comes to its test."""
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    with pytest.raises(DataError, match=r"an example of test is uint8\[4, 5, 1\].*; it must be uint8\[5, 5, 1\]"):
+        sources.load(DataConfig(name="test_data:odd_source"), image_size=5)
+
+
 def not_a_source(config: DataConfig, *, image_size: int) -> int:
     return image_size
 

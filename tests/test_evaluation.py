@@ -125,7 +125,7 @@ def test_the_end_of_a_run_says_what_each_figure_is_of(tmp_path):
     last, best = found.result["last"], found.result["best"]
     assert best["weights"] == "ema"
     assert f"last, step 30: validation accuracy {last['validation']['accuracy']:.4f}" in said
-    assert f"best, step {best['step']} (by the validation accuracy of its EMA weights): " in said
+    assert f"best, step {best['step']}, by the validation accuracy of the EMA weights: " in said
     assert f"EMA test accuracy {best['test_ema']['accuracy']:.4f}" in said
     found = evaluate(tmp_path / "run", num_devices=1)
     assert (found.weights, found.result.loss) == ("ema", pytest.approx(best["test_ema"]["loss"], rel=1e-5))

@@ -101,15 +101,31 @@ def _own(config: DataConfig, image_size: int) -> Dataset:
     if not isinstance(dataset, Dataset):
         raise ConfigError(f"config.data.name={config.name!r}: returned {type(dataset).__name__}, not a Dataset.")
     for split in base.SPLITS:
-        labels = base.labels_of(getattr(dataset, split))
-        if labels is not None and len(wrong := np.flatnonzero((labels < 0) | (labels >= dataset.num_classes))):
-            raise DataError(
-                f"config.data.name={config.name!r}: example {wrong[0]} of {split} has label {labels[wrong[0]]}, and there are "
-                f"{dataset.num_classes} classes; leave out a split that has no labels."
-            )
+        _check_own(config.name, dataset, split)
     unread = [name for name in ("dir", "splits", "examples", "validation", "split_seed") if name not in read]
     notes = without_effect("data", config, unread, f"{config.name} does not read it")
     return dataclasses.replace(dataset, notes=(*dataset.notes, *notes))
+
+
+def _check_own(name: str, dataset: Dataset, split: str) -> None:
+    """Raises `DataError` for what would end a run only when it comes to that split, or count as wrong answers."""
+    source: Source = getattr(dataset, split)
+    if not len(source):
+        return
+    images_, labels = source.read(np.zeros(1, np.int64))
+    wanted = (1, *dataset.train.shape)
+    if images_.dtype != np.uint8 or images_.shape != wanted or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(
+            f"config.data.name={name!r}: an example of {split} is {images_.dtype}{list(images_.shape[1:])}, its label of type "
+            f"{labels.dtype}; it must be uint8{list(wanted[1:])}, as in training, with a whole number for a label."
+        )
+    known = base.labels_of(source)
+    known = labels if known is None else known
+    if len(wrong := np.flatnonzero((known < 0) | (known >= dataset.num_classes))):
+        raise DataError(
+            f"config.data.name={name!r}: example {wrong[0]} of {split} has label {known[wrong[0]]}, and there are "
+            f"{dataset.num_classes} classes; leave out a split that has no labels."
+        )
 
 
 def outline(config: DataConfig, *, image_size: int = 0) -> Dataset:
