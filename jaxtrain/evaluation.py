@@ -118,7 +118,7 @@ def _same_data(dataset: Dataset, position: Position, split: str, where: str, all
     """The split of `dataset`, with the classes as the run knows them. Raises `DataError` where it is another than it was."""
     stored, name = position.dataset, SPLITS[split]
     if not len(getattr(dataset, name)):
-        raise ConfigError(": ".join([f"The data set {dataset.name} has no {split} split", *dataset.notes[:1]]) + ".")
+        raise ConfigError(f"The data set {dataset.name} has no {split} split.")
     if not stored:
         return dataset.only(name)
     record.refuse_other_rule(stored, dataset, where)

@@ -710,7 +710,7 @@ class _Loop:
             if figures:
                 self.progress.message(f"{name}, step {result[name]['step']}{why}: {', '.join(figures)}")
         if not len(self.run.dataset.test):
-            self.progress.message(f"nothing was tested: {self.config.data.name} has no test split")
+            self.progress.message(f"nothing was tested: {self.config.data.name} has no test examples")
 
     def _test(self, state: TrainState, validation: dict[str, EvalResult] | None = None) -> dict[str, Any]:
         """Results by split and weights, and what result.json says of them. validation: if these were evaluated before."""

@@ -112,7 +112,7 @@ def test_without_a_test_split_nothing_is_tested(tmp_path, capfd):
     assert "test" not in {row["phase"] for row in found.history}
     assert ",test," not in (tmp_path / "run/metrics.csv").read_text()
     said = (tmp_path / "run/logs/process_0.log").read_text()
-    assert "it has no test split, and its validation split, which chooses the best weights, is none" in said
+    assert "it has no test split, and none is drawn: its validation split chooses the best weights" in said
     assert "nothing was tested" in said
     with pytest.raises(ConfigError, match="has no test split"):
         evaluate(tmp_path / "run", num_devices=1)

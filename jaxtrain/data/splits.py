@@ -184,9 +184,10 @@ def _notes(
     """What a user should know of the splits, a sentence each."""
     notes = []
     if parts.test is None and "test" not in drawn:
-        notes.append("it has no test split, and its validation split, which chooses the best weights, is none")
-    if "validation" in drawn and config.validation and not len(found["validation"]):
-        notes.append(f"no example was drawn for validation (config.data.validation={config.validation:g})")
+        notes.append("it has no test split, and none is drawn: its validation split chooses the best weights")
+    for split in drawn:
+        if not len(found[split]) and (split == "test" or config.validation):
+            notes.append(f"no example was drawn for {split}: there are too few")
     if "validation" not in drawn and config.name != "synthetic":  # which makes as many as that says
         notes += without_effect("data", config, ["validation"], "no validation is drawn from training")
     for split in (needed,) if needed else found:
