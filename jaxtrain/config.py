@@ -481,7 +481,7 @@ class Config(_Section):
         _require(0 <= self.seed < 2**31, "seed", self.seed, "at least 0 and below 2**31")
         batch, parts, groups = self.data.global_batch, self.layout.microbatches, self.model.bn_groups
         if self.data.batch_per_device:
-            return  # the batch is known once the devices are; `resolve_batch` checks it then
+            return  # the batch is known once the devices are, and checked then (`run.decide`)
         self.check_batch(batch, parts, groups)
 
     @staticmethod

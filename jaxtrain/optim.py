@@ -34,14 +34,11 @@ import optax
 from jaxtrain.config import OptimConfig, did_you_mean, without_effect
 from jaxtrain.errors import ConfigError
 from jaxtrain.plugins import load_dotted
+from jaxtrain.precision import at_least_f32
 
 PyTree = Any
 Mask = Callable[[PyTree], PyTree]
 Loss = Callable[[jax.Array, jax.Array], jax.Array]
-
-
-def _at_least_f32(dtype: Any) -> jnp.dtype:
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 def _path(path: tuple[Any, ...]) -> str:
@@ -352,7 +349,7 @@ def global_norm(tree: PyTree) -> jax.Array:
 
     0 for a tree without leaves.
     """
-    squares = [jnp.sum(jnp.square(leaf.astype(_at_least_f32(leaf.dtype)))) for leaf in jax.tree.leaves(tree)]
+    squares = [jnp.sum(jnp.square(leaf.astype(at_least_f32(leaf.dtype)))) for leaf in jax.tree.leaves(tree)]
     return jnp.sqrt(functools.reduce(jnp.add, squares, 0.0))
 
 
@@ -378,7 +375,7 @@ def ema_update(ema: PyTree, params: PyTree, decay: float, step: jax.Array) -> Py
     warm = jnp.minimum(decay, (1 + step) / (10 + step))
 
     def average(old: jax.Array, new: jax.Array) -> jax.Array:
-        d = warm.astype(_at_least_f32(old.dtype))
+        d = warm.astype(at_least_f32(old.dtype))
         return (d * old + (1 - d) * new).astype(old.dtype)
 
     return jax.tree.map(average, ema, params)
@@ -389,7 +386,7 @@ def ema_update(ema: PyTree, params: PyTree, decay: float, step: jax.Array) -> Py
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
     """Softmax cross entropy of each example, [B], in at least float32; `targets` [B, C] are probabilities."""
-    dtype = _at_least_f32(logits.dtype)
+    dtype = at_least_f32(logits.dtype)
     return optax.softmax_cross_entropy(logits.astype(dtype), targets.astype(dtype))
 
 

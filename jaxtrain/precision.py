@@ -55,7 +55,7 @@ def policy(name: str) -> Policy:
 
 
 def at_least_f32(dtype: Any) -> jnp.dtype:
-    """The type to accumulate `dtype` in: float32 for the half precisions, float64 for float64."""
+    """The type for sums, statistics, softmax and logits: f32 for bf16, fp16 and f32; f64 stays f64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 

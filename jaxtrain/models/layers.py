@@ -18,6 +18,7 @@ from jax.nn.initializers import Initializer
 from jax.typing import DTypeLike
 
 from jaxtrain.errors import ConfigError
+from jaxtrain.precision import at_least_f32
 
 
 @flax.struct.dataclass
@@ -32,11 +33,6 @@ class Context:
     example: jax.Array
     train: bool = flax.struct.field(pytree_node=False, default=False)
     bn_groups: int = flax.struct.field(pytree_node=False, default=1)
-
-
-def at_least_f32(dtype: DTypeLike) -> jnp.dtype:
-    """The type for statistics, softmax and logits: f32 for bf16, fp16 and f32; f64 stays f64."""
-    return jnp.promote_types(dtype, jnp.float32)
 
 
 # -------------------------------------------------------------------------------------------------------- initialisers

@@ -22,12 +22,12 @@ from jaxtrain.models.layers import (
     Dropout,
     DropPath,
     Layer,
-    at_least_f32,
     kaiming_normal,
     matmul,
     relu,
     torch_dense,
 )
+from jaxtrain.precision import at_least_f32
 
 VARIANTS = {  # name: (bottleneck blocks, blocks a stage)
     "resnet18": (False, (2, 2, 2, 2)),

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-
 from jaxtrain.config import ModelConfig
 from jaxtrain.errors import ConfigError
 
@@ -71,8 +69,3 @@ def check_shapes(image_shape: ImageShape, num_classes: int) -> None:
         raise ConfigError(f"The images' shape {image_shape!r} must be height, width and channels, each at least 1.")
     if num_classes < 2:
         raise ConfigError(f"config.model.num_classes={num_classes}: must be at least 2.")
-
-
-def flat_size(image_shape: ImageShape) -> int:
-    """Values in one image."""
-    return math.prod(image_shape)

@@ -29,11 +29,11 @@ from jaxtrain.models.layers import (
     DropPath,
     Layer,
     LayerNorm,
-    at_least_f32,
     gelu,
     torch_bias,
     torch_kernel,
 )
+from jaxtrain.precision import at_least_f32
 
 VARIANTS = {  # name: (width, blocks a stage, drop-path rate)
     "swin_tiny": (96, (2, 2, 6, 2), 0.2),
