@@ -167,9 +167,29 @@ def quarantine(folder: Path, found: Sequence[str]) -> Path:
 
 
 def best_of(manifests: Sequence[Manifest]) -> int | None:
-    """The step with the highest validation accuracy, the earliest of equals; `None` if none was evaluated."""
-    scored = [(m.val_accuracy, -m.step) for m in manifests if m.val_accuracy is not None]
-    return -max(scored)[1] if scored else None
+    """The step with the highest validation accuracy, the earliest of equals; `None` if none was evaluated.
+
+    Accuracies on other validation examples than the newest ones are no rivals of theirs.
+    """
+    bests = _bests(manifests)
+    return bests[-1] if bests else None
+
+
+def _bests(manifests: Sequence[Manifest]) -> list[int]:
+    """The best step on each set of validation examples that a run has had, the present one last."""
+    groups: dict[str, list[Manifest]] = {}
+    for manifest in sorted(manifests, key=lambda m: m.step):
+        if manifest.val_accuracy is not None:
+            where = _validation(manifest.position) or next(reversed(groups), "")
+            groups[where] = [*groups.pop(where, []), manifest]
+    return [-max((m.val_accuracy or 0.0, -m.step) for m in group)[1] for group in groups.values()]
+
+
+def _validation(position: Mapping[str, Any]) -> str:
+    """What identifies the validation examples, "" where an older version stored it without."""
+    data = position.get("dataset", {})
+    own = data.get("splits", {}).get("validation", {}).get("fingerprint", "")
+    return own or data.get("fingerprint", "")
 
 
 def delete_old(directory: Path, latest: int) -> list[int]:
@@ -182,7 +202,7 @@ def delete_old(directory: Path, latest: int) -> list[int]:
     for step in steps:
         with contextlib.suppress(CheckpointError):  # what cannot be read is left for `resume` to judge
             readable.append(read_manifest(directory / str(step)))
-    kept = {*steps[-latest:], best_of(readable), *(m.step for m in readable if m.milestone)}
+    kept = {*steps[-latest:], *_bests(readable), *(m.step for m in readable if m.milestone)}
     gone = [m.step for m in readable if m.step not in kept]
     for step in gone:
         (directory / str(step) / MANIFEST).unlink()

@@ -91,7 +91,7 @@ def evaluate(
         batch = -(-config.data.global_batch // ways) * ways
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, global_batch=batch))
         with settings(config):
-            dataset = load_data(config.data, needed=SPLITS[split])
+            dataset = load_data(config.data, needed=SPLITS[split], drawn=position.dataset.get("drawn"))
             dataset = _same_data(dataset, position, split, f"step {start.step} of {workdir}", allow_changes)
             run = make_run(_as_trained(config, position), dataset, devices)
             state = checkpoints.restore_weights(start.step, state_shapes(run.init, run.layout))
@@ -129,8 +129,14 @@ def _same_data(dataset: Dataset, position: Position, split: str, where: str, all
         kept = f"; {name} is as it was" if record.same_split(stored, dataset, name) else ""
         log.warning("data %s: since %s %s%s", dataset.name, where, "; ".join(found), kept)
     followed = follow_classes(dataset, stored.get("class_names", dataset.class_names), extend=False)
-    if not len(getattr(followed, name)):
-        raise DataError(f"No example of {name} in {dataset.name} is of a class that the run knows.")
+    count, known = len(getattr(dataset, name)), len(getattr(followed, name))
+    if known < count:
+        left_out = f"{count - known:,} of {count:,} examples of {name} are of classes that the run does not know"
+        if not known or not allow_changes:
+            raise DataError(
+                f"{left_out}; bring back the classes that there were, or leave those out with --allow-changes."
+            )
+        log.warning("%s, and are left out", left_out)
     return followed.only(name)
 
 

@@ -196,12 +196,11 @@ def refuse_length(directory: Workdir, resume: Resume, config: Config, train_exam
 
 def refuse_other_data(directory: Workdir, resume: Resume, config: Config, dataset: Dataset) -> None:
     """Raises `DataError` where the data set holds something else than when the checkpoint was made."""
-    stored, where = resume.position.dataset, f"step {resume.position.step} of {directory.path}"
+    stored, run = resume.position.dataset, resume.start.directory.parent if resume.start else directory.path
     if not stored:
         return
-    if resume.stored is not None and resume.stored.data.name.startswith(
-        "folder:"
-    ):  # and not weights from another data set
+    where = f"step {resume.position.step} of {run}"
+    if resume.stored is not None and resume.stored.data.name == config.data.name:  # else weights from another data set
         refuse_other_rule(stored, dataset, where)
     if stored["fingerprint"] == dataset.fingerprint or config.checkpoint.allow_changes:
         return
@@ -209,11 +208,13 @@ def refuse_other_data(directory: Workdir, resume: Resume, config: Config, datase
     raise DataError(changed_sentence(config.data.name, stored, dataset, where, remedy))
 
 
-def go_on_with(dataset: Dataset, resume: Resume) -> tuple[Dataset, Resume]:
+def go_on_with(dataset: Dataset, resume: Resume, num_classes: int) -> tuple[Dataset, Resume]:
     """The data set with its classes numbered as the run knows them, and where it goes on on it.
 
     On other training examples than before, the epoch's sums and the rows of epochs begin anew: a mean over two data sets
-    would be of neither.
+    would be of neither. On other validation examples the best accuracy does.
+
+    num_classes: `model.num_classes`. Raises `DataError` where the run has too few outputs for the classes.
     """
     position = resume.position
     stored = position.dataset
@@ -222,12 +223,20 @@ def go_on_with(dataset: Dataset, resume: Resume) -> tuple[Dataset, Resume]:
         for note in followed.notes[len(dataset.notes) :]:
             log.warning("data %s: %s", dataset.name, note)
         dataset = followed
+        if (outputs := stored["num_classes"]) < dataset.num_classes and not num_classes:
+            raise DataError(
+                f"The data set {dataset.name} has {dataset.num_classes} classes and the run {outputs} outputs, one for each "
+                "class that there was; leave out the new ones, or start a fresh run with another --workdir."
+            )
+    if found := differences(stored, dataset):
+        log.warning("data %s: since step %d %s", dataset.name, position.step, "; ".join(found))
     if stored and not same_split(stored, dataset, "train"):
-        text = "; ".join(differences(stored, dataset)) or "it is another"
-        log.warning("data %s: since step %d %s; the rows of epochs begin anew", dataset.name, position.step, text)
+        log.warning("the rows of metrics.csv begin anew: its epochs are of other training examples")
         position = dataclasses.replace(
             position, epoch_loss=0.0, epoch_correct=0.0, epoch_examples=0, data_since=position.step
         )
+    if stored and not same_split(stored, dataset, "validation"):
+        position = dataclasses.replace(position, best_accuracy=-1.0)
     return dataset, dataclasses.replace(resume, position=position)
 
 

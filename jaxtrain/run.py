@@ -8,7 +8,7 @@ import functools
 import logging
 import random
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -147,10 +147,10 @@ def check_names(config: Config) -> None:
     loss_fn(config.optim.loss)
 
 
-def load_data(config: DataConfig, needed: str = "") -> Dataset:
+def load_data(config: DataConfig, needed: str = "", drawn: Sequence[str] | None = None) -> Dataset:
     """The data set, prepared if need be by process 0 while the others wait (by each, with `data.prepare_per_host`).
 
-    needed: the one split whose files must be there, "" for all (`sources.load`).
+    needed, drawn: as of `sources.load`.
     """
     first_on_process_zero(
         f"prepare the data set {config.name}",
@@ -158,7 +158,7 @@ def load_data(config: DataConfig, needed: str = "") -> Dataset:
         config.prepare_timeout * 60,
         every_process=config.prepare_per_host,
     )
-    dataset = sources.load(config, image_size=config.image_size, needed=needed)
+    dataset = sources.load(config, image_size=config.image_size, needed=needed, drawn=drawn)
     of_first = processes.from_process_zero("the data set", dataset.fingerprint, config.prepare_timeout * 60)
     if dataset.fingerprint != of_first:
         raise EnvironmentMismatchError(
@@ -167,8 +167,6 @@ def load_data(config: DataConfig, needed: str = "") -> Dataset:
         )
     for note in dataset.notes if processes.index() == 0 else ():
         log.warning("data %s: %s", dataset.name, note)
-    if processes.index() == 0 and not needed:
-        sources.record_contents(config, dataset)
     return dataset
 
 

@@ -26,6 +26,7 @@ from jaxtrain.anomalies import Finding, Guard
 from jaxtrain.checkpoint import Checkpoints, Start, check_space
 from jaxtrain.checkpoint_files import manifested_steps, read_manifest
 from jaxtrain.config import Config, Duration
+from jaxtrain.data import sources
 from jaxtrain.data.order import batch_indices
 from jaxtrain.data.sources import Dataset
 from jaxtrain.distributed import pace, place, processes
@@ -127,10 +128,12 @@ def train(
             dataset = load_data(config.data)
         resume_lib.refuse_length(directory, resume, config, len(dataset.train))
         resume_lib.refuse_other_data(directory, resume, config, dataset)
+        if jax.process_index() == 0:
+            sources.record_contents(config.data, dataset)
         stack.enter_context(explain_out_of_memory())
         host = _Host(directory, interrupt, watchdog, clock, console, lease, times)
         for rollbacks_left in range(config.train.rollbacks, -1, -1):
-            dataset, resume = resume_lib.go_on_with(dataset, resume)
+            dataset, resume = resume_lib.go_on_with(dataset, resume, config.model.num_classes)
             position = dataclasses.replace(resume.position, jobs=tuple(sorted(place.jobs())))
             resume = dataclasses.replace(resume, position=position)
             try:
@@ -667,7 +670,8 @@ class _Loop:
         if "test" in last["results"]:
             self._record(epoch, "test", last["results"]["test"], seconds)
         whole = self.clock.now()
-        chosen = "ema" if state.ema else "raw"
+        judged = self.config if best_step is None else self._config_of(best_step)
+        chosen = "ema" if judged.optim.ema else "raw"
         result = {
             "steps": self.position.step,
             "examples": self.position.examples,
@@ -693,10 +697,14 @@ class _Loop:
         log.info("result: %s", self.directory.result)
         return TrainResult(state, self.history, result, self.directory)
 
+    def _config_of(self, step: int) -> Config:
+        """The config that a checkpoint of this run was made with."""
+        return config_lib.from_dict(read_manifest(self.directory.checkpoints / str(step)).position["config"])
+
     def _show_end(self, result: Mapping[str, Any], best_step: int | None) -> None:
         """The last weights and the best ones, and what each of their figures is of."""
         chosen = result["best"]["weights"]
-        keys = {"": "", "EMA ": "_ema"} if chosen == "ema" else {"": ""}
+        keys = {"": "", "EMA ": "_ema"} if self.config.optim.ema else {"": ""}
         for name in ("last",) if best_step is None else ("last", "best"):
             figures = [
                 f"{label}{split} accuracy {result[name][split + key]['accuracy']:.4f}"

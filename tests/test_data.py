@@ -728,7 +728,7 @@ def odd_source(config: DataConfig, *, image_size: int) -> base.Dataset:
 def test_a_split_of_a_users_data_set_is_like_its_training(monkeypatch):
     """Or the run would end in an error when it comes to its test."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
-    with pytest.raises(DataError, match=r"an example of test is uint8\[4, 5, 1\].*; it must be uint8\[5, 5, 1\]"):
+    with pytest.raises(DataError, match=r"test has images of \[4, 5, 1\], and training of \[5, 5, 1\]"):
         sources.load(DataConfig(name="test_data:odd_source"), image_size=5)
 
 

@@ -40,7 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
     counts = sources.verify(config, _progress)
     print(printable(f"{arguments.name}: sound; " + ", ".join(f"{count} {split}" for split, count in counts.items())))
     if arguments.name.startswith("folder:"):
-        print(f"contents: as on {recorded}" if recorded else "contents: recorded now, to be compared with from now on")
+        now = "recorded now, to be compared with from now on" if sources.recorded_on(config) else "not recorded"
+        print(f"contents: as on {recorded}" if recorded else f"contents: {now}")
 
 
 def _progress(files: Iterable[str]) -> Iterable[str]:

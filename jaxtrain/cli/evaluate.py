@@ -48,6 +48,7 @@ def run(arguments: argparse.Namespace) -> None:
     result = found.result
     # A model may have more outputs than the data has classes.
     names = [*found.class_names, *(f"class {i}" for i in range(len(found.class_names), len(result.per_class)))]
+    names = [name if names.count(name) == 1 else f"{name} (class {i})" for i, name in enumerate(names)]
     if arguments.json:
         classes = {n: None if math.isnan(a) else a for n, a in zip(names, result.per_class, strict=True)}
         numbers = {"loss": result.loss, "accuracy": result.accuracy, "top5": result.top5, "examples": result.examples}

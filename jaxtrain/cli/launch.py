@@ -8,6 +8,13 @@ from jaxtrain.errors import ConfigError
 from jaxtrain.gpus import Gpus
 from jaxtrain.supervisor import Options, Supervisor, missing_gpus, say
 
+# `jaxtrain` again, wherever this package lies. Not by `-m`, which would look for it in the current directory first.
+_PARENT = str(Path(__file__).resolve().parents[2])
+_COMMAND = (
+    *(sys.executable, "-P", "-c"),
+    f"import sys; sys.path.append({_PARENT!r}); from jaxtrain.cli import main; sys.exit(main())",
+)
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--nproc, --gpus-per-process, --max-restarts, --grace, --hang, --min-devices, and a command of jaxtrain behind --."""
@@ -50,4 +57,4 @@ def run(arguments: argparse.Namespace) -> int:
     gpus = Gpus()
     if missing := missing_gpus(Path("machine.json"), gpus):
         say(f"machine.json lists GPUs that are not found now: {', '.join(missing)}")
-    return Supervisor([sys.executable, "-m", "jaxtrain", *arguments.rest], options, gpus).run()
+    return Supervisor([*_COMMAND, *arguments.rest], options, gpus).run()

@@ -47,7 +47,8 @@ class Dataset:
     mean, std: per channel, of pixels in [0, 1]; what the images are normalized with.
     fingerprint: SHA-256 (hex) of what identifies the content and the splits; equal on every process and path.
     split_fingerprints: the same of each split alone; {} where only the whole is known.
-    split_rule: by which rule splits were drawn from file names ("" where they were not); another rule is another run.
+    drawn: the splits that were drawn from training. split_rule: by which rule, where by file names ("" where not); another
+        rule is another run.
     notes: what a user should know of it, a sentence each.
     """
 
@@ -61,6 +62,7 @@ class Dataset:
     std: tuple[float, ...]
     fingerprint: str
     split_fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    drawn: tuple[str, ...] = ()
     split_rule: str = ""
     notes: tuple[str, ...] = ()
 

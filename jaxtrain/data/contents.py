@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from jaxtrain.errors import DataError
-from jaxtrain.workdir import atomic_write, read_json
+from jaxtrain.workdir import atomic_write, read_json, writing
 
 _THREADS = 4
 
@@ -54,17 +54,18 @@ def record(
     known: Contents | None = None,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> Contents:
-    """Records in `path` what the files `names` below `folder` hold; those in `known` of the same size are not read again."""
+    """Records in `path` what the files `names` below `folder` hold. Those in `known` stay as they were found first.
+
+    Raises `WorkdirError` where `path` cannot be written.
+    """
     had = known.files if known else {}
-    names = sorted(names)
-    sizes = {name: os.stat(folder / name).st_size for name in names}
-    new = [name for name in names if name not in had or had[name][0] != sizes[name]]
-    hashes = dict(_hashes(folder, new, progress))
-    files = {name: (sizes[name], hashes[name]) if name in hashes else had[name] for name in names}
-    if known and files == known.files:
+    hashes = dict(_hashes(folder, sorted(set(names) - had.keys()), progress))
+    if known and not hashes:
         return known
-    contents = Contents(time.strftime("%Y-%m-%dT%H:%M:%S%z"), files)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    new = {name: (os.stat(folder / name).st_size, digest) for name, digest in hashes.items()}
+    contents = Contents(time.strftime("%Y-%m-%dT%H:%M:%S%z"), {**had, **new})
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps({"folder": str(folder), **dataclasses.asdict(contents)}, indent=0) + "\n")
     return contents
 
@@ -78,7 +79,8 @@ def compare(
     """Files that are gone or hold something else than was recorded, as "a/b.png has changed"."""
     names = sorted(names)
     here = [name for name in names if name in recorded.files]
-    found = [f"{name} is gone" for name in sorted(recorded.files.keys() - set(names))]
+    others = sorted(recorded.files.keys() - set(names))  # gone, or of splits that are not looked at
+    found = [f"{name} is gone" for name in others if not (folder / name).exists()]
     found += [
         f"{name} has changed" for name, digest in _hashes(folder, here, progress) if digest != recorded.files[name][1]
     ]

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import io
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -81,7 +82,14 @@ def _open(data: bytes) -> ImageFile.ImageFile:
         if accepts is not None and (accepted := accepts(data[:16])):
             if isinstance(accepted, str):  # why this Pillow cannot read that format
                 raise ValueError(accepted)
-            return opens(io.BytesIO(data), "")
+            try:
+                image = opens(io.BytesIO(data), "")
+            except Image.DecompressionBombError:  # some of Pillow's formats look for themselves
+                raise ValueError(f"at most {_MAX_PIXELS:,} pixels are read: make it smaller") from None
+            # Pillow reads those in Python, at a tenth of a megapixel a second, and cuts what is above 255.
+            if isinstance(image, PpmImagePlugin.PpmImageFile) and any(tile[0] != "raw" for tile in image.tile):
+                raise ValueError("its pixels are written as text, or not with 8 bits: convert it")
+            return image
     raise ValueError(f"its content is none of {', '.join(_FORMATS)}")
 
 
@@ -232,6 +240,11 @@ def _splits(root: Path, chosen: Mapping[str, str]) -> dict[str, str]:
         if name not in names:
             there = f"it has {', '.join(names[:8])}{', ...' * (len(names) > 8)}" if names else "it has none"
             raise ConfigError(f"config.data.splits: {root} has no folder {name!r} for {split}; {there}.")
+    twice = [split for split, name in found.items() if split != "train" and name == found.get("train")]
+    if twice:
+        raise ConfigError(
+            f"config.data.splits: {found['train']!r} is for {twice[0]} and for train, which would be tested on."
+        )
     for name in names:
         if name in chosen.values() or _SPLITS.get(name) in chosen:
             continue
@@ -266,7 +279,8 @@ def _split_source(root: Path, split: str, classes: tuple[str, ...], side: int) -
             continue
         if name not in classes:
             raise DataError(f"{root / split / name}: training has no class {name!r}.{did_you_mean(name, classes)}")
-        images = [e for e in _listing(root / split / name, root) if e.name.lower().endswith(_EXTENSIONS)]
+        listing = _listing(root / split / name, root)
+        images = [e for e in listing if e.name.lower().endswith(_EXTENSIONS) and not e.is_dir()]
         if not images:
             raise DataError(f"{root / split / name}: the class has no images ({', '.join(_EXTENSIONS)}).")
         sizes += [_size(entry) for entry in images]
@@ -279,7 +293,10 @@ def _split_source(root: Path, split: str, classes: tuple[str, ...], side: int) -
 
 def _size(entry: os.DirEntry[str]) -> int:
     try:
-        return entry.stat().st_size
+        found = entry.stat()
+        if not stat.S_ISREG(found.st_mode):
+            raise DataError(f"{entry.path} is no file with an image, but a device, a pipe or a socket.")
+        return found.st_size
     except OSError as error:  # a dangling link
         raise DataError(f"{entry.path} cannot be read ({error.strerror}).") from None
 

@@ -19,6 +19,7 @@ def record(
     return {
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,
+        "drawn": list(dataset.drawn),
         "split_rule": dataset.split_rule,
         "splits": {
             split: {"examples": len(getattr(dataset, split)), "fingerprint": dataset.split_fingerprints.get(split, "")}
@@ -38,7 +39,8 @@ def refuse_other_rule(stored: Record, dataset: Dataset, where: str) -> None:
     stored: {} of a run that is older than these records. where: names the run.
     """
     rule = stored.get("split_rule", "")
-    if not dataset.split_rule or rule == dataset.split_rule:
+    none_drawn = stored.get("drawn", ["unknown"]) == []
+    if not dataset.split_rule or rule == dataset.split_rule or none_drawn:
         return
     old = f"the rule {rule!r}" if rule else "an older rule, by the files' positions"
     raise DataError(
@@ -58,6 +60,8 @@ def same_split(stored: Record, dataset: Dataset, split: str) -> bool:
 
 def differences(stored: Record, dataset: Dataset) -> list[str]:
     """What differs, a few words for each split and for the classes; [] where nothing is known to."""
+    if stored.get("fingerprint") == dataset.fingerprint:  # the classes may have come and gone before
+        return []
     found = []
     for split, was in stored.get("splits", {}).items():
         count = len(getattr(dataset, split))

@@ -12,7 +12,7 @@ import hashlib
 import importlib.util
 import os
 import shlex
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -67,12 +67,13 @@ def check_name(config: DataConfig) -> None:
         )
 
 
-def load(config: DataConfig, *, image_size: int = 0, needed: str = "") -> Dataset:
+def load(config: DataConfig, *, image_size: int = 0, needed: str = "", drawn: Sequence[str] | None = None) -> Dataset:
     """The data set `config.name`, cut into train, validation and test.
 
     image_size: side that the model sees. Sources with a size of their own keep it (the device resizes). Images that
     differ in size need it: they are stored at this side, or at 8/7 of it with `resize_crop` (224 -> 256).
     needed: the one split whose files must be there ("" for all); others whose files are not are then empty.
+    drawn: the splits that a run had drawn from training, so that no other is, for want of its files; None: what is lacking.
 
     Splits: a data set's own ones are used, or those that `config.splits` names. Without a validation split, the share
     `config.validation` of training is held out; without a test split there is none, unless both are missing: then a fifth
@@ -87,8 +88,8 @@ def load(config: DataConfig, *, image_size: int = 0, needed: str = "") -> Datase
     if is_factory(config.name):
         dataset = _own(config, image_size)
     else:
-        dataset = splits.cut(_find_parts(config, image_size, needed), config, needed)
-        if config.name in ("digits", "synthetic") or config.name.startswith("folder:"):
+        dataset = splits.cut(_find_parts(config, image_size, needed), config, needed, drawn)
+        if config.name in ("digits", "synthetic"):
             notes = without_effect("data", config, ["dir"], f"{config.name} is not in the data directory")
             dataset = dataclasses.replace(dataset, notes=(*dataset.notes, *notes))
     return dataset
@@ -100,30 +101,54 @@ def _own(config: DataConfig, image_size: int) -> Dataset:
     dataset = load_dotted(config.name, "data.name")(watched, image_size=image_size)
     if not isinstance(dataset, Dataset):
         raise ConfigError(f"config.data.name={config.name!r}: returned {type(dataset).__name__}, not a Dataset.")
+    _check_own(config.name, dataset)
     for split in base.SPLITS:
-        _check_own(config.name, dataset, split)
+        _check_own_split(config.name, dataset, split)
+    dataset = dataclasses.replace(dataset, num_classes=int(dataset.num_classes))
     unread = [name for name in ("dir", "splits", "examples", "validation", "split_seed") if name not in read]
     notes = without_effect("data", config, unread, f"{config.name} does not read it")
     return dataclasses.replace(dataset, notes=(*dataset.notes, *notes))
 
 
-def _check_own(name: str, dataset: Dataset, split: str) -> None:
+def _check_own(name: str, dataset: Dataset) -> None:
+    """Raises `DataError` for what would end a run later, or give wrong figures in silence."""
+
+    def require(good: object, what: str) -> None:
+        if not good:
+            raise DataError(f"config.data.name={name!r}: of the data set that it returned {what}.")
+
+    for split in base.SPLITS:
+        require(
+            hasattr(getattr(dataset, split), "read"), f"{split} is no source; it is an empty one where there is none"
+        )
+    classes, channels = dataset.num_classes, dataset.train.shape[2]
+    require(len(dataset.train), "train is empty")
+    whole = isinstance(classes, (int, np.integer)) and classes > 1
+    require(whole, f"num_classes is {classes!r}, and must be a whole number above 1")
+    names = len(dataset.class_names)
+    require(names <= classes, f"class_names has {names} names for {classes} classes")
+    text = isinstance(dataset.fingerprint, str) and dataset.fingerprint
+    require(text, f"fingerprint is {dataset.fingerprint!r}, and must be a text that is another one for other data")
+    for field in ("mean", "std"):
+        values = getattr(dataset, field)
+        good = len(values) == channels and (field == "mean" or all(value > 0 for value in values))
+        require(good, f"{field} is {values!r}, and must have {channels} numbers, one a channel, those of std above 0")
+
+
+def _check_own_split(name: str, dataset: Dataset, split: str) -> None:
     """Raises `DataError` for what would end a run only when it comes to that split, or count as wrong answers."""
     source: Source = getattr(dataset, split)
     if not len(source):
         return
-    images_, labels = source.read(np.zeros(1, np.int64))
-    wanted = (1, *dataset.train.shape)
-    if images_.dtype != np.uint8 or images_.shape != wanted or not np.issubdtype(labels.dtype, np.integer):
+    if source.shape != dataset.train.shape:
         raise DataError(
-            f"config.data.name={name!r}: an example of {split} is {images_.dtype}{list(images_.shape[1:])}, its label of type "
-            f"{labels.dtype}; it must be uint8{list(wanted[1:])}, as in training, with a whole number for a label."
+            f"config.data.name={name!r}: {split} has images of {list(source.shape)}, and training of "
+            f"{list(dataset.train.shape)}."
         )
-    known = base.labels_of(source)
-    known = labels if known is None else known
-    if len(wrong := np.flatnonzero((known < 0) | (known >= dataset.num_classes))):
+    labels = base.labels_of(source)  # without reading an example: those of streams may not be there yet
+    if labels is not None and len(wrong := np.flatnonzero((labels < 0) | (labels >= dataset.num_classes))):
         raise DataError(
-            f"config.data.name={name!r}: example {wrong[0]} of {split} has label {known[wrong[0]]}, and there are "
+            f"config.data.name={name!r}: example {wrong[0]} of {split} has label {labels[wrong[0]]}, and there are "
             f"{dataset.num_classes} classes; leave out a split that has no labels."
         )
 
@@ -175,12 +200,16 @@ def verify(config: DataConfig, progress: Progress = iter) -> dict[str, int]:
         recorded = contents.read_record(path)
         changed = contents.compare(folder, names, recorded, progress) if recorded else []
         if recorded and changed:
+            options = {"--dir": config.dir, "--splits": config.splits}
+            command = ["jaxtrain", "data", "prepare", config.name]
+            command += [word for option, value in options.items() if value for word in (option, value)]
             raise DataError(
                 f"{len(changed):,} of {len(recorded.files):,} files of {folder} are not as they were on {recorded.when} "
                 f"({', '.join(changed[:3])}{', ...' * (len(changed) > 3)}); bring them back, or take them as they are with "
-                f"`jaxtrain data prepare {shlex.quote(config.name)}`."
+                f"`{shlex.join(command)}`."
             )
-        contents.record(folder, names, path, known=recorded, progress=progress)
+        with contextlib.suppress(WorkdirError):  # what was read is sound, also where that cannot be remembered
+            contents.record(folder, names, path, known=recorded, progress=progress)
     return counts
 
 
@@ -193,7 +222,7 @@ _SMALL_FILES, _SMALL_BYTES = 50_000, 1 << 30
 def record_contents(config: DataConfig, dataset: Dataset, *, afresh: bool = False, progress: Progress = iter) -> str:
     """Stores a SHA-256 of every file of a folder, for `verify`; returns what was recorded when, "" where nothing is.
 
-    afresh: read every file again and take it as it is; else files that are known are not read again, and a folder of more
+    afresh: read every file again and take it as it is; else only files that are not known are added, and a folder of more
     than 1 GiB or 50,000 files is left to who asks for it.
     """
     if not config.name.startswith("folder:"):

@@ -21,20 +21,21 @@ FILE_RULE = "by file name, version 1"
 _TEST_SHARE = 0.2  # of a data set that has neither a validation nor a test split of its own
 
 
-def cut(parts: base.Parts, config: DataConfig, needed: str = "") -> base.Dataset:
+def cut(parts: base.Parts, config: DataConfig, needed: str = "", drawable: Sequence[str] | None = None) -> base.Dataset:
     """The data set of `parts`, with the splits drawn that it lacks (see `sources.load`).
 
-    needed: the one split that will be read, "" for all.
+    needed: the one split that will be read, "" for all. drawable: draw none but these; None: whatever is lacking.
 
     Raises `ConfigError` where too few training examples are left, or `config.mean` does not fit.
     """
-    draw = (_ByFile if parts.files and _lacks(parts) else _ByPosition)(parts, config)
+    lacking = [split for split in _lacks(parts) if drawable is None or split in drawable]
+    draw = (_ByFile if parts.files and lacking else _ByPosition)(parts, config)
     drawn: dict[str, np.ndarray] = {}
     train = np.arange(len(parts.train), dtype=np.int64)
-    if "test" in _lacks(parts):
+    if "test" in lacking:
         train, drawn["test"] = draw.test(train)
     train = draw.ordered(train)
-    if "validation" in _lacks(parts):
+    if "validation" in lacking:
         train, drawn["validation"] = draw.validation(train)
     if needed in ("", "train"):
         _check_train(parts, config, len(train), {split: len(indices) for split, indices in drawn.items()})
@@ -60,6 +61,7 @@ def cut(parts: base.Parts, config: DataConfig, needed: str = "") -> base.Dataset
             [parts.identity, config.split_seed, config.validation, config.examples, *filter(None, [rule])]
         ),
         split_fingerprints={split: draw.fingerprint(split, source, drawn) for split, source in found.items()},
+        drawn=tuple(lacking),
         split_rule=rule,
         notes=(*parts.notes, *_notes(parts, config, found, drawn, needed)),
     )

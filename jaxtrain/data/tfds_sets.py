@@ -402,6 +402,15 @@ class TfdsSource(base.DecodedSource):
         files = [(path.name, path.stat().st_size, skip, count) for path, skip, count in self._files]
         return json.dumps([self._arguments[0].name, self._side, files])
 
+    def shared_with(self, other: TfdsSource) -> int:
+        """How many examples both have."""
+        return sum(
+            max(0, min(skip + count, first + more) - max(skip, first))
+            for path, skip, count in self._files
+            for same, first, more in other._files
+            if path == same
+        )
+
     def label(self, index: int) -> int:
         """The label of example `index` as it is stored: -1 where there is none."""
         return self._parse(self._fetch_one(index), self.where(index))[1]
@@ -529,6 +538,12 @@ def load_prepared(directory: Path, root: Path, side: int, chosen: Mapping[str, s
                 f"{directory}: the split {names[split]!r} has no labels (-1); choose another with config.data.splits."
             )
         del sources[split]
+    for split in sources.keys() - {"train"} if "train" in sources else ():
+        if shared := sources["train"].shared_with(sources[split]):
+            raise ConfigError(
+                f"config.data.splits: {shared:,} examples are in train={names['train']} and in {split}={names[split]}, so that "
+                f"{split} would judge by what was trained on."
+            )
     shape = (side, side, first.shape[2]) if side else first.shape
     not_read = [split for split in names if split not in unlabelled]
     not_wanted = [split for split, name in chosen.items() if name == "none"]
