@@ -581,6 +581,16 @@ def test_no_file_of_the_current_directory_is_run(decoys, finished):
     assert not (decoys.parent / "ran").exists()
 
 
+def test_a_launcher_finds_the_package_and_no_file_of_its_name(tmp_path):
+    (tmp_path / "jaxtrain.py").write_text("open('ran', 'w')\n")
+    command = "import sys; from jaxtrain.cli import main; sys.exit(main())"
+    found = subprocess.run(
+        [sys.executable, "-P", "-c", command, "launch", "--", "train", "--config", "nowhere.py"],
+        cwd=tmp_path, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (found.returncode, (tmp_path / "ran").exists()) == (64, False), found
+
+
 def test_a_path_that_the_user_set_stays(tmp_path):
     """Also where it is the current directory, which `python -m` adds once more."""
     (tmp_path / "sitecustomize.py").write_text(

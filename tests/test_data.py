@@ -379,6 +379,12 @@ def test_chosen_splits_of_a_folder(folder, tmp_path):
         load_folder(top, splits="train=training,test=test")
     with pytest.raises(DataError, match="has held but no train"):
         load_folder(top, splits="val=held")
+    with pytest.raises(ConfigError, match="'training' is for validation and for train, which would be tested on"):
+        load_folder(top, splits="train=training,validation=training")
+    whole = DataConfig(name=f"folder:{top}", dir=str(tmp_path / "dir"), splits="train=training,val=held,test=other")
+    assert sum(sources.verify(whole).values()) == 35
+    part = dataclasses.replace(whole, splits="train=training,val=held,test=none")
+    assert sum(sources.verify(part).values()) == 34  # and what it leaves out is not gone
     with pytest.raises(ConfigError, match="digits has its own splits"):
         sources.load(DataConfig(name="digits", splits="test=none"))
 
@@ -447,6 +453,7 @@ def test_an_image_that_was_edited_at_the_same_size_is_found(folder, tmp_path):
     content = victim.read_bytes()
     victim.write_bytes(edited(content))
     assert load_folder(folder).fingerprint == before  # names and sizes
+    sources.record_contents(config, load_folder(folder))  # as a start of a run does: it takes nothing for sound
     with pytest.raises(DataError, match=r"1 of 33 files of .* are not as they were on .* \(bee/1.png has changed\)"):
         sources.verify(config)
     victim.write_bytes(content)
@@ -537,6 +544,18 @@ def test_bad_image_file_is_named(folder, content, words):
         sources.materialize(dataset.train.base)
     with pytest.raises(DataError, match=r"bee/0.jpg"):
         sources.verify(DataConfig(name=f"folder:{folder}"))
+
+
+def test_what_is_no_file_is_not_waited_for(folder):
+    os.mkfifo(folder / "bee" / "pipe.png")
+    with pytest.raises(DataError, match=r"bee/pipe.png is no file with an image"):
+        load_folder(folder)
+
+
+@pytest.mark.parametrize("header", [b"P6\n4 4\n65535\n", b"P3\n4 4\n255\n", b"P1\n4 4\n"])
+def test_a_pixmap_that_pillow_reads_in_python_is_refused(header):
+    with pytest.raises(DataError, match="its pixels are written as text, or not with 8 bits: convert it"):
+        images.decode(header + b"0 " * 96, "x.ppm", channels=3, side=4)
 
 
 @pytest.mark.parametrize("mode", ["I;16", "I", "F"])
@@ -711,6 +730,29 @@ def watched_source(config: DataConfig, *, image_size: int) -> base.Dataset:
 def unlabelled_source(config: DataConfig, *, image_size: int) -> base.Dataset:
     found = my_source(config, image_size=image_size)
     return dataclasses.replace(found, test=base.ArraySource(found.test.images, np.full(6, -1, np.int32)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"class_names": ("a", "b", "c")}, "class_names has 3 names for 2 classes"),
+        ({"num_classes": 2.0}, "num_classes is 2.0, and must be a whole number"),
+        ({"validation": None}, "validation is no source"),
+        ({"fingerprint": ""}, "fingerprint is ''"),
+        ({"std": (0.0,)}, "std is"),
+        ({"mean": (0.5, 0.5)}, "mean is"),
+        ({"train": base.Outline(0, (5, 5, 1))}, "train is empty"),
+    ],
+)
+def test_what_a_users_data_set_lacks_is_named(monkeypatch, changes, words):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    import test_data  # noqa: PLC0415
+
+    monkeypatch.setattr(
+        test_data, "changed", lambda *a, **k: dataclasses.replace(my_source(*a, **k), **changes), raising=False
+    )
+    with pytest.raises(DataError, match=words):
+        sources.load(DataConfig(name="test_data:changed"), image_size=5)
 
 
 def test_labels_of_a_users_data_set_are_classes(monkeypatch):

@@ -541,6 +541,11 @@ def test_chosen_splits_of_a_prepared_set(tmp_path):
     for chosen, error, words in (
         ("test=tset", ConfigError, "has no split 'tset'; it has extra, test, train"),
         ("test=test", DataError, "the split 'test' has no labels"),
+        (
+            "validation=train[12:],test=none",
+            ConfigError,
+            r"8 examples are in train=train and in validation=train\[12:\]",
+        ),
     ):
         with pytest.raises(error, match=words):
             sources.load(config(tmp_path, "my_set", splits=chosen))

@@ -71,6 +71,7 @@ def test_a_class_that_is_renamed_moves_no_other(trained, caplog):
     assert found.result.per_class[2] == accuracy[2]
     assert np.isnan(found.result.per_class[1])  # what it does not know is left out
     assert "the class 'zb' is new" in caplog.text
+    assert "examples of test are of classes that the run does not know, and are left out" in caplog.text
 
 
 def test_a_class_that_is_added_renumbers_nothing(trained):
@@ -101,6 +102,44 @@ def test_the_test_needs_no_training_files(tmp_path, caplog):
     assert evaluate(tmp_path / "run", num_devices=1).result.accuracy == wanted
     with pytest.raises(DataError, match="no train"):
         evaluate(tmp_path / "run", "val", num_devices=1)
+
+
+def test_no_split_is_drawn_for_want_of_its_files(tmp_path):
+    """Of a run whose splits were all its own: what is lost is missed, and training stays what it was."""
+    found = fit(tmp_path / "run", own_splits(tmp_path / "data"))
+    shutil.rmtree(tmp_path / "data/val")
+    shutil.rmtree(tmp_path / "data/test")
+    assert evaluate(tmp_path / "run", "train", num_devices=1).result.examples == 120
+    for split in ("val", "test"):
+        with pytest.raises(ConfigError, match=f"has no {split} split"):
+            evaluate(tmp_path / "run", split, num_devices=1, allow_changes=True)
+    assert found.result["best"]["test"]["accuracy"] > 0.9
+
+
+def test_the_best_is_chosen_on_the_validation_that_there_is(tmp_path):
+    """Two classes have each other's names in the new one, so that no accuracy on it comes near what the old one gave."""
+    data = own_splits(tmp_path / "data")
+    assert fit(tmp_path / "run", data).result["best"]["validation"]["accuracy"] > 0.9
+    shutil.rmtree(data / "val")
+    draw_folder(data / "val", "abc", 70, 77)
+    for old, new in (("a", "x"), ("b", "a"), ("x", "b")):
+        (data / "val" / old).rename(data / "val" / new)
+    with pytest.raises(DataError, match="validation had 30 examples and has 21"):
+        fit(tmp_path / "run", data, steps=50)
+    result = fit(tmp_path / "run", data, steps=50, allow_changes=True).result
+    assert result["best"]["step"] > 30
+    assert result["best"]["validation"]["accuracy"] < 0.9
+    said = (tmp_path / "run/logs/process_0.log").read_text()
+    assert "since step 30 validation had 30 examples and has 21" in said
+    assert evaluate(tmp_path / "run", "val", num_devices=1).step == result["best"]["step"]
+
+
+def test_a_class_too_many_for_the_run_is_named(tmp_path):
+    data = draw_folder(tmp_path / "data", "abc", 0, 60)
+    fit(tmp_path / "run", data)
+    draw_folder(data, "d", 0, 20)
+    with pytest.raises(DataError, match="has 4 classes and the run 3 outputs"):
+        fit(tmp_path / "run", data, steps=40, allow_changes=True)
 
 
 def test_without_a_test_split_nothing_is_tested(tmp_path, capfd):
