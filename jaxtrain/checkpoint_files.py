@@ -181,7 +181,8 @@ def _bests(manifests: Sequence[Manifest]) -> list[int]:
     for manifest in sorted(manifests, key=lambda m: m.step):
         if manifest.val_accuracy is not None:
             where = _validation(manifest.position) or next(reversed(groups), "")
-            groups[where] = [*groups.pop(where, []), manifest]
+            earlier = groups.pop(where, groups.pop("", []))  # what is not known counts as the same
+            groups[where] = [*earlier, manifest]
     return [-max((m.val_accuracy or 0.0, -m.step) for m in group)[1] for group in groups.values()]
 
 

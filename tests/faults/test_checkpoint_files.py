@@ -12,7 +12,7 @@ import pytest
 import runs
 from runs import SMALL, here
 
-from jaxtrain.checkpoint_files import delete_old, manifested_steps, problems, read_manifest
+from jaxtrain.checkpoint_files import best_of, delete_old, manifested_steps, problems, read_manifest
 from jaxtrain.errors import CheckpointError
 
 EVERY = {"checkpoint.every": "2", "checkpoint.keep": 100, "train.steps": 6, "train.eval_every": "0"}
@@ -122,3 +122,24 @@ def test_old_ones_are_deleted_but_never_the_best_a_milestone_or_the_only_one(cop
     assert delete_old(directory, 1) == [2]
     assert manifested_steps(directory) == [4, 6]
     assert delete_old(directory, 1) == []
+
+
+@pytest.mark.parametrize(
+    ("judged", "best"),
+    [
+        ([("A", 0.5), ("A", 0.7), ("A", 0.6)], 2),
+        ([("A", 0.9), ("B", 0.4), ("B", 0.5)], 3),  # what A gave is no rival on B
+        ([("A", 0.9), ("B", 0.4), ("A", 0.5)], 1),
+        ([("", 0.9), ("A", 0.4), ("A", 0.5)], 1),  # of an older version, which did not store on what
+        ([("A", 0.9), ("B", 0.4), ("B", None)], 2),
+        ([("A", None)], None),
+    ],
+)
+def test_the_best_is_that_on_the_present_validation(copy, judged, best):
+    stored = read_manifest(copy / "checkpoints" / "6")
+    manifests = []
+    for step, (where, accuracy) in enumerate(judged, 1):
+        dataset = {"fingerprint": "whole", "splits": {"validation": {"examples": 9, "fingerprint": where}}}
+        position = {**stored.position, "dataset": dataset if where else {}}
+        manifests.append(dataclasses.replace(stored, step=step, val_accuracy=accuracy, position=position))
+    assert best_of(manifests) == best
