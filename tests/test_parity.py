@@ -16,8 +16,8 @@ import pytest
 
 import jaxtrain.data.augment
 import jaxtrain.step
-from jaxtrain.config import LayoutConfig
-from jaxtrain.data import tfds_sets
+from jaxtrain.config import DataConfig, LayoutConfig
+from jaxtrain.data import sources, tfds_sets
 from jaxtrain.engine import start_engine
 from jaxtrain.models.layers import Context
 from jaxtrain.recipes import LAYOUTS as LAYOUT_ARGUMENTS
@@ -157,8 +157,9 @@ def test_random_layouts():
 
 def need_cifar() -> None:
     root = Path(os.environ.get("JAXTRAIN_DATA_DIR", "/nowhere"))
-    if not tfds_sets.cifar_directory("cifar10", root).is_dir():
+    if not (root / "downloads" / "manual").is_dir() and not tfds_sets.cifar_directory("cifar10", root).is_dir():
         pytest.skip(f"cifar10 is not in $JAXTRAIN_DATA_DIR={root}")
+    sources.prepare(DataConfig(name="cifar10"))
 
 
 # ------------------------------------------------------------------------------------------------------ planted faults
