@@ -13,7 +13,7 @@ from typing import Any
 from benchmarks.common import Spread, block_seconds, settings, start, synthetic
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.recipes import change
-from jaxtrain.trainer import train
+from jaxtrain.training.session import train
 
 STEPS, TURNS = 2048, 5
 PER_CALL = (1, 8, 32)

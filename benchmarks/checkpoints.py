@@ -12,11 +12,11 @@ from typing import Any
 import jax
 
 from benchmarks.common import Spread, settings, synthetic
-from jaxtrain.checkpoint import Checkpoints
-from jaxtrain.checkpoint_files import problems, read_manifest, write_manifest
+from jaxtrain.checkpoint.checkpointer import Checkpoints
+from jaxtrain.checkpoint.manifest import problems, read_manifest, write_manifest
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig
-from jaxtrain.run import load_data, make_run
-from jaxtrain.state import create_state
+from jaxtrain.step.train_state import create_state
+from jaxtrain.training.setup import load_data, make_run
 
 MODELS = {"resnet50, AdamW": "resnet50", "vgg19_bn, AdamW": "vgg19_bn"}
 REPEATS = 5

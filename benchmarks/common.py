@@ -16,14 +16,15 @@ from typing import Any
 
 import jax
 
-from jaxtrain import xla_flags
+from jaxtrain.checkpoint.resume_point import Position, Resume
 from jaxtrain.config import Config
-from jaxtrain.engine import Engine, start_engine
+from jaxtrain.host import xla_flags
 from jaxtrain.recipes import change
-from jaxtrain.resume import Position, Resume
-from jaxtrain.run import Run, load_data, make_run, settings
-from jaxtrain.state import TrainState
-from jaxtrain.task import Batch
+from jaxtrain.step.batch import Batch
+from jaxtrain.step.train_state import TrainState
+from jaxtrain.training.compiled import Engine, start_engine
+from jaxtrain.training.jax_settings import settings
+from jaxtrain.training.setup import Run, load_data, make_run
 
 ROOT = Path(__file__).resolve().parent.parent
 

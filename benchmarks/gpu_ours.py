@@ -1,7 +1,7 @@
 """The child that runs jaxtrain's training step; needs JAX, Flax and optax alone.
 
-The step is the trainer's own (`jaxtrain.step.make_step`), on a uint8 batch that lies on the device: augmentation, forward,
-backward, metrics, optimizer, one program with a donated state.
+The step is the trainer's own (`jaxtrain.step.train_step.make_step`), on a uint8 batch that lies on the device:
+augmentation, forward, backward, metrics, optimizer, one program with a donated state.
 """
 
 from __future__ import annotations
@@ -25,13 +25,14 @@ from benchmarks.gpu_parts import CASES, Case, profile, read_trace
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, from_dict, to_dict
 from jaxtrain.models import registry
 from jaxtrain.models.layers import Context
-from jaxtrain.optim import schedule
+from jaxtrain.optim.schedules import schedule
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.precision import policy
-from jaxtrain.state import create_state, initial_state
-from jaxtrain.step import Step, make_step
-from jaxtrain.task import Batch, Resident, make_task
+from jaxtrain.step.batch import Batch, Resident
+from jaxtrain.step.task import make_task
+from jaxtrain.step.train_state import create_state, initial_state
+from jaxtrain.step.train_step import Step, make_step
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -69,7 +70,7 @@ class Training:
 
     @classmethod
     def make(cls, config: Config) -> Training:
-        """As `jaxtrain.run.make_run` and `jaxtrain.engine` do it, without a data set."""
+        """As `jaxtrain.training.setup` and `jaxtrain.training.compiled` do it, without a data set."""
         size, batch, classes = config.data.image_size, config.data.global_batch, config.model.num_classes
         types, shape = policy(config.train.precision), (size, size, 3)
         model = registry.build(config.model, shape, classes, types.compute_dtype, types.param_dtype)

@@ -30,12 +30,12 @@ from tensorflow_datasets.core import registered
 from benchmarks import cores
 from benchmarks.common import ROOT, Spread, batches, settings, start, timed
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
-from jaxtrain.data import base, sources, tfds_sets
+from jaxtrain.data import base, registry, tfds_sets
 from jaxtrain.data.augment import Preprocess, train_inputs
 from jaxtrain.errors import DataError
-from jaxtrain.feed import Feed, make_feed
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.training.input_pipeline import Feed, make_feed
 
 BATCH, TURNS = 64, 3  # images a batch; blocks of each kind
 SIDE, STORED = 224, 256
@@ -67,7 +67,7 @@ def measure() -> list[dict[str, Any]]:
 def _cifar(directory: Path) -> tuple[np.ndarray, base.Source, str]:
     """Images uint8 [n, 32, 32, 3], the same as array_record, and where they are from."""
     try:
-        root = sources.data_dir(DataConfig(name="cifar10"))
+        root = registry.data_dir(DataConfig(name="cifar10"))
         tfds_sets.load_cifar("cifar10", root)
         records = tfds_sets.TfdsSource(tfds_sets.cifar_directory("cifar10", root), "train")
         return records.read(np.arange(CIFAR_IMAGES))[0], records, "CIFAR-10"
@@ -149,7 +149,7 @@ def _cifar_rows(
 
 def _folder_rows(path: Path, size: str, ask: Ask | None) -> list[dict[str, Any]]:
     config = DataConfig(name=f"folder:{path}", validation=0.0, augmentation="resize_crop")
-    dataset = sources.load(config, image_size=SIDE)
+    dataset = registry.load(config, image_size=SIDE)
     large = dataset.train.shape[0] and "2048" in size
     some, batches_ = (16, 2) if large else (BATCH, 4)
     ours: dict[str, tuple[Read, int]] = {"streamed": (_reader(_feed(dataset.train, "stream"), batch=some), batches_)}

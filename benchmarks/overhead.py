@@ -26,8 +26,8 @@ import jax
 
 from benchmarks.common import ROOT, Spread, batches, settings, start, synthetic
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from jaxtrain.task import Batch
-from jaxtrain.trainer import train
+from jaxtrain.step.batch import Batch
+from jaxtrain.training.session import train
 
 STEPS, TURNS, WARM = 32, 25, 2  # steps a block, an epoch; blocks of each kind, after some that warm up
 

@@ -26,15 +26,15 @@ from flax import linen as nn
 
 from benchmarks.common import Spread, batches, block_seconds, settings, start, synthetic
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig
-from jaxtrain.distributed.join import join
-from jaxtrain.distributed.place import Place
+from jaxtrain.distributed.cluster import Place
+from jaxtrain.distributed.initialize import join
 from jaxtrain.models.classifier import Classifier
 from jaxtrain.models.layers import Context, Layer
-from jaxtrain.parallel import schedule as schedules
-from jaxtrain.parallel.schedule import Op
-from jaxtrain.parallel.timeline import Event, Timeline, ideal_bubble, simulate
-from jaxtrain.pipeline.lanes import Lanes
-from jaxtrain.state import create_state
+from jaxtrain.step.pipeline import schedule as schedules
+from jaxtrain.step.pipeline.dispatch import Lanes
+from jaxtrain.step.pipeline.schedule import Op
+from jaxtrain.step.pipeline.timeline import Event, Timeline, ideal_bubble, simulate
+from jaxtrain.step.train_state import create_state
 
 STAGES, BUBBLE_PARTS, DISPATCH_PARTS, EFFICIENCY_PARTS = (2, 4, 8), (4, 8, 16), (4, 16), (8, 32)
 DEPTHS = (15, 31, 63)  # hidden layers of the MLP whose operations compute next to nothing

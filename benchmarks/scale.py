@@ -28,8 +28,8 @@ from benchmarks import scale_model
 from benchmarks.common import Spread, block_seconds, settings, start, synthetic
 from benchmarks.pipeline import apart, free_port
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig
-from jaxtrain.distributed.join import join, set_threads
-from jaxtrain.distributed.place import Place
+from jaxtrain.distributed.cluster import Place
+from jaxtrain.distributed.initialize import join, set_threads
 
 SIZES = tuple(1 << power for power in range(10, 27, 2))  # bytes of an all-reduce: 1 KiB to 64 MiB
 # name: (model, global batch)

@@ -13,9 +13,9 @@ import jax
 
 from benchmarks.common import Spread, block_seconds, settings, start, synthetic
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig
-from jaxtrain.parallel.schedule import in_flight
-from jaxtrain.pipeline.step import PipelineStep
-from jaxtrain.step import Step
+from jaxtrain.step.pipeline.schedule import in_flight
+from jaxtrain.step.pipeline.train_step import PipelineStep
+from jaxtrain.step.train_step import Step
 
 # name: (model, batch, steps a block). The sizes are what two cores can pay for.
 MODELS: dict[str, tuple[ModelConfig, int, int]] = {

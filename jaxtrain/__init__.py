@@ -6,18 +6,22 @@
 The three are imported when they are first used, so that `jaxtrain.config` and the command line's checks need no JAX.
 """
 
-import importlib  # nothing else: `python -m jaxtrain` has the current directory first in its path, see `search_path`
+import importlib  # nothing else: `python -m jaxtrain` has the current directory first in its path, see `host.search_path`
 
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from jaxtrain.evaluation import evaluate
     from jaxtrain.recipes import load_config
-    from jaxtrain.trainer import train
+    from jaxtrain.training.evaluate import evaluate
+    from jaxtrain.training.session import train
 
 __all__ = ["__version__", "evaluate", "load_config", "train"]
 __version__ = "0.1.0"
 
-_HOMES = {"evaluate": "jaxtrain.evaluation", "load_config": "jaxtrain.recipes", "train": "jaxtrain.trainer"}
+_HOMES = {
+    "evaluate": "jaxtrain.training.evaluate",
+    "load_config": "jaxtrain.recipes",
+    "train": "jaxtrain.training.session",
+}
 
 
 def __getattr__(name: str) -> object:

@@ -2,7 +2,7 @@
 
 import sys
 
-from jaxtrain import search_path
+from jaxtrain.host import search_path
 
 if __name__ == "__main__":
     search_path.leave_out_the_current_directory()  # before anything else is imported

@@ -8,7 +8,7 @@ import importlib
 import os
 import re
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -84,6 +84,14 @@ def load_dotted(name: str, field: str) -> Any:
         known = [key for key in vars(module) if not key.startswith("_")]
         hint = did_you_mean(attribute, known)
         raise ConfigError(f"{where}: module {module_name!r} has no {attribute!r}.{hint}{_found_in(module)}") from None
+
+
+def load_callable(name: str, field: str) -> Callable[..., Any]:
+    """The function or class that `name` means; as `load_dotted`, and `ConfigError` where it is something else."""
+    function = load_dotted(name, field)
+    if not callable(function):
+        raise ConfigError(f"config.{field}={name!r}: is a {type(function).__name__}; it must be a function.")
+    return function
 
 
 def _found_in(module: Any) -> str:

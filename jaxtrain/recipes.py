@@ -22,7 +22,7 @@ from ml_collections import config_flags
 
 from jaxtrain.config import SECTIONS, Config, did_you_mean, flat_keys, flatten, from_dict, plain, to_dict
 from jaxtrain.errors import ConfigError
-from jaxtrain.outside import require_local
+from jaxtrain.host.paths import require_local
 
 # Every recipe takes these arguments. They change only where things live, never a number of the run.
 LAYOUTS: Mapping[str, Mapping[str, int]] = MappingProxyType(

@@ -1,20 +1,19 @@
-"""A run is a work directory: the names of its files, atomic writes, and which settings may change when it resumes."""
+"""A run is a work directory: the names of its files."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import errno
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from jaxtrain.config import Config, flatten, to_dict
 from jaxtrain.errors import WorkdirError
-from jaxtrain.outside import create, require_local
+from jaxtrain.host.files import ELSEWHERE, atomic_write, read_json, write_synced
+from jaxtrain.host.paths import require_local
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -97,7 +96,7 @@ class Workdir:
             return None
         values = read_json(self.config)
         if not isinstance(values, dict):
-            raise WorkdirError(f"{self.config} is damaged (it holds no JSON object); {_ELSEWHERE}.")
+            raise WorkdirError(f"{self.config} is damaged (it holds no JSON object); {ELSEWHERE}.")
         return values
 
     def write_config(self, values: Mapping[str, Any]) -> None:
@@ -107,9 +106,6 @@ class Workdir:
     def write_dataset(self, record: Mapping[str, Any]) -> None:
         """Stores what is remembered of the data set (`data.record`)."""
         atomic_write(self.dataset, json.dumps(record, indent=2, allow_nan=False) + "\n")
-
-
-_ELSEWHERE = "restore it from a copy, or choose another work directory with --workdir"
 
 
 def named(path: str | Path) -> Path:
@@ -138,7 +134,7 @@ def prepare(path: str | Path) -> Workdir:
     try:
         workdir.log(0).parent.mkdir(parents=True, exist_ok=True)
         try:
-            _write_synced(probe, "probe")
+            write_synced(probe, "probe")
             os.replace(probe, renamed)
         finally:
             for leftover in (probe, renamed):
@@ -151,147 +147,3 @@ def prepare(path: str | Path) -> Workdir:
             f"The work directory {workdir.path} cannot be written ({reason}); choose another with --workdir."
         ) from error
     return workdir
-
-
-# ------------------------------------------------------------------------------------------------------------ files
-
-
-def atomic_write(path: Path, text: str) -> None:
-    """Replaces `path` by `text` at once: a reader, or a restart after a kill, sees the old text or the new, whole.
-
-    The temporary name is fixed, so what a killed process left, or a link to elsewhere, is replaced; shared files have one
-    writer, process 0.
-    Raises `WorkdirError` naming the file when the disk is full, read-only or gone.
-    """
-    part = path.with_name(f".{path.name}.part")
-    with writing(path):
-        try:
-            _write_synced(part, text)
-            os.replace(part, path)
-        except OSError:
-            with contextlib.suppress(OSError):
-                part.unlink(missing_ok=True)
-            raise
-        sync_directory(path.parent)
-
-
-@contextlib.contextmanager
-def writing(path: Path) -> Iterator[None]:
-    """Turns what the operating system says against writing `path` (disk full, gone, read-only) into `WorkdirError`."""
-    try:
-        yield
-    except OSError as error:
-        linked = error.errno == errno.ELOOP  # `outside.no_link`; the system's own words would speak of too many levels
-        reason = "it is a link, and is not written through; remove it" if linked else error.strerror
-        raise WorkdirError(f"{path} cannot be written ({reason}).") from error
-
-
-@contextlib.contextmanager
-def reading(path: Path) -> Iterator[None]:
-    """The same for reading."""
-    try:
-        yield
-    except OSError as error:
-        raise WorkdirError(f"{path} cannot be read ({error.strerror}).") from error
-
-
-def read_json(path: Path) -> Any:
-    """The parsed file, None where there is none. Raises `WorkdirError` when it cannot be read or is not JSON."""
-    try:
-        with reading(path):
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
-        raise WorkdirError(f"{path} is damaged ({error}); {_ELSEWHERE}.") from error
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with create(path) as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Makes a rename durable; some network file systems refuse to sync a directory, and offer nothing better."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-# ----------------------------------------------------------------------------------------------- changes on resume
-
-_FREE = re.compile(
-    r"layout\..*|checkpoint\..*|train\.(log_every|eval_every|steps_per_call|remat|deterministic|hang_seconds|nonfinite_skips|rollbacks)"
-    r"|train\.(spike_threshold|check_replicas_every)"
-    # batch_per_device only ever set the global batch at the first start; the stored global batch is what counts
-    r"|data\.(dir|workers|residency|prepare_.*|batch_per_device)"
-)
-_LENGTH = re.compile(r"train\.(epochs|steps)")
-Kind = Literal["free", "length", "numbers"]
-
-
-@dataclasses.dataclass(frozen=True)
-class Change:
-    """One setting that differs from the stored one.
-
-    kind: `free` (where, how fast, how often: no number of the run moves), `length` (free where no step already run
-    would have had another learning rate), `numbers` (the run would no longer be the same run).
-    """
-
-    key: str
-    stored: Any
-    new: Any
-    kind: Kind
-
-    def __str__(self) -> str:
-        return f"config.{self.key}: {self.stored!r} -> {self.new!r}"
-
-
-def changes(stored: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
-    """Settings that differ between two configs (nested dicts), in the order of `Config`'s fields.
-
-    A key that one side lacks has its default there: a config stored by an older version knows fewer fields.
-    """
-    defaults = flatten(to_dict(Config()))
-    before, after = (defaults | flatten(values) for values in (stored, new))
-    found = []
-    for key in dict.fromkeys([*defaults, *before, *after]):
-        pair = before.get(key), after.get(key)
-        if _plain(pair[0]) != _plain(pair[1]):
-            found.append(Change(key, *pair, _kind(key)))
-    return found
-
-
-def _kind(key: str) -> Kind:
-    if _FREE.fullmatch(key):
-        return "free"
-    return "length" if _LENGTH.fullmatch(key) else "numbers"
-
-
-def refused(found: Iterable[Change], *, same_rates: bool) -> list[Change]:
-    """The changes that a resumed run may not make without `checkpoint.allow_changes`.
-
-    same_rates: whether every step already run has the same learning rate under the new length as under the stored one.
-    """
-    return [c for c in found if c.kind == "numbers" or (c.kind == "length" and not same_rates)]
-
-
-def refuse_text(path: Path, found: Iterable[Change], *, foreign: bool = False) -> str:
-    """One sentence for `WorkdirError`: which keys differ, and what to do.
-
-    path: the work directory, or the checkpoint of another run that this one should start from (`foreign`).
-    """
-    keys = ", ".join(map(str, found))
-    what, other = ("checkpoint", "keep its values") if foreign else ("work directory", "choose another with --workdir")
-    return (
-        f"The {what} {path} belongs to a run with another config ({keys}); {other}, "
-        "or go on with the new values with --config.checkpoint.allow_changes=true."
-    )
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no tuples: a stored (1, 2) comes back as [1, 2]."""
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

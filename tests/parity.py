@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
-from jaxtrain.data import sources
+from jaxtrain.data import registry
 from jaxtrain.data.base import ArraySource, Dataset, Subset
-from jaxtrain.trainer import TrainResult, train
+from jaxtrain.training.loop import TrainResult
+from jaxtrain.training.session import train
 
 STEPS = 6
 BATCH = 32
@@ -136,7 +137,7 @@ def assert_equal(found: dict[str, np.ndarray], wanted: dict[str, np.ndarray], to
 
 def cifar(config: DataConfig, *, image_size: int) -> Dataset:
     """`parity:cifar`: 360 images of the prepared CIFAR-10, with 40 for validation and 40 for the test."""
-    found = sources.load(dataclasses.replace(config, name="cifar10"), image_size=image_size)
+    found = registry.load(dataclasses.replace(config, name="cifar10"), image_size=image_size)
     parts = {"train": 360, "validation": 40, "test": 40}
     return dataclasses.replace(found, **{k: Subset(getattr(found, k), np.arange(n)) for k, n in parts.items()})
 

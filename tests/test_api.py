@@ -23,9 +23,9 @@ import jaxtrain
 from jaxtrain import evaluate, load_config, train
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.errors import CheckpointError, ConfigError, DataError, JaxtrainError, NumericError, WorkdirError
-from jaxtrain.inspect import describe_layout
 from jaxtrain.recipes import resolve
-from jaxtrain.run import no_implicit_transfers
+from jaxtrain.training.jax_settings import no_implicit_transfers
+from jaxtrain.training.layout_report import describe_layout
 
 ROOT = Path(__file__).parents[1]
 

@@ -15,7 +15,7 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 
-from jaxtrain.data import augment, draw, randaugment
+from jaxtrain.data import augment, randaugment, random_bits
 from jaxtrain.errors import ConfigError
 
 OPS = randaugment.OPERATIONS
@@ -345,7 +345,7 @@ def test_both_take_turns():
 @pytest.mark.parametrize("alpha", [0.1, 0.2, 0.8, 1.0, 4.0])
 def test_beta_quantile(alpha):
     share = np.concatenate([np.linspace(0, 1, 1001), [1e-5, 1e-3, 1 - 1e-5]]).astype(np.float32)
-    ours = np.asarray(draw.beta_quantile(alpha, jnp.asarray(share)))
+    ours = np.asarray(random_bits.beta_quantile(alpha, jnp.asarray(share)))
     np.testing.assert_allclose(ours, stats.beta.ppf(share.astype(float), alpha, alpha), atol=1e-3)
     assert ours.min() >= 0
     assert ours.max() <= 1

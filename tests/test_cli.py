@@ -10,13 +10,14 @@ from pathlib import Path
 
 import pytest
 
-from jaxtrain import checkpoint_files, cli
+from jaxtrain import cli
+from jaxtrain.checkpoint import manifest
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.errors import DataError
-from jaxtrain.evaluation import Evaluated
-from jaxtrain.evaluator import EvalResult
 from jaxtrain.recipes import LAYOUTS
-from jaxtrain.trainer import train
+from jaxtrain.step.eval_step import EvalResult
+from jaxtrain.training.evaluate import Evaluated
+from jaxtrain.training.session import train
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
@@ -620,10 +621,10 @@ def test_code_that_a_run_directory_names_is_not_run_unless_it_is_trusted(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "path", list(sys.path))
     folder = copy / "checkpoints" / "30"
-    position = dict(checkpoint_files.read_manifest(folder).position)
+    position = dict(manifest.read_manifest(folder).position)
     section, _, key = field.partition(".")
     position["config"][section][key] = "stranger:thing"
-    checkpoint_files.annotate(folder, position=position)
+    manifest.annotate(folder, position=position)
     words = ["evaluate", str(copy), "--checkpoint", "30"]
     text = sentence(capsys, words)
     assert all(part in text for part in (f"config.{field}='stranger:thing'", str(folder), "--trust", "trust=True"))
@@ -637,7 +638,7 @@ SHOWN = r"cat\x1b[31m\n dog  0.9999\r\u202e\u2028\x9b\udc80"
 def test_a_class_name_is_shown_as_letters(capsys, monkeypatch):
     result = EvalResult(1.0, 0.5, 1.0, 2, (0.25, 0.75))
     found = Evaluated(result, step=3, split="test", weights="raw", class_names=(HOSTILE, "[red]Katze"))
-    monkeypatch.setattr("jaxtrain.evaluation.evaluate", lambda *_, **__: found)
+    monkeypatch.setattr("jaxtrain.training.evaluate.evaluate", lambda *_, **__: found)
     assert cli.main(["evaluate", "run"]) == 0
     rows = capsys.readouterr().out.splitlines()[2:]
     assert [row.rstrip() for row in rows] == [f"{SHOWN}  0.2500", f"{'[red]Katze'.ljust(len(SHOWN))}  0.7500"]

@@ -7,16 +7,8 @@ import math
 import pytest
 
 from jaxtrain import config as c
-from jaxtrain.config import (
-    CheckpointConfig,
-    Config,
-    DataConfig,
-    Duration,
-    LayoutConfig,
-    ModelConfig,
-    OptimConfig,
-    TrainConfig,
-)
+from jaxtrain.config import CheckpointConfig, Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
+from jaxtrain.durations import Duration
 from jaxtrain.errors import ConfigError
 
 

@@ -25,12 +25,12 @@ import pytest
 from PIL import Image
 
 from jaxtrain.config import DataConfig, LayoutConfig
-from jaxtrain.data import base, images, order, sources, stream
-from jaxtrain.distributed import processes
+from jaxtrain.data import base, images, order, registry, stream
+from jaxtrain.distributed import coordination
 from jaxtrain.errors import ConfigError, DataError, JaxtrainError
-from jaxtrain.feed import make_feed
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.training.input_pipeline import make_feed
 
 
 def sha(array: np.ndarray) -> str:
@@ -108,7 +108,7 @@ def indices_of(source: base.Source) -> np.ndarray:
 
 
 def test_digits_splits():
-    dataset = sources.load(DataConfig(name="digits"))
+    dataset = registry.load(DataConfig(name="digits"))
     parts = [indices_of(s) for s in (dataset.train, dataset.validation, dataset.test)]
     assert [len(p) for p in parts] == [1294, 144, 359]
     assert sorted(np.concatenate(parts)) == list(range(1797))  # disjoint, and nothing is lost
@@ -118,7 +118,7 @@ def test_digits_splits():
 
 
 def test_splits_follow_split_seed_alone():
-    load = lambda **changes: indices_of(sources.load(DataConfig(name="digits", **changes)).train).tolist()  # noqa: E731
+    load = lambda **changes: indices_of(registry.load(DataConfig(name="digits", **changes)).train).tolist()  # noqa: E731
     assert load() == load(global_batch=7)
     assert load() != load(split_seed=1)
     assert load(examples=100) == load()[:100]
@@ -126,25 +126,25 @@ def test_splits_follow_split_seed_alone():
 
 
 def test_digits_are_the_scanned_images():
-    dataset = sources.load(DataConfig(name="digits"))
+    dataset = registry.load(DataConfig(name="digits"))
     assert isinstance(dataset.train, base.Subset)
-    pixels, labels = sources.materialize(dataset.train.base)
+    pixels, labels = registry.materialize(dataset.train.base)
     assert pixels.shape == (1797, 8, 8, 1)
     assert pixels.dtype == np.uint8
     assert (pixels.min(), pixels.max()) == (0, 255)
     assert labels[:10].tolist() == list(range(10))  # scikit-learn's file begins so
     assert (pixels.mean() / 255, pixels.std() / 255) == pytest.approx((dataset.mean[0], dataset.std[0]), abs=1e-3)
-    assert sources.nbytes(dataset.train.base) == pixels.nbytes + labels.nbytes
+    assert registry.nbytes(dataset.train.base) == pixels.nbytes + labels.nbytes
 
 
 def test_fingerprint_names_content_and_splits():
     base_config = DataConfig(name="synthetic")
     prints = {
-        sources.load(dataclasses.replace(base_config, **changes)).fingerprint
+        registry.load(dataclasses.replace(base_config, **changes)).fingerprint
         for changes in ({}, {"split_seed": 1}, {"validation": 0.2}, {"examples": 50}, {"name": "digits"})
     }
     assert len(prints) == 5
-    assert sources.load(base_config).fingerprint in prints
+    assert registry.load(base_config).fingerprint in prints
 
 
 @pytest.mark.parametrize(
@@ -159,26 +159,26 @@ def test_fingerprint_names_content_and_splits():
 )
 def test_settings_that_do_not_fit(config, words, tmp_path):
     with pytest.raises(ConfigError, match=words):
-        sources.load(dataclasses.replace(config, dir=str(tmp_path)))
+        registry.load(dataclasses.replace(config, dir=str(tmp_path)))
 
 
 # ----------------------------------------------------------------------------------------------------------- synthetic
 
 
 def test_synthetic_bytes_depend_on_the_seed_alone():
-    dataset = sources.load(DataConfig(name="synthetic"))
+    dataset = registry.load(DataConfig(name="synthetic"))
     pixels, labels = dataset.train.read(np.array([5, 2, 5]))
     assert dataset.train.shape == (28, 28, 1)
     assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (10_000, 1000, 2000)
     assert (sha(pixels), labels.tolist()) == ("75511cf98267b2f4", [0, 5, 0])
     np.testing.assert_array_equal(pixels[0], pixels[2])
-    assert sha(sources.load(DataConfig(name="synthetic", split_seed=1)).train.read(np.array([5, 2, 5]))[0]) != sha(
+    assert sha(registry.load(DataConfig(name="synthetic", split_seed=1)).train.read(np.array([5, 2, 5]))[0]) != sha(
         pixels
     )
 
 
 def test_synthetic_is_learnable_lazy_and_takes_a_size():
-    huge = sources.load(DataConfig(name="synthetic", examples=10**6), image_size=32)
+    huge = registry.load(DataConfig(name="synthetic", examples=10**6), image_size=32)
     assert huge.train.shape == (32, 32, 3)
     pixels, labels = huge.train.read(np.arange(500))
     means = np.stack([pixels[labels == label].mean(0) for label in range(10)])
@@ -210,14 +210,14 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load_folder(path: Path, **changes) -> base.Dataset:
-    return sources.load(DataConfig(name=f"folder:{path}", **changes), image_size=14)
+    return registry.load(DataConfig(name=f"folder:{path}", **changes), image_size=14)
 
 
 def test_folder_without_splits_is_cut(folder):
     dataset = load_folder(folder)
     assert dataset.class_names == ("ant", "bee", "cat", "dog")
     assert [len(s) for s in (dataset.train, dataset.validation, dataset.test)] == [21, 2, 10]
-    pixels, labels = sources.materialize(dataset.train)
+    pixels, labels = registry.materialize(dataset.train)
     assert pixels.shape == (21, 14, 14, 3)
     coloured = np.ptp(pixels.astype(int), axis=-1).reshape(21, -1).max(1) > 0
     np.testing.assert_allclose(pixels[coloured].mean((1, 2))[:, 0], 60 * labels[coloured], atol=3)
@@ -275,7 +275,7 @@ def test_a_split_is_known_again_by_its_own_files(tmp_path):
 
 def test_fingerprints_of_positions_are_those_of_every_version():
     """A run that was started before goes on: these are of the first version."""
-    prints = [sources.load(DataConfig(name=name)).fingerprint[:12] for name in ("digits", "synthetic")]
+    prints = [registry.load(DataConfig(name=name)).fingerprint[:12] for name in ("digits", "synthetic")]
     assert prints == ["95c7481f8691", "6a89c4e5e0f1"]
 
 
@@ -302,7 +302,7 @@ def test_too_few_images_are_not_blamed_on_the_validation(tmp_path):
 
 def test_folder_stores_room_for_the_crop(folder):
     config = DataConfig(name=f"folder:{folder}", augmentation="resize_crop")
-    assert sources.load(config, image_size=224).train.shape == (256, 256, 3)
+    assert registry.load(config, image_size=224).train.shape == (256, 256, 3)
 
 
 @pytest.mark.parametrize(
@@ -316,7 +316,7 @@ def test_folder_image_is_the_centre_of_the_resized_image(tmp_path, size, side):
         (tmp_path / name).mkdir()
         for k in range(2):
             image.save(tmp_path / name / f"{k}.png")
-    found = sources.load(DataConfig(name=f"folder:{tmp_path}", validation=0.0), image_size=side).train.read(
+    found = registry.load(DataConfig(name=f"folder:{tmp_path}", validation=0.0), image_size=side).train.read(
         np.array([0])
     )
     scale = side / min(size)
@@ -382,11 +382,11 @@ def test_chosen_splits_of_a_folder(folder, tmp_path):
     with pytest.raises(ConfigError, match="'training' is for validation and for train, which would be tested on"):
         load_folder(top, splits="train=training,validation=training")
     whole = DataConfig(name=f"folder:{top}", dir=str(tmp_path / "dir"), splits="train=training,val=held,test=other")
-    assert sum(sources.verify(whole).values()) == 35
+    assert sum(registry.verify(whole).values()) == 35
     part = dataclasses.replace(whole, splits="train=training,val=held,test=none")
-    assert sum(sources.verify(part).values()) == 34  # and what it leaves out is not gone
+    assert sum(registry.verify(part).values()) == 34  # and what it leaves out is not gone
     with pytest.raises(ConfigError, match="digits has its own splits"):
-        sources.load(DataConfig(name="digits", splits="test=none"))
+        registry.load(DataConfig(name="digits", splits="test=none"))
 
 
 def test_a_test_without_classes_is_absent(folder, tmp_path):
@@ -397,7 +397,7 @@ def test_a_test_without_classes_is_absent(folder, tmp_path):
     dataset = load_folder(top)
     assert [len(getattr(dataset, split)) > 0 for split in base.SPLITS] == [True, True, True]  # drawn from training
     assert "the split 'test' has images without classes, and is left out" in dataset.notes
-    assert len(sources.load(DataConfig(name=f"folder:{top}"), image_size=14, needed="test").test) == len(dataset.test)
+    assert len(registry.load(DataConfig(name=f"folder:{top}"), image_size=14, needed="test").test) == len(dataset.test)
     write_image(top / "val/ant/0.png")
     assert len(load_folder(top).test) == 0
 
@@ -409,18 +409,18 @@ def test_one_split_needs_no_other(folder, tmp_path):
     for name in ("ant", "dog"):
         write_image(top / "test" / name / "0.png")
     config = DataConfig(name=f"folder:{top}", validation=0.0)
-    whole = sources.load(config, image_size=14)
+    whole = registry.load(config, image_size=14)
     for path in (top / "train").glob("*/*"):
         path.unlink()
-    alone = sources.load(config, image_size=14, needed="test")
+    alone = registry.load(config, image_size=14, needed="test")
     assert alone.split_fingerprints["test"] == whole.split_fingerprints["test"]
     assert (len(alone.train), len(alone.test)) == (0, 2)
     with pytest.raises(DataError, match="the class has no images"):
-        sources.load(config, image_size=14)
+        registry.load(config, image_size=14)
     with pytest.raises(DataError, match="the class has no images"):
-        sources.load(config, image_size=14, needed="train")
+        registry.load(config, image_size=14, needed="train")
     os.rename(top / "train", tmp_path / "gone")
-    assert sources.load(config, image_size=14, needed="test").class_names == ("ant", "dog")
+    assert registry.load(config, image_size=14, needed="test").class_names == ("ant", "dog")
 
 
 def test_classes_are_followed_by_name():
@@ -445,25 +445,25 @@ def test_classes_are_followed_by_name():
 
 def test_an_image_that_was_edited_at_the_same_size_is_found(folder, tmp_path):
     config = DataConfig(name=f"folder:{folder}", dir=str(tmp_path / "data"))
-    assert sources.recorded_on(config) == ""
-    sources.verify(config)
-    assert sources.recorded_on(config)
+    assert registry.recorded_on(config) == ""
+    registry.verify(config)
+    assert registry.recorded_on(config)
     victim = folder / "bee/1.png"
     before = load_folder(folder).fingerprint
     content = victim.read_bytes()
     victim.write_bytes(edited(content))
     assert load_folder(folder).fingerprint == before  # names and sizes
-    sources.record_contents(config, load_folder(folder))  # as a start of a run does: it takes nothing for sound
+    registry.record_contents(config, load_folder(folder))  # as a start of a run does: it takes nothing for sound
     with pytest.raises(DataError, match=r"1 of 33 files of .* are not as they were on .* \(bee/1.png has changed\)"):
-        sources.verify(config)
+        registry.verify(config)
     victim.write_bytes(content)
     write_image(folder / "bee/new.png")
-    assert sum(sources.verify(config).values()) == 34  # what was added is recorded too
+    assert sum(registry.verify(config).values()) == 34  # what was added is recorded too
     (folder / "bee/new.png").unlink()
     with pytest.raises(DataError, match=r"bee/new.png is gone"):
-        sources.verify(config)
-    sources.record_contents(config, load_folder(folder), afresh=True)
-    assert sum(sources.verify(config).values()) == 33
+        registry.verify(config)
+    registry.record_contents(config, load_folder(folder), afresh=True)
+    assert sum(registry.verify(config).values()) == 33
 
 
 def edited(png: bytes) -> bytes:
@@ -541,9 +541,9 @@ def test_bad_image_file_is_named(folder, content, words):
     dataset = load_folder(folder)  # finding the files reads none of them
     assert isinstance(dataset.train, base.Subset)
     with pytest.raises(DataError, match=rf"bee/0.jpg \(class 'bee'\) {words}"):
-        sources.materialize(dataset.train.base)
+        registry.materialize(dataset.train.base)
     with pytest.raises(DataError, match=r"bee/0.jpg"):
-        sources.verify(DataConfig(name=f"folder:{folder}"))
+        registry.verify(DataConfig(name=f"folder:{folder}"))
 
 
 def test_what_is_no_file_is_not_waited_for(folder):
@@ -564,7 +564,7 @@ def test_images_of_more_than_eight_bits_are_refused(folder, mode):
         folder / "bee" / "0.tif"
     )
     with pytest.raises(DataError, match=rf"bee/0.tif .*pixels are of mode {mode}, and 8-bit ones are read"):
-        sources.verify(DataConfig(name=f"folder:{folder}"))
+        registry.verify(DataConfig(name=f"folder:{folder}"))
 
 
 def test_no_folder_of_images_is_left_out_unnoticed(folder, tmp_path):
@@ -592,7 +592,7 @@ def test_a_name_that_is_no_text_is_refused(folder):
 def test_a_large_image_below_the_bomb_limit_is_refused_too(monkeypatch, folder):
     monkeypatch.setattr("jaxtrain.data.images._MAX_PIXELS", 300)
     with pytest.raises(DataError, match="at most 300 are read"):
-        sources.verify(DataConfig(name=f"folder:{folder}"))
+        registry.verify(DataConfig(name=f"folder:{folder}"))
 
 
 @pytest.mark.filterwarnings("error")  # Pillow warns above 89 megapixels, whatever is decoded of them
@@ -697,22 +697,22 @@ def my_source(config: DataConfig, *, image_size: int) -> base.Dataset:
 def test_source_by_dotted_name(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     config = DataConfig(name="test_data:my_source", split_seed=9)
-    dataset = sources.load(config, image_size=5)
+    dataset = registry.load(config, image_size=5)
     assert dataset.train.read(np.arange(2))[0].tolist() == np.full((2, 5, 5, 1), 9).tolist()
-    assert sources.prepare(config) is None
+    assert registry.prepare(config) is None
     with pytest.raises(ConfigError, match="returned int, not a Dataset"):
-        sources.load(DataConfig(name="test_data:not_a_source"))
+        registry.load(DataConfig(name="test_data:not_a_source"))
 
 
 def test_settings_that_a_users_data_set_does_not_read_are_said(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     config = DataConfig(name="test_data:my_source", split_seed=9, examples=3, validation=0.5)
-    assert sources.load(config, image_size=5).notes == (
+    assert registry.load(config, image_size=5).notes == (
         "config.data.examples=3 has no effect: test_data:my_source does not read it",
         "config.data.validation=0.5 has no effect: test_data:my_source does not read it",
     )
     config = DataConfig(name="test_data:watched_source", examples=3)
-    assert pickle.loads(pickle.dumps(sources.load(config, image_size=5).train)).config == config
+    assert pickle.loads(pickle.dumps(registry.load(config, image_size=5).train)).config == config
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -752,14 +752,14 @@ def test_what_a_users_data_set_lacks_is_named(monkeypatch, changes, words):
         test_data, "changed", lambda *a, **k: dataclasses.replace(my_source(*a, **k), **changes), raising=False
     )
     with pytest.raises(DataError, match=words):
-        sources.load(DataConfig(name="test_data:changed"), image_size=5)
+        registry.load(DataConfig(name="test_data:changed"), image_size=5)
 
 
 def test_labels_of_a_users_data_set_are_classes(monkeypatch):
     """A label of -1 would count as a wrong answer."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     with pytest.raises(DataError, match="example 0 of test has label -1, and there are 2 classes"):
-        sources.load(DataConfig(name="test_data:unlabelled_source"), image_size=5)
+        registry.load(DataConfig(name="test_data:unlabelled_source"), image_size=5)
 
 
 def odd_source(config: DataConfig, *, image_size: int) -> base.Dataset:
@@ -771,7 +771,7 @@ def test_a_split_of_a_users_data_set_is_like_its_training(monkeypatch):
     """Or the run would end in an error when it comes to its test."""
     monkeypatch.syspath_prepend(str(Path(__file__).parent))
     with pytest.raises(DataError, match=r"test has images of \[4, 5, 1\], and training of \[5, 5, 1\]"):
-        sources.load(DataConfig(name="test_data:odd_source"), image_size=5)
+        registry.load(DataConfig(name="test_data:odd_source"), image_size=5)
 
 
 def not_a_source(config: DataConfig, *, image_size: int) -> int:
@@ -807,7 +807,7 @@ def children() -> list:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_stream_gives_the_bytes_of_direct_reads(workers):
-    source = sources.load(DataConfig(name="digits")).train
+    source = registry.load(DataConfig(name="digits")).train
     positions = np.array([0, 1, 8, 9])
     with stream.train_stream(
         source, seed=3, global_batch=16, positions=positions, first_example=1280, workers=workers, steps=9
@@ -832,7 +832,7 @@ def test_threads_change_no_batch(folder, read):
         make = functools.partial(stream.train_stream, seed=0, first_example=0, steps=5)
     with make(source, **order_) as batches:
         got = list(batches)
-    alone = sources.load(DataConfig(name=f"folder:{folder}"), image_size=14).train
+    alone = registry.load(DataConfig(name=f"folder:{folder}"), image_size=14).train
     for step, (pixels, labels) in enumerate(got):
         rows = order.batch_indices(21, 0, 4 * step, 4) if read == "train" else order.eval_batch(21, 4, step)[0]
         wanted = alone.read(rows)
@@ -875,7 +875,7 @@ def test_threads_read_a_whole_source_in_its_order(monkeypatch, folder):
 
 
 def test_evaluation_stream_follows_its_masks():
-    source = sources.load(DataConfig(name="digits")).test
+    source = registry.load(DataConfig(name="digits")).test
     with stream.eval_stream(source, global_batch=100, positions=np.arange(50, 100), workers=0) as batches:
         labels = [labels for _, labels in batches]
     masks = [mask[50:] for _, mask in order.eval_batches(len(source), 100)]
@@ -1009,10 +1009,10 @@ def test_default_workers_follow_the_cpus(monkeypatch, cpus, cheap, local, worker
 )
 def test_a_feed_shares_the_cpus_with_the_processes_of_its_host(monkeypatch, folder, name, side, sharing, reading):
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(8)), raising=False)
-    monkeypatch.setattr("jaxtrain.feed.on_this_host", lambda: sharing)
+    monkeypatch.setattr("jaxtrain.training.input_pipeline.on_this_host", lambda: sharing)
     config = DataConfig(name=f"folder:{folder}" if name == "folder" else name)
     layout = Layout(make_mesh(LayoutConfig(), jax.devices()[:1]), LayoutConfig())
-    feed = make_feed(sources.load(config, image_size=side), layout, "stream", -1)
+    feed = make_feed(registry.load(config, image_size=side), layout, "stream", -1)
     assert (feed.workers, feed.threads) == reading
     assert feed.where.startswith(
         "streamed, read by " + ("6 worker processes" if reading[0] else f"{reading[1]} thread")
@@ -1020,12 +1020,12 @@ def test_a_feed_shares_the_cpus_with_the_processes_of_its_host(monkeypatch, fold
 
 
 def test_processes_of_this_host_are_counted(monkeypatch):
-    assert processes.on_this_host() == 1
-    monkeypatch.setattr(processes, "from_all", lambda word, mine, timeout: [mine, f"not-{mine}", mine])
-    assert processes.on_this_host() == 2
+    assert coordination.on_this_host() == 1
+    monkeypatch.setattr(coordination, "from_all", lambda word, mine, timeout: [mine, f"not-{mine}", mine])
+    assert coordination.on_this_host() == 2
 
 
 def test_cheap_sources_are_those_in_memory(folder):
-    assert sources.is_cheap(sources.load(DataConfig(name="digits")).train)
-    assert sources.is_cheap(sources.load(DataConfig(name="synthetic")).train)
-    assert not sources.is_cheap(load_folder(folder).train)
+    assert registry.is_cheap(registry.load(DataConfig(name="digits")).train)
+    assert registry.is_cheap(registry.load(DataConfig(name="synthetic")).train)
+    assert not registry.is_cheap(load_folder(folder).train)

@@ -27,7 +27,7 @@ from PIL import Image
 from tensorflow_datasets.core import registered
 
 from jaxtrain.config import DataConfig
-from jaxtrain.data import base, cifar, sources, tfds_sets
+from jaxtrain.data import base, cifar, registry, tfds_sets
 from jaxtrain.errors import ConfigError, DataError
 
 TRAIN, TEST = 24, 8
@@ -97,14 +97,14 @@ def config(root: Path, name: str = "cifar10", **changes) -> DataConfig:
 
 
 def prepared(root: Path, name: str = "cifar10") -> Path:
-    directory = sources.prepare(config(root, name))
+    directory = registry.prepare(config(root, name))
     assert directory is not None
     return directory
 
 
 def whole(source: base.Source) -> tuple[np.ndarray, np.ndarray]:
     """A source as arrays, in its own order where it is a subset."""
-    return sources.materialize(source.base if isinstance(source, base.Subset) else source)
+    return registry.materialize(source.base if isinstance(source, base.Subset) else source)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
@@ -115,11 +115,11 @@ def test_prepare_from_the_official_folder(tmp_path, monkeypatch, name):
     with pytest.raises(
         DataError, match=f"{name} is not prepared in .*: run `jaxtrain data prepare {name} --dir {tmp_path}`"
     ):
-        sources.load(config(tmp_path, name))
+        registry.load(config(tmp_path, name))
     directory = prepared(tmp_path, name)
     assert directory == tmp_path / f"jaxtrain_{name}/1.0.0"  # TFDS's own layout
     assert len(list(directory.glob("*.array_record-*"))) == 2
-    dataset = sources.load(config(tmp_path, name))
+    dataset = registry.load(config(tmp_path, name))
     assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (22, 2, 8)
     for split, source in (("train", dataset.train), ("test", dataset.test)):
         pixels, labels = whole(source)
@@ -128,12 +128,12 @@ def test_prepare_from_the_official_folder(tmp_path, monkeypatch, name):
         assert (pixels.dtype, labels.dtype) == (np.uint8, np.int32)
     assert dataset.num_classes == len(dataset.class_names) == int(name.removeprefix("cifar"))
     assert dataset.class_names[1] == "label1"
-    assert sources.verify(config(tmp_path, name)) == {"train": TRAIN, "test": TEST}
+    assert registry.verify(config(tmp_path, name)) == {"train": TRAIN, "test": TEST}
     fingerprint = dataset.fingerprint
     stamps = {path: path.stat().st_mtime_ns for path in directory.iterdir()}
-    assert sources.prepare(config(tmp_path, name)) == directory
+    assert registry.prepare(config(tmp_path, name)) == directory
     assert stamps == {path: path.stat().st_mtime_ns for path in directory.iterdir()}  # it did nothing
-    assert sources.load(config(tmp_path, name)).fingerprint == fingerprint
+    assert registry.load(config(tmp_path, name)).fingerprint == fingerprint
 
 
 def test_records_are_ordinary_tfds_records(tmp_path, tiny):
@@ -155,13 +155,13 @@ def test_the_archive_may_be_put_there_instead(tmp_path, monkeypatch, tiny):
     good = archive.read_bytes()
     archive.write_bytes(good[:-100])
     with pytest.raises(DataError, match=r"cifar-10-python.tar.gz has [\d,]+ bytes, the official archive [\d,]+"):
-        sources.prepare(config(root))
+        registry.prepare(config(root))
     archive.write_bytes(good[:-100] + bytes(100))
     with pytest.raises(DataError, match=r"could not be fetched \(.*cifar-10-python.tar.gz, has wrong checksum"):
-        sources.prepare(config(root))
+        registry.prepare(config(root))
     archive.write_bytes(good)
-    sources.prepare(config(root))
-    np.testing.assert_array_equal(whole(sources.load(config(root)).train)[0], tiny["train images"])
+    registry.prepare(config(root))
+    np.testing.assert_array_equal(whole(registry.load(config(root)).train)[0], tiny["train images"])
 
 
 class _Quiet(http.server.SimpleHTTPRequestHandler):
@@ -191,18 +191,18 @@ def test_download_is_checked_against_the_published_checksum(tmp_path, monkeypatc
     monkeypatch.setitem(cifar.OFFICIAL, "cifar10", wrong)
     root = tmp_path / "data"
     with pytest.raises(DataError, match=r"could not be fetched \(.*wrong checksum.*downloads/manual"):
-        sources.prepare(config(root))
+        registry.prepare(config(root))
     assert not (root / "jaxtrain_cifar10/1.0.0").exists()
     monkeypatch.setitem(cifar.OFFICIAL, "cifar10", tiny_official("cifar10", files, url=url, **known))
-    sources.prepare(config(root))
-    np.testing.assert_array_equal(whole(sources.load(config(root)).train)[0], truth["train images"])
+    registry.prepare(config(root))
+    np.testing.assert_array_equal(whole(registry.load(config(root)).train)[0], truth["train images"])
 
 
 def test_without_network_one_sentence_says_which_file_to_put_where(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
     monkeypatch.setitem(cifar.OFFICIAL, "cifar100", tiny_official("cifar100", tiny_files("cifar100")[0]))
     with pytest.raises(DataError) as caught:
-        sources.prepare(config(tmp_path, "cifar100"))
+        registry.prepare(config(tmp_path, "cifar100"))
     text = str(caught.value)
     assert "put cifar-100-python.tar.gz (169,001,437 bytes), or the folder cifar-100-python" in text
     assert f"into {tmp_path}/downloads/manual/" in text
@@ -225,7 +225,7 @@ def test_without_network_one_sentence_says_which_file_to_put_where(tmp_path, mon
 def test_official_files_that_are_wrong_are_named(tmp_path, tiny, damage, words):
     damage(tmp_path / "downloads/manual/cifar-10-batches-py/data_batch_3")
     with pytest.raises(DataError, match=words):
-        sources.prepare(config(tmp_path))
+        registry.prepare(config(tmp_path))
     assert not (tmp_path / "jaxtrain_cifar10/1.0.0").exists()
 
 
@@ -247,7 +247,7 @@ def test_no_pickle_runs_code(tmp_path, monkeypatch, tiny, checksum):
     if checksum == "right":
         monkeypatch.setitem(cifar.OFFICIAL, "cifar10", tiny_official("cifar10", files))
     with pytest.raises(DataError, match="test_batch" if checksum == "wrong" else "NumPy arrays only"):
-        sources.prepare(config(tmp_path))
+        registry.prepare(config(tmp_path))
     assert not canary.exists()
 
 
@@ -262,9 +262,9 @@ def test_an_interrupted_preparation_is_done_again(tmp_path, tiny, capsys):
     (directory / "images-train.npy").write_bytes(b"half")
     (directory / "jaxtrain.json.tmp").write_text("half")
     with pytest.raises(DataError, match="not prepared"):
-        sources.load(config(tmp_path))
-    sources.prepare(config(tmp_path))
-    np.testing.assert_array_equal(whole(sources.load(config(tmp_path)).train)[0], tiny["train images"])
+        registry.load(config(tmp_path))
+    registry.prepare(config(tmp_path))
+    np.testing.assert_array_equal(whole(registry.load(config(tmp_path)).train)[0], tiny["train images"])
 
 
 def damage_truncate(path: Path) -> None:
@@ -281,14 +281,14 @@ def damage_flip(path: Path) -> None:
 def test_a_prepared_file_that_was_cut_is_found_at_start(tmp_path, tiny, file):
     path = prepared(tmp_path) / file
     damage_truncate(path)
-    for start in (sources.load, sources.prepare, sources.verify):
+    for start in (registry.load, registry.prepare, registry.verify):
         with pytest.raises(
             DataError, match=rf"{file} has [\d,]+ bytes and must have [\d,]+; delete .*jaxtrain data prepare"
         ):
             start(config(tmp_path))
     path.unlink()
     with pytest.raises(DataError, match=f"{file} is missing"):
-        sources.load(config(tmp_path))
+        registry.load(config(tmp_path))
 
 
 def test_a_flipped_bit_is_found(tmp_path, tiny):
@@ -296,12 +296,12 @@ def test_a_flipped_bit_is_found(tmp_path, tiny):
     directory = prepared(tmp_path)
     damage_flip(directory / "images-train.npy")
     with pytest.raises(DataError, match=r"images-train.npy has changed since it was prepared"):
-        sources.load(config(tmp_path))
+        registry.load(config(tmp_path))
     damage_flip(directory / "images-train.npy")
     damage_flip(directory / "jaxtrain_cifar10-test.array_record-00000-of-00001")
-    sources.load(config(tmp_path))
+    registry.load(config(tmp_path))
     with pytest.raises(DataError, match=r"jaxtrain_cifar10-test.array_record-00000-of-00001: record \d+ is damaged"):
-        sources.verify(config(tmp_path))
+        registry.verify(config(tmp_path))
 
 
 def test_verify_compares_records_with_the_arrays(tmp_path, tiny):
@@ -316,7 +316,7 @@ def test_verify_compares_records_with_the_arrays(tmp_path, tiny):
     ).hexdigest()
     (directory / "jaxtrain.json").write_text(json.dumps(manifest))
     with pytest.raises(DataError, match=r"test.array_record.*: record 3 differs"):
-        sources.verify(config(tmp_path))
+        registry.verify(config(tmp_path))
 
 
 PREPARE = """
@@ -360,7 +360,7 @@ def test_waiting_for_the_other_process_has_an_end(tmp_path, tiny):
         tfds_sets._lock(tmp_path / "jaxtrain_cifar10.lock", timeout=1.0),
         pytest.raises(DataError, match=r"still prepares the data after 0.002 minutes \(config.data.prepare_timeout\)"),
     ):
-        sources.prepare(config(tmp_path, prepare_timeout=0.002))
+        registry.prepare(config(tmp_path, prepare_timeout=0.002))
 
 
 def test_a_full_disk_is_told_and_leaves_nothing_that_counts(tmp_path, monkeypatch, tiny):
@@ -370,11 +370,11 @@ def test_a_full_disk_is_told_and_leaves_nothing_that_counts(tmp_path, monkeypatc
     with monkeypatch.context() as patch:
         patch.setattr(np, "save", full)
         with pytest.raises(DataError, match=r"cannot be written while preparing cifar10 \(No space left on device\)"):
-            sources.prepare(config(tmp_path))
+            registry.prepare(config(tmp_path))
     with pytest.raises(DataError, match="not prepared"):
-        sources.load(config(tmp_path))
+        registry.load(config(tmp_path))
     prepared(tmp_path)
-    np.testing.assert_array_equal(whole(sources.load(config(tmp_path)).train)[0], tiny["train images"])
+    np.testing.assert_array_equal(whole(registry.load(config(tmp_path)).train)[0], tiny["train images"])
 
 
 def test_a_damaged_preparation_without_manifest(tmp_path, tiny):
@@ -382,13 +382,13 @@ def test_a_damaged_preparation_without_manifest(tmp_path, tiny):
     (directory / "jaxtrain.json").unlink()
     (directory / "dataset_info.json").write_text("{")
     with pytest.raises(DataError, match=rf"{directory} is damaged .*delete .*jaxtrain data prepare cifar10"):
-        sources.prepare(config(tmp_path))
+        registry.prepare(config(tmp_path))
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(DataError, match="cannot be written"):
-        sources.prepare(config(tmp_path / "file"))
+        registry.prepare(config(tmp_path / "file"))
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
@@ -397,9 +397,9 @@ def test_real_data(name):
     root = Path(os.environ.get("JAXTRAIN_DATA_DIR", "/nowhere"))
     if not (root / "downloads" / "manual").is_dir() and not tfds_sets.cifar_directory(name, root).is_dir():
         pytest.skip(f"{name} is not in $JAXTRAIN_DATA_DIR={root}")
-    sources.prepare(DataConfig(name=name))
-    assert sum(sources.verify(DataConfig(name=name)).values()) == 60_000
-    dataset = sources.load(DataConfig(name=name))
+    registry.prepare(DataConfig(name=name))
+    assert sum(registry.verify(DataConfig(name=name)).values()) == 60_000
+    dataset = registry.load(DataConfig(name=name))
     assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (45_000, 5_000, 10_000)
     pixels, labels = whole(dataset.train)
     values = np.arange(256) / 255
@@ -461,7 +461,7 @@ def build(root: Path, name: str, shape: tuple, splits: dict[str, int], **options
 def test_prepared_set_by_name(tmp_path):
     build(tmp_path, "MySet", (12, 10, 1), {"train": 9, "validation": 4, "test": 5})
     for name in ("my_set", "my_set:1.0.0", "my_set:1.*.*"):
-        dataset = sources.load(config(tmp_path, name))
+        dataset = registry.load(config(tmp_path, name))
         assert (len(dataset.train), len(dataset.validation), len(dataset.test)) == (9, 4, 5)
     pixels, labels = whole(dataset.train)
     assert pixels.shape == (9, 12, 10, 1)
@@ -471,8 +471,8 @@ def test_prepared_set_by_name(tmp_path):
     assert len(dataset.mean) == len(dataset.std) == 1
     again = pickle.loads(pickle.dumps(dataset.test))  # as a reading worker gets it
     np.testing.assert_array_equal(again.read(np.array([4, 1]))[0][:, 0, 0, 0], [4, 1])
-    assert sources.prepare(config(tmp_path, "my_set")) == tmp_path / "my_set/1.0.0"
-    assert sources.verify(config(tmp_path, "my_set")) == {"train": 9, "validation": 4, "test": 5}
+    assert registry.prepare(config(tmp_path, "my_set")) == tmp_path / "my_set/1.0.0"
+    assert registry.verify(config(tmp_path, "my_set")) == {"train": 9, "validation": 4, "test": 5}
 
 
 @pytest.mark.parametrize(
@@ -488,12 +488,12 @@ def test_prepared_set_by_name(tmp_path):
 )
 def test_a_split_without_labels_is_absent(tmp_path, splits, unlabelled, sizes, noted):
     build(tmp_path, "MySet", (12, 10, 1), splits, unlabelled=(unlabelled,))
-    dataset = sources.load(config(tmp_path, "my_set"))
+    dataset = registry.load(config(tmp_path, "my_set"))
     assert tuple(len(getattr(dataset, split)) for split in base.SPLITS) == sizes
     assert [words for words in noted if any(words in note for note in dataset.notes)] == list(noted)
     assert len(dataset.notes) == len(noted)
     for split in base.SPLITS:
-        one = sources.load(config(tmp_path, "my_set"), needed=split)
+        one = registry.load(config(tmp_path, "my_set"), needed=split)
         assert len(getattr(one, split)) == len(getattr(dataset, split))
         if len(getattr(one, split)):
             assert one.split_fingerprints[split] == dataset.split_fingerprints[split]
@@ -507,7 +507,7 @@ def test_a_split_left_out_changes_the_identity_where_another_is_drawn_for_it(tmp
         [(splits, ()), (splits, ("test",)), ({"train": 20, "test": 5}, ("test",))]
     ):
         build(tmp_path / str(number), "MySet", (12, 10, 1), left, unlabelled=unlabelled)
-        prints.append(sources.load(config(tmp_path / str(number), "my_set")))
+        prints.append(registry.load(config(tmp_path / str(number), "my_set")))
     directory = tfds_sets.find("my_set", tmp_path / "2")
     files = [(p.name, p.stat().st_size) for p in sorted(directory.iterdir()) if not p.name.startswith(".")]
     as_before = json.dumps([json.dumps(["my_set/1.0.0", 0, files]), 0, 0.1, 0])
@@ -523,21 +523,21 @@ def test_a_split_with_some_labels_or_no_training_labels_is_refused(tmp_path):
     with pytest.raises(
         DataError, match=r"the split 'train' has no labels \(-1\); choose another with config.data.splits"
     ):
-        sources.load(config(tmp_path, "my_set"))
+        registry.load(config(tmp_path, "my_set"))
     build(tmp_path / "some", "MySet", (12, 10, 1), {"train": 20, "test": 9}, unlabelled=("test",))
     with pytest.raises(DataError, match=r"record 0 has no label \(-1\), and others of its split have one"):
-        sources.load(config(tmp_path / "some", "my_set", splits="train=train+test[:3],test=none"))
+        registry.load(config(tmp_path / "some", "my_set", splits="train=train+test[:3],test=none"))
 
 
 def test_chosen_splits_of_a_prepared_set(tmp_path):
     build(tmp_path, "MySet", (12, 10, 1), {"train": 20, "extra": 7, "test": 5}, unlabelled=("test",))
-    dataset = sources.load(config(tmp_path, "my_set", splits="train=train[:16],validation=train[16:],test=extra"))
+    dataset = registry.load(config(tmp_path, "my_set", splits="train=train[:16],validation=train[16:],test=extra"))
     assert [len(getattr(dataset, split)) for split in base.SPLITS] == [16, 4, 7]
     assert dataset.validation.read(np.arange(4))[0][:, 0, 0, 0].tolist() == [16, 17, 18, 19]
     assert dataset.validation.where(1).endswith("record 17")
     assert dataset.notes == ()
-    assert dataset.fingerprint != sources.load(config(tmp_path, "my_set")).fingerprint
-    assert len(sources.load(config(tmp_path, "my_set", splits="test=none")).test) == 0
+    assert dataset.fingerprint != registry.load(config(tmp_path, "my_set")).fingerprint
+    assert len(registry.load(config(tmp_path, "my_set", splits="test=none")).test) == 0
     for chosen, error, words in (
         ("test=tset", ConfigError, "has no split 'tset'; it has extra, test, train"),
         ("test=test", DataError, "the split 'test' has no labels"),
@@ -548,14 +548,14 @@ def test_chosen_splits_of_a_prepared_set(tmp_path):
         ),
     ):
         with pytest.raises(error, match=words):
-            sources.load(config(tmp_path, "my_set", splits=chosen))
+            registry.load(config(tmp_path, "my_set", splits=chosen))
 
 
 def test_prepared_set_of_many_sizes_is_cut_to_squares(tmp_path):
     build(tmp_path, "Sizes", (None, None, 3), {"train": 20})
     with pytest.raises(ConfigError, match=r"config.data.image_size=0: .*differ in size"):
-        sources.load(config(tmp_path, "sizes"))
-    dataset = sources.load(config(tmp_path, "sizes"), image_size=8)
+        registry.load(config(tmp_path, "sizes"))
+    dataset = registry.load(config(tmp_path, "sizes"), image_size=8)
     assert [len(s) for s in (dataset.train, dataset.validation, dataset.test)] == [14, 2, 4]
     pixels, _ = whole(dataset.train)
     assert pixels.shape == (20, 8, 8, 3)
@@ -574,14 +574,14 @@ def test_damaged_record_is_named(tmp_path, damage):
     else:
         data[begin[6] : begin[6] + 40] = os.urandom(40)
     file.write_bytes(data)
-    dataset = sources.load(config(tmp_path, "my_set"))
+    dataset = registry.load(config(tmp_path, "my_set"))
     assert isinstance(dataset.train, base.Subset)
     records = dataset.train.base
     assert records.read(np.arange(6))[1].tolist() == [0, 1, 2, 0, 1, 2]
     with pytest.raises(DataError, match=rf"{file.name}: record 6 is damaged"):
         records.read(np.arange(9))
     with pytest.raises(DataError, match=rf"{file.name}: record 6 is damaged"):
-        sources.verify(config(tmp_path, "my_set"))
+        registry.verify(config(tmp_path, "my_set"))
 
 
 @pytest.mark.parametrize("record", [b"no protocol buffer", b""], ids=["garbage", "no features"])
@@ -593,7 +593,7 @@ def test_a_whole_record_that_is_no_example_is_named(tmp_path, record):
         writer.write(record)
     writer.close()
     with pytest.raises(DataError, match=rf"{file.name}: record \d is damaged"):
-        sources.verify(config(tmp_path, "my_set"))
+        registry.verify(config(tmp_path, "my_set"))
 
 
 @pytest.mark.parametrize("size", [0, 100, -1])
@@ -602,17 +602,17 @@ def test_truncated_record_file_is_named(tmp_path, size):
     (file,) = directory.glob("*train.array_record*")
     file.write_bytes(file.read_bytes()[:size])
     with pytest.raises(DataError, match=file.name):
-        sources.verify(config(tmp_path, "my_set"))
+        registry.verify(config(tmp_path, "my_set"))
     file.unlink()
     with pytest.raises(DataError, match=f"{file.name} is missing"):
-        sources.load(config(tmp_path, "my_set"))
+        registry.load(config(tmp_path, "my_set"))
 
 
 def test_garbage_description_is_named(tmp_path):
     directory = build(tmp_path, "MySet", (12, 10, 1), {"train": 9})
     (directory / "dataset_info.json").write_text("{")
     with pytest.raises(DataError, match=f"{directory} is not a complete TFDS data set"):
-        sources.load(config(tmp_path, "my_set"))
+        registry.load(config(tmp_path, "my_set"))
 
 
 CLASS = "stranger_features.Feature"
@@ -650,7 +650,7 @@ def test_a_class_that_a_data_set_names_is_not_imported(tmp_path, monkeypatch, fi
     before = json.loads((directory / file).read_text()) if file == "dataset_info.json" else {}
     (directory / file).write_text(json.dumps(before | values))
     with pytest.raises(DataError, match=rf"{file} names the class '.*', which would be imported"):
-        sources.load(config(tmp_path / "data", "made_by_a_stranger"))
+        registry.load(config(tmp_path / "data", "made_by_a_stranger"))
 
 
 def test_tfrecord_names_the_command_that_converts(tmp_path):
@@ -660,21 +660,21 @@ def test_tfrecord_names_the_command_that_converts(tmp_path):
     (directory / "dataset_info.json").write_text(json.dumps(info))
     command = f"tfds convert_format --dataset_version_dir={directory} --out_file_format=array_record"
     with pytest.raises(DataError, match=f"stored as tfrecord, which has no random access: run `{command}`"):
-        sources.load(config(tmp_path, "my_set"))
+        registry.load(config(tmp_path, "my_set"))
 
 
 def test_what_is_not_prepared_or_not_usable(tmp_path):
     with pytest.raises(
         DataError, match=r"mnist is not prepared in .*: run `tfds build mnist --data_dir=.*array_record`"
     ):
-        sources.load(config(tmp_path, "mnist"))
+        registry.load(config(tmp_path, "mnist"))
     with pytest.raises(DataError, match=r"my_set:2.0.0 is not prepared"):
-        sources.prepare(config(tmp_path, "my_set:2.0.0"))
+        registry.prepare(config(tmp_path, "my_set:2.0.0"))
     with pytest.raises(ConfigError, match=r"digits, synthetic, cifar10, cifar100, folder:PATH.* Did you mean 'mnist'"):
-        sources.load(config(tmp_path, "minst"))
+        registry.load(config(tmp_path, "minst"))
     build(tmp_path, "NoLabels", (12, 10, 1), {"train": 3}, labels=False)
     with pytest.raises(DataError, match="has features picture, but an image with a class is needed"):
-        sources.load(config(tmp_path, "no_labels"))
+        registry.load(config(tmp_path, "no_labels"))
     build(tmp_path, "NoTrain", (12, 10, 1), {"test": 3})
     with pytest.raises(DataError, match="the split 'train' cannot be opened"):
-        sources.load(config(tmp_path, "no_train"))
+        registry.load(config(tmp_path, "no_train"))

@@ -13,9 +13,9 @@ import runs
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain import demo
+from jaxtrain.doctor import demo
 from jaxtrain.errors import ConfigError, NumericError
-from jaxtrain.gpus import Gpu
+from jaxtrain.host.gpus import Gpu
 
 NAMES = ["devices found", "all-reduce", "loss falls", "gradients finite, replicas equal"]
 H100 = Gpu("GPU-0", "H100", 80 << 30)

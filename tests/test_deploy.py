@@ -20,7 +20,7 @@ import yaml
 from jaxtrain import errors
 from jaxtrain.cli import parse
 from jaxtrain.config import Config
-from jaxtrain.distributed.place import Place, find_place
+from jaxtrain.distributed.cluster import Place, find_place
 from jaxtrain.recipes import resolve
 
 ROOT = Path(__file__).parents[1]

@@ -14,15 +14,15 @@ from types import SimpleNamespace
 import pytest
 import runs
 
-from jaxtrain import doctor
-from jaxtrain.doctor import Devices, Machine
-from jaxtrain.gpus import Gpu
+from jaxtrain.doctor import checks, facts
+from jaxtrain.doctor.facts import Devices, Machine
+from jaxtrain.host.gpus import Gpu
 
 GIB = 1 << 30
 FOUR = tuple(Gpu(f"GPU-{index}", "H100", 80 * GIB) for index in range(4))
 CPU = Devices("cpu", 1, {"cpu": 1}, "cpu")
 GPU = Devices("gpu", 4, {"H100": 4}, "cuda 12090")
-VERSIONS = dict.fromkeys(doctor.PACKAGES, "1.0") | {"jax": "0.10.2", "jaxlib": "0.10.2"}
+VERSIONS = dict.fromkeys(facts.PACKAGES, "1.0") | {"jax": "0.10.2", "jaxlib": "0.10.2"}
 CUDA = VERSIONS | {"jax-cuda12-plugin": "0.10.2", "jax-cuda12-pjrt": "0.10.2", "nvidia-nccl-cu12": "2.27.3"}
 # four GPUs, and nothing is wrong
 SOUND = Machine(
@@ -54,8 +54,8 @@ def machine(**changes) -> Machine:
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """No other process is started: JAX finds a CPU, and two processes add right. Data and cache lie in `tmp_path`."""
-    monkeypatch.setattr(doctor, "find_devices", lambda: CPU)
-    monkeypatch.setattr(doctor, "add_over_loopback", lambda: [{"sum": 11}, {"sum": 11}])
+    monkeypatch.setattr(checks, "find_devices", lambda: CPU)
+    monkeypatch.setattr(checks, "add_over_loopback", lambda: [{"sum": 11}, {"sum": 11}])
     monkeypatch.setenv("JAXTRAIN_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
@@ -77,11 +77,11 @@ def test_this_machine_is_in_order(capsys, tmp_path, monkeypatch):
     """For real: JAX is asked, and two processes join."""
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
-    code, checks, said = examined(capsys, tmp_path / "runs", "--write")
+    code, results, said = examined(capsys, tmp_path / "runs", "--write")
     assert code == 0, said
-    assert {check["state"] for check in checks.values()} <= {"ok", "warning"}
-    assert checks["devices"]["found"].startswith("1 x cpu")
-    assert checks["collective"]["found"] == "2 processes joined over loopback (gloo) and added 11 for 11"
+    assert {check["state"] for check in results.values()} <= {"ok", "warning"}
+    assert results["devices"]["found"].startswith("1 x cpu")
+    assert results["collective"]["found"] == "2 processes joined over loopback (gloo) and added 11 for 11"
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["machine.json"]
     facts = json.loads((tmp_path / "runs" / "machine.json").read_text())
     assert facts["devices"] == {"backend": "cpu", "count": 1, "kinds": {"cpu": 1}, "runtime": "cpu", "error": ""}
@@ -100,11 +100,11 @@ def test_lines_for_a_person_and_nothing_left_behind(capsys, quick):
 def test_a_gpu_that_jax_does_not_see(capsys, quick, monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", runs.module("pynvml", FAKE_NVML))
     monkeypatch.delenv("JAX_PLATFORMS")
-    code, checks, said = examined(capsys, quick, "--write")
+    code, results, said = examined(capsys, quick, "--write")
     assert code == 78
-    assert checks["devices"]["state"] == "problem"
-    assert "1 x H100 and JAX sees none" in checks["devices"]["found"]
-    assert "cuda12" in checks["devices"]["fix"]
+    assert results["devices"]["state"] == "problem"
+    assert "1 x H100 and JAX sees none" in results["devices"]["found"]
+    assert "cuda12" in results["devices"]["fix"]
     assert said.startswith("jaxtrain: 1 of 14 checks found a problem (devices: ")
     assert said.count("\n") == 1
     facts = json.loads((quick / "machine.json").read_text())  # the facts are kept all the same
@@ -113,29 +113,29 @@ def test_a_gpu_that_jax_does_not_see(capsys, quick, monkeypatch):
 
 def test_a_work_directory_that_cannot_be_written(capsys, quick):
     (quick / "file").write_text("")
-    code, checks, _ = examined(capsys, quick / "file" / "runs")
+    code, results, _ = examined(capsys, quick / "file" / "runs")
     assert code == 78
-    assert checks["work directory"]["state"] == "problem"
-    assert "cannot be written" in checks["work directory"]["found"]
-    assert "--workdir" in checks["work directory"]["fix"]
+    assert results["work directory"]["state"] == "problem"
+    assert "cannot be written" in results["work directory"]["found"]
+    assert "--workdir" in results["work directory"]["fix"]
     assert runs.command_line(["doctor", "--workdir", str(quick / "file" / "runs"), "--write"]) == 73
 
 
 def test_a_collective_that_adds_wrong(capsys, quick, monkeypatch):
-    monkeypatch.setattr(doctor, "add_over_loopback", lambda: [{"sum": 11}, {"sum": 10}])
-    code, checks, _ = examined(capsys, quick)
+    monkeypatch.setattr(checks, "add_over_loopback", lambda: [{"sum": 11}, {"sum": 10}])
+    code, results, _ = examined(capsys, quick)
     assert code == 78
-    assert "process 1 of 2 over loopback added 10 for 11" in checks["collective"]["found"]
+    assert "process 1 of 2 over loopback added 10 for 11" in results["collective"]["found"]
 
 
 def test_a_collective_that_a_proxy_stops(capsys, quick, monkeypatch):
-    monkeypatch.setattr(doctor, "add_over_loopback", lambda: [{"error": "no answer"}, {"error": "no answer"}])
+    monkeypatch.setattr(checks, "add_over_loopback", lambda: [{"error": "no answer"}, {"error": "no answer"}])
     monkeypatch.setenv("http_proxy", "http://proxy:3128")
-    code, checks, _ = examined(capsys, quick)
+    code, results, _ = examined(capsys, quick)
     assert code == 78
-    assert checks["proxies"]["state"] == "warning"
-    assert checks["collective"]["found"] == "process 0 of 2 over loopback: no answer"
-    assert checks["collective"]["fix"].startswith("export no_proxy=localhost,127.0.0.1,")
+    assert results["proxies"]["state"] == "warning"
+    assert results["collective"]["found"] == "process 0 of 2 over loopback: no answer"
+    assert results["collective"]["fix"].startswith("export no_proxy=localhost,127.0.0.1,")
 
 
 def test_an_option_that_there_is_not(capsys):
@@ -147,7 +147,7 @@ def test_an_option_that_there_is_not(capsys):
 
 
 def test_a_jax_that_does_not_answer_in_time():
-    assert doctor.find_devices(seconds=0.01).error == "no answer within 0 s"
+    assert facts.find_devices(seconds=0.01).error == "no answer within 0 s"
 
 
 def test_why_a_process_ended():
@@ -162,7 +162,7 @@ def test_why_a_process_ended():
         (ended(-9, "", ""), {"error": "exit code -9 and no word"}),
         (ended(0, "", ""), {"error": "exit code 0 and no word"}),
     ]:
-        assert doctor._answer(process, 1.0) == wanted  # type: ignore[arg-type]
+        assert facts._answer(process, 1.0) == wanted  # type: ignore[arg-type]
 
 
 # ------------------------------------------------------------------------------------------------------------ each check
@@ -174,89 +174,89 @@ LIMITED = machine(memory_free=GIB)
 @pytest.mark.parametrize(
     ("check", "state", "found", "fix"),
     [
-        (doctor.check_devices(SOUND, {}), "ok", "4 x H100 (gpu)", ""),
-        (doctor.check_devices(machine(gpus=(), gpu_nodes=0, devices=CPU), {}), "ok", "1 x cpu", ""),
+        (checks.check_devices(SOUND, {}), "ok", "4 x H100 (gpu)", ""),
+        (checks.check_devices(machine(gpus=(), gpu_nodes=0, devices=CPU), {}), "ok", "1 x cpu", ""),
         (
-            doctor.check_devices(machine(devices=Devices(error="Unknown flag")), {"XLA_FLAGS": "--x"}),
+            checks.check_devices(machine(devices=Devices(error="Unknown flag")), {"XLA_FLAGS": "--x"}),
             "problem", "JAX does not start: Unknown flag", "unset XLA_FLAGS=--x",
         ),
         (
-            doctor.check_devices(machine(gpus=(*FOUR[:3], dataclasses.replace(FOUR[3], fault="Xid 79"))), {}),
+            checks.check_devices(machine(gpus=(*FOUR[:3], dataclasses.replace(FOUR[3], fault="Xid 79"))), {}),
             "problem", "GPU-3 (Xid 79)", "replaced",
         ),
         (
-            doctor.check_devices(machine(devices=CPU), {"JAX_PLATFORMS": "cpu"}),
+            checks.check_devices(machine(devices=CPU), {"JAX_PLATFORMS": "cpu"}),
             "problem", "4 x H100 and JAX sees none", "unset JAX_PLATFORMS (cpu)",
         ),
         (
-            doctor.check_devices(machine(devices=CPU), {"CUDA_VISIBLE_DEVICES": ""}),
+            checks.check_devices(machine(devices=CPU), {"CUDA_VISIBLE_DEVICES": ""}),
             "problem", "JAX sees none", "unset CUDA_VISIBLE_DEVICES",
         ),
-        (doctor.check_devices(machine(devices=CPU, versions=VERSIONS), {}), "problem", "sees none", "[cuda12]"),
-        (doctor.check_devices(machine(devices=CPU), {}), "problem", "sees none", "driver is too old"),
+        (checks.check_devices(machine(devices=CPU, versions=VERSIONS), {}), "problem", "sees none", "[cuda12]"),
+        (checks.check_devices(machine(devices=CPU), {}), "problem", "sees none", "driver is too old"),
         (
-            doctor.check_devices(machine(devices=Devices("gpu", 3, {"H100": 3})), {}),
+            checks.check_devices(machine(devices=Devices("gpu", 3, {"H100": 3})), {}),
             "problem", "3 x H100 (gpu), of 4 GPUs", "nvidia-smi",
         ),
         (
-            doctor.check_devices(machine(devices=Devices("gpu", 2, {"H100": 2})), {"CUDA_VISIBLE_DEVICES": "0,1"}),
+            checks.check_devices(machine(devices=Devices("gpu", 2, {"H100": 2})), {"CUDA_VISIBLE_DEVICES": "0,1"}),
             "ok", "2 x H100 (gpu), of 4 GPUs", "",
         ),
-        (doctor.check_devices(machine(gpus=()), {}), "warning", "NVML does not answer", "nvidia-ml-py"),
+        (checks.check_devices(machine(gpus=()), {}), "warning", "NVML does not answer", "nvidia-ml-py"),
         (
-            doctor.check_devices(machine(gpus=(), devices=CPU, versions=VERSIONS), {}),
+            checks.check_devices(machine(gpus=(), devices=CPU, versions=VERSIONS), {}),
             "warning", "/dev has 4 NVIDIA GPUs", "[cuda12]",
         ),
-        (doctor.check_driver(SOUND), "ok", "NVIDIA driver 570.1, jax-cuda12-plugin 0.10.2", ""),
-        (doctor.check_driver(machine(driver="470.82")), "problem", "470.82", "driver 525 or newer"),
+        (checks.check_driver(SOUND), "ok", "NVIDIA driver 570.1, jax-cuda12-plugin 0.10.2", ""),
+        (checks.check_driver(machine(driver="470.82")), "problem", "470.82", "driver 525 or newer"),
         (
-            doctor.check_driver(machine(versions=VERSIONS | {"jax-cuda13-plugin": "0.10.2"})),
+            checks.check_driver(machine(versions=VERSIONS | {"jax-cuda13-plugin": "0.10.2"})),
             "problem", "570.1", "driver 580 or newer",
         ),
-        (doctor.check_driver(machine(driver="")), "warning", "unknown", "nvidia-smi"),
-        (doctor.check_driver(machine(gpus=(), devices=CPU)), "ok", "no NVIDIA GPU", ""),
-        (doctor.check_memory(SOUND), "ok", "512.0 GiB, 400.0 GiB free", ""),
-        (doctor.check_memory(LIMITED), "warning", "1.0 GiB free", "end other programs"),
-        (doctor.check_memory(machine(shared_memory=64 << 20)), "warning", "/dev/shm 0.1 GiB", "--shm-size"),
-        (doctor.check_versions(CUDA, {"flax": "0.12.8"}), "ok", "jax 0.10.2", ""),
-        (doctor.check_versions(OLD, {"flax": "0.12.8"}), "problem", "too old: flax", "pip install"),
-        (doctor.check_versions({"jax": "0.10.2"}, {}), "problem", "missing: jaxtrain, jaxlib", "pip install"),
+        (checks.check_driver(machine(driver="")), "warning", "unknown", "nvidia-smi"),
+        (checks.check_driver(machine(gpus=(), devices=CPU)), "ok", "no NVIDIA GPU", ""),
+        (checks.check_memory(SOUND), "ok", "512.0 GiB, 400.0 GiB free", ""),
+        (checks.check_memory(LIMITED), "warning", "1.0 GiB free", "end other programs"),
+        (checks.check_memory(machine(shared_memory=64 << 20)), "warning", "/dev/shm 0.1 GiB", "--shm-size"),
+        (checks.check_versions(CUDA, {"flax": "0.12.8"}), "ok", "jax 0.10.2", ""),
+        (checks.check_versions(OLD, {"flax": "0.12.8"}), "problem", "too old: flax", "pip install"),
+        (checks.check_versions({"jax": "0.10.2"}, {}), "problem", "missing: jaxtrain, jaxlib", "pip install"),
         (
-            doctor.check_versions(VERSIONS | {"jaxlib": "0.9.1"}, {}),
+            checks.check_versions(VERSIONS | {"jaxlib": "0.9.1"}, {}),
             "problem", "jax 0.10.2 does not go with jaxlib 0.9.1", "jaxlib==0.10.2",
         ),
         (
-            doctor.check_versions(CUDA | {"jax-cuda12-plugin": "0.10.0"}, {}),
+            checks.check_versions(CUDA | {"jax-cuda12-plugin": "0.10.0"}, {}),
             "problem", "jax-cuda12-plugin 0.10.0", "jax-cuda12-plugin==0.10.2",
         ),
-        (doctor.check_tensorflow(SOUND, False, {}), "ok", "not installed", ""),
-        (doctor.check_tensorflow(SOUND, True, {}), "warning", "all memory of the GPUs", "ALLOW_GROWTH=true"),
-        (doctor.check_tensorflow(SOUND, True, {"TF_FORCE_GPU_ALLOW_GROWTH": "true"}), "ok", "as it needs it", ""),
-        (doctor.check_tensorflow(machine(gpus=(), devices=CPU), True, {}), "ok", "no GPU", ""),
+        (checks.check_tensorflow(SOUND, False, {}), "ok", "not installed", ""),
+        (checks.check_tensorflow(SOUND, True, {}), "warning", "all memory of the GPUs", "ALLOW_GROWTH=true"),
+        (checks.check_tensorflow(SOUND, True, {"TF_FORCE_GPU_ALLOW_GROWTH": "true"}), "ok", "as it needs it", ""),
+        (checks.check_tensorflow(machine(gpus=(), devices=CPU), True, {}), "ok", "no GPU", ""),
         (
-            doctor.check_xla_flags({"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}),
+            checks.check_xla_flags({"XLA_FLAGS": "--xla_force_host_platform_device_count=8"}),
             "warning", "simulates CPU devices", "--simulate-devices",
         ),
-        (doctor.check_xla_flags({"XLA_FLAGS": "--xla_dump_to=x"}), "ok", "--xla_dump_to=x", ""),
-        (doctor.check_visible_gpus(SOUND, {"CUDA_VISIBLE_DEVICES": "0,4"}), "problem", "names GPU 4", "name GPUs"),
-        (doctor.check_visible_gpus(SOUND, {"CUDA_VISIBLE_DEVICES": "-1"}), "warning", "hides every GPU", "unset"),
-        (doctor.check_visible_gpus(SOUND, {"CUDA_VISIBLE_DEVICES": "3"}), "ok", "'3'", ""),
-        (doctor.check_proxies("node1", {"HTTPS_PROXY": "x"}), "warning", "leaves out localhost", "no_proxy="),
+        (checks.check_xla_flags({"XLA_FLAGS": "--xla_dump_to=x"}), "ok", "--xla_dump_to=x", ""),
+        (checks.check_visible_gpus(SOUND, {"CUDA_VISIBLE_DEVICES": "0,4"}), "problem", "names GPU 4", "name GPUs"),
+        (checks.check_visible_gpus(SOUND, {"CUDA_VISIBLE_DEVICES": "-1"}), "warning", "hides every GPU", "unset"),
+        (checks.check_visible_gpus(SOUND, {"CUDA_VISIBLE_DEVICES": "3"}), "ok", "'3'", ""),
+        (checks.check_proxies("node1", {"HTTPS_PROXY": "x"}), "warning", "leaves out localhost", "no_proxy="),
         (
-            doctor.check_proxies("node1", {"http_proxy": "x", "no_proxy": "localhost, 127.0.0.1"}),
+            checks.check_proxies("node1", {"http_proxy": "x", "no_proxy": "localhost, 127.0.0.1"}),
             "warning", "leaves out node1", "no_proxy=",
         ),
         (
-            doctor.check_proxies("node1.hpc", {"http_proxy": "x", "no_proxy": "localhost,127.0.0.1,.hpc"}),
+            checks.check_proxies("node1.hpc", {"http_proxy": "x", "no_proxy": "localhost,127.0.0.1,.hpc"}),
             "ok", "excepts this host", "",
         ),
-        (doctor.check_proxies("node1", {"http_proxy": "x", "no_proxy": "*"}), "ok", "excepts this host", ""),
-        (doctor.check_scheduler({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}), "warning", "4 tasks", "srun"),
+        (checks.check_proxies("node1", {"http_proxy": "x", "no_proxy": "*"}), "ok", "excepts this host", ""),
+        (checks.check_scheduler({"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4"}), "warning", "4 tasks", "srun"),
         (
-            doctor.check_scheduler({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}),
+            checks.check_scheduler({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "a", "MASTER_PORT": "1"}),
             "ok", "process 1 of 2 by RANK and WORLD_SIZE, coordinator a:1", "",
         ),
-        (doctor.check_scheduler({"SLURM_JOB_ID": "1"}), "ok", "SLURM_JOB_ID: a run here is one process", ""),
+        (checks.check_scheduler({"SLURM_JOB_ID": "1"}), "ok", "SLURM_JOB_ID: a run here is one process", ""),
     ],
 )  # fmt: skip
 def test_each_fault_is_found_with_its_fix(check, state, found, fix):
@@ -269,23 +269,23 @@ def test_each_fault_is_found_with_its_fix(check, state, found, fix):
 def test_a_disk_that_is_full(tmp_path, monkeypatch):
     for free, state in ((GIB // 2, "problem"), (5 * GIB, "warning"), (50 * GIB, "ok")):
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: SimpleNamespace(free=free))
-        assert doctor.check_disk("work directory", tmp_path, "choose another").state == state
+        assert checks.check_disk("work directory", tmp_path, "choose another").state == state
 
 
 def test_a_compile_cache_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    check = doctor.check_compile_cache({"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "file" / "cache")})
+    check = checks.check_compile_cache({"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "file" / "cache")})
     assert check.state == "warning"
     assert "JAX_COMPILATION_CACHE_DIR" in check.fix
-    assert doctor.check_compile_cache({"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}).state == "ok"
+    assert checks.check_compile_cache({"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}).state == "ok"
 
 
 def test_a_host_name_without_an_address(monkeypatch):
     def nobody(*_):
         raise socket.gaierror(-2, "Name or service not known")
 
-    assert doctor.check_network(socket.gethostname()).state == "ok"
+    assert checks.check_network(socket.gethostname()).state == "ok"
     monkeypatch.setattr(socket, "getaddrinfo", nobody)
-    check = doctor.check_network("node1")
+    check = checks.check_network("node1")
     assert check.state == "warning"
     assert "/etc/hosts" in check.fix

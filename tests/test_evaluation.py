@@ -13,9 +13,9 @@ from runs import draw_folder
 
 from jaxtrain import cli, evaluate, train
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
-from jaxtrain.data import sources
+from jaxtrain.data import registry
 from jaxtrain.errors import ConfigError, DataError
-from jaxtrain.trainer import TrainResult
+from jaxtrain.training.loop import TrainResult
 
 SIDE = 8
 
@@ -48,7 +48,7 @@ def test_data_as_it_was_is_evaluated(trained):
 
 
 def test_grown_data_is_refused_and_no_trained_image_is_tested(trained, caplog):
-    before = sources.load(DataConfig(name=f"folder:{trained / 'data'}"), image_size=SIDE)
+    before = registry.load(DataConfig(name=f"folder:{trained / 'data'}"), image_size=SIDE)
     draw_folder(trained / "data", "abc", 60, 90)
     with pytest.raises(
         DataError, match=r"has changed since step \d+ of .*test had \d+ examples and has \d+.*--allow-changes"

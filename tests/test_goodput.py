@@ -6,7 +6,7 @@ import pytest
 import runs
 from runs import SMALL, here
 
-from jaxtrain.logging.goodput import StartTimes, goodput, read_starts
+from jaxtrain.observability.goodput import StartTimes, goodput, read_starts
 
 
 def start(began, first, last, *, lost=0, **seconds):

@@ -25,17 +25,19 @@ from tensorboardX.record_writer import masked_crc32c
 
 from jaxtrain import workdir as wd
 from jaxtrain.cli import main as command_line
-from jaxtrain.distributed.pace import Pace
+from jaxtrain.distributed import straggler
+from jaxtrain.distributed.straggler import Pace
 from jaxtrain.distributed.watchdog import Beat, dump_stacks, read_beat, write_beat
 from jaxtrain.errors import WorkdirError
-from jaxtrain.logging import clock as clocks
-from jaxtrain.logging import manifest, symptoms
-from jaxtrain.logging.events import EventFile
-from jaxtrain.logging.goodput import TimesFile
-from jaxtrain.logging.progress import NullProgress, Progress, duration
-from jaxtrain.logging.records import NullRecords, Records
-from jaxtrain.logging.rows import EpochRow, MetricsCsv, MetricsJsonl
-from jaxtrain.logging.text import TextLog
+from jaxtrain.host import files
+from jaxtrain.observability import clock as clocks
+from jaxtrain.observability import diagnostics, start_record
+from jaxtrain.observability.goodput import TimesFile
+from jaxtrain.observability.metrics_files import EpochRow, MetricsCsv, MetricsJsonl
+from jaxtrain.observability.metrics_writer import NullRecords, Records
+from jaxtrain.observability.progress import NullProgress, Progress, duration
+from jaxtrain.observability.tensorboard import EventFile
+from jaxtrain.observability.text_log import TextLog
 
 STEPS_AN_EPOCH = 4
 
@@ -409,7 +411,7 @@ def test_a_closed_console_does_not_stop_the_run(tmp_path):
     """`... | head` closes the pipe; rich would raise SystemExit."""
     script = (
         "import logging, sys; from pathlib import Path; from rich.console import Console\n"
-        "from jaxtrain.logging.text import TextLog\n"
+        "from jaxtrain.observability.text_log import TextLog\n"
         "with TextLog(Path(sys.argv[1]), console=Console(file=sys.stdout)):\n"
         "    sys.stdin.readline()\n"
         "    for i in range(3): logging.getLogger('jaxtrain').info('line %d', i)\n"
@@ -519,15 +521,15 @@ def test_durations_read_as_clocks():
 
 
 def test_manifest_has_an_entry_a_start(run):
-    manifest.append_start(run.manifest, manifest.environment(0, argv=["main", "--config=a.py"]))
-    manifest.append_start(run.manifest, manifest.environment(120))
+    start_record.append_start(run.manifest, start_record.environment(0, argv=["main", "--config=a.py"]))
+    start_record.append_start(run.manifest, start_record.environment(120))
     first, second = json.loads(run.manifest.read_text())["starts"]
     assert first["command"] == ["main", "--config=a.py"]
-    assert second["command"] == manifest.redact(sys.argv)
+    assert second["command"] == start_record.redact(sys.argv)
     assert (first["step"], second["step"]) == (0, 120)
     assert first["versions"]["jax"] == jax.__version__
     assert first["versions"]["numpy"] == np.__version__
-    assert set(first["versions"]) == set(manifest.PACKAGES)
+    assert set(first["versions"]) == set(start_record.PACKAGES)
     kinds = first["devices"].pop("kinds")
     assert kinds[jax.devices()[0].device_kind] >= 1
     assert sum(kinds.values()) == jax.device_count()
@@ -549,8 +551,8 @@ def test_manifest_holds_no_secret(run):
     }
     argv = ["main", f"--api_key={canary}", "--token", canary, f"--config.password={canary}", f"https://u:{canary}@h/x"]
     argv += [f"MY_SECRET={canary}", f"--aws-credentials={canary}", "--config.seed=3", "--token", "--verbose"]
-    entry = manifest.environment(0, argv=argv, env=env)
-    manifest.append_start(run.manifest, entry)
+    entry = start_record.environment(0, argv=argv, env=env)
+    start_record.append_start(run.manifest, entry)
     assert canary not in run.manifest.read_text()
     assert list(entry["environment"]) == ["JAX_API_KEY", "JAX_PLATFORMS", "JAX_PROXY", "XLA_FLAGS"]
     assert entry["environment"]["XLA_FLAGS"] == "--xla_cpu_use_thunk_runtime=true"
@@ -562,7 +564,7 @@ def test_a_damaged_manifest_is_set_aside(run, caplog):
     for text in ("{", "[]", '{"starts": 1}'):
         run.manifest.write_text(text)
         with caplog.at_level(logging.WARNING, "jaxtrain"):
-            manifest.append_start(run.manifest, {"step": 0})
+            start_record.append_start(run.manifest, {"step": 0})
         assert json.loads(run.manifest.read_text()) == {"starts": [{"step": 0}]}
         assert (run.path / "manifest.json.damaged").read_text() == text
         assert "set aside" in caplog.text
@@ -575,22 +577,22 @@ def test_git_state_is_of_the_source_tree(tmp_path):
 
     source = tmp_path / "package"
     source.mkdir()
-    assert manifest.git_state(source) is None
+    assert start_record.git_state(source) is None
     git("init")
-    assert manifest.git_state(source) is None
+    assert start_record.git_state(source) is None
     (source / "a.py").write_text("1")
     git("add", ".")
     git("commit", "-m", "one")
-    clean = manifest.git_state(source)
+    clean = start_record.git_state(source)
     assert clean is not None
     assert re.fullmatch("[0-9a-f]{40}", clean["commit"])
     assert clean["dirty"] is False
     (tmp_path / "elsewhere.txt").write_text("not the source")
-    assert manifest.git_state(source) == clean
+    assert start_record.git_state(source) == clean
     (source / "a.py").write_text("2")
-    assert manifest.git_state(source) == {**clean, "dirty": True}
+    assert start_record.git_state(source) == {**clean, "dirty": True}
     (tmp_path / "venv").mkdir()
-    assert manifest.git_state(tmp_path / "venv") is None, "an untracked package has no commit"
+    assert start_record.git_state(tmp_path / "venv") is None, "an untracked package has no commit"
 
 
 # ------------------------------------------------------------------------------------------------------------ clock
@@ -731,9 +733,9 @@ def span_of(**seconds):
 
 
 def test_slow_data_is_seen_whatever_else_the_epoch_did():
-    assert symptoms.slow_data(span_of(input=2.0, step=8.0)) == ""
-    assert symptoms.slow_data(span_of()) == ""
-    text = symptoms.slow_data(span_of(input=3.0, step=7.0, compile=100.0))
+    assert diagnostics.slow_data(span_of(input=2.0, step=8.0)) == ""
+    assert diagnostics.slow_data(span_of()) == ""
+    text = diagnostics.slow_data(span_of(input=3.0, step=7.0, compile=100.0))
     assert "30% of the time (300.0 ms a step)" in text
     assert "config.data.workers" in text
     assert "config.data.residency=device" in text
@@ -741,7 +743,7 @@ def test_slow_data_is_seen_whatever_else_the_epoch_did():
 
 def test_imbalance_names_the_slow_process():
     def imbalanced(*seconds: float) -> str:
-        return symptoms.imbalanced([Pace(process, f"host{process}", each) for process, each in enumerate(seconds)])
+        return straggler.imbalanced([Pace(process, f"host{process}", each) for process, each in enumerate(seconds)])
 
     assert imbalanced(1.0) == ""
     assert imbalanced(1.0, 1.29) == ""
@@ -754,8 +756,8 @@ def test_imbalance_names_the_slow_process():
 
 
 def test_fp16_underflow_is_said_at_the_floor_only():
-    assert symptoms.loss_scale_at_floor(2.0, 1.0) == ""
-    text = symptoms.loss_scale_at_floor(1.0, 1.0)
+    assert diagnostics.loss_scale_at_floor(2.0, 1.0) == ""
+    text = diagnostics.loss_scale_at_floor(1.0, 1.0)
     assert "floor (1)" in text
     assert "config.train.precision=bf16" in text
 
@@ -808,7 +810,7 @@ def test_no_temporary_file_is_written_through_a_link(tmp_path):
     path = tmp_path / "result.json"
     for plant in (os.symlink, os.link):
         plant(victim, tmp_path / ".result.json.part")
-        wd.atomic_write(path, "new")
+        files.atomic_write(path, "new")
         assert (victim.read_text(), path.read_text()) == ("kept", "new")
     start = tmp_path / "run" / "starts" / "000001.part"
     start.parent.mkdir(parents=True)

@@ -12,15 +12,17 @@ import jax
 import jax.numpy as jnp
 import pytest
 
+from jaxtrain.checkpoint.resume_point import Position, Resume
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
-from jaxtrain.data import sources
-from jaxtrain.engine import Engine, layout_table, start_engine
+from jaxtrain.data import registry
 from jaxtrain.parallel.audit import AuditError, audit, count_collectives, held_bytes
 from jaxtrain.parallel.layout import Layout
-from jaxtrain.resume import Position, Resume
-from jaxtrain.run import Run, make_run, settings
-from jaxtrain.state import TrainState
-from jaxtrain.step import Step
+from jaxtrain.step.train_state import TrainState
+from jaxtrain.step.train_step import Step
+from jaxtrain.training.compiled import Engine, start_engine
+from jaxtrain.training.jax_settings import settings
+from jaxtrain.training.setup import Run, make_run
+from jaxtrain.training.startup_report import layout_table
 
 FRESH = Resume(None, Position(), None)
 MODELS = {
@@ -70,7 +72,7 @@ class Started:
 def started(wanted: Config, devices: int) -> Iterator[Started]:
     """A run brought onto the devices, as `train` does it."""
     with settings(wanted):
-        run = make_run(wanted, sources.load(wanted.data, image_size=wanted.data.image_size), jax.devices()[:devices])
+        run = make_run(wanted, registry.load(wanted.data, image_size=wanted.data.image_size), jax.devices()[:devices])
         engine, state = start_engine(run, FRESH)
         yield Started(run, engine, state)
 

@@ -11,11 +11,11 @@ import numpy as np
 import optax
 import pytest
 
-from jaxtrain import optim
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.errors import ConfigError
 from jaxtrain.models.registry import build
-from jaxtrain.run import make_schedule
+from jaxtrain.optim import losses, optimizers, schedules, updates
+from jaxtrain.optim.schedules import make_schedule
 
 # ------------------------------------------------------------------------------------------------------ learning rate
 
@@ -29,7 +29,7 @@ from jaxtrain.run import make_schedule
 )  # fmt: skip
 def test_the_rate_is_carried_from_the_reference_batch(scaling, batch, rate):
     config = OptimConfig(learning_rate=0.1, lr_reference_batch=128, lr_scaling=scaling)
-    assert optim.learning_rate(config, batch) == pytest.approx(rate, rel=1e-15)
+    assert schedules.learning_rate(config, batch) == pytest.approx(rate, rel=1e-15)
 
 
 # 100 steps, 10 of warm-up, peak 2. Where a cosine is a half: (1 + cos(pi / 3)) / 2 = 3/4.
@@ -47,26 +47,26 @@ FIXED_POINTS = [
 
 @pytest.mark.parametrize(("fields", "points"), FIXED_POINTS)
 def test_schedules_at_fixed_points(fields, points):
-    rate = optim.schedule(OptimConfig(learning_rate=1.0, lr_reference_batch=128, **fields), 100, 10, 256)
+    rate = schedules.schedule(OptimConfig(learning_rate=1.0, lr_reference_batch=128, **fields), 100, 10, 256)
     assert {t: rate(t) for t in points} == pytest.approx(points, rel=1e-14, abs=1e-15)
     in_jit = jax.jit(jax.vmap(rate))(jnp.array(list(points), jnp.int32))
     np.testing.assert_allclose(in_jit, list(points.values()), rtol=2e-6, atol=2e-6)
 
 
 def test_without_warmup_the_first_step_has_the_peak_rate():
-    rate = optim.schedule(OptimConfig(learning_rate=0.3, lr_scaling="none"), 10, 0, 64)
+    rate = schedules.schedule(OptimConfig(learning_rate=0.3, lr_scaling="none"), 10, 0, 64)
     assert rate(0) == 0.3
 
 
 @pytest.mark.parametrize("name", ["constant", "step", "cosine", "linear", "wsd"])
 def test_a_warmup_longer_than_the_run_goes_on_to_its_end(name):
     config = OptimConfig(learning_rate=1.0, lr_scaling="none", schedule=name, step_at=())
-    rates = optim.schedule(config, 5, 20, 64)(np.arange(5))
+    rates = schedules.schedule(config, 5, 20, 64)(np.arange(5))
     np.testing.assert_allclose(rates, [0.05, 0.1, 0.15, 0.2, 0.25], rtol=1e-15)
 
 
 def test_a_schedule_computes_in_the_runs_own_precision():
-    rate = optim.schedule(OptimConfig(learning_rate=0.1), 1000, 7, 256)
+    rate = schedules.schedule(OptimConfig(learning_rate=0.1), 1000, 7, 256)
     assert jax.jit(rate)(jnp.int32(3)).dtype == jnp.float32
     assert isinstance(rate(3), float)
     with jax.enable_x64(True):
@@ -115,10 +115,10 @@ def random_leaves(seed, scale=1.0):
 
 
 def test_weight_decay_applies_to_kernels_alone():
-    mask = flattened(optim.decay_mask(nested(random_leaves(0)), NO_DECAY))
+    mask = flattened(optimizers.decay_mask(nested(random_leaves(0)), NO_DECAY))
     assert {path for path, decays in mask.items() if decays} == DECAYED
     assert mask.keys() == SHAPES.keys()
-    without = flattened(optim.decay_mask(nested(random_leaves(0))))
+    without = flattened(optimizers.decay_mask(nested(random_leaves(0))))
     assert {path for path, decays in without.items() if decays} == DECAYED | {"layers_01/attn/position_table"}
 
 
@@ -127,7 +127,7 @@ def test_weight_decay_applies_to_the_kernels_of_every_model(name):
     config = ModelConfig(name=name, width=32 if name == "swin_tiny" else 8)
     model = build(config, (32, 32, 3), 10, jnp.float32, jnp.float32)
     params, _ = jax.eval_shape(lambda: model.init(jax.random.key(0), (1, 32, 32, 3), jnp.float32))
-    mask = flattened(optim.decay_mask(params, model.no_decay))
+    mask = flattened(optimizers.decay_mask(params, model.no_decay))
     assert {path for path, decays in mask.items() if decays} == {path for path in mask if path.endswith("/kernel")}
 
 
@@ -149,13 +149,13 @@ def gradients_of_steps():
 def ours(config):
     """Parameters after three steps in f64, the rate warming up over two."""
     with jax.enable_x64(True):
-        optimizer = optim.make(config, optim.schedule(config, 3, 2, 256), NO_DECAY)
+        optimizer = optimizers.make(config, schedules.schedule(config, 3, 2, 256), NO_DECAY)
 
         @jax.jit
         def step(params, state, gradients):
-            clipped = optim.clip_by_global_norm(gradients, optim.global_norm(gradients), config.clip_norm)
-            updates, state = optimizer.update(clipped, state, params)
-            return optax.apply_updates(params, updates), state
+            clipped = updates.clip_by_global_norm(gradients, updates.global_norm(gradients), config.clip_norm)
+            changes, state = optimizer.update(clipped, state, params)
+            return optax.apply_updates(params, changes), state
 
         params = jax.tree.map(jnp.asarray, nested(random_leaves(0)))
         state = optimizer.init(params)
@@ -259,7 +259,7 @@ def test_lars_equals_the_paper(nesterov):
 
 def test_lars_moves_a_kernel_of_zeros():
     config = OptimConfig(name="lars", learning_rate=0.1, lr_scaling="none", schedule="constant", momentum=0.0)
-    optimizer = optim.make(config, optim.schedule(config, 1, 0, 1))
+    optimizer = optimizers.make(config, schedules.schedule(config, 1, 0, 1))
     params, gradients = {"kernel": jnp.zeros((2, 2))}, {"kernel": jnp.ones((2, 2))}
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
     np.testing.assert_allclose(updates["kernel"], -0.1, rtol=1e-6)
@@ -317,7 +317,7 @@ def test_muon_equals_the_paper(nesterov):
 def test_muon_on_some_of_the_layers_equals_muon_on_all():
     """A slice of the tree keeps each leaf's optimizer, although its first and last layer are others."""
     params, gradients = (jax.tree.map(jnp.float32, nested(random_leaves(seed))) for seed in (0, 1))
-    optimizer = optim.make(config_of("muon"), lambda step: 0.1, NO_DECAY)
+    optimizer = optimizers.make(config_of("muon"), lambda step: 0.1, NO_DECAY)
     state = optimizer.init(params)
 
     def part(tree):
@@ -334,18 +334,18 @@ def test_muon_on_some_of_the_layers_equals_muon_on_all():
 def test_muon_refuses_a_model_without_hidden_kernels():
     params = {"layers_00": {"kernel": jnp.ones((2, 2))}, "layers_01": {"kernel": jnp.ones((2, 2))}}
     with pytest.raises(ConfigError, match=r"config\.optim\.name='muon'.*use adamw"):
-        optim.make(OptimConfig(name="muon"), lambda step: 0.1).init(params)
+        optimizers.make(OptimConfig(name="muon"), lambda step: 0.1).init(params)
 
 
 # -------------------------------------------------------------------------------------------------------------- state
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float64"])
-@pytest.mark.parametrize("name", optim.OPTIMIZERS)
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
 def test_no_leaf_of_the_state_changes_and_each_is_a_scalar_or_shaped_like_its_parameter(name, dtype):
     with jax.enable_x64(dtype == "float64"):
         config = config_of(name)
-        optimizer = optim.make(config, optim.schedule(config, 10, 2, 256), NO_DECAY)
+        optimizer = optimizers.make(config, schedules.schedule(config, 10, 2, 256), NO_DECAY)
         params = nested({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in SHAPES.items()})
         before = jax.eval_shape(optimizer.init, params)
         updates, after = jax.eval_shape(optimizer.update, params, before, params)
@@ -384,7 +384,7 @@ def own_module(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("own_module")
 def test_a_users_own_optimizer_by_dotted_name():
     config = config_of("own_optim:factory", weight_decay=0.5)
-    optimizer = optim.make(config, optim.schedule(config, 4, 2, 256))
+    optimizer = optimizers.make(config, schedules.schedule(config, 4, 2, 256))
     params = {"kernel": jnp.full((2, 2), 4.0), "bias": jnp.full((2,), 4.0)}
     gradients = jax.tree.map(lambda p: -0.3 * p, params)
     updates, state = optimizer.update(gradients, optimizer.init(params), params)
@@ -397,7 +397,7 @@ def test_a_users_own_optimizer_by_dotted_name():
 @pytest.mark.usefixtures("own_module")
 @pytest.mark.parametrize(
     ("load", "field"),
-    [(lambda name: optim.make(config_of(name), lambda step: 0.1), "optim.name"), (optim.loss_fn, "optim.loss")],
+    [(lambda name: optimizers.make(config_of(name), lambda step: 0.1), "optim.name"), (losses.loss_fn, "optim.loss")],
 )
 def test_a_dotted_name_must_be_a_functions(load, field):
     with pytest.raises(ConfigError, match=rf"config\.{field}='own_optim:number': is a float; it must be a function"):
@@ -407,23 +407,23 @@ def test_a_dotted_name_must_be_a_functions(load, field):
 @pytest.mark.usefixtures("own_module")
 def test_a_factory_must_return_an_optimizer():
     with pytest.raises(ConfigError, match=r"own_optim:not_an_optimizer.*returned a float.*GradientTransformation"):
-        optim.make(config_of("own_optim:not_an_optimizer"), lambda step: 0.1)
+        optimizers.make(config_of("own_optim:not_an_optimizer"), lambda step: 0.1)
 
 
 @pytest.mark.usefixtures("own_module")
 def test_a_users_own_loss_by_dotted_name():
-    loss = optim.loss_fn("own_optim:squared")
+    loss = losses.loss_fn("own_optim:squared")
     np.testing.assert_allclose(loss(jnp.array([[1.0, 2.0]]), jnp.array([[0.0, 4.0]])), [5.0])
 
 
 def test_an_unknown_optimizer_is_answered_with_the_names():
     with pytest.raises(ConfigError, match=r"config\.optim\.name='admw'.*sgd, adamw, lamb.*Did you mean 'adamw'\?"):
-        optim.make(config_of("admw"), lambda step: 0.1)
+        optimizers.make(config_of("admw"), lambda step: 0.1)
 
 
 def test_an_unknown_loss_is_answered_with_the_names():
     with pytest.raises(ConfigError, match=r"config\.optim\.loss='crossentropy'.*Did you mean 'cross_entropy'\?"):
-        optim.loss_fn("crossentropy")
+        losses.loss_fn("crossentropy")
 
 
 # ------------------------------------------------------------------------------------------------ norm, average, loss
@@ -439,17 +439,17 @@ def test_clipping_equals_torch(max_norm):
     wanted_norm = torch.nn.utils.clip_grad_norm_(parameters, max_norm)
     with jax.enable_x64(True):
         gradients = jax.tree.map(jnp.asarray, nested(leaves))
-        norm = optim.global_norm(gradients)
-        clipped = flattened(optim.clip_by_global_norm(gradients, norm, max_norm))
+        norm = updates.global_norm(gradients)
+        clipped = flattened(updates.clip_by_global_norm(gradients, norm, max_norm))
         assert float(norm) == pytest.approx(wanted_norm.item(), rel=1e-14)
         assert_equal(clipped, {path: p.grad.numpy() for path, p in zip(leaves, parameters, strict=True)})
 
 
 def test_the_norm_of_half_precision_leaves_is_summed_in_f32():
-    norm = optim.global_norm({"a": jnp.ones((100, 100), jnp.bfloat16), "b": jnp.zeros(3, jnp.bfloat16)})
+    norm = updates.global_norm({"a": jnp.ones((100, 100), jnp.bfloat16), "b": jnp.zeros(3, jnp.bfloat16)})
     assert norm.dtype == jnp.float32
     assert float(norm) == 100.0  # a bfloat16 sum stops at 256
-    gradients = optim.clip_by_global_norm({"a": jnp.full((4,), 8.0, jnp.bfloat16)}, jnp.float32(16.0), 4.0)
+    gradients = updates.clip_by_global_norm({"a": jnp.full((4,), 8.0, jnp.bfloat16)}, jnp.float32(16.0), 4.0)
     assert gradients["a"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(gradients["a"].astype(jnp.float32), 2.0)
 
@@ -458,7 +458,7 @@ def test_the_norm_of_half_precision_leaves_is_summed_in_f32():
 def test_the_average_forgets_the_initial_weights_at_first(step, decay):
     with jax.enable_x64(True):
         old, new = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([3.0, -2.0])}
-        average = jax.jit(optim.ema_update, static_argnums=2)(old, new, 0.99, jnp.int32(step))
+        average = jax.jit(updates.ema_update, static_argnums=2)(old, new, 0.99, jnp.int32(step))
         assert average["w"].dtype == jnp.float64
         wanted = [decay + 3 * (1 - decay), 2 * decay - 2 * (1 - decay)]
         np.testing.assert_allclose(average["w"], wanted, rtol=1e-14, atol=1e-15)
@@ -467,19 +467,19 @@ def test_the_average_forgets_the_initial_weights_at_first(step, decay):
 def test_the_average_keeps_the_type_of_its_leaves():
     for dtype in (jnp.float32, jnp.bfloat16):
         tree = {"w": jnp.ones(3, dtype)}
-        assert optim.ema_update(tree, tree, 0.9, jnp.int32(5))["w"].dtype == dtype
+        assert updates.ema_update(tree, tree, 0.9, jnp.int32(5))["w"].dtype == dtype
 
 
 def test_cross_entropy_takes_probabilities_and_computes_in_f32():
     logits = jnp.log(jnp.array([[0.5, 0.25, 0.25], [0.125, 0.75, 0.125]])).astype(jnp.bfloat16)
     targets = jnp.array([[1.0, 0.0, 0.0], [0.5, 0.5, 0.0]])
-    loss = optim.loss_fn("cross_entropy")(logits, targets)
+    loss = losses.loss_fn("cross_entropy")(logits, targets)
     assert loss.dtype == jnp.float32
     wanted = [math.log(2), -(math.log(0.125) + math.log(0.75)) / 2]
     np.testing.assert_allclose(loss, wanted, rtol=5e-3)
     with jax.enable_x64(True):
         logits = jnp.log(jnp.array([[0.125, 0.75, 0.125]]))
-        exact = optim.loss_fn("cross_entropy")(logits, jnp.array([[0.5, 0.5, 0.0]]))
+        exact = losses.loss_fn("cross_entropy")(logits, jnp.array([[0.5, 0.5, 0.0]]))
         assert exact.dtype == jnp.float64
         np.testing.assert_allclose(exact, wanted[1:], rtol=1e-15)
 

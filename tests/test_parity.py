@@ -15,15 +15,17 @@ import parity
 import pytest
 
 import jaxtrain.data.augment
-import jaxtrain.step
+import jaxtrain.step.gradients
+import jaxtrain.step.train_step
+from jaxtrain.checkpoint.resume_point import Position, Resume
 from jaxtrain.config import DataConfig, LayoutConfig
-from jaxtrain.data import sources, tfds_sets
-from jaxtrain.engine import start_engine
+from jaxtrain.data import registry, tfds_sets
 from jaxtrain.models.layers import Context
 from jaxtrain.recipes import LAYOUTS as LAYOUT_ARGUMENTS
 from jaxtrain.recipes import change, resolve
-from jaxtrain.resume import Position, Resume
-from jaxtrain.run import load_data, make_run, settings
+from jaxtrain.training.compiled import start_engine
+from jaxtrain.training.jax_settings import settings
+from jaxtrain.training.setup import load_data, make_run
 
 ONE = LayoutConfig(data=1)
 
@@ -159,45 +161,45 @@ def need_cifar() -> None:
     root = Path(os.environ.get("JAXTRAIN_DATA_DIR", "/nowhere"))
     if not (root / "downloads" / "manual").is_dir() and not tfds_sets.cifar_directory("cifar10", root).is_dir():
         pytest.skip(f"cifar10 is not in $JAXTRAIN_DATA_DIR={root}")
-    sources.prepare(DataConfig(name="cifar10"))
+    registry.prepare(DataConfig(name="cifar10"))
 
 
 # ------------------------------------------------------------------------------------------------------ planted faults
 
 
 def drop_a_microbatch(monkeypatch):
-    call = jaxtrain.step.Step.__call__
+    call = jaxtrain.step.train_step.Step.__call__
 
     def fewer(self, *args):
         object.__setattr__(self, "microbatches", self.microbatches[:1])
         return call(self, *args)
 
-    monkeypatch.setattr(jaxtrain.step.Step, "__call__", fewer)
+    monkeypatch.setattr(jaxtrain.step.train_step.Step, "__call__", fewer)
 
 
 def sum_gradients(monkeypatch):
-    gradients = jaxtrain.step._gradients
+    gradients = jaxtrain.step.gradients.microbatch_gradients
 
     def summed(task, layout, *args):
         sums = gradients(task, layout, *args)
         parts = layout.config.microbatches
         return sums.replace(gradients=jax.tree.map(lambda g: g * parts, sums.gradients))
 
-    monkeypatch.setattr(jaxtrain.step, "_gradients", summed)
+    monkeypatch.setattr(jaxtrain.step.train_step, "microbatch_gradients", summed)
 
 
 def normalize_per_device(monkeypatch):
     def context(example, train, bn_groups):
         return Context(example=example, train=train, bn_groups=bn_groups * 2)
 
-    monkeypatch.setattr(jaxtrain.step, "Context", context)
+    monkeypatch.setattr(jaxtrain.step.gradients, "Context", context)
 
 
 def drop_the_same_on_every_device(monkeypatch):
     def context(example, train, bn_groups):
         return Context(example=example % (example.shape[0] // 2), train=train, bn_groups=bn_groups)
 
-    monkeypatch.setattr(jaxtrain.step, "Context", context)
+    monkeypatch.setattr(jaxtrain.step.gradients, "Context", context)
 
 
 def mix_across_the_batch(monkeypatch):

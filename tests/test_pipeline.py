@@ -15,19 +15,21 @@ import parity
 import pytest
 import runs
 
-from jaxtrain import evaluate, load_config, step
+from jaxtrain import evaluate, load_config
+from jaxtrain.checkpoint.resume_point import Position, Resume
 from jaxtrain.config import LayoutConfig, from_dict, plain
-from jaxtrain.engine import start_engine
 from jaxtrain.errors import ConfigError
-from jaxtrain.inspect import describe_layout, read_trace
-from jaxtrain.optim import global_norm
+from jaxtrain.optim.updates import global_norm
 from jaxtrain.parallel.layout import path_of
-from jaxtrain.parallel.schedule import in_flight
-from jaxtrain.pipeline import programs
-from jaxtrain.pipeline.slices import Pullback
-from jaxtrain.pipeline.step import Flight
-from jaxtrain.resume import Position, Resume
-from jaxtrain.run import load_data, make_run, settings
+from jaxtrain.step import update
+from jaxtrain.step.pipeline import programs
+from jaxtrain.step.pipeline.chunks import Pullback
+from jaxtrain.step.pipeline.schedule import in_flight
+from jaxtrain.step.pipeline.train_step import Flight
+from jaxtrain.training.compiled import start_engine
+from jaxtrain.training.jax_settings import settings
+from jaxtrain.training.layout_report import describe_layout, read_trace
+from jaxtrain.training.setup import load_data, make_run
 
 # At least two layers a slice, also where four stages hold one each: `interleaved_1f1b` with 2 x 2 slices.
 DEEP = {
@@ -193,7 +195,7 @@ def test_a_devices_part_need_not_hold_whole_batch_norm_groups(batch, groups):
 def clip_by_stage(monkeypatch):
     def own(task, shardings, updating, state, gradients, batch_stats, verdict):
         verdict = verdict.replace(norm=global_norm(gradients))
-        return step.advance(task, shardings, updating, state, gradients, batch_stats, verdict)
+        return update.advance(task, shardings, updating, state, gradients, batch_stats, verdict)
 
     monkeypatch.setattr(programs, "advance", own)
 
@@ -203,7 +205,7 @@ def average_by_stage(monkeypatch):
 
     def own(task, shardings, updating, state, *more):
         late = "layers_00" not in state.params
-        after, updates = step.advance(task, shardings, updating, state.replace(step=state.step + late), *more)
+        after, updates = update.advance(task, shardings, updating, state.replace(step=state.step + late), *more)
         return after, updates
 
     monkeypatch.setattr(programs, "advance", own)

@@ -10,7 +10,7 @@ import pytest
 
 from jaxtrain.config import Config, DataConfig, OptimConfig, flatten, from_dict, plain, to_dict
 from jaxtrain.errors import ConfigError
-from jaxtrain.optim import learning_rate
+from jaxtrain.optim.schedules import learning_rate
 from jaxtrain.recipes import LAYOUTS, change, load_config, recipe, resolve
 
 CONFIGS = Path(__file__).parents[1] / "configs"

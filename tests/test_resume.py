@@ -600,7 +600,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_that_update(tmp_path):
 
 def test_fp16_halves_its_scale_after_an_overflow_and_resumes_with_it(tmp_path, monkeypatch):
     (tmp_path / "steep.py").write_text(
-        "from jaxtrain.optim import loss_fn\n\n\ndef loss(logits, targets):\n"
+        "from jaxtrain.optim.losses import loss_fn\n\n\ndef loss(logits, targets):\n"
         '    return 1000 * loss_fn("cross_entropy")(logits, targets)\n'
     )
     monkeypatch.syspath_prepend(tmp_path)

@@ -10,7 +10,8 @@ from xml.etree import ElementTree
 import pytest
 
 from jaxtrain.errors import ConfigError, JaxtrainError
-from jaxtrain.parallel.schedule import (
+from jaxtrain.step.pipeline.plot import svg
+from jaxtrain.step.pipeline.schedule import (
     SCHEDULES,
     Op,
     Schedule,
@@ -23,7 +24,7 @@ from jaxtrain.parallel.schedule import (
     one_forward_one_backward,
     total_order,
 )
-from jaxtrain.parallel.timeline import Event, Timeline, ideal_bubble, simulate, svg
+from jaxtrain.step.pipeline.timeline import Event, Timeline, ideal_bubble, simulate
 
 TABLE = [
     (name, stages, microbatches, chunks)
@@ -132,7 +133,7 @@ def test_total_order_is_by_start_then_stage():
 
 
 def test_total_order_is_the_same_in_every_process():
-    code = "from jaxtrain.parallel.schedule import *; print(total_order(make('interleaved_1f1b', 3, 6, 2)))"
+    code = "from jaxtrain.step.pipeline.schedule import *; print(total_order(make('interleaved_1f1b', 3, 6, 2)))"
     here = str(total_order(make("interleaved_1f1b", 3, 6, 2)))
     for seed in ("1", "2"):
         env = {"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)}

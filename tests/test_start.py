@@ -7,14 +7,14 @@ import sys
 import pytest
 from runs import ROOT, SMALL, here
 
-from jaxtrain import engine
+from jaxtrain.training import compiled
 
 
 @pytest.fixture
 def made(monkeypatch):
     """Which fresh states were made."""
-    found, make = [], engine.create_state
-    monkeypatch.setattr(engine, "create_state", lambda *given: found.append(1) or make(*given))
+    found, make = [], compiled.create_state
+    monkeypatch.setattr(compiled, "create_state", lambda *given: found.append(1) or make(*given))
     return found
 
 

@@ -13,11 +13,11 @@ import pytest
 import runs
 from runs import SMALL, here
 
-from jaxtrain.config import Duration
 from jaxtrain.distributed.interrupt import Interrupt
+from jaxtrain.durations import Duration
 from jaxtrain.errors import PreemptedError
-from jaxtrain.step import Step
-from jaxtrain.trainer import Cadence
+from jaxtrain.step.train_step import Step
+from jaxtrain.training.cadence import Cadence
 
 # Twelve steps in epochs of four, cut by whatever may be due; and twelve in which nothing is.
 CUT = SMALL | {

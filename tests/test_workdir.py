@@ -9,8 +9,10 @@ from pathlib import Path
 import pytest
 
 from jaxtrain import workdir as wd
+from jaxtrain.checkpoint import config_changes
 from jaxtrain.config import Config, OptimConfig, TrainConfig, flat_keys, to_dict
 from jaxtrain.errors import WorkdirError
+from jaxtrain.host import files
 
 
 def refusal(path) -> str:
@@ -115,7 +117,7 @@ def test_a_file_system_that_is_really_read_only_is_refused(tmp_path):
 
 def test_an_interrupted_write_keeps_the_old_text(tmp_path, monkeypatch):
     path = tmp_path / "result.json"
-    wd.atomic_write(path, "old")
+    files.atomic_write(path, "old")
 
     def full(*_args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -123,11 +125,11 @@ def test_an_interrupted_write_keeps_the_old_text(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(WorkdirError, match=r"result\.json cannot be written \(No space left on device\)"):
-            wd.atomic_write(path, "new")
+            files.atomic_write(path, "new")
     assert path.read_text() == "old"
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
     (tmp_path / ".result.json.part").write_text("what a killed process left")
-    wd.atomic_write(path, "new")
+    files.atomic_write(path, "new")
     assert path.read_text() == "new"
     assert [p.name for p in tmp_path.iterdir()] == ["result.json"]
 
@@ -137,7 +139,7 @@ def test_config_is_stored_and_read_back(tmp_path):
     assert run.read_config() is None
     config = to_dict(Config(optim=OptimConfig(learning_rate=1 / 3)))
     run.write_config(config)
-    assert wd.changes(run.read_config() or {}, config) == []  # tuples come back as lists: no change
+    assert config_changes.changes(run.read_config() or {}, config) == []  # tuples come back as lists: no change
 
 
 @pytest.mark.parametrize("text", ["", '{"seed": 0', "[1]", "null", b"\xff\xfe{}"])
@@ -158,7 +160,7 @@ def changed(**values):
     for name, value in values.items():
         *section, key = name.split("__")
         (new[section[0]] if section else new)[key] = value
-    return wd.changes(to_dict(Config()), new)
+    return config_changes.changes(to_dict(Config()), new)
 
 
 def test_every_field_has_its_kind():
@@ -185,7 +187,7 @@ def test_every_field_has_its_kind():
         "train.precision",
     }
     other = {key: object() for key in flat_keys()}
-    kinds = {change.key: change.kind for change in wd.changes({}, other)}
+    kinds = {change.key: change.kind for change in config_changes.changes({}, other)}
     got = {kind: {key for key, value in kinds.items() if value == kind} for kind in ("free", "length", "numbers")}
     assert got == {"free": free, "length": length, "numbers": numbers}
 
@@ -193,22 +195,22 @@ def test_every_field_has_its_kind():
 def test_what_moves_where_or_how_often_is_free():
     found = changed(layout__zero=3, layout__microbatches=4, checkpoint__keep=5, train__log_every=1, data__workers=2)
     assert len(found) == 5
-    assert wd.refused(found, same_rates=False) == []
+    assert config_changes.refused(found, same_rates=False) == []
 
 
 def test_bn_groups_is_not_a_layout():
-    assert [c.key for c in wd.refused(changed(model__bn_groups=4), same_rates=True)] == ["model.bn_groups"]
+    assert [c.key for c in config_changes.refused(changed(model__bn_groups=4), same_rates=True)] == ["model.bn_groups"]
 
 
 def test_the_length_is_free_only_where_no_rate_already_used_moves():
     found = changed(train__epochs=7)
-    assert wd.refused(found, same_rates=True) == []
-    assert [c.key for c in wd.refused(found, same_rates=False)] == ["train.epochs"]
+    assert config_changes.refused(found, same_rates=True) == []
+    assert [c.key for c in config_changes.refused(found, same_rates=False)] == ["train.epochs"]
 
 
 def test_the_refusal_names_each_key_both_values_and_the_flag(tmp_path):
-    found = wd.refused(changed(optim__learning_rate=0.2, seed=3, layout__zero=1), same_rates=True)
-    text = wd.refuse_text(tmp_path, found)
+    found = config_changes.refused(changed(optim__learning_rate=0.2, seed=3, layout__zero=1), same_rates=True)
+    text = config_changes.refuse_text(tmp_path, found)
     assert f"{tmp_path} " in text
     assert "(config.seed: 0 -> 3, config.optim.learning_rate: 0.1 -> 0.2)" in text
     assert "--config.checkpoint.allow_changes=true" in text
@@ -219,11 +221,11 @@ def test_the_refusal_names_each_key_both_values_and_the_flag(tmp_path):
 def test_a_field_that_an_older_version_did_not_store_had_its_default():
     stored = to_dict(Config())
     del stored["optim"]["ema"]
-    assert wd.changes(stored, to_dict(Config())) == []
+    assert config_changes.changes(stored, to_dict(Config())) == []
     new = to_dict(Config(optim=dataclasses.replace(Config().optim, ema=0.9)))
-    assert [str(c) for c in wd.changes(stored, new)] == ["config.optim.ema: 0.0 -> 0.9"]
+    assert [str(c) for c in config_changes.changes(stored, new)] == ["config.optim.ema: 0.0 -> 0.9"]
 
 
 def test_a_field_that_only_the_stored_config_has_is_a_change():
     stored = {**to_dict(Config(train=TrainConfig())), "gone": 1}
-    assert [(c.key, c.kind) for c in wd.changes(stored, to_dict(Config()))] == [("gone", "numbers")]
+    assert [(c.key, c.kind) for c in config_changes.changes(stored, to_dict(Config()))] == [("gone", "numbers")]

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from jaxtrain import xla_flags
+from jaxtrain.host import xla_flags
 
 
 def test_a_flag_that_the_user_has_set_stays(monkeypatch):

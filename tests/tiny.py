@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import linen as nn
 
-from jaxtrain.data import sources
+from jaxtrain.data import registry
 from jaxtrain.data.base import Subset
 from jaxtrain.models.classifier import Classifier
 from jaxtrain.models.layers import Dropout, Layer, at_least_f32
@@ -25,7 +25,7 @@ def resnet(config, *, image_shape, num_classes, dtype, param_dtype):
 
 def digits(config, *, image_size):
     """The handwritten digits, with 40 for validation and 40 for the test: evaluations are not what is tested."""
-    found = sources.load(dataclasses.replace(config, name="digits"), image_size=image_size)
+    found = registry.load(dataclasses.replace(config, name="digits"), image_size=image_size)
     first = np.arange(40)
     return dataclasses.replace(found, validation=Subset(found.validation, first), test=Subset(found.test, first))
 

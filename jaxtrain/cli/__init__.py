@@ -15,9 +15,9 @@ from typing import NoReturn
 
 from jaxtrain.cli import checkpoint, config, data, demo, doctor, evaluate, goodput, launch, layout, logs, train
 from jaxtrain.config import did_you_mean
-from jaxtrain.distributed.failure import Report
+from jaxtrain.distributed.exit_report import Report
 from jaxtrain.errors import REPORT_THIS, ConfigError, JaxtrainError
-from jaxtrain.outside import escape_message, printable
+from jaxtrain.host.text import escape_message, printable
 from jaxtrain.recipes import split_override
 
 COMMANDS = {

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from jaxtrain.checkpoint_files import manifested_steps, problems, read_manifest
+from jaxtrain.checkpoint.manifest import manifested_steps, problems, read_manifest
 from jaxtrain.cli import start
 from jaxtrain.errors import CheckpointError
 from jaxtrain.workdir import named

@@ -10,7 +10,8 @@ from rich.progress import track
 
 from jaxtrain.config import DataConfig
 from jaxtrain.errors import ConfigError
-from jaxtrain.outside import printable, require_local
+from jaxtrain.host.paths import require_local
+from jaxtrain.host.text import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,22 +26,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints where the data set is, or how many examples of each split are sound."""
-    from jaxtrain.data import sources  # noqa: PLC0415
+    from jaxtrain.data import registry  # noqa: PLC0415
 
     require_local(arguments.dir, f"--dir {arguments.dir}", ConfigError)
     config = dataclasses.replace(DataConfig(), name=arguments.name, dir=arguments.dir, splits=arguments.splits)
-    path = sources.prepare(config)
+    path = registry.prepare(config)
     if arguments.action == "prepare":
         print(printable(f"{arguments.name}: {path or 'made as it is read, nothing on disk'}"))
         if arguments.name.startswith("folder:"):
-            dataset = sources.load(config, image_size=32)
-            print(printable(sources.record_contents(config, dataset, afresh=True, progress=_progress)))
+            dataset = registry.load(config, image_size=32)
+            print(printable(registry.record_contents(config, dataset, afresh=True, progress=_progress)))
         return
-    recorded = sources.recorded_on(config)
-    counts = sources.verify(config, _progress)
+    recorded = registry.recorded_on(config)
+    counts = registry.verify(config, _progress)
     print(printable(f"{arguments.name}: sound; " + ", ".join(f"{count} {split}" for split, count in counts.items())))
     if arguments.name.startswith("folder:"):
-        now = "recorded now, to be compared with from now on" if sources.recorded_on(config) else "not recorded"
+        now = "recorded now, to be compared with from now on" if registry.recorded_on(config) else "not recorded"
         print(f"contents: as on {recorded}" if recorded else f"contents: {now}")
 
 

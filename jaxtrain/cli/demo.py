@@ -6,7 +6,7 @@ import json
 
 from jaxtrain.cli import start
 from jaxtrain.errors import JaxtrainError
-from jaxtrain.outside import printable
+from jaxtrain.host.text import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prints each check as it is made. Raises `JaxtrainError` naming those that failed."""
     start.start_devices(arguments)
-    from jaxtrain.demo import Check, run_demo  # noqa: PLC0415  bad arguments are answered before JAX is loaded
+    from jaxtrain.doctor.demo import Check, run_demo  # noqa: PLC0415  bad arguments are answered before JAX is loaded
 
     def show(check: Check) -> None:
         print(printable(f"{'ok' if check.passed else 'FAILED':8}{check.name}: {check.found}"), flush=True)

@@ -4,9 +4,9 @@ import argparse
 import dataclasses
 import json
 
-from jaxtrain.doctor import Check, examine, write
+from jaxtrain.doctor.checks import Check, examine, write
 from jaxtrain.errors import EnvironmentMismatchError
-from jaxtrain.outside import printable
+from jaxtrain.host.text import printable
 from jaxtrain.workdir import named
 
 

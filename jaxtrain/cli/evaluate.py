@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prints the result."""
     start.start_devices(arguments)
-    from jaxtrain.evaluation import evaluate  # noqa: PLC0415
+    from jaxtrain.training.evaluate import evaluate  # noqa: PLC0415
 
     with start.warnings_shown():
         found = evaluate(

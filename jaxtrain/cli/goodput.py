@@ -6,8 +6,8 @@ import json
 from rich.table import Table
 
 from jaxtrain.cli.start import console
-from jaxtrain.logging.goodput import goodput, read_starts
-from jaxtrain.logging.progress import duration
+from jaxtrain.observability.goodput import goodput, read_starts
+from jaxtrain.observability.progress import duration
 from jaxtrain.workdir import Workdir, named
 
 

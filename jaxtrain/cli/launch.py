@@ -4,9 +4,9 @@ import argparse
 import sys
 from pathlib import Path
 
+from jaxtrain.distributed.supervisor import Options, Supervisor, missing_gpus, say
 from jaxtrain.errors import ConfigError
-from jaxtrain.gpus import Gpus
-from jaxtrain.supervisor import Options, Supervisor, missing_gpus, say
+from jaxtrain.host.gpus import Gpus
 
 # `jaxtrain` again, wherever this package lies. Not by `-m`, which would look for it in the current directory first.
 _PARENT = str(Path(__file__).resolve().parents[2])

@@ -9,8 +9,9 @@ from rich.table import Column, Table
 
 from jaxtrain.cli import start
 from jaxtrain.errors import ConfigError
-from jaxtrain.outside import printable, require_local
-from jaxtrain.workdir import atomic_write
+from jaxtrain.host.files import atomic_write
+from jaxtrain.host.paths import require_local
+from jaxtrain.host.text import printable
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +30,7 @@ def run(arguments: argparse.Namespace) -> None:
         require_local(path, f"--{option.replace('_', '-')} {path}", ConfigError)
     resolved = start.resolved(arguments)
     start.start_devices(arguments)
-    from jaxtrain.inspect import describe_layout, draw_schedule  # noqa: PLC0415
+    from jaxtrain.training.layout_report import describe_layout, draw_schedule  # noqa: PLC0415
 
     if arguments.schedule_plot:
         atomic_write(Path(arguments.schedule_plot), draw_schedule(resolved.config, arguments.devices, arguments.trace))

@@ -4,8 +4,8 @@ import argparse
 import dataclasses
 import json
 
-from jaxtrain.logging.merged import merged
-from jaxtrain.outside import indented
+from jaxtrain.host.text import indented
+from jaxtrain.observability.merged_logs import merged
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.text import Text
 
 from jaxtrain.config import flatten, to_dict
-from jaxtrain.distributed.place import find_place
+from jaxtrain.distributed.cluster import find_place
 from jaxtrain.errors import ConfigError
-from jaxtrain.outside import printable
+from jaxtrain.host.text import printable
 from jaxtrain.plugins import add_working_directory, code_in
 from jaxtrain.recipes import Resolved, resolve
 
@@ -113,7 +113,7 @@ def start_processes(arguments: argparse.Namespace, resolved: Resolved, workdir: 
     place = find_place(arguments.coordinator, arguments.num_processes, arguments.process_id)
     if place is None or place.processes == 1:
         return
-    from jaxtrain.distributed.join import fingerprint_of, join  # noqa: PLC0415  without other processes JAX is loaded later
+    from jaxtrain.distributed.initialize import fingerprint_of, join  # noqa: PLC0415  without other processes JAX is loaded later
 
     config = flatten(to_dict(resolved.config))
     if names := code_in(config).values():

@@ -4,11 +4,11 @@ import argparse
 import os
 import sys
 
-from jaxtrain import xla_flags
 from jaxtrain.cli import start
-from jaxtrain.distributed.failure import Report, as_peer_error
+from jaxtrain.distributed.exit_report import Report, as_peer_error
 from jaxtrain.errors import REPORT_THIS, InterruptedRunError, JaxtrainError, PreemptedError
-from jaxtrain.outside import printable
+from jaxtrain.host import xla_flags
+from jaxtrain.host.text import printable
 from jaxtrain.workdir import named
 
 
@@ -28,7 +28,7 @@ def run(arguments: argparse.Namespace) -> None:
     start.check_devices(arguments)
     workdir = arguments.workdir or str(start.default_workdir(resolved.name))
     named(workdir)  # as it was written: of a path the slashes are folded
-    from jaxtrain.distributed import processes  # noqa: PLC0415  a bad config is answered before JAX is loaded
+    from jaxtrain.distributed import coordination  # noqa: PLC0415  a bad config is answered before JAX is loaded
     from jaxtrain.distributed.interrupt import catch_signals  # noqa: PLC0415
 
     with catch_signals(leave) as interrupt:
@@ -38,12 +38,12 @@ def run(arguments: argparse.Namespace) -> None:
             xla_flags.set_flags(flags)  # before the processes join
             start.start_devices(arguments)
             start.start_processes(arguments, resolved, workdir)
-            from jaxtrain.trainer import train  # noqa: PLC0415  JAX is set up by now
+            from jaxtrain.training.session import train  # noqa: PLC0415  JAX is set up by now
 
             train(resolved.config, workdir, num_devices=arguments.devices, interrupt=interrupt)
         except Exception as error:
             stopped = isinstance(error, (PreemptedError, InterruptedRunError))
-            if processes.count() > 1:
+            if coordination.count() > 1:
                 error = as_peer_error(error)
                 interrupt.ends(None if stopped else error)
             elif not stopped:
@@ -54,9 +54,9 @@ def run(arguments: argparse.Namespace) -> None:
 
 def leave(error: BaseException) -> None:
     """Ends the process at once, from any thread: JAX would wait 300 s for the others, Python for a stuck reader."""
-    from jaxtrain.distributed import processes  # noqa: PLC0415
+    from jaxtrain.distributed import coordination  # noqa: PLC0415
 
-    report = Report.of(error, processes.index())
+    report = Report.of(error, coordination.index())
     report.write()
     known = isinstance(error, JaxtrainError)
     text = report.message if known else f"{REPORT_THIS}\n{report.trace}"

@@ -18,7 +18,7 @@ import numpy as np
 from jax import lax
 from jax.typing import DTypeLike
 
-from jaxtrain.data import draw
+from jaxtrain.data import random_bits
 from jaxtrain.data.randaugment import color_jitter, rand_augment
 from jaxtrain.errors import ConfigError
 
@@ -158,7 +158,7 @@ def _example_words(key: jax.Array, example: jax.Array) -> dict[str, jax.Array]:
     root = jax.random.fold_in(key, _EXAMPLE)
     keys = jax.vmap(lambda index: jax.random.fold_in(root, index))(example)
     ends = list(itertools.accumulate(_WORDS.values()))
-    return dict(zip(_WORDS, jnp.split(draw.words(keys, ends[-1]), ends[:-1], axis=1), strict=True))
+    return dict(zip(_WORDS, jnp.split(random_bits.words(keys, ends[-1]), ends[:-1], axis=1), strict=True))
 
 
 # ----------------------------------------------------------------------------------------------------- uint8 to uint8
@@ -210,7 +210,7 @@ def pad(images: jax.Array, width: int = 0) -> jax.Array:
 def random_crop(images: jax.Array, size: int, words: jax.Array) -> jax.Array:
     """A random square [size, size] of each of the square images [B, S, S, C], by its words [B, 2]."""
     batch, side, _, channels = images.shape
-    corners = draw.below(side - size + 1, words)
+    corners = random_bits.below(side - size + 1, words)
     # Whole rows as the last dim: on a CPU 3 to 6 times as fast as slices that keep the few channels apart.
     rows = images.reshape(batch, side, side * channels)
     crop = jax.vmap(lambda row, y, x: lax.dynamic_slice(row, (y, x * channels), (size, size * channels)))
@@ -219,7 +219,7 @@ def random_crop(images: jax.Array, size: int, words: jax.Array) -> jax.Array:
 
 def random_flip(images: jax.Array, words: jax.Array) -> jax.Array:
     """Mirrors each of the images [B, S, S, C] left to right with probability 1/2, by its word [B, 1]."""
-    flip = draw.below(2, words) == 1
+    flip = random_bits.below(2, words) == 1
     return jnp.where(flip[:, :, None, None], images[:, :, ::-1], images)
 
 
@@ -256,15 +256,15 @@ def random_erase(x: jax.Array, words: jax.Array) -> jax.Array:
     normalised x [B, S, S, C], so that 0 is the mean colour; words are [B, 23].
     """
     side, tries = x.shape[1], _ERASE_TRIES
-    erase = draw.uniform(words[:, :1], x.dtype) < _ERASE_PROBABILITY
-    area = side**2 * _between(*_ERASE_AREA, draw.uniform(words[:, 1 : 1 + tries], x.dtype))
-    log_aspect = _between(*_ERASE_LOG_ASPECT, draw.uniform(words[:, 1 + tries : 1 + 2 * tries], x.dtype))
+    erase = random_bits.uniform(words[:, :1], x.dtype) < _ERASE_PROBABILITY
+    area = side**2 * _between(*_ERASE_AREA, random_bits.uniform(words[:, 1 : 1 + tries], x.dtype))
+    log_aspect = _between(*_ERASE_LOG_ASPECT, random_bits.uniform(words[:, 1 + tries : 1 + 2 * tries], x.dtype))
     height = jnp.round(jnp.sqrt(area * jnp.exp(log_aspect))).astype(jnp.int32)  # [B, tries]
     width = jnp.round(jnp.sqrt(area * jnp.exp(-log_aspect))).astype(jnp.int32)
     fits = (height < side) & (width < side)
     first = jnp.argmax(fits, axis=1, keepdims=True)
     extent = jnp.concatenate([jnp.take_along_axis(tried, first, axis=1) for tried in (height, width)], axis=1)
-    start = draw.below(side - extent + 1, words[:, -2:])
+    start = random_bits.below(side - extent + 1, words[:, -2:])
     line = jnp.arange(side, dtype=jnp.int32)
     inside = (line >= start[..., None]) & (line < (start + extent)[..., None])  # [B, 2, S]: rows, columns
     box = inside[:, 0, :, None] & inside[:, 1, None, :] & (erase & fits.any(1, keepdims=True))[..., None]
@@ -291,14 +291,14 @@ def mix_shares(pre: Preprocess, key: jax.Array) -> tuple[jax.Array, jax.Array]:
     they are neighbours, and so in one microbatch, on one device (if that has an even number) and in one BatchNorm group.
     Without a partner, the last example stays as it is.
     """
-    word = draw.words(jax.random.fold_in(key, _BATCH)[None], 4)[0]
-    side, share = pre.image_size, draw.uniform(word[0], pre.float_dtype)
+    word = random_bits.words(jax.random.fold_in(key, _BATCH)[None], 4)[0]
+    side, share = pre.image_size, random_bits.uniform(word[0], pre.float_dtype)
     ways: list[tuple[jax.Array, jax.Array]] = []
     if pre.mixup:
-        ways.append(_mixup_shares(draw.beta_quantile(pre.mixup, share), side))
+        ways.append(_mixup_shares(random_bits.beta_quantile(pre.mixup, share), side))
     if pre.cutmix:
-        ways.append(_cutmix_shares(draw.beta_quantile(pre.cutmix, share), side, word[1:3]))
-    first = draw.below(len(ways), word[3]) == 0
+        ways.append(_cutmix_shares(random_bits.beta_quantile(pre.cutmix, share), side, word[1:3]))
+    first = random_bits.below(len(ways), word[3]) == 0
     pixels, label = (jnp.where(first, a, b) for a, b in zip(ways[0], ways[-1], strict=True))
     return pixels, label
 
@@ -318,7 +318,7 @@ def _cutmix_shares(lam: jax.Array, side: int, word: jax.Array) -> tuple[jax.Arra
     The box has 1 - lam of the area and its centre anywhere, so that it is cut off at the edges.
     """
     half = (side * jnp.sqrt(1 - lam)).astype(jnp.int32) // 2
-    center = draw.below(side, word)[:, None]
+    center = random_bits.below(side, word)[:, None]
     line = jnp.arange(side, dtype=jnp.int32)
     rows, columns = (line >= center - half) & (line < center + half)
     outside = (~(rows[:, None] & columns)).astype(lam.dtype)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from jaxtrain.errors import DataError
-from jaxtrain.workdir import atomic_write, read_json, writing
+from jaxtrain.host.files import atomic_write, read_json, writing
 
 _THREADS = 4
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxtrain.data import draw
+from jaxtrain.data import random_bits
 
 OPERATIONS = (
     "identity", "shear_x", "shear_y", "translate_x", "translate_y", "rotate", "brightness", "color", "contrast",
@@ -50,7 +50,7 @@ def rand_augment(images: jax.Array, words: jax.Array) -> jax.Array:
     Returns:
         uint8 [B, S, S, C].
     """
-    turns = draw.below(2 * len(OPERATIONS), words)
+    turns = random_bits.below(2 * len(OPERATIONS), words)
 
     def step(state: tuple[jax.Array, jax.Array], turn: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         return _operate(_look_up(*state), turn >> 1, (turn & 1) == 1), None
@@ -94,8 +94,8 @@ def color_jitter(images: jax.Array, words: jax.Array) -> jax.Array:
     The hue stays. Images and result as in `rand_augment`; words are random, uint32 [B, 4].
     """
     span = _fixed_point(1 + _JITTER) - _fixed_point(1 - _JITTER) + 1
-    factors = _fixed_point(1 - _JITTER) + draw.below(span, words[:, :3])
-    turns = jnp.asarray(_JITTER_ORDERS)[draw.below(len(_JITTER_ORDERS), words[:, 3])]
+    factors = _fixed_point(1 - _JITTER) + random_bits.below(span, words[:, :3])
+    turns = jnp.asarray(_JITTER_ORDERS)[random_bits.below(len(_JITTER_ORDERS), words[:, 3])]
 
     def step(images: jax.Array, turn: jax.Array) -> tuple[jax.Array, None]:
         grey = _luminance(images)

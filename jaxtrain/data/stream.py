@@ -25,10 +25,10 @@ import grain
 import numpy as np
 from absl import flags
 
-from jaxtrain.cpus import usable_cpus
 from jaxtrain.data import order
 from jaxtrain.data.base import Source
 from jaxtrain.errors import DataError, JaxtrainError
+from jaxtrain.host.cpus import usable_cpus
 
 _READ_AHEAD = 2  # batches ready beside the one in use, in this process or in each worker
 _MOST_WORKERS = 16  # of one training process, each with a copy of the program (about 0.2 GB) and two batches

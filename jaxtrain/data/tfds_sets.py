@@ -33,7 +33,8 @@ from tensorflow_datasets.proto import tf_example_pb2
 
 from jaxtrain.data import base, cifar, images
 from jaxtrain.errors import ConfigError, DataError
-from jaxtrain.outside import create, no_link, printable
+from jaxtrain.host.files import create, no_link
+from jaxtrain.host.text import printable
 
 _MANIFEST = "jaxtrain.json"
 _SPLITS = ("train", "test")

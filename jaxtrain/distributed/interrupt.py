@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from jaxtrain.distributed import processes
+from jaxtrain.distributed import coordination
 from jaxtrain.errors import InterruptedRunError, JaxtrainError, PeerError, PreemptedError
 
 _LISTEN_SECONDS = 0.3
@@ -63,7 +63,7 @@ class Interrupt:
 
     def connect(self) -> None:
         """From now on hears what the other processes are told. Does nothing in a run of one process, or a second time."""
-        if self._words or processes.count() == 1:
+        if self._words or coordination.count() == 1:
             return
         self._words = f"jaxtrain/start {next(_starts)}"
         self._listener = threading.Thread(target=self._listen, name="listens to the others", daemon=True)
@@ -77,7 +77,7 @@ class Interrupt:
         if failure is not None:
             text = str(failure) or type(failure).__name__
             self._say(
-                "failed", {"process": processes.index(), "host": socket.gethostname(), "text": text, "lost": lost}
+                "failed", {"process": coordination.index(), "host": socket.gethostname(), "text": text, "lost": lost}
             )
         self._farewell(lost)
 
@@ -105,7 +105,9 @@ class Interrupt:
             if self.signal is not None:
                 return
             self.signal, mine = number, self._points + 1  # the main thread cannot pass the next point unseen
-        all_points = processes.from_all(f"{self._words}/stop at", str(mine), _AGREE_SECONDS) if self._words else [mine]
+        all_points = (
+            coordination.from_all(f"{self._words}/stop at", str(mine), _AGREE_SECONDS) if self._words else [mine]
+        )
         at = max(map(int, all_points))
         self._stop_at = at
         self._agreed.set()
@@ -123,26 +125,28 @@ class Interrupt:
 
         The words go through process 0, and JAX aborts a process that loses it.
         """
-        processes.publish(f"{self._words}/farewell/{processes.index()}", "")
-        if processes.index() == 0:
+        coordination.publish(f"{self._words}/farewell/{coordination.index()}", "")
+        if coordination.index() == 0:
             until = time.monotonic() + (_LAST_WORDS_SECONDS if lost else _FAREWELL_SECONDS)
-            while len(processes.said(f"{self._words}/farewell/")) < processes.count() and time.monotonic() < until:
+            while (
+                len(coordination.said(f"{self._words}/farewell/")) < coordination.count() and time.monotonic() < until
+            ):
                 time.sleep(0.05)
             time.sleep(_EXIT_SECONDS)
 
     def _say(self, word: str, said: dict[str, Any]) -> None:
-        processes.publish(f"{self._words}/said/{word}", json.dumps(said))
+        coordination.publish(f"{self._words}/said/{word}", json.dumps(said))
 
     def _listen(self) -> None:
-        pause = max(_LISTEN_SECONDS, processes.count() / _QUESTIONS_A_SECOND)
+        pause = max(_LISTEN_SECONDS, coordination.count() / _QUESTIONS_A_SECOND)
         while not self._closed.wait(pause):
             try:
-                said = processes.said(f"{self._words}/said/")
+                said = coordination.said(f"{self._words}/said/")
             except RuntimeError as error:  # process 0 is gone
                 text = f"Process 0 of this run ended or does not answer ({str(error).splitlines()[0]})."
                 self._peer_failed(text, lost=True)
                 return
-            if "failed" in said and (what := json.loads(said["failed"]))["process"] != processes.index():
+            if "failed" in said and (what := json.loads(said["failed"]))["process"] != coordination.index():
                 self._peer_failed(f"Process {what['process']} on {what['host']} failed: {what['text']}", what["lost"])
                 return
             if "stop" in said:

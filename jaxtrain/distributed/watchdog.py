@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jaxtrain.errors import HangError, JaxtrainError
-from jaxtrain.outside import create, no_link
+from jaxtrain.host.files import create, no_link
 
 HEARTBEAT_FILE = "JAXTRAIN_HEARTBEAT"  # set by `jaxtrain launch`, for each process its own
 _BEAT_SECONDS = 1.0

@@ -12,7 +12,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-PyTree = Any
+from jaxtrain.trees import PyTree
 
 
 def view(array: jax.Array, sharding: NamedSharding) -> jax.Array:

@@ -14,8 +14,8 @@ import jax
 from jaxtrain.errors import JaxtrainError
 from jaxtrain.parallel.layout import Layout, Placement, bytes_per_device
 from jaxtrain.parallel.mesh import batch_ways
+from jaxtrain.trees import PyTree
 
-PyTree = Any
 _COLLECTIVE = re.compile(r"= .*? (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 _REDUCING = ("all-reduce", "reduce-scatter")
 _UPDATING = re.compile(r"(.*: )?(update|measure|judge|finish)")
@@ -38,7 +38,7 @@ def audit(layout: Layout, table: Mapping[str, list[Placement]], state: PyTree, s
     """Raises `AuditError` with the setting's or the leaf's name; what cannot have an effect here becomes a note.
 
     table: `Layout.table(state)` and the gradient accumulator's placements under "gradients". state: the arrays.
-    step: the compiled step (`jaxtrain.step.Step`, or the pipeline's).
+    step: the compiled step (`jaxtrain.step.train_step.Step`, or the pipeline's).
     """
     trees = {f.name: jax.tree.leaves(getattr(state, f.name)) for f in dataclasses.fields(state)}
     held = {name: _check_tree(name, leaves, table[name]) for name, leaves in trees.items()}

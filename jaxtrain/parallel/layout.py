@@ -31,8 +31,8 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.config import LayoutConfig
 from jaxtrain.errors import ConfigError
 from jaxtrain.parallel.mesh import BATCH_AXES, batch_ways, stage_mesh
+from jaxtrain.trees import PyTree, path_of
 
-PyTree = Any
 Rule = tuple[str, tuple[str | None, ...]]
 
 # From which `zero` on a tree carries the data axis. Trees that are not named here are never sharded over it.
@@ -239,11 +239,6 @@ class Layout:
 def over_steps(sharding: Any) -> NamedSharding:
     """The sharding of several such arrays in one, stacked along a new first dim."""
     return NamedSharding(sharding.mesh, P(None, *sharding.spec))
-
-
-def path_of(path: tuple[Any, ...]) -> str:
-    """'layers_03/conv1/kernel' from JAX's key path."""
-    return jax.tree_util.keystr(path, simple=True, separator="/")
 
 
 def bytes_per_device(placements: list[Placement]) -> int:

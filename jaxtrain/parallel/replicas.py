@@ -11,9 +11,7 @@ import numpy as np
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.parallel.layout import path_of
-
-PyTree = Any
+from jaxtrain.trees import PyTree, path_of
 
 
 class ReplicaCheck:

@@ -12,7 +12,8 @@ import pytest
 import runs
 from runs import SMALL, here
 
-from jaxtrain.checkpoint_files import best_of, delete_old, manifested_steps, problems, read_manifest
+from jaxtrain.checkpoint import manifest
+from jaxtrain.checkpoint.manifest import best_of, delete_old, manifested_steps, problems, read_manifest
 from jaxtrain.errors import CheckpointError
 
 EVERY = {"checkpoint.every": "2", "checkpoint.keep": 100, "train.steps": 6, "train.eval_every": "0"}
@@ -106,11 +107,8 @@ def test_list_and_verify(copy, capsys):
 
 def test_a_checkpoint_of_a_newer_jaxtrain_is_refused(copy):
     path = copy / "checkpoints" / "6" / "manifest.json"
-    manifest = read_manifest(path.parent)
-    from jaxtrain import checkpoint_files  # noqa: PLC0415
-
-    values = dataclasses.asdict(manifest) | {"schema": checkpoint_files.SCHEMA + 1}
-    path.write_text(checkpoint_files._text(values))
+    values = dataclasses.asdict(read_manifest(path.parent)) | {"schema": manifest.SCHEMA + 1}
+    path.write_text(manifest._text(values))
     with pytest.raises(CheckpointError, match=r"has schema 2 .*reads up to 1: update it"):
         here(copy, SMALL | EVERY, checkpoint__resume="6")
 

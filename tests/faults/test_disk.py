@@ -10,9 +10,9 @@ import pytest
 import runs
 from runs import SMALL, here
 
-from jaxtrain import trainer
-from jaxtrain.checkpoint_files import manifested_steps, problems
+from jaxtrain.checkpoint.manifest import manifested_steps, problems
 from jaxtrain.errors import WorkdirError
+from jaxtrain.training import session
 
 # Slow enough that little is read ahead. Fills its disk once there is a checkpoint and none is being written (the older one goes
 # when it is whole, and would make room), and frees it four batches later: at most two saves fail.
@@ -82,7 +82,7 @@ def test_training_goes_on_and_a_later_save_succeeds(disk: Path, monkeypatch, lef
     monkeypatch.setenv("LEFT", str(left))
     monkeypatch.setenv("FREED", "yes")
     if not left:  # nobody looks before writing
-        monkeypatch.setattr("jaxtrain.checkpoint._is_short_of", lambda *_: False)
+        monkeypatch.setattr("jaxtrain.checkpoint.checkpointer._is_short_of", lambda *_: False)
         monkeypatch.setenv("LEFT", "600000")
     result = here(disk / "run", FIELDS)
     log = (disk / "run" / "logs" / "process_0.log").read_text()
@@ -110,7 +110,7 @@ def test_the_third_failed_save_in_a_row_ends_the_run_with_a_good_checkpoint(disk
 
 def test_a_disk_without_room_for_one_checkpoint_is_refused_at_the_start(disk: Path, monkeypatch):
     monkeypatch.setenv("LEFT", "0")
-    monkeypatch.setattr(trainer, "start_engine", lambda *_: pytest.fail("it was compiled first"))
+    monkeypatch.setattr(session, "start_engine", lambda *_: pytest.fail("it was compiled first"))
     (disk / "filler").write_bytes(b"x" * (11 << 20))
     with pytest.raises(WorkdirError, match="A checkpoint takes 2 MiB and"):
         here(disk / "run", FIELDS | {"data.name": "digits"})

@@ -7,7 +7,7 @@ import pytest
 from runs import SMALL, here
 
 from jaxtrain import evaluate
-from jaxtrain.checkpoint_files import problems, read_manifest
+from jaxtrain.checkpoint.manifest import problems, read_manifest
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -11,9 +11,9 @@ import time
 import pytest
 from runs import SMALL, here
 
-from jaxtrain import lease as lease_lib
+from jaxtrain.checkpoint import lease as lease_lib
+from jaxtrain.checkpoint.lease import acquire, held
 from jaxtrain.errors import WorkdirError
-from jaxtrain.lease import acquire, held
 
 HOLD = """
 import pathlib, sys, time
@@ -86,7 +86,7 @@ def test_a_run_on_another_host_is_waited_for(tmp_path, another, quick):
 
 
 def test_a_run_whose_lock_was_taken_commits_nothing(tmp_path):
-    from jaxtrain import checkpoint_files  # noqa: PLC0415
+    from jaxtrain.checkpoint import manifest  # noqa: PLC0415
 
     mine = acquire(tmp_path)
     folder = tmp_path / "checkpoints" / "5"
@@ -95,6 +95,6 @@ def test_a_run_whose_lock_was_taken_commits_nothing(tmp_path):
     (tmp_path / "lock.json").unlink()
     other = acquire(tmp_path)
     with pytest.raises(WorkdirError, match="Another run has taken"):
-        checkpoint_files.write_manifest(folder, mine.check, **dict.fromkeys(UNREAD), step=5)
+        manifest.write_manifest(folder, mine.check, **dict.fromkeys(UNREAD), step=5)
     assert not (folder / "manifest.json").exists()
     other.release()

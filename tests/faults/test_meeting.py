@@ -14,8 +14,8 @@ import time
 import pytest
 import runs
 
-from jaxtrain.distributed.meeting import meet
-from jaxtrain.distributed.place import Place, find_place, first_host
+from jaxtrain.distributed.cluster import Place, find_place, first_host
+from jaxtrain.distributed.rendezvous import meet
 from jaxtrain.errors import ConfigError, EnvironmentMismatchError
 
 FINGERPRINT = {"versions": {"jax": "0.10.2"}, "config": {"config.optim.learning_rate": 0.1, "config.seed": 0}}

@@ -12,8 +12,8 @@ import pytest
 import runs
 from runs import SMALL, here
 
-from jaxtrain.anomalies import Guard
 from jaxtrain.errors import NumericError
+from jaxtrain.observability.anomaly import Guard
 from jaxtrain.parallel.replicas import ReplicaCheck
 
 # One example has a class of its own, and its loss is not a number.

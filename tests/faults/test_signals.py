@@ -8,7 +8,7 @@ import pytest
 import runs
 from runs import SMALL, here
 
-from jaxtrain.checkpoint_files import read_manifest
+from jaxtrain.checkpoint.manifest import read_manifest
 
 # While there is a file `hold`, a validation with so many rows before it does not end; who has heard of a signal says so.
 SLOW = """

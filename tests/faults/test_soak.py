@@ -20,7 +20,7 @@ import runs
 from runs import SMALL, here
 from test_launch import FAULTY, worker
 
-from jaxtrain.checkpoint_files import manifested_steps
+from jaxtrain.checkpoint.manifest import manifested_steps
 
 KILLS = int(os.environ.get("JAXTRAIN_SOAK_KILLS", "100"))
 EVERY = 20

@@ -1,4 +1,4 @@
-"""`jaxtrain.supervisor` with processes that do nothing but end as they are told; and with GPUs that are not there."""
+"""The supervisor, with processes that do nothing but end as they are told, and with GPUs that are not there."""
 
 from __future__ import annotations
 
@@ -18,9 +18,18 @@ from typing import Any
 import pytest
 import runs
 
-from jaxtrain import supervisor
-from jaxtrain.gpus import Gpu, Gpus
-from jaxtrain.supervisor import Ended, Gang, Options, Supervisor, TooFewGpusError, missing_gpus, root_cause, share
+from jaxtrain.distributed import supervisor
+from jaxtrain.distributed.supervisor import (
+    Ended,
+    Gang,
+    Options,
+    Supervisor,
+    TooFewGpusError,
+    missing_gpus,
+    root_cause,
+    share,
+)
+from jaxtrain.host.gpus import Gpu, Gpus
 
 # Counts its own starts, tells where it is, and then does what its argument says.
 WORKER = textwrap.dedent(

@@ -7,7 +7,7 @@ import re
 import runs
 from runs import SMALL, here
 
-from jaxtrain.checkpoint_files import manifested_steps, problems
+from jaxtrain.checkpoint.manifest import manifested_steps, problems
 
 # Each start of the job dies at the next of these points; the start after the last one is left alone.
 POINTS = [

@@ -1,0 +1,207 @@
+"""One run at a time in a work directory: a lock file that its owner renews, so that what a dead run left can be told.
+
+The lock names its owner. On the same host a dead owner is seen at once; elsewhere (a job that was moved to another node) the
+lock is taken over when it was not renewed for `LEASE_SECONDS`. An owner that was merely frozen finds, before it commits a
+checkpoint, that the lock is no longer its own (fencing), and stops.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import socket
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from jaxtrain.errors import WorkdirError
+from jaxtrain.host.files import create, writing
+
+LEASE_SECONDS = 30.0
+_RENEW_SECONDS = 5.0
+_LOOK_SECONDS = 0.5
+log = logging.getLogger("jaxtrain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Owner:
+    """Who holds the lock. born: the process's start in clock ticks since boot, since process numbers are used again."""
+
+    token: str
+    host: str
+    pid: int
+    boot: str
+    born: str
+    since: str
+
+    @classmethod
+    def here(cls) -> Owner:
+        """This process."""
+        since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        return cls(os.urandom(8).hex(), socket.gethostname(), os.getpid(), _boot(), _born(os.getpid()), since)
+
+    def is_dead(self) -> bool:
+        """Whether it is known to be gone: a process of this host and boot that is no more."""
+        return self.boot == _boot() and self.host == socket.gethostname() and _born(self.pid) != self.born
+
+    def __str__(self) -> str:
+        return f"process {self.pid} on {self.host}, since {self.since}"
+
+
+def _boot() -> str:
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "unknown"
+
+
+def _born(pid: int) -> str:
+    """When the process started, or '' if there is none."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
+    except (OSError, IndexError):
+        return ""
+
+
+class Lease:
+    """The lock of one work directory, held by this process until `release`."""
+
+    def __init__(self, path: Path, owner: Owner):
+        self._path, self._owner = path, owner
+        self._released = threading.Event()
+        threading.Thread(target=self._renew, name="lease", daemon=True).start()
+
+    @property
+    def token(self) -> str:
+        """Tells this start of the run from all others."""
+        return self._owner.token
+
+    def check(self) -> None:
+        """Raises `WorkdirError` where another run has taken the directory over."""
+        owner = _read(self._path)
+        if owner is None or owner.token != self.token:
+            raise WorkdirError(
+                f"Another run has taken {self._path.parent} over ({owner or 'the lock is gone'}) while this one stood still; "
+                "this one stops and writes nothing more there."
+            )
+
+    def release(self) -> None:
+        """Gives the directory back, if it is still this run's."""
+        self._released.set()
+        with contextlib.suppress(OSError, WorkdirError):
+            self.check()
+            self._path.unlink()
+
+    def _renew(self) -> None:
+        while not self._released.wait(_RENEW_SECONDS):
+            with contextlib.suppress(OSError, WorkdirError):
+                self.check()
+                os.utime(self._path)
+
+
+class NoLease:
+    """For the processes that do not hold the lock."""
+
+    token = ""
+
+    def check(self) -> None:
+        """Nothing to see."""
+
+
+def wait_to_see(workdir: Path, token: str, process: int, patience: float = 70.0) -> None:
+    """For the other processes: returns once they see the lock that process 0 holds there, by its token.
+
+    patience: seconds; a network file system may show a new file a minute late. Raises `WorkdirError` where each host has a
+    directory of its own.
+    """
+    deadline = time.monotonic() + patience
+    while (owner := _read(workdir / "lock.json")) is None or owner.token != token:
+        if time.monotonic() > deadline:
+            raise WorkdirError(
+                f"Process {process} on {socket.gethostname()} does not see in {workdir} what process 0 wrote there: the work "
+                "directory must be on a file system that all hosts share; choose one with --workdir."
+            )
+        time.sleep(_LOOK_SECONDS)
+
+
+@contextlib.contextmanager
+def held(workdir: Path) -> Iterator[Lease]:
+    """Holds the lock inside the block. Raises `WorkdirError` when a living run has it."""
+    lease = acquire(workdir)
+    try:
+        yield lease
+    finally:
+        lease.release()
+
+
+def acquire(workdir: Path) -> Lease:
+    """Takes the lock of `workdir`, waiting up to `LEASE_SECONDS` to see whether its owner still renews it."""
+    path, owner = workdir / "lock.json", Owner.here()
+    seen, since = _age(path), time.monotonic()
+    while not _create(path, owner):
+        found = _read(path)
+        if found is not None and found.is_dead():
+            _take_over(path, found)
+            continue
+        age = _age(path)
+        if age != seen:  # it was renewed while we looked
+            raise WorkdirError(
+                f"The work directory {workdir} is in use by another run ({found}); wait for its end, or choose another "
+                "with --workdir."
+            )
+        if time.monotonic() - since > LEASE_SECONDS:
+            _take_over(path, found)
+        elif time.monotonic() - since < 2 * _LOOK_SECONDS:
+            log.info(
+                "the work directory is locked by %s; waiting up to %.0f s to see if it lives", found, LEASE_SECONDS
+            )
+        time.sleep(_LOOK_SECONDS)
+    return Lease(path, owner)
+
+
+def _create(path: Path, owner: Owner) -> bool:
+    """Writes the lock file if there is none: whole or not at all, by a link that fails where the name is taken."""
+    part = path.with_name(f".{path.name}.{owner.token}")
+    with writing(path):
+        try:
+            with create(part) as file:
+                file.write(json.dumps(dataclasses.asdict(owner)) + "\n")
+            os.link(part, path)
+        except FileExistsError:
+            return False
+        finally:
+            part.unlink(missing_ok=True)
+    return True
+
+
+def _take_over(path: Path, found: Owner | None) -> None:
+    """Removes a lock that nobody renews; of several that try, one succeeds."""
+    stale = path.with_name(f".{path.name}.stale.{os.urandom(4).hex()}")
+    with contextlib.suppress(FileNotFoundError):
+        path.rename(stale)
+        now = _read(stale)
+        if found is not None and now is not None and now.token != found.token:  # another one was quicker: give it back
+            with contextlib.suppress(FileExistsError):
+                os.link(stale, path)
+        else:
+            log.warning("the lock of a run that is no more was taken over (%s)", found or "unreadable")
+        stale.unlink(missing_ok=True)
+
+
+def _read(path: Path) -> Owner | None:
+    try:
+        return Owner(**json.loads(path.read_text()))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
+def _age(path: Path) -> int:
+    """When the lock was renewed, by the clock of its file system; 0 without one."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0

@@ -1,0 +1,174 @@
+"""Whether a run may go on from where it starts, and what has to make room for it."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from jaxtrain.checkpoint import config_changes
+from jaxtrain.checkpoint.manifest import discard_unfinished, manifested_steps
+from jaxtrain.checkpoint.resume_point import Resume, Start
+from jaxtrain.config import Config
+from jaxtrain.data.base import Dataset, follow_classes
+from jaxtrain.data.record import changed_sentence, differences, refuse_other_rule, same_split
+from jaxtrain.errors import DataError, WorkdirError
+from jaxtrain.optim.schedules import make_schedule
+from jaxtrain.workdir import Workdir
+
+log = logging.getLogger("jaxtrain")
+
+
+def refuse_changes(directory: Workdir, resume: Resume, config: Config) -> None:
+    """Raises `WorkdirError` where `config` differs from the stored one in what changes the numbers of the run.
+
+    The run's length is not looked at here: `refuse_length` needs the data set.
+    """
+    if resume.stored is None or config.checkpoint.allow_changes:
+        return
+    found = config_changes.changes(_plain(resume.stored), _plain(config))
+    refused = config_changes.refused(found, same_rates=True)
+    if refused:
+        raise _refusal(directory, resume, refused)
+
+
+def refuse_length(directory: Workdir, resume: Resume, config: Config, train_examples: int) -> None:
+    """Raises `WorkdirError` where another length of the run would have given a step already run another learning rate."""
+    if resume.stored is None or config.checkpoint.allow_changes:
+        return
+    found = [c for c in config_changes.changes(_plain(resume.stored), _plain(config)) if c.kind == "length"]
+    if not found:
+        return
+    position = resume.position
+    steps = np.arange(position.step)
+    old, new = (
+        np.asarray(make_schedule(c, train_examples, position.step, position.examples)(steps))
+        for c in (resume.stored, config)
+    )
+    refused = config_changes.refused(found, same_rates=np.array_equal(old, new))
+    if refused:
+        raise _refusal(directory, resume, refused)
+
+
+def refuse_other_data(directory: Workdir, resume: Resume, config: Config, dataset: Dataset) -> None:
+    """Raises `DataError` where the data set holds something else than when the checkpoint was made."""
+    stored, run = resume.position.dataset, resume.start.directory.parent if resume.start else directory.path
+    if not stored:
+        return
+    where = f"step {resume.position.step} of {run}"
+    if resume.stored is not None and resume.stored.data.name == config.data.name:  # else weights from another data set
+        refuse_other_rule(stored, dataset, where)
+    if stored["fingerprint"] == dataset.fingerprint or config.checkpoint.allow_changes:
+        return
+    remedy = "bring the old one back, choose another --workdir, or go on with --config.checkpoint.allow_changes=true."
+    raise DataError(changed_sentence(config.data.name, stored, dataset, where, remedy))
+
+
+def go_on_with(dataset: Dataset, resume: Resume, num_classes: int) -> tuple[Dataset, Resume]:
+    """The data set with its classes numbered as the run knows them, and where it goes on on it.
+
+    On other training examples than before, the epoch's sums and the rows of epochs begin anew: a mean over two data sets
+    would be of neither. On other validation examples the best accuracy does.
+
+    num_classes: `model.num_classes`. Raises `DataError` where the run has too few outputs for the classes.
+    """
+    position = resume.position
+    stored = position.dataset
+    if not set(stored.get("class_names", ())).isdisjoint(dataset.class_names):
+        followed = follow_classes(dataset, stored["class_names"], extend=True)
+        for note in followed.notes[len(dataset.notes) :]:
+            log.warning("data %s: %s", dataset.name, note)
+        dataset = followed
+        if (outputs := stored["num_classes"]) < dataset.num_classes and not num_classes:
+            raise DataError(
+                f"The data set {dataset.name} has {dataset.num_classes} classes and the run {outputs} outputs, one for each "
+                "class that there was; leave out the new ones, or start a fresh run with another --workdir."
+            )
+    if found := differences(stored, dataset):
+        log.warning("data %s: since step %d %s", dataset.name, position.step, "; ".join(found))
+    if stored and not same_split(stored, dataset, "train"):
+        log.warning("the rows of metrics.csv begin anew: its epochs are of other training examples")
+        position = dataclasses.replace(
+            position, epoch_loss=0.0, epoch_correct=0.0, epoch_examples=0, data_since=position.step
+        )
+    if stored and not same_split(stored, dataset, "validation"):
+        position = dataclasses.replace(position, best_accuracy=-1.0)
+    return dataset, dataclasses.replace(resume, position=position)
+
+
+def _refusal(directory: Workdir, resume: Resume, refused: list[config_changes.Change]) -> WorkdirError:
+    if resume.start is None or _is_own(directory, resume.start):
+        return WorkdirError(config_changes.refuse_text(directory.path, refused))
+    checkpoint = resume.start.directory / str(resume.start.step)
+    return WorkdirError(config_changes.refuse_text(checkpoint, refused, foreign=True))
+
+
+def set_aside(directory: Workdir, resume: Resume, config: Config, steps: int, this_start: Path | None = None) -> None:
+    """Moves what a run that starts here would overwrite to `superseded/<time>/`: later checkpoints, and copies of the metrics;
+    and the result of a shorter run. steps: the length of this one. this_start: its file of times, which stays.
+
+    A run with another history (fresh, with `checkpoint.resume=none`, or another directory's) moves everything; one that goes
+    on on other data leaves a copy of its metrics. Nothing is lost: move it back to undo this. Only process 0 may call it.
+    What a killed run left unfinished is deleted.
+    """
+    discard_unfinished(directory.checkpoints)
+    folder = _new_folder(directory.path / "superseded" / time.strftime("%Y%m%d-%H%M%S"))
+    metrics = [path for path in (directory.metrics_csv, directory.metrics_jsonl) if path.exists()]
+    step = resume.position.step
+    if _is_another_history(directory, resume, config):
+        own = (
+            directory.config,
+            directory.dataset,
+            *metrics,
+            directory.tensorboard,
+            directory.result,
+            *(path for path in directory.starts.glob("*.json") if path != this_start),
+            directory.checkpoints,
+        )
+        copied, moved = [], [path for path in own if path.exists()]
+    else:
+        later = [saved for saved in manifested_steps(directory.checkpoints) if saved > step]
+        moved = [directory.checkpoints / str(saved) for saved in later]
+        copied = metrics if moved or resume.position.data_since == step > 0 else []
+        # Who waits for the result must not see the old one while the run goes on.
+        moved += [directory.result] if step < steps and directory.result.exists() else []
+    if not (copied or moved):
+        return
+    folder.mkdir(parents=True)
+    # Copies first: a kill in between must leave the later steps here, so that the next start comes by again.
+    for path in copied:
+        shutil.copy2(path, folder)
+    for path in moved:
+        to = folder / path.relative_to(directory.path)
+        to.parent.mkdir(exist_ok=True)
+        shutil.move(path, to)  # a linked directory may be on another disk
+    if moved:
+        log.warning("What this directory held after step %d was moved to %s; move it back to undo this.", step, folder)
+    else:
+        log.warning("The metrics up to step %d were copied to %s.", step, folder)
+
+
+def _is_another_history(directory: Workdir, resume: Resume, config: Config) -> bool:
+    if resume.start is None:
+        return config.checkpoint.resume == "none"
+    return not _is_own(directory, resume.start)
+
+
+def _is_own(directory: Workdir, start: Start) -> bool:
+    return directory.checkpoints.exists() and directory.checkpoints.samefile(start.directory)
+
+
+def _new_folder(path: Path) -> Path:
+    """`path`, or the first of `path`-2, `path`-3, ... that is not there: two starts within a second."""
+    names = itertools.chain([path], (path.with_name(f"{path.name}-{number}") for number in itertools.count(2)))
+    return next(name for name in names if not name.exists())
+
+
+def _plain(config: Config) -> dict[str, Any]:
+    return dataclasses.asdict(config)

@@ -1,0 +1,240 @@
+"""Where a run starts: a checkpoint of its own, another's, or nothing."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxtrain.checkpoint.manifest import (
+    Manifest,
+    best_of,
+    manifested_steps,
+    problems,
+    quarantine,
+    read_manifest,
+)
+from jaxtrain.config import Config, from_dict
+from jaxtrain.distributed import coordination
+from jaxtrain.distributed.cluster import jobs
+from jaxtrain.errors import CheckpointError, ConfigError, WorkdirError
+from jaxtrain.host.paths import require_local
+from jaxtrain.workdir import Workdir
+
+log = logging.getLogger("jaxtrain")
+
+
+# ------------------------------------------------------------------------------------------------------- where to start
+
+
+@dataclasses.dataclass(frozen=True)
+class Start:
+    """A checkpoint to start from: a directory of checkpoints and a step in it."""
+
+    directory: Path
+    step: int
+
+
+def names_path(resume: str) -> bool:
+    """Whether `checkpoint.resume` names another place than the run's own directory."""
+    return not re.fullmatch(r"auto|latest|best|none|\d+|epoch:\d+", resume)
+
+
+def find_start(directory: Path, resume: str, setting: str = "config.checkpoint.resume") -> Start | None:
+    """What `checkpoint.resume` means here; `None` for a fresh run. Raises `CheckpointError` for what is not there.
+
+    setting: where the user wrote `resume`, for the errors.
+    """
+    if resume == "none":
+        return None
+    directory = directory.absolute()
+    if not names_path(resume):
+        steps = manifested_steps(directory)
+        if not steps:
+            if resume == "auto":
+                return None
+            raise CheckpointError(f"{setting}={resume!r}: {directory} holds no checkpoint.")
+        return Start(directory, _named_step(directory, steps, resume, setting))
+    require_local(resume, f"{setting}={resume!r}", ConfigError)
+    return _start_at_path(Path(resume).absolute(), setting)
+
+
+def _named_step(directory: Path, steps: list[int], resume: str, setting: str) -> int:
+    if resume in ("auto", "latest"):
+        return steps[-1]
+    if resume.isdigit():
+        if int(resume) in steps:
+            return int(resume)
+        raise CheckpointError(f"{setting}={resume}: {directory} has only the steps {', '.join(map(str, steps))}.")
+    manifests = readable(directory, steps)
+    if resume == "best":
+        best = best_of(manifests)
+        if best is None:
+            raise CheckpointError(f"{setting}=best: no checkpoint in {directory} was evaluated.")
+        return best
+    epoch = int(resume.removeprefix("epoch:"))
+    found = [m.step for m in manifests if m.epoch == epoch]
+    if not found:
+        there = ", ".join(str(m.epoch) for m in manifests if m.epoch >= 0) or "none"
+        raise CheckpointError(f"{setting}={resume}: {directory} has checkpoints after epochs {there}.")
+    return found[-1]
+
+
+def readable(directory: Path, steps: list[int]) -> list[Manifest]:
+    found = []
+    for step in steps:
+        try:
+            found.append(read_manifest(directory / str(step)))
+        except CheckpointError as error:
+            log.warning("%s", error)
+    return found
+
+
+def _start_at_path(path: Path, setting: str) -> Start:
+    if path.name.isdigit() and manifested_steps(path.parent).count(int(path.name)):
+        return Start(path.parent, int(path.name))
+    for directory in (path, path / "checkpoints"):
+        if steps := manifested_steps(directory):
+            return Start(directory, steps[-1])
+    raise ConfigError(
+        f"{setting}={str(path)!r}: must be auto, latest, best, a step, epoch:N, none, or the path of a "
+        "checkpoint or a work directory that exists."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Position:
+    """How far a run has come.
+
+    examples: consumed so far. epoch_*: sums since the epoch began. best_accuracy: so far, or -1. owes_validation: the run
+    was stopped before the validation that is due after this step. dataset: what is remembered of the data set (`data.record`);
+    of a run that is older than that its `fingerprint` alone. data_since: the step after which the run has trained on it.
+    jobs: what names the job that came so far (`place.jobs`).
+    """
+
+    step: int = 0
+    examples: int = 0
+    epoch_loss: float = 0.0
+    epoch_correct: float = 0.0
+    epoch_examples: int = 0
+    best_accuracy: float = -1.0
+    owes_validation: bool = False
+    dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    data_since: int = 0
+    jobs: tuple[str, ...] = ()
+
+    def to_json(self, config: dict[str, Any]) -> dict[str, Any]:
+        """As stored in a checkpoint, with the config of the run beside it."""
+        return dataclasses.asdict(self) | {"config": config}
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Position:
+        """The inverse of `to_json`."""
+        if values.get("data"):  # a checkpoint that is older than `dataset`
+            values = {**values, "dataset": {"fingerprint": values["data"]}}
+        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
+
+
+@dataclasses.dataclass(frozen=True)
+class Resume:
+    """What a run goes on from. start: `None` for a fresh run. stored: the config there, if any."""
+
+    start: Start | None
+    position: Position
+    stored: Config | None
+
+
+def find(directory: Workdir, config: Config) -> Resume:
+    """Looks for what `checkpoint.resume` names, and checks its files; of several processes each checks a part.
+
+    A job that is started again by itself goes on from what it has saved, wherever it began (`_wanted`). A damaged checkpoint
+    of this directory is moved to `corrupt/` and the next older one is taken, where the step was not
+    chosen by number. Raises `CheckpointError` when nothing is there, or nothing whole.
+    """
+    wanted = _wanted(directory, config.checkpoint.resume)
+    start = find_start(directory.checkpoints, wanted)
+    while start is not None and (found := _damage(start)):
+        start = _without(directory, wanted, start, found)
+    if start is None:
+        values = directory.read_config() if wanted != "none" else None
+        return Resume(None, Position(), _stored(values, directory.config) if values else None)
+    folder = start.directory / str(start.step)
+    values = read_manifest(folder).position
+    return Resume(start, Position.from_json(values), _stored(values["config"], folder))
+
+
+_VERIFY_SECONDS = 1800.0
+
+
+def _wanted(directory: Workdir, resume: str) -> str:
+    """`checkpoint.resume`, but `auto` where that was only where this directory's own run began.
+
+    That is: its newest checkpoint is of this very job, which a launcher or Slurm has started again, or of a run that began at
+    the same path. Else each restart would throw away what the one before it has done.
+    """
+    steps = manifested_steps(directory.checkpoints)
+    if resume == "auto" or not steps:
+        return resume
+    try:
+        made = read_manifest(directory.checkpoints / str(steps[-1])).position
+    except CheckpointError:
+        return resume
+    same_job = not jobs(again=True).isdisjoint(Position.from_json(made).jobs)
+    same_path = names_path(resume) and made["config"]["checkpoint"]["resume"] == resume
+    if not (same_job or same_path):
+        return resume
+    text = (
+        "this run began at checkpoint.resume=%s and goes on from step %d; choose another --workdir to begin there again"
+    )
+    log.info(text, resume, steps[-1])
+    return "auto"
+
+
+def how_to_go_on(config: Config) -> str:
+    """What to do after a stop: a command that names where to begin would begin there again."""
+    resume = config.checkpoint.resume
+    if resume == "auto" or names_path(resume):
+        return "the same command goes on from there"
+    return f"--config.checkpoint.resume=auto instead of {resume} goes on from there"
+
+
+def _damage(start: Start) -> list[str]:
+    """What is wrong with a checkpoint's files, as all processes have found together."""
+    own = problems(start.directory / str(start.step), (coordination.index(), coordination.count()))
+    said = coordination.from_all(coordination.next_word("verify"), json.dumps(own), _VERIFY_SECONDS)
+    return sorted({problem for text in said for problem in json.loads(text)})
+
+
+def _without(directory: Workdir, wanted: str, start: Start, found: list[str]) -> Start:
+    """The next older checkpoint, after process 0 has moved the damaged one away."""
+    folder = start.directory / str(start.step)
+    text = f"{folder} is damaged ({found[0]}" + (f", and {len(found) - 1} more" if len(found) > 1 else "") + ")"
+    others = [step for step in manifested_steps(directory.checkpoints) if step != start.step]
+    by_rule = wanted in ("auto", "latest", "best")
+    if not by_rule or not others:
+        advice = "choose another with --config.checkpoint.resume" if others else "no other one is there"
+        raise CheckpointError(f"{text}; {advice}, or start again with --config.checkpoint.resume=none.")
+
+    def move() -> None:
+        log.error("%s; it was moved to %s, and an older one is used.", text, quarantine(folder, found))
+
+    coordination.first_on_process_zero("quarantine", move, _VERIFY_SECONDS)
+    try:
+        older = find_start(directory.checkpoints, wanted)
+    except CheckpointError:  # the best one was damaged, and no other was evaluated
+        older = find_start(directory.checkpoints, "latest")
+    assert older is not None
+    return older
+
+
+def _stored(values: dict[str, Any], path: Path) -> Config:
+    try:
+        return from_dict(values)
+    except ConfigError as error:
+        raise WorkdirError(
+            f"{path} is damaged, or of another version of jaxtrain ({error}); choose another --workdir."
+        ) from error

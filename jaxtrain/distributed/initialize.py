@@ -1,0 +1,137 @@
+"""Joins the other processes of the run: the first meeting, JAX's start, and a collective whose answer is known."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import sys
+import threading
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxtrain.distributed.cluster import FLAGS, Place
+from jaxtrain.distributed.rendezvous import Fingerprint, meet
+from jaxtrain.errors import EnvironmentMismatchError
+from jaxtrain.host.cpus import usable_cpus
+from jaxtrain.host.text import printable
+from jaxtrain.host.xla_flags import SEVERAL_PROCESSES, set_flags
+
+WAITING_NOTE_SECONDS = 10.0
+HEARTBEAT_SECONDS = 15  # JAX's own 100 s are how long a dead process would keep the others waiting at a barrier
+SELF_TEST_BYTES = 4 << 20  # a device's
+
+# Settings that each host may have for itself.
+OF_ONE_HOST = ("data.dir", "data.workers", "data.prepare_per_host", "data.prepare_timeout")
+
+_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
+
+
+def fingerprint_of(config: Mapping[str, Any], workdir: str, modules: Iterable[str] = ()) -> Fingerprint:
+    """What must be the same on all processes. config: flat, by dotted names. modules: of the user's own, that it names."""
+    versions = {name: importlib.metadata.version(name) for name in ("jaxtrain", *_PACKAGES)}
+    versions["python"] = ".".join(platform.python_version_tuple()[:2])
+    versions["code of jaxtrain"] = _hash(*sorted(Path(__file__).parents[1].rglob("*.py")))
+    for module in sorted(set(modules)):
+        with contextlib.suppress(ImportError, ValueError, OSError):  # no module: `load_dotted` says so
+            if (found := importlib.util.find_spec(module)) and found.origin:
+                versions[f"code of {module}"] = _hash(Path(found.origin))
+    settings = {f"config.{key}": _plain(value) for key, value in config.items() if key not in OF_ONE_HOST}
+    return {"versions": versions, "config": settings | {"--workdir": workdir}}
+
+
+def _hash(*files: Path) -> str:
+    """SHA-256 of their contents, shortened."""
+    digest = hashlib.sha256()
+    for path in files:
+        digest.update(path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _plain(value: Any) -> Any:
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def join(place: Place, fingerprint: Fingerprint, timeout: int, *, allow_version_skew: bool = False) -> None:
+    """Returns once JAX knows the devices of all processes and they add numbers right.
+
+    timeout: seconds to wait for the others. Raises `EnvironmentMismatchError`.
+    """
+    note = threading.Timer(WAITING_NOTE_SECONDS, _say_what_is_waited_for, [place])
+    note.daemon = True
+    note.start()
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")
+    jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM; see `interrupt`
+    set_threads()
+    set_flags(SEVERAL_PROCESSES)
+    try:
+        address = meet(place, fingerprint, timeout, allow_version_skew=allow_version_skew)
+        jax.distributed.initialize(
+            address,
+            place.processes,
+            place.index,
+            initialization_timeout=timeout,
+            # Inside a scheduler's job JAX would take a single GPU, by the task's number, also of a process that was told
+            # its place (by `jaxtrain launch`, say) and may have several.
+            cluster_detection_method="deactivate" if place.source == FLAGS else None,
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+            coordinator_bind_address=address if place.is_local else None,
+        )
+        self_test()
+    except (RuntimeError, ValueError) as error:
+        raise EnvironmentMismatchError(
+            f"{place} could not join the run at {place.coordinator}: {str(error).splitlines()[0]}"
+        ) from error
+    finally:
+        note.cancel()
+
+
+def set_threads() -> None:
+    """XLA:CPU runs programs in as many threads as it has cores; one that waits for another process must leave some over."""
+    os.environ.setdefault("PJRT_NPROC", str(max(usable_cpus(), 8)))
+
+
+def _say_what_is_waited_for(place: Place) -> None:
+    text = (
+        f"{place} (by {place.source}) waits for the others at {place.coordinator}; is every process started, with "
+        "the same --num-processes and its own --process-id, and does no firewall stand between?"
+    )
+    print(f"jaxtrain: {printable(text)}", file=sys.stderr, flush=True)
+
+
+def self_test() -> None:
+    """All devices add an array each, whose sum is known. Raises `EnvironmentMismatchError` where it comes out wrong.
+
+    gloo's reduce-scatter returns wrong numbers for some arrays of 16 MiB and more (jax issue 40830); what the step uses is
+    its all-reduce.
+    """
+    devices = np.asarray(jax.devices())
+    mesh, count = Mesh(devices, ("all",)), SELF_TEST_BYTES // 4
+    shape = (len(devices), count)
+    ramp = np.arange(count, dtype=np.float32) % 251
+    factors = 1 + np.arange(len(devices)) % 8  # small, so that f32 holds the sums of thousands of devices
+
+    def part(index: Any) -> np.ndarray:
+        return (ramp * np.float32(factors[index[0].start]))[None]
+
+    rows = jax.make_array_from_callback(shape, NamedSharding(mesh, P("all")), part)
+    add = jax.jit(lambda x: jnp.sum(x, 0), out_shardings=NamedSharding(mesh, P()))
+    found = np.asarray(add(rows).addressable_data(0))
+    wanted = ramp * np.float32(factors.sum())
+    wrong = np.flatnonzero(found != wanted)
+    if len(wrong):
+        raise EnvironmentMismatchError(
+            f"The start-up self-test failed on process {jax.process_index()}: an all-reduce over {len(devices)} devices gave "
+            f"{len(wrong)} wrong numbers of {count}, the first {found[wrong[0]]:g} for {wanted[wrong[0]]:g}. Do not train with "
+            "this network or build of jax."
+        )

@@ -1,0 +1,425 @@
+"""Starts the processes of a run on one host, and starts all of them again when one dies, from the last checkpoint.
+
+The semantics that torchrun proved: the processes live and die together, restarts are bounded and wait longer each time, and
+the first failure is named as the cause. Restarts are counted since the run last got further. An error that a restart cannot
+mend ends the job at once, with its exit code.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import IO
+
+from jaxtrain.distributed.cluster import JOB
+from jaxtrain.distributed.exit_report import ERROR_FILE, Report, read_report
+from jaxtrain.distributed.watchdog import HEARTBEAT_FILE, Beat, Wakes, read_beat
+from jaxtrain.errors import ConfigError, EnvironmentMismatchError, HangError, PeerError
+from jaxtrain.host.gpus import Gpus
+from jaxtrain.host.text import printable
+
+_LOOK_SECONDS = 0.1
+_LAST_WORDS_SECONDS = 4.0  # that the others get to say why they end, after one has failed
+_SAME_STEP = 3  # failures of the program itself without any progress: a crash loop
+_BACKOFF_SECONDS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
+_DEATHS_ON_A_GPU = 2
+# A process without a sign of life for so long (one comes each second) may be why another failed that waited for it: JAX ends
+# those that wait after `distributed.join.HEARTBEAT_SECONDS` without signs of its own, which are half as far apart.
+_SILENT_SECONDS = 5.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How to supervise.
+
+    processes: started on this host; 0 takes one for each group of `gpus_per_process`, or one. max_restarts: in a row
+    without progress. grace: seconds from SIGTERM to SIGKILL. hang: seconds without a heartbeat after which a process is
+    taken for stuck; 0 is off. min_devices: GPUs below which the job is given back.
+    """
+
+    processes: int = 1
+    gpus_per_process: int = 0
+    max_restarts: int = 10
+    grace: float = 60.0
+    hang: float = 60.0
+    min_devices: int = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Ended:
+    """How one process ended. code: as of `subprocess`, so -9 for SIGKILL."""
+
+    process: int
+    pid: int
+    code: int
+    when: float
+    report: Report | None
+    hung: str = ""
+
+    @property
+    def is_root(self) -> bool:
+        """Whether it has a cause of its own, rather than the end of another process."""
+        return bool(self.hung) or (self.report.error != PeerError.__name__ if self.report else self.code < 0)
+
+    @property
+    def may_be_an_echo(self) -> bool:
+        """Whether a process that fell silent may have caused it: JAX aborts the others, or they wait until they give up."""
+        if self.report:
+            return self.report.error in (PeerError.__name__, HangError.__name__)
+        return self.code == -signal.SIGABRT and not self.hung
+
+    @property
+    def word(self) -> str:
+        """How it ended, in a word or two."""
+        if self.report:
+            return self.report.error
+        return signal.Signals(-self.code).name if self.code < 0 else f"exit code {self.code}"
+
+    def __str__(self) -> str:
+        who = f"process {self.process} (pid {self.pid})"
+        if self.hung:
+            return f"{who} {self.hung}"
+        if self.report:
+            return f"{who} on {self.report.host} ended with {self.report.error}: {self.report.message.splitlines()[0]}"
+        if self.code < 0:
+            return f"{who} was killed by {signal.Signals(-self.code).name}"
+        return f"{who} ended with exit code {self.code} and no word"
+
+
+class Supervisor:
+    """One job: `run` returns the exit code that the whole job should have."""
+
+    def __init__(self, command: Sequence[str], options: Options, gpus: Gpus | None = None):
+        self._command, self._options = list(command), options
+        self._gpus = gpus if gpus is not None else Gpus()
+        self._excluded: dict[str, str] = {}  # UUID -> why
+        self._deaths: dict[str, int] = {}  # on each GPU
+        self._most_gpus = 0  # that are used, where fewer than all healthy ones fit the run; 0 is all
+        self._first_gpus = 0  # used by the first start
+        self._signals: list[int] = []
+        self._furthest = -1
+        self._job = os.urandom(8).hex()
+
+    def run(self) -> int:
+        """Starts, watches, restarts. Raises `EnvironmentMismatchError` when too few GPUs are left."""
+        failures, same = 0, 0  # since the run last got further
+        idle = 0  # starts in a row that made no step
+        with _caught(self._signals):
+            while True:
+                with Gang(self._command, self._places(), self._options, self._job) as gang:
+                    ended = gang.watch(self._signals)
+                    step, idle = gang.step(), 0 if gang.made_a_step() else idle + 1
+                    cause = root_cause(ended)
+                    oom = gang.was_out_of_memory()
+                if cause is None:
+                    return 0
+                say(f"{cause}{_about_memory(cause, oom)}")
+                if self._signals or cause.code in (75, 130):
+                    return 130 if cause.code == 130 or self._signals[:1] == [signal.SIGINT] else 75
+                if cause.report and not cause.report.retry:
+                    if self._takes_fewer_gpus(cause.report.code, gang.places):
+                        continue
+                    return cause.report.code
+                self._blame_gpu(gang.places[cause.process])
+                progress = step > self._furthest
+                self._furthest = max(step, self._furthest)
+                failures = 1 if progress else failures + 1
+                outside = cause.code == -signal.SIGKILL and not oom and not cause.hung
+                same = 0 if outside else 1 if progress else same + 1
+                if same >= _SAME_STEP:
+                    say(f"the same failure {same} times without a step in between (step {step}): giving up")
+                    return 70
+                if failures > self._options.max_restarts:
+                    say(f"{self._options.max_restarts} restarts in a row without progress: giving up")
+                    return 70
+                wait = _BACKOFF_SECONDS[min(idle, len(_BACKOFF_SECONDS) - 1)]
+                most = self._options.max_restarts
+                say(f"starting again in {wait:.0f} s (restart {failures} of at most {most} without progress)")
+                if not self._pause(wait):
+                    return 130 if self._signals[0] == signal.SIGINT else 75
+
+    def _pause(self, seconds: float) -> bool:
+        """Waits; false when a signal came meanwhile."""
+        deadline = time.monotonic() + seconds
+        while not self._signals and time.monotonic() < deadline:
+            time.sleep(_LOOK_SECONDS)
+        return not self._signals
+
+    # ------------------------------------------------------------------------------------------------------------ GPUs
+
+    def _places(self) -> list[tuple[str, ...]]:
+        """For each process the UUIDs of its GPUs, () where there are none."""
+        found = self._gpus.all()
+        for gpu in found:
+            if gpu.fault and gpu.uuid not in self._excluded:
+                self._excluded[gpu.uuid] = gpu.fault
+                say(f"{gpu.uuid} is left out: {gpu.fault}")
+        healthy = [gpu.uuid for gpu in found if gpu.uuid not in self._excluded]
+        if not found:
+            return [()] * max(self._options.processes, 1)
+        usable = healthy[: self._most_gpus or None]
+        if len(usable) < max(self._options.min_devices, 1):
+            raise TooFewGpusError(
+                f"{len(usable)} of {len(found)} GPUs can be used and --min-devices is {self._options.min_devices}; the others: "
+                + ", ".join(
+                    f"{uuid} ({self._excluded.get(uuid, 'not a number of GPUs that fits the run')})"
+                    for uuid in (gpu.uuid for gpu in found)
+                    if uuid not in usable
+                )
+            )
+        places = share(usable, self._options.processes, self._options.gpus_per_process)
+        self._first_gpus = self._first_gpus or sum(map(len, places))
+        return places
+
+    def _takes_fewer_gpus(self, code: int, places: Sequence[tuple[str, ...]]) -> bool:
+        """A config that was fine on all GPUs is refused on what is left of them (a batch of 128 on three, say): one less."""
+        used = sum(map(len, places))
+        if code != ConfigError.exit_code or used >= self._first_gpus or used <= 1:
+            return False
+        self._most_gpus = used - 1
+        say(f"the run does not fit {used} GPUs; trying {used - 1} of those that are left")
+        return True
+
+    def _blame_gpu(self, uuids: tuple[str, ...]) -> None:
+        """A process died: one that dies twice on the same single GPU takes it out of use."""
+        if len(uuids) != 1:
+            return
+        (uuid,) = uuids
+        self._deaths[uuid] = self._deaths.get(uuid, 0) + 1
+        if self._deaths[uuid] >= _DEATHS_ON_A_GPU:
+            self._excluded[uuid] = f"{self._deaths[uuid]} processes died on it"
+            say(f"{uuid} is left out: {self._excluded[uuid]}")
+
+
+def missing_gpus(machine: Path, gpus: Gpus) -> list[str]:
+    """UUIDs of GPUs that `jaxtrain doctor --write` found on this host and that are not there now; [] without its file."""
+    try:
+        facts = json.loads(machine.read_text())
+        known = [gpu["uuid"] for gpu in facts["gpus"]] if facts["host"] == socket.gethostname() else []
+    except (OSError, ValueError, KeyError, TypeError):
+        return []
+    return sorted(set(known) - {gpu.uuid for gpu in gpus.all()})
+
+
+class TooFewGpusError(EnvironmentMismatchError):
+    """Not enough GPUs of this host work; the scheduler may give another host."""
+
+    exit_code = 70
+
+
+def share(uuids: Sequence[str], processes: int, group: int) -> list[tuple[str, ...]]:
+    """The GPUs of each process: groups of `group`, or all of them shared out evenly among `processes`.
+
+    With fewer GPUs than processes there are fewer processes; what does not divide stays unused.
+    """
+    if not group:
+        group = max(len(uuids) // max(processes, 1), 1)
+    count = min(processes, len(uuids) // group) if processes else len(uuids) // group
+    return [tuple(uuids[i * group : (i + 1) * group]) for i in range(max(count, 1))]
+
+
+class Gang:
+    """The processes of one start. Leaving the block kills what is left of them. job: names all starts together."""
+
+    def __init__(self, command: Sequence[str], places: Sequence[tuple[str, ...]], options: Options, job: str):
+        self.places, self._options = list(places), options
+        self._folder = tempfile.TemporaryDirectory(prefix="jaxtrain-launch-")
+        self._ooms = _oom_kills()
+        self._began: int | None = None  # the step that it goes on from
+        self._processes: list[subprocess.Popen[str]] = []
+        port = _free_port()
+        for number, uuids in enumerate(self.places):
+            environment = os.environ | {
+                ERROR_FILE: str(self._file("error", number)),
+                HEARTBEAT_FILE: str(self._file("beat", number)),
+                JOB: job,
+            }
+            if uuids:
+                environment["CUDA_VISIBLE_DEVICES"] = ",".join(uuids)
+            joined = [
+                "--coordinator",
+                f"127.0.0.1:{port}",
+                "--num-processes",
+                str(len(places)),
+                "--process-id",
+                str(number),
+            ]
+            pipe = subprocess.PIPE if number else None  # process 0 has the screen to itself
+            process = subprocess.Popen(
+                [*command, *(joined if len(places) > 1 else ["--standalone"])],
+                env=environment,
+                stdout=pipe,
+                stderr=subprocess.STDOUT if number else None,
+                text=True,
+                errors="replace",
+                start_new_session=True,  # Ctrl-C on the terminal is for the supervisor, which passes it on
+            )
+            if process.stdout is not None:
+                threading.Thread(target=_pass_on, args=(number, process.stdout), daemon=True).start()
+            self._processes.append(process)
+
+    def _file(self, what: str, number: int) -> Path:
+        return Path(self._folder.name) / f"{what}-{number}.json"
+
+    def __enter__(self) -> Gang:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._send(signal.SIGKILL)
+        for process in self._processes:
+            process.wait()
+        self._folder.cleanup()
+
+    def watch(self, signals: list[int]) -> list[Ended]:
+        """Returns how each process ended, once all have, or one has failed and the others had time for last words."""
+        ended: dict[int, Ended] = {}
+        passed_on, kill_at, wakes = 0, float("inf"), Wakes()
+        while len(ended) < len(self._processes):
+            wakes.look()
+            for number, process in enumerate(self._processes):
+                if number not in ended and (code := process.poll()) is not None:
+                    report = read_report(self._file("error", number))
+                    ended[number] = Ended(number, process.pid, code, time.monotonic(), report)
+                    if code and code not in (75, 130):
+                        kill_at = min(kill_at, time.monotonic() + _LAST_WORDS_SECONDS)
+            while passed_on < len(signals):
+                passed_on += 1
+                self._send(signals[passed_on - 1])
+                kill_at = min(kill_at, time.monotonic() + (self._options.grace if passed_on == 1 else 2.0))
+            if self._began is None and (steps := [beat.step for beat in self._beats() if beat.phase != "start"]):
+                self._began = min(steps)
+            for number, hung in self._hung(ended, wakes.last):
+                process = self._processes[number]
+                process.kill()
+                ended[number] = Ended(number, process.pid, -signal.SIGKILL, time.monotonic(), None, hung)
+                kill_at = time.monotonic()
+            if time.monotonic() > kill_at:
+                self._send(signal.SIGKILL)
+            time.sleep(_LOOK_SECONDS)
+        return list(ended.values())
+
+    def _hung(self, ended: dict[int, Ended], awake: float) -> list[tuple[int, str]]:
+        """The processes whose heartbeat has stopped: frozen, or stuck with Python's global lock held. The longest silent first.
+
+        awake: since when the supervisor itself is not stopped; those that were stopped with it need time to beat again.
+        """
+        limit = self._options.hang or float("inf")
+        echo = min((each.when for each in ended.values() if each.may_be_an_echo), default=float("-inf"))
+        beats = {n: read_beat(self._file("beat", n)) for n in range(len(self._processes)) if n not in ended}
+        now = time.monotonic()
+        states = {n: f"{now - beat.time:.0f} s" if beat else "none yet" for n, beat in beats.items()}
+        states |= {n: each.word for n, each in ended.items()}
+        found = sorted((beat.time, n, beat) for n, beat in beats.items() if beat is not None)
+        hung = []
+        for last, number, beat in found:
+            since = max(last, awake)
+            if now - since > limit or echo - since > _SILENT_SECONDS:
+                others = ", ".join(f"process {n}: {state}" for n, state in sorted(states.items()) if n != number)
+                text = f"gave no sign of life for {states[number]}, in {beat.phase!r} after step {beat.step}"
+                hung.append((number, f"{text} ({others})" if others else text))
+        return hung
+
+    def _send(self, number: int) -> None:
+        for process in self._processes:
+            with contextlib.suppress(ProcessLookupError):
+                if process.poll() is None:
+                    os.killpg(process.pid, number)
+
+    def step(self) -> int:
+        """The furthest step that a process has told, or -1."""
+        return max((beat.step for beat in self._beats()), default=-1)
+
+    def made_a_step(self) -> bool:
+        """Whether a process has come further than where it began, as far as it has told."""
+        return self._began is not None and self.step() > self._began
+
+    def _beats(self) -> list[Beat]:
+        found = (read_beat(self._file("beat", number)) for number in range(len(self._processes)))
+        return [beat for beat in found if beat is not None]
+
+    def was_out_of_memory(self) -> bool | None:
+        """Whether the kernel killed a process of this control group since the start, for want of memory; None: unknown."""
+        now = _oom_kills()
+        return None if now is None or self._ooms is None else now > self._ooms
+
+
+def root_cause(ended: Sequence[Ended]) -> Ended | None:
+    """The failure that came first and has a cause of its own; None where all went well.
+
+    Where a process had fallen silent, the others' waiting for it is not their own cause.
+    """
+    failed = sorted((each for each in ended if each.code), key=lambda each: each.when)
+    silent = any(each.hung for each in failed)
+    roots = (each for each in failed if each.is_root and not (silent and each.may_be_an_echo))
+    return next(roots, failed[0] if failed else None)
+
+
+@contextlib.contextmanager
+def _caught(signals: list[int]) -> Iterator[None]:
+    """Collects SIGINT and SIGTERM instead of dying of them."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    for number in before:
+        signal.signal(number, lambda number, _: signals.append(number))
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _pass_on(number: int, lines: IO[str]) -> None:
+    for line in lines:
+        if not line.startswith("[Gloo]"):
+            print(f"[{number}] {printable(line, lines=True)}", end="", file=sys.stderr, flush=True)
+
+
+def _free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        return server.getsockname()[1]
+
+
+def _oom_kills() -> int | None:
+    """How often the kernel has killed in this process's control group for want of memory; None where it does not say."""
+    for line in _text(Path("/proc/self/cgroup")).splitlines():
+        _, controllers, group = line.split(":", 2)
+        if not controllers:  # version 2: one tree for all
+            path = Path(f"/sys/fs/cgroup/{group}/memory.events")
+        elif "memory" in controllers.split(","):
+            path = Path(f"/sys/fs/cgroup/memory/{group}/memory.oom_control")
+        else:
+            continue
+        if found := re.search(r"^oom_kill (\d+)$", _text(path), re.MULTILINE):
+            return int(found[1])
+    return None
+
+
+def _text(path: Path) -> str:
+    try:
+        return path.read_text()
+    except OSError:
+        return ""
+
+
+def _about_memory(cause: Ended, oom: bool | None) -> str:
+    if oom:
+        return " (probably out of memory: the kernel killed it; give the job more, or lower config.data.workers)"
+    if oom is None and cause.code == -signal.SIGKILL and not cause.hung:
+        return " (who sent it is not known; the kernel does where memory runs out: see dmesg)"
+    return ""
+
+
+def say(text: str) -> None:
+    """A line of the supervisor's own."""
+    print(f"jaxtrain launch: {printable(text)}", file=sys.stderr, flush=True)

@@ -1,0 +1,213 @@
+"""What this machine is: devices, memory, versions, network."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import datetime
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import re
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from jaxtrain.config import DataConfig
+from jaxtrain.distributed.cluster import Place
+from jaxtrain.host.cpus import usable_cpus
+from jaxtrain.host.gpus import Gpu, Gpus
+
+MACHINE_FILE = "machine.json"
+PACKAGES = ("jaxtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
+# What pip installs for GPUs: JAX's plugin, and NVIDIA's libraries by a name with or without the CUDA release.
+GPU_PACKAGE = re.compile(r"jax-cuda\d+-(plugin|pjrt)|nvidia-(cuda-runtime|cudnn|nccl)(-cu\d+)?")
+_JAX_SECONDS = 60.0  # that JAX may take to find the devices
+_JOIN_SECONDS = 25.0  # that two processes may take to start, meet and add
+_MEETING_SHARE = 0.6  # of them to find each other in, so that one that waits in vain can still say so
+FATAL = re.compile(r"^F\d{4} [\d:.]+ +\d+ [\w.]+:\d+\] ", re.MULTILINE)  # before the sentence that XLA aborts with
+TERMS = (1, 10)  # what each of the two adds: the sum says who is missing
+
+
+@dataclasses.dataclass(frozen=True)
+class Devices:
+    """What JAX finds. runtime: the backend's own words on its version. error: why JAX does not start, or ''."""
+
+    backend: str = ""
+    count: int = 0
+    kinds: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    runtime: str = ""
+    error: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """The facts. Sizes are in bytes. versions: of installed packages. gpu_nodes: the kernel driver's device files."""
+
+    host: str
+    system: str
+    python: str
+    cores: int
+    memory: int
+    memory_free: int
+    shared_memory: int
+    versions: Mapping[str, str]
+    gpus: tuple[Gpu, ...]
+    gpu_nodes: int
+    driver: str
+    devices: Devices
+
+    def facts(self) -> dict[str, Any]:
+        """As plain JSON."""
+        return {
+            "examined": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            **dataclasses.asdict(self),
+        }
+
+
+# --------------------------------------------------------------------------------------------------------------- facts
+
+
+def look() -> Machine:
+    """Gathers the facts; starts JAX in another process."""
+    gpus = Gpus()
+    total, free = _memory()
+    return Machine(
+        host=socket.gethostname(),
+        system=platform.platform(),
+        python=platform.python_version(),
+        cores=usable_cpus(),
+        memory=total,
+        memory_free=free,
+        shared_memory=shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0,
+        versions=_versions(),
+        gpus=tuple(gpus.all()),
+        gpu_nodes=sum(path.name[len("nvidia") :].isdigit() for path in Path("/dev").glob("nvidia*")),
+        driver=gpus.driver(),
+        devices=find_devices(),
+    )
+
+
+def _memory() -> tuple[int, int]:
+    """The host's memory and what is free of it, or this control group's where that is less."""
+    words = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    host = {word[0].rstrip(":"): int(word[1]) * 1024 for word in words}
+    total, free = host["MemTotal"], host["MemAvailable"]
+    with contextlib.suppress(OSError, ValueError):  # no limit: there is no such file, or it says "max"
+        group = Path("/sys/fs/cgroup")
+        limit = int((group / "memory.max").read_text())
+        free = min(free, limit - int((group / "memory.current").read_text()))
+        total = min(total, limit)
+    return total, free
+
+
+def _versions() -> dict[str, str]:
+    installed = {(each.name or "").lower(): each.version for each in importlib.metadata.distributions()}
+    names = [*PACKAGES, *sorted(name for name in installed if GPU_PACKAGE.fullmatch(name))]
+    return {name: installed[name] for name in names if name in installed}
+
+
+def required() -> dict[str, str]:
+    """The least version of each package that jaxtrain needs, by its own metadata."""
+    lines: Sequence[str] = ()
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # which is then missing among the versions
+        lines = importlib.metadata.requires("jaxtrain") or ()
+    found = (re.fullmatch(r"([\w.-]+)>=([\d.]+)", line) for line in lines)
+    return {match[1].lower(): match[2] for match in found if match}
+
+
+def data_dir() -> Path:
+    from jaxtrain.data.registry import data_dir  # noqa: PLC0415  takes a second to load
+
+    return data_dir(DataConfig())
+
+
+def find_devices(seconds: float = _JAX_SECONDS) -> Devices:
+    """What JAX finds in a process of its own, which takes no GPU memory ahead."""
+    (answer,) = _ask(["devices_here()"], seconds, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
+    return Devices(**answer)
+
+
+def devices_here() -> dict[str, Any]:
+    """What JAX finds in this process, as the fields of `Devices`."""
+    import jax  # noqa: PLC0415  only in a process of its own
+    from jax.extend.backend import get_backend  # noqa: PLC0415
+
+    kinds = collections.Counter(device.device_kind for device in jax.devices())
+    runtime = " ".join(get_backend().platform_version.split())
+    return {"backend": jax.default_backend(), "count": jax.device_count(), "kinds": kinds, "runtime": runtime}
+
+
+def add_over_loopback(seconds: float = _JOIN_SECONDS) -> list[dict[str, Any]]:
+    """What two processes say that join as those of a run do, and add a number each: {"sum": ...} or {"error": ...}."""
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+    calls = [f"join_here({index}, {port}, {int(seconds * _MEETING_SHARE)})" for index in range(len(TERMS))]
+    return _ask(calls, seconds, {"JAX_PLATFORMS": "cpu"})
+
+
+def join_here(index: int, port: int, seconds: int) -> dict[str, Any]:
+    """Makes this process one of the two."""
+    import jax  # noqa: PLC0415  only in a process of its own
+    import numpy as np  # noqa: PLC0415
+    from jax.experimental import multihost_utils  # noqa: PLC0415
+
+    from jaxtrain.distributed.initialize import join  # noqa: PLC0415
+
+    jax.config.update("jax_num_cpu_devices", 1)
+    join(Place(f"127.0.0.1:{port}", len(TERMS), index, "jaxtrain doctor"), {}, seconds)
+    return {"sum": int(multihost_utils.process_allgather(np.int32(TERMS[index])).sum())}
+
+
+def _ask(calls: Sequence[str], seconds: float, more: Mapping[str, str]) -> list[dict[str, Any]]:
+    """Calls functions of this module, each in a process of its own, all at once; their answers, or {"error": why}.
+
+    more: environment variables.
+    """
+    # -P: or the current directory would come first, and a stranger's jax.py in it
+    code = (
+        f"import sys; sys.path.append({str(Path(__file__).parents[1])!r}); import json; from jaxtrain import doctor; "
+    )
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-P", "-c", f"{code}print(json.dumps(doctor.{call}), flush=True)"],
+            env={**os.environ, **more},
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            errors="replace",
+        )
+        for call in calls
+    ]
+    try:
+        with concurrent.futures.ThreadPoolExecutor(len(calls)) as pool:
+            return list(pool.map(_answer, processes, [seconds] * len(calls)))
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def _answer(process: subprocess.Popen[str], seconds: float) -> dict[str, Any]:
+    try:
+        out, errors = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        process.kill()
+        process.communicate()
+        return {"error": f"no answer within {seconds:.0f} s"}
+    answers = [line for line in out.splitlines() if line.startswith("{")]  # gloo prints lines of its own
+    if process.returncode == 0 and answers:
+        return json.loads(answers[-1])
+    if len(fatal := FATAL.split(errors, maxsplit=1)) > 1:
+        return {"error": fatal[1].splitlines()[0]}  # a trace of the stack follows
+    said = [line.strip() for line in errors.splitlines() if line.strip()]
+    return {"error": said[-1] if said else f"exit code {process.returncode} and no word"}

@@ -1,0 +1,24 @@
+"""Addresses that were given for local paths."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+_ADDRESS = re.compile(r"\s*([^/\s][^/]*):(?:/|$)")
+
+
+def require_local(path: str | Path, what: str, error: type[Exception]) -> None:
+    """Raises `error` where `path` is an address, such as s3://bucket/run or file:///x: as a path it is a local folder `s3:`.
+
+    Looks at the text alone, also at what is left of it once `Path` has folded its slashes (s3:/bucket/run). A colon further
+    back is a letter like any other: runs/a:b, and ./s3:/b where a folder is really called so.
+
+    what: names the setting and its value in the sentence.
+    """
+    if found := _ADDRESS.match(str(path)):
+        rest = str(path)[found.end() :].lstrip("/")
+        instead = (
+            f"write /{rest}" if found[1].lower() == "file" else "give a path of a local disk or a shared file system"
+        )
+        raise error(f"{what} is not a local path but an address ({found[1]}:); {instead}.")

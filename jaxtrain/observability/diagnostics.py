@@ -1,0 +1,33 @@
+"""Symptoms of docs/troubleshooting.md that a run detects by itself: a warning each, or '' when all is well."""
+
+from __future__ import annotations
+
+from jaxtrain.observability.clock import Span
+
+SLOW_DATA_SHARE = 0.2
+
+
+def slow_data(span: Span) -> str:
+    """The devices waited for data more than a fifth of the time that went into training steps.
+
+    Compilation, checkpoints and evaluation are left out: a first epoch that mostly compiles hides nothing.
+    """
+    waited = span.seconds["input"]
+    training = waited + span.seconds["step"] + span.seconds["other"]
+    if waited <= SLOW_DATA_SHARE * training:
+        return ""
+    return (
+        f"slow data: training waited for its input {waited / training:.0%} of the time "
+        f"({span.data_wait * 1e3:.1f} ms a step); raise config.data.workers, put config.data.dir on a faster disk, "
+        "or keep the data set on the device with config.data.residency=device."
+    )
+
+
+def loss_scale_at_floor(scale: float, floor: float) -> str:
+    """fp16 underflow: the dynamic loss scale fell as far as it may, so gradients overflow at any scale."""
+    if scale > floor:
+        return ""
+    return (
+        f"fp16 underflow: the loss scale is at its floor ({floor:g}), so gradients overflow and small ones are lost; "
+        "use config.train.precision=bf16, or lower config.optim.learning_rate or set config.optim.clip_norm."
+    )

@@ -1,0 +1,208 @@
+"""`metrics.csv` (one row an epoch and phase) and `metrics.jsonl` (one object a logged step), safe to resume.
+
+Both survive a kill at any byte: lines are appended, a torn last line is dropped when the file is opened again, and
+every rewrite replaces the file at once. Opening at step S forgets what was recorded after S: the run does it again.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import math
+import os
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+from jaxtrain.errors import WorkdirError
+from jaxtrain.host.files import atomic_write, no_link, reading, writing
+
+log = logging.getLogger("jaxtrain")
+PHASES = ("train", "val", "test")
+HEADER = "epoch,phase,loss,accuracy,throughput"
+
+
+# -------------------------------------------------------------------------------------------------------------- CSV
+
+
+@dataclasses.dataclass(frozen=True)
+class EpochRow:
+    """One row of `metrics.csv`: epoch from 0; mean loss; accuracy in [0, 1]; throughput in examples per second."""
+
+    epoch: int
+    phase: str
+    loss: float
+    accuracy: float
+    throughput: float
+
+    def __post_init__(self) -> None:
+        if self.phase not in PHASES:
+            raise ValueError(f"phase={self.phase!r}: must be one of {', '.join(PHASES)}")
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Rows are unique in, and sorted by, epoch and phase."""
+        return self.epoch, PHASES.index(self.phase)
+
+    def __str__(self) -> str:
+        return f"{self.epoch},{self.phase},{_decimals(self.loss)},{_decimals(self.accuracy)},{self.throughput:.1f}"
+
+    @classmethod
+    def parse(cls, line: str) -> EpochRow | None:
+        """The row that `line` holds, None when it is torn or not one."""
+        cells = line.split(",")
+        try:
+            epoch, phase, *numbers = cells
+            return cls(int(epoch), phase, *map(float, numbers))
+        except (ValueError, TypeError):
+            return None
+
+
+def _decimals(value: float) -> str:
+    """At most six decimals and at least four: 0.8215, 0.821537, 1.0000."""
+    text = f"{value:.6f}"
+    return text if not math.isfinite(value) else text[:-2] + text[-2:].rstrip("0")
+
+
+class MetricsCsv:
+    """`metrics.csv`: one row an (epoch, phase), sorted, and one test row at most (the run's last).
+
+    Appending a row that is there replaces it (two validations in one epoch: the later counts), so a step done twice
+    leaves the bytes of one done once.
+    """
+
+    def __init__(self, path: Path):
+        """Reads what is there, or writes the header. Raises `WorkdirError` for somebody else's file."""
+        self._path = path
+        self._rows: dict[tuple[int, int], EpochRow] = {}
+        with reading(path):
+            text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+        # A torn row can look whole (834.5 cut to 8), so only the newline says that a line was finished.
+        *lines, torn = text.split("\n")
+        ours = lines[0] == HEADER if lines else HEADER.startswith(torn)
+        if not ours:
+            raise WorkdirError(f"{path} does not begin with {HEADER!r}; move it away, or choose another --workdir.")
+        for number, line in enumerate(lines[1:], 2):
+            row = EpochRow.parse(line)
+            if row is None:
+                log.warning("%s: line %d is damaged and was dropped.", path, number)
+            else:
+                self._rows[row.key] = row
+        self._rewrite()
+
+    @property
+    def rows(self) -> list[EpochRow]:
+        """All rows, sorted."""
+        return [self._rows[key] for key in sorted(self._rows)]
+
+    def replace(self, rows: Iterable[EpochRow]) -> None:
+        """Makes `rows` the whole content, as if appended one after the other."""
+        self._rows = {}
+        for row in rows:
+            self._add(row)
+        self._rewrite()
+
+    def append(self, row: EpochRow) -> None:
+        """Adds a row, or replaces the one of this epoch and phase (for `test`: of any epoch)."""
+        if not self._add(row):
+            self._rewrite()
+            return
+        with writing(self._path), open(self._path, "a", encoding="utf-8", newline="\n", opener=no_link) as file:
+            file.write(f"{row}\n")
+            file.flush()
+            os.fsync(file.fileno())  # once an epoch: milliseconds
+
+    def _add(self, row: EpochRow) -> bool:
+        """Whether the row came at the end and replaced none."""
+        others = {k: r for k, r in self._rows.items() if k != row.key and not (row.phase == r.phase == "test")}
+        last = len(others) == len(self._rows) and (not others or max(others) < row.key)
+        self._rows = {**others, row.key: row}
+        return last
+
+    def _rewrite(self) -> None:
+        atomic_write(self._path, "".join(f"{line}\n" for line in (HEADER, *self.rows)))
+
+
+# ------------------------------------------------------------------------------------------------------------ JSONL
+
+
+class MetricsJsonl:
+    """`metrics.jsonl`: one JSON object a line, with at least `step`, `epoch` and `phase`; floats in full precision.
+
+    JSON has no NaN or infinity: they are written as null. Each line reaches the operating system when it is appended,
+    so a killed process loses none; `flush` makes them survive a power cut.
+    """
+
+    def __init__(self, path: Path, step: int):
+        """Opens for a run that goes on from `step` (0: from the start), dropping the rows of later steps.
+
+        `evaluations` then holds the validation and test rows that were kept.
+        """
+        self._path = path
+        kept = [row for row in _read_rows(path) if row["step"] <= step]
+        atomic_write(path, "".join(map(_line, kept)))
+        self.evaluations = [row for row in kept if row["phase"] != "train"]
+        self._again = {(row["step"], row["phase"]) for row in kept if row["step"] == step}
+        self._file = self._open()
+
+    def _open(self) -> TextIO:
+        with writing(self._path):
+            return open(self._path, "a", encoding="utf-8", newline="\n", buffering=1, opener=no_link)
+
+    def append(self, row: Mapping[str, Any]) -> None:
+        """Adds one object. A row of the resumed step that is there already (an evaluation done again) is replaced."""
+        key = (row["step"], row["phase"])
+        if key in self._again:
+            self._again.remove(key)
+            self._file.close()
+            others = [r for r in _read_rows(self._path) if (r["step"], r["phase"]) != key]
+            atomic_write(self._path, "".join(map(_line, others)))
+            self._file = self._open()
+        with writing(self._path):
+            self._file.write(_line(row))
+
+    def flush(self) -> None:
+        """Syncs to the disk."""
+        with writing(self._path):
+            os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        """Syncs and closes; may be called twice."""
+        if not self._file.closed:
+            self.flush()
+            self._file.close()
+
+
+def _read_rows(path: Path) -> list[dict[str, Any]]:
+    """The objects of the file; a damaged line is dropped, in silence when it is the last (a kill tore it)."""
+    with reading(path):
+        lines = path.read_bytes().split(b"\n") if path.exists() else []
+    rows = []
+    for number, line in enumerate(lines, 1):
+        try:
+            row = json.loads(line.decode("utf-8"))
+            if not isinstance(row["step"], int) or row["phase"] not in PHASES:
+                raise ValueError
+            rows.append(row)
+        except (ValueError, TypeError, KeyError):  # no prefix of a one-line object is itself an object
+            if number < len(lines):
+                log.warning("%s: line %d is damaged and was dropped.", path, number)
+    return rows
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    return json.dumps(plain(row), allow_nan=False) + "\n"
+
+
+def plain(value: Any) -> Any:
+    """`value` as JSON can hold it: arrays of one element become numbers, NaN and infinity become None."""
+    if isinstance(value, Mapping):
+        return {str(k): plain(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(v) for v in value]
+    if hasattr(value, "item") and not isinstance(value, (int, float, str)):  # a NumPy or JAX scalar
+        value = value.item()
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else None  # float(): np.float64 is a float with another repr
+    return value

@@ -1,0 +1,141 @@
+"""What a run leaves for programs: `metrics.csv`, `metrics.jsonl`, TensorBoard scalars and `result.json`."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from types import MappingProxyType
+from typing import Any
+
+from jaxtrain.host.files import atomic_write, no_link, writing
+from jaxtrain.observability.metrics_files import PHASES, EpochRow, MetricsCsv, MetricsJsonl, plain
+from jaxtrain.observability.tensorboard import EventFile
+from jaxtrain.workdir import Workdir
+
+_NOTHING: Mapping[str, Any] = MappingProxyType({})
+
+
+class NullRecords:
+    """Records nothing: what every process but the first holds, so that the loop need not ask."""
+
+    def train_step(self, row: Mapping[str, Any]) -> None:
+        """One logged step: `step`, `epoch` (from 0) and the numbers of the step, as Python or NumPy scalars."""
+
+    def epoch(
+        self,
+        epoch: int,
+        phase: str,
+        loss: float,
+        accuracy: float,
+        throughput: float,
+        *,
+        step: int,
+        extra: Mapping[str, Any] = _NOTHING,
+    ) -> None:
+        """The end of a training epoch (`phase="train"`) or of an evaluation (`val`, `test`).
+
+        Args:
+          epoch: counted from 0.
+          phase: `train`, `val` or `test`.
+          loss: mean over the examples.
+          accuracy: in [0, 1].
+          throughput: examples per second.
+          step: optimizer steps done so far.
+          extra: more numbers, for `metrics.jsonl` and TensorBoard.
+        """
+
+    def bad_batch(self, values: Mapping[str, Any]) -> None:
+        """A batch whose numbers were amiss: `step`, `text`, `examples` (their indices in the training set)."""
+
+    def result(self, values: Mapping[str, Any]) -> None:
+        """Writes `result.json`: the run is complete."""
+
+    def flush(self) -> None:
+        """Makes every row so far survive a power cut, before the checkpoint that must not outlive them."""
+
+    def close(self) -> None:
+        """Syncs and closes every file; may be called twice."""
+
+    def __enter__(self) -> NullRecords:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class Records(NullRecords):
+    """Process 0's records. Opening forgets what was recorded after the resumed step, so no row is there twice."""
+
+    def __init__(self, workdir: Workdir, step: int = 0, epochs_done: int = 0, since: int = 0):
+        """Opens the files for a run that goes on from `step`, at which `epochs_done` whole epochs were trained.
+
+        since: the step after which it has had its present data set, whose epochs the rows of the CSV are of.
+        Rows of the metrics of step `step` and before must have been recorded before its checkpoint became durable, or a
+        kill in between loses them: nothing computes them again.
+        """
+        self._workdir = workdir
+        self._jsonl = MetricsJsonl(workdir.metrics_jsonl, step)
+        self._csv = MetricsCsv(workdir.metrics_csv)
+        # The CSV has no steps. Of the epoch that is going on, it holds the evaluations that the step-level file still
+        # has: a later one, now undone, may have replaced an earlier one.
+        whole = [row for row in self._csv.rows if row.epoch < epochs_done and step > since]
+        evaluations = [row for row in self._jsonl.evaluations if row["step"] > since]
+        self._csv.replace(whole + [_epoch_row(row) for row in evaluations])
+        self._events = {phase: EventFile(workdir.tensorboard / phase, step) for phase in PHASES}
+
+    def train_step(self, row: Mapping[str, Any]) -> None:
+        head = {"step": row["step"], "epoch": row["epoch"], "phase": "train"}
+        numbers = {key: value for key, value in row.items() if key not in head}
+        self._jsonl.append(head | numbers)
+        self._events["train"].scalars(row["step"], _scalars(numbers))
+
+    def epoch(
+        self,
+        epoch: int,
+        phase: str,
+        loss: float,
+        accuracy: float,
+        throughput: float,
+        *,
+        step: int,
+        extra: Mapping[str, Any] = _NOTHING,
+    ) -> None:
+        loss, accuracy, throughput = float(loss), float(accuracy), float(throughput)
+        numbers = {"loss": loss, "accuracy": accuracy, "throughput": throughput, **extra}
+        if phase == "train":
+            # Its steps are in the step-level file already; a row of means among them would look like one more step.
+            self._events[phase].scalars(step, {f"epoch/{k}": v for k, v in _scalars(numbers).items()})
+            self._jsonl.flush()
+        else:
+            self._jsonl.append({"step": step, "epoch": epoch, "phase": phase, **numbers})
+            self._events[phase].scalars(step, _scalars(numbers))
+        self._csv.append(EpochRow(epoch, phase, loss, accuracy, throughput))
+
+    def bad_batch(self, values: Mapping[str, Any]) -> None:
+        path = self._workdir.bad_batches
+        with writing(path), open(path, "a", encoding="utf-8", opener=no_link) as file:
+            file.write(json.dumps(plain(values)) + "\n")
+
+    def result(self, values: Mapping[str, Any]) -> None:
+        atomic_write(self._workdir.result, json.dumps(plain(values), indent=2, allow_nan=False) + "\n")
+
+    def flush(self) -> None:
+        self._jsonl.flush()
+
+    def close(self) -> None:
+        self._jsonl.close()
+        for events in self._events.values():
+            events.close()
+
+
+def _scalars(numbers: Mapping[str, Any]) -> dict[str, float]:
+    """What TensorBoard can draw of `numbers`: no text, nothing that is not finite."""
+    values = {key: plain(value) for key, value in numbers.items()}
+    return {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
+
+
+def _epoch_row(row: Mapping[str, Any]) -> EpochRow:
+    loss, accuracy, throughput = (
+        float("nan") if row.get(key) is None else float(row[key]) for key in ("loss", "accuracy", "throughput")
+    )
+    return EpochRow(row["epoch"], row["phase"], loss, accuracy, throughput)

@@ -1,0 +1,132 @@
+"""`manifest.json`: on what, from which code and by which command each start of a run was made. No secrets."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import datetime
+import importlib.metadata
+import json
+import logging
+import os
+import platform
+import re
+import socket
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxtrain.errors import WorkdirError
+from jaxtrain.host.cpus import usable_cpus
+from jaxtrain.host.files import atomic_write, read_json
+
+log = logging.getLogger("jaxtrain")
+
+PACKAGES = (
+    "jaxtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy",
+    "ml_collections", "clu",
+)  # fmt: skip
+
+_SECRET = re.compile(r"token|secret|passw|key|credential", re.IGNORECASE)
+_URL_USER = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_HIDDEN = "[redacted]"
+
+
+def append_start(path: Path, entry: Mapping[str, Any]) -> None:
+    """Adds `entry` (see `environment`) to the manifest's list `starts`; process 0 calls it at each start.
+
+    A damaged manifest stops no run: it is set aside as `manifest.json.damaged`, and a new one begins.
+    """
+    starts: list[Any] = []
+    try:
+        stored = read_json(path)
+        if stored is not None:
+            if not isinstance(stored, dict) or not isinstance(stored.get("starts"), list):
+                raise WorkdirError(f"{path} is damaged (it holds no list of starts).")
+            starts = stored["starts"]
+    except WorkdirError as error:
+        log.warning("%s It was set aside as %s.damaged, and a new one begins.", error, path.name)
+        with contextlib.suppress(OSError):
+            path.replace(path.with_name(path.name + ".damaged"))
+    atomic_write(path, json.dumps({"starts": [*starts, entry]}, indent=2) + "\n")
+
+
+def environment(step: int, argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None) -> dict[str, Any]:
+    """Describes this process and all devices. Call it once devices exist: it starts JAX's backend.
+
+    Args:
+      step: the step that the run goes on from; 0 for a new run.
+      argv: the command line; this process's own unless given.
+      env: the environment variables; this process's own unless given. Only `XLA_FLAGS` and `JAX_*` are kept.
+    """
+    argv = sys.argv if argv is None else argv
+    env = os.environ if env is None else env
+    kinds = collections.Counter(device.device_kind for device in jax.devices())
+    return {
+        "started": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "step": step,
+        "command": redact(argv),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+        "git": git_state(Path(__file__).resolve().parents[1]),
+        "hostname": socket.gethostname(),
+        "platform": platform.platform(),
+        "cpus": usable_cpus(),
+        "devices": {
+            "backend": jax.default_backend(),
+            "count": jax.device_count(),
+            "kinds": dict(kinds),
+            "processes": jax.process_count(),
+        },
+        "environment": {
+            name: _HIDDEN if _SECRET.search(name) else _URL_USER.sub(_HIDDEN, value)
+            for name, value in sorted(env.items())
+            if name == "XLA_FLAGS" or name.startswith("JAX_")
+        },
+    }
+
+
+def redact(argv: Sequence[str]) -> list[str]:
+    """The command line with every value hidden whose name looks secret: `--api_key=x`, `--token x`, `user:x@host`."""
+    shown: list[str] = []
+    hide_next = False
+    for argument in argv:
+        name, equals, _ = argument.partition("=")
+        flag = argument.startswith("-")
+        if hide_next and not flag:
+            shown.append(_HIDDEN)
+        elif equals and _SECRET.search(name):
+            shown.append(f"{name}={_HIDDEN}")
+        else:
+            shown.append(_URL_USER.sub(_HIDDEN, argument))
+        hide_next = flag and not equals and bool(_SECRET.search(name))
+    return shown
+
+
+def git_state(source: Path) -> dict[str, Any] | None:
+    """Commit and whether files under `source` differ from it; None when `source` is not tracked by git.
+
+    An installed package may lie inside another project's checkout (`.venv`): that one's commit would say nothing.
+    """
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(source), *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+
+    try:
+        if not git("ls-files", "."):
+            return None
+        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "."))}
+    except (OSError, subprocess.SubprocessError):  # no git, no repository, no commit yet
+        return None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,124 @@
+"""TensorBoard event files without TensorFlow, protobuf or tensorboardX.
+
+What a run writes is a few scalars now and then: a record is a length, a protocol buffer of at most four fields, and two
+checksums. tensorboardX imports the whole of PyTorch where that is installed (half of a start's imports, measured), and
+its `SummaryWriter` starts a thread for each directory and names files by the second, so that a quick restart overwrites
+the file before.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import socket
+import struct
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from jaxtrain.host.files import writing
+
+FLUSH_SECONDS = 30.0
+
+
+class EventFile:
+    """Appends scalars to a new event file in `directory`; TensorBoard shows all files of a directory as one run."""
+
+    def __init__(self, directory: Path, step: int, now: Callable[[], float] = time.time):
+        """Opens a file for a run that goes on from `step`; 0 starts from nothing.
+
+        The first record tells TensorBoard to drop what earlier files hold of later steps (`SessionLog.START`).
+        """
+        self._directory = directory
+        self._now = now
+        # TensorBoard reads files in the order of their names, so a new one sorts last even when the clock went back.
+        taken = (path.name.split(".")[3] for path in directory.glob("events.out.tfevents.*"))
+        second = max([int(now()), *(int(t) + 1 for t in taken if t.isdigit())])
+        with writing(directory):
+            directory.mkdir(parents=True, exist_ok=True)
+            path = directory / f"events.out.tfevents.{second:010d}.{socket.gethostname()}"
+            self._file = path.open("xb")  # nor through a link that has its name
+        self._write(_bytes(3, b"brain.Event:2"))
+        self._write(_integer(2, step + 1 if step else 0) + _bytes(7, _integer(1, _SESSION_START)))
+        self._flush()
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Adds `values` at `step`."""
+        each = (_bytes(1, _bytes(1, tag.encode()) + _key(2, 5) + _float32(value)) for tag, value in values.items())
+        self._write(_integer(2, step) + _bytes(5, b"".join(each)))
+        if self._now() - self._flushed > FLUSH_SECONDS:
+            self._flush()
+
+    def close(self) -> None:
+        """Flushes and closes; may be called twice."""
+        if not self._file.closed:
+            self._flush()
+            self._file.close()
+
+    def _write(self, fields: bytes) -> None:
+        event = _key(1, 1) + struct.pack("<d", self._now()) + fields
+        length = struct.pack("<Q", len(event))
+        with writing(self._directory):
+            self._file.write(length + _checksum(length) + event + _checksum(event))
+
+    def _flush(self) -> None:
+        with writing(self._directory):
+            self._file.flush()
+            os.fsync(self._file.fileno())
+        self._flushed = self._now()
+
+
+# ----------------------------------------------------------------------------------------------------------- the format
+# tensorflow/core/util/event.proto and tensorflow/core/framework/summary.proto; protobuf.dev/programming-guides/encoding.
+# Event: wall_time 1, step 2, file_version 3, summary 5, session_log 7. SessionLog: status 1. Summary: value 1, of tag 1 and
+# simple_value 2.
+
+_SESSION_START = 1
+
+
+def _key(field: int, kind: int) -> bytes:
+    """What stands before a field's value. kind: 0 integer, 1 eight bytes, 2 length and bytes, 5 four bytes."""
+    return bytes([field << 3 | kind])
+
+
+def _integer(field: int, value: int) -> bytes:
+    return _key(field, 0) + _varint(value)
+
+
+def _bytes(field: int, value: bytes) -> bytes:
+    return _key(field, 2) + _varint(len(value)) + value
+
+
+def _varint(value: int) -> bytes:
+    """Seven bits a byte, the lowest first; the eighth says that more follow."""
+    found = bytearray()
+    while value > 0x7F:
+        found.append(value & 0x7F | 0x80)
+        value >>= 7
+    return bytes([*found, value])
+
+
+def _float32(value: float) -> bytes:
+    try:
+        return struct.pack("<f", value)
+    except OverflowError:
+        return struct.pack("<f", math.copysign(math.inf, value))
+
+
+def _crc_table() -> tuple[int, ...]:
+    table = range(256)
+    for _ in range(8):
+        table = [value >> 1 ^ (0x82F63B78 if value & 1 else 0) for value in table]
+    return tuple(table)
+
+
+_CRC = _crc_table()
+
+
+def _checksum(data: bytes) -> bytes:
+    """CRC-32C (RFC 3720, appendix B.4), rotated and shifted as TensorFlow's record files do."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc = _CRC[(crc ^ byte) & 0xFF] ^ crc >> 8
+    crc ^= 0xFFFFFFFF
+    return struct.pack("<I", ((crc >> 15 | crc << 17) + 0xA282EAD8) & 0xFFFFFFFF)

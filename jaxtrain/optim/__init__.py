@@ -1,0 +1,1 @@
+"""The optimizer and what stands around it: schedules, losses, clipping, moving average."""

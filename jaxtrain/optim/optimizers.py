@@ -1,0 +1,148 @@
+"""Optimizers by name."""
+
+from __future__ import annotations
+
+import functools
+import re
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from jaxtrain.config import OptimConfig, did_you_mean, without_effect
+from jaxtrain.errors import ConfigError
+from jaxtrain.optim.muon import Mask, muon
+from jaxtrain.optim.updates import global_norm
+from jaxtrain.plugins import load_callable
+from jaxtrain.trees import PyTree, path_of
+
+# --------------------------------------------------------------------------------------------------------- optimizers
+
+
+def decay_mask(params: PyTree, no_decay: tuple[str, ...] = ()) -> PyTree:
+    """True for each leaf that weight decay applies to: the weights of products and convolutions.
+
+    Never vectors and scalars, nor a leaf named `bias` or `scale` whatever its shape (Swin's qkv bias is
+    [3, heads, head_dim]), nor a leaf whose path ('layers_03/attn/qkv/kernel') a regex of `no_decay` is found in.
+    """
+
+    def decays(path: tuple[Any, ...], leaf: Any) -> bool:
+        name = path_of(path)
+        excluded = name.rsplit("/", 1)[-1] in ("bias", "scale") or any(re.search(regex, name) for regex in no_decay)
+        return leaf.ndim > 1 and not excluded
+
+    return jax.tree_util.tree_map_with_path(decays, params)
+
+
+# Which fields each optimizer reads beside the learning rate and the weight decay.
+_FIELDS = {
+    "sgd": ("momentum", "nesterov"),
+    "adamw": ("b1", "b2", "eps"),
+    "lamb": ("b1", "b2", "eps"),
+    "lars": ("momentum", "nesterov"),
+    "lion": ("b1", "b2"),
+    "muon": ("momentum", "nesterov", "b1", "b2", "eps"),
+}
+
+
+def unused_settings(config: OptimConfig) -> list[str]:
+    """A sentence for each field that was changed from its default and that nothing reads."""
+    found: list[str] = []
+    if config.name in _FIELDS:
+        unread = {"momentum", "nesterov", "b1", "b2", "eps"}.difference(_FIELDS[config.name])
+        found += without_effect("optim", config, sorted(unread), f"{config.name} has no such setting")
+    for names, schedules in (
+        (("step_at", "step_gamma"), ("step",)), (("decay_share",), ("wsd",)), (("final_scale",), ("cosine", "linear", "wsd")),
+    ):  # fmt: skip
+        if config.schedule not in schedules:
+            found += without_effect("optim", config, names, f"the schedule is {config.schedule}")
+    return found
+
+
+def make(config: OptimConfig, rate: optax.Schedule, no_decay: tuple[str, ...] = ()) -> optax.GradientTransformation:
+    """The optimizer `config.name`, or what a user's own `package.module:factory` returns.
+
+    A factory is called as `factory(config, rate, mask)`; `mask(params)` is `decay_mask` with `no_decay` filled in. It
+    follows two rules, for the layout and for donation: each array of its state is a scalar or has the shape of a
+    parameter, and none changes its type in an update.
+
+    Raises `ConfigError` for an unknown name, or when a factory returns something else.
+    """
+    mask = functools.partial(decay_mask, no_decay=no_decay)
+    if ":" in config.name:
+        optimizer = load_callable(config.name, "optim.name")(config, rate, mask)
+        if not isinstance(optimizer, optax.GradientTransformation):
+            raise ConfigError(
+                f"config.optim.name={config.name!r}: it returned a {type(optimizer).__name__}; "
+                "it must return an optax.GradientTransformation."
+            )
+        return optimizer
+    if config.name not in OPTIMIZERS:
+        raise ConfigError(
+            f"config.optim.name={config.name!r}: must be one of {', '.join(OPTIMIZERS)}, or package.module:factory."
+            f"{did_you_mean(config.name, OPTIMIZERS)}"
+        )
+    return OPTIMIZERS[config.name](config, rate, mask)
+
+
+def _momentum(config: OptimConfig) -> optax.GradientTransformation:
+    return optax.trace(config.momentum, config.nesterov) if config.momentum else optax.identity()
+
+
+def _sgd(config: OptimConfig, rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.add_decayed_weights(config.weight_decay, mask), _momentum(config), optax.scale_by_learning_rate(rate)
+    )
+
+
+def _adamw(config: OptimConfig, rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
+    return optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=mask)
+
+
+def _lamb(config: OptimConfig, rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
+    return optax.chain(
+        optax.scale_by_adam(config.b1, config.b2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask),
+        optax.masked(optax.scale_by_trust_ratio(), mask),
+        optax.scale_by_learning_rate(rate),
+    )
+
+
+def _lion(config: OptimConfig, rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
+    return optax.lion(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=mask)
+
+
+def _lars(config: OptimConfig, rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
+    """The rate is inside the momentum, as in the paper (`sgd` has it outside)."""
+    return optax.chain(
+        _scale_by_layer(config.weight_decay, mask), optax.scale_by_learning_rate(rate), _momentum(config)
+    )
+
+
+def _scale_by_layer(weight_decay: float, mask: Mask, trust: float = 0.001) -> optax.GradientTransformation:
+    """trust |w| / (|g| + decay |w|) * (g + decay w), You 2017, equation 6. (`optax.lars` divides by |g + decay w|.)
+
+    A layer of zeros, or with a gradient of zeros, keeps a factor of 1: it could never leave zero otherwise.
+    """
+
+    def scale(gradient: jax.Array, weight: jax.Array, adapts: bool) -> jax.Array:
+        if not adapts:
+            return gradient
+        gradient_norm, weight_norm = global_norm(gradient), global_norm(weight)
+        ratio = trust * weight_norm / (gradient_norm + weight_decay * weight_norm)
+        ratio = jnp.where((weight_norm > 0) & (gradient_norm > 0), ratio, 1.0)
+        return (ratio * (gradient + weight_decay * weight)).astype(gradient.dtype)
+
+    return optax.stateless(lambda updates, params: jax.tree.map(scale, updates, params, mask(params)))
+
+
+OPTIMIZERS: dict[str, Callable[[OptimConfig, optax.Schedule, Mask], optax.GradientTransformation]] = {
+    "sgd": _sgd,
+    "adamw": _adamw,
+    "lamb": _lamb,
+    "lars": _lars,
+    "lion": _lion,
+    "muon": lambda config, rate, mask: muon(config, rate, mask, _adamw(config, rate, mask)),
+}

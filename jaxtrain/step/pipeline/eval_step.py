@@ -1,0 +1,163 @@
+"""Evaluation through the stages: several batches on their way at once, one in each slice."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec as P
+
+from jaxtrain.data.augment import eval_inputs
+from jaxtrain.models.layers import Context
+from jaxtrain.parallel.layout import Layout
+from jaxtrain.step.batch import EvalBatch, Resident, select_from
+from jaxtrain.step.eval_step import IN_FLIGHT, EvalResult, EvalSums, add_to_sums, summarize, zero_sums_of
+from jaxtrain.step.layer_wrap import wrapper
+from jaxtrain.step.pipeline.chunks import Slice, on_stage, slices_of, weights_of
+from jaxtrain.step.pipeline.dispatch import Lanes, local_stages, make_lanes
+from jaxtrain.step.pipeline.programs import placed, shapes_of, shapes_on_stage
+from jaxtrain.step.pipeline.transfer import Route, make_routes
+from jaxtrain.step.task import Task
+from jaxtrain.trees import PyTree
+
+
+@dataclasses.dataclass(frozen=True)
+class PipelineEvaluator:
+    """`jaxtrain.step.eval_step.Evaluator` for several stages: several batches are on their way at once, one in each slice."""
+
+    layout: Layout
+    slices: tuple[Slice, ...]
+    routes: Mapping[tuple[int, int], Route]
+    zeros: Callable[[], EvalSums]
+    programs: Mapping[int, Any]
+    lanes: Lanes
+
+    def __call__(
+        self, params: PyTree, batch_stats: PyTree, batches: Iterable[EvalBatch], resident: Resident
+    ) -> EvalResult:
+        """Reads the result once, at the end; the host stays a few batches ahead of the devices."""
+        weights = {k: weights_of(self.slices[k], params, batch_stats) for k in self.programs}
+        sums, in_flight = _done(self.zeros()), collections.deque()
+        try:
+            for batch in batches:
+                x = _done(())
+                for part in self.slices:
+                    k = part.index
+                    if k in self.programs:
+                        given = on_stage(self.layout, part.stage, _eval_given(part, batch, resident))
+                        x = self.lanes.submit(part.stage, self._run, part, weights[k], x, sums, given)
+                        in_flight.append(x)
+                    route = self.routes.get((k, k + 1))
+                    if route is not None and route.crosses and route.joins:
+                        made = x if k in self.programs else _done(None)
+                        x = self.lanes.submit("transfers", lambda route=route, made=made: route.exchange(made.result()))
+                        in_flight.append(x)
+                if self.slices[-1].index in self.programs:
+                    sums = x
+                while len(in_flight) > (IN_FLIGHT + 1) * len(self.programs):
+                    jax.block_until_ready(in_flight.popleft().result())
+        finally:  # before another program that spans processes: all enqueue those in the same order
+            for each in in_flight:
+                each.result()
+        return self._everywhere(sums.result())
+
+    def _run(self, part: Slice, own: Any, x: Any, sums: Any, given: Any) -> Any:
+        if part.last:
+            return self.programs[part.index](sums.result(), *own, x.result(), given)
+        y, route = self.programs[part.index](*own, x.result(), given), self.routes[part.index, part.index + 1]
+        return y if route.crosses else route.copy(y)
+
+    def _everywhere(self, sums: EvalSums) -> EvalResult:
+        """The last stage's sums, on every process."""
+        owners = sorted(
+            {device.process_index for device in self.layout.on_stage(self.slices[-1].stage).mesh.devices.flat}
+        )
+        if len(owners) < jax.process_count():
+            with jax.transfer_guard("allow"):
+                source = jax.process_index() == owners[0]
+                here = jax.device_get(sums) if self.slices[-1].index in self.programs else sums
+                sums = multihost_utils.broadcast_one_to_all(here, is_source=source)
+        return summarize(jax.device_get(sums))
+
+
+def _done(value: Any) -> concurrent.futures.Future[Any]:
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    future.set_result(value)
+    return future
+
+
+def _eval_given(part: Slice, batch: EvalBatch, resident: Resident) -> dict[str, Any]:
+    if part.first:
+        return {"rows": batch.batch.rows, "images": batch.batch.images, "resident": resident.images}
+    if part.last:
+        labels = {"labels": batch.batch.labels, "resident": resident.labels}
+        return {"rows": batch.batch.rows, "mask": batch.mask} | labels
+    return {}
+
+
+def make_pipeline_evaluator(
+    task: Task, layout: Layout, params: PyTree, batch_stats: PyTree, batch: EvalBatch, resident: Resident
+) -> PipelineEvaluator:
+    """Compiles the evaluation of one batch, as `jaxtrain.step.eval_step.make_evaluator` does."""
+    slices, here = slices_of(layout), local_stages(layout)
+    params, batch_stats, batch, resident = shapes_of((params, batch_stats, batch, resident))
+    zero = functools.partial(zero_sums_of, task)
+    lowered: dict[int, Any] = {}
+    inputs: list[Any] = [()]
+    for part in slices:
+        lay, x = layout.on_stage(part.stage), inputs[-1]
+        own, stats = weights_of(part, params, batch_stats)
+        given = shapes_on_stage(_eval_given(part, batch, resident), layout, part.stage)
+        run = functools.partial(_evaluate_slice, task, lay, part)
+        if not part.last:
+            y = jax.eval_shape(run, own, stats, x, given)
+            where = layout.sharding(layout.examples.spec, slices[part.index + 1].stage)
+            inputs.append(jax.ShapeDtypeStruct(y.shape, y.dtype, sharding=where))
+        if part.stage not in here:
+            continue
+        if part.last:
+            sums = placed(jax.eval_shape(zero), lay.sharding())
+            adding = functools.partial(_add_slice, task, lay, run)
+            lowered[part.index] = jax.jit(adding, out_shardings=lay.sharding()).lower(sums, own, stats, x, given)
+        else:
+            lowered[part.index] = jax.jit(run, out_shardings=lay.examples).lower(own, stats, x, given)
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        programs = dict(zip(lowered, pool.map(lambda each: each.compile(), lowered.values()), strict=True))
+    zeros: Any = jax.jit(zero, out_shardings=layout.sharding(P(), slices[-1].stage))
+    if slices[-1].stage not in here:
+        zeros = functools.partial(jax.tree.map, lambda s: np.zeros(s.shape, s.dtype), jax.eval_shape(zero))
+    routes = make_routes(layout, slices, inputs, back=False)
+    return PipelineEvaluator(layout, tuple(slices), routes, zeros, programs, make_lanes(layout))
+
+
+def _evaluate_slice(
+    task: Task, layout: Layout, part: Slice, params: PyTree, batch_stats: PyTree, x: Any, given: Mapping[str, Any]
+) -> jax.Array:
+    if part.first:
+        x = eval_inputs(task.preprocess, select_from(given["images"], given["rows"], given["resident"], 0, layout))
+    context = Context(example=jnp.arange(x.shape[0], dtype=jnp.int32))
+    wrap = wrapper(layout, params, "none")
+    y, _ = task.model.apply(params, batch_stats, x, context, wrap=wrap, layers=part.layers)
+    return jax.lax.with_sharding_constraint(y, layout.examples)
+
+
+def _add_slice(
+    task: Task,
+    layout: Layout,
+    run: Callable[..., jax.Array],
+    sums: EvalSums,
+    params: PyTree,
+    batch_stats: PyTree,
+    x: Any,
+    given: Any,
+) -> EvalSums:
+    labels = select_from(given["labels"], given["rows"], given["resident"], 0, layout)
+    return add_to_sums(task, sums, run(params, batch_stats, x, given), labels, given["mask"][0])

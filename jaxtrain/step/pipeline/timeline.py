@@ -1,0 +1,79 @@
+"""When each operation of a pipeline schedule runs, given what it costs; and the drawing of it. Imports no JAX."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from jaxtrain.step.pipeline.schedule import Op, Schedule, check_name, replay
+
+
+@dataclasses.dataclass(frozen=True)
+class Event:
+    """An operation on its stage. start, end: in seconds."""
+
+    op: Op
+    stage: int
+    start: float
+    end: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Timeline:
+    """What ran when, simulated or measured. stages: how many."""
+
+    stages: int
+    events: tuple[Event, ...]
+
+    @property
+    def start(self) -> float:
+        """The first start, in seconds; 0 without events."""
+        return min((event.start for event in self.events), default=0.0)
+
+    @property
+    def makespan(self) -> float:
+        """Seconds from the first start to the last end."""
+        return max((event.end for event in self.events), default=0.0) - self.start
+
+    @property
+    def busy(self) -> tuple[float, ...]:
+        """Seconds of work on each stage."""
+        spans = [[] for _ in range(self.stages)]
+        for event in self.events:
+            spans[event.stage].append(event.end - event.start)
+        return tuple(map(math.fsum, spans))
+
+    @property
+    def bubble(self) -> float:
+        """The idle share of the stages' time over the makespan, in [0, 1]."""
+        total = self.stages * self.makespan
+        return max(0.0, 1.0 - math.fsum(self.busy) / total) if total else 0.0
+
+
+def simulate(
+    schedule: Schedule, forward: Sequence[float], backward: Sequence[float], transfer: float = 0.0
+) -> Timeline:
+    """Each stage runs its operations in order, each as soon as its inputs are there.
+
+    forward, backward: seconds of each of the model's S x C chunks. transfer: seconds from one stage to another; sending keeps
+    no stage busy. Raises `ScheduleError` on a deadlock.
+    """
+    for name, costs in (("forward", forward), ("backward", backward)):
+        if len(costs) != schedule.model_chunks:
+            raise ValueError(f"{name} has {len(costs)} costs: must have {schedule.model_chunks}, one for each chunk")
+    if not all(math.isfinite(cost) and cost >= 0 for cost in (*forward, *backward, transfer)):
+        raise ValueError("forward, backward and transfer must be finite and at least 0 seconds")
+    costs = {"F": forward, "B": backward}
+    events = replay(schedule, lambda op: costs[op.kind][op.chunk], transfer)
+    return Timeline(schedule.stages, tuple(Event(op, stage, start, end) for start, end, stage, op in events))
+
+
+def ideal_bubble(name: str, stages: int, microbatches: int, chunks: int = 1) -> float:
+    """The bubble of equal stages and free transfers, as a share of the makespan: (S - 1) / (C M + S - 1).
+
+    C is 1 but for interleaved 1F1B. Narayanan 2021 gives (S - 1) / (C M), the bubble over the time without it.
+    """
+    check_name(name)
+    work = microbatches * (chunks if name == "interleaved_1f1b" else 1)
+    return (stages - 1) / (work + stages - 1)

@@ -1,0 +1,165 @@
+"""Brings a run onto the devices: state, compiled programs, batches. Says what lies where, and checks that it does."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxtrain.checkpoint.checkpointer import Checkpoints
+from jaxtrain.checkpoint.resume_point import Resume
+from jaxtrain.errors import DeviceMemoryError
+from jaxtrain.parallel.audit import audit
+from jaxtrain.step.batch import EvalBatch
+from jaxtrain.step.eval_step import EvalResult, Evaluator, make_evaluator
+from jaxtrain.step.pipeline.eval_step import PipelineEvaluator, make_pipeline_evaluator
+from jaxtrain.step.pipeline.train_step import PipelineStep, make_pipeline
+from jaxtrain.step.train_state import TrainState, create_state, state_shapes
+from jaxtrain.step.train_step import Step, make_step
+from jaxtrain.training.input_pipeline import Feed, make_feed
+from jaxtrain.training.setup import Run
+from jaxtrain.training.startup_report import idle_stages, layout_table, one_step_a_call, summary
+from jaxtrain.trees import PyTree
+
+log = logging.getLogger("jaxtrain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Engine:
+    """step: one update (see `jaxtrain.step.train_step`). evaluate: weights, on a split. feed: batches."""
+
+    step: Step | PipelineStep
+    evaluate: Evaluation
+    feed: Feed
+
+    @property
+    def steps_per_call(self) -> int:
+        """How many updates one call of `step` makes, of as many batches stacked."""
+        return self.step.per_call if isinstance(self.step, Step) else 1
+
+
+def start_engine(run: Run, resume: Resume, trace: Path = Path("pipeline_trace.json")) -> tuple[Engine, TrainState]:
+    """Makes or restores the state, compiles the step (beside it, in a run of one process) and audits the layout.
+
+    trace: the file of `layout.trace_step`.
+    """
+    began = time.perf_counter()
+    shapes = state_shapes(run.init, run.layout)
+    table = layout_table(run.layout, shapes)
+    feed = make_feed(run.dataset, run.layout, run.config.data.residency, run.config.data.workers)
+    compiler = concurrent.futures.ThreadPoolExecutor(1, "compile")
+    compiling = compiler.submit(_compile_step, run, feed, shapes, trace)
+    if jax.process_count() > 1:
+        compiling.result()  # both ask the other processes (Orbax, arrays over all devices): one after the other on each
+    state = _restored(run, resume, shapes) if resume.start is not None else None
+    for line in summary(run, table):
+        log.info("%s", line)
+    if text := idle_stages(run, bool(table["batch_stats"])):
+        log.warning("%s", text)
+    log.info("data %s; compiling the step (the next start finds it in the compile cache)", feed.where)
+    if state is None:
+        state = create_state(run.init, run.layout)
+    step = compiling.result()
+    for note in audit(run.layout, table, state, step).notes:
+        log.info("%s", note)
+    log.info("compiled in %.1f s", time.perf_counter() - began)
+    return Engine(step, Evaluation(run, feed, compiler), feed), state
+
+
+def _restored(run: Run, resume: Resume, shapes: TrainState) -> TrainState:
+    """The state that the run goes on from."""
+    assert resume.start is not None
+    changes = run.config.checkpoint.allow_changes  # then a tree may stay as it is in a fresh state
+    template = create_state(run.init, run.layout) if changes else shapes
+    with contextlib.closing(Checkpoints(resume.start.directory, read_only=True)) as checkpoints:
+        state = checkpoints.restore(resume.start.step, template, allow_changes=changes)
+    log.info("resumed from %s", resume.start.directory / str(resume.start.step))
+    return state
+
+
+class Evaluation:
+    """Evaluates weights on a split. Compiled in a thread, at the first call or from `begin` on."""
+
+    def __init__(self, run: Run, feed: Feed, compiler: concurrent.futures.Executor | None = None):
+        self._run, self._feed = run, feed
+        self._batch = run.config.data.global_batch // run.layout.config.microbatches
+        self._compiler = compiler or concurrent.futures.ThreadPoolExecutor(1, "compile")
+        self._compiled: dict[Any, concurrent.futures.Future[Evaluator | PipelineEvaluator]] = {}
+
+    def begin(self, state: TrainState) -> None:
+        """Compiles beside what comes next for the weights of `state`, and for their average.
+
+        Not by stages: what that compiles shares the devices' dispatching threads with the step. Nor with other processes,
+        whom the steps speak to meanwhile.
+        """
+        dataset, alone = self._run.dataset, self._run.layout.stages == 1 and jax.process_count() == 1
+        if not alone or not (len(dataset.validation) or len(dataset.test)):
+            return
+        self._program(state.params, state.batch_stats)
+        if state.ema:
+            self._program(state.ema["params"], state.ema["batch_stats"])
+
+    def __call__(
+        self, split: str, params: PyTree, batch_stats: PyTree, before_each: Callable[[], None] = lambda: None
+    ) -> EvalResult:
+        """before_each: called before every batch."""
+
+        def watched(batches: Iterator[EvalBatch]) -> Iterator[EvalBatch]:
+            for each in batches:
+                before_each()
+                yield each
+
+        program = self._program(params, batch_stats).result()
+        with contextlib.closing(self._feed.evaluation(split, self._batch)) as batches:
+            return program(params, batch_stats, watched(batches), self._feed.resident)
+
+    def _program(self, *weights: PyTree) -> concurrent.futures.Future[Evaluator | PipelineEvaluator]:
+        leaves, structure = jax.tree.flatten(weights)
+        # Under ZeRO-1 and 2 the average is sharded and the weights are not: two programs.
+        where = tuple(leaf.sharding for leaf in leaves)
+        if where not in self._compiled:
+            # Shapes: a step may donate and delete the arrays meanwhile.
+            shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves]
+            params, batch_stats = structure.unflatten(shapes)
+            batch, resident = self._feed.evaluation_shapes(self._batch), self._feed.resident
+            make = make_pipeline_evaluator if self._run.layout.stages > 1 else make_evaluator
+            task, layout = self._run.task, self._run.layout
+            self._compiled[where] = self._compiler.submit(make, task, layout, params, batch_stats, batch, resident)
+        return self._compiled[where]
+
+
+def _compile_step(run: Run, feed: Feed, state: TrainState, trace: Path) -> Step | PipelineStep:
+    """state: shapes."""
+    batch = feed.train_shapes(run.config.data.global_batch)
+    if run.layout.stages > 1:
+        if run.config.train.steps_per_call > 1:
+            log.info("%s", one_step_a_call(run.config))
+        return make_pipeline(run.task, run.layout, state, batch, feed.resident, trace)
+    asked = run.config.train.steps_per_call
+    step = make_step(run.task, run.layout, state, batch, feed.resident, asked)
+    if step.per_call < asked:
+        log.info("%s", one_step_a_call(run.config))
+    return step
+
+
+@contextlib.contextmanager
+def explain_out_of_memory() -> Iterator[None]:
+    """Turns XLA's out-of-memory error into a `DeviceMemoryError` that says what helps."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
+            raise
+        raise DeviceMemoryError(
+            "The run does not fit the devices' memory. In this order: raise config.layout.microbatches, use "
+            "config.train.remat=dots or full, raise config.layout.zero, split the model with config.layout.stages, use more "
+            "devices, or lower config.data.global_batch. "
+            f"XLA said: {str(error).splitlines()[0]}"
+        ) from error

@@ -1,0 +1,204 @@
+"""Puts batches on the devices: the host's rows become one global array, each process giving the part that it holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import NamedSharding
+
+from jaxtrain.data.order import eval_batches, index_stream
+from jaxtrain.data.registry import Dataset, Source, decodes_images, is_cheap, materialize, nbytes
+from jaxtrain.data.stream import default_threads, default_workers, eval_stream, train_stream
+from jaxtrain.distributed.coordination import on_this_host
+from jaxtrain.parallel.layout import Layout, over_steps
+from jaxtrain.step.batch import Batch, EvalBatch, Resident
+
+# `data.residency=auto` keeps a data set on the devices up to this share of their memory, or this size where it is unknown.
+RESIDENT_SHARE = 0.1
+RESIDENT_BYTES = 1 << 30
+
+
+class Placer:
+    """Which part of a batch [parts, size, ...] this process holds, and how it becomes one global array."""
+
+    def __init__(self, layout: Layout, parts: int, size: int):
+        self._shape, self._sharding, self._replicated = (parts, size), layout.batch, layout.sharding()
+        self._images = layout.images
+        indices: Any = self._sharding.addressable_devices_indices_map(self._shape).values()
+        spans = {index[1].indices(size)[:2] for index in indices}
+        self._columns = np.concatenate([np.arange(*span) for span in sorted(spans)])
+        # Positions in the global batch, in the order in which `batch` wants the rows.
+        self.positions = (np.arange(parts)[:, None] * size + self._columns).ravel()
+
+    def images(self, *rows: np.ndarray) -> jax.Array:
+        """The same for images, which only the first pipeline stage needs."""
+        return self._place(rows, self._images)
+
+    def batch(self, *rows: np.ndarray) -> jax.Array:
+        """The global array [parts, size, ...] from this process's `rows` [len(positions), ...].
+
+        From the rows of k steps, the array [k, parts, size, ...].
+        """
+        return self._place(rows, self._sharding)
+
+    def _place(self, rows: Sequence[np.ndarray], sharding: NamedSharding) -> jax.Array:
+        tail = rows[0].shape[1:]
+        local = [each.reshape(self._shape[0], len(self._columns), *tail) for each in rows]
+
+        def shard(index: tuple[slice, ...]) -> np.ndarray:
+            start, stop, _ = index[len(index) - len(tail) - 1].indices(self._shape[1])
+            first = int(np.searchsorted(self._columns, start))
+            parts = [each[:, first : first + stop - start] for each in local]
+            return parts[0] if len(parts) == 1 else np.stack(parts)
+
+        shape, dtype = (*self._shape, *tail), rows[0].dtype
+        if len(rows) == 1:
+            return _place(shape, dtype, sharding, shard)
+        return _place((len(rows), *shape), dtype, over_steps(sharding), shard)
+
+    def numbers(self, first: int, count: int = 1) -> jax.Array:
+        """An int32 that every device has, or int32 [count]: it and those that follow."""
+        value = np.int32(first) if count == 1 else np.arange(first, first + count, dtype=np.int32)
+        return _place(value.shape, np.int32, self._replicated, lambda _: value)
+
+
+def _place(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding, part: Callable[..., Any]) -> jax.Array:
+    """A global array from its parts on the host: the one transfer to the devices that the loop is meant to make."""
+    with jax.transfer_guard_host_to_device("allow"):
+        return jax.make_array_from_callback(shape, sharding, part, dtype=dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Feed:
+    """Batches of a data set for one layout.
+
+    resident: every split, one after the other, on every device; `Resident()` when batches are streamed. offsets: the first
+    row of each split in it. workers: reading processes when streaming. threads: that read where there are none.
+    """
+
+    dataset: Dataset
+    layout: Layout
+    resident: Resident
+    offsets: Mapping[str, int]
+    workers: int
+    threads: int = 1
+
+    @property
+    def where(self) -> str:
+        """Where batches come from, for the log."""
+        if self.offsets:
+            return "resident on the devices"
+        count, kind = (self.workers, "worker process") if self.workers else (self.threads, "thread")
+        plural = "" if count == 1 else "es" if self.workers else "s"
+        return f"streamed, read by {count} {kind}{plural}"
+
+    def train(
+        self,
+        *,
+        seed: int,
+        global_batch: int,
+        first_step: int,
+        first_example: int,
+        steps: int,
+        calls: Iterable[int] | None = None,
+    ) -> Generator[Batch]:
+        """Batches for the updates `first_step`, `first_step + 1`, ...; the same ones whether resident or streamed.
+
+        calls: how many of them come stacked as one, each time; without it every one comes alone.
+        """
+        parts, source = self.layout.config.microbatches, self.dataset.train
+        placer = Placer(self.layout, parts, global_batch // parts)
+        order: dict[str, Any] = {
+            "seed": seed, "global_batch": global_batch, "positions": placer.positions,
+            "first_example": first_example, "steps": steps,
+        }  # fmt: skip
+        calls = itertools.repeat(1, steps) if calls is None else calls
+        if self.offsets:
+            for number, chunk in _chunks(index_stream(len(source), **order), calls, first_step):
+                rows = placer.batch(*(each + np.int32(self.offsets["train"]) for each in chunk))
+                yield Batch(placer.numbers(number, len(chunk)), rows=rows)
+            return
+        with train_stream(source, workers=self.workers, threads=self.threads, **order) as stream:
+            for number, chunk in _chunks(stream, calls, first_step):
+                images, labels = zip(*chunk, strict=True)
+                yield Batch(
+                    placer.numbers(number, len(chunk)), images=placer.images(*images), labels=placer.batch(*labels)
+                )
+
+    def train_shapes(self, global_batch: int) -> Batch:
+        """The shapes, types and shardings of what `train` yields."""
+        return self._shapes(global_batch, self.layout.config.microbatches)
+
+    def evaluation_shapes(self, batch: int) -> EvalBatch:
+        """The same for `evaluation`."""
+        mask = jax.ShapeDtypeStruct((1, batch), np.bool_, sharding=self.layout.batch)
+        return EvalBatch(self._shapes(batch, 1), mask)  # type: ignore[arg-type]
+
+    def _shapes(self, global_batch: int, parts: int) -> Batch:
+        shape, layout = functools.partial(jax.ShapeDtypeStruct, (parts, global_batch // parts)), self.layout
+        step: Any = jax.ShapeDtypeStruct((), np.int32, sharding=layout.sharding())
+        numbers = shape(np.int32, sharding=layout.batch)
+        if self.offsets:
+            return Batch(step, rows=numbers)
+        images = (parts, global_batch // parts, *self.dataset.train.shape)
+        return Batch(step, images=jax.ShapeDtypeStruct(images, np.uint8, sharding=layout.images), labels=numbers)
+
+    def evaluation(self, split: str, batch: int) -> Generator[EvalBatch]:
+        """Every example of `split` once, in order, in batches of `batch`; the last is padded and masked."""
+        placer = Placer(self.layout, 1, batch)
+        step, source = placer.numbers(0), getattr(self.dataset, split)
+        if not len(source):
+            return
+        masks = ((rows[placer.positions], mask[placer.positions]) for rows, mask in eval_batches(len(source), batch))
+        if self.offsets:
+            for rows, mask in masks:
+                local = (rows + self.offsets[split]).astype(np.int32)
+                yield EvalBatch(Batch(step, rows=placer.batch(local)), placer.batch(mask))
+            return
+        reading: dict[str, Any] = {"workers": self.workers, "threads": self.threads}
+        with eval_stream(source, global_batch=batch, positions=placer.positions, **reading) as stream:
+            for (images, labels), (_, mask) in zip(stream, masks, strict=True):
+                yield EvalBatch(
+                    Batch(step, images=placer.images(images), labels=placer.batch(labels)), placer.batch(mask)
+                )
+
+
+def _chunks(stream: Iterable[Any], sizes: Iterable[int], number: int) -> Iterator[tuple[int, list[Any]]]:
+    """So many elements of `stream` at once, and the number of the first of them."""
+    elements = iter(stream)
+    for size in sizes:
+        yield number, list(itertools.islice(elements, size))
+        number += size
+
+
+def make_feed(dataset: Dataset, layout: Layout, residency: str, workers: int) -> Feed:
+    """Decides where the data set lives, and puts it on the devices if it is there."""
+    splits: dict[str, Source] = {name: getattr(dataset, name) for name in ("train", "validation", "test")}
+    size = sum(nbytes(source) for source in splits.values())
+    sharing = on_this_host()
+    typical = next((source for source in splits.values() if len(source)), dataset.train)
+    threads = default_threads(local_processes=sharing) if decodes_images(typical) else 1
+    if residency == "stream" or (residency == "auto" and size > _resident_limit(layout)):
+        if workers < 0:
+            workers = default_workers(cheap=is_cheap(typical), local_processes=sharing)
+        return Feed(dataset, layout, Resident(), {}, workers, threads)
+    images, labels = zip(*(materialize(source, threads) for source in splits.values()), strict=True)
+
+    def place(array: np.ndarray, stage: int | None = None) -> jax.Array:
+        return _place(array.shape, array.dtype, layout.sharding(stage=stage), lambda _: array)
+
+    offsets = np.cumsum([0, *(len(source) for source in splits.values())])
+    resident = Resident(place(np.concatenate(images), 0), place(np.concatenate(labels)))
+    return Feed(dataset, layout, resident, dict(zip(splits, offsets.tolist(), strict=False)), workers)
+
+
+def _resident_limit(layout: Layout) -> float:
+    stats = layout.mesh.local_devices[0].memory_stats() or {}
+    limit = stats.get("bytes_limit")
+    return limit * RESIDENT_SHARE if limit else RESIDENT_BYTES

@@ -1,0 +1,150 @@
+"""Describes a run without training it: shapes, placements, bytes. Reads no data that is not there."""
+
+from __future__ import annotations
+
+import collections
+import json
+import math
+import statistics
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxtrain.config import Config
+from jaxtrain.data import registry
+from jaxtrain.data.augment import train_inputs
+from jaxtrain.errors import ConfigError
+from jaxtrain.host.paths import require_local
+from jaxtrain.models.layers import Context
+from jaxtrain.parallel.layout import Placement, bytes_by_stage, bytes_per_device
+from jaxtrain.step.pipeline import schedule as schedules
+from jaxtrain.step.pipeline.plot import svg
+from jaxtrain.step.pipeline.schedule import Op
+from jaxtrain.step.pipeline.timeline import Event, Timeline, simulate
+from jaxtrain.step.train_state import TrainState
+from jaxtrain.training.jax_settings import settings
+from jaxtrain.training.setup import Run, decide, make_run, select_devices, unused_settings
+from jaxtrain.training.startup_report import idle_stages, layout_table
+
+
+def describe_layout(config: Config, num_devices: int = 0) -> dict[str, Any]:
+    """The sharding table as plain values.
+
+    Returns:
+      `parameters` (their number), `mesh` (size of each axis), `bytes_per_device` (by tree), and `leaves`: for each `tree`,
+      `path` (with the tree in front), `shape`, `dtype`, `spec` (axis or None for each dim; a list where a dim has several),
+      `stage`, `bytes_per_device`, `note`. With pipeline stages also `bytes_by_stage` (by tree, then stage), `stages`
+      (a line about each); `microbatches` is their number. `warnings`: what a user should know, among it settings that have no
+      effect.
+    """
+    return describe(*_planned(config, num_devices))
+
+
+def _planned(config: Config, num_devices: int) -> tuple[Run, dict[str, list[Placement]]]:
+    devices = select_devices(num_devices)
+    config = decide(config, None, devices)
+    with settings(config):
+        run = make_run(config, registry.outline(config.data, image_size=config.data.image_size), devices)
+        state = jax.eval_shape(run.init)
+        _trace(run, state)
+        return run, layout_table(run.layout, state)
+
+
+def _trace(run: Run, state: TrainState) -> None:
+    """Traces a microbatch's forward pass, so that what training refuses there is refused here. Computes nothing."""
+    task, parts = run.task, run.config.layout.microbatches
+    size = run.config.data.global_batch // parts
+
+    def forward(params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
+        example, key = jnp.arange(size, dtype=jnp.int32), jax.random.key(0)
+        inputs, targets = train_inputs(task.preprocess, images, labels, example, key)
+        context = Context(example=example, train=True, bn_groups=max(task.bn_groups // parts, 1))
+        logits, _ = task.model.apply(params, batch_stats, inputs, context, key)
+        return task.loss(logits, targets)
+
+    images = jax.ShapeDtypeStruct((size, *run.dataset.train.shape), jnp.uint8)
+    jax.eval_shape(forward, state.params, state.batch_stats, images, jax.ShapeDtypeStruct((size,), jnp.int32))
+
+
+def describe(run: Run, table: dict[str, list[Placement]]) -> dict[str, Any]:
+    """What `describe_layout` returns."""
+    leaves = [
+        {
+            "tree": tree,
+            "path": f"{tree}/{leaf.path}".rstrip("/"),
+            "shape": list(leaf.shape),
+            "dtype": leaf.dtype,
+            "spec": [*leaf.spec, *[None] * (len(leaf.shape) - len(leaf.spec))],
+            "stage": leaf.stage,
+            "bytes_per_device": leaf.bytes_per_device,
+            "note": leaf.note,
+        }
+        for tree, placements in table.items()
+        for leaf in placements
+    ]
+    stages = run.layout.stages
+    return {
+        "parameters": sum(math.prod(leaf.shape) for leaf in table["params"]),
+        "mesh": dict(run.layout.mesh.shape),
+        "bytes_per_device": {tree: bytes_per_device(placements) for tree, placements in table.items()},
+        "bytes_by_stage": {tree: bytes_by_stage(placements, stages) for tree, placements in table.items()},
+        "microbatches": run.layout.config.microbatches,
+        "stages": run.split.describe() if run.split else [],
+        "warnings": [
+            *filter(None, [idle_stages(run, bool(table["batch_stats"]))]),
+            *run.dataset.notes,
+            *unused_settings(run),
+        ],
+        "leaves": leaves,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------- schedules
+
+# What a device does a second in a drawing without measured times (an H100 computes in bf16 at about half of its peak).
+_NOMINAL_FLOPS = 5e14
+
+
+def draw_schedule(config: Config, num_devices: int = 0, traced: str | Path = "") -> str:
+    """An SVG of the pipeline's planned step; with `traced`, a work directory, also of its recorded step, beside it.
+
+    The plan takes what each slice costs from the layers' operations at 500 TFLOP/s, or from the recorded step where there
+    is one. Raises `ConfigError` when there are no stages, or no record.
+    """
+    run, _ = _planned(config, num_devices)
+    if run.split is None:
+        raise ConfigError("config.layout.stages=1: there is no schedule to draw; use --config.layout.stages=2 or more.")
+    layout = run.config.layout
+    schedule = schedules.make(layout.schedule, layout.stages, layout.microbatches, layout.chunks)
+    title = f"{layout.schedule}, {layout.stages} stages, {layout.microbatches} microbatches"
+    costs = [sum(run.split.costs[i].cost for i in layers) / _NOMINAL_FLOPS for layers in run.split.slices]
+    forward, backward = [c / 3 for c in costs], [2 * c / 3 for c in costs]
+    if not traced:
+        return svg([(f"planned: {title}", simulate(schedule, forward, backward))])
+    measured = read_trace(traced)
+    found = collections.defaultdict(list)
+    for event in measured.events:
+        found[event.op.kind, event.op.chunk].append(event.end - event.start)
+    chunks = range(schedule.model_chunks)
+    if {event.op for event in measured.events} != {op for ops in schedule.ops for op in ops}:
+        raise ConfigError(
+            f"{traced} holds a step of other stages or microbatches than {title}; give the --config settings of that run."
+        )
+    forward, backward = ([statistics.median(found[kind, k]) for k in chunks] for kind in "FB")
+    planned = simulate(schedule, forward, backward)
+    return svg([(f"planned from the measured costs: {title}", planned), (f"measured: {traced}", measured)])
+
+
+def read_trace(workdir: str | Path) -> Timeline:
+    """The step that a run recorded (`layout.trace_step`). Raises `ConfigError` where there is none."""
+    require_local(workdir, f"--trace {workdir}", ConfigError)
+    paths = sorted((Path(workdir) / "logs").glob("pipeline_trace_*.json"))
+    rows = [row for path in paths for row in json.loads(path.read_text())]
+    if not rows:
+        raise ConfigError(f"{workdir} holds no recorded step; train with --config.layout.trace_step=5, for example.")
+    events = [
+        Event(Op(row["kind"], row["chunk"], row["microbatch"]), row["stage"], row["start"], row["end"]) for row in rows
+    ]
+    return Timeline(1 + max(event.stage for event in events), tuple(events))

@@ -1,0 +1,164 @@
+"""The training run: set up, resume, loop, evaluate, save. `train(config, workdir)` is the whole program; `main` calls it."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from jaxtrain import config as config_lib
+from jaxtrain import workdir as workdir_lib
+from jaxtrain.checkpoint import resume as resume_lib
+from jaxtrain.checkpoint import resume_point
+from jaxtrain.checkpoint.checkpointer import Checkpoints, check_space
+from jaxtrain.checkpoint.lease import LEASE_SECONDS, Lease, NoLease, held, wait_to_see
+from jaxtrain.checkpoint.resume_point import Resume
+from jaxtrain.config import Config
+from jaxtrain.data import registry
+from jaxtrain.data.registry import Dataset
+from jaxtrain.distributed import cluster, coordination
+from jaxtrain.distributed.coordination import barrier, first_on_process_zero, from_process_zero
+from jaxtrain.distributed.interrupt import Interrupt, catch_signals
+from jaxtrain.distributed.watchdog import Watchdog, watching
+from jaxtrain.host import xla_flags
+from jaxtrain.observability import start_record
+from jaxtrain.observability.clock import StepClock
+from jaxtrain.observability.goodput import NullTimes, TimesFile
+from jaxtrain.observability.text_log import TextLog
+from jaxtrain.optim.schedules import warmup_steps
+from jaxtrain.parallel.mesh import Device
+from jaxtrain.training.compiled import explain_out_of_memory, start_engine
+from jaxtrain.training.jax_settings import no_implicit_transfers, settings
+from jaxtrain.training.loop import Host, Loop, RollBack, TrainResult
+from jaxtrain.training.setup import Run, check_names, decide, load_data, make_run, select_devices, unused_settings
+from jaxtrain.workdir import Workdir
+
+log = logging.getLogger("jaxtrain")
+
+
+def train(
+    config: Config | Mapping[str, Any],
+    workdir: str | Path,
+    *,
+    num_devices: int = 0,
+    quiet: bool = False,
+    interrupt: Interrupt | None = None,
+) -> TrainResult:
+    """Trains until the configured length, going on from whatever `workdir` holds, and returns the last state.
+
+    Args:
+      config: a `Config`, or nested mappings of its fields such as the `ConfigDict` that `load_config` returns.
+      workdir: the directory of the run; made if it is not there.
+      num_devices: use the first so many devices of each host; 0 uses all.
+      quiet: print nothing (the log file is written all the same).
+      interrupt: of `catch_signals`, where the caller catches them; else they are caught here.
+
+    Raises:
+      JaxtrainError: one of the types in `jaxtrain.errors`, with one clear sentence. Never exits the process.
+    """
+    config = config if isinstance(config, Config) else config_lib.from_dict(config_lib.plain(config))
+    xla_flags.set_flags(xla_flags.for_run(config.train.precision, deterministic=config.train.deterministic))
+    check_names(config)
+    directory = workdir_lib.prepare(workdir)
+    with contextlib.ExitStack() as stack:
+        console = Console(stderr=True, quiet=quiet)
+        stack.enter_context(TextLog(directory.log(jax.process_index()), jax.process_index(), console))
+        clock = StepClock()
+        log.info("work directory: %s", directory.path)
+        devices = select_devices(num_devices)
+        interrupt = interrupt or stack.enter_context(catch_signals())
+        interrupt.connect()
+        watchdog = Watchdog(config.train.hang_seconds)
+        stack.enter_context(watching(watchdog, interrupt.leave, directory.log(jax.process_index())))
+        lease = _take_lease(directory, stack)
+        first = jax.process_index() == 0
+        times = TimesFile(directory.starts, clock, lambda: watchdog.beat().step) if first else NullTimes()
+        stack.enter_context(contextlib.closing(times))
+        resume = resume_point.find(directory, config)
+        config = decide(config, resume.stored, devices)
+        resume_lib.refuse_changes(directory, resume, config)
+        stack.enter_context(settings(config))
+        watchdog.feed("prepare the data", resume.position.step)
+        with clock.charge("input"):
+            dataset = load_data(config.data)
+        resume_lib.refuse_length(directory, resume, config, len(dataset.train))
+        resume_lib.refuse_other_data(directory, resume, config, dataset)
+        if jax.process_index() == 0:
+            registry.record_contents(config.data, dataset)
+        stack.enter_context(explain_out_of_memory())
+        host = Host(directory, interrupt, watchdog, clock, console, lease, times)
+        for rollbacks_left in range(config.train.rollbacks, -1, -1):
+            dataset, resume = resume_lib.go_on_with(dataset, resume, config.model.num_classes)
+            position = dataclasses.replace(resume.position, jobs=tuple(sorted(cluster.jobs())))
+            resume = dataclasses.replace(resume, position=position)
+            try:
+                return _train_from(resume, config, dataset, devices, host, rollbacks_left)
+            except RollBack as asked:
+                resume = asked.resume
+    raise AssertionError("the last start rolls nothing back")
+
+
+def _train_from(
+    resume: Resume, config: Config, dataset: Dataset, devices: list[Device], host: Host, rollbacks_left: int
+) -> TrainResult:
+    """From `resume` to the end of the run. Raises `_RollBack` if that is better begun again."""
+    position, directory = resume.position, host.directory
+    run = make_run(config, dataset, devices, start_step=position.step, start_example=position.examples)
+    position = dataclasses.replace(position, dataset=run.data_record)
+    for text in unused_settings(run) if jax.process_index() == 0 else ():
+        log.warning("%s", text)
+    if (warmup := warmup_steps(config, len(dataset.train))) > run.steps:
+        text = "config.optim.warmup=%r is %d steps, longer than the run's %d."
+        log.warning(text, config.optim.warmup, warmup, run.steps)
+    # It may be a link to another disk; a new run makes it later.
+    check_space(directory.checkpoints if directory.checkpoints.exists() else directory.path, jax.eval_shape(run.init))
+    host.watchdog.feed("compile")
+    with host.clock.charge("compile"):
+        engine, state = start_engine(run, resume, directory.trace(jax.process_index()))
+    engine.evaluate.begin(state)
+    _take_over(host, resume, config, run)
+    host.times.goes_on_from(position.step)
+    checkpoints = Checkpoints(
+        directory.checkpoints, config.checkpoint.keep, owner=host.lease.token, still_owner=host.lease.check
+    )
+    with (
+        contextlib.closing(checkpoints),
+        no_implicit_transfers(),
+        Loop(run, engine, checkpoints, host, position, rollbacks_left) as loop,
+    ):
+        return loop.run_to_end(state)
+
+
+def _take_lease(directory: Workdir, stack: contextlib.ExitStack) -> Lease | NoLease:
+    """Process 0 holds the directory's lock until the end of `stack`, and the others see it there."""
+    found: list[Lease] = []
+    first_on_process_zero(
+        "lock the work directory",
+        lambda: found.append(stack.enter_context(held(directory.path))),
+        2 * LEASE_SECONDS,
+    )
+    lease = found[0] if found else NoLease()
+    wait_to_see(directory.path, from_process_zero("lease", lease.token, LEASE_SECONDS), jax.process_index())
+    # Process 0 goes on when all have seen it: should it fail next, the lock is gone.
+    coordination.from_all(coordination.next_word("lease seen"), "seen", 3 * LEASE_SECONDS)
+    return lease
+
+
+def _take_over(host: Host, resume: Resume, config: Config, run: Run) -> None:
+    """Process 0 makes the work directory this run's: sets aside what lies after its start, stores config, data, manifest."""
+    directory = host.directory
+    if jax.process_index() == 0:
+        step = resume.position.step
+        resume_lib.set_aside(directory, resume, config, run.steps, host.times.path)
+        for old in directory.logs.glob("pipeline_trace_*.json"):  # of another start, maybe of other stages
+            old.unlink()
+        directory.write_config(config_lib.to_dict(config))
+        directory.write_dataset(run.data_record)
+        start_record.append_start(directory.manifest, start_record.environment(step))
+    barrier("the work directory is this run's")

@@ -1,0 +1,198 @@
+"""Assembles a run from its config: settings of JAX, data, layout, task. Compiles nothing and changes no file."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import logging
+import socket
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import optax
+
+from jaxtrain.config import Config, DataConfig, without_effect
+from jaxtrain.data import registry as datasets
+from jaxtrain.data.record import record
+from jaxtrain.data.registry import Dataset
+from jaxtrain.distributed import coordination
+from jaxtrain.distributed.coordination import first_on_process_zero
+from jaxtrain.durations import Duration
+from jaxtrain.errors import ConfigError, EnvironmentMismatchError
+from jaxtrain.models import registry as models
+from jaxtrain.optim import optimizers
+from jaxtrain.optim.losses import loss_fn
+from jaxtrain.optim.optimizers import make
+from jaxtrain.optim.schedules import make_schedule, total_steps
+from jaxtrain.parallel.layout import Layout
+from jaxtrain.parallel.mesh import Device, batch_ways, make_mesh
+from jaxtrain.precision import policy, resolve
+from jaxtrain.step.pipeline.partition import Split
+from jaxtrain.step.pipeline.plan import make_split, microbatches
+from jaxtrain.step.task import Task, make_task
+from jaxtrain.step.train_state import TrainState, initial_state
+
+log = logging.getLogger("jaxtrain")
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """What a run computes and where.
+
+    init: makes the fresh state; pure, of no arguments. steps: where the run ends. split: the pipeline stages' layers.
+    """
+
+    config: Config
+    dataset: Dataset
+    layout: Layout
+    task: Task
+    init: Callable[[], TrainState]
+    steps: int
+    split: Split | None = None
+
+    @property
+    def data_record(self) -> dict[str, Any]:
+        """What the run remembers of its data set, for those that go on from it or evaluate it."""
+        inputs = self.task.preprocess
+        return record(
+            self.dataset,
+            image_size=inputs.image_size,
+            num_classes=inputs.num_classes,
+            mean=inputs.mean,
+            std=inputs.std,
+        )
+
+
+def select_devices(count: int) -> list[Device]:
+    """The first `count` devices of each process, or all of them for 0. Raises `ConfigError` if there are fewer."""
+    if not count:
+        return jax.devices()
+    here = jax.local_device_count()
+    if count > here:
+        raise ConfigError(
+            f"--devices {count}: this host has {here} ({jax.default_backend()}); --simulate-devices {count} makes CPU ones."
+        )
+    by_process: dict[int, list[Device]] = {}
+    for device in jax.devices():
+        by_process.setdefault(device.process_index, []).append(device)
+    return [device for devices in by_process.values() for device in devices[:count]]
+
+
+def decide(config: Config, stored: Config | None, devices: list[Device]) -> Config:
+    """Fills in what depends on the machine, at the first start; a resumed run keeps what was decided then (`stored`)."""
+    ways = batch_ways(make_mesh(config.layout, devices))
+    precision, batch = config.train.precision, config.data.global_batch
+    if precision == "auto":
+        precision = stored.train.precision if stored else resolve("auto", jax.default_backend())
+    if config.data.batch_per_device:
+        batch = stored.data.global_batch if stored else config.data.batch_per_device * ways
+    Config.check_batch(batch, config.layout.microbatches, config.model.bn_groups)
+    return dataclasses.replace(
+        config,
+        train=dataclasses.replace(config.train, precision=precision),
+        data=dataclasses.replace(config.data, global_batch=batch),
+    )
+
+
+def check_names(config: Config) -> None:
+    """Raises `ConfigError` for a model, data set, optimizer or loss that there is not; touches no data and no device."""
+    models.find(config.model.name)
+    datasets.check_name(config.data)
+    make(config.optim, optax.constant_schedule(0.0))
+    loss_fn(config.optim.loss)
+
+
+def load_data(config: DataConfig, needed: str = "", drawn: Sequence[str] | None = None) -> Dataset:
+    """The data set, prepared if need be by process 0 while the others wait (by each, with `data.prepare_per_host`).
+
+    needed, drawn: as of `data.registry.load`.
+    """
+    first_on_process_zero(
+        f"prepare the data set {config.name}",
+        functools.partial(datasets.prepare, config),
+        config.prepare_timeout * 60,
+        every_process=config.prepare_per_host,
+    )
+    dataset = datasets.load(config, image_size=config.image_size, needed=needed, drawn=drawn)
+    of_first = coordination.from_process_zero("the data set", dataset.fingerprint, config.prepare_timeout * 60)
+    if dataset.fingerprint != of_first:
+        raise EnvironmentMismatchError(
+            f"Process {coordination.index()} on {socket.gethostname()} found another data set {config.name} than process 0 "
+            f"(its fingerprint is {dataset.fingerprint[:12]}, not {of_first[:12]}); give all hosts the same files."
+        )
+    for note in dataset.notes if coordination.index() == 0 else ():
+        log.warning("data %s: %s", dataset.name, note)
+    return dataset
+
+
+def make_run(
+    config: Config, dataset: Dataset, devices: list[Device], *, start_step: int = 0, start_example: int = 0
+) -> Run:
+    """Everything that follows from the config and the data set. Raises `ConfigError` for what does not fit together."""
+    mesh = make_mesh(config.layout, devices)
+    types = policy(config.train.precision)
+    side = config.data.image_size or dataset.train.shape[0]
+    channels = dataset.train.shape[2]
+    shape = (side, side, channels)
+    classes = config.model.num_classes or dataset.num_classes
+    if classes < dataset.num_classes:
+        raise ConfigError(f"config.model.num_classes={classes}: the data set {dataset.name} has {dataset.num_classes}.")
+    model = models.build(config.model, shape, classes, types.compute_dtype, types.param_dtype)
+    steps = total_steps(config, len(dataset.train), start_step, start_example)
+    rate = make_schedule(config, len(dataset.train), start_step, start_example)
+    mean, std = (config.data.mean, config.data.std) if config.data.mean else (dataset.mean, dataset.std)
+    task = make_task(config, model, rate, side=side, classes=classes, mean=mean, std=std)
+    init = functools.partial(initial_state, config.seed, model, task.optimizer, types, shape, ema=config.optim.ema > 0)
+    state = jax.eval_shape(init)
+    if not jax.tree.leaves(state.params):
+        raise ConfigError(
+            f"config.model.name={config.model.name!r}: none of its layers ({len(model.layers)}) has parameters, so that "
+            "there is nothing to train; at least one must."
+        )
+    has_batch_norm, batch, groups = (
+        bool(jax.tree.leaves(state.batch_stats)),
+        config.data.global_batch,
+        config.model.bn_groups,
+    )
+    parts = microbatches(config.layout, batch, batch_ways(mesh), groups * has_batch_norm, even=task.preprocess.mixes)
+    config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, microbatches=parts))
+    layout = Layout(mesh, config.layout, config.layout.rules + model.tensor_rules)
+    layout.check_batch(batch, groups, has_batch_norm)
+    if task.preprocess.mixes and parts > 1 and batch // parts % 2:
+        raise ConfigError(
+            f"config.layout.microbatches={parts}: mixup and cutmix mix neighbours, so that a microbatch needs an even number "
+            f"of examples, and config.data.global_batch={batch} gives each {batch // parts}."
+        )
+    split = None
+    if layout.stages > 1:
+        split = make_split(
+            config.layout,
+            model,
+            state.params,
+            state.batch_stats,
+            (batch // parts, *shape),
+            types.compute_dtype,
+            max(groups // parts, 1),
+            batch_ways(mesh),
+        )
+        names = tuple(tuple(split.costs[i].name for i in layers) for layers in split.slices)
+        layout = dataclasses.replace(layout, slices=names)
+    return Run(config, dataset, layout, task, init, steps, split)
+
+
+def unused_settings(run: Run) -> list[str]:
+    """A sentence for each setting that was changed from its default and can have no effect on this run."""
+    config, data, optim, layout = run.config, run.config.data, run.config.optim, run.config.layout
+    found = optimizers.unused_settings(optim)
+    if data.augmentation not in ("light", "heavy"):
+        found += without_effect("data", data, ["crop_padding"], f"data.augmentation={data.augmentation!r} does not pad")
+    if layout.stages == 1:
+        fields = ("schedule", "chunks", "balance", "stage_placement", "trace_step")
+        found += without_effect("layout", layout, fields, "there is one stage")
+    if not jax.tree.leaves(jax.eval_shape(run.init).batch_stats):
+        found += without_effect("model", config.model, ["bn_groups"], f"{config.model.name} has no BatchNorm")
+    evaluates = Duration.parse(config.train.eval_every, "config.train.eval_every").value > 0
+    if evaluates and not len(run.dataset.validation):
+        found += without_effect("train", config.train, ["eval_every"], "there is no validation split")
+    return found

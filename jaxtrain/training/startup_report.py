@@ -1,0 +1,96 @@
+"""What a run says at its start: layout, batch, memory, optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+
+from jaxtrain.config import Config
+from jaxtrain.optim.schedules import learning_rate
+from jaxtrain.parallel.layout import Layout, Placement, bytes_per_device
+from jaxtrain.parallel.mesh import batch_ways
+from jaxtrain.step.pipeline.plan import microbatches
+from jaxtrain.step.train_state import TrainState
+from jaxtrain.training.setup import Run
+
+
+def layout_table(layout: Layout, state: TrainState) -> dict[str, list[Placement]]:
+    """Where every leaf lies, by tree: the state's, and the gradient accumulator's as `gradients`."""
+    return layout.table(state) | {"gradients": layout.gradients(state.params)}
+
+
+def summary(run: Run, table: dict[str, list[Placement]]) -> list[str]:
+    """The layout and the batch, in the few lines that are printed at start."""
+    mesh, config, optim = run.layout.mesh, run.config, run.config.optim
+    axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
+    held = ", ".join(
+        f"{tree} {_size(bytes_per_device(leaves))}" for tree, leaves in table.items() if bytes_per_device(leaves)
+    )
+    batch, parts = config.data.global_batch, config.layout.microbatches
+    ways = mesh.shape["replica"] * mesh.shape["data"]
+    lines = [
+        f"model: {config.model.name}, {sum(_elements(leaf) for leaf in table['params']):,} parameters, "
+        f"{config.train.precision}; {mesh.size} x {mesh.devices.flat[0].device_kind} ({axes}), zero {config.layout.zero}",
+        f"batch: {batch} global, {batch // jax.process_count()} a process, {batch // ways} a device, "
+        f"{batch // parts // ways} a device and microbatch ({parts})",
+        f"memory per device at rest: {held}",
+        f"optimizer: {optim.name}, peak learning rate {learning_rate(optim, batch):g} ({optim.learning_rate:g} at a batch of "
+        f"{optim.lr_reference_batch}, scaling {optim.lr_scaling}), {optim.schedule}",
+        *(run.split.describe() if run.split else []),
+        f"data: {config.data.name}, {len(run.dataset.train)} train, {len(run.dataset.validation)} validation, "
+        f"{len(run.dataset.test)} test; {run.steps} steps",
+    ]
+    lines += [
+        f"{tree}/{leaf.path}: {leaf.note}"
+        for tree, leaves in table.items()
+        for leaf in leaves
+        if leaf.note and tree != "gradients"
+    ]
+    return lines
+
+
+def idle_stages(run: Run, has_batch_norm: bool) -> str:
+    """What to say where there are fewer microbatches than stages, or ''."""
+    layout, groups, batch = run.layout, run.config.model.bn_groups, run.config.data.global_batch
+    stages, parts = layout.stages, layout.config.microbatches
+    if parts >= stages:
+        return ""
+    how = "work one after the other" if parts == 1 else "are idle most of the time"
+    chosen = dataclasses.replace(layout.config, microbatches=0)
+    best = microbatches(chosen, batch, batch_ways(layout.mesh), 0, even=run.task.preprocess.mixes)
+    if best <= parts:
+        fix = f"config.data.global_batch={batch} does not divide into more"
+    elif has_batch_norm and groups % best:
+        fix = (
+            f"with config.model.bn_groups={groups} a microbatch holds whole BatchNorm groups only; "
+            f"--config.model.bn_groups={best} "
+            f"--config.layout.microbatches={best} lets them overlap and changes the run's numbers"
+        )
+    else:
+        fix = f"use --config.layout.microbatches={best}"
+    return f"{parts} microbatch{'es' if parts > 1 else ''} for {stages} pipeline stages: the stages {how}; {fix}."
+
+
+def one_step_a_call(config: Config) -> str:
+    """What to say where `train.steps_per_call` has no effect."""
+    if config.layout.stages > 1 or config.layout.microbatches > 1:
+        why = "the host drives pipeline stages and microbatches"
+    else:
+        why = "this model has convolutions, whose gradients XLA:CPU computes 20 to 60 times slower in a loop"
+    return (
+        f"train.steps_per_call={config.train.steps_per_call} has no effect here, where each call makes one step: {why}."
+    )
+
+
+def _elements(leaf: Placement) -> int:
+    return functools.reduce(lambda a, b: a * b, leaf.shape, 1)
+
+
+def _size(count: int) -> str:
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count = count / 1024  # type: ignore[assignment]
+    raise AssertionError
