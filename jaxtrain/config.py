@@ -1,20 +1,25 @@
-"""The config of a run: frozen dataclasses, all validation, and durations. Imports no JAX.
+"""The config of a run: frozen dataclasses, the meaning and the rule of each field, and durations. Imports no JAX.
 
 A recipe (a file in `configs/`) returns a locked `ml_collections.ConfigDict` made by `recipe(Config(...))`. After the
-flags have changed fields of it, `from_dict` rebuilds these dataclasses, and they validate themselves: a bad value is one
-`ConfigError` that names the field, the value found and the values allowed.
+flags have changed fields of it, `from_dict` rebuilds these dataclasses, and they check themselves: a bad value is one
+`ConfigError` that names the field, the value found and the values allowed. The string below a field is its meaning;
+`jaxtrain config --explain KEY` prints it.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import difflib
+import inspect
+import itertools
 import math
 import re
+import sys
 import types
 import typing
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Annotated, Any
 
 from jaxtrain.durations import Duration
 from jaxtrain.errors import ConfigError
@@ -32,76 +37,141 @@ STAGE_PLACEMENTS = ("spread", "hosts")
 STEMS = ("auto", "cifar", "imagenet")
 
 
-# ------------------------------------------------------------------------------------------------------------- checks
+# -------------------------------------------------------------------------------------------------------------- rules
 
 
-def _require(condition: bool, field: str, value: object, wanted: str) -> None:
+def _require(condition: bool, field: str, value: object, wanted: str, hint: str = "") -> None:
     if not condition:
-        raise ConfigError(f"config.{field}={value!r}: must be {wanted}.")
+        raise ConfigError(f"config.{field}={value!r}: must be {wanted}.{hint}")
 
 
-def _local(field: str, value: str, path: str) -> None:
-    """path: the part of `value` that names a file or a directory."""
+def _require_local(field: str, value: str, path: str) -> None:
+    """Raises `ConfigError` where `path`, the part of `value` that names a file or a directory, is an address."""
     require_local(path, f"config.{field}={value!r}", ConfigError)
 
 
-def _one_of(field: str, value: str, allowed: Iterable[str]) -> None:
-    allowed = tuple(allowed)
-    if value not in allowed:
-        raise ConfigError(
-            f"config.{field}={value!r}: must be one of {', '.join(allowed)}.{did_you_mean(value, allowed)}"
-        )
+@dataclasses.dataclass(frozen=True)
+class _Rule:
+    """Which values a field may have. It stands in the field's annotation, and both the check and `explain` read it there.
+
+    words: as in "must be {words}.". check: takes the field's dotted name and the value; raises `ConfigError`.
+    """
+
+    words: str
+    check: Callable[[str, Any], object]
+
+
+def _must_be(words: str, holds: Callable[[Any], bool]) -> _Rule:
+    return _Rule(words, lambda field, value: _require(holds(value), field, value, words))
+
+
+def _at_least(low: float) -> _Rule:
+    return _must_be(f"at least {low:g}", lambda value: value >= low)
+
+
+def _between(low: float, high: float) -> _Rule:
+    return _must_be(f"at least {low:g} and below {high:g}", lambda value: low <= value < high)
+
+
+def _one_of(allowed: tuple[str, ...]) -> _Rule:
+    words = f"one of {', '.join(allowed)}"
+    return _Rule(words, lambda f, value: _require(value in allowed, f, value, words, did_you_mean(value, allowed)))
+
+
+def _duration(*, minutes: bool = False) -> _Rule:
+    units = "steps, epochs, examples or minutes" if minutes else "steps, epochs or examples"
+    words = f"a number of {units}, such as '5 epochs'; a number alone counts steps"
+    return _Rule(words, lambda field, value: Duration.parse(value, f"config.{field}", minutes=minutes))
+
+
+_SEED = _must_be("at least 0 and below 2**31", lambda value: 0 <= value < 2**31)
+_MODEL_RATE = _must_be("at least 0 and below 1 (or -1: the model's own)", lambda value: value == -1 or 0 <= value < 1)
+_CHANNELS = _must_be(
+    "a tuple of finite numbers, one a channel",
+    lambda values: all(type(v) in (int, float) and math.isfinite(v) for v in values),
+)
+
+
+def _rising_shares(values: tuple) -> bool:
+    return all(type(v) in (int, float) and 0 < v < 1 for v in values) and list(values) == sorted(values)
+
+
+def _rising_numbers(values: tuple) -> bool:
+    return all(isinstance(v, int) for v in values) and list(values) == sorted(set(values))
 
 
 def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """' Did you mean X?' when a known word is close to `word`, else ''. prefix: set before X."""
+    """' Did you mean X?' when a known word is close to `word`, else ''.
+
+    Args:
+      word: what was written.
+      known: the words that exist.
+      prefix: is put before X.
+    """
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)
     return f" Did you mean {prefix + close[0]!r}?" if close else ""
 
 
 def without_effect(section: str, values: _Section, fields: Iterable[str], why: str) -> list[str]:
-    """A sentence for each of `fields` that was set to another value than its default, although nothing reads it."""
+    """A sentence for each field that was changed from its default although nothing reads it.
+
+    Args:
+      section: the section's name, such as "optim".
+      values: the section.
+      fields: names of the fields that nothing reads.
+      why: the end of the sentence.
+    """
     changed = [name for name in fields if getattr(values, name) != getattr(type(values)(), name)]
     return [f"config.{section}.{name}={getattr(values, name)!r} has no effect: {why}" for name in changed]
 
 
 class _Section:
-    """Checks every field's type and that floats are finite, then the section's own rules (`_validate`)."""
+    """Checks each field's type, that floats are finite, and the rule in its annotation; then the section's own rules.
+
+    A string directly below a field is its meaning: one paragraph of whole sentences, which `explain` returns.
+    """
 
     _prefix = ""
 
     def __post_init__(self) -> None:
-        hints = typing.get_type_hints(type(self))
-        for field in dataclasses.fields(self):  # type: ignore[arg-type]
-            value, wanted = getattr(self, field.name), hints[field.name]
-            name = self._prefix + field.name
-            if wanted is float and type(value) is int:
-                object.__setattr__(self, field.name, value := float(value))
-            if wanted is tuple and type(value) is list:
-                object.__setattr__(self, field.name, value := _tuples(value))
-            if type(value) is not wanted:
-                raise ConfigError(f"config.{name}={value!r}: must be {_KIND.get(wanted, wanted.__name__)}.")
-            if value == "None":  # `--config.data.dir=None` is a text, and would be the name of a directory
-                default = getattr(type(self)(), field.name)
-                raise ConfigError(f"config.{name}='None': write {default!r}, the default, or leave it out.")
-            if wanted is float and not math.isfinite(value):
-                raise ConfigError(f"config.{name}={value!r}: must be a finite number.")
+        annotations = _annotations(type(self))
+        for name, (wanted, _) in annotations.items():
+            self._check_type(name, wanted)
+        for name, (_, rule) in annotations.items():
+            if rule:
+                rule.check(self._prefix + name, getattr(self, name))
         self._validate()
 
+    def _check_type(self, name: str, wanted: type) -> None:
+        """Makes a whole number a float, and a list a tuple, where such a one is wanted; refuses what has another type."""
+        value, field = getattr(self, name), self._prefix + name
+        if wanted is float and type(value) is int:
+            object.__setattr__(self, name, value := float(value))
+        if wanted is tuple and type(value) is list:
+            object.__setattr__(self, name, value := _tuples(value))
+        if type(value) is not wanted:
+            raise ConfigError(f"config.{field}={value!r}: must be {_TYPE_WORDS.get(wanted, wanted.__name__)}.")
+        if value == "None":  # `--config.data.dir=None` is a string, and would be the name of a directory
+            default = getattr(type(self)(), name)
+            raise ConfigError(f"config.{field}='None': write {default!r}, the default, or leave it out.")
+        if wanted is float and not math.isfinite(value):
+            raise ConfigError(f"config.{field}={value!r}: must be a finite number.")
+
     def _validate(self) -> None:
-        """Overridden by sections with rules of their own."""
-
-    def _min(self, low: float, *names: str) -> None:
-        for name in names:
-            _require(getattr(self, name) >= low, self._prefix + name, getattr(self, name), f"at least {low:g}")
-
-    def _between(self, low: float, high: float, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            _require(low <= value < high, self._prefix + name, value, f"at least {low:g} and below {high:g}")
+        """Rules that concern several fields, or whose error names a part of the value. Overridden by sections."""
 
 
-_KIND = {int: "a whole number", float: "a number", bool: "true or false", str: "a text", tuple: "a tuple"}
+def _annotations(section: type[_Section]) -> dict[str, tuple[type, _Rule | None]]:
+    """Each field's type, and the rule beside it in `Annotated[type, rule]`."""
+    hints = typing.get_type_hints(section, include_extras=True)
+    found = {}
+    for field in dataclasses.fields(section):  # type: ignore[arg-type]
+        hint = hints[field.name]
+        found[field.name] = (hint.__origin__, hint.__metadata__[0]) if hasattr(hint, "__metadata__") else (hint, None)
+    return found
+
+
+_TYPE_WORDS = {int: "a whole number", float: "a number", bool: "true or false", str: "a string", tuple: "a tuple"}
 
 
 def _tuples(value: Any) -> Any:
@@ -113,70 +183,85 @@ def _tuples(value: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class DataConfig(_Section):
-    """What is trained on, and how it becomes batches.
-
-    name: `digits`, `synthetic`, `cifar10`, `cifar100`, `folder:PATH`, any prepared TFDS name, or `package.module:factory`.
-    dir: data directory; empty means `$JAXTRAIN_DATA_DIR`, then `~/.cache/jaxtrain/data`.
-    global_batch: examples per optimizer step over all devices. batch_per_device > 0 sets it at first start instead.
-    image_size: side in pixels that the model sees; 0 keeps the source's own.
-    augmentation: `none`; `light` (pad-4 crop, flip); `heavy` (light, RandAugment, colour jitter, random erasing);
-        `resize_crop` (resize to 8/7 of image_size, random crop, flip; evaluation takes the centre crop).
-    crop_padding: pixels around an image before `light` and `heavy` crop it; 0 is an eighth of its side, 4 for 32.
-    mixup, cutmix: the Beta distribution's alpha (Zhang 2018, Yun 2019); 0 is off, below 32; both on: a batch gets one of them.
-    mean, std: per-channel normalization in [0, 1]; empty means the source's own.
-    splits: which splits of a folder or a TFDS data set are used, "train=train,validation=val,test=none" for example; `none`
-        goes without one, and what is not named is found by its usual name, or drawn from training.
-    examples: use only the first so many training examples (for `synthetic`: how many there are); 0 means all.
-    validation: share of the training set held out where the data set has no validation split of its own.
-    split_seed: decides which examples those are; independent of `seed`.
-    residency: keep the data set on the device (`device`), read it as it goes (`stream`), or decide by size (`auto`).
-    workers: reading processes for `stream`; -1 takes them from the CPUs this process may use, 0 reads in this process, with
-        several threads where large images are decoded.
-    prepare_per_host: every host prepares its own copy (local disks) instead of process 0 alone.
-    prepare_timeout: minutes that the other processes wait while the data set is prepared.
-    """
+    """What is trained on, and how it becomes batches."""
 
     _prefix = "data."
 
-    name: str = "digits"
+    name: Annotated[str, _must_be("the name of a data set", bool)] = "digits"
+    """The data set: `digits` (in scikit-learn), `synthetic` (made as it is read), `cifar10`, `cifar100`, `folder:PATH` (a
+    folder of images for each class), the name of a prepared TFDS data set, or your own `package.module:factory`."""
+
     dir: str = ""
-    global_batch: int = 128
-    batch_per_device: int = 0
-    image_size: int = 0
-    augmentation: str = "none"
-    crop_padding: int = 0
-    mixup: float = 0.0
-    cutmix: float = 0.0
-    mean: tuple = ()
-    std: tuple = ()
+    """The data directory. "" means `$JAXTRAIN_DATA_DIR`, and where that is not set, `~/.cache/jaxtrain/data`."""
+
+    global_batch: Annotated[int, _at_least(1)] = 128
+    """Examples per optimizer step, over all devices and microbatches."""
+
+    batch_per_device: Annotated[int, _at_least(0)] = 0
+    """Above 0, it sets `data.global_batch` at the first start: to so many examples for each part of the mesh that the batch
+    is split over (`replica` x `data`). The run keeps that global batch, also on another number of devices. 0 is off."""
+
+    image_size: Annotated[int, _at_least(0)] = 0
+    """Side in pixels of the square images that the model sees. 0 keeps the size that the data set has."""
+
+    augmentation: Annotated[str, _one_of(AUGMENTATIONS)] = "none"
+    """How training images are changed at random. `none`: not at all. `light`: a crop of the padded image, and a horizontal
+    flip. `heavy`: `light`, then RandAugment (Cubuk 2020), colour jitter and random erasing (Zhong 2020). `resize_crop`: the
+    image is resized to 8/7 of `data.image_size`, then a random crop and a flip; evaluation takes the centre crop."""
+
+    crop_padding: Annotated[int, _at_least(0)] = 0
+    """Pixels of padding on each side before `light` and `heavy` crop an image. 0 is an eighth of the image's side: 4 for 32."""
+
+    mixup: Annotated[float, _between(0.0, 32.0)] = 0.0
+    """Mixup (Zhang 2018): alpha of the distribution Beta(alpha, alpha) from which the share of the second image is drawn. 0
+    is off. Where cutmix is on too, each batch gets one of the two, with equal probability."""
+
+    cutmix: Annotated[float, _between(0.0, 32.0)] = 0.0
+    """Cutmix (Yun 2019): alpha of the distribution Beta(alpha, alpha) from which the area of the pasted box is drawn. 0 is
+    off. Where mixup is on too, each batch gets one of the two, with equal probability."""
+
+    mean: Annotated[tuple, _CHANNELS] = ()
+    """What is subtracted from each channel of the pixels, which are in [0, 1]; one number a channel, as many as
+    `data.std` has. () means the data set's own mean."""
+
+    std: Annotated[tuple, _CHANNELS] = ()
+    """What each channel is divided by after `data.mean` is subtracted; one number above 0 a channel. () means the data
+    set's own standard deviation."""
+
     splits: str = ""
-    examples: int = 0
-    validation: float = 0.1
-    split_seed: int = 0
-    residency: str = "auto"
-    workers: int = -1
+    """Which splits of a folder or a TFDS data set are used: pairs such as "train=train,validation=val,test=none", in which
+    `none` goes without that split. A split that is not named is found by its usual name, or drawn from training."""
+
+    examples: Annotated[int, _at_least(0)] = 0
+    """Use only the first so many training examples. 0 means all. For `synthetic`: how many there are; 0 means 10,000."""
+
+    validation: Annotated[float, _between(0.0, 1.0)] = 0.1
+    """The share of the training set that is held out for validation, where the data set has no validation split of its
+    own. 0 holds out none."""
+
+    split_seed: Annotated[int, _SEED] = 0
+    """Decides which examples are held out; independent of `seed`. For `synthetic` it also decides the images."""
+
+    residency: Annotated[str, _one_of(RESIDENCIES)] = "auto"
+    """Where the data set is kept. `device`: a copy on every device, and no input pipeline. `stream`: it is read as training
+    goes. `auto`: `device` for a data set of at most a tenth of a device's memory (1 GiB where that is unknown)."""
+
+    workers: Annotated[int, _at_least(-1)] = -1
+    """Processes that read for `stream`. -1 decides by the CPUs that this process may use. 0 reads in this process, with
+    several threads where images must be decoded."""
+
     prepare_per_host: bool = False
-    prepare_timeout: float = 60.0
+    """Every host prepares its own copy of the data set, for data directories on local disks. Otherwise process 0 prepares
+    one copy for all."""
+
+    prepare_timeout: Annotated[float, _must_be("above 0 minutes", lambda value: value > 0)] = 60.0
+    """Minutes that the other processes wait while the data set is prepared."""
 
     def _validate(self) -> None:
-        _require(bool(self.name), "data.name", self.name, "the name of a data set")
-        _local("data.name", self.name, self.name.removeprefix("folder:"))
-        _local("data.dir", self.dir, self.dir)
-        self._min(1, "global_batch")
-        self._min(0, "batch_per_device", "image_size", "crop_padding", "examples")
-        self._min(-1, "workers")
-        self._between(0.0, 1.0, "validation")
-        self._between(0.0, 32.0, "mixup", "cutmix")
-        _require(0 <= self.split_seed < 2**31, "data.split_seed", self.split_seed, "at least 0 and below 2**31")
-        _require(self.prepare_timeout > 0, "data.prepare_timeout", self.prepare_timeout, "above 0 minutes")
+        _require_local("data.name", self.name, self.name.removeprefix("folder:"))
+        _require_local("data.dir", self.dir, self.dir)
         _ = self.chosen_splits
-        _one_of("data.augmentation", self.augmentation, AUGMENTATIONS)
-        _one_of("data.residency", self.residency, RESIDENCIES)
         _require(len(self.mean) == len(self.std), "data.std", self.std, f"as long as data.mean={self.mean!r}")
-        for name in ("mean", "std"):
-            values = getattr(self, name)
-            numbers = all(type(v) in (int, float) and math.isfinite(v) for v in values)
-            _require(numbers, "data." + name, values, "a tuple of finite numbers, one a channel")
         _require(all(v > 0 for v in self.std), "data.std", self.std, "above 0")
 
     @property
@@ -196,191 +281,246 @@ class DataConfig(_Section):
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig(_Section):
-    """Which classifier.
-
-    name: `mlp`, `vgg11` ... `vgg19_bn`, `resnet18` ... `resnet152`, `swin_tiny|small|base`, `convnet_fast`, or
-        `package.module:Class`.
-    num_classes: 0 means the data set's.
-    width: channels of the first stage (Swin-T: 96; the other networks: 64) or hidden width (MLP: 512); 0 is the model's own.
-    depths: blocks a stage, e.g. (1, 1, 1, 1); empty is the model's own.
-    stem: `cifar` (3x3, stride 1) or `imagenet` (7x7, stride 2, max-pool); `auto` decides by image size (ResNet, VGG).
-    patch, window: Swin's; 0 decides by image size.
-    dropout, drop_path: rates; -1 is the model's own. drop_path is the last block's (stochastic depth, Huang 2016).
-    bn_groups: BatchNorm takes its statistics over this many groups of the global batch; 1 is the whole batch.
-    """
+    """Which classifier, and of what size. A setting that the model has no use for is refused."""
 
     _prefix = "model."
 
     name: str = "resnet18"
-    num_classes: int = 0
-    width: int = 0
-    depths: tuple = ()
-    stem: str = "auto"
-    patch: int = 0
-    window: int = 0
-    dropout: float = -1.0
-    drop_path: float = -1.0
-    bn_groups: int = 1
+    """The model: `mlp`; `vgg11`, `vgg13`, `vgg16`, `vgg19`, each also with BatchNorm as `vgg11_bn` and so on (Simonyan
+    2015); `resnet18`, `resnet34`, `resnet50`, `resnet101`, `resnet152` (He 2016); `swin_tiny`, `swin_small`, `swin_base`
+    (Liu 2021); `convnet_fast`; or your own `package.module:Class`."""
 
-    def _validate(self) -> None:
-        self._min(0, "num_classes", "width", "patch", "window")
-        self._min(1, "bn_groups")
-        _require(self.num_classes != 1, "model.num_classes", 1, "at least 2")
-        _one_of("model.stem", self.stem, STEMS)
-        depths = all(type(d) is int and d > 0 for d in self.depths)
-        _require(depths, "model.depths", self.depths, "a tuple of whole numbers above 0")
-        for name in ("dropout", "drop_path"):
-            value = getattr(self, name)
-            _require(
-                value == -1 or 0 <= value < 1, "model." + name, value, "at least 0 and below 1 (or -1: the model's own)"
-            )
+    num_classes: Annotated[int, _must_be("0, or at least 2", lambda value: value == 0 or value >= 2)] = 0
+    """Outputs of the classifier. 0 means the number of classes of the data set."""
+
+    width: Annotated[int, _at_least(0)] = 0
+    """Channels of the first stage (Swin-T and Swin-S: 96, Swin-B: 128, the other networks: 64), or units of the first hidden
+    layer (MLP: 512). 0 is the model's own."""
+
+    depths: Annotated[
+        tuple, _must_be("a tuple of whole numbers above 0", lambda v: all(type(d) is int and d > 0 for d in v))
+    ] = ()
+    """Blocks of each stage, such as (1, 1, 1, 1). () is the model's own."""
+
+    stem: Annotated[str, _one_of(STEMS)] = "auto"
+    """The variant of a ResNet or VGG. `cifar`: a ResNet begins with a 3x3 convolution of stride 1. `imagenet`: it begins with a
+    7x7 convolution and a max-pool, both of stride 2; a VGG averages its last feature map to 7x7. `auto`: `cifar` for images
+    below 64 pixels, else `imagenet`."""
+
+    patch: Annotated[int, _at_least(0)] = 0
+    """Side in pixels of a Swin's patches. 0 decides by image size: 2 below 64 pixels, else 4."""
+
+    window: Annotated[int, _at_least(0)] = 0
+    """Side in patches of the windows in which a Swin computes attention. 0 decides by image size: 4 for images below 64
+    pixels, else 7."""
+
+    dropout: Annotated[float, _MODEL_RATE] = -1.0
+    """Probability that an activation is dropped in training (Srivastava 2014). -1 is the model's own: VGG 0.5, MLP 0.3, the
+    others 0."""
+
+    drop_path: Annotated[float, _MODEL_RATE] = -1.0
+    """Probability that the last block is skipped in training (stochastic depth, Huang 2016); it rises linearly from 0 at the
+    first block. For ResNet and Swin. -1 is the model's own."""
+
+    bn_groups: Annotated[int, _at_least(1)] = 1
+    """BatchNorm takes its statistics over this many groups of the global batch, each by itself. 1 is the whole batch, on all
+    devices (synchronized BatchNorm); more is ghost BatchNorm (Hoffer 2017). It must be a multiple of
+    `layout.microbatches`."""
 
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig(_Section):
-    """How parameters are updated.
-
-    name: `sgd`, `adamw`, `lamb`, `lars`, `lion`, `muon`, or `package.module:factory`.
-    learning_rate: at a global batch of `lr_reference_batch`; `lr_scaling` (linear, sqrt, none) carries it to another.
-    schedule: `constant`, `step` (times `step_gamma` at each share of the run in `step_at`), `cosine`, `linear`, `wsd`
-        (warm-up, stable, and linear decay over the last `decay_share` of the run); ends at `final_scale` of the peak.
-    warmup: linear warm-up, a duration ("5 epochs", "500 steps", "1e5 examples").
-    weight_decay: decoupled except in `sgd` and `lars` (where it joins the gradient, as in PyTorch and You 2017);
-        never on biases, norms and position tables.
-    clip_norm: clips the global gradient norm; 0 is off.
-    ema: decay of the exponential moving average of the weights; 0 is off.
-    loss: `cross_entropy` or `package.module:function`, `(logits [B, C], targets [B, C]) -> [B]`.
-    """
+    """How parameters are updated."""
 
     _prefix = "optim."
 
     name: str = "sgd"
-    learning_rate: float = 0.1
-    lr_reference_batch: int = 256
-    lr_scaling: str = "linear"
-    momentum: float = 0.9
-    nesterov: bool = False
-    b1: float = 0.9
-    b2: float = 0.999
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    schedule: str = "cosine"
-    warmup: str = "0"
-    step_at: tuple = (0.3, 0.6, 0.8)
-    step_gamma: float = 0.2
-    decay_share: float = 0.2
-    final_scale: float = 0.0
-    clip_norm: float = 0.0
-    label_smoothing: float = 0.0
-    ema: float = 0.0
-    loss: str = "cross_entropy"
+    """The optimizer: `sgd`, `adamw` (Loshchilov 2019), `lamb` (You 2020), `lars` (You 2017), `lion` (Chen 2023), `muon`
+    (Jordan 2024; AdamW for all but the kernels of hidden layers), or your own `package.module:factory`."""
 
-    def _validate(self) -> None:
-        self._min(0, "learning_rate", "weight_decay", "clip_norm", "step_gamma")
-        self._min(1, "lr_reference_batch")
-        _require(self.eps > 0, "optim.eps", self.eps, "above 0")
-        self._between(0.0, 1.0, "momentum", "b1", "b2", "label_smoothing", "ema")
-        _one_of("optim.lr_scaling", self.lr_scaling, LR_SCALINGS)
-        _one_of("optim.schedule", self.schedule, SCHEDULES)
-        _require(0 < self.decay_share <= 1, "optim.decay_share", self.decay_share, "above 0 and at most 1")
-        _require(0 <= self.final_scale <= 1, "optim.final_scale", self.final_scale, "between 0 and 1")
-        shares = all(type(s) in (int, float) and 0 < s < 1 for s in self.step_at)
-        rising = shares and list(self.step_at) == sorted(self.step_at)
-        _require(rising, "optim.step_at", self.step_at, "rising shares of the run, between 0 and 1")
-        Duration.parse(self.warmup, "config.optim.warmup")
+    learning_rate: Annotated[float, _at_least(0)] = 0.1
+    """The peak learning rate at a global batch of `optim.lr_reference_batch`."""
+
+    lr_reference_batch: Annotated[int, _at_least(1)] = 256
+    """The global batch, in examples, for which `optim.learning_rate` is given."""
+
+    lr_scaling: Annotated[str, _one_of(LR_SCALINGS)] = "linear"
+    """How the learning rate is carried to another global batch. `linear`: times the ratio of `data.global_batch` to
+    `optim.lr_reference_batch` (Goyal 2017). `sqrt`: times the square root of that ratio (Hoffer 2017). `none`: not at all."""
+
+    momentum: Annotated[float, _between(0.0, 1.0)] = 0.9
+    """Share of the previous update direction that is kept, for `sgd`, `lars` and `muon`. 0 is off."""
+
+    nesterov: bool = False
+    """Nesterov's momentum (Sutskever 2013) in place of the plain one, for `sgd`, `lars` and `muon`."""
+
+    b1: Annotated[float, _between(0.0, 1.0)] = 0.9
+    """Decay of the average of the gradients (Adam's beta 1, Kingma 2015), for `adamw`, `lamb`, `lion`, and the parameters
+    that `muon` gives to AdamW."""
+
+    b2: Annotated[float, _between(0.0, 1.0)] = 0.999
+    """Decay of the average of the squared gradients (Adam's beta 2), for `adamw`, `lamb`, and the parameters that `muon` gives
+    to AdamW. In `lion` it is the decay of the momentum; Chen 2023 take 0.99."""
+
+    eps: Annotated[float, _must_be("above 0", lambda value: value > 0)] = 1e-8
+    """Is added to the divisor of an update, so that it is never 0; for `adamw`, `lamb` and `muon`."""
+
+    weight_decay: Annotated[float, _at_least(0)] = 0.0
+    """Strength of the weight decay. It is decoupled from the gradient and multiplied by the learning rate (Loshchilov 2019),
+    except in `sgd` and `lars`, where it joins the gradient (as in PyTorch, and in You 2017). Biases, norms and position
+    tables never decay. 0 is off."""
+
+    schedule: Annotated[str, _one_of(SCHEDULES)] = "cosine"
+    """The course of the learning rate after the warm-up. `constant`. `step`: times `optim.step_gamma` at each share of the run
+    in `optim.step_at`. `cosine`: half a cosine (Loshchilov 2017). `linear`: a straight line. `wsd`: warm-up, stable, and a
+    linear decay over the last `optim.decay_share` of the run (Hu 2024). The last three end at `optim.final_scale` of the
+    peak."""
+
+    warmup: Annotated[str, _duration()] = "0"
+    """Length of the linear warm-up of the learning rate at the start of the run (Goyal 2017), such as "5 epochs", "500 steps"
+    or "1e5 examples". "0" is off."""
+
+    step_at: Annotated[tuple, _must_be("rising shares of the run, between 0 and 1", _rising_shares)] = (0.3, 0.6, 0.8)
+    """When the schedule `step` lowers the learning rate: shares of the run, each larger than the one before."""
+
+    step_gamma: Annotated[float, _at_least(0)] = 0.2
+    """What the learning rate is multiplied by at each share in `optim.step_at`, under the schedule `step`."""
+
+    decay_share: Annotated[float, _must_be("above 0 and at most 1", lambda value: 0 < value <= 1)] = 0.2
+    """The share of the run, at its end, over which the learning rate decays under the schedule `wsd`."""
+
+    final_scale: Annotated[float, _must_be("between 0 and 1", lambda value: 0 <= value <= 1)] = 0.0
+    """The learning rate at the end of the run, as a share of the peak, under the schedules `cosine`, `linear` and `wsd`."""
+
+    clip_norm: Annotated[float, _at_least(0)] = 0.0
+    """Gradients whose global norm (that of all parameters together) is larger are scaled down to this norm (Pascanu 2013). 0
+    is off."""
+
+    label_smoothing: Annotated[float, _between(0.0, 1.0)] = 0.0
+    """The share of each target that is spread evenly over all classes (Szegedy 2016). 0 is off."""
+
+    ema: Annotated[float, _between(0.0, 1.0)] = 0.0
+    """Decay per step of the exponential moving average of the weights, which is evaluated and saved beside them (Polyak 1992),
+    such as 0.999. In the first steps it is lower: at most (1 + step) / (10 + step). 0 is off."""
+
+    loss: str = "cross_entropy"
+    """The loss: `cross_entropy`, or your own `package.module:function`, (logits [B, C], targets [B, C]) -> [B]."""
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(_Section):
-    """How long, how precisely, how often it reports.
-
-    epochs, steps: the run's length; steps > 0 overrides epochs.
-    log_every: steps between rows of metrics.jsonl. eval_every: duration between validations; "0" only at the end.
-    steps_per_call: steps that one program makes before the host hears of them, for models so small that a GPU waits for the
-        host between steps; numbers, rows and checkpoints are those of 1, and a call is cut short where something is due.
-        Pipeline stages and microbatches, and on CPU models with convolutions, take one step a call whatever it says.
-    hang_seconds: a process that makes no progress for so long (or for ten steps' time; 30 times longer while it compiles,
-        evaluates or saves) writes its threads' stacks and ends; 0 is off.
-    nonfinite_skips: updates in a row with a loss or gradient that is not finite that are passed over; 0 stops at the first.
-    rollbacks: how often a start of the run may go back to the last checkpoint, and past the examples since, instead of
-        stopping: after too many such updates, a spike, or copies of the weights that differ.
-    spike_threshold: robust standard deviations above the median of the last 100 steps that make a loss or gradient norm a
-        spike, which is warned about, or rolled back; 0 is off (10 is a careful start).
-    check_replicas_every: steps between comparisons of all copies of the weights; 0 is off.
-    deterministic: bit-for-bit repeatable on a GPU too, at a cost (docs/troubleshooting.md).
-    precision: `auto` (bf16 compute on a GPU, f32 on CPU; stored, and kept on resume), `f32`, `bf16`, `fp16` (dynamic loss
-        scale), `f64` (for proofs, on CPU).
-    remat: what the backward pass computes again instead of storing: `none`, `dots` (keeps only the results of matrix
-        products and convolutions), `full` (keeps only each layer's input).
-    """
+    """How long, in which precision, how often the run reports, and what it does about faults."""
 
     _prefix = "train."
 
-    epochs: int = 200
-    steps: int = 0
-    log_every: int = 50
-    eval_every: str = "1 epoch"
-    steps_per_call: int = 1
-    hang_seconds: float = 60.0
-    nonfinite_skips: int = 0
-    rollbacks: int = 0
-    spike_threshold: float = 0.0
-    check_replicas_every: int = 0
-    deterministic: bool = False
-    precision: str = "auto"
-    remat: str = "none"
+    epochs: Annotated[int, _at_least(1)] = 200
+    """The run's length in epochs, where `train.steps` is 0."""
 
-    def _validate(self) -> None:
-        self._min(1, "epochs", "log_every", "steps_per_call")
-        self._min(0, "steps", "hang_seconds", "nonfinite_skips", "rollbacks", "spike_threshold", "check_replicas_every")
-        _one_of("train.precision", self.precision, PRECISIONS)
-        _one_of("train.remat", self.remat, REMATS)
-        Duration.parse(self.eval_every, "config.train.eval_every")
+    steps: Annotated[int, _at_least(0)] = 0
+    """The run's length in optimizer steps. 0 means that `train.epochs` decides."""
+
+    log_every: Annotated[int, _at_least(1)] = 50
+    """Steps between two rows of `metrics.jsonl`."""
+
+    eval_every: Annotated[str, _duration()] = "1 epoch"
+    """Time between two validations. "0" validates at the end only."""
+
+    steps_per_call: Annotated[int, _at_least(1)] = 1
+    """Optimizer steps that one program makes before the host hears of them, for models so small that a GPU waits for the host
+    between steps. Numbers, rows and checkpoints are those of 1, and a call is cut short where something is due. With pipeline
+    stages or microbatches, and on a CPU with convolutions, a call makes one step whatever this says."""
+
+    hang_seconds: Annotated[float, _at_least(0)] = 60.0
+    """A process that makes no progress for so many seconds, and for ten times the length of a step, writes the stacks of its
+    threads and ends. While it compiles, evaluates or saves it has 30 times as long. 0 is off."""
+
+    nonfinite_skips: Annotated[int, _at_least(0)] = 0
+    """Updates in a row that are passed over because their loss or gradient is not finite. One more makes the run roll back or
+    stop. 0 passes over none."""
+
+    rollbacks: Annotated[int, _at_least(0)] = 0
+    """How often one start of the run may go back to the last checkpoint, and past the examples since, instead of stopping. It
+    does so after more than `train.nonfinite_skips` bad updates, after a spike, or where copies of the weights differ. 0
+    never goes back."""
+
+    spike_threshold: Annotated[float, _at_least(0)] = 0.0
+    """A loss or gradient norm is a spike when it is so many robust standard deviations (Iglewicz 1993) above the median of the
+    last 100 steps. A spike gives a warning, or a roll-back where `train.rollbacks` allows one. 0 is off; 10 is a careful
+    start."""
+
+    check_replicas_every: Annotated[int, _at_least(0)] = 0
+    """Steps between two comparisons of all copies of the weights, bit by bit, which find a faulty device. 0 is off."""
+
+    deterministic: bool = False
+    """Makes a run repeatable bit by bit on a GPU too, which costs speed (docs/troubleshooting.md). A CPU is so without it."""
+
+    precision: Annotated[str, _one_of(PRECISIONS)] = "auto"
+    """The type that the model computes in. `auto`: bf16 on a GPU and f32 on a CPU, decided at the first start and kept on
+    resume. `f32`. `bf16`. `fp16`: with a dynamic loss scale (Micikevicius 2018). `f64`: for proofs, on a CPU."""
+
+    remat: Annotated[str, _one_of(REMATS)] = "none"
+    """What the backward pass computes again instead of storing it (Chen 2016), to save memory. `none`: nothing. `dots`: all but
+    the results of matrix products and convolutions. `full`: all but each layer's input."""
 
 
 @dataclasses.dataclass(frozen=True)
 class LayoutConfig(_Section):
-    """Where every leaf of the state lives; changes no number of the run (docs/architecture.md).
-
-    data, replica, tensor: sizes of the mesh axes; data=-1 fills the devices. The batch is split over replica x data.
-    zero: 0 nothing, 1 optimizer state, 2 and gradient accumulator, 3 and parameters are sharded over `data`.
-    microbatches: parts that the global batch is computed in, one after the other; 0 takes as many as `stages` can use.
-    stages: pipeline stages, contiguous slices of the model's layers, each on its own devices. schedule: the order of their
-    work. chunks: slices a stage holds under `interleaved_1f1b`. boundaries: the first layer of each slice but the first;
-    () balances them by `balance`. stage_placement: `spread` lets every stage touch every process where that is possible,
-    so that activations stay in their process; `hosts` gives each stage processes of its own. trace_step: the step whose
-    operations are timed for `jaxtrain layout --trace` (it waits for each of them); 0 is off.
-    rules: extra tensor-parallel rules, ((regex over the leaf's path, (axis or None per dim, ...)), ...); first match wins.
-    """
+    """Where every leaf of the state lives. It changes no number of the run (docs/architecture.md)."""
 
     _prefix = "layout."
 
-    data: int = -1
-    replica: int = 1
-    tensor: int = 1
-    zero: int = 0
-    microbatches: int = 1
+    data: Annotated[int, _must_be("at least 1, or -1 to fill the devices", lambda v: v == -1 or v >= 1)] = -1
+    """Size of the mesh axis `data`: the batch is split over `replica` x `data`, and ZeRO shards over `data`. -1 takes all
+    devices that the other axes leave."""
+
+    replica: Annotated[int, _at_least(1)] = 1
+    """Size of the mesh axis `replica`: groups of devices that each hold the whole state, sharded inside the group."""
+
+    tensor: Annotated[int, _at_least(1)] = 1
+    """Size of the mesh axis `tensor`: devices that the large kernels are split over (tensor parallelism, Shoeybi 2019)."""
+
+    zero: Annotated[int, _must_be("0, 1, 2 or 3", lambda value: value in (0, 1, 2, 3))] = 0
+    """The ZeRO stage (Rajbhandari 2020): what is sharded over the axis `data`. 0: nothing. 1: the optimizer state and the
+    average of the weights. 2: the gradient accumulator too. 3: the parameters too."""
+
+    microbatches: Annotated[int, _at_least(0)] = 1
+    """Parts of the global batch that are computed one after the other, which saves memory and feeds pipeline stages. 0 takes
+    as many as `layout.stages` can use."""
+
     rules: tuple = ()
-    stages: int = 1
-    schedule: str = "1f1b"
-    chunks: int = 1
-    boundaries: tuple = ()
-    balance: str = "cost"
-    stage_placement: str = "spread"
-    trace_step: int = 0
+    """Rules of tensor parallelism that come before the model's own: pairs ('regex', (axis or None per dim, ...)). The regex is
+    searched in a leaf's path (`jaxtrain layout` prints the paths), an axis is 'data' or 'tensor', and the first rule that
+    matches wins."""
+
+    stages: Annotated[int, _at_least(1)] = 1
+    """Pipeline stages: contiguous parts of the model's layers, each on its own devices (docs/pipeline.md). 1 is no pipeline."""
+
+    schedule: Annotated[str, _one_of(PIPELINE_SCHEDULES)] = "1f1b"
+    """The order in which a stage runs its forwards and backwards. `gpipe` (Huang 2019): all forwards, then all backwards.
+    `1f1b` (Narayanan 2021): one forward, one backward in turn, with fewer activations in memory. `interleaved_1f1b`: the
+    same with several slices of the model a stage, for shorter idle times and more transfers."""
+
+    chunks: Annotated[int, _at_least(1)] = 1
+    """Slices of the model on each stage under `interleaved_1f1b`, which needs at least 2."""
+
+    boundaries: Annotated[tuple, _must_be("whole numbers, each larger than the one before", _rising_numbers)] = ()
+    """The first layer of each slice of the model but the first, `stages` x `chunks` - 1 numbers. () cuts where
+    `layout.balance` is most even."""
+
+    balance: Annotated[str, _one_of(BALANCES)] = "cost"
+    """What is divided evenly among the stages. `cost`: operations, or the bytes that they move. `memory`: parameters and
+    stored activations. `time`: seconds, measured at start, so that the cut may change with the next start."""
+
+    stage_placement: Annotated[str, _one_of(STAGE_PLACEMENTS)] = "spread"
+    """Which devices a stage has. `spread`: a part of every process's devices where that is possible, so that activations stay
+    in their process. `hosts`: neighbouring devices, so that where possible a stage has processes of its own, and only
+    activations pass between them."""
+
+    trace_step: Annotated[int, _at_least(0)] = 0
+    """The step of a start, from 1, whose operations are timed for `jaxtrain layout --schedule-plot SVG --trace RUN`. It waits
+    for each of them, so it is slower than the others. 0 is off."""
 
     def _validate(self) -> None:
-        _require(self.data == -1 or self.data >= 1, "layout.data", self.data, "at least 1, or -1 to fill the devices")
-        self._min(1, "replica", "tensor", "stages", "chunks")
-        self._min(0, "microbatches", "trace_step")
-        _require(self.zero in (0, 1, 2, 3), "layout.zero", self.zero, "0, 1, 2 or 3")
-        _one_of("layout.schedule", self.schedule, PIPELINE_SCHEDULES)
-        _one_of("layout.balance", self.balance, BALANCES)
-        _one_of("layout.stage_placement", self.stage_placement, STAGE_PLACEMENTS)
-        rising = all(isinstance(b, int) for b in self.boundaries) and list(self.boundaries) == sorted(
-            set(self.boundaries)
-        )
-        _require(rising, "layout.boundaries", self.boundaries, "whole numbers, each larger than the one before")
         if self.boundaries and self.stages == 1:
             raise ConfigError(
                 f"config.layout.boundaries={self.boundaries}: there is one stage; set config.layout.stages."
@@ -399,37 +539,39 @@ class LayoutConfig(_Section):
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointConfig(_Section):
-    """What is kept, and where a run starts from.
-
-    every: duration between saves, in steps, epochs, examples or minutes; "0" saves only the best and the last.
-    keep: how many of the latest are kept, beside the best and the milestones. milestone_every: kept for good; "0" is off.
-    resume: `auto` (the newest, if any), `latest`, `best`, a step, `epoch:12`, a path, or `none` (a fresh run).
-    allow_changes: let a run go on although settings that change its numbers differ from the stored ones.
-    """
+    """What is kept, and where a run starts from."""
 
     _prefix = "checkpoint."
 
-    every: str = "1 epoch"
-    keep: int = 2
-    milestone_every: str = "0"
-    resume: str = "auto"
+    every: Annotated[str, _duration(minutes=True)] = "1 epoch"
+    """Time between two checkpoints. "0" saves only the best and the last."""
+
+    keep: Annotated[int, _at_least(1)] = 2
+    """How many of the latest checkpoints are kept, beside the best one and the milestones."""
+
+    milestone_every: Annotated[str, _duration()] = "0"
+    """Time between two milestones: checkpoints that are kept for good. "0" is off."""
+
+    resume: Annotated[str, _must_be("auto, latest, best, a step, epoch:N, a path or none", bool)] = "auto"
+    """Where the run starts from. `auto`: the newest checkpoint of the work directory, or nothing if there is none. `latest`:
+    the newest, which must be there. `best`: the one with the best validation accuracy. A number: that step. `epoch:12`: the
+    end of that epoch, counted from 1. A path: a checkpoint or work directory of another run. `none`: nothing, a fresh run."""
+
     allow_changes: bool = False
+    """Lets a run go on although settings that change its numbers differ from the stored ones."""
 
     def _validate(self) -> None:
-        self._min(1, "keep")
-        Duration.parse(self.every, "config.checkpoint.every", minutes=True)
-        Duration.parse(self.milestone_every, "config.checkpoint.milestone_every")
-        _require(
-            bool(self.resume), "checkpoint.resume", self.resume, "auto, latest, best, a step, epoch:N, a path or none"
-        )
-        _local("checkpoint.resume", self.resume, self.resume)
+        _require_local("checkpoint.resume", self.resume, self.resume)
 
 
 @dataclasses.dataclass(frozen=True)
 class Config(_Section):
-    """A whole run. `seed` decides initialisation, order, augmentation and dropout; Python and NumPy are seeded with it too."""
+    """A whole run."""
 
-    seed: int = 0
+    seed: Annotated[int, _SEED] = 0
+    """Decides the initial weights, the order of the examples, augmentation and dropout. Python and NumPy are seeded with it
+    too."""
+
     data: DataConfig = DataConfig()
     model: ModelConfig = ModelConfig()
     optim: OptimConfig = OptimConfig()
@@ -438,7 +580,6 @@ class Config(_Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
 
     def _validate(self) -> None:
-        _require(0 <= self.seed < 2**31, "seed", self.seed, "at least 0 and below 2**31")
         batch, parts, groups = self.data.global_batch, self.layout.microbatches, self.model.bn_groups
         if self.data.batch_per_device:
             return  # the batch is known once the devices are, and checked then (`run.decide`)
@@ -446,7 +587,16 @@ class Config(_Section):
 
     @staticmethod
     def check_batch(batch: int, parts: int, groups: int) -> None:
-        """Raises `ConfigError` unless `batch` divides into the microbatches and the BatchNorm groups."""
+        """Checks that the batch divides into its microbatches and into its BatchNorm groups.
+
+        Args:
+          batch: examples of the global batch.
+          parts: microbatches; 0 is not decided yet.
+          groups: BatchNorm groups.
+
+        Raises:
+          ConfigError: naming the nearest batches that divide.
+        """
         for name, count in (("layout.microbatches", max(parts, 1)), ("model.bn_groups", groups)):
             if batch % count:
                 near = sorted({max(batch // count, 1) * count, (batch // count + 1) * count})
@@ -470,7 +620,7 @@ def to_dict(config: Config) -> dict[str, Any]:
 
 
 def from_dict(values: Mapping[str, Any]) -> Config:
-    """Rebuilds and validates a `Config`. Raises `ConfigError` for an unknown key, a wrong type or a bad value."""
+    """Rebuilds and checks a `Config`. Raises `ConfigError` for an unknown key, a wrong type or a bad value."""
     sections: dict[str, Any] = {}
     known = [f.name for f in dataclasses.fields(Config)]
     for name, value in values.items():
@@ -513,3 +663,57 @@ def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 def flat_keys() -> list[str]:
     """Every field's dotted name."""
     return list(flatten(to_dict(Config())))
+
+
+# -------------------------------------------------------------------------------------------------------- explanation
+
+
+@dataclasses.dataclass(frozen=True)
+class FieldInfo:
+    """What there is to know of one field: `type` in words, `allowed` "" where the type says all, `meaning` on one line."""
+
+    type: str
+    default: Any
+    allowed: str
+    meaning: str
+
+
+def explain() -> dict[str, FieldInfo]:
+    """Every field by its dotted name, in the order of `flat_keys`."""
+    source = _source()
+    found = {}
+    for section in (Config, *SECTIONS.values()):
+        meanings = _strings_below_fields(source[section.__name__])
+        for name, (wanted, rule) in _annotations(section).items():
+            if wanted not in SECTIONS.values():
+                words = f"{wanted.__name__} ({_TYPE_WORDS[wanted]})"
+                default = getattr(section(), name)
+                allowed = rule.words if rule else ""
+                found[section._prefix + name] = FieldInfo(words, default, allowed, meanings.get(name, ""))
+    return {key: found[key] for key in flat_keys()}
+
+
+def explain_sections() -> dict[str, str]:
+    """What each section is for, by its name."""
+    source = _source()
+    return {name: " ".join((ast.get_docstring(source[s.__name__]) or "").split()) for name, s in SECTIONS.items()}
+
+
+def _source() -> dict[str, ast.ClassDef]:
+    """The classes of this module as they are written.
+
+    Python evaluates a string below a field and drops it, so the source is where it can be read. `inspect` asks the
+    module's loader for it, which also has it in an installed wheel, in a zip file and under `python -OO`. As the
+    `metadata` of a field a meaning would need no parsing, but would stand inside a call, where editors do not show it.
+    """
+    module = ast.parse(inspect.getsource(sys.modules[__name__]))
+    return {node.name: node for node in module.body if isinstance(node, ast.ClassDef)}
+
+
+def _strings_below_fields(section: ast.ClassDef) -> dict[str, str]:
+    found = {}
+    for field, below in itertools.pairwise(section.body):
+        match field, below:
+            case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(text))):
+                found[name] = " ".join(text.split())
+    return found

@@ -26,7 +26,16 @@ class Duration:
 
     @classmethod
     def parse(cls, text: str, field: str, *, minutes: bool = False) -> Duration:
-        """Reads `text`; `minutes` says whether wall-clock time is allowed. Raises `ConfigError` naming `field`."""
+        """Reads a duration.
+
+        Args:
+          text: such as "5 epochs".
+          field: the name of the setting, for the error.
+          minutes: whether wall-clock time is allowed.
+
+        Raises:
+          ConfigError: `text` is no duration.
+        """
         match = _DURATION.fullmatch(text)
         unit = _UNITS.get(match[2].lower()) if match else None
         if match is None or unit is None or not math.isfinite(float(match[1])) or (unit == "minutes" and not minutes):

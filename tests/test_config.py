@@ -26,13 +26,13 @@ def refusal(make, *args, **kwargs) -> str:
 
 NAN, INF = math.nan, math.inf
 BAD = [
-    # types: a bool is not a number, a number is not a text
+    # types: a bool is not a number, a number is not a string
     (Config, "seed", 1.0, "a whole number"),
     (Config, "seed", True, "a whole number"),
     (Config, "seed", -1, "at least 0"),
     (Config, "seed", 2**31, "below 2**31"),
     (Config, "data", {"name": "digits"}, "DataConfig"),
-    (DataConfig, "name", 3, "a text"),
+    (DataConfig, "name", 3, "a string"),
     (DataConfig, "name", "", "the name of a data set"),
     (DataConfig, "global_batch", "64", "a whole number"),
     (DataConfig, "global_batch", 0, "at least 1"),
@@ -60,8 +60,8 @@ BAD = [
     (DataConfig, "workers", -2, "at least -1"),
     (DataConfig, "prepare_per_host", 1, "true or false"),
     (DataConfig, "prepare_timeout", 0, "above 0 minutes"),
-    (ModelConfig, "num_classes", 1, "at least 2"),
-    (ModelConfig, "num_classes", -1, "at least 0"),
+    (ModelConfig, "num_classes", 1, "0, or at least 2"),
+    (ModelConfig, "num_classes", -1, "0, or at least 2"),
     (ModelConfig, "width", -64, "at least 0"),
     (ModelConfig, "depths", (1, 0), "whole numbers above 0"),
     (ModelConfig, "depths", (1, 2.0), "whole numbers above 0"),
@@ -86,7 +86,7 @@ BAD = [
     (OptimConfig, "weight_decay", -1.0, "at least 0"),
     (OptimConfig, "schedule", "cosin", "Did you mean 'cosine'?"),
     (OptimConfig, "warmup", "5 eons", "not a duration"),
-    (OptimConfig, "warmup", 5, "a text"),
+    (OptimConfig, "warmup", 5, "a string"),
     (OptimConfig, "step_at", (0.6, 0.3), "rising shares"),
     (OptimConfig, "step_at", (0.3, 1.0), "rising shares"),
     (OptimConfig, "step_at", ("0.3",), "rising shares"),
