@@ -180,7 +180,7 @@ def _override(values: ml_collections.ConfigDict, overrides: list[tuple[str, str]
         if key in SECTIONS:
             raise ConfigError(f"config.{key} is a section; set one of its fields.{_suggest(key, known)}")
         if key not in known:
-            raise ConfigError(f"config.{key} does not exist.{_suggest(key, known)}")
+            raise unknown_field(key)
     values = values.copy_and_resolve_references().lock()
     for key, text in overrides:
         # One at a time, so that an error is about this one. absl reads `sys_argv` to find the overridden keys.
@@ -202,6 +202,11 @@ def _override(values: ml_collections.ConfigDict, overrides: list[tuple[str, str]
     return values
 
 
+def unknown_field(key: str) -> ConfigError:
+    """The error for a dotted name that no field has; it names the nearest field."""
+    return ConfigError(f"config.{key} does not exist.{_suggest(key, flat_keys())}")
+
+
 def _suggest(key: str, known: list[str]) -> str:
     """The nearest field, else the fields of the section that `key` names, else the sections."""
     section, _, rest = key.partition(".")
@@ -211,7 +216,7 @@ def _suggest(key: str, known: list[str]) -> str:
     same = [name for name in known if name.endswith("." + key.rpartition(".")[2])]
     tops = dict.fromkeys(name.partition(".")[0] for name in known)
     elsewhere = f" Did you mean 'config.{same[0]}'?" if same else f" There are {', '.join(tops)}."
-    return did_you_mean(key, known, "config.") or elsewhere
+    return did_you_mean(key, [*known, *tops], "config.") or elsewhere
 
 
 @contextlib.contextmanager

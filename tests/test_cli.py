@@ -12,8 +12,20 @@ import pytest
 
 from jaxtrain import cli
 from jaxtrain.checkpoint import manifest
-from jaxtrain.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from jaxtrain.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    ModelConfig,
+    OptimConfig,
+    TrainConfig,
+    explain,
+    explain_sections,
+)
+from jaxtrain.data import registry as datasets
 from jaxtrain.errors import DataError
+from jaxtrain.models import registry
+from jaxtrain.optim.optimizers import OPTIMIZERS
 from jaxtrain.recipes import LAYOUTS
 from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.training.evaluate import Evaluated
@@ -119,6 +131,12 @@ WRONG_COMMANDS = [
     (["layout", "--config", QUICKSTART, "--jsn"], ["--jsn"]),
     (["config"], ["FILE"]),
     (["config", QUICKSTART, "lr=3"], ["lr=3"]),
+    (["config", "--explain"], ["--explain", "expected at least one argument"]),
+    (["config", "--explain", "optim.wramup"], ["config.optim.wramup does not exist", "'config.optim.warmup'"]),
+    (["config", "--explain", "seed", "optm"], ["config.optm does not exist", "Did you mean 'config.optim'?"]),
+    (["config", "--explain", "optim.lr"], ["config.optim.lr does not exist", "config.optim has name, learning_rate,"]),
+    (["config", "--explain", "seed", QUICKSTART], [f"--explain {QUICKSTART}", "config FILE --explain KEY"]),
+    (["config", "--explain", "seed", "--config.seed=3"], ["--config.seed", "jaxtrain config FILE --explain KEY"]),
     (["data", "prep", "digits"], ["'prep'", "prepare"]),
     (["data", "verify", "digits", "--config.data.dir=x"], ["--config.data.dir", "jaxtrain data takes no config"]),
     (["evaluate", "runs/x", "--split", "tset"], ["'tset'", "test"]),
@@ -374,6 +392,69 @@ def test_config_shows_every_value_and_where_it_came_from(capsys):
     assert rows["config.layout.zero"][-1] == "argument"
     assert rows["config.model.name"] == ["config.model.name", "'resnet50'", "recipe"]
     assert rows["config.optim.ema"] == ["config.optim.ema", "0.0", "default"]
+
+
+def explained(capsys, *words) -> list[str]:
+    """What `jaxtrain config ... --explain ...` prints: a paragraph a field."""
+    assert cli.main(["config", *words]) == 0
+    text = capsys.readouterr().out
+    assert max(map(len, text.splitlines())) <= 100
+    return text.rstrip("\n").split("\n\n")
+
+
+def test_explain_a_field(capsys):
+    (paragraph,) = explained(capsys, "--explain", "optim.schedule")
+    lines = paragraph.splitlines()
+    assert lines[:5] == [
+        "config.optim.schedule",
+        "  type       str (a string)",
+        "  default    'cosine'",
+        "  allowed    one of constant, step, cosine, linear, wsd",
+        "  on resume  may change only with --config.checkpoint.allow_changes=true",
+    ]
+    assert lines[5].startswith("  meaning    ")
+    assert all(line.startswith(" " * 13) for line in lines[6:])
+    assert explain()["optim.schedule"].meaning == " ".join(paragraph.partition("  meaning    ")[2].split())
+
+
+def test_explain_a_field_of_a_recipe_shows_its_value_too(capsys):
+    paragraphs = explained(
+        capsys, f"{RESNET}:production", "--config.seed=3", "--explain", "config.seed", "train.precision", "data.dir"
+    )
+    assert [paragraph.splitlines()[0] for paragraph in paragraphs] == [
+        "config.seed", "config.train.precision", "config.data.dir"
+    ]  # fmt: skip
+    values = [line for paragraph in paragraphs for line in paragraph.splitlines() if line.startswith("  value")]
+    assert values == [
+        "  value      3 (from: flag)", "  value      'bf16' (from: argument)", "  value      '' (from: default)"
+    ]  # fmt: skip
+
+
+def test_explain_a_section_lists_its_fields(capsys):
+    first, *fields = explained(capsys, "--explain", "train")
+    assert " ".join(first.split()) == f"config.train: {explain_sections()['train']}"
+    names = [key for key in explain() if key.startswith("train.")]
+    assert [field.splitlines()[0] for field in fields] == [f"config.{name}" for name in names]
+    by_name = dict(zip(names, fields, strict=True))
+    assert "on resume  may change freely" in by_name["train.log_every"]
+    assert "on resume  may change where every step already run keeps its learning rate" in by_name["train.epochs"]
+    assert "on resume  may change only with" in by_name["train.precision"]
+    assert "allowed" not in by_name["train.deterministic"]
+
+
+def test_explain_is_answered_without_jax():
+    code = "import sys; from jaxtrain.cli import main; main(['config', '--explain', 'seed']); assert 'jax' not in sys.modules"
+    found = run("-OO", "-c", code)  # also where Python keeps no docstrings
+    assert (found.returncode, found.stdout.splitlines()[0]) == (0, "config.seed"), found.stderr
+
+
+@pytest.mark.parametrize(
+    ("key", "names"), [("optim.name", OPTIMIZERS), ("data.name", datasets.NAMES), ("model.name", registry._BUILDERS)]
+)
+def test_the_names_that_there_are_stand_in_the_meaning(key, names):
+    listed = [name.removesuffix("_bn") if name in ("vgg13_bn", "vgg16_bn", "vgg19_bn") else name for name in names]
+    meaning = explain()[key].meaning
+    assert not [name for name in listed if f"`{name}`" not in meaning]
 
 
 # ------------------------------------------------------------------------------------------------------------- layout

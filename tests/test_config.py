@@ -174,6 +174,62 @@ def test_a_config_cannot_be_changed():
         Config().seed = 3  # type: ignore[misc]
 
 
+# ------------------------------------------------------------------------------------------------------------ meanings
+
+
+def test_every_field_has_a_meaning():
+    """One paragraph of whole sentences, in the string below the field."""
+    fields = c.explain()
+    assert list(fields) == c.flat_keys()
+    for key, info in fields.items():
+        assert info.meaning.endswith("."), key
+        assert info.meaning[0].isupper(), key
+        assert info.meaning.isprintable(), key  # no line breaks
+    assert list(c.explain_sections()) == list(c.SECTIONS)
+    assert all(text.endswith(".") for text in c.explain_sections().values())
+
+
+def test_every_choice_of_a_field_is_explained_in_its_meaning():
+    choices = {key: info for key, info in c.explain().items() if info.allowed.startswith("one of ")}
+    assert len(choices) == 10
+    for key, info in choices.items():
+        unexplained = [
+            name for name in info.allowed.removeprefix("one of ").split(", ") if f"`{name}`" not in info.meaning
+        ]
+        assert not unexplained, key
+
+
+def test_what_is_explained_is_what_is_checked():
+    """The words for the allowed values are those of the refusal, for every bad value that a rule refuses."""
+    fields, sections = c.explain(), {s: name for name, s in c.SECTIONS.items()}
+    in_a_tuple = [(DataConfig, name, ("0.5",), "") for name in ("mean", "std")]
+    told = set()
+    for section, field, value, _ in [*BAD, *in_a_tuple]:
+        key = f"{sections[section]}.{field}" if section in sections else field
+        if key in fields and f"must be {fields[key].allowed}." in refusal(section, **{field: value}):
+            told.add(key)
+    by_parse = {"optim.warmup", "train.eval_every", "checkpoint.every", "checkpoint.milestone_every"}
+    assert {key for key, info in fields.items() if info.allowed} - told == by_parse
+
+
+def test_a_duration_that_is_refused_is_told_the_explained_units():
+    for key in ("optim.warmup", "checkpoint.every"):
+        section, field = key.split(".")
+        for unit in ("steps", "epochs", "examples", "minutes"):
+            explained = unit in c.explain()[key].allowed
+            if explained:
+                assert c.SECTIONS[section](**{field: f"3 {unit}"})
+            else:
+                assert "not a duration" in refusal(c.SECTIONS[section], **{field: f"3 {unit}"})
+
+
+def test_the_rest_that_is_known_of_a_field():
+    info = c.explain()["optim.learning_rate"]
+    assert (info.type, info.default, info.allowed) == ("float (a number)", 0.1, "at least 0")
+    assert c.explain()["checkpoint.allow_changes"].type == "bool (true or false)"
+    assert {key: info.default for key, info in c.explain().items()} == c.flatten(c.to_dict(Config()))
+
+
 # --------------------------------------------------------------------------------------------------------- dictionaries
 
 

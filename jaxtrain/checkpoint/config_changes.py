@@ -48,11 +48,12 @@ def changes(stored: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     for key in dict.fromkeys([*defaults, *before, *after]):
         pair = before.get(key), after.get(key)
         if _plain(pair[0]) != _plain(pair[1]):
-            found.append(Change(key, *pair, _kind(key)))
+            found.append(Change(key, *pair, kind_of(key)))
     return found
 
 
-def _kind(key: str) -> Kind:
+def kind_of(key: str) -> Kind:
+    """Whether the field `key` may change on resume; see `Change`."""
     if _FREE.fullmatch(key):
         return "free"
     return "length" if _LENGTH.fullmatch(key) else "numbers"

@@ -61,7 +61,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = _Parser(prog="jaxtrain", description="Trains vision models in JAX.", allow_abbrev=False)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, module in COMMANDS.items():
-        help_text = (module.__doc__ or "").splitlines()[0]
+        help_text = (module.__doc__ or "").partition("\n")[0]
         sub = commands.add_parser(name, help=help_text, description=module.__doc__, allow_abbrev=False)
         module.add_arguments(sub)
     arguments, unknown = parser.parse_known_args(rest)
@@ -71,8 +71,6 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         if not hint and "=" in unknown[0]:
             hint = " A field of the config is set with --config.KEY=VALUE."
         raise ConfigError(f"jaxtrain {arguments.command} does not know {' '.join(unknown)}.{hint}")
-    if "config" in arguments and not arguments.config:
-        raise ConfigError(f"jaxtrain {arguments.command} needs --config FILE; see jaxtrain {arguments.command} --help.")
     if overrides and not hasattr(arguments, "config"):
         raise ConfigError(f"--config.{overrides[0][0]}: jaxtrain {arguments.command} takes no config.")
     arguments.overrides, arguments.rest = overrides, argv[end + 1 :]

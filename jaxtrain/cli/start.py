@@ -55,7 +55,7 @@ def add_config_argument(parser: argparse.ArgumentParser) -> None:
         "--config",
         metavar="FILE[:ARGUMENT,...]",
         help="a recipe and its arguments (dp, zero1, zero2, zero3, tensor2, hybrid, pipeline2, pipeline4, or its own); "
-        "--config.KEY=VALUE changes any field, see `jaxtrain config FILE`",
+        "--config.KEY=VALUE changes any field, see `jaxtrain config --explain KEY`",
     )
 
 
@@ -85,7 +85,9 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def resolved(arguments: argparse.Namespace) -> Resolved:
-    """The config that the arguments name. Raises `ConfigError`."""
+    """The config that the arguments name. Raises `ConfigError`, also where they name none."""
+    if not arguments.config:
+        raise ConfigError(f"jaxtrain {arguments.command} needs --config FILE; see jaxtrain {arguments.command} --help.")
     return resolve(arguments.config, arguments.overrides)
 
 
