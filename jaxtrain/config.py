@@ -266,7 +266,7 @@ class DataConfig(_Section):
 
     @property
     def chosen_splits(self) -> dict[str, str]:
-        """What `splits` says: of `train`, `validation` and `test` those that it names -> a split's own name, or `none`."""
+        """`splits` as a dict, such as {"train": "train[:90%]", "test": "none"}; without the splits that it does not name."""
         chosen: dict[str, str] = {}
         wanted = "pairs such as 'train=train,validation=val,test=none', each of train, validation and test at most once"
         for pair in filter(None, self.splits.split(",")):
@@ -582,7 +582,7 @@ class Config(_Section):
     def _validate(self) -> None:
         batch, parts, groups = self.data.global_batch, self.layout.microbatches, self.model.bn_groups
         if self.data.batch_per_device:
-            return  # the batch is known once the devices are, and checked then (`run.decide`)
+            return  # the global batch is decided and checked once the devices are known (`run.decide`)
         self.check_batch(batch, parts, groups)
 
     @staticmethod
@@ -615,7 +615,7 @@ SECTIONS: Mapping[str, type[_Section]] = types.MappingProxyType(
 
 
 def to_dict(config: Config) -> dict[str, Any]:
-    """Plain nested dicts, as stored in `config.json`."""
+    """Nested dicts, as stored in `config.json`."""
     return dataclasses.asdict(config)
 
 
@@ -648,7 +648,7 @@ def _example(section: str) -> str:
 
 
 def plain(values: Any) -> dict[str, Any]:
-    """Plain nested dicts from any mappings, such as a `ConfigDict`."""
+    """Nested dicts from nested mappings, such as a `ConfigDict`."""
     return {k: plain(v) if isinstance(v, Mapping) or hasattr(v, "items") else v for k, v in values.items()}
 
 

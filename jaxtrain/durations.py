@@ -44,7 +44,7 @@ class Duration:
         return cls(float(match[1]), unit)
 
     def steps(self, examples_per_epoch: int, global_batch: int) -> int:
-        """The number of optimizer steps, rounded up, so that any positive duration is at least one step."""
+        """The number of optimizer steps, rounded up: any duration above 0 is at least one step."""
         if self.unit == "steps":
             return math.ceil(self.value)
         examples = self.value * examples_per_epoch if self.unit == "epochs" else self.value

@@ -1,4 +1,4 @@
-"""A user's own model, optimizer, loss or data source, named in the config as `package.module:attribute`."""
+"""A user's own model, optimizer, loss or data set, named in the config as `package.module:attribute`."""
 
 from __future__ import annotations
 
@@ -25,27 +25,27 @@ def is_factory(name: str) -> bool:
 
 
 def code_in(config: Mapping[str, Any]) -> dict[str, str]:
-    """What a config names of the user's own, by field. config: flat, by dotted names."""
+    """The user's own code that a config names, by field. config: flat, by dotted names."""
     names = {field: str(config.get(field, "")) for field in OWN_CODE}
     return {f: name for f, name in names.items() if (is_factory(name) if f == "data.name" else ":" in name)}
 
 
 def refuse_code(config: Mapping[str, Any], source: Path) -> None:
-    """Raises `ConfigError` where a config that was found in a run's directory names code: `os:system` is a name too.
+    """Raises `ConfigError` when a config from a run's directory names code, since it may name anything: `os:system`.
 
-    config: flat, by dotted names. source: where it was found.
+    config: flat, by dotted names. source: the file or directory that holds it.
     """
     for field, name in code_in(config).items():
         raise ConfigError(
-            f"config.{field}={name!r}: {source} names code to be run, and a directory's word for it is not taken; "
-            "use --trust (from Python trust=True) where you trust whoever made it."
+            f"config.{field}={name!r}: {source} names code to run, and code that a directory names is not run; "
+            "use --trust (in Python: trust=True) if you trust whoever made it."
         )
 
 
 def add_working_directory() -> None:
-    """Makes the modules of the current directory importable, after all others.
+    """Makes the modules of the current directory importable for the rest of the process; all other directories come first.
 
-    For good, since what is loaded from there may itself import, late, from beside it.
+    It is not undone: code that was loaded from there may itself import from there later.
     """
     here = os.getcwd()
     if "" not in sys.path and here not in sys.path:
@@ -53,17 +53,17 @@ def add_working_directory() -> None:
 
 
 def load_dotted(name: str, field: str) -> Any:
-    """The object that `name` means; a module is looked for in the current directory too, last.
+    """The object that `name` means. Its module may also be in the current directory, which is searched last.
 
-    Only for a name that the user gave, or trusts: see `refuse_code`.
+    Only for a name that the user gave or trusts; see `refuse_code`.
 
     Args:
       name: `package.module:attribute`, e.g. "my_project.vit:ViT".
       field: the config field that holds it, e.g. "model.name"; named in the errors.
 
     Raises:
-      ConfigError: `name` is not of that form, its module cannot be imported (the import's own error is the cause, and
-        is named), or the module has no such attribute.
+      ConfigError: `name` has another form, its module cannot be imported (the sentence has the import's own error), or
+        the module has no such attribute.
     """
     where = f"config.{field}={name!r}"
     module_name, _, attribute = name.partition(":")
@@ -95,13 +95,17 @@ def load_callable(name: str, field: str) -> Callable[..., Any]:
 
 
 def _found_in(module: Any) -> str:
-    """Where a module lies that is not of the current directory: an installed one may have the name that was meant."""
+    """Says where a module is, if not in the current directory: an installed one may have the name of the user's."""
     file = getattr(module, "__file__", None) or "built in"
-    return "" if file.startswith(os.getcwd() + os.sep) else f" It is {file}; the current directory is looked in last."
+    return (
+        ""
+        if file.startswith(os.getcwd() + os.sep)
+        else f" The module is {file}; the current directory is searched last."
+    )
 
 
 def watch(section: Any) -> tuple[Any, set[str]]:
-    """A copy of a config section, and the names of those of its fields that were read since."""
+    """A copy of a config section, and a set that gets the name of each field of the copy that is read."""
     read: set[str] = set()
     values = {field.name: getattr(section, field.name) for field in dataclasses.fields(section)}
 
@@ -110,9 +114,9 @@ def watch(section: Any) -> tuple[Any, set[str]]:
             read.add(name)
             return super().__getattribute__(name)
 
-        def __reduce__(self) -> Any:  # what is pickled for a reading worker is an ordinary section
+        def __reduce__(self) -> Any:  # pickled, for a worker process, it is an ordinary section
             return functools.partial(type(section), **values), ()
 
     watched = Watched(**values)
-    read.clear()  # the checks have read all of them
+    read.clear()  # the section's own checks have read every field
     return watched, read

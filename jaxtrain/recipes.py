@@ -1,7 +1,7 @@
 """Recipes: config files, their arguments, and overrides. Imports no JAX.
 
-A recipe is a Python file with `get_config(arg)` that returns `recipe(Config(...), arg, {...})`. `arg` is what stands behind
-the colon of `--config FILE:arg`: names joined by commas, the recipe's own or one of `LAYOUTS`.
+A recipe is a Python file with a function `get_config(arg)` that returns `recipe(Config(...), arg, {...})`. `arg` is the text
+after the colon of `--config FILE:arg`: names joined by commas. Each is a name of the recipe's own or one of `LAYOUTS`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from jaxtrain.config import SECTIONS, Config, did_you_mean, flat_keys, flatten, 
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.paths import require_local
 
-# Every recipe takes these arguments. They change only where things live, never a number of the run.
+# Every recipe takes these arguments. They change only where arrays live, never a number of the run.
 LAYOUTS: Mapping[str, Mapping[str, int]] = MappingProxyType(
     {
         "dp": {"zero": 0},
@@ -43,9 +43,18 @@ Variant = Callable[[Config], Config]
 def recipe(
     config: Config, arg: str | None = "", variants: Mapping[str, Variant] | None = None
 ) -> ml_collections.ConfigDict:
-    """The locked `ConfigDict` of `config` after the arguments in `arg`, applied from left to right.
+    """Applies the arguments of a recipe, from left to right.
 
-    Raises `ConfigError` for an argument that is neither in `variants` nor in `LAYOUTS`.
+    Args:
+      config: the recipe without arguments.
+      arg: names joined by commas; "" or None for none.
+      variants: what each name of the recipe's own does.
+
+    Returns:
+      The locked `ConfigDict` of the result.
+
+    Raises:
+      ConfigError: an argument is neither in `variants` nor in `LAYOUTS`.
     """
     variants = variants or {}
     for name in filter(None, (arg or "").split(",")):
@@ -62,7 +71,7 @@ def recipe(
 
 
 def change(config: Config, **fields: Any) -> Config:
-    """`config` with fields replaced by their dotted names: `change(config, **{"optim.name": "adamw"})`."""
+    """A copy of `config` with other values of the named fields: `change(config, **{"optim.name": "adamw"})`."""
     values = to_dict(config)
     for name, value in fields.items():
         section, _, key = name.rpartition(".")
@@ -72,25 +81,27 @@ def change(config: Config, **fields: Any) -> Config:
 
 @dataclasses.dataclass(frozen=True)
 class Resolved:
-    """A config and where each value came from. origins: dotted name -> `default`, `recipe`, `argument` or `flag`."""
+    """A config, and where each of its values came from."""
 
     config: Config
     origins: Mapping[str, str]
+    """By dotted name: `default`, `recipe`, `argument` (of the recipe) or `flag`."""
     name: str
+    """The recipe's file name without ".py"."""
 
 
 def load_config(spec: str | Path, overrides: Sequence[str] | Mapping[str, Any] = ()) -> ml_collections.ConfigDict:
-    """The config of a recipe, checked.
+    """The checked config of a recipe.
 
     Args:
-      spec: "configs/resnet50_cifar100.py:production,zero3".
+      spec: the file and its arguments, such as "configs/resnet50_cifar100.py:production,zero3".
       overrides: {"train.steps": 20} or ["train.steps=20"]; a leading "--config." is accepted.
 
     Returns:
       A locked `ConfigDict`: its fields can be set, and `train` checks them again.
 
     Raises:
-      ConfigError: in one sentence, for whatever is wrong.
+      ConfigError: the recipe, an argument or an override is wrong; in one sentence.
     """
     if isinstance(overrides, Mapping):
         pairs = [(key, str(value)) for key, value in overrides.items()]
@@ -100,7 +111,7 @@ def load_config(spec: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
 
 
 def split_override(text: str) -> tuple[str, str]:
-    """("train.steps", "20") from "--config.train.steps=20" or "train.steps=20"."""
+    """("train.steps", "20") from "--config.train.steps=20" or "train.steps=20". Raises `ConfigError` without a "="."""
     key, equals, value = text.removeprefix("--").removeprefix("config.").partition("=")
     if not equals:
         raise ConfigError(f"{text!r} is not an override; write --config.{key}=VALUE.")
@@ -108,7 +119,7 @@ def split_override(text: str) -> tuple[str, str]:
 
 
 def resolve(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Resolved:
-    """Runs the recipe and applies (dotted name, text) overrides; a later one wins."""
+    """Runs the recipe `spec` (FILE:ARGUMENTS), then applies the overrides (dotted name, text); of two the later wins."""
     overrides = list(overrides)
     path, _, arg = spec.partition(":")
     if arg:
@@ -166,7 +177,7 @@ def _call(get_config: Callable[[str], Any], path: str, arg: str) -> ml_collectio
 
 
 def _explain(error: BaseException, path: Path) -> str:
-    """ "file:line: error" on one line, with the line of the recipe that failed."""
+    """ "file:line: error" on one line; the line is the last one of the recipe in the traceback."""
     lines = [f.lineno for f in traceback.extract_tb(error.__traceback__) if f.filename == str(path.absolute())]
     if isinstance(error, SyntaxError) and error.filename == str(path.absolute()):
         lines.append(error.lineno)
@@ -183,7 +194,7 @@ def _override(values: ml_collections.ConfigDict, overrides: list[tuple[str, str]
             raise unknown_field(key)
     values = values.copy_and_resolve_references().lock()
     for key, text in overrides:
-        # One at a time, so that an error is about this one. absl reads `sys_argv` to find the overridden keys.
+        # One at a time, so that an error belongs to this one. absl reads `sys_argv` to find the overridden keys.
         argv = ["jaxtrain", f"--config.{key}={text}"]
         found = flags.FlagValues()
         config_flags.DEFINE_config_dict("config", values, flag_values=found, sys_argv=argv)
@@ -208,7 +219,7 @@ def unknown_field(key: str) -> ConfigError:
 
 
 def _suggest(key: str, known: list[str]) -> str:
-    """The nearest field, else the fields of the section that `key` names, else the sections."""
+    """A hint: the nearest field or section, else the fields of the section that `key` names, else the sections."""
     section, _, rest = key.partition(".")
     fields = {name.removeprefix(section + "."): name for name in known if name.startswith(section + ".")}
     if fields:
@@ -221,9 +232,9 @@ def _suggest(key: str, known: list[str]) -> str:
 
 @contextlib.contextmanager
 def _working_directory_importable() -> Iterator[None]:
-    """Inside, the modules of the current directory can be imported, after all others.
+    """Makes the modules of the current directory importable inside the context; all other directories come first.
 
-    Only while a recipe runs: nothing else that is imported later, and may be missing, shall be looked for there.
+    Only while a recipe runs. A module that is imported later and is not installed must not be taken from there.
     """
     here = str(Path.cwd())
     if "" in sys.path or here in sys.path:

@@ -1,6 +1,6 @@
 """The command line: `jaxtrain COMMAND ...`. Each command is a module with `add_arguments(parser)` and `run(arguments)`.
 
-`run` returns nothing, or the exit code of a command that has one of its own.
+`run` returns None, or an exit code where the command has one of its own.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ COMMANDS = {
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors are `ConfigError`s, so that they leave by the same door (and exit code) as every other."""
+    """Raises `ConfigError` for a wrong argument, so that it ends with the same kind of sentence and exit code as others."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message[0].upper()}{message[1:]}; see {self.prog} --help.")
@@ -35,26 +35,27 @@ class _Parser(argparse.ArgumentParser):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, or `JaxtrainError.exit_code` with one sentence on standard error."""
-    logging.getLogger("jaxtrain").addFilter(
-        escape_message
-    )  # what is logged outside of a run goes to standard error as it is
+    # Outside of a run, log messages go to standard error without a handler that would escape them.
+    logging.getLogger("jaxtrain").addFilter(escape_message)
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         return COMMANDS[arguments.command].run(arguments) or 0
     except JaxtrainError as error:
-        Report.of(error, 0).write()  # so that `jaxtrain launch` starts nothing again that cannot go well
+        Report.of(error, 0).write()  # `jaxtrain launch` does not restart what cannot succeed
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("Stopped at once; the last checkpoint is as it was.", 130)
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `jaxtrain layout | head` is no error
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `jaxtrain layout | head` is not an error
         return 0
     except Exception:
         return _fail(f"{REPORT_THIS}\n{traceback.format_exc()}", 70, lines=True)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command's arguments; `overrides`: (dotted name, text) of each --config.KEY=VALUE; `rest`: what is behind --."""
+    """The command's arguments, with two more: `overrides`, a pair (dotted name, text) for each --config.KEY=VALUE, and
+    `rest`, the words after --. Raises `ConfigError`.
+    """
     argv = list(argv)
     end = argv.index("--") if "--" in argv else len(argv)
     overrides, rest = split_overrides(argv[:end])
@@ -75,12 +76,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"--config.{overrides[0][0]}: jaxtrain {arguments.command} takes no config.")
     arguments.overrides, arguments.rest = overrides, argv[end + 1 :]
     if arguments.rest and arguments.command != "launch":
-        raise ConfigError(f"jaxtrain {arguments.command} takes no command behind --: {' '.join(arguments.rest)}.")
+        raise ConfigError(f"jaxtrain {arguments.command} takes no command after --: {' '.join(arguments.rest)}.")
     return arguments
 
 
 def split_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
-    """Takes the overrides out of `argv`: `--config.KEY=VALUE`, `--config.KEY VALUE`, and `--config.KEY` for true."""
+    """Splits `argv` into overrides (dotted name, text) and the other words.
+
+    An override is `--config.KEY=VALUE`, `--config.KEY VALUE`, or `--config.KEY` for true.
+    """
     overrides, rest = [], []
     words = iter(range(len(argv)))
     for index in words:

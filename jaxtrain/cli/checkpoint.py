@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints a row for each checkpoint. Raises `CheckpointError` when there is none, or `verify` finds a damaged one."""
+    """Prints a row for each checkpoint. Raises `CheckpointError` if there is none, or if `verify` finds a damaged one."""
     path = named(arguments.workdir)
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     steps = manifested_steps(directory)

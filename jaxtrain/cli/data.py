@@ -1,4 +1,4 @@
-"""Prepare a data set (download it, once), or verify every byte of one."""
+"""Prepare a data set (download it once), or verify every record of one."""
 
 import argparse
 import dataclasses
@@ -21,11 +21,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dir", default="", help="data directory; default $JAXTRAIN_DATA_DIR, then ~/.cache/jaxtrain/data"
     )
-    parser.add_argument("--splits", default="", help="as config.data.splits, of a folder or a TFDS data set")
+    parser.add_argument(
+        "--splits", default="", help="which splits of a folder or a TFDS data set are used, as config.data.splits"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints where the data set is, or how many examples of each split are sound."""
+    """Prints where the data set is, or how many examples of each split were read and are as recorded."""
     from jaxtrain.data import registry  # noqa: PLC0415
 
     require_local(arguments.dir, f"--dir {arguments.dir}", ConfigError)

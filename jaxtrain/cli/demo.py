@@ -1,4 +1,4 @@
-"""Prove in a minute that this machine trains: a short training on made-up images on all devices, and four checks."""
+"""Check in a minute that this machine can train: a short run on synthetic images on all devices, and four checks."""
 
 import argparse
 import dataclasses
@@ -16,9 +16,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints each check as it is made. Raises `JaxtrainError` naming those that failed."""
+    """Prints the result of each check as it ends. Raises `JaxtrainError` naming the checks that failed."""
     start.start_devices(arguments)
-    from jaxtrain.doctor.demo import Check, run_demo  # noqa: PLC0415  bad arguments are answered before JAX is loaded
+    from jaxtrain.doctor.demo import Check, run_demo  # noqa: PLC0415  wrong arguments are refused before JAX is loaded
 
     def show(check: Check) -> None:
         print(printable(f"{'ok' if check.passed else 'FAILED':8}{check.name}: {check.found}"), flush=True)

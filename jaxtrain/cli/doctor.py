@@ -1,4 +1,4 @@
-"""Examine this machine: what would break a run here, and what mends it; --write keeps the facts in machine.json."""
+"""Check this machine: what would break a run here, and how to fix it; --write stores the facts in machine.json."""
 
 import argparse
 import dataclasses
@@ -12,13 +12,15 @@ from jaxtrain.workdir import named
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--write, --json, --workdir."""
-    parser.add_argument("--write", action="store_true", help="keep the facts in DIR/machine.json")
+    parser.add_argument("--write", action="store_true", help="store the facts in DIR/machine.json")
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--workdir", default=".", metavar="DIR", help="where runs will write; default: here")
+    parser.add_argument(
+        "--workdir", default=".", metavar="DIR", help="where runs will write; default: the current directory"
+    )
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints each check as it is made. Raises `EnvironmentMismatchError` naming the problems."""
+    """Prints the result of each check as it ends. Raises `EnvironmentMismatchError` naming the problems."""
     directory = named(arguments.workdir)
     found = examine(directory, (lambda check: None) if arguments.json else _show)
     problems = [check for check in found.checks if check.state == "problem"]

@@ -18,10 +18,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--ema",
         action=argparse.BooleanOptionalAction,
         default=None,
-        help="evaluate the moving average of the weights, or not; default: where the run keeps one",
+        help="evaluate the moving average of the weights, or the weights; default: the average if the run keeps one",
     )
     parser.add_argument(
-        "--allow-changes", action="store_true", help="evaluate a data set that has changed since, and say what has"
+        "--allow-changes",
+        action="store_true",
+        help="evaluate although the data set has changed since training, and warn of what has changed",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument(
@@ -31,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints the result."""
+    """Prints the loss, the accuracies, and a row for each class."""
     start.start_devices(arguments)
     from jaxtrain.training.evaluate import evaluate  # noqa: PLC0415
 

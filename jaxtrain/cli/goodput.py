@@ -1,4 +1,4 @@
-"""What a run's wall time went into, over all its starts: steps that count, steps done again, starting, waiting, being down."""
+"""Show what a run's wall time went into, over all its starts: useful steps, repeated steps, starting, waiting, downtime."""
 
 import argparse
 import json
@@ -18,7 +18,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints the table. Raises `WorkdirError` where no run was started."""
+    """Prints a row for each category. Raises `WorkdirError` if no run was started there."""
     found = goodput(read_starts(Workdir(named(arguments.workdir)).starts))
     if arguments.json:
         print(json.dumps(found.to_json()))

@@ -1,4 +1,4 @@
-"""Start a run's processes on this host, and again when one dies: `jaxtrain launch --nproc 2 -- train --config ...`."""
+"""Start a run's processes on this host, and restart them when one dies: `jaxtrain launch --nproc 2 -- train --config ...`."""
 
 import argparse
 import sys
@@ -8,7 +8,7 @@ from jaxtrain.distributed.supervisor import Options, Supervisor, missing_gpus, s
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.gpus import Gpus
 
-# `jaxtrain` again, wherever this package lies. Not by `-m`, which would look for it in the current directory first.
+# Runs this same package, wherever it is installed. Not by `-m`, which would search the current directory first.
 _PARENT = str(Path(__file__).resolve().parents[2])
 _COMMAND = (
     *(sys.executable, "-P", "-c"),
@@ -17,35 +17,54 @@ _COMMAND = (
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--nproc, --gpus-per-process, --max-restarts, --grace, --hang, --min-devices, and a command of jaxtrain behind --."""
+    """--nproc, --gpus-per-process, --max-restarts, --grace, --hang, --min-devices; the command stands after --."""
     default = Options()
     parser.add_argument("--nproc", "--nproc_per_node", type=int, default=1, metavar="N", help="processes on this host")
     parser.add_argument(
-        "--gpus-per-process", type=int, default=0, metavar="N", help="default: all GPUs, shared out evenly"
+        "--gpus-per-process",
+        type=int,
+        default=0,
+        metavar="N",
+        help="GPUs of each process; default: all GPUs, divided evenly",
     )
     parser.add_argument(
-        "--max-restarts", type=int, default=default.max_restarts, metavar="N", help="in a row without any progress"
+        "--max-restarts",
+        type=int,
+        default=default.max_restarts,
+        metavar="N",
+        help="restarts in a row without any progress, after which the job is given up",
     )
     parser.add_argument(
-        "--grace", type=float, default=default.grace, metavar="S", help="seconds to save in, from SIGTERM or Ctrl-C on"
+        "--grace",
+        type=float,
+        default=default.grace,
+        metavar="S",
+        help="seconds that processes have to save after SIGTERM or Ctrl-C",
     )
     parser.add_argument(
-        "--hang", type=float, default=default.hang, metavar="S", help="seconds without a sign of life; 0: wait for ever"
+        "--hang",
+        type=float,
+        default=default.hang,
+        metavar="S",
+        help="seconds without a heartbeat after which a process is ended; 0: never",
     )
     parser.add_argument(
-        "--min-devices", type=int, default=default.min_devices, metavar="N", help="GPUs below which the job is given up"
+        "--min-devices",
+        type=int,
+        default=default.min_devices,
+        metavar="N",
+        help="give the job up when fewer GPUs than this work",
     )
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Returns the exit code of the whole job."""
+    """Runs the job and returns its exit code. Raises `ConfigError` for wrong arguments."""
     if not arguments.rest or arguments.rest[0] != "train":
-        raise ConfigError(
-            "jaxtrain launch needs a command behind --: jaxtrain launch --nproc 2 -- train --config FILE."
-        )
+        raise ConfigError("jaxtrain launch needs a command after --: jaxtrain launch --nproc 2 -- train --config FILE.")
     for name in ("nproc", "gpus_per_process", "max_restarts", "grace", "hang", "min_devices"):
-        if getattr(arguments, name) < (1 if name == "nproc" else 0):
-            raise ConfigError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must not be that small.")
+        value, low = getattr(arguments, name), 1 if name == "nproc" else 0
+        if value < low:
+            raise ConfigError(f"--{name.replace('_', '-')} {value}: must be at least {low}.")
     options = Options(
         processes=arguments.nproc,
         gpus_per_process=arguments.gpus_per_process,

@@ -18,13 +18,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--config, --json, --schedule-plot, --trace, devices."""
     start.add_config_argument(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--schedule-plot", default="", metavar="SVG", help="draw the pipeline's schedule into a file")
-    parser.add_argument("--trace", default="", metavar="RUN", help="draw beside it what that run recorded")
+    parser.add_argument("--schedule-plot", default="", metavar="SVG", help="draw the pipeline schedule into this file")
+    parser.add_argument(
+        "--trace", default="", metavar="RUN", help="also draw the step that this run recorded (layout.trace_step)"
+    )
     start.add_device_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """The table of `Layout.table`, with totals."""
+    """Prints a row for each leaf, and totals; or draws the pipeline schedule."""
     for option in ("schedule_plot", "trace"):
         path = getattr(arguments, option)
         require_local(path, f"--{option.replace('_', '-')} {path}", ConfigError)
@@ -37,7 +39,7 @@ def run(arguments: argparse.Namespace) -> None:
         print(printable(arguments.schedule_plot))
         return
     if arguments.trace:
-        raise ConfigError("--trace belongs to --schedule-plot FILE.")
+        raise ConfigError("--trace needs --schedule-plot SVG.")
     layout = describe_layout(resolved.config, arguments.devices)
     if arguments.json:
         print(json.dumps(layout, indent=2))

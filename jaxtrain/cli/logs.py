@@ -15,7 +15,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints every entry."""
+    """Prints every entry, in the order of time."""
     for entry in merged(arguments.workdir):
         if arguments.json:
             print(json.dumps(dataclasses.asdict(entry)))

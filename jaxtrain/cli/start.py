@@ -1,4 +1,4 @@
-"""Arguments and first steps that commands share: the recipe, the devices, the other processes."""
+"""Arguments and set-up that commands share: the recipe, the devices, the other processes."""
 
 from __future__ import annotations
 
@@ -22,21 +22,21 @@ from jaxtrain.recipes import Resolved, resolve
 
 
 class _Printable(Console):
-    """Shows what others have named, a class or a file, as `printable` text: each line and each cell of a table is one."""
+    """Escapes what would control a terminal (`printable`) in each line and table cell: names of classes and files may."""
 
     def render_str(self, text: str, **options: Any) -> Text:
         return super().render_str(printable(text), **options)
 
 
 def console() -> Console:
-    """Standard output. A table that goes into a file or another program is not cut to the width of a screen."""
+    """Standard output. Where it is a file or a pipe, lines are not cut to the width of a screen."""
     width = None if sys.stdout.isatty() else 1_000_000
     return _Printable(width=width, highlight=False, markup=False, emoji=False)
 
 
 @contextlib.contextmanager
 def warnings_shown() -> Iterator[None]:
-    """Inside, what is logged as a warning is a line of standard error like those of errors."""
+    """Inside the context, a logged warning is a line on standard error, as an error is."""
     logger, handler = logging.getLogger("jaxtrain"), logging.StreamHandler()
     handler.setLevel(logging.WARNING)
     handler.setFormatter(logging.Formatter("jaxtrain: %(message)s"))
@@ -71,14 +71,14 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
         "--coordinator",
         default="",
         metavar="HOST:PORT",
-        help="process 0's address, in a run of several processes; what Slurm, OpenMPI or torchrun say is found without it",
+        help="process 0's address, in a run of several processes; under Slurm, OpenMPI or torchrun it is detected",
     )
     parser.add_argument("--num-processes", type=int, default=0, metavar="P")
     parser.add_argument("--process-id", type=int, default=-1, metavar="I")
     parser.add_argument(
         "--start-timeout", type=int, default=300, metavar="S", help="seconds to wait for the other processes"
     )
-    parser.add_argument("--standalone", action="store_true", help="one process, whatever a scheduler says")
+    parser.add_argument("--standalone", action="store_true", help="run one process, even inside a scheduler's job")
     parser.add_argument(
         "--allow-version-skew", action="store_true", help="let processes with other versions of Python or packages join"
     )
@@ -92,16 +92,16 @@ def resolved(arguments: argparse.Namespace) -> Resolved:
 
 
 def check_devices(arguments: argparse.Namespace) -> None:
-    """Raises `ConfigError` for a count that makes no sense."""
+    """Raises `ConfigError` for a negative number of devices."""
     for name in ("devices", "simulate_devices"):
         if getattr(arguments, name) < 0:
             raise ConfigError(f"--{name.replace('_', '-')} {getattr(arguments, name)}: must be at least 1.")
 
 
 def start_devices(arguments: argparse.Namespace) -> None:
-    """Sets JAX up before its backend starts. Raises `ConfigError` for a count that makes no sense."""
+    """Configures JAX before its backend starts. Raises `ConfigError` for a negative number of devices."""
     check_devices(arguments)
-    import jax  # noqa: PLC0415  bad arguments are answered before JAX is loaded
+    import jax  # noqa: PLC0415  wrong arguments are refused before JAX is loaded
 
     if arguments.simulate_devices:
         jax.config.update("jax_platforms", "cpu")
@@ -109,13 +109,22 @@ def start_devices(arguments: argparse.Namespace) -> None:
 
 
 def start_processes(arguments: argparse.Namespace, resolved: Resolved, workdir: str) -> None:
-    """Joins the other processes of the run, if it has any. Raises `EnvironmentMismatchError` when they do not come."""
+    """Connects to the other processes of the run, if it has several.
+
+    Args:
+      arguments: of the command.
+      resolved: the config; processes compare theirs.
+      workdir: processes compare theirs.
+
+    Raises:
+      EnvironmentMismatchError: another process does not come in time, or was started with other settings.
+    """
     if arguments.standalone:
         return
     place = find_place(arguments.coordinator, arguments.num_processes, arguments.process_id)
     if place is None or place.processes == 1:
         return
-    from jaxtrain.distributed.initialize import fingerprint_of, join  # noqa: PLC0415  without other processes JAX is loaded later
+    from jaxtrain.distributed.initialize import fingerprint_of, join  # noqa: PLC0415  a single process loads JAX later
 
     config = flatten(to_dict(resolved.config))
     if names := code_in(config).values():

@@ -1,4 +1,4 @@
-"""Train, or go on training: the run resumes by itself from what its work directory holds."""
+"""Train. A run whose work directory holds checkpoints resumes from them by itself."""
 
 import argparse
 import os
@@ -13,29 +13,29 @@ from jaxtrain.workdir import named
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The same as those of `python -m jaxtrain.main`."""
+    """--config, --workdir, devices, processes; also of `python -m jaxtrain.main`."""
     start.add_config_argument(parser)
     parser.add_argument(
-        "--workdir", default="", metavar="DIR", help="everything of the run; default artifacts/<recipe>"
+        "--workdir", default="", metavar="DIR", help="where the run writes everything; default artifacts/<recipe>"
     )
     start.add_device_arguments(parser)
     start.add_process_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Checks the config, then starts devices and processes, then trains. A process of several ends at once with an error."""
+    """Checks the config, starts devices and processes, and trains. With several processes, an error ends the process here."""
     resolved = start.resolved(arguments)
     start.check_devices(arguments)
     workdir = arguments.workdir or str(start.default_workdir(resolved.name))
-    named(workdir)  # as it was written: of a path the slashes are folded
-    from jaxtrain.distributed import coordination  # noqa: PLC0415  a bad config is answered before JAX is loaded
+    named(workdir)  # checks the text as written: `Path` folds the slashes of s3://bucket/run
+    from jaxtrain.distributed import coordination  # noqa: PLC0415  a wrong config is refused before JAX is loaded
     from jaxtrain.distributed.interrupt import catch_signals  # noqa: PLC0415
 
     with catch_signals(leave) as interrupt:
         try:
             chosen = resolved.config.train
             flags = xla_flags.for_run(chosen.precision, deterministic=chosen.deterministic)
-            xla_flags.set_flags(flags)  # before the processes join
+            xla_flags.set_flags(flags)  # before the processes connect
             start.start_devices(arguments)
             start.start_processes(arguments, resolved, workdir)
             from jaxtrain.training.session import train  # noqa: PLC0415  JAX is set up by now
@@ -53,7 +53,7 @@ def run(arguments: argparse.Namespace) -> None:
 
 
 def leave(error: BaseException) -> None:
-    """Ends the process at once, from any thread: JAX would wait 300 s for the others, Python for a stuck reader."""
+    """Ends the process at once, from any thread. JAX would wait 300 s for other processes, Python for a stuck thread."""
     from jaxtrain.distributed import coordination  # noqa: PLC0415
 
     report = Report.of(error, coordination.index())
