@@ -12,11 +12,11 @@ from typing import Any
 import jax
 
 from benchmarks.common import Spread, settings, synthetic
-from jaxtrain.checkpoint.checkpointer import Checkpoints
+from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.manifest import problems, read_manifest, write_manifest
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig
 from jaxtrain.step.train_state import create_state
-from jaxtrain.training.setup import load_data, make_run
+from jaxtrain.training.setup import load_data, make_run_spec
 
 MODELS = {"resnet50, AdamW": "resnet50", "vgg19_bn, AdamW": "vgg19_bn"}
 REPEATS = 5
@@ -32,13 +32,13 @@ def _measure(name: str, model: str) -> dict[str, Any]:
         Config(data=DataConfig(global_batch=16), model=ModelConfig(model), optim=OptimConfig(name="adamw"))
     )
     with settings(config):
-        run = make_run(config, load_data(config.data), jax.devices()[:1])
+        run = make_run_spec(config, load_data(config.data), jax.devices()[:1])
         state = create_state(run.init, run.layout)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         blocked, whole, hashed, verified, restored = [], [], [], [], []
         with (
             tempfile.TemporaryDirectory(prefix="jaxtrain-bench-") as folder,
-            contextlib.closing(Checkpoints(Path(folder) / "checkpoints", 1)) as checkpoints,
+            contextlib.closing(Checkpointer(Path(folder) / "checkpoints", 1)) as checkpoints,
         ):
             for step in range(1, REPEATS + 2):
                 began = time.perf_counter()

@@ -16,15 +16,15 @@ from typing import Any
 
 import jax
 
-from jaxtrain.checkpoint.resume_point import Position, Resume
+from jaxtrain.checkpoint.resume_point import Position, ResumePoint
 from jaxtrain.config import Config
 from jaxtrain.host import xla_flags
 from jaxtrain.recipes import change
 from jaxtrain.step.batch import Batch
 from jaxtrain.step.train_state import TrainState
-from jaxtrain.training.compiled import Engine, start_engine
+from jaxtrain.training.compiled import CompiledRun, compile_run
 from jaxtrain.training.jax_settings import settings
-from jaxtrain.training.setup import Run, load_data, make_run
+from jaxtrain.training.setup import RunSpec, load_data, make_run_spec
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -89,15 +89,15 @@ def synthetic(config: Config, **fields: Any) -> Config:
     )
 
 
-def start(config: Config, devices: int = 1) -> tuple[Run, Engine, TrainState]:
+def start(config: Config, devices: int = 1) -> tuple[RunSpec, CompiledRun, TrainState]:
     """A compiled run. The caller is inside `settings(config)`."""
     set_flags()
-    run = make_run(config, load_data(config.data), jax.devices()[:devices])
-    engine, state = start_engine(run, Resume(None, Position(), None))
+    run = make_run_spec(config, load_data(config.data), jax.devices()[:devices])
+    engine, state = compile_run(run, ResumePoint(None, Position(), None))
     return run, engine, state
 
 
-def block_seconds(run: Run, engine: Engine, state: TrainState, steps: int, repeats: int) -> list[float]:
+def block_seconds(run: RunSpec, engine: CompiledRun, state: TrainState, steps: int, repeats: int) -> list[float]:
     """Seconds a step, of each of `repeats` blocks of `steps`; a block before them warms up. Donates `state`."""
     seconds = []
     for repeat in range(repeats + 1):
@@ -110,7 +110,7 @@ def block_seconds(run: Run, engine: Engine, state: TrainState, steps: int, repea
     return seconds[1:]
 
 
-def batches(run: Run, engine: Engine, first_step: int, steps: int) -> Iterator[Batch]:
+def batches(run: RunSpec, engine: CompiledRun, first_step: int, steps: int) -> Iterator[Batch]:
     """The training batches of `steps` updates."""
     batch = run.config.data.global_batch
     return engine.feed.train(

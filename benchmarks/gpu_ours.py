@@ -1,6 +1,6 @@
 """The child that runs jaxtrain's training step; needs JAX, Flax and optax alone.
 
-The step is the trainer's own (`jaxtrain.step.train_step.make_step`), on a uint8 batch that lies on the device:
+The step is the trainer's own (`jaxtrain.step.train_step.make_train_step`), on a uint8 batch that lies on the device:
 augmentation, forward, backward, metrics, optimizer, one program with a donated state.
 """
 
@@ -25,14 +25,14 @@ from benchmarks.gpu_parts import CASES, Case, profile, read_trace
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, from_dict, to_dict
 from jaxtrain.models import registry
 from jaxtrain.models.layers import Context
-from jaxtrain.optim.schedules import schedule
+from jaxtrain.optim.schedules import learning_rate_schedule
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.precision import policy
+from jaxtrain.precision import precision_policy
 from jaxtrain.step.batch import Batch, Resident
 from jaxtrain.step.task import make_task
 from jaxtrain.step.train_state import create_state, initial_state
-from jaxtrain.step.train_step import Step, make_step
+from jaxtrain.step.train_step import MeshTrainStep, make_train_step
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
@@ -62,7 +62,7 @@ def config_of(case: Case, changes: Mapping[str, Any] | None = None) -> Config:
 class Training:
     """A compiled step, its state, and a batch on the device. many: batches for several steps a call. at: updates so far."""
 
-    step: Step
+    step: MeshTrainStep
     state: Any
     batch: Batch
     many: Batch | None = None
@@ -72,9 +72,9 @@ class Training:
     def make(cls, config: Config) -> Training:
         """As `jaxtrain.training.setup` and `jaxtrain.training.compiled` do it, without a data set."""
         size, batch, classes = config.data.image_size, config.data.global_batch, config.model.num_classes
-        types, shape = policy(config.train.precision), (size, size, 3)
+        types, shape = precision_policy(config.train.precision), (size, size, 3)
         model = registry.build(config.model, shape, classes, types.compute_dtype, types.param_dtype)
-        rate = schedule(config.optim, config.train.steps, 0, batch)
+        rate = learning_rate_schedule(config.optim, config.train.steps, 0, batch)
         task = make_task(config, model, rate, side=size, classes=classes, mean=MEAN, std=STD)
         layout = Layout(make_mesh(config.layout, jax.devices()[:1]), config.layout, model.tensor_rules)
         init = functools.partial(
@@ -86,7 +86,7 @@ class Training:
         labels = draw.integers(0, classes, (1, batch), np.int32)
         first = Batch(step=_scalar(layout, 0), images=_put(layout, images), labels=_put(layout, labels))
         several = config.train.steps_per_call
-        step = make_step(task, layout, state, first, Resident(), several)
+        step = make_train_step(task, layout, state, first, Resident(), several)
         many = None
         if "call" in step.programs:
             places = step.programs["call"].input_shardings[0][1]
@@ -147,7 +147,7 @@ def _macs(jaxpr: Any) -> int:
 def forward_macs(case: Case) -> int:
     """Of one image's forward pass through our model, in evaluation."""
     config = config_of(case)
-    types, shape = policy("bf16"), (case.image, case.image, 3)
+    types, shape = precision_policy("bf16"), (case.image, case.image, 3)
     model = registry.build(config.model, shape, case.classes, types.compute_dtype, types.param_dtype)
     variables = jax.eval_shape(lambda: model.init(jax.random.key(0), (1, *shape), types.compute_dtype))
     x = jax.ShapeDtypeStruct((1, *shape), types.compute_dtype)

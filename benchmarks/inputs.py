@@ -35,7 +35,7 @@ from jaxtrain.data.augment import Preprocess, train_inputs
 from jaxtrain.errors import DataError
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.training.input_pipeline import Feed, make_feed
+from jaxtrain.training.input_pipeline import InputPipeline, make_input_pipeline
 
 BATCH, TURNS = 64, 3  # images a batch; blocks of each kind
 SIDE, STORED = 224, 256
@@ -202,13 +202,13 @@ def _layout() -> Layout:
     return Layout(make_mesh(LayoutConfig(), jax.devices()[:1]), LayoutConfig())
 
 
-def _feed(source: base.Source, residency: str) -> Feed:
+def _feed(source: base.Source, residency: str) -> InputPipeline:
     none = base.Subset(source, np.arange(0))
     dataset = base.Dataset("bench", source, none, none, 10, ("",) * 10, (0.5,) * 3, (0.25,) * 3, "")
-    return dataclasses.replace(make_feed(dataset, _layout(), residency, 0), threads=1)
+    return dataclasses.replace(make_input_pipeline(dataset, _layout(), residency, 0), threads=1)
 
 
-def _reader(feed: Feed, inputs: Callable[..., Any] | None = None, batch: int = BATCH, used: int = 1) -> Read:
+def _reader(feed: InputPipeline, inputs: Callable[..., Any] | None = None, batch: int = BATCH, used: int = 1) -> Read:
     """Reads on from where it stopped, on `used` cores; what was read ahead meanwhile is passed over, untimed.
 
     Gives the seconds of a core: those that passed, times `used`.

@@ -26,12 +26,12 @@ from flax import linen as nn
 
 from benchmarks.common import Spread, batches, block_seconds, settings, start, synthetic
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig
-from jaxtrain.distributed.cluster import Place
-from jaxtrain.distributed.initialize import join
+from jaxtrain.distributed.cluster import ProcessInfo
+from jaxtrain.distributed.initialize import initialize
 from jaxtrain.models.classifier import Classifier
 from jaxtrain.models.layers import Context, Layer
 from jaxtrain.step.pipeline import schedule as schedules
-from jaxtrain.step.pipeline.dispatch import Lanes
+from jaxtrain.step.pipeline.dispatch import StageExecutors
 from jaxtrain.step.pipeline.schedule import Op
 from jaxtrain.step.pipeline.timeline import Event, Timeline, ideal_bubble, simulate
 from jaxtrain.step.train_state import create_state
@@ -153,7 +153,7 @@ def _bubble(name: str, stages: int, parts: int) -> dict[str, Any]:
             state, metrics = engine.step(state, batch, engine.feed.resident)
             jax.block_until_ready((state, metrics))
             found.append(_timeline(stages, parts, each))
-    schedule = schedules.make(name, stages, parts, chunks)
+    schedule = schedules.make_pipeline_schedule(name, stages, parts, chunks)
     costs = [each * NAP] * schedule.model_chunks
     simulated = simulate(schedule, costs, [2 * cost for cost in costs])
     spread = Spread.of([timeline.bubble for timeline in found[1:]])
@@ -211,7 +211,9 @@ def _dispatch(stages: int, parts: int, depth: int) -> dict[str, Any]:
         leaves = len(jax.tree.leaves(state.params))
         seconds = block_seconds(run, engine, state, 10, REPEATS)
         step: Any = engine.step
-        one = dataclasses.replace(engine, step=dataclasses.replace(step, lanes=Lanes(range(stages), threads=False)))
+        one = dataclasses.replace(
+            engine, step=dataclasses.replace(step, lanes=StageExecutors(range(stages), threads=False))
+        )
         by_one = block_seconds(run, one, create_state(run.init, run.layout), 10, REPEATS)
     return {
         "stages": stages,
@@ -273,7 +275,7 @@ def _throughput(model: ModelConfig, size: int, parts: int, core: int, port: int 
     layout = LayoutConfig(microbatches=parts)
     if port:
         layout = LayoutConfig(microbatches=parts, stages=2, stage_placement="hosts", balance="time")
-        join(Place(f"127.0.0.1:{port}", 2, core), {}, 120)
+        initialize(ProcessInfo(f"127.0.0.1:{port}", 2, core), {}, 120)
     groups = parts if model.name.startswith("resnet") else 1
     config = _config(dataclasses.replace(model, bn_groups=groups), size * parts, layout)
     with settings(config):

@@ -28,8 +28,8 @@ from benchmarks import scale_model
 from benchmarks.common import Spread, block_seconds, settings, start, synthetic
 from benchmarks.pipeline import apart, free_port
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig
-from jaxtrain.distributed.cluster import Place
-from jaxtrain.distributed.initialize import join, set_threads
+from jaxtrain.distributed.cluster import ProcessInfo
+from jaxtrain.distributed.initialize import initialize, set_threads
 
 SIZES = tuple(1 << power for power in range(10, 27, 2))  # bytes of an all-reduce: 1 KiB to 64 MiB
 # name: (model, global batch)
@@ -92,7 +92,7 @@ def _alone_on(core: int, port: int) -> None:
     os.sched_setaffinity(0, {sorted(os.sched_getaffinity(0))[core]})
     jax.config.update("jax_num_cpu_devices", 1)
     if port:
-        join(Place(f"127.0.0.1:{port}", 2, core), {}, 120)
+        initialize(ProcessInfo(f"127.0.0.1:{port}", 2, core), {}, 120)
     else:
         set_threads()  # the same, so that joining adds nothing but communication
 

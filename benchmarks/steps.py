@@ -14,8 +14,8 @@ import jax
 from benchmarks.common import Spread, block_seconds, settings, start, synthetic
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig
 from jaxtrain.step.pipeline.schedule import in_flight
-from jaxtrain.step.pipeline.train_step import PipelineStep
-from jaxtrain.step.train_step import Step
+from jaxtrain.step.pipeline.train_step import PipelineTrainStep
+from jaxtrain.step.train_step import MeshTrainStep
 
 # name: (model, batch, steps a block). The sizes are what two cores can pay for.
 MODELS: dict[str, tuple[ModelConfig, int, int]] = {
@@ -78,9 +78,9 @@ def _measure(
     }
 
 
-def peak_bytes(step: Step | PipelineStep) -> int:
+def peak_bytes(step: MeshTrainStep | PipelineTrainStep) -> int:
     """What the fullest device holds at most during a step, by XLA's memory analysis of the compiled programs."""
-    if isinstance(step, PipelineStep):
+    if isinstance(step, PipelineTrainStep):
         return max(_stage_peak(step, stage) for stage in step.stages)
     sizes: list[Any] = [program.memory_analysis() for program in step.programs.values()]
     return max(
@@ -88,12 +88,12 @@ def peak_bytes(step: Step | PipelineStep) -> int:
     )
 
 
-def _stage_peak(step: PipelineStep, stage: int) -> int:
+def _stage_peak(step: PipelineTrainStep, stage: int) -> int:
     """State, sums, data, what the backward pass needs of each microbatch in flight, and the largest program's temporaries."""
     sizes = {name: program.memory_analysis() for name, program in step.programs.items()}
     update = sizes[f"stage {stage}: update"]
     held, most = update.argument_size_in_bytes, update.temp_size_in_bytes  # of the update: state and sums
-    for index, each in step.slices.items():
+    for index, each in step.chunks.items():
         if each.part.stage == stage:
             forward, backward, zeros = (sizes[f"slice {index}: {name}"] for name in ("forward", "backward", "zeros"))
             incoming = backward.output_size_in_bytes - zeros.output_size_in_bytes  # its gradient, of the same size

@@ -498,13 +498,13 @@ class LayoutConfig(_Section):
     schedule: Annotated[str, _one_of(PIPELINE_SCHEDULES)] = "1f1b"
     """The order in which a stage runs its forwards and backwards. `gpipe` (Huang 2019): all forwards, then all backwards.
     `1f1b` (Narayanan 2021): one forward, one backward in turn, with fewer activations in memory. `interleaved_1f1b`: the
-    same with several slices of the model a stage, for shorter idle times and more transfers."""
+    same with several chunks of the model a stage, for shorter idle times and more transfers."""
 
     chunks: Annotated[int, _at_least(1)] = 1
-    """Slices of the model on each stage under `interleaved_1f1b`, which needs at least 2."""
+    """Chunks of the model on each stage under `interleaved_1f1b`, which needs at least 2."""
 
     boundaries: Annotated[tuple, _must_be("whole numbers, each larger than the one before", _rising_numbers)] = ()
-    """The first layer of each slice of the model but the first, `stages` x `chunks` - 1 numbers. () cuts where
+    """The first layer of each chunk of the model but the first, `stages` x `chunks` - 1 numbers. () cuts where
     `layout.balance` is most even."""
 
     balance: Annotated[str, _one_of(BALANCES)] = "cost"

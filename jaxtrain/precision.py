@@ -33,7 +33,7 @@ _POLICIES = {
 _ACCELERATORS = ("gpu", "cuda", "rocm", "tpu")
 
 
-def resolve(name: str, backend: str) -> str:
+def resolve_precision(name: str, backend: str) -> str:
     """What `train.precision=name` means on `backend` (`jax.default_backend()`).
 
     `auto` is `bf16` on a GPU or TPU, which have units for it, and `f32` on CPU. The answer is stored with the run, so
@@ -44,7 +44,7 @@ def resolve(name: str, backend: str) -> str:
     return "bf16" if backend in _ACCELERATORS else "f32"
 
 
-def policy(name: str) -> Policy:
+def precision_policy(name: str) -> Policy:
     """The types of a resolved precision. Raises `ConfigError` for `f64` while JAX's 64-bit types are off."""
     if name == "f64" and jnp.result_type(float) != jnp.float64:
         raise ConfigError(

@@ -67,7 +67,7 @@ def draw(seed: int, index: int) -> tuple[str, dict[str, Any], dict[str, Any]]:
     layout["zero"] = chance.randrange(4) if layout["data"] > 1 else 0
     layout["microbatches"] = parts = chance.choice((1, 2, 3, 3, 5) if stages == 1 else (stages, 2 * stages, 3))
     if stages > 1:
-        interleaved = parts % stages == 0 and stages < 4  # of 4 x 2 slices some models have too few layers
+        interleaved = parts % stages == 0 and stages < 4  # of 4 x 2 chunks some models have too few layers
         layout["schedule"] = chance.choice(("gpipe", "1f1b") + ("interleaved_1f1b",) * interleaved)
         layout["chunks"] = 2 if layout["schedule"] == "interleaved_1f1b" else 1
         if chance.random() < 0.5:

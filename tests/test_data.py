@@ -30,7 +30,7 @@ from jaxtrain.distributed import coordination
 from jaxtrain.errors import ConfigError, DataError, JaxtrainError
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import make_mesh
-from jaxtrain.training.input_pipeline import make_feed
+from jaxtrain.training.input_pipeline import make_input_pipeline
 
 
 def sha(array: np.ndarray) -> str:
@@ -1012,7 +1012,7 @@ def test_a_feed_shares_the_cpus_with_the_processes_of_its_host(monkeypatch, fold
     monkeypatch.setattr("jaxtrain.training.input_pipeline.on_this_host", lambda: sharing)
     config = DataConfig(name=f"folder:{folder}" if name == "folder" else name)
     layout = Layout(make_mesh(LayoutConfig(), jax.devices()[:1]), LayoutConfig())
-    feed = make_feed(registry.load(config, image_size=side), layout, "stream", -1)
+    feed = make_input_pipeline(registry.load(config, image_size=side), layout, "stream", -1)
     assert (feed.workers, feed.threads) == reading
     assert feed.where.startswith(
         "streamed, read by " + ("6 worker processes" if reading[0] else f"{reading[1]} thread")
@@ -1021,7 +1021,7 @@ def test_a_feed_shares_the_cpus_with_the_processes_of_its_host(monkeypatch, fold
 
 def test_processes_of_this_host_are_counted(monkeypatch):
     assert coordination.on_this_host() == 1
-    monkeypatch.setattr(coordination, "from_all", lambda word, mine, timeout: [mine, f"not-{mine}", mine])
+    monkeypatch.setattr(coordination, "allgather_str", lambda word, mine, timeout: [mine, f"not-{mine}", mine])
     assert coordination.on_this_host() == 2
 
 

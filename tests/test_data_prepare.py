@@ -41,7 +41,7 @@ def python2_pickle(content: dict) -> bytes:
 
 def tiny_files(name: str) -> tuple[dict[str, bytes], dict[str, np.ndarray]]:
     """Files of the official names and layout, of few images; and those images [N, 32, 32, 3] and labels [N]."""
-    official, random = cifar.OFFICIAL[name], np.random.default_rng(0)
+    official, random = cifar.CIFAR[name], np.random.default_rng(0)
     keys = {feature: key for feature, (_, key) in official.labels.items()}
     classes = {"label": int(name.removeprefix("cifar")), "coarse_label": 20}
     meta = {key: [f"{f}{k}".encode() for k in range(classes[f])] for f, (key, _) in official.labels.items()}
@@ -58,16 +58,16 @@ def tiny_files(name: str) -> tuple[dict[str, bytes], dict[str, np.ndarray]]:
     return files, truth
 
 
-def tiny_official(name: str, files: dict[str, bytes], **changes) -> cifar.Official:
+def tiny_official(name: str, files: dict[str, bytes], **changes) -> cifar.CifarSpec:
     table = {file: (len(data), hashlib.md5(data).hexdigest()) for file, data in files.items()}
-    unreachable = f"http://127.0.0.1:9/{cifar.OFFICIAL[name].archive}"
+    unreachable = f"http://127.0.0.1:9/{cifar.CIFAR[name].archive}"
     counts = {"train": TRAIN, "test": TEST}
     changes = {"files": table, "examples": counts, "url": unreachable, **changes}
-    return dataclasses.replace(cifar.OFFICIAL[name], **changes)
+    return dataclasses.replace(cifar.CIFAR[name], **changes)
 
 
 def put_folder(root: Path, name: str, files: dict[str, bytes]) -> Path:
-    folder = root / "downloads/manual" / cifar.OFFICIAL[name].folder
+    folder = root / "downloads/manual" / cifar.CIFAR[name].folder
     folder.mkdir(parents=True)
     for file, data in files.items():
         (folder / file).write_bytes(data)
@@ -75,7 +75,7 @@ def put_folder(root: Path, name: str, files: dict[str, bytes]) -> Path:
 
 
 def put_archive(path: Path, name: str, files: dict[str, bytes]) -> dict[str, object]:
-    """Writes the archive; returns the fields of `Official` that describe it."""
+    """Writes the archive; returns the fields of `CifarSpec` that describe it."""
     folder = put_folder(path.parent / "unpacked", name, files)
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w:gz") as archive:
@@ -87,7 +87,7 @@ def put_archive(path: Path, name: str, files: dict[str, bytes]) -> dict[str, obj
 def tiny(tmp_path, monkeypatch) -> dict[str, np.ndarray]:
     """CIFAR-10 with 24 + 8 images, its official files in the manual directory of `tmp_path`; the images and labels."""
     files, truth = tiny_files("cifar10")
-    monkeypatch.setitem(cifar.OFFICIAL, "cifar10", tiny_official("cifar10", files))
+    monkeypatch.setitem(cifar.CIFAR, "cifar10", tiny_official("cifar10", files))
     put_folder(tmp_path, "cifar10", files)
     return truth
 
@@ -110,7 +110,7 @@ def whole(source: base.Source) -> tuple[np.ndarray, np.ndarray]:
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_prepare_from_the_official_folder(tmp_path, monkeypatch, name):
     files, truth = tiny_files(name)
-    monkeypatch.setitem(cifar.OFFICIAL, name, tiny_official(name, files))
+    monkeypatch.setitem(cifar.CIFAR, name, tiny_official(name, files))
     put_folder(tmp_path, name, files)
     with pytest.raises(
         DataError, match=f"{name} is not prepared in .*: run `jaxtrain data prepare {name} --dir {tmp_path}`"
@@ -148,9 +148,9 @@ def test_records_are_ordinary_tfds_records(tmp_path, tiny):
 def test_the_archive_may_be_put_there_instead(tmp_path, monkeypatch, tiny):
     files, _ = tiny_files("cifar10")
     root = tmp_path / "other"
-    archive = root / "downloads/manual" / cifar.OFFICIAL["cifar10"].archive
+    archive = root / "downloads/manual" / cifar.CIFAR["cifar10"].archive
     monkeypatch.setitem(
-        cifar.OFFICIAL, "cifar10", tiny_official("cifar10", files, **put_archive(archive, "cifar10", files))
+        cifar.CIFAR, "cifar10", tiny_official("cifar10", files, **put_archive(archive, "cifar10", files))
     )
     good = archive.read_bytes()
     archive.write_bytes(good[:-100])
@@ -188,19 +188,19 @@ def test_download_is_checked_against_the_published_checksum(tmp_path, monkeypatc
     known = put_archive(served / "cifar-10-python.tar.gz", "cifar10", files)
     url = f"{address}/cifar-10-python.tar.gz"
     wrong = tiny_official("cifar10", files, url=url, **{**known, "archive_sha256": "0" * 64})
-    monkeypatch.setitem(cifar.OFFICIAL, "cifar10", wrong)
+    monkeypatch.setitem(cifar.CIFAR, "cifar10", wrong)
     root = tmp_path / "data"
     with pytest.raises(DataError, match=r"could not be fetched \(.*wrong checksum.*downloads/manual"):
         registry.prepare(config(root))
     assert not (root / "jaxtrain_cifar10/1.0.0").exists()
-    monkeypatch.setitem(cifar.OFFICIAL, "cifar10", tiny_official("cifar10", files, url=url, **known))
+    monkeypatch.setitem(cifar.CIFAR, "cifar10", tiny_official("cifar10", files, url=url, **known))
     registry.prepare(config(root))
     np.testing.assert_array_equal(whole(registry.load(config(root)).train)[0], truth["train images"])
 
 
 def test_without_network_one_sentence_says_which_file_to_put_where(tmp_path, monkeypatch):
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    monkeypatch.setitem(cifar.OFFICIAL, "cifar100", tiny_official("cifar100", tiny_files("cifar100")[0]))
+    monkeypatch.setitem(cifar.CIFAR, "cifar100", tiny_official("cifar100", tiny_files("cifar100")[0]))
     with pytest.raises(DataError) as caught:
         registry.prepare(config(tmp_path, "cifar100"))
     text = str(caught.value)
@@ -245,7 +245,7 @@ def test_no_pickle_runs_code(tmp_path, monkeypatch, tiny, checksum):
     files["test_batch"] = pickle.dumps({b"data": _Exploit(canary)}, protocol=2)
     (tmp_path / "downloads/manual/cifar-10-batches-py/test_batch").write_bytes(files["test_batch"])
     if checksum == "right":
-        monkeypatch.setitem(cifar.OFFICIAL, "cifar10", tiny_official("cifar10", files))
+        monkeypatch.setitem(cifar.CIFAR, "cifar10", tiny_official("cifar10", files))
     with pytest.raises(DataError, match="test_batch" if checksum == "wrong" else "NumPy arrays only"):
         registry.prepare(config(tmp_path))
     assert not canary.exists()

@@ -20,7 +20,7 @@ import yaml
 from jaxtrain import errors
 from jaxtrain.cli import parse
 from jaxtrain.config import Config
-from jaxtrain.distributed.cluster import Place, find_place
+from jaxtrain.distributed.cluster import ProcessInfo, detect_process
 from jaxtrain.recipes import resolve
 
 ROOT = Path(__file__).parents[1]
@@ -365,7 +365,7 @@ def test_the_jobset_joins_its_pods_and_restarts_what_a_restart_mends():
     assert variables["JAXTRAIN_DATA_DIR"].startswith(mounts["shared"])
     count = job["completions"]
     assert job["parallelism"] == count
-    places = [find_place(environment=variables | {"JOB_COMPLETION_INDEX": str(index)}) for index in range(count)]
+    places = [detect_process(environment=variables | {"JOB_COMPLETION_INDEX": str(index)}) for index in range(count)]
     coordinator = f"{name}-{group['name']}-0-0.{name}:{container['ports'][0]['containerPort']}"
     assert [(place.coordinator, place.processes, place.index) for place in filter(None, places)] == [
         (coordinator, count, index) for index in range(count)
@@ -436,4 +436,4 @@ def test_the_guide_names_what_there_is():
 
 def test_a_place_needs_no_more_than_the_guide_says():
     variables = {"JAXTRAIN_COORDINATOR": "h:1", "JAXTRAIN_NUM_PROCESSES": "2", "JAXTRAIN_PROCESS_ID": "1"}
-    assert find_place(environment=variables) == Place("h:1", 2, 1)
+    assert detect_process(environment=variables) == ProcessInfo("h:1", 2, 1)

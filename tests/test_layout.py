@@ -18,7 +18,7 @@ from jaxtrain.optim.optimizers import OPTIMIZERS
 from jaxtrain.parallel.layout import LARGE_LEAF_BYTES, Layout, bytes_per_device
 from jaxtrain.parallel.mesh import AXES, batch_ways, make_mesh, mesh_shape
 from jaxtrain.training.layout_report import describe_layout
-from jaxtrain.training.setup import make_run
+from jaxtrain.training.setup import make_run_spec
 from jaxtrain.training.startup_report import layout_table, summary
 
 TREES = ("params", "opt_state", "ema", "gradients")
@@ -162,7 +162,7 @@ def test_it_is_named_where_the_user_looks():
     config = dataclasses.replace(MLP, model=ModelConfig("mlp", width=512), layout=LayoutConfig(zero=3))
     leaves = {leaf["path"]: leaf for leaf in describe_layout(config, 3)["leaves"]}
     assert leaves["params/layers_00/linear/kernel"]["note"] == "no dim divides by data=3: kept whole"
-    run = make_run(config, registry.load(config.data), jax.devices()[:3])
+    run = make_run_spec(config, registry.load(config.data), jax.devices()[:3])
     lines = summary(run, layout_table(run.layout, jax.eval_shape(run.init)))
     assert "params/layers_00/linear/kernel: no dim divides by data=3: kept whole" in lines
     assert "opt_state/0/mu/layers_00/linear/kernel: no dim divides by data=3: kept whole" in lines
@@ -356,7 +356,7 @@ def test_an_optimizer_may_keep_a_scalar_for_a_parameter():
 
 def test_shardings_are_the_tables():
     config = dataclasses.replace(MLP, layout=LayoutConfig(data=4, tensor=2, zero=1))
-    run = make_run(config, registry.load(config.data), jax.devices())
+    run = make_run_spec(config, registry.load(config.data), jax.devices())
     shapes = jax.eval_shape(run.init)
     table, shardings = run.layout.table(shapes), run.layout.shardings(shapes)
     assert jax.tree.structure(shardings) == jax.tree.structure(shapes)

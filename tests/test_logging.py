@@ -26,7 +26,7 @@ from tensorboardX.record_writer import masked_crc32c
 from jaxtrain import workdir as wd
 from jaxtrain.cli import main as command_line
 from jaxtrain.distributed import straggler
-from jaxtrain.distributed.straggler import Pace
+from jaxtrain.distributed.straggler import ProcessTime
 from jaxtrain.distributed.watchdog import Beat, dump_stacks, read_beat, write_beat
 from jaxtrain.errors import WorkdirError
 from jaxtrain.host import files
@@ -34,7 +34,7 @@ from jaxtrain.observability import clock as clocks
 from jaxtrain.observability import diagnostics, start_record
 from jaxtrain.observability.goodput import TimesFile
 from jaxtrain.observability.metrics_files import EpochRow, MetricsCsv, MetricsJsonl
-from jaxtrain.observability.metrics_writer import NullRecords, Records
+from jaxtrain.observability.metrics_writer import MetricsWriter, NullMetricsWriter
 from jaxtrain.observability.progress import NullProgress, Progress, duration
 from jaxtrain.observability.tensorboard import EventFile
 from jaxtrain.observability.text_log import TextLog
@@ -53,7 +53,7 @@ def play(run, first, last, *, start=None, finish=False):
     Numbers depend on the step alone, as those of an exactly resumed run do.
     """
     start = first if start is None else start
-    with Records(run, step=start, epochs_done=start // STEPS_AN_EPOCH) as records:
+    with MetricsWriter(run, step=start, epochs_done=start // STEPS_AN_EPOCH) as records:
         for step in range(first + 1, last + 1):
             epoch = (step - 1) // STEPS_AN_EPOCH
             loss = np.float32(1 / step)
@@ -132,7 +132,7 @@ def test_an_unknown_phase_is_refused():
 
 def test_jsonl_keeps_full_precision_and_stays_json(run):
     third, tiny = 1 / 3, 5e-324
-    with Records(run) as records:
+    with MetricsWriter(run) as records:
         records.train_step({"step": 1, "epoch": 0, "loss": third, "grad_norm": float("inf"), "learning_rate": tiny})
         records.train_step({"step": 2, "epoch": 0, "loss": np.float32(third), "data_wait": np.float64("nan")})
     text = run.metrics_jsonl.read_text()
@@ -147,7 +147,7 @@ def test_jsonl_keeps_full_precision_and_stays_json(run):
 
 def test_jsonl_row_is_there_at_once(run):
     """A killed process loses no row that it has logged."""
-    records = Records(run)
+    records = MetricsWriter(run)
     records.train_step({"step": 1, "epoch": 0, "loss": 0.5})
     assert len(json_rows(run)) == 1
     records.close()
@@ -155,7 +155,7 @@ def test_jsonl_row_is_there_at_once(run):
 
 
 def test_flush_syncs_the_rows_to_the_disk(run, monkeypatch):
-    records, synced, sync = Records(run), [], os.fsync
+    records, synced, sync = MetricsWriter(run), [], os.fsync
     records.train_step({"step": 1, "epoch": 0, "loss": 0.5})
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_ino), sync(descriptor)))
@@ -218,11 +218,11 @@ def test_a_longer_run_replaces_the_old_test_row(run):
 
 
 def test_an_undone_validation_gives_way_to_the_one_before_it_in_the_same_epoch(run):
-    with Records(run) as records:
+    with MetricsWriter(run) as records:
         records.epoch(0, "val", 0.9, 0.1, 10.0, step=1)
         records.epoch(0, "val", 0.8, 0.2, 10.0, step=3)
     assert "0,val,0.8000" in run.metrics_csv.read_text()
-    Records(run, step=2, epochs_done=0).close()
+    MetricsWriter(run, step=2, epochs_done=0).close()
     assert run.metrics_csv.read_text().splitlines()[1:] == ["0,val,0.9000,0.1000,10.0"]
 
 
@@ -230,19 +230,19 @@ def test_whole_epochs_outlive_a_lost_step_level_file(run):
     play(run, 0, 9)
     before = run.metrics_csv.read_bytes()
     run.metrics_jsonl.unlink()
-    Records(run, step=8, epochs_done=2).close()
+    MetricsWriter(run, step=8, epochs_done=2).close()
     assert run.metrics_csv.read_bytes() == before
 
 
 def test_a_fresh_run_forgets_everything(run):
     play(run, 0, 9)
-    Records(run).close()
+    MetricsWriter(run).close()
     assert run.metrics_csv.read_text().splitlines() == ["epoch,phase,loss,accuracy,throughput"]
     assert run.metrics_jsonl.read_bytes() == b""
 
 
 def test_result_is_whole_json(run):
-    with Records(run) as records:
+    with MetricsWriter(run) as records:
         records.result({"steps": np.int64(3), "test": {"accuracy": float("nan"), "loss": 0.1}, "devices": (1, 2)})
     expected = {"steps": 3, "test": {"accuracy": None, "loss": 0.1}, "devices": [1, 2]}
     assert json.loads(run.result.read_text()) == expected
@@ -252,7 +252,7 @@ def test_a_full_disk_is_a_work_directory_error(run, monkeypatch):
     def full(*_args):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    records = Records(run)
+    records = MetricsWriter(run)
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", full)
         with pytest.raises(WorkdirError, match="No space left on device"):
@@ -262,7 +262,7 @@ def test_a_full_disk_is_a_work_directory_error(run, monkeypatch):
 
 def test_other_processes_record_nothing(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with NullRecords() as records:
+    with NullMetricsWriter() as records:
         records.train_step({"step": 1, "epoch": 0, "loss": 0.5})
         records.epoch(0, "train", 0.5, 0.5, 1.0, step=1)
         records.result({})
@@ -287,7 +287,7 @@ def events(directory: Path):
 
 
 def test_tensorboard_holds_the_scalars_of_each_phase(run):
-    with Records(run) as records:
+    with MetricsWriter(run) as records:
         records.train_step({"step": 1, "epoch": 0, "loss": 0.5, "accuracy": None, "learning_rate": float("nan")})
         records.epoch(0, "train", 0.25, 0.75, 10.0, step=4)
         records.epoch(0, "val", 0.125, 0.5, 20.0, step=4, extra={"top5": np.float32(0.75), "split": "validation"})
@@ -330,7 +330,7 @@ def test_a_restart_in_the_same_second_or_after_the_clock_went_back_writes_a_late
 
 def test_a_resume_purges_later_steps_only(run):
     play(run, 0, 6)
-    Records(run, step=5, epochs_done=1).close()
+    MetricsWriter(run, step=5, epochs_done=1).close()
     starts = [e.step for e in events(run.tensorboard / "train") if e.HasField("session_log")]
     assert starts == [0, 6]
 
@@ -743,7 +743,9 @@ def test_slow_data_is_seen_whatever_else_the_epoch_did():
 
 def test_imbalance_names_the_slow_process():
     def imbalanced(*seconds: float) -> str:
-        return straggler.imbalanced([Pace(process, f"host{process}", each) for process, each in enumerate(seconds)])
+        return straggler.imbalanced(
+            [ProcessTime(process, f"host{process}", each) for process, each in enumerate(seconds)]
+        )
 
     assert imbalanced(1.0) == ""
     assert imbalanced(1.0, 1.29) == ""
@@ -834,7 +836,7 @@ def test_nothing_is_appended_through_a_link(tmp_path):
         TextLog(run.log(0))
     dump_stacks(run.log(0))
     run.bad_batches.symlink_to(victim)
-    with Records(run) as records:
+    with MetricsWriter(run) as records:
         with pytest.raises(WorkdirError, match=r"bad_batches\.jsonl cannot be written \(it is a link"):
             records.bad_batch({"step": 1})
         records.epoch(0, "train", 1.0, 0.5, 10.0, step=1)

@@ -12,19 +12,19 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jaxtrain.checkpoint.resume_point import Position, Resume
+from jaxtrain.checkpoint.resume_point import Position, ResumePoint
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.data import registry
 from jaxtrain.parallel.audit import AuditError, audit, count_collectives, held_bytes
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.step.train_state import TrainState
-from jaxtrain.step.train_step import Step
-from jaxtrain.training.compiled import Engine, start_engine
+from jaxtrain.step.train_step import MeshTrainStep
+from jaxtrain.training.compiled import CompiledRun, compile_run
 from jaxtrain.training.jax_settings import settings
-from jaxtrain.training.setup import Run, make_run
+from jaxtrain.training.setup import RunSpec, make_run_spec
 from jaxtrain.training.startup_report import layout_table
 
-FRESH = Resume(None, Position(), None)
+FRESH = ResumePoint(None, Position(), None)
 MODELS = {
     "mlp": ModelConfig("mlp", width=256),  # 235,146 parameters; only the last layer's ten biases ever do not divide
     "resnet": ModelConfig("resnet18", width=8, depths=(1, 1, 1, 1), bn_groups=2),
@@ -45,12 +45,12 @@ def config(
 
 @dataclasses.dataclass
 class Started:
-    run: Run
-    engine: Engine
+    run: RunSpec
+    engine: CompiledRun
     state: TrainState
 
     @property
-    def step(self) -> Step:
+    def step(self) -> MeshTrainStep:
         return self.engine.step
 
     @property
@@ -72,8 +72,10 @@ class Started:
 def started(wanted: Config, devices: int) -> Iterator[Started]:
     """A run brought onto the devices, as `train` does it."""
     with settings(wanted):
-        run = make_run(wanted, registry.load(wanted.data, image_size=wanted.data.image_size), jax.devices()[:devices])
-        engine, state = start_engine(run, FRESH)
+        run = make_run_spec(
+            wanted, registry.load(wanted.data, image_size=wanted.data.image_size), jax.devices()[:devices]
+        )
+        engine, state = compile_run(run, FRESH)
         yield Started(run, engine, state)
 
 

@@ -29,7 +29,7 @@ from jaxtrain.optim.schedules import make_schedule
 )  # fmt: skip
 def test_the_rate_is_carried_from_the_reference_batch(scaling, batch, rate):
     config = OptimConfig(learning_rate=0.1, lr_reference_batch=128, lr_scaling=scaling)
-    assert schedules.learning_rate(config, batch) == pytest.approx(rate, rel=1e-15)
+    assert schedules.peak_learning_rate(config, batch) == pytest.approx(rate, rel=1e-15)
 
 
 # 100 steps, 10 of warm-up, peak 2. Where a cosine is a half: (1 + cos(pi / 3)) / 2 = 3/4.
@@ -47,26 +47,28 @@ FIXED_POINTS = [
 
 @pytest.mark.parametrize(("fields", "points"), FIXED_POINTS)
 def test_schedules_at_fixed_points(fields, points):
-    rate = schedules.schedule(OptimConfig(learning_rate=1.0, lr_reference_batch=128, **fields), 100, 10, 256)
+    rate = schedules.learning_rate_schedule(
+        OptimConfig(learning_rate=1.0, lr_reference_batch=128, **fields), 100, 10, 256
+    )
     assert {t: rate(t) for t in points} == pytest.approx(points, rel=1e-14, abs=1e-15)
     in_jit = jax.jit(jax.vmap(rate))(jnp.array(list(points), jnp.int32))
     np.testing.assert_allclose(in_jit, list(points.values()), rtol=2e-6, atol=2e-6)
 
 
 def test_without_warmup_the_first_step_has_the_peak_rate():
-    rate = schedules.schedule(OptimConfig(learning_rate=0.3, lr_scaling="none"), 10, 0, 64)
+    rate = schedules.learning_rate_schedule(OptimConfig(learning_rate=0.3, lr_scaling="none"), 10, 0, 64)
     assert rate(0) == 0.3
 
 
 @pytest.mark.parametrize("name", ["constant", "step", "cosine", "linear", "wsd"])
 def test_a_warmup_longer_than_the_run_goes_on_to_its_end(name):
     config = OptimConfig(learning_rate=1.0, lr_scaling="none", schedule=name, step_at=())
-    rates = schedules.schedule(config, 5, 20, 64)(np.arange(5))
+    rates = schedules.learning_rate_schedule(config, 5, 20, 64)(np.arange(5))
     np.testing.assert_allclose(rates, [0.05, 0.1, 0.15, 0.2, 0.25], rtol=1e-15)
 
 
 def test_a_schedule_computes_in_the_runs_own_precision():
-    rate = schedules.schedule(OptimConfig(learning_rate=0.1), 1000, 7, 256)
+    rate = schedules.learning_rate_schedule(OptimConfig(learning_rate=0.1), 1000, 7, 256)
     assert jax.jit(rate)(jnp.int32(3)).dtype == jnp.float32
     assert isinstance(rate(3), float)
     with jax.enable_x64(True):
@@ -149,7 +151,7 @@ def gradients_of_steps():
 def ours(config):
     """Parameters after three steps in f64, the rate warming up over two."""
     with jax.enable_x64(True):
-        optimizer = optimizers.make(config, schedules.schedule(config, 3, 2, 256), NO_DECAY)
+        optimizer = optimizers.make_optimizer(config, schedules.learning_rate_schedule(config, 3, 2, 256), NO_DECAY)
 
         @jax.jit
         def step(params, state, gradients):
@@ -259,7 +261,7 @@ def test_lars_equals_the_paper(nesterov):
 
 def test_lars_moves_a_kernel_of_zeros():
     config = OptimConfig(name="lars", learning_rate=0.1, lr_scaling="none", schedule="constant", momentum=0.0)
-    optimizer = optimizers.make(config, schedules.schedule(config, 1, 0, 1))
+    optimizer = optimizers.make_optimizer(config, schedules.learning_rate_schedule(config, 1, 0, 1))
     params, gradients = {"kernel": jnp.zeros((2, 2))}, {"kernel": jnp.ones((2, 2))}
     updates, _ = optimizer.update(gradients, optimizer.init(params), params)
     np.testing.assert_allclose(updates["kernel"], -0.1, rtol=1e-6)
@@ -317,7 +319,7 @@ def test_muon_equals_the_paper(nesterov):
 def test_muon_on_some_of_the_layers_equals_muon_on_all():
     """A slice of the tree keeps each leaf's optimizer, although its first and last layer are others."""
     params, gradients = (jax.tree.map(jnp.float32, nested(random_leaves(seed))) for seed in (0, 1))
-    optimizer = optimizers.make(config_of("muon"), lambda step: 0.1, NO_DECAY)
+    optimizer = optimizers.make_optimizer(config_of("muon"), lambda step: 0.1, NO_DECAY)
     state = optimizer.init(params)
 
     def part(tree):
@@ -334,7 +336,7 @@ def test_muon_on_some_of_the_layers_equals_muon_on_all():
 def test_muon_refuses_a_model_without_hidden_kernels():
     params = {"layers_00": {"kernel": jnp.ones((2, 2))}, "layers_01": {"kernel": jnp.ones((2, 2))}}
     with pytest.raises(ConfigError, match=r"config\.optim\.name='muon'.*use adamw"):
-        optimizers.make(OptimConfig(name="muon"), lambda step: 0.1).init(params)
+        optimizers.make_optimizer(OptimConfig(name="muon"), lambda step: 0.1).init(params)
 
 
 # -------------------------------------------------------------------------------------------------------------- state
@@ -345,7 +347,7 @@ def test_muon_refuses_a_model_without_hidden_kernels():
 def test_no_leaf_of_the_state_changes_and_each_is_a_scalar_or_shaped_like_its_parameter(name, dtype):
     with jax.enable_x64(dtype == "float64"):
         config = config_of(name)
-        optimizer = optimizers.make(config, schedules.schedule(config, 10, 2, 256), NO_DECAY)
+        optimizer = optimizers.make_optimizer(config, schedules.learning_rate_schedule(config, 10, 2, 256), NO_DECAY)
         params = nested({path: jax.ShapeDtypeStruct(shape, dtype) for path, shape in SHAPES.items()})
         before = jax.eval_shape(optimizer.init, params)
         updates, after = jax.eval_shape(optimizer.update, params, before, params)
@@ -384,7 +386,7 @@ def own_module(tmp_path, monkeypatch):
 @pytest.mark.usefixtures("own_module")
 def test_a_users_own_optimizer_by_dotted_name():
     config = config_of("own_optim:factory", weight_decay=0.5)
-    optimizer = optimizers.make(config, schedules.schedule(config, 4, 2, 256))
+    optimizer = optimizers.make_optimizer(config, schedules.learning_rate_schedule(config, 4, 2, 256))
     params = {"kernel": jnp.full((2, 2), 4.0), "bias": jnp.full((2,), 4.0)}
     gradients = jax.tree.map(lambda p: -0.3 * p, params)
     updates, state = optimizer.update(gradients, optimizer.init(params), params)
@@ -397,7 +399,10 @@ def test_a_users_own_optimizer_by_dotted_name():
 @pytest.mark.usefixtures("own_module")
 @pytest.mark.parametrize(
     ("load", "field"),
-    [(lambda name: optimizers.make(config_of(name), lambda step: 0.1), "optim.name"), (losses.loss_fn, "optim.loss")],
+    [
+        (lambda name: optimizers.make_optimizer(config_of(name), lambda step: 0.1), "optim.name"),
+        (losses.loss_fn, "optim.loss"),
+    ],
 )
 def test_a_dotted_name_must_be_a_functions(load, field):
     with pytest.raises(ConfigError, match=rf"config\.{field}='own_optim:number': is a float; it must be a function"):
@@ -407,7 +412,7 @@ def test_a_dotted_name_must_be_a_functions(load, field):
 @pytest.mark.usefixtures("own_module")
 def test_a_factory_must_return_an_optimizer():
     with pytest.raises(ConfigError, match=r"own_optim:not_an_optimizer.*returned a float.*GradientTransformation"):
-        optimizers.make(config_of("own_optim:not_an_optimizer"), lambda step: 0.1)
+        optimizers.make_optimizer(config_of("own_optim:not_an_optimizer"), lambda step: 0.1)
 
 
 @pytest.mark.usefixtures("own_module")
@@ -418,7 +423,7 @@ def test_a_users_own_loss_by_dotted_name():
 
 def test_an_unknown_optimizer_is_answered_with_the_names():
     with pytest.raises(ConfigError, match=r"config\.optim\.name='admw'.*sgd, adamw, lamb.*Did you mean 'adamw'\?"):
-        optimizers.make(config_of("admw"), lambda step: 0.1)
+        optimizers.make_optimizer(config_of("admw"), lambda step: 0.1)
 
 
 def test_an_unknown_loss_is_answered_with_the_names():

@@ -17,15 +17,15 @@ import pytest
 import jaxtrain.data.augment
 import jaxtrain.step.gradients
 import jaxtrain.step.train_step
-from jaxtrain.checkpoint.resume_point import Position, Resume
+from jaxtrain.checkpoint.resume_point import Position, ResumePoint
 from jaxtrain.config import DataConfig, LayoutConfig
 from jaxtrain.data import registry, tfds_sets
 from jaxtrain.models.layers import Context
 from jaxtrain.recipes import LAYOUTS as LAYOUT_ARGUMENTS
 from jaxtrain.recipes import change, resolve
-from jaxtrain.training.compiled import start_engine
+from jaxtrain.training.compiled import compile_run
 from jaxtrain.training.jax_settings import settings
-from jaxtrain.training.setup import load_data, make_run
+from jaxtrain.training.setup import load_data, make_run_spec
 
 ONE = LayoutConfig(data=1)
 
@@ -168,13 +168,13 @@ def need_cifar() -> None:
 
 
 def drop_a_microbatch(monkeypatch):
-    call = jaxtrain.step.train_step.Step.__call__
+    call = jaxtrain.step.train_step.MeshTrainStep.__call__
 
     def fewer(self, *args):
         object.__setattr__(self, "microbatches", self.microbatches[:1])
         return call(self, *args)
 
-    monkeypatch.setattr(jaxtrain.step.train_step.Step, "__call__", fewer)
+    monkeypatch.setattr(jaxtrain.step.train_step.MeshTrainStep, "__call__", fewer)
 
 
 def sum_gradients(monkeypatch):
@@ -254,8 +254,8 @@ def recipe_losses(name: str, argument: str) -> list[float]:
     resolved = resolve(f"{Path(__file__).parent.parent / 'configs' / name}.py:{argument}").config
     run_config = change(resolved, **shrunk)
     with settings(run_config):
-        run = make_run(run_config, load_data(run_config.data), devices)
-        engine, state = start_engine(run, Resume(None, Position(), None))
+        run = make_run_spec(run_config, load_data(run_config.data), devices)
+        engine, state = compile_run(run, ResumePoint(None, Position(), None))
         losses = []
         for batch in engine.feed.train(seed=0, global_batch=16, first_step=0, first_example=0, steps=6):
             state, metrics = engine.step(state, batch, engine.feed.resident)

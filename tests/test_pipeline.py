@@ -16,22 +16,22 @@ import pytest
 import runs
 
 from jaxtrain import evaluate, load_config
-from jaxtrain.checkpoint.resume_point import Position, Resume
+from jaxtrain.checkpoint.resume_point import Position, ResumePoint
 from jaxtrain.config import LayoutConfig, from_dict, plain
 from jaxtrain.errors import ConfigError
 from jaxtrain.optim.updates import global_norm
 from jaxtrain.parallel.layout import path_of
 from jaxtrain.step import update
 from jaxtrain.step.pipeline import programs
-from jaxtrain.step.pipeline.chunks import Pullback
+from jaxtrain.step.pipeline.chunks import ForwardBackward
 from jaxtrain.step.pipeline.schedule import in_flight
-from jaxtrain.step.pipeline.train_step import Flight
-from jaxtrain.training.compiled import start_engine
+from jaxtrain.step.pipeline.train_step import StepExecution
+from jaxtrain.training.compiled import compile_run
 from jaxtrain.training.jax_settings import settings
 from jaxtrain.training.layout_report import describe_layout, read_trace
-from jaxtrain.training.setup import load_data, make_run
+from jaxtrain.training.setup import load_data, make_run_spec
 
-# At least two layers a slice, also where four stages hold one each: `interleaved_1f1b` with 2 x 2 slices.
+# At least two layers a chunk, also where four stages hold one each: `interleaved_1f1b` with 2 x 2 chunks.
 DEEP = {
     "mlp": {"model.depths": (7,)},
     "resnet": {"model.depths": (2, 2, 1, 1)},
@@ -50,7 +50,7 @@ def layout(
     )
 
 
-# Two layers a slice where four stages hold two each.
+# Two layers a chunk where four stages hold two each.
 DEEPER = {
     "mlp": {"model.depths": (15,)},
     "resnet": {"model.depths": (4, 4, 4, 2)},
@@ -159,7 +159,7 @@ EVERYTHING = list(itertools.product(("gpipe", "1f1b", "interleaved_1f1b"), (2, 3
 @pytest.mark.parametrize(("schedule", "stages", "data", "zero"), EVERYTHING)
 @pytest.mark.parametrize("model", grouped(parity.MODELS))
 def test_the_whole_table(model, schedule, stages, data, zero):
-    """With at least two layers a slice, but for VGG and `convnet_fast`, whose layers are too few for 4 x 2 slices."""
+    """With at least two layers a chunk, but for VGG and `convnet_fast`, whose layers are too few for 4 x 2 chunks."""
     deeper, parts = schedule == "interleaved_1f1b", 6 if stages == 3 else 4
     found = parity.numbers(parity.run(model, layout(schedule, stages, data, zero, parts), **fields_of(model, deeper)))
     parity.assert_equal(found, larger_reference(model, deeper), 1e-12)
@@ -184,20 +184,20 @@ def test_a_devices_part_need_not_hold_whole_batch_norm_groups(batch, groups):
     fields = {"data.global_batch": batch, "model.bn_groups": groups}
     config = parity.config("resnet", layout("gpipe", 2, 2, parts=2), **large, **fields)
     with settings(config):
-        run = make_run(config, load_data(config.data), jax.devices()[:4])
+        run = make_run_spec(config, load_data(config.data), jax.devices()[:4])
     assert run.split is not None
-    assert sum(map(len, run.split.slices)) == len(run.task.model.layers)
+    assert sum(map(len, run.split.chunks)) == len(run.task.model.layers)
 
 
 # ------------------------------------------------------------------------------------------------------ planted faults
 
 
 def clip_by_stage(monkeypatch):
-    def own(task, shardings, updating, state, gradients, batch_stats, verdict):
-        verdict = verdict.replace(norm=global_norm(gradients))
-        return update.advance(task, shardings, updating, state, gradients, batch_stats, verdict)
+    def own(task, shardings, updating, state, gradients, batch_stats, decision):
+        decision = decision.replace(norm=global_norm(gradients))
+        return update.apply_update(task, shardings, updating, state, gradients, batch_stats, decision)
 
-    monkeypatch.setattr(programs, "advance", own)
+    monkeypatch.setattr(programs, "apply_update", own)
 
 
 def average_by_stage(monkeypatch):
@@ -205,36 +205,36 @@ def average_by_stage(monkeypatch):
 
     def own(task, shardings, updating, state, *more):
         late = "layers_00" not in state.params
-        after, updates = update.advance(task, shardings, updating, state.replace(step=state.step + late), *more)
+        after, updates = update.apply_update(task, shardings, updating, state.replace(step=state.step + late), *more)
         return after, updates
 
-    monkeypatch.setattr(programs, "advance", own)
+    monkeypatch.setattr(programs, "apply_update", own)
 
 
 def a_gradient_twice(monkeypatch):
-    backward = Pullback.backward
+    backward = ForwardBackward.backward
 
     def twice(self, cotangent, kept, output, *arguments):
         found = backward(self, cotangent, kept, output, *arguments)
         times = 1 + (arguments[-1]["index"] == 1)
         return (jax.tree.map(lambda g: g * times, found[0]), *found[1:])
 
-    monkeypatch.setattr(Pullback, "backward", twice)
+    monkeypatch.setattr(ForwardBackward, "backward", twice)
 
 
 def residuals_of_another_microbatch(monkeypatch):
     class Swapped(dict):
         def pop(self, key):
             chunk, microbatch = key
-            return self[chunk, microbatch ^ (chunk == 0)]  # of all slices alike it would only be another order
+            return self[chunk, microbatch ^ (chunk == 0)]  # of all chunks alike it would only be another order
 
-    init = Flight.__init__
+    init = StepExecution.__init__
 
     def swapped(self, *arguments):
         init(self, *arguments)
-        self._kept = Swapped()
+        self._residuals = Swapped()
 
-    monkeypatch.setattr(Flight, "__init__", swapped)
+    monkeypatch.setattr(StepExecution, "__init__", swapped)
 
 
 FAULTS = [clip_by_stage, average_by_stage, a_gradient_twice, residuals_of_another_microbatch]
@@ -259,8 +259,8 @@ def test_a_planted_fault_shows(fault, monkeypatch):
 def started(model: str, where: LayoutConfig, **fields):
     config = parity.config(model, where, **{"train.precision": "f32", **DEEP[model], **fields})
     with settings(config):
-        run = make_run(config, load_data(config.data), jax.devices()[: parity.devices_of(where)])
-        yield run, *start_engine(run, Resume(None, Position(), None))
+        run = make_run_spec(config, load_data(config.data), jax.devices()[: parity.devices_of(where)])
+        yield run, *compile_run(run, ResumePoint(None, Position(), None))
 
 
 def one_step(run, engine, state):
@@ -287,19 +287,19 @@ def test_a_stage_holds_its_own_layers_and_nothing_of_the_others(zero):
 @pytest.mark.parametrize("schedule", ["gpipe", "1f1b"])
 def test_activations_in_flight_follow_the_schedule(schedule, monkeypatch):
     """Counts the microbatches of which a stage's residuals live, whoever holds them."""
-    peaks, residuals, do = {}, {}, Flight.do
+    peaks, residuals, do = {}, {}, StepExecution.do
 
     def counted(self, op):
         result = do(self, op)
         own = residuals.setdefault(op.chunk, {})
         if op.kind == "F":
-            kept, *_ = self._kept[op.chunk, op.microbatch]
+            kept, *_ = self._residuals[op.chunk, op.microbatch]
             own[op.microbatch] = [weakref.ref(leaf) for leaf in jax.tree.leaves(kept)]
         held = sum(any(leaf() is not None for leaf in leaves) for leaves in own.values())
         peaks[op.chunk] = max(peaks.get(op.chunk, 0), held)
         return result
 
-    monkeypatch.setattr(Flight, "do", counted)
+    monkeypatch.setattr(StepExecution, "do", counted)
     stages, parts = 4, 8
     fields = {"data.global_batch": 32, "model.dropout": 0.3}
     with started("mlp", layout(schedule, stages, parts=parts), **fields) as (run, engine, state):
@@ -322,16 +322,16 @@ def test_activations_in_flight_follow_the_schedule(schedule, monkeypatch):
 )
 def test_a_microbatch_in_flight_holds_no_parameter(model, precision, zero, monkeypatch):
     """What it keeps doubles with the batch: whatever does not is no activation, and may not be larger than a few vectors."""
-    do, sizes = Flight.do, {}
+    do, sizes = StepExecution.do, {}
 
     def weighed(self, op):
         result = do(self, op)
         if op.kind == "F":
-            kept = self._kept[op.chunk, op.microbatch][0]
+            kept = self._residuals[op.chunk, op.microbatch][0]
             sizes[op.chunk] = sum(leaf.nbytes for leaf in kept)
         return result
 
-    monkeypatch.setattr(Flight, "do", weighed)
+    monkeypatch.setattr(StepExecution, "do", weighed)
     found = []
     for batch in (32, 64):
         where = layout(data=2, zero=zero, boundaries=(4,))
@@ -385,12 +385,12 @@ def test_a_checkpoint_fits_stages_without_parameters(tmp_path):
 # ---------------------------------------------------------------------------------------------------------- what is said
 
 REFUSED = [
-    (["stages=4"], ["config.layout.stages=4 makes 4 slices", "3 layers", "at most 3"]),
+    (["stages=4"], ["config.layout.stages=4 makes 4 chunks", "3 layers", "at most 3"]),
     (["stages=2", "boundaries=(3,)"], ["config.layout.boundaries=(3,)", "between 1 and 2"]),
-    (["stages=2", "boundaries=(1,2)"], ["2 slices need 1, the first layer"]),
+    (["stages=2", "boundaries=(1,2)"], ["2 chunks need 1, the first layer"]),
     (["stages=2", "microbatches=3"], ["config.data.global_batch=64", "layout.microbatches=3", "63 and 66"]),
     (["stages=2", "schedule=interleaved_1f1b"], ["config.layout.chunks=1", "--config.layout.chunks=2"]),
-    (["stages=2", "chunks=2"], ["layout.chunks=2 makes 4 slices", "3 layers"]),
+    (["stages=2", "chunks=2"], ["layout.chunks=2 makes 4 chunks", "3 layers"]),
     (["stages=3"], ["layout.stages=3", "needs", "devices"]),
 ]
 

@@ -25,21 +25,21 @@ from jaxtrain.precision import LossScale
     ],
 )
 def test_auto_follows_the_backend_and_a_named_precision_does_not(name, backend, resolved):
-    assert precision.resolve(name, backend) == resolved
+    assert precision.resolve_precision(name, backend) == resolved
 
 
 @pytest.mark.parametrize("name", ["f32", "bf16", "fp16"])
 def test_parameters_are_stored_in_f32_whatever_is_computed_in(name):
-    policy = precision.policy(name)
+    policy = precision.precision_policy(name)
     assert policy.param_dtype == jnp.float32
     assert policy.compute_dtype == {"f32": jnp.float32, "bf16": jnp.bfloat16, "fp16": jnp.float16}[name]
 
 
 def test_f64_needs_x64():
     with pytest.raises(ConfigError, match=r"config\.train\.precision='f64'.*JAX_ENABLE_X64=1"), jax.enable_x64(False):
-        precision.policy("f64")
+        precision.precision_policy("f64")
     with jax.enable_x64(True):
-        assert precision.policy("f64") == precision.Policy(jnp.float64, jnp.float64)
+        assert precision.precision_policy("f64") == precision.Policy(jnp.float64, jnp.float64)
 
 
 def scale(value, good_steps=0):
@@ -51,9 +51,9 @@ def numbers(loss_scale):
 
 
 def test_only_fp16_has_a_loss_scale():
-    assert numbers(precision.initial_loss_scale(precision.policy("fp16"))) == (2.0**15, 0)
+    assert numbers(precision.initial_loss_scale(precision.precision_policy("fp16"))) == (2.0**15, 0)
     for name in ("f32", "bf16"):
-        none = precision.initial_loss_scale(precision.policy(name))
+        none = precision.initial_loss_scale(precision.precision_policy(name))
         assert jax.tree.leaves(none) == []
         assert precision.adjust_loss_scale(none, jnp.bool_(False)) == none
         assert precision.scale_factor(none, jnp.float32) == 1
@@ -90,7 +90,7 @@ def test_at_floor():
 
 
 def test_no_leaf_changes_its_type():
-    before = jax.eval_shape(lambda: precision.initial_loss_scale(precision.policy("fp16")))
+    before = jax.eval_shape(lambda: precision.initial_loss_scale(precision.precision_policy("fp16")))
     after = jax.eval_shape(precision.adjust_loss_scale, before, jax.ShapeDtypeStruct((), bool))
     assert [(x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(before)] == [
         (x.shape, x.dtype, x.weak_type) for x in jax.tree.leaves(after)
@@ -98,7 +98,7 @@ def test_no_leaf_changes_its_type():
 
 
 def test_scaling_saves_a_gradient_that_fp16_would_flush_to_zero():
-    loss_scale = precision.initial_loss_scale(precision.policy("fp16"))
+    loss_scale = precision.initial_loss_scale(precision.precision_policy("fp16"))
     factor = precision.scale_factor(loss_scale, jnp.float32)
 
     def loss(weight, factor):

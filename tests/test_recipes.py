@@ -10,7 +10,7 @@ import pytest
 
 from jaxtrain.config import Config, DataConfig, OptimConfig, flatten, from_dict, plain, to_dict
 from jaxtrain.errors import ConfigError
-from jaxtrain.optim.schedules import learning_rate
+from jaxtrain.optim.schedules import peak_learning_rate
 from jaxtrain.recipes import LAYOUTS, change, load_config, recipe, resolve
 
 CONFIGS = Path(__file__).parents[1] / "configs"
@@ -98,7 +98,7 @@ def load(spec: str) -> Config:
 @pytest.mark.parametrize("spec", NUMBERS)
 def test_the_numbers_of_a_recipe(spec):
     config = load(spec)
-    found = flatten(to_dict(config)) | {"rate": learning_rate(config.optim, config.data.global_batch)}
+    found = flatten(to_dict(config)) | {"rate": peak_learning_rate(config.optim, config.data.global_batch)}
     wanted = NUMBERS[spec]
     assert {key: found[key] for key in wanted} == {
         key: pytest.approx(v) if key == "rate" else v for key, v in wanted.items()

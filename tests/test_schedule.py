@@ -14,13 +14,13 @@ from jaxtrain.step.pipeline.plot import svg
 from jaxtrain.step.pipeline.schedule import (
     SCHEDULES,
     Op,
-    Schedule,
+    PipelineSchedule,
     ScheduleError,
     check,
     gpipe,
     in_flight,
     interleaved,
-    make,
+    make_pipeline_schedule,
     one_forward_one_backward,
     total_order,
 )
@@ -82,7 +82,7 @@ def test_interleaving_of_one_chunk_is_1f1b(stages, microbatches):
 
 def test_every_schedule_is_complete_and_can_be_run():
     for case in TABLE:
-        schedule = make(*case)
+        schedule = make_pipeline_schedule(*case)
         check(schedule)
         name, stages, microbatches, chunks = case
         assert (schedule.name, schedule.stages, schedule.microbatches, schedule.chunks) == (
@@ -95,7 +95,7 @@ def test_every_schedule_is_complete_and_can_be_run():
 
 def test_every_chunk_takes_the_microbatches_in_order():
     for case in TABLE:
-        schedule = make(*case)
+        schedule = make_pipeline_schedule(*case)
         for ops in schedule.ops:
             for kind, chunk in {(op.kind, op.chunk) for op in ops}:
                 order = [op.microbatch for op in ops if (op.kind, op.chunk) == (kind, chunk)]
@@ -111,12 +111,17 @@ def test_in_flight_is_what_the_theory_says():
             want = [min(microbatches, hops + 1) for hops in after]
         else:
             want = [min(chunks * microbatches, (chunks - 1) * stages + 2 * hops + 1) for hops in after]
-        assert in_flight(make(name, stages, microbatches, chunks)) == tuple(want), (name, stages, microbatches, chunks)
+        assert in_flight(make_pipeline_schedule(name, stages, microbatches, chunks)) == tuple(want), (
+            name,
+            stages,
+            microbatches,
+            chunks,
+        )
 
 
 def test_total_order_keeps_every_order_and_dependency():
     for case in TABLE:
-        schedule = make(*case)
+        schedule = make_pipeline_schedule(*case)
         order = total_order(schedule)
         place = {op: i for i, op in enumerate(order)}
         assert len(order) == len(place) == sum(map(len, schedule.ops))
@@ -134,7 +139,7 @@ def test_total_order_is_by_start_then_stage():
 
 def test_total_order_is_the_same_in_every_process():
     code = "from jaxtrain.step.pipeline.schedule import *; print(total_order(make('interleaved_1f1b', 3, 6, 2)))"
-    here = str(total_order(make("interleaved_1f1b", 3, 6, 2)))
+    here = str(total_order(make_pipeline_schedule("interleaved_1f1b", 3, 6, 2)))
     for seed in ("1", "2"):
         env = {"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)}
         there = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=env)
@@ -159,7 +164,7 @@ def test_total_order_is_the_same_in_every_process():
 )
 def test_numbers_that_do_not_fit_are_refused(arguments, words):
     with pytest.raises(ConfigError) as caught:
-        make(*arguments)
+        make_pipeline_schedule(*arguments)
     for word in words:
         assert word in str(caught.value)
 
@@ -185,12 +190,12 @@ BROKEN = {
         "stage 1 at B(chunk 1, microbatch 0) waits for F(chunk 1, microbatch 0).",
     ),
     "ring of two": (
-        Schedule("own", 2, 1, 2, (read("F0.0 B0.0 F0.1 B0.1"), read("F1.0 F1.1 B1.0 B1.1"))),
+        PipelineSchedule("own", 2, 1, 2, (read("F0.0 B0.0 F0.1 B0.1"), read("F1.0 F1.1 B1.0 B1.1"))),
         "schedule 'own' deadlocks: stage 0 at B(chunk 0, microbatch 0) waits for B(chunk 1, microbatch 0), "
         "stage 1 at F(chunk 1, microbatch 1) waits for F(chunk 0, microbatch 1).",
     ),
     "ring that others wait for": (
-        Schedule(
+        PipelineSchedule(
             "own", 3, 1, 2,
             (read("F0.0 F0.1 B0.0 B0.1"), read("F1.0 B1.0 F1.1 B1.1"), read("F2.0 F2.1 B2.0 B2.1")),
         ),
@@ -226,7 +231,7 @@ def test_what_runs_a_schedule_refuses_a_deadlock(run):
 def test_the_bubble_of_equal_stages_is_the_ideal_one():
     for name, stages, microbatches, chunks in TABLE:
         count = stages * chunks
-        timeline = simulate(make(name, stages, microbatches, chunks), [0.25] * count, [0.5] * count)
+        timeline = simulate(make_pipeline_schedule(name, stages, microbatches, chunks), [0.25] * count, [0.5] * count)
         ideal = ideal_bubble(name, stages, microbatches, chunks)
         assert ideal == pytest.approx((stages - 1) / (chunks * microbatches + stages - 1), rel=1e-12)
         assert timeline.bubble == pytest.approx(ideal, rel=1e-12, abs=1e-12), (name, stages, microbatches, chunks)
@@ -263,7 +268,7 @@ def relaxed(schedule, costs, transfer):
 def test_unequal_costs_end_when_the_definition_says(transfer):
     random_ = random.Random(0)
     for case in random_.sample(TABLE, 60):
-        schedule = make(*case)
+        schedule = make_pipeline_schedule(*case)
         count = schedule.model_chunks
         costs = {kind: [random_.uniform(0.1, 2.0) for _ in range(count)] for kind in "FB"}
         timeline = simulate(schedule, costs["F"], costs["B"], transfer)
@@ -277,7 +282,7 @@ def test_unequal_costs_end_when_the_definition_says(transfer):
 def test_unequal_costs_take_no_less_than_the_lower_bounds(transfer):
     random_ = random.Random(1)
     for case in random_.sample(TABLE, 100):
-        schedule = make(*case)
+        schedule = make_pipeline_schedule(*case)
         count, stages = schedule.model_chunks, schedule.stages
         costs = [[random_.uniform(0.1, 2.0) for _ in range(count)] for _ in "FB"]
         timeline = simulate(schedule, *costs, transfer)
@@ -336,7 +341,10 @@ SVG = "{http://www.w3.org/2000/svg}"
 
 
 def panels(second=1e-3, microbatches=6):
-    made = [make("gpipe", 3, microbatches), make("interleaved_1f1b", 3, microbatches, 2)]
+    made = [
+        make_pipeline_schedule("gpipe", 3, microbatches),
+        make_pipeline_schedule("interleaved_1f1b", 3, microbatches, 2),
+    ]
     costs = [(6 * second / s.chunks, 12 * second / s.chunks) for s in made]
     return [
         (s.name, simulate(s, [f] * s.model_chunks, [b] * s.model_chunks)) for s, (f, b) in zip(made, costs, strict=True)

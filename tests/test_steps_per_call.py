@@ -16,7 +16,7 @@ from runs import SMALL, here
 from jaxtrain.distributed.interrupt import Interrupt
 from jaxtrain.durations import Duration
 from jaxtrain.errors import PreemptedError
-from jaxtrain.step.train_step import Step
+from jaxtrain.step.train_step import MeshTrainStep
 from jaxtrain.training.cadence import Cadence
 
 # Twelve steps in epochs of four, cut by whatever may be due; and twelve in which nothing is.
@@ -32,13 +32,13 @@ SHARDED = {"layout.zero": 3, "optim.clip_norm": 1.0, "model.dropout": 0.1}
 @pytest.fixture
 def calls(monkeypatch):
     """How many steps each call made."""
-    sizes, inner = [], Step.__call__
+    sizes, inner = [], MeshTrainStep.__call__
 
-    def counted(self: Step, state: Any, batch: Any, resident: Any) -> Any:
+    def counted(self: MeshTrainStep, state: Any, batch: Any, resident: Any) -> Any:
         sizes.append(batch.step.size)
         return inner(self, state, batch, resident)
 
-    monkeypatch.setattr(Step, "__call__", counted)
+    monkeypatch.setattr(MeshTrainStep, "__call__", counted)
     return sizes
 
 

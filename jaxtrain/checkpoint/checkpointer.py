@@ -43,7 +43,7 @@ _ASK_SECONDS = 60.0
 _PACKAGES = ("jaxtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
-class Checkpoints:
+class Checkpointer:
     """The checkpoints of one directory. Every process of the run makes the same calls; close it at the end.
 
     keep: how many of the newest stay, beside the best and the milestones. owner: this start of the run; still_owner: raises
@@ -281,7 +281,9 @@ def check_space(directory: Path, state: TrainState) -> None:
 def _is_short_of(directory: Path, needed: int) -> bool:
     """Whether any process finds less room than that on the directory's disk."""
     short = shutil.disk_usage(directory).free < needed
-    return "True" in coordination.from_all(coordination.next_word("room for a checkpoint"), str(short), _ASK_SECONDS)
+    return "True" in coordination.allgather_str(
+        coordination.unique_key("room for a checkpoint"), str(short), _ASK_SECONDS
+    )
 
 
 def _state_bytes(state: TrainState) -> int:

@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxtrain.checkpoint import config_changes
 from jaxtrain.checkpoint.manifest import discard_unfinished, manifested_steps
-from jaxtrain.checkpoint.resume_point import Resume, Start
+from jaxtrain.checkpoint.resume_point import CheckpointStep, ResumePoint
 from jaxtrain.config import Config
 from jaxtrain.data.base import Dataset, follow_classes
 from jaxtrain.data.record import changed_sentence, differences, refuse_other_rule, same_split
@@ -25,7 +25,7 @@ from jaxtrain.workdir import Workdir
 log = logging.getLogger("jaxtrain")
 
 
-def refuse_changes(directory: Workdir, resume: Resume, config: Config) -> None:
+def refuse_changes(directory: Workdir, resume: ResumePoint, config: Config) -> None:
     """Raises `WorkdirError` where `config` differs from the stored one in what changes the numbers of the run.
 
     The run's length is not looked at here: `refuse_length` needs the data set.
@@ -38,7 +38,7 @@ def refuse_changes(directory: Workdir, resume: Resume, config: Config) -> None:
         raise _refusal(directory, resume, refused)
 
 
-def refuse_length(directory: Workdir, resume: Resume, config: Config, train_examples: int) -> None:
+def refuse_length(directory: Workdir, resume: ResumePoint, config: Config, train_examples: int) -> None:
     """Raises `WorkdirError` where another length of the run would have given a step already run another learning rate."""
     if resume.stored is None or config.checkpoint.allow_changes:
         return
@@ -56,7 +56,7 @@ def refuse_length(directory: Workdir, resume: Resume, config: Config, train_exam
         raise _refusal(directory, resume, refused)
 
 
-def refuse_other_data(directory: Workdir, resume: Resume, config: Config, dataset: Dataset) -> None:
+def refuse_other_data(directory: Workdir, resume: ResumePoint, config: Config, dataset: Dataset) -> None:
     """Raises `DataError` where the data set holds something else than when the checkpoint was made."""
     stored, run = resume.position.dataset, resume.start.directory.parent if resume.start else directory.path
     if not stored:
@@ -70,7 +70,7 @@ def refuse_other_data(directory: Workdir, resume: Resume, config: Config, datase
     raise DataError(changed_sentence(config.data.name, stored, dataset, where, remedy))
 
 
-def go_on_with(dataset: Dataset, resume: Resume, num_classes: int) -> tuple[Dataset, Resume]:
+def go_on_with(dataset: Dataset, resume: ResumePoint, num_classes: int) -> tuple[Dataset, ResumePoint]:
     """The data set with its classes numbered as the run knows them, and where it goes on on it.
 
     On other training examples than before, the epoch's sums and the rows of epochs begin anew: a mean over two data sets
@@ -102,14 +102,16 @@ def go_on_with(dataset: Dataset, resume: Resume, num_classes: int) -> tuple[Data
     return dataset, dataclasses.replace(resume, position=position)
 
 
-def _refusal(directory: Workdir, resume: Resume, refused: list[config_changes.Change]) -> WorkdirError:
+def _refusal(directory: Workdir, resume: ResumePoint, refused: list[config_changes.Change]) -> WorkdirError:
     if resume.start is None or _is_own(directory, resume.start):
         return WorkdirError(config_changes.refuse_text(directory.path, refused))
     checkpoint = resume.start.directory / str(resume.start.step)
     return WorkdirError(config_changes.refuse_text(checkpoint, refused, foreign=True))
 
 
-def set_aside(directory: Workdir, resume: Resume, config: Config, steps: int, this_start: Path | None = None) -> None:
+def set_aside(
+    directory: Workdir, resume: ResumePoint, config: Config, steps: int, this_start: Path | None = None
+) -> None:
     """Moves what a run that starts here would overwrite to `superseded/<time>/`: later checkpoints, and copies of the metrics;
     and the result of a shorter run. steps: the length of this one. this_start: its file of times, which stays.
 
@@ -154,13 +156,13 @@ def set_aside(directory: Workdir, resume: Resume, config: Config, steps: int, th
         log.warning("The metrics up to step %d were copied to %s.", step, folder)
 
 
-def _is_another_history(directory: Workdir, resume: Resume, config: Config) -> bool:
+def _is_another_history(directory: Workdir, resume: ResumePoint, config: Config) -> bool:
     if resume.start is None:
         return config.checkpoint.resume == "none"
     return not _is_own(directory, resume.start)
 
 
-def _is_own(directory: Workdir, start: Start) -> bool:
+def _is_own(directory: Workdir, start: CheckpointStep) -> bool:
     return directory.checkpoints.exists() and directory.checkpoints.samefile(start.directory)
 
 

@@ -10,17 +10,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.checkpoint.manifest import (
-    Manifest,
-    best_of,
-    manifested_steps,
-    problems,
-    quarantine,
-    read_manifest,
-)
+from jaxtrain.checkpoint.manifest import Manifest, best_of, manifested_steps, problems, quarantine, read_manifest
 from jaxtrain.config import Config, from_dict
 from jaxtrain.distributed import coordination
-from jaxtrain.distributed.cluster import jobs
+from jaxtrain.distributed.cluster import job_ids
 from jaxtrain.errors import CheckpointError, ConfigError, WorkdirError
 from jaxtrain.host.paths import require_local
 from jaxtrain.workdir import Workdir
@@ -32,7 +25,7 @@ log = logging.getLogger("jaxtrain")
 
 
 @dataclasses.dataclass(frozen=True)
-class Start:
+class CheckpointStep:
     """A checkpoint to start from: a directory of checkpoints and a step in it."""
 
     directory: Path
@@ -44,7 +37,7 @@ def names_path(resume: str) -> bool:
     return not re.fullmatch(r"auto|latest|best|none|\d+|epoch:\d+", resume)
 
 
-def find_start(directory: Path, resume: str, setting: str = "config.checkpoint.resume") -> Start | None:
+def find_checkpoint(directory: Path, resume: str, setting: str = "config.checkpoint.resume") -> CheckpointStep | None:
     """What `checkpoint.resume` means here; `None` for a fresh run. Raises `CheckpointError` for what is not there.
 
     setting: where the user wrote `resume`, for the errors.
@@ -58,7 +51,7 @@ def find_start(directory: Path, resume: str, setting: str = "config.checkpoint.r
             if resume == "auto":
                 return None
             raise CheckpointError(f"{setting}={resume!r}: {directory} holds no checkpoint.")
-        return Start(directory, _named_step(directory, steps, resume, setting))
+        return CheckpointStep(directory, _named_step(directory, steps, resume, setting))
     require_local(resume, f"{setting}={resume!r}", ConfigError)
     return _start_at_path(Path(resume).absolute(), setting)
 
@@ -94,12 +87,12 @@ def readable(directory: Path, steps: list[int]) -> list[Manifest]:
     return found
 
 
-def _start_at_path(path: Path, setting: str) -> Start:
+def _start_at_path(path: Path, setting: str) -> CheckpointStep:
     if path.name.isdigit() and manifested_steps(path.parent).count(int(path.name)):
-        return Start(path.parent, int(path.name))
+        return CheckpointStep(path.parent, int(path.name))
     for directory in (path, path / "checkpoints"):
         if steps := manifested_steps(directory):
-            return Start(directory, steps[-1])
+            return CheckpointStep(directory, steps[-1])
     raise ConfigError(
         f"{setting}={str(path)!r}: must be auto, latest, best, a step, epoch:N, none, or the path of a "
         "checkpoint or a work directory that exists."
@@ -140,15 +133,15 @@ class Position:
 
 
 @dataclasses.dataclass(frozen=True)
-class Resume:
+class ResumePoint:
     """What a run goes on from. start: `None` for a fresh run. stored: the config there, if any."""
 
-    start: Start | None
+    start: CheckpointStep | None
     position: Position
     stored: Config | None
 
 
-def find(directory: Workdir, config: Config) -> Resume:
+def find_resume_point(directory: Workdir, config: Config) -> ResumePoint:
     """Looks for what `checkpoint.resume` names, and checks its files; of several processes each checks a part.
 
     A job that is started again by itself goes on from what it has saved, wherever it began (`_wanted`). A damaged checkpoint
@@ -156,15 +149,15 @@ def find(directory: Workdir, config: Config) -> Resume:
     chosen by number. Raises `CheckpointError` when nothing is there, or nothing whole.
     """
     wanted = _wanted(directory, config.checkpoint.resume)
-    start = find_start(directory.checkpoints, wanted)
+    start = find_checkpoint(directory.checkpoints, wanted)
     while start is not None and (found := _damage(start)):
         start = _without(directory, wanted, start, found)
     if start is None:
         values = directory.read_config() if wanted != "none" else None
-        return Resume(None, Position(), _stored(values, directory.config) if values else None)
+        return ResumePoint(None, Position(), _stored(values, directory.config) if values else None)
     folder = start.directory / str(start.step)
     values = read_manifest(folder).position
-    return Resume(start, Position.from_json(values), _stored(values["config"], folder))
+    return ResumePoint(start, Position.from_json(values), _stored(values["config"], folder))
 
 
 _VERIFY_SECONDS = 1800.0
@@ -183,7 +176,7 @@ def _wanted(directory: Workdir, resume: str) -> str:
         made = read_manifest(directory.checkpoints / str(steps[-1])).position
     except CheckpointError:
         return resume
-    same_job = not jobs(again=True).isdisjoint(Position.from_json(made).jobs)
+    same_job = not job_ids(again=True).isdisjoint(Position.from_json(made).jobs)
     same_path = names_path(resume) and made["config"]["checkpoint"]["resume"] == resume
     if not (same_job or same_path):
         return resume
@@ -202,14 +195,14 @@ def how_to_go_on(config: Config) -> str:
     return f"--config.checkpoint.resume=auto instead of {resume} goes on from there"
 
 
-def _damage(start: Start) -> list[str]:
+def _damage(start: CheckpointStep) -> list[str]:
     """What is wrong with a checkpoint's files, as all processes have found together."""
     own = problems(start.directory / str(start.step), (coordination.index(), coordination.count()))
-    said = coordination.from_all(coordination.next_word("verify"), json.dumps(own), _VERIFY_SECONDS)
+    said = coordination.allgather_str(coordination.unique_key("verify"), json.dumps(own), _VERIFY_SECONDS)
     return sorted({problem for text in said for problem in json.loads(text)})
 
 
-def _without(directory: Workdir, wanted: str, start: Start, found: list[str]) -> Start:
+def _without(directory: Workdir, wanted: str, start: CheckpointStep, found: list[str]) -> CheckpointStep:
     """The next older checkpoint, after process 0 has moved the damaged one away."""
     folder = start.directory / str(start.step)
     text = f"{folder} is damaged ({found[0]}" + (f", and {len(found) - 1} more" if len(found) > 1 else "") + ")"
@@ -224,9 +217,9 @@ def _without(directory: Workdir, wanted: str, start: Start, found: list[str]) ->
 
     coordination.first_on_process_zero("quarantine", move, _VERIFY_SECONDS)
     try:
-        older = find_start(directory.checkpoints, wanted)
+        older = find_checkpoint(directory.checkpoints, wanted)
     except CheckpointError:  # the best one was damaged, and no other was evaluated
-        older = find_start(directory.checkpoints, "latest")
+        older = find_checkpoint(directory.checkpoints, "latest")
     assert older is not None
     return older
 

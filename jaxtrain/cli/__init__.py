@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from jaxtrain.cli import checkpoint, config, data, demo, doctor, evaluate, goodput, launch, layout, logs, train
 from jaxtrain.config import did_you_mean
-from jaxtrain.distributed.exit_report import Report
+from jaxtrain.distributed.exit_report import ExitReport
 from jaxtrain.errors import REPORT_THIS, ConfigError, JaxtrainError
 from jaxtrain.host.text import escape_message, printable
 from jaxtrain.recipes import split_override
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = parse(sys.argv[1:] if argv is None else argv)
         return COMMANDS[arguments.command].run(arguments) or 0
     except JaxtrainError as error:
-        Report.of(error, 0).write()  # `jaxtrain launch` does not restart what cannot succeed
+        ExitReport.of(error, 0).write()  # `jaxtrain launch` does not restart what cannot succeed
         return _fail(str(error), error.exit_code)
     except KeyboardInterrupt:
         return _fail("Stopped at once; the last checkpoint is as it was.", 130)

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.text import Text
 
 from jaxtrain.config import flatten, to_dict
-from jaxtrain.distributed.cluster import find_place
+from jaxtrain.distributed.cluster import detect_process
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.text import printable
 from jaxtrain.plugins import add_working_directory, code_in
@@ -121,17 +121,17 @@ def start_processes(arguments: argparse.Namespace, resolved: Resolved, workdir: 
     """
     if arguments.standalone:
         return
-    place = find_place(arguments.coordinator, arguments.num_processes, arguments.process_id)
+    place = detect_process(arguments.coordinator, arguments.num_processes, arguments.process_id)
     if place is None or place.processes == 1:
         return
-    from jaxtrain.distributed.initialize import fingerprint_of, join  # noqa: PLC0415  a single process loads JAX later
+    from jaxtrain.distributed.initialize import fingerprint_of, initialize  # noqa: PLC0415  a single process loads JAX later
 
     config = flatten(to_dict(resolved.config))
     if names := code_in(config).values():
         add_working_directory()
     modules = [name.partition(":")[0] for name in names]
     fingerprint = fingerprint_of(config, str(Path(workdir)), modules)
-    join(place, fingerprint, arguments.start_timeout, allow_version_skew=arguments.allow_version_skew)
+    initialize(place, fingerprint, arguments.start_timeout, allow_version_skew=arguments.allow_version_skew)
 
 
 def default_workdir(name: str) -> Path:

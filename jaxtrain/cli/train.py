@@ -5,7 +5,7 @@ import os
 import sys
 
 from jaxtrain.cli import start
-from jaxtrain.distributed.exit_report import Report, as_peer_error
+from jaxtrain.distributed.exit_report import ExitReport, as_peer_error
 from jaxtrain.errors import REPORT_THIS, InterruptedRunError, JaxtrainError, PreemptedError
 from jaxtrain.host import xla_flags
 from jaxtrain.host.text import printable
@@ -47,7 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
                 error = as_peer_error(error)
                 interrupt.ends(None if stopped else error)
             elif not stopped:
-                Report.of(error, 0).write()
+                ExitReport.of(error, 0).write()
                 raise
             leave(error)
 
@@ -56,7 +56,7 @@ def leave(error: BaseException) -> None:
     """Ends the process at once, from any thread. JAX would wait 300 s for other processes, Python for a stuck thread."""
     from jaxtrain.distributed import coordination  # noqa: PLC0415
 
-    report = Report.of(error, coordination.index())
+    report = ExitReport.of(error, coordination.index())
     report.write()
     known = isinstance(error, JaxtrainError)
     text = report.message if known else f"{REPORT_THIS}\n{report.trace}"

@@ -73,7 +73,7 @@ class Dataset:
 
 
 @dataclasses.dataclass(frozen=True)
-class Parts:
+class RawSplits:
     """What a loader finds, before `sources.load` cuts the missing splits and applies the config.
 
     validation, test: the data set's own, or None where it has none and one may be drawn from training.

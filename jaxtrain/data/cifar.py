@@ -22,7 +22,7 @@ from jaxtrain.errors import DataError
 
 
 @dataclasses.dataclass(frozen=True)
-class Official:
+class CifarSpec:
     """One data set as published on https://www.cs.toronto.edu/~kriz/cifar.html.
 
     archive_sha256: as Keras pins it; the page gives MD5 only.
@@ -53,8 +53,8 @@ class Official:
         return self.url.rsplit("/", 1)[1]
 
 
-OFFICIAL = {
-    "cifar10": Official(
+CIFAR = {
+    "cifar10": CifarSpec(
         url="https://www.cs.toronto.edu/~kriz/cifar-10-python.tar.gz",
         archive_bytes=170_498_071,
         archive_sha256="6d958be074577803d12ecdefd02955f39262c83c16fe9348329d7fe0b5c001ce",
@@ -76,7 +76,7 @@ OFFICIAL = {
         mean=(0.4914, 0.4822, 0.4465),
         std=(0.2470, 0.2435, 0.2616),
     ),
-    "cifar100": Official(
+    "cifar100": CifarSpec(
         url="https://www.cs.toronto.edu/~kriz/cifar-100-python.tar.gz",
         archive_bytes=169_001_437,
         archive_sha256="85cd44d02ba6437773c5bbd22e183051d648de2e7d6b014e1ef29b855ba677a7",
@@ -100,7 +100,7 @@ OFFICIAL = {
 }
 
 
-def read_folder(official: Official, folder: Path) -> dict[str, bytes]:
+def read_folder(official: CifarSpec, folder: Path) -> dict[str, bytes]:
     """Name -> content of the official files in `folder`, checked; raises `DataError` naming the first that is wrong."""
     files: dict[str, bytes] = {}
     for name in official.files:
@@ -112,7 +112,7 @@ def read_folder(official: Official, folder: Path) -> dict[str, bytes]:
     return files
 
 
-def read_archive(official: Official, path: Path) -> dict[str, bytes]:
+def read_archive(official: CifarSpec, path: Path) -> dict[str, bytes]:
     """The same from the archive at `path`, of which nothing is extracted (and TFDS's reader imports TensorFlow)."""
     files: dict[str, bytes] = {}
     try:
@@ -129,7 +129,7 @@ def read_archive(official: Official, path: Path) -> dict[str, bytes]:
     return files
 
 
-def _check(official: Official, name: str, content: bytes, where: str) -> None:
+def _check(official: CifarSpec, name: str, content: bytes, where: str) -> None:
     size, md5 = official.files[name]
     if len(content) != size:
         raise DataError(f"{where} has {len(content):,} bytes, the official file {size:,}: copy or download it again.")
@@ -138,13 +138,15 @@ def _check(official: Official, name: str, content: bytes, where: str) -> None:
         raise DataError(f"{where} is not the official file: its MD5 is {found}, the published one {md5}.")
 
 
-def class_names(official: Official, files: Mapping[str, bytes]) -> dict[str, list[str]]:
+def class_names(official: CifarSpec, files: Mapping[str, bytes]) -> dict[str, list[str]]:
     """Label feature -> names of its classes."""
     meta = _unpickle(files[official.meta])
     return {feature: [name.decode() for name in meta[names]] for feature, (names, _) in official.labels.items()}
 
 
-def examples(official: Official, files: Mapping[str, bytes], split: str) -> Iterator[tuple[np.ndarray, dict[str, int]]]:
+def examples(
+    official: CifarSpec, files: Mapping[str, bytes], split: str
+) -> Iterator[tuple[np.ndarray, dict[str, int]]]:
     """Yields (image uint8 [32, 32, 3], label feature -> class) of a split, in the official order."""
     for name in official.splits[split]:
         content = _unpickle(files[name])

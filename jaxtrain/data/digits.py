@@ -24,7 +24,7 @@ def digits_file() -> Path:
     )
 
 
-def load_digits() -> base.Parts:
+def load_digits() -> base.RawSplits:
     """1,797 handwritten digits, 8 x 8 pixels of 17 grey levels (UCI ML; Alpaydin and Kaynak 1998)."""
     path = digits_file()
     try:
@@ -33,7 +33,7 @@ def load_digits() -> base.Parts:
     except (OSError, EOFError, ValueError, IndexError) as error:
         raise DataError(f"{path} is damaged ({error}); install scikit-learn again.") from None
     digits = np.rint(pixels * (255 / 16)).astype(np.uint8)
-    return base.Parts(
+    return base.RawSplits(
         train=base.ArraySource(digits, labels),
         validation=None,
         test=None,

@@ -158,7 +158,7 @@ def _read_bytes(path: Path) -> bytes:
         raise DataError(f"{path} (class {path.parent.name!r}) cannot be read ({error.strerror}).") from None
 
 
-def folder(path: Path, side: int, chosen: Mapping[str, str], needed: str = "") -> base.Parts:
+def folder(path: Path, side: int, chosen: Mapping[str, str], needed: str = "") -> base.RawSplits:
     """Finds the images of PATH/{train,val|valid|validation,test}/CLASS/*, or of PATH/CLASS/* where there are no splits.
 
     Classes are the folders' names, sorted; other files than images are left alone. A split whose images lie in no folders of
@@ -212,7 +212,7 @@ def folder(path: Path, side: int, chosen: Mapping[str, str], needed: str = "") -
     mean, std = base.channel_statistics(3)
     train = sources.get("train")
     below = len(splits.get("train", "")) + 1
-    return base.Parts(
+    return base.RawSplits(
         train=found.get("train", absent),
         validation=found.get("validation"),
         test=found.get("test"),

@@ -40,7 +40,7 @@ __all__ = [
     "verify",
 ]
 
-NAMES = ("digits", "synthetic", *cifar.OFFICIAL)
+NAMES = ("digits", "synthetic", *cifar.CIFAR)
 _LARGE_SIDE = 96
 
 
@@ -156,13 +156,13 @@ def outline(config: DataConfig, *, image_size: int = 0) -> Dataset:
 
     Accepts and refuses what `load` does.
     """
-    if config.name not in cifar.OFFICIAL:
+    if config.name not in cifar.CIFAR:
         return load(config, image_size=image_size)
     _refuse_chosen_splits(config)
-    official = cifar.OFFICIAL[config.name]
+    official = cifar.CIFAR[config.name]
     train, test = (base.Outline(official.examples[split], official.shape) for split in ("train", "test"))
     names = tuple(str(label) for label in range(official.classes))
-    parts = base.Parts(train, None, test, names, official.mean, official.std, identity="outline")
+    parts = base.RawSplits(train, None, test, names, official.mean, official.std, identity="outline")
     return splits.cut(parts, config)
 
 
@@ -171,7 +171,7 @@ def prepare(config: DataConfig) -> Path | None:
 
     Cheap when it is there already. Of several processes on a host one works. Raises `DataError` saying what to do.
     """
-    if config.name in cifar.OFFICIAL:
+    if config.name in cifar.CIFAR:
         return _tfds_sets().prepare_cifar(config.name, data_dir(config), config.prepare_timeout)
     if config.name == "digits":
         return digits_file()
@@ -189,7 +189,7 @@ def verify(config: DataConfig, progress: Progress = iter) -> dict[str, int]:
 
     Raises `DataError` naming the file and the record of the first that is damaged, or the files that have changed.
     """
-    if config.name in cifar.OFFICIAL:
+    if config.name in cifar.CIFAR:
         return _tfds_sets().verify_cifar(config.name, data_dir(config))
     dataset = load(dataclasses.replace(config, examples=0), image_size=config.image_size or 32)
     counts = {split: sum(len(labels) for _, _, labels in base.chunks(getattr(dataset, split))) for split in base.SPLITS}
@@ -291,7 +291,7 @@ def _folder_path(config: DataConfig) -> Path:
     return path
 
 
-def _find_parts(config: DataConfig, image_size: int, needed: str) -> base.Parts:
+def _find_parts(config: DataConfig, image_size: int, needed: str) -> base.RawSplits:
     name = config.name
     side = round(image_size * 8 / 7) if config.augmentation == "resize_crop" else image_size
     if name.startswith("folder:"):

@@ -21,7 +21,9 @@ FILE_RULE = "by file name, version 1"
 _TEST_SHARE = 0.2  # of a data set that has neither a validation nor a test split of its own
 
 
-def cut(parts: base.Parts, config: DataConfig, needed: str = "", drawable: Sequence[str] | None = None) -> base.Dataset:
+def cut(
+    parts: base.RawSplits, config: DataConfig, needed: str = "", drawable: Sequence[str] | None = None
+) -> base.Dataset:
     """The data set of `parts`, with the splits drawn that it lacks (see `sources.load`).
 
     needed: the one split that will be read, "" for all. drawable: draw none but these; None: whatever is lacking.
@@ -67,7 +69,7 @@ def cut(parts: base.Parts, config: DataConfig, needed: str = "", drawable: Seque
     )
 
 
-def _lacks(parts: base.Parts) -> list[str]:
+def _lacks(parts: base.RawSplits) -> list[str]:
     """The splits that are drawn: the validation where there is none, and the test where there is neither."""
     test = parts.test is None and not len(parts.validation or ())
     return ["test"] * test + ["validation"] * (parts.validation is None)
@@ -81,7 +83,7 @@ def _sha256(value: object) -> str:
 class _ByPosition:
     """Draws positions among the training examples: the splits stay while the examples are the same."""
 
-    parts: base.Parts
+    parts: base.RawSplits
     config: DataConfig
 
     rule = ""
@@ -161,7 +163,7 @@ def _stratified(labels: np.ndarray, share: float, split_seed: int) -> np.ndarray
     return np.sort(np.concatenate(held))
 
 
-def _check_train(parts: base.Parts, config: DataConfig, left: int, drawn: Mapping[str, int]) -> None:
+def _check_train(parts: base.RawSplits, config: DataConfig, left: int, drawn: Mapping[str, int]) -> None:
     """Raises `ConfigError` where too few of the training examples are left."""
     if not left:
         held = " and ".join(f"{count:,} for {split}" for split, count in drawn.items() if count)
@@ -177,7 +179,7 @@ def _check_train(parts: base.Parts, config: DataConfig, left: int, drawn: Mappin
 
 
 def _notes(
-    parts: base.Parts,
+    parts: base.RawSplits,
     config: DataConfig,
     found: Mapping[str, base.Source],
     drawn: Mapping[str, np.ndarray],

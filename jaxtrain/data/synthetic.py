@@ -53,14 +53,14 @@ class SyntheticSource:
         return z.astype("<u8").view(np.uint8).reshape(len(numbers), -1)[:, :count]
 
 
-def load_synthetic(config: DataConfig, image_size: int) -> base.Parts:
+def load_synthetic(config: DataConfig, image_size: int) -> base.RawSplits:
     shape = (28, 28, 1) if image_size in (0, 28) else (image_size, image_size, 3)
     train = config.examples or _SYNTHETIC_EXAMPLES
     counts = (train, round(train * config.validation), max(1, train // 5))
     firsts = (0, counts[0], counts[0] + counts[1])
     sources = [SyntheticSource(config.split_seed, *place, shape) for place in zip(firsts, counts, strict=True)]
     channels = shape[2]
-    return base.Parts(
+    return base.RawSplits(
         *sources,
         class_names=tuple(f"prototype {label}" for label in range(SyntheticSource.CLASSES)),
         mean=(0.5,) * channels,

@@ -51,8 +51,8 @@ class _Cifar(tfds.core.GeneratorBasedBuilder):
     official_name: str
 
     @property
-    def official(self) -> cifar.Official:
-        return cifar.OFFICIAL[self.official_name]
+    def official(self) -> cifar.CifarSpec:
+        return cifar.CIFAR[self.official_name]
 
     @property
     def url_infos(self) -> Any:
@@ -102,7 +102,7 @@ class JaxtrainCifar100(_Cifar):
 _BUILDERS: dict[str, type[_Cifar]] = {builder.official_name: builder for builder in (JaxtrainCifar10, JaxtrainCifar100)}
 
 
-def _official_files(builder_name: str, official: cifar.Official, dl_manager: Any) -> dict[str, bytes]:
+def _official_files(builder_name: str, official: cifar.CifarSpec, dl_manager: Any) -> dict[str, bytes]:
     """The official files from the manual directory, or from the archive that TFDS has or fetches."""
     downloads = Path(dl_manager.download_dir)
     manual = downloads / "manual"
@@ -185,7 +185,7 @@ def _generate(name: str, root: Path) -> None:
 
 def _write_arrays(name: str, directory: Path) -> None:
     """Decodes all records into `.npy` files, and last of all writes the manifest that makes the directory count."""
-    for split, count in cifar.OFFICIAL[name].examples.items():
+    for split, count in cifar.CIFAR[name].examples.items():
         source = TfdsSource(directory, split)
         if len(source) != count:
             raise DataError(f"{directory}: {split} has {len(source):,} records and must have {count:,}; delete it.")
@@ -263,7 +263,7 @@ def _lock(path: Path, timeout: float) -> Iterator[None]:
         yield
 
 
-def load_cifar(name: str, root: Path) -> base.Parts:
+def load_cifar(name: str, root: Path) -> base.RawSplits:
     """The prepared data set; raises `DataError` when it is not prepared, incomplete, or its arrays have changed."""
     directory = cifar_directory(name, root)
     if not (directory / _MANIFEST).exists():
@@ -275,8 +275,8 @@ def load_cifar(name: str, root: Path) -> base.Parts:
         for path in paths:
             _check_hash(directory, manifest, path.name)
         sources[split] = base.MappedSource(*paths)
-    official = cifar.OFFICIAL[name]
-    return base.Parts(
+    official = cifar.CIFAR[name]
+    return base.RawSplits(
         train=sources["train"],
         validation=None,
         test=sources["test"],
@@ -509,7 +509,7 @@ def find(name: str, root: Path) -> Path:
     )
 
 
-def load_prepared(directory: Path, root: Path, side: int, chosen: Mapping[str, str], needed: str) -> base.Parts:
+def load_prepared(directory: Path, root: Path, side: int, chosen: Mapping[str, str], needed: str) -> base.RawSplits:
     """The data set in `directory`, below `root`; `side` is used where its images differ in size.
 
     chosen: as `DataConfig.chosen_splits`; what it does not name has the split's usual name. A split without labels, as
@@ -554,7 +554,7 @@ def load_prepared(directory: Path, root: Path, side: int, chosen: Mapping[str, s
     identity = [str(directory.relative_to(root)), side, files]
     # What is drawn from training depends on what was left out; a data set that lacks nothing keeps its identity.
     drawn_anew = unlabelled if "validation" not in own else []
-    return base.Parts(
+    return base.RawSplits(
         train=own["train"],
         validation=own.get("validation"),
         test=own.get("test"),

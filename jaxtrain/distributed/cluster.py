@@ -25,7 +25,7 @@ _RESTARTS = {"SLURM_JOB_ID": "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID": "TORC
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class ProcessInfo:
     """One of a run's processes.
 
     coordinator: HOST:PORT where process 0 is met. processes: how many there are. index: of this one, from 0. source: who
@@ -54,9 +54,9 @@ class Place:
         return host.strip("[]"), int(port)
 
 
-def find_place(
+def detect_process(
     coordinator: str = "", processes: int = 0, index: int = -1, environment: Mapping[str, str] = os.environ
-) -> Place | None:
+) -> ProcessInfo | None:
     """This process's place, or None for a run of one process.
 
     Args:
@@ -83,17 +83,17 @@ def find_place(
     return None
 
 
-def _given(coordinator: str, processes: int, index: int) -> Place:
+def _given(coordinator: str, processes: int, index: int) -> ProcessInfo:
     if not (coordinator and processes > 0 and index >= 0):
         raise ConfigError("--coordinator, --num-processes and --process-id go together.")
     if index >= processes:
         raise ConfigError(f"--process-id {index}: must be below --num-processes {processes}.")
-    place = Place(coordinator, processes, index)
+    place = ProcessInfo(coordinator, processes, index)
     _ = place.address
     return place
 
 
-def jobs(environment: Mapping[str, str] = os.environ, *, again: bool = False) -> set[str]:
+def job_ids(environment: Mapping[str, str] = os.environ, *, again: bool = False) -> set[str]:
     """What names the job that may start this run several times by itself: the launcher, Slurm, torchrun.
 
     again: only those of which this may not be the first start.
@@ -119,7 +119,7 @@ def _port(job: str) -> int:
     return _FIRST_PORT + zlib.crc32(job.encode()) % _PORTS
 
 
-def _slurm(environment: Mapping[str, str], coordinator: str) -> Place | None:
+def _slurm(environment: Mapping[str, str], coordinator: str) -> ProcessInfo | None:
     if "SLURM_JOB_ID" not in environment:
         return None
     tasks = _number(environment, "SLURM_STEP_NUM_TASKS", 0)
@@ -135,7 +135,7 @@ def _slurm(environment: Mapping[str, str], coordinator: str) -> Place | None:
         return None
     job = f"{environment['SLURM_JOB_ID']}.{environment.get('SLURM_STEP_ID', '0')}"
     host = first_host(environment.get("SLURM_STEP_NODELIST") or environment.get("SLURM_JOB_NODELIST", ""))
-    return Place(coordinator or f"{host}:{_port(job)}", tasks, _number(environment, "SLURM_PROCID", -1), "Slurm")
+    return ProcessInfo(coordinator or f"{host}:{_port(job)}", tasks, _number(environment, "SLURM_PROCID", -1), "Slurm")
 
 
 def first_host(nodes: str) -> str:
@@ -146,7 +146,7 @@ def first_host(nodes: str) -> str:
     return re.sub(r"\[(\w+)[^\]]*\]", r"\1", first[0])
 
 
-def _openmpi(environment: Mapping[str, str], coordinator: str) -> Place | None:
+def _openmpi(environment: Mapping[str, str], coordinator: str) -> ProcessInfo | None:
     processes = _number(environment, "OMPI_COMM_WORLD_SIZE", 0)
     if processes <= 1:
         return None
@@ -161,10 +161,10 @@ def _openmpi(environment: Mapping[str, str], coordinator: str) -> Place | None:
                 "JAXTRAIN_COORDINATOR=HOST:PORT (as launch/mpirun.sh does), or --standalone to train in this process alone."
             )
         coordinator = f"{found[1]}:{_port(uri.partition(';')[0])}"
-    return Place(coordinator, processes, index, "OpenMPI")
+    return ProcessInfo(coordinator, processes, index, "OpenMPI")
 
 
-def _kubernetes(environment: Mapping[str, str], coordinator: str) -> Place | None:
+def _kubernetes(environment: Mapping[str, str], coordinator: str) -> ProcessInfo | None:
     if "KUBERNETES_SERVICE_HOST" not in environment or "JOB_COMPLETION_INDEX" not in environment:
         return None
     raise EnvironmentMismatchError(
@@ -178,7 +178,7 @@ def _kubernetes(environment: Mapping[str, str], coordinator: str) -> Place | Non
     )
 
 
-def _torchrun(environment: Mapping[str, str], coordinator: str) -> Place | None:
+def _torchrun(environment: Mapping[str, str], coordinator: str) -> ProcessInfo | None:
     processes = _number(environment, "WORLD_SIZE", 0)
     if processes <= 1 or "RANK" not in environment:
         return None
@@ -188,7 +188,7 @@ def _torchrun(environment: Mapping[str, str], coordinator: str) -> Place | None:
             "this process alone."
         )
     coordinator = coordinator or f"{environment['MASTER_ADDR']}:{environment['MASTER_PORT']}"
-    return Place(coordinator, processes, _number(environment, "RANK", -1), "RANK and WORLD_SIZE")
+    return ProcessInfo(coordinator, processes, _number(environment, "RANK", -1), "RANK and WORLD_SIZE")
 
 
-__all__ = ["FLAGS", "PROCESS_VARIABLES", "Place", "find_place", "first_host"]
+__all__ = ["FLAGS", "PROCESS_VARIABLES", "ProcessInfo", "detect_process", "first_host"]

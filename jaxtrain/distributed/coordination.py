@@ -28,33 +28,33 @@ def index() -> int:
     return distributed.global_state.process_id or 0
 
 
-def publish(word: str, text: str) -> None:
+def kv_set(word: str, text: str) -> None:
     """Says `word`; who says it first is heard."""
     client: Any = distributed.global_state.client
     with contextlib.suppress(RuntimeError):  # said already, or process 0 is gone and nobody hears
         client.key_value_set(word, text)
 
 
-def said(words: str) -> dict[str, str]:
+def kv_list(words: str) -> dict[str, str]:
     """What was published so far below `words`, by word. Raises `RuntimeError` when process 0 is gone."""
     client: Any = distributed.global_state.client
     return {key.rpartition("/")[2]: text for key, text in client.key_value_dir_get(words)}
 
 
-def forget(words: str) -> None:
+def kv_delete(words: str) -> None:
     """Nobody asks for what is below `words` any more."""
     client: Any = distributed.global_state.client
     with contextlib.suppress(RuntimeError):
         client.key_value_delete(words)
 
 
-def wait_for_word(word: str, timeout: float) -> str:
+def kv_get(word: str, timeout: float) -> str:
     """What some process has published. Raises `RuntimeError` after `timeout` seconds, or when process 0 is gone."""
     client: Any = distributed.global_state.client
     return client.blocking_key_value_get(word, int(timeout * 1000))
 
 
-def from_all(word: str, mine: str, timeout: float) -> list[str]:
+def allgather_str(word: str, mine: str, timeout: float) -> list[str]:
     """What each process says, in their order. Every process calls it once for a word, from any thread.
 
     Process 0, where the words are kept, collects them and tells the others: two questions a process. If each asked for
@@ -63,25 +63,25 @@ def from_all(word: str, mine: str, timeout: float) -> list[str]:
     if count() == 1:
         return [mine]
     if index():
-        publish(f"{word}/{index()}", mine)
-        return json.loads(wait_for_word(f"{word}/all", timeout))
-    said = [mine, *(wait_for_word(f"{word}/{process}", timeout) for process in range(1, count()))]
-    publish(f"{word}/all", json.dumps(said))
+        kv_set(f"{word}/{index()}", mine)
+        return json.loads(kv_get(f"{word}/all", timeout))
+    said = [mine, *(kv_get(f"{word}/{process}", timeout) for process in range(1, count()))]
+    kv_set(f"{word}/all", json.dumps(said))
     return said
 
 
-def from_process_zero(name: str, mine: str, timeout: float) -> str:
+def broadcast_str(name: str, mine: str, timeout: float) -> str:
     """What process 0 says. Every process calls it alike. Raises `RuntimeError` after `timeout` seconds."""
     if count() == 1:
         return mine
-    word = next_word(name)
+    word = unique_key(name)
     if index() == 0:
-        publish(word, mine)
+        kv_set(word, mine)
         return mine
-    return wait_for_word(word, timeout)
+    return kv_get(word, timeout)
 
 
-def next_word(name: str) -> str:
+def unique_key(name: str) -> str:
     """A word that nobody has said yet; the same on all processes, which ask for the same ones in the same order."""
     return f"jaxtrain/{name}/{next(_questions)}"
 
@@ -89,7 +89,7 @@ def next_word(name: str) -> str:
 def on_this_host() -> int:
     """How many of the run's processes share this host, this one among them. Every process asks together with the others."""
     host = socket.gethostname()
-    return from_all(next_word("hosts"), host, _HOST_SECONDS).count(host)
+    return allgather_str(unique_key("hosts"), host, _HOST_SECONDS).count(host)
 
 
 def first_on_process_zero(
@@ -103,7 +103,7 @@ def first_on_process_zero(
         action()
         return
     client: Any = distributed.global_state.client
-    key = next_word(name)
+    key = unique_key(name)
     if jax.process_index() == 0:
         try:
             action()
@@ -126,7 +126,7 @@ def first_on_process_zero(
         raise next((c for c in JaxtrainError.__subclasses__() if c.__name__ == kind), JaxtrainError)(text)
 
 
-def same_everywhere(value: bool) -> bool:
+def broadcast_bool(value: bool) -> bool:
     """Process 0's `value`, on every process: for decisions that depend on a clock. A collective if there are several."""
     if jax.process_count() == 1:
         return value

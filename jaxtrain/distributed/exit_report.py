@@ -23,7 +23,7 @@ _PEER_GONE = (
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class ExitReport:
     """Why a process ended. error: the class's name. retry: whether the same start may go well another time."""
 
     process: int
@@ -37,7 +37,7 @@ class Report:
     trace: str = ""
 
     @classmethod
-    def of(cls, error: BaseException, process: int) -> Report:
+    def of(cls, error: BaseException, process: int) -> ExitReport:
         """What is to be said of `error`."""
         known = isinstance(error, JaxtrainError)
         return cls(
@@ -63,10 +63,10 @@ class Report:
             os.fsync(file.fileno())
 
 
-def read_report(path: Path) -> Report | None:
+def read_report(path: Path) -> ExitReport | None:
     """What a process wrote; None where it wrote nothing, or was killed while it did."""
     try:
-        return Report(**json.loads(path.read_text(encoding="utf-8")))
+        return ExitReport(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
         return None
 

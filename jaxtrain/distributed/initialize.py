@@ -20,8 +20,8 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.distributed.cluster import FLAGS, Place
-from jaxtrain.distributed.rendezvous import Fingerprint, meet
+from jaxtrain.distributed.cluster import FLAGS, ProcessInfo
+from jaxtrain.distributed.rendezvous import Fingerprint, rendezvous
 from jaxtrain.errors import EnvironmentMismatchError
 from jaxtrain.host.cpus import usable_cpus
 from jaxtrain.host.text import printable
@@ -62,7 +62,7 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def join(place: Place, fingerprint: Fingerprint, timeout: int, *, allow_version_skew: bool = False) -> None:
+def initialize(place: ProcessInfo, fingerprint: Fingerprint, timeout: int, *, allow_version_skew: bool = False) -> None:
     """Returns once JAX knows the devices of all processes and they add numbers right.
 
     timeout: seconds to wait for the others. Raises `EnvironmentMismatchError`.
@@ -75,7 +75,7 @@ def join(place: Place, fingerprint: Fingerprint, timeout: int, *, allow_version_
     set_threads()
     set_flags(SEVERAL_PROCESSES)
     try:
-        address = meet(place, fingerprint, timeout, allow_version_skew=allow_version_skew)
+        address = rendezvous(place, fingerprint, timeout, allow_version_skew=allow_version_skew)
         jax.distributed.initialize(
             address,
             place.processes,
@@ -101,7 +101,7 @@ def set_threads() -> None:
     os.environ.setdefault("PJRT_NPROC", str(max(usable_cpus(), 8)))
 
 
-def _say_what_is_waited_for(place: Place) -> None:
+def _say_what_is_waited_for(place: ProcessInfo) -> None:
     text = (
         f"{place} (by {place.source}) waits for the others at {place.coordinator}; is every process started, with "
         "the same --num-processes and its own --process-id, and does no firewall stand between?"

@@ -106,7 +106,7 @@ class Interrupt:
                 return
             self.signal, mine = number, self._points + 1  # the main thread cannot pass the next point unseen
         all_points = (
-            coordination.from_all(f"{self._words}/stop at", str(mine), _AGREE_SECONDS) if self._words else [mine]
+            coordination.allgather_str(f"{self._words}/stop at", str(mine), _AGREE_SECONDS) if self._words else [mine]
         )
         at = max(map(int, all_points))
         self._stop_at = at
@@ -125,23 +125,24 @@ class Interrupt:
 
         The words go through process 0, and JAX aborts a process that loses it.
         """
-        coordination.publish(f"{self._words}/farewell/{coordination.index()}", "")
+        coordination.kv_set(f"{self._words}/farewell/{coordination.index()}", "")
         if coordination.index() == 0:
             until = time.monotonic() + (_LAST_WORDS_SECONDS if lost else _FAREWELL_SECONDS)
             while (
-                len(coordination.said(f"{self._words}/farewell/")) < coordination.count() and time.monotonic() < until
+                len(coordination.kv_list(f"{self._words}/farewell/")) < coordination.count()
+                and time.monotonic() < until
             ):
                 time.sleep(0.05)
             time.sleep(_EXIT_SECONDS)
 
     def _say(self, word: str, said: dict[str, Any]) -> None:
-        coordination.publish(f"{self._words}/said/{word}", json.dumps(said))
+        coordination.kv_set(f"{self._words}/said/{word}", json.dumps(said))
 
     def _listen(self) -> None:
         pause = max(_LISTEN_SECONDS, coordination.count() / _QUESTIONS_A_SECOND)
         while not self._closed.wait(pause):
             try:
-                said = coordination.said(f"{self._words}/said/")
+                said = coordination.kv_list(f"{self._words}/said/")
             except RuntimeError as error:  # process 0 is gone
                 text = f"Process 0 of this run ended or does not answer ({str(error).splitlines()[0]})."
                 self._peer_failed(text, lost=True)

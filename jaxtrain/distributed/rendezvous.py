@@ -19,7 +19,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
-from jaxtrain.distributed.cluster import Place
+from jaxtrain.distributed.cluster import ProcessInfo
 from jaxtrain.errors import EnvironmentMismatchError
 from jaxtrain.host.text import printable
 
@@ -35,7 +35,7 @@ Fingerprint = Mapping[str, Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True)
-class Hello:
+class Handshake:
     """What a process tells process 0.
 
     fingerprint: `versions` and `config`, each a flat mapping of plain values. clock: its host's, in seconds since 1970.
@@ -48,7 +48,9 @@ class Hello:
     clock: float = dataclasses.field(default_factory=time.time)
 
 
-def meet(place: Place, fingerprint: Fingerprint, timeout: float, *, allow_version_skew: bool = False) -> str:
+def rendezvous(
+    place: ProcessInfo, fingerprint: Fingerprint, timeout: float, *, allow_version_skew: bool = False
+) -> str:
     """Returns the address where JAX may start, once all processes are here and fit together.
 
     Args:
@@ -59,7 +61,7 @@ def meet(place: Place, fingerprint: Fingerprint, timeout: float, *, allow_versio
       EnvironmentMismatchError: the same text on every process that is there.
     """
     host, port = place.address
-    hello = Hello(place.index, place.processes, socket.gethostname(), fingerprint)
+    hello = Handshake(place.index, place.processes, socket.gethostname(), fingerprint)
     if place.index == 0:
         answer = _gather(place, port, hello, timeout, allow_version_skew)
     else:
@@ -72,7 +74,7 @@ def meet(place: Place, fingerprint: Fingerprint, timeout: float, *, allow_versio
 # ---------------------------------------------------------------------------------------------------------- process 0
 
 
-def _gather(place: Place, port: int, own: Hello, timeout: float, allow_version_skew: bool) -> dict[str, Any]:
+def _gather(place: ProcessInfo, port: int, own: Handshake, timeout: float, allow_version_skew: bool) -> dict[str, Any]:
     """Returns the answer that all got: {"port": ...} or {"no": why}."""
     server, port = _listen(place, port)
     _allow_files(place.processes)
@@ -118,7 +120,7 @@ def _no(why: str) -> dict[str, Any]:
     return {"no": why}
 
 
-def _listen(place: Place, first: int) -> tuple[socket.socket, int]:
+def _listen(place: ProcessInfo, first: int) -> tuple[socket.socket, int]:
     """A server at the first free port from `first` on. Raises `EnvironmentMismatchError` if another process 0 is there."""
     reason, everywhere = "", not place.is_local and socket.has_dualstack_ipv6()
     for port in range(first, min(first + PORTS, 65536)):
@@ -153,7 +155,7 @@ def _hear(
     key: selectors.SelectorKey,
     ears: selectors.BaseSelector,
     come: dict[int, socket.socket],
-    own: Hello,
+    own: Handshake,
     allow_version_skew: bool,
 ) -> str:
     """Takes what a connection says; once it has said who it is, into `come`. Returns what is wrong with that, else ''."""
@@ -167,7 +169,7 @@ def _hear(
             raise ValueError
         if not said.endswith(b"\n"):
             return ""  # not all of it yet
-        other = Hello(**json.loads(heard))
+        other = Handshake(**json.loads(heard))
     except (ValueError, TypeError):  # it has gone, or is none of us; who has said its name says nothing more
         ears.unregister(connection)
         for index in [index for index, known in come.items() if known is connection]:
@@ -191,7 +193,7 @@ def _hear(
     return difference(own, other, allow_version_skew=allow_version_skew)
 
 
-def difference(own: Hello, other: Hello, *, allow_version_skew: bool = False) -> str:
+def difference(own: Handshake, other: Handshake, *, allow_version_skew: bool = False) -> str:
     """What process `other` was started with that process 0 (`own`) was not, in a sentence, or ''."""
     for what in own.fingerprint:
         if what == "versions" and allow_version_skew:
@@ -213,7 +215,7 @@ def difference(own: Hello, other: Hello, *, allow_version_skew: bool = False) ->
 # ----------------------------------------------------------------------------------------------------------- the others
 
 
-def _report(place: Place, address: tuple[str, int], hello: Hello, timeout: float) -> dict[str, Any]:
+def _report(place: ProcessInfo, address: tuple[str, int], hello: Handshake, timeout: float) -> dict[str, Any]:
     """Tells process 0 who this is. Returns its answer, once JAX listens there."""
     deadline = time.monotonic() + timeout
     while True:
@@ -232,7 +234,7 @@ def _report(place: Place, address: tuple[str, int], hello: Hello, timeout: float
         time.sleep(max(0.1, PORTS * place.processes / _TRIES_A_SECOND))
 
 
-def _ask(address: tuple[str, int], hello: Hello, timeout: float) -> tuple[dict[str, Any], OSError | None]:
+def _ask(address: tuple[str, int], hello: Handshake, timeout: float) -> tuple[dict[str, Any], OSError | None]:
     """The answer of process 0, if it listens there; and the error where nobody listens."""
     try:
         connection = socket.create_connection(address, timeout=_HELLO_SECONDS)
@@ -252,7 +254,7 @@ def _ask(address: tuple[str, int], hello: Hello, timeout: float) -> tuple[dict[s
     return answer, None
 
 
-def _wait_for_jax(place: Place, address: tuple[str, int], timeout: float) -> dict[str, Any]:
+def _wait_for_jax(place: ProcessInfo, address: tuple[str, int], timeout: float) -> dict[str, Any]:
     """Returns when something listens at the port again: JAX's coordination service, in process 0."""
     deadline = time.monotonic() + timeout
     while time.monotonic() < deadline:

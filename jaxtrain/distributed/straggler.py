@@ -16,7 +16,7 @@ IMBALANCE_SECONDS = 2e-3  # less than this a step nobody would feel
 
 
 @dataclasses.dataclass(frozen=True)
-class Pace:
+class ProcessTime:
     """Seconds a step that process `process` on `host` spent on its own: its input, and the host's work."""
 
     process: int
@@ -24,32 +24,32 @@ class Pace:
     seconds: float
 
 
-class Paces:
+class ProcessTimes:
     """Made and used by all processes alike."""
 
     def __init__(self) -> None:
-        self._word = coordination.next_word("paces") if coordination.count() > 1 else ""
+        self._word = coordination.unique_key("paces") if coordination.count() > 1 else ""
         self._tellings = 0
 
-    def tell(self, seconds: float) -> list[Pace]:
+    def tell(self, seconds: float) -> list[ProcessTime]:
         """Tells this process's pace. Process 0 gets what all have told the time before, once all have; others get []."""
         if not self._word:
             return []
-        own = Pace(coordination.index(), socket.gethostname(), seconds)
-        coordination.publish(f"{self._word}/{self._tellings}/{own.process}", json.dumps(dataclasses.asdict(own)))
+        own = ProcessTime(coordination.index(), socket.gethostname(), seconds)
+        coordination.kv_set(f"{self._word}/{self._tellings}/{own.process}", json.dumps(dataclasses.asdict(own)))
         self._tellings += 1
         if own.process or self._tellings == 1:
             return []
         before = f"{self._word}/{self._tellings - 2}/"
         try:
-            told = [Pace(**json.loads(text)) for text in coordination.said(before).values()]
+            told = [ProcessTime(**json.loads(text)) for text in coordination.kv_list(before).values()]
         except RuntimeError:  # the run is ending
             return []
-        coordination.forget(before)
+        coordination.kv_delete(before)
         return sorted(told, key=lambda pace: pace.process) if len(told) == coordination.count() else []
 
 
-def imbalanced(paces: Sequence[Pace]) -> str:
+def imbalanced(paces: Sequence[ProcessTime]) -> str:
     """One process takes more than 1.3 times as long for its own part of a step as the others, and 2 ms longer.
 
     The whole step's time will not do: collectives make every process wait for the slowest, so all have the same.

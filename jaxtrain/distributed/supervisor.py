@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import IO
 
 from jaxtrain.distributed.cluster import JOB
-from jaxtrain.distributed.exit_report import ERROR_FILE, Report, read_report
+from jaxtrain.distributed.exit_report import ERROR_FILE, ExitReport, read_report
 from jaxtrain.distributed.watchdog import HEARTBEAT_FILE, Beat, Wakes, read_beat
 from jaxtrain.errors import ConfigError, EnvironmentMismatchError, HangError, PeerError
 from jaxtrain.host.gpus import Gpus
@@ -65,7 +65,7 @@ class Ended:
     pid: int
     code: int
     when: float
-    report: Report | None
+    report: ExitReport | None
     hung: str = ""
 
     @property

@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxtrain.distributed.cluster import find_place
+from jaxtrain.distributed.cluster import detect_process
 from jaxtrain.doctor.facts import (
     GPU_PACKAGE,
     MACHINE_FILE,
@@ -348,7 +348,7 @@ def check_scheduler(environment: Mapping[str, str]) -> Check:
     """What a scheduler says of this process is enough to start a run."""
     names = [name for name in _SCHEDULER if name in environment]
     try:
-        place = find_place(environment=environment)
+        place = detect_process(environment=environment)
     except JaxtrainError as error:
         fix = "start runs by the scheduler's own launcher (srun, mpirun, torchrun), or with --standalone in one process"
         return Check("scheduler", "warning", str(error), fix)

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.config import DataConfig
-from jaxtrain.distributed.cluster import Place
+from jaxtrain.distributed.cluster import ProcessInfo
 from jaxtrain.host.cpus import usable_cpus
 from jaxtrain.host.gpus import Gpu, Gpus
 
@@ -160,10 +160,10 @@ def join_here(index: int, port: int, seconds: int) -> dict[str, Any]:
     import numpy as np  # noqa: PLC0415
     from jax.experimental import multihost_utils  # noqa: PLC0415
 
-    from jaxtrain.distributed.initialize import join  # noqa: PLC0415
+    from jaxtrain.distributed.initialize import initialize  # noqa: PLC0415
 
     jax.config.update("jax_num_cpu_devices", 1)
-    join(Place(f"127.0.0.1:{port}", len(TERMS), index, "jaxtrain doctor"), {}, seconds)
+    initialize(ProcessInfo(f"127.0.0.1:{port}", len(TERMS), index, "jaxtrain doctor"), {}, seconds)
     return {"sum": int(multihost_utils.process_allgather(np.int32(TERMS[index])).sum())}
 
 

@@ -17,7 +17,7 @@ Action = Literal["go on", "roll back", "stop"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Finding:
+class Anomaly:
     """What is amiss with a step. text: '' when nothing is. first: the first step that it concerns."""
 
     text: str = ""
@@ -25,7 +25,7 @@ class Finding:
     first: int = 0
 
 
-class Guard:
+class AnomalyDetector:
     """Looks at the loss and the gradient norm of every step, in their order.
 
     skips: refused updates in a row that are passed over; one more asks for a roll-back. spike: robust standard deviations
@@ -40,30 +40,30 @@ class Guard:
             name: collections.deque(maxlen=_WINDOW) for name in ("loss", "gradient norm")
         }
 
-    def look(self, step: int, loss: float, grad_norm: float, update_norm: float, *, skipped: bool) -> Finding:
+    def look(self, step: int, loss: float, grad_norm: float, update_norm: float, *, skipped: bool) -> Anomaly:
         """step: the update these numbers belong to. skipped: it was refused, and the run went on without it."""
         if skipped:
             self._refused.append(step)
             text = f"the update of step {step} was refused: loss {loss:g}, gradient norm {grad_norm:g}"
             if len(self._refused) > self._skips:
-                return Finding(f"{text}; {len(self._refused)} in a row", "stop", self._refused[0])
-            return Finding(f"{text} ({len(self._refused)} of at most {self._skips} in a row are passed over)")
+                return Anomaly(f"{text}; {len(self._refused)} in a row", "stop", self._refused[0])
+            return Anomaly(f"{text} ({len(self._refused)} of at most {self._skips} in a row are passed over)")
         self._refused.clear()
         self.poisoned = not math.isfinite(update_norm)
         if self.poisoned:
             text = f"the update of step {step} is not finite (norm {update_norm:g}; try a lower config.optim.learning_rate)"
-            return Finding(text, "stop", step)
+            return Anomaly(text, "stop", step)
         for name, value in (("loss", loss), ("gradient norm", grad_norm)):
             seen = self._seen[name]
             if self._spike and len(seen) >= _LEAST and (score := robust_score(value, list(seen))) > self._spike:
-                return Finding(
+                return Anomaly(
                     f"the {name} of step {step} is a spike: {value:.4g}, {score:.0f} robust standard deviations above the "
                     f"median {statistics.median(seen):.4g} of the last {len(seen)} steps",
                     "roll back",
                     step,
                 )
             seen.append(value)
-        return Finding()
+        return Anomaly()
 
 
 def robust_score(value: float, seen: list[float]) -> float:

@@ -15,7 +15,7 @@ from jaxtrain.workdir import Workdir
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
-class NullRecords:
+class NullMetricsWriter:
     """Records nothing: what every process but the first holds, so that the loop need not ask."""
 
     def train_step(self, row: Mapping[str, Any]) -> None:
@@ -56,14 +56,14 @@ class NullRecords:
     def close(self) -> None:
         """Syncs and closes every file; may be called twice."""
 
-    def __enter__(self) -> NullRecords:
+    def __enter__(self) -> NullMetricsWriter:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
 
 
-class Records(NullRecords):
+class MetricsWriter(NullMetricsWriter):
     """Process 0's records. Opening forgets what was recorded after the resumed step, so no row is there twice."""
 
     def __init__(self, workdir: Workdir, step: int = 0, epochs_done: int = 0, since: int = 0):

@@ -61,7 +61,9 @@ def unused_settings(config: OptimConfig) -> list[str]:
     return found
 
 
-def make(config: OptimConfig, rate: optax.Schedule, no_decay: tuple[str, ...] = ()) -> optax.GradientTransformation:
+def make_optimizer(
+    config: OptimConfig, rate: optax.Schedule, no_decay: tuple[str, ...] = ()
+) -> optax.GradientTransformation:
     """The optimizer `config.name`, or what a user's own `package.module:factory` returns.
 
     A factory is called as `factory(config, rate, mask)`; `mask(params)` is `decay_mask` with `no_decay` filled in. It

@@ -15,13 +15,15 @@ from jaxtrain.config import Config, OptimConfig
 from jaxtrain.durations import Duration
 
 
-def learning_rate(config: OptimConfig, global_batch: int) -> float:
+def peak_learning_rate(config: OptimConfig, global_batch: int) -> float:
     """The peak rate at `global_batch` examples a step: scaled linearly (Goyal 2017), by the square root, or not."""
     ratio = global_batch / config.lr_reference_batch
     return config.learning_rate * {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[config.lr_scaling]
 
 
-def schedule(config: OptimConfig, total_steps: int, warmup_steps: int, global_batch: int) -> optax.Schedule:
+def learning_rate_schedule(
+    config: OptimConfig, total_steps: int, warmup_steps: int, global_batch: int
+) -> optax.Schedule:
     """The learning rate of each step, as a function of how many updates came before it.
 
     With t the step (from 0), W = warmup_steps, T = total_steps, the rate is peak * warm(t) * shape(t), where
@@ -38,7 +40,7 @@ def schedule(config: OptimConfig, total_steps: int, warmup_steps: int, global_ba
     Elementwise. A JAX array or tracer gives an array of JAX's default float type (float64 when x64 is on); a number or
     a NumPy array is computed by NumPy in float64, without touching a device.
     """
-    peak = learning_rate(config, global_batch)
+    peak = peak_learning_rate(config, global_batch)
     milestones = [math.ceil(share * total_steps - 1e-9) for share in config.step_at]
     start = warmup_steps
     if config.schedule == "wsd":
@@ -84,8 +86,8 @@ def make_schedule(config: Config, train_examples: int, start_step: int = 0, star
     """
     batch, warmup = config.data.global_batch, warmup_steps(config, train_examples)
     if config.train.steps:
-        return schedule(config.optim, config.train.steps, warmup, batch)
-    rate = schedule(config.optim, -(-config.train.epochs * train_examples // batch), warmup, batch)
+        return learning_rate_schedule(config.optim, config.train.steps, warmup, batch)
+    rate = learning_rate_schedule(config.optim, -(-config.train.epochs * train_examples // batch), warmup, batch)
     ahead = start_example / batch - start_step
     return (lambda step: rate(step + ahead)) if ahead else rate
 

@@ -38,7 +38,7 @@ def audit(layout: Layout, table: Mapping[str, list[Placement]], state: PyTree, s
     """Raises `AuditError` with the setting's or the leaf's name; what cannot have an effect here becomes a note.
 
     table: `Layout.table(state)` and the gradient accumulator's placements under "gradients". state: the arrays.
-    step: the compiled step (`jaxtrain.step.train_step.Step`, or the pipeline's).
+    step: the compiled step (`jaxtrain.step.train_step.MeshTrainStep`, or the pipeline's).
     """
     trees = {f.name: jax.tree.leaves(getattr(state, f.name)) for f in dataclasses.fields(state)}
     held = {name: _check_tree(name, leaves, table[name]) for name, leaves in trees.items()}

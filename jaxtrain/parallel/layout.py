@@ -65,14 +65,14 @@ class Placement:
 class Layout:
     """A mesh and the rules that place leaves on it.
 
-    rules: the user's, then the model's; the first match wins. slices: the layers ('layers_03', ...) of each slice of the
-    model; slice k lies on stage k % stages. Without stages, ().
+    rules: the user's, then the model's; the first match wins. chunks: the layers ('layers_03', ...) of each chunk of the
+    model; chunk k lies on stage k % stages. Without stages, ().
     """
 
     mesh: Mesh
     config: LayoutConfig
     rules: tuple[Rule, ...] = ()
-    slices: tuple[tuple[str, ...], ...] = ()
+    chunks: tuple[tuple[str, ...], ...] = ()
 
     # -------------------------------------------------------------------------------------------------- single leaves
 
@@ -189,7 +189,7 @@ class Layout:
     @functools.cached_property
     def stage_of(self) -> dict[str, int]:
         """The stage of each layer."""
-        return {name: k % self.stages for k, names in enumerate(self.slices) for name in names}
+        return {name: k % self.stages for k, names in enumerate(self.chunks) for name in names}
 
     @property
     def stages(self) -> int:
@@ -198,7 +198,7 @@ class Layout:
 
     def on_stage(self, stage: int) -> Layout:
         """The layout of what lives on one stage: the same rules on its devices alone."""
-        return dataclasses.replace(self, mesh=stage_mesh(self.mesh, stage), slices=())
+        return dataclasses.replace(self, mesh=stage_mesh(self.mesh, stage), chunks=())
 
     @property
     def batch(self) -> NamedSharding:

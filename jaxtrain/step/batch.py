@@ -41,7 +41,7 @@ class Resident:
     labels: Any = ()
 
 
-def select(batch: Batch, resident: Resident, index: Any, layout: Layout) -> tuple[jax.Array, jax.Array]:
+def select_microbatch(batch: Batch, resident: Resident, index: Any, layout: Layout) -> tuple[jax.Array, jax.Array]:
     """Images uint8 [B/M, H, W, C] and labels int32 [B/M] of microbatch `index`, split over the batch axes."""
     images = select_from(batch.images, batch.rows, resident.images, index, layout)
     return images, select_from(batch.labels, batch.rows, resident.labels, index, layout)

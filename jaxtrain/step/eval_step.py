@@ -15,8 +15,8 @@ import numpy as np
 from jaxtrain.data.augment import eval_inputs
 from jaxtrain.models.layers import Context
 from jaxtrain.parallel.layout import Layout
-from jaxtrain.step.batch import EvalBatch, Resident, select
-from jaxtrain.step.layer_wrap import wrapper
+from jaxtrain.step.batch import EvalBatch, Resident, select_microbatch
+from jaxtrain.step.layer_wrap import layer_wrapper
 from jaxtrain.step.task import Task
 from jaxtrain.trees import PyTree
 
@@ -47,7 +47,7 @@ class EvalResult:
 
 
 @dataclasses.dataclass(frozen=True)
-class Evaluator:
+class EvalStep:
     """The compiled evaluation. Call it with weights, statistics and the batches of a split."""
 
     zeros: Callable[[], EvalSums]
@@ -81,16 +81,16 @@ def summarize(sums: EvalSums) -> EvalResult:
     )
 
 
-def make_evaluator(
+def make_eval_step(
     task: Task, layout: Layout, params: PyTree, batch_stats: PyTree, batch: EvalBatch, resident: Resident
-) -> Evaluator:
+) -> EvalStep:
     """Compiles the evaluation of one batch, for weights that lie as `params` do."""
     zeros = jax.jit(functools.partial(zero_sums_of, task), out_shardings=layout.sharding())
     add = jax.jit(functools.partial(_add, task, layout), out_shardings=layout.sharding())
     sums = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding()), jax.eval_shape(zeros)
     )
-    return Evaluator(zeros.lower().compile(), add.lower(sums, params, batch_stats, batch, resident).compile())
+    return EvalStep(zeros.lower().compile(), add.lower(sums, params, batch_stats, batch, resident).compile())
 
 
 def zero_sums_of(task: Task) -> EvalSums:
@@ -109,10 +109,10 @@ def _add(
     batch: EvalBatch,
     resident: Resident,
 ) -> EvalSums:
-    images, labels = select(batch.batch, resident, 0, layout)
+    images, labels = select_microbatch(batch.batch, resident, 0, layout)
     inputs = eval_inputs(task.preprocess, images)
     context = Context(example=jnp.arange(labels.shape[0], dtype=jnp.int32))
-    logits, _ = task.model.apply(params, batch_stats, inputs, context, wrap=wrapper(layout, params, "none"))
+    logits, _ = task.model.apply(params, batch_stats, inputs, context, wrap=layer_wrapper(layout, params, "none"))
     return add_to_sums(task, sums, logits, labels, batch.mask[0])
 
 

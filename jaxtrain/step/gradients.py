@@ -13,15 +13,15 @@ from jaxtrain.data.augment import train_inputs
 from jaxtrain.models.layers import Context
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.precision import scale_factor
-from jaxtrain.step.batch import Batch, Resident, select
-from jaxtrain.step.layer_wrap import wrapper
+from jaxtrain.step.batch import Batch, Resident, select_microbatch
+from jaxtrain.step.layer_wrap import layer_wrapper
 from jaxtrain.step.task import Task
 from jaxtrain.step.train_state import AUGMENT, DROPOUT, TrainState, role_key
 from jaxtrain.trees import PyTree, path_of
 
 
 @flax.struct.dataclass
-class Sums:
+class GradientSums:
     """What microbatches add up to: gradients of the mean loss over the global batch, new running statistics, metrics."""
 
     gradients: PyTree
@@ -30,10 +30,10 @@ class Sums:
     correct: jax.Array
 
 
-def zero_sums(params: PyTree, batch_stats: PyTree, dtype: Any) -> Sums:
+def zero_sums(params: PyTree, batch_stats: PyTree, dtype: Any) -> GradientSums:
     """The sums of no microbatch. dtype: of the loss and the correct answers; gradients have their parameters'."""
     zeros = functools.partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype))
-    return Sums(zeros(params), zeros(batch_stats), jnp.zeros((), dtype), jnp.zeros((), dtype))
+    return GradientSums(zeros(params), zeros(batch_stats), jnp.zeros((), dtype), jnp.zeros((), dtype))
 
 
 def like_params(layout: Layout, tree: str, params: PyTree) -> PyTree:
@@ -45,10 +45,10 @@ def like_params(layout: Layout, tree: str, params: PyTree) -> PyTree:
 
 def microbatch_gradients(
     task: Task, layout: Layout, shardings: PyTree, state: TrainState, batch: Batch, resident: Resident, index: Any
-) -> Sums:
+) -> GradientSums:
     """The part of microbatch `index` in the mean loss, its gradients and its statistics."""
     parts = layout.config.microbatches
-    images, labels = select(batch, resident, index, layout)
+    images, labels = select_microbatch(batch, resident, index, layout)
     size = labels.shape[0]
     # A random number belongs to an example of the global batch, whichever microbatch or device it is on.
     example = index * size + jnp.arange(size, dtype=jnp.int32)
@@ -59,7 +59,7 @@ def microbatch_gradients(
 
     def loss_fn(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, jax.Array, PyTree]]:
         logits, batch_stats = task.model.apply(
-            params, state.batch_stats, inputs, context, dropout, wrap=wrapper(layout, state.params, task.remat)
+            params, state.batch_stats, inputs, context, dropout, wrap=layer_wrapper(layout, state.params, task.remat)
         )
         loss = jnp.sum(task.loss(logits, targets)) / (size * parts)
         correct = jnp.sum(jnp.argmax(logits, -1) == labels)
@@ -74,4 +74,4 @@ def microbatch_gradients(
     gradients = jax.lax.with_sharding_constraint(gradients, shardings)
     batch_stats = jax.tree.map(lambda s: s / parts, batch_stats)
     batch_stats = jax.lax.with_sharding_constraint(batch_stats, like_params(layout, "batch_stats", batch_stats))
-    return Sums(gradients, batch_stats, loss, correct.astype(loss.dtype))
+    return GradientSums(gradients, batch_stats, loss, correct.astype(loss.dtype))

@@ -11,7 +11,7 @@ from jaxtrain.parallel.layout import Layout
 from jaxtrain.trees import PyTree, path_of
 
 
-def wrapper(
+def layer_wrapper(
     layout: Layout, params: PyTree, remat: str, *, gathered: bool = False
 ) -> Callable[[Callable[..., Any], str], Callable[..., Any]] | None:
     """What the layout and `remat` put around each layer's function: gather its parameters, and what not to store.

@@ -12,7 +12,7 @@ import numpy as np
 
 
 @flax.struct.dataclass
-class Metrics:
+class StepMetrics:
     """What a step reports, or several: one array [..., names], since each one would be a transfer of its own."""
 
     numbers: jax.Array
@@ -27,7 +27,7 @@ class Metrics:
         return [dict(zip(self.names, row, strict=True)) for row in np.atleast_2d(jax.device_get(self.numbers)).tolist()]
 
 
-def pack(values: Mapping[str, Any]) -> Metrics:
+def stack_metrics(values: Mapping[str, Any]) -> StepMetrics:
     """Scalars by name, in the type of the loss; in the names' order, which is the same for all engines."""
     names = tuple(sorted(values))
-    return Metrics(jnp.stack([jnp.asarray(values[name], values["loss"].dtype) for name in names]), names)
+    return StepMetrics(jnp.stack([jnp.asarray(values[name], values["loss"].dtype) for name in names]), names)

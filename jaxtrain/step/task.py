@@ -13,8 +13,8 @@ from jaxtrain.config import Config, OptimConfig
 from jaxtrain.data.augment import Preprocess
 from jaxtrain.models.classifier import Classifier
 from jaxtrain.optim.losses import loss_fn
-from jaxtrain.optim.optimizers import make
-from jaxtrain.precision import at_least_f32, policy
+from jaxtrain.optim.optimizers import make_optimizer
+from jaxtrain.precision import at_least_f32, precision_policy
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,11 +59,11 @@ def make_task(
         cutmix=config.data.cutmix,
         label_smoothing=config.optim.label_smoothing,
         padding=config.data.crop_padding,
-        dtype=policy(config.train.precision).compute_dtype,
+        dtype=precision_policy(config.train.precision).compute_dtype,
     )
     return Task(
         model=model,
-        optimizer=make(config.optim, rate, model.no_decay),
+        optimizer=make_optimizer(config.optim, rate, model.no_decay),
         schedule=rate,
         loss=loss_fn(config.optim.loss),
         preprocess=preprocess,

@@ -17,8 +17,8 @@ import numpy as np
 
 from jaxtrain.parallel.layout import Layout, over_steps
 from jaxtrain.step.batch import Batch, Resident
-from jaxtrain.step.gradients import Sums, like_params, microbatch_gradients, zero_sums
-from jaxtrain.step.metrics import Metrics
+from jaxtrain.step.gradients import GradientSums, like_params, microbatch_gradients, zero_sums
+from jaxtrain.step.metrics import StepMetrics
 from jaxtrain.step.task import Task
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.step.update import update_state
@@ -26,7 +26,7 @@ from jaxtrain.trees import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class MeshTrainStep:
     """The compiled step.
 
     programs: its XLA programs by name, for the audit and for `memory_analysis`. after: where they leave the state.
@@ -40,7 +40,7 @@ class Step:
     microbatches: tuple[jax.Array, ...] = ()
     per_call: int = 1
 
-    def __call__(self, state: TrainState, batch: Batch, resident: Resident) -> tuple[TrainState, Metrics]:
+    def __call__(self, state: TrainState, batch: Batch, resident: Resident) -> tuple[TrainState, StepMetrics]:
         """Donates `state`. Asynchronous: the metrics are not there until they are read.
 
         batch: of one update, or of `per_call` of them, stacked (`batch.step` tells which); so are the metrics then.
@@ -55,9 +55,9 @@ class Step:
         return self.programs["update"](state, sums, batch.step)
 
 
-def make_step(
+def make_train_step(
     task: Task, layout: Layout, state: TrainState, batch: Batch, resident: Resident, per_call: int = 1
-) -> Step:
+) -> MeshTrainStep:
     """Compiles the step for `state`, `batch` and `resident` (arrays, or shapes with shardings).
 
     per_call: how many updates one program should make; one where the host drives the microbatches, and where the loop
@@ -76,11 +76,11 @@ def make_step(
 
     if parts == 1:
 
-        def step(state: TrainState, batch: Batch, resident: Resident) -> tuple[TrainState, Metrics]:
+        def step(state: TrainState, batch: Batch, resident: Resident) -> tuple[TrainState, StepMetrics]:
             return update(state, gradients(state, batch, resident, 0), batch.step)
 
-        def call(state: TrainState, batches: Batch, resident: Resident) -> tuple[TrainState, Metrics]:
-            def one(state: TrainState, batch: Batch) -> tuple[TrainState, Metrics]:
+        def call(state: TrainState, batches: Batch, resident: Resident) -> tuple[TrainState, StepMetrics]:
+            def one(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
                 after, metrics = step(state, batch, resident)
                 return jax.lax.with_sharding_constraint(after, state_shardings), metrics
 
@@ -93,9 +93,11 @@ def make_step(
         programs = {"step": lowered.compile()}
         if per_call > 1:
             programs["call"] = compiling(call).lower(state, stacked(batch, per_call), resident).compile()
-        return Step(programs, programs["step"].output_shardings[0], per_call=per_call)
+        return MeshTrainStep(programs, programs["step"].output_shardings[0], per_call=per_call)
 
-    def accumulate(sums: Sums, state: TrainState, batch: Batch, resident: Resident, index: jax.Array) -> Sums:
+    def accumulate(
+        sums: GradientSums, state: TrainState, batch: Batch, resident: Resident, index: jax.Array
+    ) -> GradientSums:
         new = gradients(state, batch, resident, index)
         return jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, new)
 
@@ -113,7 +115,7 @@ def make_step(
     }
     programs = {name: program.compile() for name, program in lowered.items()}
     accumulator = programs["zeros"].output_shardings.gradients
-    return Step(programs, programs["update"].output_shardings[0], accumulator, indices)
+    return MeshTrainStep(programs, programs["update"].output_shardings[0], accumulator, indices)
 
 
 def stacked(batch: Batch, count: int) -> Batch:

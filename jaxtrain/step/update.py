@@ -12,15 +12,15 @@ import optax
 
 from jaxtrain.optim.updates import clip_by_global_norm, ema_update, global_norm
 from jaxtrain.precision import LossScale, adjust_loss_scale, at_floor, scale_factor
-from jaxtrain.step.gradients import Sums
-from jaxtrain.step.metrics import Metrics, pack
+from jaxtrain.step.gradients import GradientSums
+from jaxtrain.step.metrics import StepMetrics, stack_metrics
 from jaxtrain.step.task import Task
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.trees import PyTree
 
 
 @flax.struct.dataclass
-class Verdict:
+class UpdateDecision:
     """What becomes of an update, decided from the numbers of the whole tree.
 
     step, loss_scale: as they are afterwards. accepted: the new state is taken. skipped: fp16 overflowed, and the run goes on
@@ -34,9 +34,9 @@ class Verdict:
     norm: jax.Array
 
 
-def judge(
+def decide_update(
     step: jax.Array, loss_scale: PyTree, batch_step: jax.Array, loss: jax.Array, norm: jax.Array, *, skips: bool
-) -> Verdict:
+) -> UpdateDecision:
     """Accepts an update whose loss and gradient norm are finite. skips: the run goes on without one that is not.
 
     A state that is not at `batch_step` stays as it is: when an update is refused, so are those already dispatched behind it.
@@ -48,33 +48,33 @@ def judge(
     can_shrink = isinstance(loss_scale, LossScale) & ~at_floor(loss_scale)
     skipped = on_time & ~finite & (can_shrink | skips)
     new_scale = _select(on_time, adjust_loss_scale(loss_scale, finite), loss_scale)
-    return Verdict(step + accepted + skipped, new_scale, accepted, skipped, norm)
+    return UpdateDecision(step + accepted + skipped, new_scale, accepted, skipped, norm)
 
 
-def unscaled(loss_scale: PyTree, gradients: PyTree, updating: PyTree) -> PyTree:
+def unscale_gradients(loss_scale: PyTree, gradients: PyTree, updating: PyTree) -> PyTree:
     """Gradients of the loss itself, where the optimizer's state lives: under ZeRO each device updates its own part."""
     gradients = jax.tree.map(lambda g: g / scale_factor(loss_scale, g.dtype), gradients)
     return jax.lax.with_sharding_constraint(gradients, updating)
 
 
-def advance(
+def apply_update(
     task: Task,
     shardings: TrainState,
     updating: PyTree,
     state: TrainState,
     gradients: PyTree,
     batch_stats: PyTree,
-    verdict: Verdict,
+    decision: UpdateDecision,
 ) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
-    """The state (of the whole model or of some of its layers) after `verdict`; the norms of the old parameters and of what
-    `verdict` was about to add to them.
+    """The state (of the whole model or of some of its layers) after `decision`; the norms of the old parameters and of what
+    `decision` was about to add to them.
     """
     if task.optim.clip_norm:
-        gradients = clip_by_global_norm(gradients, verdict.norm, task.optim.clip_norm)
+        gradients = clip_by_global_norm(gradients, decision.norm, task.optim.clip_norm)
     params_part = jax.lax.with_sharding_constraint(state.params, updating)
     updates, opt_state = task.optimizer.update(gradients, state.opt_state, params_part)
     norms = (global_norm(params_part), global_norm(updates))
-    accepted = _once_known(verdict.accepted, norms)
+    accepted = _once_known(decision.accepted, norms)
     params = jax.lax.with_sharding_constraint(optax.apply_updates(params_part, updates), shardings.params)
     ema = state.ema
     if task.optim.ema:
@@ -84,9 +84,9 @@ def advance(
     after = _select(accepted, updated, state)
     # The optimizer counts a skipped step too, so that its learning rate stays the schedule's at `step`.
     counted = jax.tree.map(
-        lambda new, old: jnp.where(verdict.skipped & _is_count(new), new, old), opt_state, after.opt_state
+        lambda new, old: jnp.where(decision.skipped & _is_count(new), new, old), opt_state, after.opt_state
     )
-    return dataclasses.replace(after, step=verdict.step, loss_scale=verdict.loss_scale, opt_state=counted), norms
+    return dataclasses.replace(after, step=decision.step, loss_scale=decision.loss_scale, opt_state=counted), norms
 
 
 def _once_known(accepted: jax.Array, norms: tuple[jax.Array, jax.Array]) -> jax.Array:
@@ -101,20 +101,22 @@ def _once_known(accepted: jax.Array, norms: tuple[jax.Array, jax.Array]) -> jax.
 
 
 def update_state(
-    task: Task, shardings: TrainState, updating: PyTree, state: TrainState, sums: Sums, step: jax.Array
-) -> tuple[TrainState, Metrics]:
+    task: Task, shardings: TrainState, updating: PyTree, state: TrainState, sums: GradientSums, step: jax.Array
+) -> tuple[TrainState, StepMetrics]:
     """The state after the update, or the same state where the loss or the gradient norm is not finite."""
-    gradients = unscaled(state.loss_scale, sums.gradients, updating)
-    verdict = judge(state.step, state.loss_scale, step, sums.loss, global_norm(gradients), skips=task.skips)
-    after, norms = advance(task, shardings, updating, state, gradients, sums.batch_stats, verdict)
-    return after, pack(metrics_of(task, state.step, state.loss_scale, verdict, sums.loss, sums.correct, *norms))
+    gradients = unscale_gradients(state.loss_scale, sums.gradients, updating)
+    decision = decide_update(state.step, state.loss_scale, step, sums.loss, global_norm(gradients), skips=task.skips)
+    after, norms = apply_update(task, shardings, updating, state, gradients, sums.batch_stats, decision)
+    return after, stack_metrics(
+        step_metrics(task, state.step, state.loss_scale, decision, sums.loss, sums.correct, *norms)
+    )
 
 
-def metrics_of(
+def step_metrics(
     task: Task,
     step: jax.Array,
     loss_scale: PyTree,
-    verdict: Verdict,
+    decision: UpdateDecision,
     loss: jax.Array,
     correct: jax.Array,
     param_norm: jax.Array,
@@ -122,15 +124,15 @@ def metrics_of(
 ) -> dict[str, Any]:
     """What a step reports; `step` and `loss_scale` are those before it. made: the step counts, its batch is used up."""
     return {
-        "made": verdict.accepted | verdict.skipped,
+        "made": decision.accepted | decision.skipped,
         "loss": loss,
         "correct": correct,
         "learning_rate": task.schedule(step),
-        "grad_norm": verdict.norm,
+        "grad_norm": decision.norm,
         "param_norm": param_norm,
         "update_norm": update_norm,
         "loss_scale": scale_factor(loss_scale, loss.dtype),
-        "skipped": verdict.skipped,
+        "skipped": decision.skipped,
     }
 
 

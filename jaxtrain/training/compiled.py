@@ -13,18 +13,18 @@ from typing import Any
 
 import jax
 
-from jaxtrain.checkpoint.checkpointer import Checkpoints
-from jaxtrain.checkpoint.resume_point import Resume
+from jaxtrain.checkpoint.checkpointer import Checkpointer
+from jaxtrain.checkpoint.resume_point import ResumePoint
 from jaxtrain.errors import DeviceMemoryError
 from jaxtrain.parallel.audit import audit
 from jaxtrain.step.batch import EvalBatch
-from jaxtrain.step.eval_step import EvalResult, Evaluator, make_evaluator
-from jaxtrain.step.pipeline.eval_step import PipelineEvaluator, make_pipeline_evaluator
-from jaxtrain.step.pipeline.train_step import PipelineStep, make_pipeline
+from jaxtrain.step.eval_step import EvalResult, EvalStep, make_eval_step
+from jaxtrain.step.pipeline.eval_step import PipelineEvalStep, make_pipeline_eval_step
+from jaxtrain.step.pipeline.train_step import PipelineTrainStep, make_pipeline_train_step
 from jaxtrain.step.train_state import TrainState, create_state, state_shapes
-from jaxtrain.step.train_step import Step, make_step
-from jaxtrain.training.input_pipeline import Feed, make_feed
-from jaxtrain.training.setup import Run
+from jaxtrain.step.train_step import MeshTrainStep, make_train_step
+from jaxtrain.training.input_pipeline import InputPipeline, make_input_pipeline
+from jaxtrain.training.setup import RunSpec
 from jaxtrain.training.startup_report import idle_stages, layout_table, one_step_a_call, summary
 from jaxtrain.trees import PyTree
 
@@ -32,20 +32,22 @@ log = logging.getLogger("jaxtrain")
 
 
 @dataclasses.dataclass(frozen=True)
-class Engine:
+class CompiledRun:
     """step: one update (see `jaxtrain.step.train_step`). evaluate: weights, on a split. feed: batches."""
 
-    step: Step | PipelineStep
-    evaluate: Evaluation
-    feed: Feed
+    step: MeshTrainStep | PipelineTrainStep
+    evaluate: Evaluator
+    feed: InputPipeline
 
     @property
     def steps_per_call(self) -> int:
         """How many updates one call of `step` makes, of as many batches stacked."""
-        return self.step.per_call if isinstance(self.step, Step) else 1
+        return self.step.per_call if isinstance(self.step, MeshTrainStep) else 1
 
 
-def start_engine(run: Run, resume: Resume, trace: Path = Path("pipeline_trace.json")) -> tuple[Engine, TrainState]:
+def compile_run(
+    run: RunSpec, resume: ResumePoint, trace: Path = Path("pipeline_trace.json")
+) -> tuple[CompiledRun, TrainState]:
     """Makes or restores the state, compiles the step (beside it, in a run of one process) and audits the layout.
 
     trace: the file of `layout.trace_step`.
@@ -53,7 +55,7 @@ def start_engine(run: Run, resume: Resume, trace: Path = Path("pipeline_trace.js
     began = time.perf_counter()
     shapes = state_shapes(run.init, run.layout)
     table = layout_table(run.layout, shapes)
-    feed = make_feed(run.dataset, run.layout, run.config.data.residency, run.config.data.workers)
+    feed = make_input_pipeline(run.dataset, run.layout, run.config.data.residency, run.config.data.workers)
     compiler = concurrent.futures.ThreadPoolExecutor(1, "compile")
     compiling = compiler.submit(_compile_step, run, feed, shapes, trace)
     if jax.process_count() > 1:
@@ -70,28 +72,28 @@ def start_engine(run: Run, resume: Resume, trace: Path = Path("pipeline_trace.js
     for note in audit(run.layout, table, state, step).notes:
         log.info("%s", note)
     log.info("compiled in %.1f s", time.perf_counter() - began)
-    return Engine(step, Evaluation(run, feed, compiler), feed), state
+    return CompiledRun(step, Evaluator(run, feed, compiler), feed), state
 
 
-def _restored(run: Run, resume: Resume, shapes: TrainState) -> TrainState:
+def _restored(run: RunSpec, resume: ResumePoint, shapes: TrainState) -> TrainState:
     """The state that the run goes on from."""
     assert resume.start is not None
     changes = run.config.checkpoint.allow_changes  # then a tree may stay as it is in a fresh state
     template = create_state(run.init, run.layout) if changes else shapes
-    with contextlib.closing(Checkpoints(resume.start.directory, read_only=True)) as checkpoints:
+    with contextlib.closing(Checkpointer(resume.start.directory, read_only=True)) as checkpoints:
         state = checkpoints.restore(resume.start.step, template, allow_changes=changes)
     log.info("resumed from %s", resume.start.directory / str(resume.start.step))
     return state
 
 
-class Evaluation:
+class Evaluator:
     """Evaluates weights on a split. Compiled in a thread, at the first call or from `begin` on."""
 
-    def __init__(self, run: Run, feed: Feed, compiler: concurrent.futures.Executor | None = None):
+    def __init__(self, run: RunSpec, feed: InputPipeline, compiler: concurrent.futures.Executor | None = None):
         self._run, self._feed = run, feed
         self._batch = run.config.data.global_batch // run.layout.config.microbatches
         self._compiler = compiler or concurrent.futures.ThreadPoolExecutor(1, "compile")
-        self._compiled: dict[Any, concurrent.futures.Future[Evaluator | PipelineEvaluator]] = {}
+        self._compiled: dict[Any, concurrent.futures.Future[EvalStep | PipelineEvalStep]] = {}
 
     def begin(self, state: TrainState) -> None:
         """Compiles beside what comes next for the weights of `state`, and for their average.
@@ -120,7 +122,7 @@ class Evaluation:
         with contextlib.closing(self._feed.evaluation(split, self._batch)) as batches:
             return program(params, batch_stats, watched(batches), self._feed.resident)
 
-    def _program(self, *weights: PyTree) -> concurrent.futures.Future[Evaluator | PipelineEvaluator]:
+    def _program(self, *weights: PyTree) -> concurrent.futures.Future[EvalStep | PipelineEvalStep]:
         leaves, structure = jax.tree.flatten(weights)
         # Under ZeRO-1 and 2 the average is sharded and the weights are not: two programs.
         where = tuple(leaf.sharding for leaf in leaves)
@@ -129,21 +131,23 @@ class Evaluation:
             shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves]
             params, batch_stats = structure.unflatten(shapes)
             batch, resident = self._feed.evaluation_shapes(self._batch), self._feed.resident
-            make = make_pipeline_evaluator if self._run.layout.stages > 1 else make_evaluator
+            make = make_pipeline_eval_step if self._run.layout.stages > 1 else make_eval_step
             task, layout = self._run.task, self._run.layout
             self._compiled[where] = self._compiler.submit(make, task, layout, params, batch_stats, batch, resident)
         return self._compiled[where]
 
 
-def _compile_step(run: Run, feed: Feed, state: TrainState, trace: Path) -> Step | PipelineStep:
+def _compile_step(
+    run: RunSpec, feed: InputPipeline, state: TrainState, trace: Path
+) -> MeshTrainStep | PipelineTrainStep:
     """state: shapes."""
     batch = feed.train_shapes(run.config.data.global_batch)
     if run.layout.stages > 1:
         if run.config.train.steps_per_call > 1:
             log.info("%s", one_step_a_call(run.config))
-        return make_pipeline(run.task, run.layout, state, batch, feed.resident, trace)
+        return make_pipeline_train_step(run.task, run.layout, state, batch, feed.resident, trace)
     asked = run.config.train.steps_per_call
-    step = make_step(run.task, run.layout, state, batch, feed.resident, asked)
+    step = make_train_step(run.task, run.layout, state, batch, feed.resident, asked)
     if step.per_call < asked:
         log.info("%s", one_step_a_call(run.config))
     return step

@@ -7,9 +7,9 @@ import dataclasses
 import logging
 from pathlib import Path
 
-from jaxtrain.checkpoint.checkpointer import Checkpoints
+from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.manifest import manifested_steps, problems, read_manifest
-from jaxtrain.checkpoint.resume_point import Position, Start, find_start
+from jaxtrain.checkpoint.resume_point import CheckpointStep, Position, find_checkpoint
 from jaxtrain.config import Config, LayoutConfig, flatten, from_dict, to_dict
 from jaxtrain.data import record
 from jaxtrain.data.base import Dataset, follow_classes
@@ -19,10 +19,10 @@ from jaxtrain.parallel.mesh import batch_ways, make_mesh
 from jaxtrain.plugins import refuse_code
 from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.step.train_state import state_shapes
-from jaxtrain.training.compiled import Evaluation
-from jaxtrain.training.input_pipeline import make_feed
+from jaxtrain.training.compiled import Evaluator
+from jaxtrain.training.input_pipeline import make_input_pipeline
 from jaxtrain.training.jax_settings import settings
-from jaxtrain.training.setup import load_data, make_run, select_devices
+from jaxtrain.training.setup import load_data, make_run_spec, select_devices
 from jaxtrain.workdir import named
 
 SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
@@ -82,7 +82,7 @@ def evaluate(
         raise ConfigError(f"{workdir} keeps no moving average of the weights (config.optim.ema=0).")
     ema = bool(config.optim.ema) if ema is None else ema
     xla_flags.set_flags(xla_flags.for_run(config.train.precision))
-    with contextlib.closing(Checkpoints(start.directory, read_only=True)) as checkpoints:
+    with contextlib.closing(Checkpointer(start.directory, read_only=True)) as checkpoints:
         devices = select_devices(num_devices)
         # Numbers do not depend on the layout: weights shared out among the devices, and a batch that they divide.
         config = dataclasses.replace(
@@ -94,18 +94,18 @@ def evaluate(
         with settings(config):
             dataset = load_data(config.data, needed=SPLITS[split], drawn=position.dataset.get("drawn"))
             dataset = _same_data(dataset, position, split, f"step {start.step} of {workdir}", allow_changes)
-            run = make_run(_as_trained(config, position), dataset, devices)
+            run = make_run_spec(_as_trained(config, position), dataset, devices)
             state = checkpoints.restore_weights(start.step, state_shapes(run.init, run.layout))
-            feed = make_feed(dataset, run.layout, config.data.residency, config.data.workers)
+            feed = make_input_pipeline(dataset, run.layout, config.data.residency, config.data.workers)
             weights = state.ema if ema else {"params": state.params, "batch_stats": state.batch_stats}
-            result = Evaluation(run, feed)(SPLITS[split], weights["params"], weights["batch_stats"])
+            result = Evaluator(run, feed)(SPLITS[split], weights["params"], weights["batch_stats"])
     return Evaluated(result, start.step, SPLITS[split], "ema" if ema else "raw", dataset.class_names)
 
 
-def _find(workdir: Path, checkpoint: str) -> tuple[Start, Position, Config]:
+def _find(workdir: Path, checkpoint: str) -> tuple[CheckpointStep, Position, Config]:
     """The checkpoint that is meant, whose files are whole; what is stored with it."""
     directory = workdir / "checkpoints"
-    start = find_start(directory, checkpoint, "checkpoint") if manifested_steps(directory) else None
+    start = find_checkpoint(directory, checkpoint, "checkpoint") if manifested_steps(directory) else None
     if start is None:
         raise CheckpointError(f"{workdir} holds no checkpoint.")
     folder = start.directory / str(start.step)

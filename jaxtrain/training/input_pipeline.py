@@ -24,7 +24,7 @@ RESIDENT_SHARE = 0.1
 RESIDENT_BYTES = 1 << 30
 
 
-class Placer:
+class BatchSharder:
     """Which part of a batch [parts, size, ...] this process holds, and how it becomes one global array."""
 
     def __init__(self, layout: Layout, parts: int, size: int):
@@ -75,7 +75,7 @@ def _place(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding, 
 
 
 @dataclasses.dataclass(frozen=True)
-class Feed:
+class InputPipeline:
     """Batches of a data set for one layout.
 
     resident: every split, one after the other, on every device; `Resident()` when batches are streamed. offsets: the first
@@ -113,7 +113,7 @@ class Feed:
         calls: how many of them come stacked as one, each time; without it every one comes alone.
         """
         parts, source = self.layout.config.microbatches, self.dataset.train
-        placer = Placer(self.layout, parts, global_batch // parts)
+        placer = BatchSharder(self.layout, parts, global_batch // parts)
         order: dict[str, Any] = {
             "seed": seed, "global_batch": global_batch, "positions": placer.positions,
             "first_example": first_example, "steps": steps,
@@ -151,7 +151,7 @@ class Feed:
 
     def evaluation(self, split: str, batch: int) -> Generator[EvalBatch]:
         """Every example of `split` once, in order, in batches of `batch`; the last is padded and masked."""
-        placer = Placer(self.layout, 1, batch)
+        placer = BatchSharder(self.layout, 1, batch)
         step, source = placer.numbers(0), getattr(self.dataset, split)
         if not len(source):
             return
@@ -177,7 +177,7 @@ def _chunks(stream: Iterable[Any], sizes: Iterable[int], number: int) -> Iterato
         number += size
 
 
-def make_feed(dataset: Dataset, layout: Layout, residency: str, workers: int) -> Feed:
+def make_input_pipeline(dataset: Dataset, layout: Layout, residency: str, workers: int) -> InputPipeline:
     """Decides where the data set lives, and puts it on the devices if it is there."""
     splits: dict[str, Source] = {name: getattr(dataset, name) for name in ("train", "validation", "test")}
     size = sum(nbytes(source) for source in splits.values())
@@ -187,7 +187,7 @@ def make_feed(dataset: Dataset, layout: Layout, residency: str, workers: int) ->
     if residency == "stream" or (residency == "auto" and size > _resident_limit(layout)):
         if workers < 0:
             workers = default_workers(cheap=is_cheap(typical), local_processes=sharing)
-        return Feed(dataset, layout, Resident(), {}, workers, threads)
+        return InputPipeline(dataset, layout, Resident(), {}, workers, threads)
     images, labels = zip(*(materialize(source, threads) for source in splits.values()), strict=True)
 
     def place(array: np.ndarray, stage: int | None = None) -> jax.Array:
@@ -195,7 +195,7 @@ def make_feed(dataset: Dataset, layout: Layout, residency: str, workers: int) ->
 
     offsets = np.cumsum([0, *(len(source) for source in splits.values())])
     resident = Resident(place(np.concatenate(images), 0), place(np.concatenate(labels)))
-    return Feed(dataset, layout, resident, dict(zip(splits, offsets.tolist(), strict=False)), workers)
+    return InputPipeline(dataset, layout, resident, dict(zip(splits, offsets.tolist(), strict=False)), workers)
 
 
 def _resident_limit(layout: Layout) -> float:

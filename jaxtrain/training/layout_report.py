@@ -25,7 +25,7 @@ from jaxtrain.step.pipeline.schedule import Op
 from jaxtrain.step.pipeline.timeline import Event, Timeline, simulate
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.training.jax_settings import settings
-from jaxtrain.training.setup import Run, decide, make_run, select_devices, unused_settings
+from jaxtrain.training.setup import RunSpec, make_run_spec, resolve_for_machine, select_devices, unused_settings
 from jaxtrain.training.startup_report import idle_stages, layout_table
 
 
@@ -42,17 +42,17 @@ def describe_layout(config: Config, num_devices: int = 0) -> dict[str, Any]:
     return describe(*_planned(config, num_devices))
 
 
-def _planned(config: Config, num_devices: int) -> tuple[Run, dict[str, list[Placement]]]:
+def _planned(config: Config, num_devices: int) -> tuple[RunSpec, dict[str, list[Placement]]]:
     devices = select_devices(num_devices)
-    config = decide(config, None, devices)
+    config = resolve_for_machine(config, None, devices)
     with settings(config):
-        run = make_run(config, registry.outline(config.data, image_size=config.data.image_size), devices)
+        run = make_run_spec(config, registry.outline(config.data, image_size=config.data.image_size), devices)
         state = jax.eval_shape(run.init)
         _trace(run, state)
         return run, layout_table(run.layout, state)
 
 
-def _trace(run: Run, state: TrainState) -> None:
+def _trace(run: RunSpec, state: TrainState) -> None:
     """Traces a microbatch's forward pass, so that what training refuses there is refused here. Computes nothing."""
     task, parts = run.task, run.config.layout.microbatches
     size = run.config.data.global_batch // parts
@@ -68,7 +68,7 @@ def _trace(run: Run, state: TrainState) -> None:
     jax.eval_shape(forward, state.params, state.batch_stats, images, jax.ShapeDtypeStruct((size,), jnp.int32))
 
 
-def describe(run: Run, table: dict[str, list[Placement]]) -> dict[str, Any]:
+def describe(run: RunSpec, table: dict[str, list[Placement]]) -> dict[str, Any]:
     """What `describe_layout` returns."""
     leaves = [
         {
@@ -110,16 +110,16 @@ _NOMINAL_FLOPS = 5e14
 def draw_schedule(config: Config, num_devices: int = 0, traced: str | Path = "") -> str:
     """An SVG of the pipeline's planned step; with `traced`, a work directory, also of its recorded step, beside it.
 
-    The plan takes what each slice costs from the layers' operations at 500 TFLOP/s, or from the recorded step where there
+    The plan takes what each chunk costs from the layers' operations at 500 TFLOP/s, or from the recorded step where there
     is one. Raises `ConfigError` when there are no stages, or no record.
     """
     run, _ = _planned(config, num_devices)
     if run.split is None:
         raise ConfigError("config.layout.stages=1: there is no schedule to draw; use --config.layout.stages=2 or more.")
     layout = run.config.layout
-    schedule = schedules.make(layout.schedule, layout.stages, layout.microbatches, layout.chunks)
+    schedule = schedules.make_pipeline_schedule(layout.schedule, layout.stages, layout.microbatches, layout.chunks)
     title = f"{layout.schedule}, {layout.stages} stages, {layout.microbatches} microbatches"
-    costs = [sum(run.split.costs[i].cost for i in layers) / _NOMINAL_FLOPS for layers in run.split.slices]
+    costs = [sum(run.split.costs[i].cost for i in layers) / _NOMINAL_FLOPS for layers in run.split.chunks]
     forward, backward = [c / 3 for c in costs], [2 * c / 3 for c in costs]
     if not traced:
         return svg([(f"planned: {title}", simulate(schedule, forward, backward))])

@@ -19,32 +19,32 @@ from rich.console import Console
 
 from jaxtrain import config as config_lib
 from jaxtrain.checkpoint import resume_point
-from jaxtrain.checkpoint.checkpointer import Checkpoints
+from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.lease import Lease, NoLease
 from jaxtrain.checkpoint.manifest import manifested_steps, read_manifest
-from jaxtrain.checkpoint.resume_point import Position, Resume, Start
+from jaxtrain.checkpoint.resume_point import CheckpointStep, Position, ResumePoint
 from jaxtrain.config import Config
 from jaxtrain.data.order import batch_indices
 from jaxtrain.distributed import coordination, straggler
-from jaxtrain.distributed.coordination import same_everywhere
+from jaxtrain.distributed.coordination import broadcast_bool
 from jaxtrain.distributed.interrupt import Interrupt
 from jaxtrain.distributed.watchdog import Watchdog
 from jaxtrain.durations import Duration
 from jaxtrain.errors import NumericError
 from jaxtrain.observability import diagnostics
-from jaxtrain.observability.anomaly import Finding, Guard
+from jaxtrain.observability.anomaly import Anomaly, AnomalyDetector
 from jaxtrain.observability.clock import StepClock, explain
 from jaxtrain.observability.goodput import NullTimes
-from jaxtrain.observability.metrics_writer import NullRecords, Records
+from jaxtrain.observability.metrics_writer import MetricsWriter, NullMetricsWriter
 from jaxtrain.observability.progress import NullProgress, Progress
 from jaxtrain.parallel.replicas import ReplicaCheck
 from jaxtrain.precision import MIN_SCALE
 from jaxtrain.step.eval_step import EvalResult
-from jaxtrain.step.metrics import Metrics
+from jaxtrain.step.metrics import StepMetrics
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.training.cadence import Cadence
-from jaxtrain.training.compiled import Engine
-from jaxtrain.training.setup import Run
+from jaxtrain.training.compiled import CompiledRun
+from jaxtrain.training.setup import RunSpec
 from jaxtrain.workdir import Workdir
 
 log = logging.getLogger("jaxtrain")
@@ -81,7 +81,7 @@ class Host:
 class RollBack(Exception):
     """The run goes on from an older checkpoint, past the examples that spoiled it."""
 
-    def __init__(self, resume: Resume):
+    def __init__(self, resume: ResumePoint):
         super().__init__()
         self.resume = resume
 
@@ -95,9 +95,9 @@ class Loop:
 
     def __init__(
         self,
-        run: Run,
-        engine: Engine,
-        checkpoints: Checkpoints,
+        run: RunSpec,
+        engine: CompiledRun,
+        checkpoints: Checkpointer,
         host: Host,
         position: Position,
         rollbacks_left: int,
@@ -118,15 +118,15 @@ class Loop:
         # A complete run trains nothing again, so the row of an epoch that its last step broke off stays too.
         rounded = math.floor if position.step < run.steps else math.ceil
         epochs_done = rounded(Fraction(position.examples, self.train_examples))
-        self.guard = Guard(self.config.train.nonfinite_skips, self.config.train.spike_threshold)
+        self.guard = AnomalyDetector(self.config.train.nonfinite_skips, self.config.train.spike_threshold)
         self.check_replicas = ReplicaCheck()
-        self.records = NullRecords()
+        self.records = NullMetricsWriter()
         if first:
-            self.records = Records(host.directory, position.step, epochs_done, since=position.data_since)
+            self.records = MetricsWriter(host.directory, position.step, epochs_done, since=position.data_since)
         self.progress = Progress(run.steps, position.step, host.console) if first else NullProgress()
         self.epochs = self._epoch(run.steps) + 1
         self.log_span = self.epoch_span = self.pace_span = self.clock.now()
-        self.paces, self.spread = straggler.Paces(), 1.0
+        self.paces, self.spread = straggler.ProcessTimes(), 1.0
         self.data_wait = 0.0  # of the last logged row, seconds
         self.saved_step, self.saved_at = position.step, time.monotonic()
         self.validated: tuple[int, dict[str, EvalResult]] = (-1, {})  # the last step that was, and its results
@@ -179,7 +179,7 @@ class Loop:
         )
         if self.position.owes_validation:
             self._between_steps(state, owed=True)
-        pending: collections.deque[tuple[range, Metrics]] = collections.deque()
+        pending: collections.deque[tuple[range, StepMetrics]] = collections.deque()
         with contextlib.closing(batches):
             for steps, due in self._calls():
                 self.watchdog.feed("input", steps[0] - 1, len(steps) * (self.clock.step_seconds or 0.0))
@@ -241,11 +241,11 @@ class Loop:
         if jax.process_count() > 1 and not any(step % self.config.train.log_every == 0 for step in steps):
             return False
         with jax.transfer_guard("allow"):  # to tell the others, JAX puts it on the devices
-            return same_everywhere(time.monotonic() - self.saved_at >= duration.seconds)
+            return broadcast_bool(time.monotonic() - self.saved_at >= duration.seconds)
 
     # ----------------------------------------------------------------------------------------------------- one step
 
-    def _read(self, steps: range, metrics: Metrics, state: TrainState) -> None:
+    def _read(self, steps: range, metrics: StepMetrics, state: TrainState) -> None:
         """Takes note of the metrics of a call, step by step. state: that after the call that was dispatched last."""
         for step, values in zip(steps, metrics.rows(), strict=True):
             self._note(step, values, state)
@@ -259,7 +259,7 @@ class Loop:
         if overflowed and (text := diagnostics.loss_scale_at_floor(values["loss_scale"] / 2, MIN_SCALE)):
             log.warning("%s", text)
         norms = values["grad_norm"], values["update_norm"]
-        finding = Finding() if overflowed else self.guard.look(step, values["loss"], *norms, skipped=bool(skipped))
+        finding = Anomaly() if overflowed else self.guard.look(step, values["loss"], *norms, skipped=bool(skipped))
         correct = values.pop("correct")
         position = self.position
         self.position = dataclasses.replace(
@@ -297,7 +297,7 @@ class Loop:
     def _devices(self) -> int:
         return self.run.layout.mesh.size
 
-    def _heed(self, finding: Finding, step: int) -> None:
+    def _heed(self, finding: Anomaly, step: int) -> None:
         """Warns, notes the batch's examples, and rolls back or stops where the finding asks for it."""
         count, last = self.train_examples, self._examples_at(step)
         examples = batch_indices(count, self.config.seed, last - self._batch, self._batch)
@@ -312,13 +312,13 @@ class Loop:
                 "is as it was."
             )
         older = [s for s in manifested_steps(self.directory.checkpoints) if s < finding.first]
-        start = Start(self.directory.checkpoints, older[-1]) if older else None
+        start = CheckpointStep(self.directory.checkpoints, older[-1]) if older else None
         stored = Position()
         if start is not None:
             stored = Position.from_json(read_manifest(start.directory / str(start.step)).position)
         passed_over = last - stored.examples
         log.warning("rolled back to step %d; the %d examples since are passed over", stored.step, passed_over)
-        raise RollBack(Resume(start, dataclasses.replace(stored, examples=last), self.config))
+        raise RollBack(ResumePoint(start, dataclasses.replace(stored, examples=last), self.config))
 
     @property
     def _replicas_every(self) -> int:
@@ -329,24 +329,24 @@ class Loop:
         self.watchdog.feed("compare the copies")
         with self.clock.charge("other"):
             own = self.check_replicas(state.params)
-        word = coordination.next_word("replicas")
+        word = coordination.unique_key("replicas")
         found = [
             text
-            for said in coordination.from_all(word, json.dumps(own), _REPLICAS_SECONDS)
+            for said in coordination.allgather_str(word, json.dumps(own), _REPLICAS_SECONDS)
             for text in json.loads(said)
         ]
         if found:
             step = self.position.step
             text = f"after step {step} {found[0]}: a device's memory or arithmetic is at fault"
             # How long they have differed is not known: back to before the comparison that was the last to be good.
-            self._heed(Finding(text, "stop", max(step - self._replicas_every, 0) + 1), step)
+            self._heed(Anomaly(text, "stop", max(step - self._replicas_every, 0) + 1), step)
 
     def _stop_at_bad_numbers(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
         if self.rollbacks_left:
             text = (
                 f"the update of step {step} was refused: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}"
             )
-            self._heed(Finding(text, "stop", step), step)
+            self._heed(Anomaly(text, "stop", step), step)
         kept = "the last checkpoint is as it was"
         if self.position.step and not self.guard.poisoned:
             kept = f"the state after step {self.position.step} is kept"

@@ -16,14 +16,14 @@ from jaxtrain import config as config_lib
 from jaxtrain import workdir as workdir_lib
 from jaxtrain.checkpoint import resume as resume_lib
 from jaxtrain.checkpoint import resume_point
-from jaxtrain.checkpoint.checkpointer import Checkpoints, check_space
+from jaxtrain.checkpoint.checkpointer import Checkpointer, check_space
 from jaxtrain.checkpoint.lease import LEASE_SECONDS, Lease, NoLease, held, wait_to_see
-from jaxtrain.checkpoint.resume_point import Resume
+from jaxtrain.checkpoint.resume_point import ResumePoint
 from jaxtrain.config import Config
 from jaxtrain.data import registry
 from jaxtrain.data.registry import Dataset
 from jaxtrain.distributed import cluster, coordination
-from jaxtrain.distributed.coordination import barrier, first_on_process_zero, from_process_zero
+from jaxtrain.distributed.coordination import barrier, broadcast_str, first_on_process_zero
 from jaxtrain.distributed.interrupt import Interrupt, catch_signals
 from jaxtrain.distributed.watchdog import Watchdog, watching
 from jaxtrain.host import xla_flags
@@ -33,10 +33,18 @@ from jaxtrain.observability.goodput import NullTimes, TimesFile
 from jaxtrain.observability.text_log import TextLog
 from jaxtrain.optim.schedules import warmup_steps
 from jaxtrain.parallel.mesh import Device
-from jaxtrain.training.compiled import explain_out_of_memory, start_engine
+from jaxtrain.training.compiled import compile_run, explain_out_of_memory
 from jaxtrain.training.jax_settings import no_implicit_transfers, settings
 from jaxtrain.training.loop import Host, Loop, RollBack, TrainResult
-from jaxtrain.training.setup import Run, check_names, decide, load_data, make_run, select_devices, unused_settings
+from jaxtrain.training.setup import (
+    RunSpec,
+    check_names,
+    load_data,
+    make_run_spec,
+    resolve_for_machine,
+    select_devices,
+    unused_settings,
+)
 from jaxtrain.workdir import Workdir
 
 log = logging.getLogger("jaxtrain")
@@ -80,8 +88,8 @@ def train(
         first = jax.process_index() == 0
         times = TimesFile(directory.starts, clock, lambda: watchdog.beat().step) if first else NullTimes()
         stack.enter_context(contextlib.closing(times))
-        resume = resume_point.find(directory, config)
-        config = decide(config, resume.stored, devices)
+        resume = resume_point.find_resume_point(directory, config)
+        config = resolve_for_machine(config, resume.stored, devices)
         resume_lib.refuse_changes(directory, resume, config)
         stack.enter_context(settings(config))
         watchdog.feed("prepare the data", resume.position.step)
@@ -95,7 +103,7 @@ def train(
         host = Host(directory, interrupt, watchdog, clock, console, lease, times)
         for rollbacks_left in range(config.train.rollbacks, -1, -1):
             dataset, resume = resume_lib.go_on_with(dataset, resume, config.model.num_classes)
-            position = dataclasses.replace(resume.position, jobs=tuple(sorted(cluster.jobs())))
+            position = dataclasses.replace(resume.position, jobs=tuple(sorted(cluster.job_ids())))
             resume = dataclasses.replace(resume, position=position)
             try:
                 return _train_from(resume, config, dataset, devices, host, rollbacks_left)
@@ -105,11 +113,11 @@ def train(
 
 
 def _train_from(
-    resume: Resume, config: Config, dataset: Dataset, devices: list[Device], host: Host, rollbacks_left: int
+    resume: ResumePoint, config: Config, dataset: Dataset, devices: list[Device], host: Host, rollbacks_left: int
 ) -> TrainResult:
     """From `resume` to the end of the run. Raises `_RollBack` if that is better begun again."""
     position, directory = resume.position, host.directory
-    run = make_run(config, dataset, devices, start_step=position.step, start_example=position.examples)
+    run = make_run_spec(config, dataset, devices, start_step=position.step, start_example=position.examples)
     position = dataclasses.replace(position, dataset=run.data_record)
     for text in unused_settings(run) if jax.process_index() == 0 else ():
         log.warning("%s", text)
@@ -120,11 +128,11 @@ def _train_from(
     check_space(directory.checkpoints if directory.checkpoints.exists() else directory.path, jax.eval_shape(run.init))
     host.watchdog.feed("compile")
     with host.clock.charge("compile"):
-        engine, state = start_engine(run, resume, directory.trace(jax.process_index()))
+        engine, state = compile_run(run, resume, directory.trace(jax.process_index()))
     engine.evaluate.begin(state)
     _take_over(host, resume, config, run)
     host.times.goes_on_from(position.step)
-    checkpoints = Checkpoints(
+    checkpoints = Checkpointer(
         directory.checkpoints, config.checkpoint.keep, owner=host.lease.token, still_owner=host.lease.check
     )
     with (
@@ -144,13 +152,13 @@ def _take_lease(directory: Workdir, stack: contextlib.ExitStack) -> Lease | NoLe
         2 * LEASE_SECONDS,
     )
     lease = found[0] if found else NoLease()
-    wait_to_see(directory.path, from_process_zero("lease", lease.token, LEASE_SECONDS), jax.process_index())
+    wait_to_see(directory.path, broadcast_str("lease", lease.token, LEASE_SECONDS), jax.process_index())
     # Process 0 goes on when all have seen it: should it fail next, the lock is gone.
-    coordination.from_all(coordination.next_word("lease seen"), "seen", 3 * LEASE_SECONDS)
+    coordination.allgather_str(coordination.unique_key("lease seen"), "seen", 3 * LEASE_SECONDS)
     return lease
 
 
-def _take_over(host: Host, resume: Resume, config: Config, run: Run) -> None:
+def _take_over(host: Host, resume: ResumePoint, config: Config, run: RunSpec) -> None:
     """Process 0 makes the work directory this run's: sets aside what lies after its start, stores config, data, manifest."""
     directory = host.directory
     if jax.process_index() == 0:

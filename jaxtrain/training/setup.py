@@ -23,13 +23,13 @@ from jaxtrain.errors import ConfigError, EnvironmentMismatchError
 from jaxtrain.models import registry as models
 from jaxtrain.optim import optimizers
 from jaxtrain.optim.losses import loss_fn
-from jaxtrain.optim.optimizers import make
+from jaxtrain.optim.optimizers import make_optimizer
 from jaxtrain.optim.schedules import make_schedule, total_steps
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import Device, batch_ways, make_mesh
-from jaxtrain.precision import policy, resolve
-from jaxtrain.step.pipeline.partition import Split
-from jaxtrain.step.pipeline.plan import make_split, microbatches
+from jaxtrain.precision import precision_policy, resolve_precision
+from jaxtrain.step.pipeline.partition import Partition
+from jaxtrain.step.pipeline.plan import microbatches, partition_model
 from jaxtrain.step.task import Task, make_task
 from jaxtrain.step.train_state import TrainState, initial_state
 
@@ -37,7 +37,7 @@ log = logging.getLogger("jaxtrain")
 
 
 @dataclasses.dataclass(frozen=True)
-class Run:
+class RunSpec:
     """What a run computes and where.
 
     init: makes the fresh state; pure, of no arguments. steps: where the run ends. split: the pipeline stages' layers.
@@ -49,7 +49,7 @@ class Run:
     task: Task
     init: Callable[[], TrainState]
     steps: int
-    split: Split | None = None
+    split: Partition | None = None
 
     @property
     def data_record(self) -> dict[str, Any]:
@@ -79,12 +79,12 @@ def select_devices(count: int) -> list[Device]:
     return [device for devices in by_process.values() for device in devices[:count]]
 
 
-def decide(config: Config, stored: Config | None, devices: list[Device]) -> Config:
+def resolve_for_machine(config: Config, stored: Config | None, devices: list[Device]) -> Config:
     """Fills in what depends on the machine, at the first start; a resumed run keeps what was decided then (`stored`)."""
     ways = batch_ways(make_mesh(config.layout, devices))
     precision, batch = config.train.precision, config.data.global_batch
     if precision == "auto":
-        precision = stored.train.precision if stored else resolve("auto", jax.default_backend())
+        precision = stored.train.precision if stored else resolve_precision("auto", jax.default_backend())
     if config.data.batch_per_device:
         batch = stored.data.global_batch if stored else config.data.batch_per_device * ways
     Config.check_batch(batch, config.layout.microbatches, config.model.bn_groups)
@@ -99,7 +99,7 @@ def check_names(config: Config) -> None:
     """Raises `ConfigError` for a model, data set, optimizer or loss that there is not; touches no data and no device."""
     models.find(config.model.name)
     datasets.check_name(config.data)
-    make(config.optim, optax.constant_schedule(0.0))
+    make_optimizer(config.optim, optax.constant_schedule(0.0))
     loss_fn(config.optim.loss)
 
 
@@ -115,7 +115,7 @@ def load_data(config: DataConfig, needed: str = "", drawn: Sequence[str] | None 
         every_process=config.prepare_per_host,
     )
     dataset = datasets.load(config, image_size=config.image_size, needed=needed, drawn=drawn)
-    of_first = coordination.from_process_zero("the data set", dataset.fingerprint, config.prepare_timeout * 60)
+    of_first = coordination.broadcast_str("the data set", dataset.fingerprint, config.prepare_timeout * 60)
     if dataset.fingerprint != of_first:
         raise EnvironmentMismatchError(
             f"Process {coordination.index()} on {socket.gethostname()} found another data set {config.name} than process 0 "
@@ -126,12 +126,12 @@ def load_data(config: DataConfig, needed: str = "", drawn: Sequence[str] | None 
     return dataset
 
 
-def make_run(
+def make_run_spec(
     config: Config, dataset: Dataset, devices: list[Device], *, start_step: int = 0, start_example: int = 0
-) -> Run:
+) -> RunSpec:
     """Everything that follows from the config and the data set. Raises `ConfigError` for what does not fit together."""
     mesh = make_mesh(config.layout, devices)
-    types = policy(config.train.precision)
+    types = precision_policy(config.train.precision)
     side = config.data.image_size or dataset.train.shape[0]
     channels = dataset.train.shape[2]
     shape = (side, side, channels)
@@ -166,7 +166,7 @@ def make_run(
         )
     split = None
     if layout.stages > 1:
-        split = make_split(
+        split = partition_model(
             config.layout,
             model,
             state.params,
@@ -176,12 +176,12 @@ def make_run(
             max(groups // parts, 1),
             batch_ways(mesh),
         )
-        names = tuple(tuple(split.costs[i].name for i in layers) for layers in split.slices)
-        layout = dataclasses.replace(layout, slices=names)
-    return Run(config, dataset, layout, task, init, steps, split)
+        names = tuple(tuple(split.costs[i].name for i in layers) for layers in split.chunks)
+        layout = dataclasses.replace(layout, chunks=names)
+    return RunSpec(config, dataset, layout, task, init, steps, split)
 
 
-def unused_settings(run: Run) -> list[str]:
+def unused_settings(run: RunSpec) -> list[str]:
     """A sentence for each setting that was changed from its default and can have no effect on this run."""
     config, data, optim, layout = run.config, run.config.data, run.config.optim, run.config.layout
     found = optimizers.unused_settings(optim)

@@ -8,12 +8,12 @@ import functools
 import jax
 
 from jaxtrain.config import Config
-from jaxtrain.optim.schedules import learning_rate
+from jaxtrain.optim.schedules import peak_learning_rate
 from jaxtrain.parallel.layout import Layout, Placement, bytes_per_device
 from jaxtrain.parallel.mesh import batch_ways
 from jaxtrain.step.pipeline.plan import microbatches
 from jaxtrain.step.train_state import TrainState
-from jaxtrain.training.setup import Run
+from jaxtrain.training.setup import RunSpec
 
 
 def layout_table(layout: Layout, state: TrainState) -> dict[str, list[Placement]]:
@@ -21,7 +21,7 @@ def layout_table(layout: Layout, state: TrainState) -> dict[str, list[Placement]
     return layout.table(state) | {"gradients": layout.gradients(state.params)}
 
 
-def summary(run: Run, table: dict[str, list[Placement]]) -> list[str]:
+def summary(run: RunSpec, table: dict[str, list[Placement]]) -> list[str]:
     """The layout and the batch, in the few lines that are printed at start."""
     mesh, config, optim = run.layout.mesh, run.config, run.config.optim
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
@@ -36,8 +36,8 @@ def summary(run: Run, table: dict[str, list[Placement]]) -> list[str]:
         f"batch: {batch} global, {batch // jax.process_count()} a process, {batch // ways} a device, "
         f"{batch // parts // ways} a device and microbatch ({parts})",
         f"memory per device at rest: {held}",
-        f"optimizer: {optim.name}, peak learning rate {learning_rate(optim, batch):g} ({optim.learning_rate:g} at a batch of "
-        f"{optim.lr_reference_batch}, scaling {optim.lr_scaling}), {optim.schedule}",
+        f"optimizer: {optim.name}, peak learning rate {peak_learning_rate(optim, batch):g} ({optim.learning_rate:g} at a batch "
+        f"of {optim.lr_reference_batch}, scaling {optim.lr_scaling}), {optim.schedule}",
         *(run.split.describe() if run.split else []),
         f"data: {config.data.name}, {len(run.dataset.train)} train, {len(run.dataset.validation)} validation, "
         f"{len(run.dataset.test)} test; {run.steps} steps",
@@ -51,7 +51,7 @@ def summary(run: Run, table: dict[str, list[Placement]]) -> list[str]:
     return lines
 
 
-def idle_stages(run: Run, has_batch_norm: bool) -> str:
+def idle_stages(run: RunSpec, has_batch_norm: bool) -> str:
     """What to say where there are fewer microbatches than stages, or ''."""
     layout, groups, batch = run.layout, run.config.model.bn_groups, run.config.data.global_batch
     stages, parts = layout.stages, layout.config.microbatches

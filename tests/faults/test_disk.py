@@ -110,7 +110,7 @@ def test_the_third_failed_save_in_a_row_ends_the_run_with_a_good_checkpoint(disk
 
 def test_a_disk_without_room_for_one_checkpoint_is_refused_at_the_start(disk: Path, monkeypatch):
     monkeypatch.setenv("LEFT", "0")
-    monkeypatch.setattr(session, "start_engine", lambda *_: pytest.fail("it was compiled first"))
+    monkeypatch.setattr(session, "compile_run", lambda *_: pytest.fail("it was compiled first"))
     (disk / "filler").write_bytes(b"x" * (11 << 20))
     with pytest.raises(WorkdirError, match="A checkpoint takes 2 MiB and"):
         here(disk / "run", FIELDS | {"data.name": "digits"})

@@ -14,8 +14,8 @@ import time
 import pytest
 import runs
 
-from jaxtrain.distributed.cluster import Place, find_place, first_host
-from jaxtrain.distributed.rendezvous import meet
+from jaxtrain.distributed.cluster import ProcessInfo, detect_process, first_host
+from jaxtrain.distributed.rendezvous import rendezvous
 from jaxtrain.errors import ConfigError, EnvironmentMismatchError
 
 FINGERPRINT = {"versions": {"jax": "0.10.2"}, "config": {"config.optim.learning_rate": 0.1, "config.seed": 0}}
@@ -24,11 +24,13 @@ FINGERPRINT = {"versions": {"jax": "0.10.2"}, "config": {"config.optim.learning_
 def meet_all(fingerprints, timeout, processes=0):
     """What each of them was told."""
     port = runs.free_port()
-    places = [Place(f"127.0.0.1:{port}", processes or len(fingerprints), index) for index in range(len(fingerprints))]
+    places = [
+        ProcessInfo(f"127.0.0.1:{port}", processes or len(fingerprints), index) for index in range(len(fingerprints))
+    ]
 
     def one(pair):
         try:
-            return meet(pair[0], pair[1], timeout)
+            return rendezvous(pair[0], pair[1], timeout)
         except EnvironmentMismatchError as error:
             return str(error)
 
@@ -52,15 +54,15 @@ def test_what_differs_is_named_on_every_process(section, change, said):
 
 def test_silent_and_slow_connections_keep_nobody_waiting():
     port = runs.free_port()
-    places = [Place(f"127.0.0.1:{port}", 3, index) for index in range(3)]
+    places = [ProcessInfo(f"127.0.0.1:{port}", 3, index) for index in range(3)]
     hello = json.dumps({"index": 2, "processes": 3, "host": "h", "fingerprint": FINGERPRINT}).encode()
     with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(3) as pool:
-        zero = pool.submit(meet, places[0], FINGERPRINT, 60)
+        zero = pool.submit(rendezvous, places[0], FINGERPRINT, 60)
         visitors = [stack.enter_context(connect(port)) for _ in range(6)]
         visitors[0].sendall(b"GET / HTTP/1.1\r\n")
         visitors[-1].sendall(hello[:20])  # a process, on a slow network
         visitors.pop(1).close()  # gone again
-        one = pool.submit(meet, places[1], FINGERPRINT, 60)
+        one = pool.submit(rendezvous, places[1], FINGERPRINT, 60)
         time.sleep(0.3)
         visitors[-1].sendall(hello[20:] + b"\n")
         assert zero.result(timeout=50) == f"127.0.0.1:{port}"
@@ -128,20 +130,20 @@ INDEXED = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "2"}
     ids=["slurm", "openmpi", "torchrun", "kubernetes", "slurm-with-address"],
 )  # fmt: skip
 def test_a_scheduler_is_found(environment, host, processes, index, source):
-    place = find_place(environment=environment)
+    place = detect_process(environment=environment)
     assert place is not None
     assert (place.processes, place.index, place.source) == (processes, index, source)
     assert place.coordinator.startswith(host)
     assert 0 < place.address[1] < 65536
     others = environment | {"SLURM_PROCID": "0", "OMPI_COMM_WORLD_RANK": "0", "RANK": "0", "JOB_COMPLETION_INDEX": "0"}
-    assert dataclasses.replace(place, index=0) == find_place(environment=others), "all agree on the address"
+    assert dataclasses.replace(place, index=0) == detect_process(environment=others), "all agree on the address"
 
 
 @pytest.mark.parametrize(
     "environment", [{}, SLURM | {"SLURM_STEP_NUM_TASKS": "1"}, {"SLURM_JOB_ID": "1"}, {"WORLD_SIZE": "1"}]
 )
 def test_a_run_of_one_process(environment):
-    assert find_place(environment=environment) is None
+    assert detect_process(environment=environment) is None
 
 
 @pytest.mark.parametrize(
@@ -158,7 +160,7 @@ def test_a_run_of_one_process(environment):
 )
 def test_nobody_trains_alone_by_mistake(environment, said):
     with pytest.raises((ConfigError, EnvironmentMismatchError), match=said):
-        find_place(environment=environment)
+        detect_process(environment=environment)
 
 
 @pytest.mark.parametrize(

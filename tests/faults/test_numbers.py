@@ -13,7 +13,7 @@ import runs
 from runs import SMALL, here
 
 from jaxtrain.errors import NumericError
-from jaxtrain.observability.anomaly import Guard
+from jaxtrain.observability.anomaly import AnomalyDetector
 from jaxtrain.parallel.replicas import ReplicaCheck
 
 # One example has a class of its own, and its loss is not a number.
@@ -124,14 +124,14 @@ def loss_curve(seed: int, steps: int = 400) -> list[float]:
 
 def test_ten_clean_runs_have_no_spike():
     for seed in range(10):
-        guard = Guard(0, 10.0)
+        guard = AnomalyDetector(0, 10.0)
         for step, loss in enumerate(loss_curve(seed), 1):
             assert not guard.look(step, loss, 1 + loss, 0.1, skipped=False).text, (seed, step)
 
 
 @pytest.mark.parametrize(("loss", "norm", "what"), [(9.0, 1.0, "loss"), (1.0, 80.0, "gradient norm")])
 def test_a_spike_is_found_at_its_step(loss, norm, what):
-    guard = Guard(0, 10.0)
+    guard = AnomalyDetector(0, 10.0)
     for step, value in enumerate(loss_curve(0, 60), 1):
         assert not guard.look(step, value, 1.0 + value, 0.1, skipped=False).text
     found = guard.look(61, loss, norm, 0.1, skipped=False)
@@ -140,7 +140,7 @@ def test_a_spike_is_found_at_its_step(loss, norm, what):
 
 
 def test_an_update_that_is_not_finite_is_found():
-    guard = Guard(3, 0.0)
+    guard = AnomalyDetector(3, 0.0)
     assert guard.look(5, 1.0, 1.0, float("inf"), skipped=False).action == "stop"
     assert guard.poisoned
     guard.look(6, 1.0, 1.0, 0.1, skipped=False)

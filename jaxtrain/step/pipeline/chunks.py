@@ -1,4 +1,4 @@
-"""The model's slices: what each computes forward and backward, and which arrays it has."""
+"""The model's chunks: what each computes forward and backward, and which arrays it has."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from jaxtrain.parallel.arrays import view
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.precision import scale_factor
 from jaxtrain.step.batch import select_from
-from jaxtrain.step.layer_wrap import wrapper
+from jaxtrain.step.layer_wrap import layer_wrapper
 from jaxtrain.step.task import Task
 from jaxtrain.step.train_state import AUGMENT, DROPOUT, role_key
 from jaxtrain.trees import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
-class Slice:
-    """Slice `index` of the model: its layers, by number and by name, its stage, and whether it is the first or the last."""
+class ModelChunk:
+    """Chunk `index` of the model: its layers, by number and by name, its stage, and whether it is the first or the last."""
 
     index: int
     stage: int
@@ -34,12 +34,12 @@ class Slice:
     last: bool
 
 
-def slices_of(layout: Layout) -> list[Slice]:
-    """The model's slices, in the model's order."""
-    count, begin, found = len(layout.slices), 0, []
-    for k, names in enumerate(layout.slices):
+def chunks_of(layout: Layout) -> list[ModelChunk]:
+    """The model's chunks, in the model's order."""
+    count, begin, found = len(layout.chunks), 0, []
+    for k, names in enumerate(layout.chunks):
         layers = range(begin, begin := begin + len(names))
-        found.append(Slice(k, k % layout.stages, layers, names, k == 0, k == count - 1))
+        found.append(ModelChunk(k, k % layout.stages, layers, names, k == 0, k == count - 1))
     return found
 
 
@@ -56,7 +56,7 @@ def on_layers(tree: PyTree, names: Iterable[str], every: frozenset[str]) -> PyTr
     return jax.tree.map(cut, tree, is_leaf=is_by_layer)
 
 
-def weights_of(part: Slice, params: PyTree, batch_stats: PyTree) -> tuple[PyTree, PyTree]:
+def weights_of(part: ModelChunk, params: PyTree, batch_stats: PyTree) -> tuple[PyTree, PyTree]:
     own, stats = ({name: tree[name] for name in part.names if name in tree} for tree in (params, batch_stats))
     return own, stats
 
@@ -75,12 +75,12 @@ def on_stage(layout: Layout, stage: int, tree: PyTree) -> PyTree:
 
 
 def forward(
-    task: Task, layout: Layout, part: Slice, params: PyTree, batch_stats: PyTree, x: Any, given: Mapping[str, Any]
+    task: Task, layout: Layout, part: ModelChunk, params: PyTree, batch_stats: PyTree, x: Any, given: Mapping[str, Any]
 ) -> tuple[jax.Array, tuple[PyTree, Any]]:
-    """The activation that a slice hands on, or the last one's scaled loss; with the new statistics and (loss, correct).
+    """The activation that a chunk hands on, or the last one's scaled loss; with the new statistics and (loss, correct).
 
-    x: the activation of the slice before; unused by the first, which makes its input from the images in `given`.
-    given: `step`, `index` (the microbatch); for the first and the last slice `rows`, `images`, `labels` and the like.
+    x: the activation of the chunk before; unused by the first, which makes its input from the images in `given`.
+    given: `step`, `index` (the microbatch); for the first and the last chunk `rows`, `images`, `labels` and the like.
     layout: of the stage.
     """
     parts, step, index = layout.config.microbatches, given["step"], given["index"]
@@ -96,7 +96,7 @@ def forward(
         x = train_images(task.preprocess, images, example, key)
     context = Context(example=example, train=True, bn_groups=max(task.bn_groups // parts, 1))
     dropout = jax.random.fold_in(role_key(task.seed, DROPOUT), step)
-    wrap = wrapper(layout, params, task.remat, gathered=True)
+    wrap = layer_wrapper(layout, params, task.remat, gathered=True)
     y, new_stats = task.model.apply(params, batch_stats, x, context, dropout, wrap=wrap, layers=part.layers)
     new_stats = jax.tree.map(lambda s: s / parts, new_stats)
     if not part.last:
@@ -108,13 +108,13 @@ def forward(
 
 
 @dataclasses.dataclass(frozen=True)
-class Pullback:
-    """The forward and the backward function of one slice, made from one trace of `jax.vjp`.
+class ForwardBackward:
+    """The forward and the backward function of one chunk, made from one trace of `jax.vjp`.
 
     Of the closure's leaves, what is an argument or the output of the forward function is not returned again (it would be
-    copied), and what depends on the parameters alone (a cast, a reshape) is computed again: only the rest is `kept`.
+    copied), and what depends on the parameters alone (a cast, a reshape) is computed again: only the rest is `residuals`.
 
-    sources: for each leaf of the closure ("kept", i), ("argument", i), ("output", 0) or ("weights", i).
+    sources: for each leaf of the closure ("residuals", i), ("argument", i), ("output", 0) or ("weights", i).
     """
 
     jaxpr: Any
@@ -124,7 +124,7 @@ class Pullback:
     sources: tuple[tuple[str, int], ...]
 
     @classmethod
-    def trace(cls, function: Callable[..., tuple[Any, Any, Any]], *arguments: Any) -> Pullback:
+    def trace(cls, function: Callable[..., tuple[Any, Any, Any]], *arguments: Any) -> ForwardBackward:
         """function: of (params, *more), returns (output, aux, `jax.vjp`'s closure). arguments: shapes with shardings."""
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
         jaxpr, (output, aux, closure) = closed.jaxpr, shapes
@@ -135,7 +135,7 @@ class Pullback:
                 weights.update(equation.outvars)
         leaves, structure = jax.tree.flatten(closure)
         first = len(jaxpr.outvars) - len(leaves)
-        sources, kept = [], {}
+        sources, residuals = [], {}
         for number, variable in enumerate(jaxpr.outvars[first:], first):
             if isinstance(variable, Literal):
                 sources.append(("weights", number))
@@ -146,29 +146,29 @@ class Pullback:
             elif variable in weights:
                 sources.append(("weights", number))
             else:
-                kept.setdefault(variable, number)
-                sources.append(("kept", list(kept).index(variable)))
+                residuals.setdefault(variable, number)
+                sources.append(("residuals", list(residuals).index(variable)))
         return cls(jaxpr, jaxpr_as_fun(closed), jax.tree.structure((output, aux)), structure, tuple(sources))
 
     def forward(self, *arguments: Any) -> tuple[Any, Any, tuple[Any, ...]]:
-        """(output, aux, kept)."""
+        """(output, aux, residuals)."""
         found = self.traced(*jax.tree.leaves(arguments))
         first = len(found) - len(self.sources)
-        kept: dict[int, Any] = {}
+        residuals: dict[int, Any] = {}
         for (kind, i), leaf in zip(self.sources, found[first:], strict=True):
-            if kind == "kept":
-                kept[i] = leaf
+            if kind == "residuals":
+                residuals[i] = leaf
         output, aux = jax.tree.unflatten(self.outputs, found[:first])
-        return output, aux, tuple(kept[i] for i in range(len(kept)))
+        return output, aux, tuple(residuals[i] for i in range(len(residuals)))
 
-    def backward(self, cotangent: Any, kept: Sequence[Any], output: Any, *arguments: Any) -> tuple[Any, ...]:
+    def backward(self, cotangent: Any, residuals: Sequence[Any], output: Any, *arguments: Any) -> tuple[Any, ...]:
         """The cotangents of what the closure was made for. arguments: as `forward`'s."""
         flat = jax.tree.leaves(arguments)
         again = []
         if any(kind == "weights" for kind, _ in self.sources):
             again = self.traced(*flat)  # XLA drops all that these few do not need
         find = {
-            "kept": lambda i: kept[i],
+            "residuals": lambda i: residuals[i],
             "argument": lambda i: flat[i],
             "output": lambda _: output,
             "weights": lambda i: again[i],

@@ -11,14 +11,14 @@ import jax
 from jaxtrain.parallel.layout import Layout
 
 
-class Lanes:
+class StageExecutors:
     """Who dispatches: a thread for each of this process's stages and one for transfers; or the caller, with `threads=False`."""
 
     def __init__(self, stages: Iterable[int], *, threads: bool):
         self.stages = list(stages)
-        lanes = [*self.stages, "transfers"] if threads else []
+        executors = [*self.stages, "transfers"] if threads else []
         self._threads = {
-            lane: concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"stage {lane}") for lane in lanes
+            lane: concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"stage {lane}") for lane in executors
         }
 
     @property
@@ -44,6 +44,6 @@ def local_stages(layout: Layout) -> list[int]:
     return [stage for stage in range(layout.stages) if layout.on_stage(stage).mesh.local_devices]
 
 
-def make_lanes(layout: Layout) -> Lanes:
+def make_executors(layout: Layout) -> StageExecutors:
     """Threads on a CPU, none on an accelerator."""
-    return Lanes(local_stages(layout), threads=layout.mesh.devices.flat[0].platform == "cpu")
+    return StageExecutors(local_stages(layout), threads=layout.mesh.devices.flat[0].platform == "cpu")

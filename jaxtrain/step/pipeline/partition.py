@@ -1,6 +1,6 @@
-"""Cuts a model's layers into the contiguous slices that pipeline stages hold, so that no stage waits long for another.
+"""Cuts a model's layers into the contiguous chunks that pipeline stages hold, so that no stage waits long for another.
 
-Slice k of V = stages x chunks lies on stage k % stages. What a layer costs is measured on the layer itself: the floating
+Chunk k of V = stages x chunks lies on stage k % stages. What a layer costs is measured on the layer itself: the floating
 point operations of its forward and backward pass as XLA counts them, the bytes that it must move at least, the bytes that
 it keeps for the backward pass, or, when asked, its time.
 """
@@ -57,10 +57,10 @@ class LayerCost:
 
 
 @dataclasses.dataclass(frozen=True)
-class Split:
-    """Which layers each slice has. ends: the first layer behind each slice. costs: of every layer.
+class Partition:
+    """Which layers each chunk has. ends: the first layer behind each chunk. costs: of every layer.
 
-    weights: of each slice, in the unit of `balance` (operations, bytes or seconds).
+    weights: of each chunk, in the unit of `balance` (operations, bytes or seconds).
     """
 
     stages: int
@@ -70,20 +70,20 @@ class Split:
     weights: tuple[float, ...]
 
     @property
-    def slices(self) -> tuple[range, ...]:
-        """The layers of each slice."""
+    def chunks(self) -> tuple[range, ...]:
+        """The layers of each chunk."""
         return tuple(range(begin, end) for begin, end in zip((0, *self.ends), self.ends, strict=False))
 
     @property
     def stage_of(self) -> dict[str, int]:
         """The stage of each layer, by its name."""
-        return {self.costs[i].name: k % self.stages for k, layers in enumerate(self.slices) for i in layers}
+        return {self.costs[i].name: k % self.stages for k, layers in enumerate(self.chunks) for i in layers}
 
     def describe(self) -> list[str]:
         """A line for each stage, and one on how even they are."""
         total, lines, shares = sum(self.weights), [], []
         for stage in range(self.stages):
-            own = [layers for k, layers in enumerate(self.slices) if k % self.stages == stage]
+            own = [layers for k, layers in enumerate(self.chunks) if k % self.stages == stage]
             costs = [self.costs[i] for layers in own for i in layers]
             names = ", ".join(
                 self.costs[s[0]].name + (f"-{self.costs[s[-1]].name.removeprefix('layers_')}" if len(s) > 1 else "")
@@ -97,28 +97,28 @@ class Split:
                 f"hands on {handed / 2**20:.3g} MiB, {shares[-1]:.0%} of the {self.balance}"
             )
         lines.append(
-            f"imbalance: the dearest stage has {max(shares) * self.stages:.2f} times the average {self.balance}"
+            f"imbalance: the most expensive stage has {max(shares) * self.stages:.2f} times the average {self.balance}"
         )
         return lines
 
 
 def check_counts(config: LayoutConfig, layers: int) -> None:
-    """Raises `ConfigError` for more slices than layers, or boundaries that are not between layers."""
-    slices = config.stages * config.chunks
+    """Raises `ConfigError` for more chunks than layers, or boundaries that are not between layers."""
+    chunks = config.stages * config.chunks
     if config.schedule == "interleaved_1f1b" and config.chunks == 1:
         raise ConfigError(
             "config.layout.chunks=1: interleaved_1f1b needs several a stage; use --config.layout.chunks=2."
         )
-    if slices > layers:
+    if chunks > layers:
         what = f"config.layout.stages={config.stages}"
         what += f" x layout.chunks={config.chunks}" if config.chunks > 1 else ""
-        raise ConfigError(f"{what} makes {slices} slices, but the model has {layers} layers; use at most {layers}.")
+        raise ConfigError(f"{what} makes {chunks} chunks, but the model has {layers} layers; use at most {layers}.")
     if not config.boundaries:
         return
-    if len(config.boundaries) != slices - 1:
+    if len(config.boundaries) != chunks - 1:
         raise ConfigError(
-            f"config.layout.boundaries={config.boundaries!r}: {slices} slices need {slices - 1}, the first layer of each "
-            "slice but the first."
+            f"config.layout.boundaries={config.boundaries!r}: {chunks} chunks need {chunks - 1}, the first layer of each "
+            "chunk but the first."
         )
     if config.boundaries[0] < 1 or config.boundaries[-1] >= layers:
         raise ConfigError(
@@ -126,8 +126,8 @@ def check_counts(config: LayoutConfig, layers: int) -> None:
         )
 
 
-def split(config: LayoutConfig, costs: Sequence[LayerCost], in_flight: Sequence[int]) -> Split:
-    """Cuts the layers as `config` says: by hand, or such that the dearest slice costs as little as it can.
+def make_partition(config: LayoutConfig, costs: Sequence[LayerCost], in_flight: Sequence[int]) -> Partition:
+    """Cuts the layers as `config` says: by hand, or such that the most expensive chunk costs as little as it can.
 
     in_flight: for each stage, how many microbatches it keeps at once; for `balance="memory"`.
     """
@@ -145,31 +145,31 @@ def split(config: LayoutConfig, costs: Sequence[LayerCost], in_flight: Sequence[
     if config.boundaries:
         ends = (*config.boundaries, len(costs))
     else:
-        ends = partition(len(costs), config.stages * config.chunks, weight)
+        ends = balanced_ends(len(costs), config.stages * config.chunks, weight)
     weights = tuple(weight(k, range(*span)) for k, span in enumerate(zip((0, *ends), ends, strict=False)))
-    return Split(config.stages, ends, tuple(costs), config.balance, weights)
+    return Partition(config.stages, ends, tuple(costs), config.balance, weights)
 
 
-def partition(layers: int, slices: int, cost: Callable[[int, range], float]) -> tuple[int, ...]:
-    """The ends of `slices` contiguous, non-empty slices of `layers` whose dearest is cheapest; then the most even ones.
+def balanced_ends(layers: int, chunks: int, cost: Callable[[int, range], float]) -> tuple[int, ...]:
+    """The ends of `chunks` contiguous, non-empty chunks of `layers` whose most expensive is cheapest; then the most even ones.
 
-    cost: of the layers as slice k. Dynamic programming over (slice, end), O(slices x layers^2).
+    cost: of the layers as chunk k. Dynamic programming over (chunk, end), O(chunks x layers^2).
     """
 
     @functools.cache
     def best(k: int, end: int) -> tuple[float, float, tuple[int, ...]]:
-        """The dearest slice, the sum of squares, and the ends, of slices 0..k over the layers before `end`."""
+        """The most expensive chunk, the sum of squares, and the ends, of chunks 0..k over the layers before `end`."""
         if k == 0:
             first = cost(0, range(end))
             return first, first**2, (end,)
         found = []
         for begin in range(k, end):
-            dearest, squares, ends = best(k - 1, begin)
+            largest, squares, ends = best(k - 1, begin)
             own = cost(k, range(begin, end))
-            found.append((max(dearest, own), squares + own**2, (*ends, end)))
+            found.append((max(largest, own), squares + own**2, (*ends, end)))
         return min(found)
 
-    return best(slices - 1, layers)[2]
+    return best(chunks - 1, layers)[2]
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring

@@ -13,7 +13,7 @@ from jaxtrain.config import LayoutConfig
 from jaxtrain.models.classifier import Classifier, layer_function, layer_name
 from jaxtrain.models.layers import Context
 from jaxtrain.step.pipeline import partition, schedule
-from jaxtrain.step.pipeline.partition import LayerCall, Split
+from jaxtrain.step.pipeline.partition import LayerCall, Partition
 from jaxtrain.trees import PyTree
 
 # Microbatches for each stage where `layout.microbatches=0`: the bubble is then a fifth at most, (S - 1) / (4 S + S - 1).
@@ -49,7 +49,7 @@ def sample(share: int, microbatch: int, bn_groups: int) -> tuple[int, int]:
     return (max(share, 2), 1) if rest else (share, whole)
 
 
-def make_split(
+def partition_model(
     config: LayoutConfig,
     model: Classifier,
     params: PyTree,
@@ -58,10 +58,10 @@ def make_split(
     dtype: DTypeLike,
     bn_groups: int,
     ways: int,
-) -> Split:
-    """The model's slices. input_shape: [B, H, W, C] of a microbatch. bn_groups: in it, at least 1. ways: devices it is on."""
+) -> Partition:
+    """The model's chunks. input_shape: [B, H, W, C] of a microbatch. bn_groups: in it, at least 1. ways: devices it is on."""
     partition.check_counts(config, len(model.layers))
-    plan = schedule.make(config.schedule, config.stages, config.microbatches, config.chunks)
+    plan = schedule.make_pipeline_schedule(config.schedule, config.stages, config.microbatches, config.chunks)
     share = input_shape[0] // ways
     examples, groups = sample(share, input_shape[0], bn_groups)
     calls, x = [], jax.ShapeDtypeStruct((examples, *input_shape[1:]), dtype)
@@ -78,4 +78,4 @@ def make_split(
         calls.append(LayerCall(name, function, own, x, (layer, x.shape), index == 0, share / examples))
         x = jax.eval_shape(function, own, x)
     costs = partition.measure(calls, timed=config.balance == "time")
-    return partition.split(config, costs, schedule.in_flight(plan))
+    return partition.make_partition(config, costs, schedule.in_flight(plan))

@@ -1,4 +1,4 @@
-"""The compiled programs of a slice (forward, backward) and of a stage (measure, update)."""
+"""The compiled programs of a chunk (forward, backward) and of a stage (measure, update)."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from jax.sharding import NamedSharding
 
 from jaxtrain.optim.updates import global_norm
 from jaxtrain.parallel.layout import Layout
-from jaxtrain.step.gradients import Sums, like_params, zero_sums
-from jaxtrain.step.pipeline.chunks import Pullback, Slice, forward
+from jaxtrain.step.gradients import GradientSums, like_params, zero_sums
+from jaxtrain.step.pipeline.chunks import ForwardBackward, ModelChunk, forward
 from jaxtrain.step.task import Task
 from jaxtrain.step.train_state import TrainState
-from jaxtrain.step.update import Verdict, advance, unscaled
+from jaxtrain.step.update import UpdateDecision, apply_update, unscale_gradients
 from jaxtrain.trees import PyTree
 
 T = TypeVar("T")
@@ -28,19 +28,19 @@ Compiling = Generator[dict[str, Any], dict[str, Any], T]
 
 
 @dataclasses.dataclass(frozen=True)
-class SliceStep:
-    """The compiled programs of one slice. prepare: `None` where parameters are used as they rest. sums: shapes."""
+class ChunkPrograms:
+    """The compiled programs of one chunk. prepare: `None` where parameters are used as they rest. sums: shapes."""
 
-    part: Slice
+    chunk: ModelChunk
     prepare: Any
     zeros: Any
     forward: Any
     backward: Any
-    sums: Sums
+    sums: GradientSums
 
 
 @dataclasses.dataclass(frozen=True)
-class StageStep:
+class StagePrograms:
     """The compiled programs of one stage's update.
 
     indices: which leaves of the state it has, in its order. after: where the update leaves those that are its own.
@@ -82,8 +82,8 @@ def shapes_on_stage(tree: PyTree, layout: Layout, stage: int) -> PyTree:
     return jax.tree.map(placed, tree)
 
 
-def given_to(part: Slice, state: TrainState, batch: Any, resident: Any, index: Any) -> dict[str, Any]:
-    """What the forward function of a slice gets beside parameters and activations."""
+def given_to(part: ModelChunk, state: TrainState, batch: Any, resident: Any, index: Any) -> dict[str, Any]:
+    """What the forward function of a chunk gets beside parameters and activations."""
     given: dict[str, Any] = {"step": state.step, "index": index}
     if part.first or part.last:
         given["rows"] = batch.rows
@@ -95,7 +95,7 @@ def given_to(part: Slice, state: TrainState, batch: Any, resident: Any, index: A
     return given
 
 
-def _cast_types(pullback: Pullback, params: PyTree) -> PyTree:
+def _cast_types(pullback: ForwardBackward, params: PyTree) -> PyTree:
     """For each parameter the narrower type that all of its uses cast it to, or its own."""
     jaxpr = pullback.jaxpr
     types = []
@@ -128,9 +128,9 @@ def compile_together(makers: Sequence[Compiling[T]]) -> list[T]:
     return [found[number] for number in range(len(makers))]
 
 
-def compile_slice(
-    task: Task, layout: Layout, part: Slice, state: TrainState, x: Any, given: dict[str, Any]
-) -> Compiling[tuple[SliceStep, dict[str, Any]]]:
+def compile_chunk(
+    task: Task, layout: Layout, part: ModelChunk, state: TrainState, x: Any, given: dict[str, Any]
+) -> Compiling[tuple[ChunkPrograms, dict[str, Any]]]:
     """state: shapes of the stage's part. x: the incoming activation's. Also returns the programs by name."""
     lay = layout.on_stage(part.stage)
     params = {name: state.params[name] for name in part.names if name in state.params}
@@ -146,7 +146,7 @@ def compile_slice(
             output, closure, aux = jax.vjp(function, params, x, has_aux=True)
         return output, aux, closure
 
-    pullback = Pullback.trace(traced, params, stats, x, given)
+    pullback = ForwardBackward.trace(traced, params, stats, x, given)
     types = _cast_types(pullback, params)
     whole = like_params(lay, "computing", params)
     lowered, used = {}, params
@@ -163,7 +163,7 @@ def compile_slice(
             jax.eval_shape(ready, params),
             whole,
         )
-        pullback = Pullback.trace(traced, used, stats, x, given)
+        pullback = ForwardBackward.trace(traced, used, stats, x, given)
 
     shapes = jax.eval_shape(pullback.forward, used, stats, x, given)
     aux_shardings = jax.tree.map(lambda _: lay.sharding(), shapes[1])
@@ -179,28 +179,38 @@ def compile_slice(
     )
     lowered["zeros"] = jax.jit(zero, out_shardings=sums_shardings).lower()
     programs = yield lowered
-    output, aux, kept = outputs_of(programs["forward"], shapes)
+    output, aux, residuals = outputs_of(programs["forward"], shapes)
 
     def backward(
-        sums: Sums, cotangent: Any, kept: Any, output: Any, aux: Any, params: PyTree, stats: PyTree, x: Any, given: Any
-    ) -> tuple[Sums, Any]:
+        sums: GradientSums,
+        cotangent: Any,
+        residuals: Any,
+        output: Any,
+        aux: Any,
+        params: PyTree,
+        stats: PyTree,
+        x: Any,
+        given: Any,
+    ) -> tuple[GradientSums, Any]:
         if part.last:
             cotangent = jnp.ones(output.shape, output.dtype)
-        found = pullback.backward(cotangent, kept, output, params, stats, x, given)
+        found = pullback.backward(cotangent, residuals, output, params, stats, x, given)
         gradients = jax.lax.with_sharding_constraint(found[0], whole)
         gradients = jax.lax.with_sharding_constraint(gradients, gradient_shardings)
         new_stats, numbers = aux
         loss, correct = numbers or (jnp.zeros_like(sums.loss), jnp.zeros_like(sums.correct))
-        new = Sums(gradients, new_stats, loss, correct)
+        new = GradientSums(gradients, new_stats, loss, correct)
         total = jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, new)
         return total, (() if part.first else found[1])
 
     back = jax.jit(backward, out_shardings=(sums_shardings, () if part.first else lay.examples), donate_argnums=0)
     sums = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), sums_shapes, sums_shardings)
     cotangent = () if part.last else output
-    programs |= yield {"backward": back.lower(sums, cotangent, kept, output, aux, used, stats, x, given)}
-    step = SliceStep(part, programs.get("prepare"), programs["zeros"], programs["forward"], programs["backward"], sums)
-    return step, {f"slice {part.index}: {name}": program for name, program in programs.items()}
+    programs |= yield {"backward": back.lower(sums, cotangent, residuals, output, aux, used, stats, x, given)}
+    step = ChunkPrograms(
+        part, programs.get("prepare"), programs["zeros"], programs["forward"], programs["backward"], sums
+    )
+    return step, {f"chunk {part.index}: {name}": program for name, program in programs.items()}
 
 
 def compile_stage(
@@ -210,65 +220,71 @@ def compile_stage(
     indices: PyTree,
     shared: frozenset[int],
     state: TrainState,
-    verdict: Verdict,
-    sums: tuple[Sums, ...],
-) -> Compiling[tuple[StageStep, dict[str, Any]]]:
+    decision: UpdateDecision,
+    sums: tuple[GradientSums, ...],
+) -> Compiling[tuple[StagePrograms, dict[str, Any]]]:
     """state: shapes of the stage's part; indices: where its leaves are in the whole state; shared: those every stage has.
 
-    sums: shapes of the accumulators of the stage's slices.
+    sums: shapes of the accumulators of the stage's chunks.
     """
     lay = layout.on_stage(stage)
     updating = like_params(lay, "opt_state", state.params)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
-    def merged(sums: tuple[Sums, ...]) -> tuple[PyTree, PyTree]:
-        """Gradients and statistics of all of the stage's slices."""
+    def merged(sums: tuple[GradientSums, ...]) -> tuple[PyTree, PyTree]:
+        """Gradients and statistics of all of the stage's chunks."""
         gradients, batch_stats = {}, {}
         for part in sums:
             gradients |= part.gradients
             batch_stats |= part.batch_stats
         return gradients, batch_stats
 
-    def measure(state: TrainState, sums: tuple[Sums, ...]) -> jax.Array:
+    def measure(state: TrainState, sums: tuple[GradientSums, ...]) -> jax.Array:
         """[1, 3]: this stage's part of the loss, of the correct answers, and of the squared norm of the gradients."""
-        gradients = unscaled(state.loss_scale, merged(sums)[0], updating)
+        gradients = unscale_gradients(state.loss_scale, merged(sums)[0], updating)
         loss, correct = sum(part.loss for part in sums), sum(part.correct for part in sums)
         return row(loss, correct, jnp.square(global_norm(gradients)))
 
     def row(*numbers: Any) -> jax.Array:
         return jnp.stack([jnp.asarray(number, sums[0].loss.dtype) for number in numbers])[None]
 
-    def update(state: TrainState, sums: tuple[Sums, ...], verdict: Verdict) -> tuple[TrainState, jax.Array]:
+    def update(
+        state: TrainState, sums: tuple[GradientSums, ...], decision: UpdateDecision
+    ) -> tuple[TrainState, jax.Array]:
         """The stage after it, and [1, 2]: its part of the squared norms of the parameters and of what was added to them."""
         gradients, batch_stats = merged(sums)
-        gradients = unscaled(state.loss_scale, gradients, updating)
-        after, norms = advance(task, shardings, updating, state, gradients, batch_stats, verdict)
+        gradients = unscale_gradients(state.loss_scale, gradients, updating)
+        after, norms = apply_update(task, shardings, updating, state, gradients, batch_stats, decision)
         return after, row(*map(jnp.square, norms))
 
     programs = yield {
         "measure": jax.jit(measure, out_shardings=lay.sharding()).lower(state, sums),
         "update": jax.jit(update, out_shardings=(shardings, lay.sharding()), donate_argnums=0).lower(
-            state, sums, verdict
+            state, sums, decision
         ),
     }
     measured, updated = programs["measure"], programs["update"]
     numbers = tuple(jax.tree.leaves(indices))
     placed = zip(numbers, jax.tree.leaves(updated.output_shardings[0]), strict=True)
     after = {i: where for i, where in placed if i not in shared}
-    own = StageStep(stage, numbers, jax.tree.structure(state), measured, updated, after)
+    own = StagePrograms(stage, numbers, jax.tree.structure(state), measured, updated, after)
     return own, {f"stage {stage}: measure": measured, f"stage {stage}: update": updated}
 
 
 def activations(
-    task: Task, layout: Layout, slices: Sequence[Slice], parts: Sequence[TrainState], given: Callable[[Slice], Any]
+    task: Task,
+    layout: Layout,
+    chunks: Sequence[ModelChunk],
+    parts: Sequence[TrainState],
+    given: Callable[[ModelChunk], Any],
 ) -> list[Any]:
-    """The shape of what comes into each slice: () for the first, then [B/M, ...] on the slice's stage."""
+    """The shape of what comes into each chunk: () for the first, then [B/M, ...] on the chunk's stage."""
     found: list[Any] = [()]
-    for part in slices[:-1]:
+    for part in chunks[:-1]:
         lay, state = layout.on_stage(part.stage), parts[part.stage]
         params = {name: state.params[name] for name in part.names if name in state.params}
         stats = {name: state.batch_stats[name] for name in part.names if name in state.batch_stats}
         y, _ = jax.eval_shape(functools.partial(forward, task, lay, part), params, stats, found[-1], given(part))
-        where = layout.sharding(layout.examples.spec, slices[part.index + 1].stage)
+        where = layout.sharding(layout.examples.spec, chunks[part.index + 1].stage)
         found.append(jax.ShapeDtypeStruct(y.shape, y.dtype, sharding=where))
     return found

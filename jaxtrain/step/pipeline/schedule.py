@@ -37,7 +37,7 @@ class Op(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Schedule:
+class PipelineSchedule:
     """The work of one step. chunks: on each stage. ops[s]: what stage s runs, in order."""
 
     name: str
@@ -66,7 +66,7 @@ class Schedule:
 # ---------------------------------------------------------------------------------------------------------- schedules
 
 
-def make(name: str, stages: int, microbatches: int, chunks: int = 1) -> Schedule:
+def make_pipeline_schedule(name: str, stages: int, microbatches: int, chunks: int = 1) -> PipelineSchedule:
     """The schedule `name`, one of `SCHEDULES`. Raises `ConfigError` where the numbers do not fit it."""
     check_name(name)
     if name == "interleaved_1f1b":
@@ -86,19 +86,19 @@ def check_name(name: str) -> None:
         raise ConfigError(f"config.layout.schedule={name!r}: must be one of {', '.join(SCHEDULES)}.{hint}")
 
 
-def gpipe(stages: int, microbatches: int) -> Schedule:
+def gpipe(stages: int, microbatches: int) -> PipelineSchedule:
     """All forwards, then all backwards (Huang 2019; backwards in the order of Narayanan 2021, figure 3)."""
     _at_least_one(stages=stages, microbatches=microbatches)
     return _schedule("gpipe", stages, 1, microbatches, (microbatches,) * stages)
 
 
-def one_forward_one_backward(stages: int, microbatches: int) -> Schedule:
+def one_forward_one_backward(stages: int, microbatches: int) -> PipelineSchedule:
     """1F1B (PipeDream-Flush; Narayanan 2021, figure 4): S - s - 1 forwards, then a forward and a backward in turn."""
     _at_least_one(stages=stages, microbatches=microbatches)
     return _schedule("1f1b", stages, 1, microbatches, tuple(stages - stage - 1 for stage in range(stages)))
 
 
-def interleaved(stages: int, microbatches: int, chunks: int) -> Schedule:
+def interleaved(stages: int, microbatches: int, chunks: int) -> PipelineSchedule:
     """Interleaved 1F1B (Narayanan 2021, figure 4): S microbatches through a stage's first chunk, then through its next, ...
 
     Stage s begins with (C - 1) S + 2 (S - s - 1) forwards: those before its last chunk first runs, and one for each hop of that
@@ -126,10 +126,10 @@ def _at_least_one(**counts: int) -> None:
             )
 
 
-def _schedule(name: str, stages: int, chunks: int, microbatches: int, warmup: tuple[int, ...]) -> Schedule:
+def _schedule(name: str, stages: int, chunks: int, microbatches: int, warmup: tuple[int, ...]) -> PipelineSchedule:
     """warmup: forwards that each stage runs before its first pair of a forward and a backward."""
     ops = tuple(_one_stage(stage, stages, chunks, microbatches, warmup[stage]) for stage in range(stages))
-    return Schedule(name, stages, chunks, microbatches, ops)
+    return PipelineSchedule(name, stages, chunks, microbatches, ops)
 
 
 def _one_stage(stage: int, stages: int, chunks: int, microbatches: int, warmup: int) -> tuple[Op, ...]:
@@ -147,7 +147,7 @@ def _one_stage(stage: int, stages: int, chunks: int, microbatches: int, warmup: 
 
 
 def replay(
-    schedule: Schedule, seconds: Callable[[Op], float], transfer: float = 0.0
+    schedule: PipelineSchedule, seconds: Callable[[Op], float], transfer: float = 0.0
 ) -> list[tuple[float, float, int, Op]]:
     """(start, end, stage, operation) of every operation, when each runs as soon as its stage is free and its inputs are there.
 
@@ -180,7 +180,7 @@ def replay(
     )  # a stable sort: a stage's order holds at zero seconds too
 
 
-def _deadlock(schedule: Schedule, position: list[int], blocked: Mapping[int, Op]) -> str:
+def _deadlock(schedule: PipelineSchedule, position: list[int], blocked: Mapping[int, Op]) -> str:
     """A sentence with the stages that wait in a ring. blocked: by stage, the operation that it waits for."""
     ring, stage = [], min(blocked)
     while stage in blocked and stage not in ring:
@@ -191,7 +191,7 @@ def _deadlock(schedule: Schedule, position: list[int], blocked: Mapping[int, Op]
     return f"schedule {schedule.name!r} deadlocks: {', '.join(waits)}."
 
 
-def check(schedule: Schedule) -> None:
+def check(schedule: PipelineSchedule) -> None:
     """Raises `ScheduleError` unless every operation runs once, on its chunk's stage, and the stages' orders can be kept."""
     name, kinds = f"schedule {schedule.name!r}", ("F", "B")
     if len(schedule.ops) != schedule.stages:
@@ -216,7 +216,7 @@ def check(schedule: Schedule) -> None:
     replay(schedule, lambda op: 1.0)
 
 
-def in_flight(schedule: Schedule) -> tuple[int, ...]:
+def in_flight(schedule: PipelineSchedule) -> tuple[int, ...]:
     """For each stage, the most (chunk, microbatch) at once whose forward is done and whose backward is not.
 
     GPipe: M. 1F1B: min(M, S - s). Interleaved with C > 1: min(C M, (C - 1) S + 2 (S - s - 1) + 1), the forwards of the warm-up
@@ -232,7 +232,7 @@ def in_flight(schedule: Schedule) -> tuple[int, ...]:
     return tuple(peaks)
 
 
-def transfer_order(schedule: Schedule) -> tuple[Op, ...]:
+def transfer_order(schedule: PipelineSchedule) -> tuple[Op, ...]:
     """The order in which what operations make is sent between processes, the same on every process: as they end.
 
     Of operations that end together the forwards come first. (By their starts a long backward would be waited for by the
@@ -242,7 +242,7 @@ def transfer_order(schedule: Schedule) -> tuple[Op, ...]:
     return tuple(op for _, end, stage, op in sorted(found, key=lambda each: (each[1], each[3].kind != "F", each[2])))
 
 
-def total_order(schedule: Schedule) -> tuple[Op, ...]:
+def total_order(schedule: PipelineSchedule) -> tuple[Op, ...]:
     """All operations in one order that keeps every stage's order and every dependency; the same on every process.
 
     By start, where a forward takes one unit of time and a backward two, then by stage. Raises `ScheduleError` on a deadlock.

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from jaxtrain.step.pipeline.schedule import Op, Schedule, check_name, replay
+from jaxtrain.step.pipeline.schedule import Op, PipelineSchedule, check_name, replay
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Timeline:
 
 
 def simulate(
-    schedule: Schedule, forward: Sequence[float], backward: Sequence[float], transfer: float = 0.0
+    schedule: PipelineSchedule, forward: Sequence[float], backward: Sequence[float], transfer: float = 0.0
 ) -> Timeline:
     """Each stage runs its operations in order, each as soon as its inputs are there.
 

@@ -14,11 +14,11 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import BATCH_AXES
-from jaxtrain.step.pipeline.chunks import Slice
+from jaxtrain.step.pipeline.chunks import ModelChunk
 from jaxtrain.step.pipeline.schedule import Op
 
 
-class Route:
+class StageTransfer:
     """How activations get from one stage's devices to another's.
 
     Where both stages touch the same processes, each shard is copied to its counterpart. Otherwise the two stages' buffers are
@@ -70,14 +70,18 @@ class Route:
 
 
 def edge(op: Op) -> tuple[int, int]:
-    """From which slice to which the result of `op` goes."""
+    """From which chunk to which the result of `op` goes."""
     return op.chunk, op.chunk + (1 if op.kind == "F" else -1)
 
 
-def make_routes(layout: Layout, slices: Sequence[Slice], inputs: Sequence[Any], *, back: bool) -> dict[Any, Route]:
-    """A route for each edge between slices, forward and, with `back`, backward. inputs: what comes into each slice."""
-    routes: dict[tuple[int, int], Route] = {}
-    for before, after in itertools.pairwise(slices):
+def make_transfers(
+    layout: Layout, chunks: Sequence[ModelChunk], inputs: Sequence[Any], *, back: bool
+) -> dict[Any, StageTransfer]:
+    """A transfer for each edge between chunks, forward and, with `back`, backward. inputs: what comes into each chunk."""
+    transfers: dict[tuple[int, int], StageTransfer] = {}
+    for before, after in itertools.pairwise(chunks):
         for source, target in ((before, after), (after, before))[: 2 if back else 1]:
-            routes[source.index, target.index] = Route(layout, source.stage, target.stage, inputs[after.index])
-    return routes
+            transfers[source.index, target.index] = StageTransfer(
+                layout, source.stage, target.stage, inputs[after.index]
+            )
+    return transfers
