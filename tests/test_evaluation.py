@@ -7,15 +7,26 @@ import json
 import shutil
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from runs import draw_folder
 
 from jaxtrain import cli, evaluate, train
-from jaxtrain.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from jaxtrain.config import CheckpointConfig, Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.data import registry
+from jaxtrain.data.augment import eval_inputs
 from jaxtrain.errors import ConfigError, DataError
+from jaxtrain.models.layers import Context
+from jaxtrain.step.eval_step import add_to_sums, summarize, zero_sums_of
+from jaxtrain.step.task import Task
+from jaxtrain.step.train_state import create_state
+from jaxtrain.training.compiled import Evaluator
+from jaxtrain.training.input_pipeline import make_input_pipeline
+from jaxtrain.training.jax_settings import settings
 from jaxtrain.training.loop import TrainResult
+from jaxtrain.training.setup import load_data, make_run_spec
 
 SIDE = 8
 
@@ -198,3 +209,102 @@ def test_a_run_that_was_split_by_another_rule_is_refused_by_name(trained):
             evaluate(run, num_devices=1, allow_changes=allow)
     with pytest.raises(DataError, match=said):
         fit(run, trained / "data", steps=40, allow_changes=True)
+
+
+# ---------------------------------------------------------------------------------------------------------- the figures
+
+
+def figures(logits: np.ndarray, labels: np.ndarray) -> dict:
+    """What an evaluation must find, in plain NumPy."""
+    largest = np.argsort(-logits, axis=-1)[:, :5]
+    right = largest[:, 0] == labels
+    each = np.log(np.exp(logits).sum(-1)) - logits[np.arange(len(labels)), labels]
+    of_class = [right[labels == c] for c in range(logits.shape[-1])]
+    return {
+        "loss": pytest.approx(each.mean(), rel=1e-12),
+        "accuracy": right.mean(),
+        "top5": (largest == labels[:, None]).any(-1).mean(),
+        "examples": len(labels),
+        "per_class": tuple(found.mean() if len(found) else float("nan") for found in of_class),
+    }
+
+
+def assert_figures(found, wanted: dict) -> None:
+    """Exactly, but for the loss, whose sum has an order."""
+    np.testing.assert_array_equal(found.per_class, wanted["per_class"])
+    assert {name: getattr(found, name) for name in wanted if name != "per_class"} == {
+        name: value for name, value in wanted.items() if name != "per_class"
+    }
+    numbers = (found.loss, found.accuracy, found.top5, *found.per_class)
+    assert {type(number) for number in numbers} == {float}  # JSON takes them
+    assert type(found.examples) is int
+
+
+LAYOUTS = {
+    "one device": LayoutConfig(),
+    "zero3 on two": LayoutConfig(zero=3, data=2),
+    "two stages": LayoutConfig(stages=2, microbatches=2),
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
+@pytest.mark.parametrize("residency", ["device", "stream"])
+def test_the_figures_are_those_of_every_example_once(layout, residency):
+    """40 examples in batches of 32 (by stages 16), so that the last is padded; two of twelve classes have none."""
+    config = Config(
+        data=DataConfig(name="tiny:digits", global_batch=32, residency=residency, workers=0),
+        model=ModelConfig("mlp", width=16, num_classes=12),
+        train=TrainConfig(steps=1, precision="f64"),
+        layout=layout,
+    )
+    with settings(config):
+        dataset = load_data(config.data)
+        run = make_run_spec(config, dataset, jax.devices()[: layout.stages * max(layout.data, 1)])
+        state = create_state(run.init, run.layout)
+        feed = make_input_pipeline(dataset, run.layout, residency, 0)
+        found = Evaluator(run, feed)("test", state.params, state.batch_stats)
+        images, labels = dataset.test.read(np.arange(40))
+        inputs, context = eval_inputs(run.task.preprocess, jnp.asarray(images)), Context(jnp.arange(40))
+        logits, _ = run.task.model.apply(jax.device_get(state.params), {}, inputs, context)
+    assert_figures(found, figures(np.asarray(logits), labels))
+    assert np.isnan(found.per_class).tolist() == 10 * [False] + 2 * [True]
+
+
+@pytest.fixture
+def task() -> Task:
+    """In f32."""
+    config = Config(
+        data=DataConfig(name="tiny:digits", global_batch=32),
+        model=ModelConfig("mlp", width=16),
+        train=TrainConfig(steps=1, precision="f32"),
+    )
+    return make_run_spec(config, load_data(config.data), jax.devices()[:1]).task
+
+
+def test_padding_counts_for_nothing_whatever_its_loss(task):
+    """A loss of NaN or of infinity there, in a batch that has examples too, and in one that has none."""
+    random = np.random.default_rng(0)
+    logits, labels = random.normal(size=(24, 10)), random.integers(10, size=24, dtype=np.int32)
+    mask = np.arange(24) % 3 > 0
+    mask[8:16] = False
+    logits[~mask] = np.nan
+    logits[4, labels[4]] = np.inf
+    mask[4] = False
+    sums = zero_sums_of(task)
+    for rows in np.split(np.arange(24), 3):
+        sums = add_to_sums(task, sums, jnp.float32(logits[rows]), labels[rows], jnp.asarray(mask[rows]))
+    found = summarize(jax.device_get(sums))
+    wanted = figures(np.float32(logits[mask]), labels[mask])
+    wanted["loss"] = pytest.approx(figures(logits[mask], labels[mask])["loss"].expected, rel=1e-6)
+    wanted["per_class"] = tuple(np.float32(wanted["per_class"]).tolist())
+    assert_figures(found, wanted)
+
+
+def test_counts_stay_exact_where_f32_would_stop_counting(task):
+    """2^24 + 1 is no f32: a split of more examples than that has its last ones counted too."""
+    logits, labels = jnp.eye(10, dtype=jnp.float32)[:1], jnp.zeros(1, jnp.int32)
+    sums = add_to_sums(task, zero_sums_of(task), logits, labels, jnp.ones(1, bool))
+    for _ in range(24):
+        sums = sums.merge(sums)
+    found = summarize(jax.device_get(add_to_sums(task, sums, logits, labels, jnp.ones(1, bool))))
+    assert (found.examples, found.accuracy, found.top5) == (2**24 + 1, 1.0, 1.0)

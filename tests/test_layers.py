@@ -76,6 +76,7 @@ result = train(config, {str(tmp_path / "run")!r}, num_devices=1, quiet=True)
 assert result.result["steps"] == 2
 assert "tensorflow_datasets" not in sys.modules  # the digits are not TFDS's
 import jaxtrain.data.tfds_sets
+assert "clu.metrics" in sys.modules
 assert "tensorflow" not in sys.modules
 """,
         tmp_path / "site",

@@ -6,11 +6,13 @@ import collections
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable
+from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
+from clu.metrics import Average, Collection
 
 from jaxtrain.data.augment import eval_inputs
 from jaxtrain.models.layers import Context
@@ -26,13 +28,27 @@ IN_FLIGHT = 2
 
 
 @flax.struct.dataclass
-class EvalSums:
-    """loss: sum over examples. top5: how many labels are among the five largest logits. correct, count: [num_classes]."""
+class PerClass(Average):
+    """The mean over the examples of each class. total, count: [num_classes]."""
 
-    loss: jax.Array
-    top5: jax.Array
-    correct: jax.Array
+    total: jax.Array
     count: jax.Array
+
+    @classmethod
+    def from_model_output(cls, *, correct: jax.Array, classes: jax.Array, mask: jax.Array, **_: Any) -> PerClass:
+        """correct: bool [B]. classes: one-hot [B, num_classes]."""
+        counted = mask.astype(classes.dtype)
+        return cls(total=(correct * counted) @ classes, count=counted @ classes)
+
+
+# What is measured. Sums over the examples so far: `merge` adds those of a batch, `compute` gives the means. A padded row
+# repeats a real example; its loss may be anything, and the mask keeps even NaN out.
+EvalMetrics = Collection.create(
+    loss=Average.from_output("loss"),
+    accuracy=Average.from_output("correct"),
+    top5=Average.from_output("top5"),
+    per_class=PerClass,
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -50,7 +66,7 @@ class EvalResult:
 class EvalStep:
     """The compiled evaluation. Call it with weights, statistics and the batches of a split."""
 
-    zeros: Callable[[], EvalSums]
+    zeros: Callable[[], Collection]
     add: jax.stages.Compiled
 
     def __call__(
@@ -58,7 +74,7 @@ class EvalStep:
     ) -> EvalResult:
         """Reads the result once, at the end. The host stays `IN_FLIGHT` batches ahead of the devices, and no more."""
         sums = self.zeros()
-        in_flight: collections.deque[EvalSums] = collections.deque()
+        in_flight: collections.deque[Collection] = collections.deque()
         for batch in batches:
             sums = self.add(sums, params, batch_stats, batch, resident)
             in_flight.append(sums)
@@ -67,17 +83,16 @@ class EvalStep:
         return summarize(jax.device_get(sums))
 
 
-def summarize(sums: EvalSums) -> EvalResult:
+def summarize(sums: PyTree) -> EvalResult:
     """Means from sums that are on the host."""
-    count = float(np.sum(sums.count))
-    with np.errstate(invalid="ignore"):
-        per_class = np.asarray(sums.correct) / np.asarray(sums.count)
+    with np.errstate(invalid="ignore"):  # a class without examples
+        means = sums.compute()
     return EvalResult(
-        loss=float(sums.loss) / count,
-        accuracy=float(np.sum(sums.correct)) / count,
-        top5=float(sums.top5) / count,
-        examples=int(count),
-        per_class=tuple(float(x) for x in per_class),
+        loss=float(means["loss"]),
+        accuracy=float(means["accuracy"]),
+        top5=float(means["top5"]),
+        examples=int(sums.accuracy.count),
+        per_class=tuple(means["per_class"].tolist()),
     )
 
 
@@ -93,22 +108,22 @@ def make_eval_step(
     return EvalStep(zeros.lower().compile(), add.lower(sums, params, batch_stats, batch, resident).compile())
 
 
-def zero_sums_of(task: Task) -> EvalSums:
-    """The sums of no example."""
-    dtype = task.sums_dtype
-    classes = jnp.zeros(task.preprocess.num_classes, dtype)
-    return EvalSums(jnp.zeros((), dtype), jnp.zeros((), dtype), classes, classes)
+def zero_sums_of(task: Task) -> Collection:
+    """The sums of no example: zeros, in the types of one's."""
+    logits = jnp.zeros((1, task.preprocess.num_classes), task.sums_dtype)
+    of_one = jax.eval_shape(functools.partial(_sums_of, task), logits, jnp.zeros(1, jnp.int32), jnp.ones(1, bool))
+    return jax.tree.map(jnp.zeros_like, of_one)
 
 
 def _add(
     task: Task,
     layout: Layout,
-    sums: EvalSums,
+    sums: Collection,
     params: PyTree,
     batch_stats: PyTree,
     batch: EvalBatch,
     resident: Resident,
-) -> EvalSums:
+) -> Collection:
     images, labels = select_microbatch(batch.batch, resident, 0, layout)
     inputs = eval_inputs(task.preprocess, images)
     context = Context(example=jnp.arange(labels.shape[0], dtype=jnp.int32))
@@ -116,17 +131,18 @@ def _add(
     return add_to_sums(task, sums, logits, labels, batch.mask[0])
 
 
-def add_to_sums(task: Task, sums: EvalSums, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> EvalSums:
+def add_to_sums(task: Task, sums: Collection, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Collection:
     """The sums with a batch: logits [B, C], labels int32 [B], mask bool [B]."""
-    mask = mask.astype(sums.loss.dtype)
-    classes = jax.nn.one_hot(labels, logits.shape[-1], dtype=sums.loss.dtype)
-    losses = task.loss(logits, classes.astype(logits.dtype)).astype(sums.loss.dtype)
+    return sums.merge(_sums_of(task, logits, labels, mask))
+
+
+def _sums_of(task: Task, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Collection:
+    classes = jax.nn.one_hot(labels, logits.shape[-1], dtype=task.sums_dtype)
     best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
-    correct = (best[:, 0] == labels) * mask
-    return EvalSums(
-        # A padded row repeats a real example; its loss may be anything but must not turn the sum into NaN.
-        loss=sums.loss + jnp.sum(jnp.where(mask > 0, losses, 0)),
-        top5=sums.top5 + jnp.sum(jnp.any(best == labels[:, None], -1) * mask),
-        correct=sums.correct + correct @ classes,
-        count=sums.count + mask @ classes,
+    return EvalMetrics.single_from_model_output(
+        loss=task.loss(logits, classes.astype(logits.dtype)).astype(task.sums_dtype),
+        correct=best[:, 0] == labels,
+        top5=jnp.any(best == labels[:, None], -1),
+        classes=classes,
+        mask=mask,
     )

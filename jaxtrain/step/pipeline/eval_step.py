@@ -19,7 +19,7 @@ from jaxtrain.data.augment import eval_inputs
 from jaxtrain.models.layers import Context
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.step.batch import EvalBatch, Resident, select_from
-from jaxtrain.step.eval_step import IN_FLIGHT, EvalResult, EvalSums, add_to_sums, summarize, zero_sums_of
+from jaxtrain.step.eval_step import IN_FLIGHT, EvalResult, add_to_sums, summarize, zero_sums_of
 from jaxtrain.step.layer_wrap import layer_wrapper
 from jaxtrain.step.pipeline.chunks import ModelChunk, chunks_of, on_stage, weights_of
 from jaxtrain.step.pipeline.dispatch import StageExecutors, local_stages, make_executors
@@ -36,7 +36,7 @@ class PipelineEvalStep:
     layout: Layout
     chunks: tuple[ModelChunk, ...]
     transfers: Mapping[tuple[int, int], StageTransfer]
-    zeros: Callable[[], EvalSums]
+    zeros: Callable[[], PyTree]
     programs: Mapping[int, Any]
     executors: StageExecutors
 
@@ -75,7 +75,7 @@ class PipelineEvalStep:
         y, transfer = self.programs[part.index](*own, x.result(), given), self.transfers[part.index, part.index + 1]
         return y if transfer.crosses else transfer.copy(y)
 
-    def _everywhere(self, sums: EvalSums) -> EvalResult:
+    def _everywhere(self, sums: PyTree) -> EvalResult:
         """The last stage's sums, on every process."""
         owners = sorted(
             {device.process_index for device in self.layout.on_stage(self.chunks[-1].stage).mesh.devices.flat}
@@ -157,11 +157,11 @@ def _add_chunk(
     task: Task,
     layout: Layout,
     run: Callable[..., jax.Array],
-    sums: EvalSums,
+    sums: PyTree,
     params: PyTree,
     batch_stats: PyTree,
     x: Any,
     given: Any,
-) -> EvalSums:
+) -> PyTree:
     labels = select_from(given["labels"], given["rows"], given["resident"], 0, layout)
     return add_to_sums(task, sums, run(params, batch_stats, x, given), labels, given["mask"][0])
