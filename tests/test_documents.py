@@ -6,6 +6,7 @@ import argparse
 import ast
 import functools
 import re
+import runpy
 import shlex
 import subprocess
 import sys
@@ -437,6 +438,12 @@ def test_files_and_commands_of_the_ci_exist(script):
                 yield from ((number, why) for why in check_command(line_words))
 
     report(script, wrong())
+
+
+def test_the_pictures_are_those_that_the_script_draws():
+    """Where this fails, `python docs/pictures.py` draws them anew; look at them before they are committed."""
+    for name, picture in runpy.run_path(str(ROOT / "docs/pictures.py"))["pictures"]().items():
+        assert picture == read(f"docs/{name}"), name
 
 
 def test_every_exception_is_needed():
