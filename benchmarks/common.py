@@ -104,7 +104,7 @@ def block_seconds(run: RunSpec, engine: CompiledRun, state: TrainState, steps: i
         block = list(batches(run, engine, repeat * steps, steps))
         began = time.perf_counter()
         for batch in block:
-            state, metrics = engine.step(state, batch, engine.feed.resident)
+            state, metrics = engine.step(state, batch, engine.inputs.resident)
         jax.block_until_ready((state, metrics))
         seconds.append((time.perf_counter() - began) / steps)
     return seconds[1:]
@@ -113,7 +113,7 @@ def block_seconds(run: RunSpec, engine: CompiledRun, state: TrainState, steps: i
 def batches(run: RunSpec, engine: CompiledRun, first_step: int, steps: int) -> Iterator[Batch]:
     """The training batches of `steps` updates."""
     batch = run.config.data.global_batch
-    return engine.feed.train(
+    return engine.inputs.train(
         seed=run.config.seed, global_batch=batch, first_step=first_step, first_example=first_step * batch, steps=steps
     )
 

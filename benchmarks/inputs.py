@@ -304,7 +304,7 @@ def _waits(kind: str, directory: Path) -> list[dict[str, Any]]:
                         asked = time.perf_counter()
                         got = next(stream) if which == "streamed" else cached
                         waited += time.perf_counter() - asked
-                        state, metrics = engine.step(state, got, engine.feed.resident)
+                        state, metrics = engine.step(state, got, engine.inputs.resident)
                         jax.block_until_ready(before)  # a step behind, as the trainer reads them
                         before = metrics
                     jax.block_until_ready(before)

@@ -59,7 +59,7 @@ def _steps(workdir: Path, reused: Callable[[list[Batch]], Iterable[Batch] | None
         first = list(batches(run, engine, 0, STEPS))
         for block in itertools.count():
             for batch in reused(first) or batches(run, engine, block * STEPS, STEPS):
-                state, metrics = engine.step(state, batch, engine.feed.resident)
+                state, metrics = engine.step(state, batch, engine.inputs.resident)
             jax.block_until_ready((state, metrics))
             print(block, file=rows, flush=True)
 

@@ -150,7 +150,7 @@ def _bubble(name: str, stages: int, parts: int) -> dict[str, Any]:
         run, engine, state = start(config, stages)
         for batch in batches(run, engine, 0, REPEATS + 1):  # the first step warms up
             _naps.clear()
-            state, metrics = engine.step(state, batch, engine.feed.resident)
+            state, metrics = engine.step(state, batch, engine.inputs.resident)
             jax.block_until_ready((state, metrics))
             found.append(_timeline(stages, parts, each))
     schedule = schedules.make_pipeline_schedule(name, stages, parts, chunks)
@@ -281,7 +281,7 @@ def _throughput(model: ModelConfig, size: int, parts: int, core: int, port: int 
     with settings(config):
         run, engine, state = start(config, len(jax.devices()))
         seconds = block_seconds(run, engine, state, 1, REPEATS)
-    weights = run.split.weights if run.split else (1.0,)
+    weights = run.partition.weights if run.partition else (1.0,)
     return {"seconds": seconds, "imbalance": max(weights) / statistics.mean(weights)}
 
 

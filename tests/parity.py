@@ -13,7 +13,7 @@ import pytest
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.data import registry
 from jaxtrain.data.base import ArraySource, Dataset, Subset
-from jaxtrain.training.loop import TrainResult
+from jaxtrain.training.results import TrainResult
 from jaxtrain.training.session import train
 
 STEPS = 6

@@ -20,7 +20,7 @@ from PIL import Image
 
 from jaxtrain import load_config, train
 from jaxtrain.cli import main as command_line
-from jaxtrain.training.loop import TrainResult
+from jaxtrain.training.results import TrainResult
 
 __all__ = ["command_line"]  # `jaxtrain ...` in this process
 

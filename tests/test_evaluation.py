@@ -25,7 +25,7 @@ from jaxtrain.step.train_state import create_state
 from jaxtrain.training.compiled import Evaluator
 from jaxtrain.training.input_pipeline import make_input_pipeline
 from jaxtrain.training.jax_settings import settings
-from jaxtrain.training.loop import TrainResult
+from jaxtrain.training.results import TrainResult
 from jaxtrain.training.setup import load_data, make_run_spec
 
 SIDE = 8

@@ -64,7 +64,7 @@ class Started:
         return audit(**given | changed)
 
     def batches(self):
-        feed, batch = self.engine.feed, self.run.config.data.global_batch
+        feed, batch = self.engine.inputs, self.run.config.data.global_batch
         return feed.train(seed=0, global_batch=batch, first_step=0, first_example=0, steps=3)
 
 
@@ -109,7 +109,7 @@ def test_bytes_per_device_are_the_formulas(zero, devices):
     with started(config(zero=zero, microbatches=2), devices) as it:
         state, accumulator = it.state, it.step.programs["zeros"]().gradients
         for batch in it.batches():
-            state, metrics = it.step(state, batch, it.engine.feed.resident)
+            state, metrics = it.step(state, batch, it.engine.inputs.resident)
         assert int(metrics["made"]) == 1
         found = it.audit(state=state)
         assert found.notes == ()
@@ -125,7 +125,7 @@ def test_bytes_per_device_are_the_formulas(zero, devices):
         expected = {name: sum(formula(tree, devices, zero >= SHARDED_FROM[name])) for name, tree in trees.items()}
         given = {name: program.memory_analysis().argument_size_in_bytes for name, program in it.step.programs.items()}
         assert given["update"] == pytest.approx(sum(expected.values()), rel=0.01)
-        resident = whole_bytes(it.engine.feed.resident)
+        resident = whole_bytes(it.engine.inputs.resident)
         assert given["gradients"] == pytest.approx(expected["params"] + expected["gradients"] + resident, rel=0.01)
         assert whole_bytes(state.params) == 4 * 235_146
         assert whole_bytes(state.opt_state) == pytest.approx(2 * whole_bytes(state.params), rel=0.01)
@@ -135,7 +135,7 @@ def test_one_program_holds_no_accumulator():
     with started(config(zero=3, ema=0.9), 8) as it:
         params, average = whole_bytes(it.state.params), whole_bytes(it.state.ema)
         given = it.step.programs["step"].memory_analysis()
-        resident = whole_bytes(it.engine.feed.resident)
+        resident = whole_bytes(it.engine.inputs.resident)
         assert average == params
         assert given.argument_size_in_bytes == pytest.approx((3 * params + average) / 8 + resident, rel=0.01)
         # the state is donated: the new one takes its place
@@ -174,7 +174,7 @@ def test_every_leaf_keeps_its_place_type_and_shape_over_steps(resnet):
     before = jax.tree.leaves(jax.tree.map(_described, resnet.state), is_leaf=_is_described)
     state = jax.tree.map(jnp.copy, resnet.state)  # which is donated
     for batch in resnet.batches():
-        state, _ = resnet.step(state, batch, resnet.engine.feed.resident)
+        state, _ = resnet.step(state, batch, resnet.engine.inputs.resident)
     after = jax.tree.leaves(jax.tree.map(_described, state), is_leaf=_is_described)
     assert len(before) == len(after) > 150
     for (shape, dtype, sharding), found in zip(before, after, strict=True):

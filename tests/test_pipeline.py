@@ -185,8 +185,8 @@ def test_a_devices_part_need_not_hold_whole_batch_norm_groups(batch, groups):
     config = parity.config("resnet", layout("gpipe", 2, 2, parts=2), **large, **fields)
     with settings(config):
         run = make_run_spec(config, load_data(config.data), jax.devices()[:4])
-    assert run.split is not None
-    assert sum(map(len, run.split.chunks)) == len(run.task.model.layers)
+    assert run.partition is not None
+    assert sum(map(len, run.partition.chunks)) == len(run.task.model.layers)
 
 
 # ------------------------------------------------------------------------------------------------------ planted faults
@@ -265,8 +265,8 @@ def started(model: str, where: LayoutConfig, **fields):
 
 def one_step(run, engine, state):
     batch = run.config.data.global_batch
-    for data in engine.feed.train(seed=0, global_batch=batch, first_step=0, first_example=0, steps=1):
-        state, metrics = engine.step(state, data, engine.feed.resident)
+    for data in engine.inputs.train(seed=0, global_batch=batch, first_step=0, first_example=0, steps=1):
+        state, metrics = engine.step(state, data, engine.inputs.resident)
     return jax.block_until_ready(state), metrics
 
 

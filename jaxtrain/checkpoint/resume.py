@@ -7,6 +7,7 @@ import itertools
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 
 from jaxtrain.checkpoint import config_changes
 from jaxtrain.checkpoint.manifest import discard_unfinished, manifested_steps
-from jaxtrain.checkpoint.resume_point import CheckpointStep, ResumePoint
+from jaxtrain.checkpoint.resume_point import CheckpointStep, ResumePoint, find_resume_point
 from jaxtrain.config import Config
 from jaxtrain.data.base import Dataset, follow_classes
 from jaxtrain.data.record import changed_sentence, differences, refuse_other_rule, same_split
@@ -174,3 +175,38 @@ def _new_folder(path: Path) -> Path:
 
 def _plain(config: Config) -> dict[str, Any]:
     return dataclasses.asdict(config)
+
+
+# ------------------------------------------------------------------------------------------------ the two questions
+
+
+def where_to_start(
+    directory: Workdir, config: Config, resolve: Callable[[Config, Config | None], Config]
+) -> tuple[ResumePoint, Config]:
+    """Before the data is read: where the run starts, and the config that it goes on with.
+
+    Args:
+      directory: the run's.
+      config: as the user gave it.
+      resolve: fills in what depends on the machine, from the config and the stored one.
+
+    Raises:
+      CheckpointError: what `checkpoint.resume` names is not there, or not whole.
+      WorkdirError: the config differs from the stored one in what changes the run's numbers.
+    """
+    resume = find_resume_point(directory, config)
+    config = resolve(config, resume.stored)
+    refuse_changes(directory, resume, config)
+    return resume, config
+
+
+def may_go_on(directory: Workdir, resume: ResumePoint, config: Config, dataset: Dataset) -> tuple[Dataset, ResumePoint]:
+    """Once the data is there: whether the run may go on on it; returns both as `go_on_with` does.
+
+    Raises:
+      WorkdirError: another length would have given a step already run another learning rate.
+      DataError: the data set holds something else than when the checkpoint was made.
+    """
+    refuse_length(directory, resume, config, len(dataset.train))
+    refuse_other_data(directory, resume, config, dataset)
+    return go_on_with(dataset, resume, config.model.num_classes)

@@ -120,6 +120,35 @@ class Position:
     data_since: int = 0
     jobs: tuple[str, ...] = ()
 
+    def after_step(self, step: int, batch: int, loss: float, correct: float, *, skipped: bool) -> Position:
+        """The position once update `step` is done, with its batch in the epoch's totals.
+
+        Args:
+          step: the update's number.
+          batch: examples in its batch.
+          loss: their mean loss.
+          correct: how many answers were right.
+          skipped: the batch was passed over: it is used up, but it updated nothing, and its loss may be infinite.
+        """
+        moved = dataclasses.replace(self, step=step, examples=self.examples + batch)
+        if skipped:
+            return moved
+        return dataclasses.replace(
+            moved,
+            epoch_loss=self.epoch_loss + loss * batch,
+            epoch_correct=self.epoch_correct + correct,
+            epoch_examples=self.epoch_examples + batch,
+        )
+
+    def epoch_means(self) -> tuple[float, float]:
+        """Mean loss and accuracy of the epoch so far; zeros where every batch of it was passed over."""
+        count = max(self.epoch_examples, 1)
+        return self.epoch_loss / count, self.epoch_correct / count
+
+    def at_new_epoch(self) -> Position:
+        """The same position with the epoch's totals at zero."""
+        return dataclasses.replace(self, epoch_loss=0.0, epoch_correct=0.0, epoch_examples=0)
+
     def to_json(self, config: dict[str, Any]) -> dict[str, Any]:
         """As stored in a checkpoint, with the config of the run beside it."""
         return dataclasses.asdict(self) | {"config": config}

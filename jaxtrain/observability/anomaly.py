@@ -34,13 +34,12 @@ class AnomalyDetector:
 
     def __init__(self, skips: int, spike: float):
         self._skips, self._spike = skips, spike
-        self.poisoned = False  # whether the last update was not finite: its state is not worth saving
         self._refused: list[int] = []
         self._seen: dict[str, collections.deque[float]] = {
             name: collections.deque(maxlen=_WINDOW) for name in ("loss", "gradient norm")
         }
 
-    def look(self, step: int, loss: float, grad_norm: float, update_norm: float, *, skipped: bool) -> Anomaly:
+    def observe(self, step: int, loss: float, grad_norm: float, update_norm: float, *, skipped: bool) -> Anomaly:
         """step: the update these numbers belong to. skipped: it was refused, and the run went on without it."""
         if skipped:
             self._refused.append(step)
@@ -49,8 +48,7 @@ class AnomalyDetector:
                 return Anomaly(f"{text}; {len(self._refused)} in a row", "stop", self._refused[0])
             return Anomaly(f"{text} ({len(self._refused)} of at most {self._skips} in a row are passed over)")
         self._refused.clear()
-        self.poisoned = not math.isfinite(update_norm)
-        if self.poisoned:
+        if not math.isfinite(update_norm):
             text = f"the update of step {step} is not finite (norm {update_norm:g}; try a lower config.optim.learning_rate)"
             return Anomaly(text, "stop", step)
         for name, value in (("loss", loss), ("gradient norm", grad_norm)):

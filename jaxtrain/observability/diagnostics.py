@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from jaxtrain.observability.clock import Span
+from jaxtrain.precision import MIN_SCALE
 
 SLOW_DATA_SHARE = 0.2
 
@@ -23,7 +24,7 @@ def slow_data(span: Span) -> str:
     )
 
 
-def loss_scale_at_floor(scale: float, floor: float) -> str:
+def loss_scale_at_floor(scale: float, floor: float = MIN_SCALE) -> str:
     """fp16 underflow: the dynamic loss scale fell as far as it may, so gradients overflow at any scale."""
     if scale > floor:
         return ""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -25,9 +26,36 @@ from jaxtrain.step.update import update_state
 from jaxtrain.trees import PyTree
 
 
+class TrainStep(Protocol):
+    """A compiled training step, of any layout.
+
+    Attributes:
+      programs: its XLA programs by name, for the audit and for `memory_analysis`.
+      after: where they leave the state: a sharding for each leaf.
+      accumulator: where gradients rest between microbatches; `None` where nothing is accumulated.
+      per_call: how many updates one call may make, of as many batches stacked.
+    """
+
+    @property
+    def programs(self) -> Mapping[str, Any]: ...
+    @property
+    def after(self) -> TrainState: ...
+    @property
+    def accumulator(self) -> PyTree: ...
+    @property
+    def per_call(self) -> int: ...
+
+    def __call__(self, state: TrainState, batch: Batch, resident: Resident) -> tuple[TrainState, StepMetrics]:
+        """Makes the update of one batch, or of `per_call` batches stacked. Donates `state`.
+
+        Asynchronous: the metrics are not there until they are read.
+        """
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class MeshTrainStep:
-    """The compiled step.
+    """The compiled step of a model without pipeline stages.
 
     programs: its XLA programs by name, for the audit and for `memory_analysis`. after: where they leave the state.
     accumulator: where the gradients rest between microbatches, or `None` where there is no accumulator. per_call: how many

@@ -23,14 +23,15 @@ from jaxtrain.trees import PyTree
 class UpdateDecision:
     """What becomes of an update, decided from the numbers of the whole tree.
 
-    step, loss_scale: as they are afterwards. accepted: the new state is taken. skipped: fp16 overflowed, and the run goes on
-    without this batch. norm: of the gradients.
+    step, loss_scale: as they are afterwards. accepted: the new state is taken. skipped: the run goes on without this batch.
+    overflowed: it does so because fp16 overflowed, and its loss scale shrinks. norm: of the gradients.
     """
 
     step: jax.Array
     loss_scale: PyTree
     accepted: jax.Array
     skipped: jax.Array
+    overflowed: jax.Array
     norm: jax.Array
 
 
@@ -46,9 +47,10 @@ def decide_update(
     accepted = finite & on_time
     # fp16 overflows by design now and then: that batch is skipped and the run goes on with a smaller scale.
     can_shrink = isinstance(loss_scale, LossScale) & ~at_floor(loss_scale)
-    skipped = on_time & ~finite & (can_shrink | skips)
+    overflowed = on_time & ~finite & can_shrink
+    skipped = overflowed | (on_time & ~finite & skips)
     new_scale = _select(on_time, adjust_loss_scale(loss_scale, finite), loss_scale)
-    return UpdateDecision(step + accepted + skipped, new_scale, accepted, skipped, norm)
+    return UpdateDecision(step + accepted + skipped, new_scale, accepted, skipped, overflowed, norm)
 
 
 def unscale_gradients(loss_scale: PyTree, gradients: PyTree, updating: PyTree) -> PyTree:
@@ -133,6 +135,7 @@ def step_metrics(
         "update_norm": update_norm,
         "loss_scale": scale_factor(loss_scale, loss.dtype),
         "skipped": decision.skipped,
+        "overflowed": decision.overflowed,
     }
 
 

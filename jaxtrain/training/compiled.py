@@ -20,9 +20,9 @@ from jaxtrain.parallel.audit import audit
 from jaxtrain.step.batch import EvalBatch
 from jaxtrain.step.eval_step import EvalResult, EvalStep, make_eval_step
 from jaxtrain.step.pipeline.eval_step import PipelineEvalStep, make_pipeline_eval_step
-from jaxtrain.step.pipeline.train_step import PipelineTrainStep, make_pipeline_train_step
+from jaxtrain.step.pipeline.train_step import make_pipeline_train_step
 from jaxtrain.step.train_state import TrainState, create_state, state_shapes
-from jaxtrain.step.train_step import MeshTrainStep, make_train_step
+from jaxtrain.step.train_step import TrainStep, make_train_step
 from jaxtrain.training.input_pipeline import InputPipeline, make_input_pipeline
 from jaxtrain.training.setup import RunSpec
 from jaxtrain.training.startup_report import idle_stages, layout_table, one_step_a_call, summary
@@ -33,16 +33,22 @@ log = logging.getLogger("jaxtrain")
 
 @dataclasses.dataclass(frozen=True)
 class CompiledRun:
-    """step: one update (see `jaxtrain.step.train_step`). evaluate: weights, on a split. feed: batches."""
+    """A run on its devices.
 
-    step: MeshTrainStep | PipelineTrainStep
+    Attributes:
+      step: one update, or several as one program.
+      evaluate: weights, on a split.
+      inputs: batches.
+    """
+
+    step: TrainStep
     evaluate: Evaluator
-    feed: InputPipeline
+    inputs: InputPipeline
 
     @property
     def steps_per_call(self) -> int:
         """How many updates one call of `step` makes, of as many batches stacked."""
-        return self.step.per_call if isinstance(self.step, MeshTrainStep) else 1
+        return self.step.per_call
 
 
 def compile_run(
@@ -55,9 +61,9 @@ def compile_run(
     began = time.perf_counter()
     shapes = state_shapes(run.init, run.layout)
     table = layout_table(run.layout, shapes)
-    feed = make_input_pipeline(run.dataset, run.layout, run.config.data.residency, run.config.data.workers)
+    inputs = make_input_pipeline(run.dataset, run.layout, run.config.data.residency, run.config.data.workers)
     compiler = concurrent.futures.ThreadPoolExecutor(1, "compile")
-    compiling = compiler.submit(_compile_step, run, feed, shapes, trace)
+    compiling = compiler.submit(compile_train_step, run, inputs, shapes, trace)
     if jax.process_count() > 1:
         compiling.result()  # both ask the other processes (Orbax, arrays over all devices): one after the other on each
     state = _restored(run, resume, shapes) if resume.start is not None else None
@@ -65,14 +71,14 @@ def compile_run(
         log.info("%s", line)
     if text := idle_stages(run, bool(table["batch_stats"])):
         log.warning("%s", text)
-    log.info("data %s; compiling the step (the next start finds it in the compile cache)", feed.where)
+    log.info("data %s; compiling the step (the next start finds it in the compile cache)", inputs.where)
     if state is None:
         state = create_state(run.init, run.layout)
     step = compiling.result()
     for note in audit(run.layout, table, state, step).notes:
         log.info("%s", note)
     log.info("compiled in %.1f s", time.perf_counter() - began)
-    return CompiledRun(step, Evaluator(run, feed, compiler), feed), state
+    return CompiledRun(step, Evaluator(run, inputs, compiler), inputs), state
 
 
 def _restored(run: RunSpec, resume: ResumePoint, shapes: TrainState) -> TrainState:
@@ -89,8 +95,8 @@ def _restored(run: RunSpec, resume: ResumePoint, shapes: TrainState) -> TrainSta
 class Evaluator:
     """Evaluates weights on a split. Compiled in a thread, at the first call or from `begin` on."""
 
-    def __init__(self, run: RunSpec, feed: InputPipeline, compiler: concurrent.futures.Executor | None = None):
-        self._run, self._feed = run, feed
+    def __init__(self, run: RunSpec, inputs: InputPipeline, compiler: concurrent.futures.Executor | None = None):
+        self._run, self._inputs = run, inputs
         self._batch = run.config.data.global_batch // run.layout.config.microbatches
         self._compiler = compiler or concurrent.futures.ThreadPoolExecutor(1, "compile")
         self._compiled: dict[Any, concurrent.futures.Future[EvalStep | PipelineEvalStep]] = {}
@@ -109,18 +115,27 @@ class Evaluator:
             self._program(state.ema["params"], state.ema["batch_stats"])
 
     def __call__(
-        self, split: str, params: PyTree, batch_stats: PyTree, before_each: Callable[[], None] = lambda: None
+        self, split: str, params: PyTree, batch_stats: PyTree, before_batch: Callable[[], None] = lambda: None
     ) -> EvalResult:
-        """before_each: called before every batch."""
+        """Evaluates weights; calls `before_batch` before every batch."""
 
         def watched(batches: Iterator[EvalBatch]) -> Iterator[EvalBatch]:
-            for each in batches:
-                before_each()
-                yield each
+            for batch in batches:
+                before_batch()
+                yield batch
 
         program = self._program(params, batch_stats).result()
-        with contextlib.closing(self._feed.evaluation(split, self._batch)) as batches:
-            return program(params, batch_stats, watched(batches), self._feed.resident)
+        with contextlib.closing(self._inputs.evaluation(split, self._batch)) as batches:
+            return program(params, batch_stats, watched(batches), self._inputs.resident)
+
+    def of_state(
+        self, state: TrainState, split: str, before_batch: Callable[[], None] = lambda: None
+    ) -> dict[str, EvalResult]:
+        """Results by weights: `raw`, and `ema` where the run keeps a moving average."""
+        weights = {"raw": (state.params, state.batch_stats)}
+        if state.ema:
+            weights["ema"] = state.ema["params"], state.ema["batch_stats"]
+        return {name: self(split, *trees, before_batch) for name, trees in weights.items()}
 
     def _program(self, *weights: PyTree) -> concurrent.futures.Future[EvalStep | PipelineEvalStep]:
         leaves, structure = jax.tree.flatten(weights)
@@ -130,24 +145,27 @@ class Evaluator:
             # Shapes: a step may donate and delete the arrays meanwhile.
             shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves]
             params, batch_stats = structure.unflatten(shapes)
-            batch, resident = self._feed.evaluation_shapes(self._batch), self._feed.resident
+            batch, resident = self._inputs.evaluation_shapes(self._batch), self._inputs.resident
             make = make_pipeline_eval_step if self._run.layout.stages > 1 else make_eval_step
             task, layout = self._run.task, self._run.layout
             self._compiled[where] = self._compiler.submit(make, task, layout, params, batch_stats, batch, resident)
         return self._compiled[where]
 
 
-def _compile_step(
-    run: RunSpec, feed: InputPipeline, state: TrainState, trace: Path
-) -> MeshTrainStep | PipelineTrainStep:
-    """state: shapes."""
-    batch = feed.train_shapes(run.config.data.global_batch)
+def compile_train_step(run: RunSpec, inputs: InputPipeline, state: TrainState, trace: Path) -> TrainStep:
+    """The step for the run's layout: one program over the whole mesh, or programs by pipeline stage.
+
+    Args:
+      run: what to compile.
+      inputs: whose batches it takes.
+      state: shapes and shardings.
+      trace: the file of `layout.trace_step`.
+    """
+    batch, asked = inputs.train_shapes(run.config.data.global_batch), run.config.train.steps_per_call
     if run.layout.stages > 1:
-        if run.config.train.steps_per_call > 1:
-            log.info("%s", one_step_a_call(run.config))
-        return make_pipeline_train_step(run.task, run.layout, state, batch, feed.resident, trace)
-    asked = run.config.train.steps_per_call
-    step = make_train_step(run.task, run.layout, state, batch, feed.resident, asked)
+        step: TrainStep = make_pipeline_train_step(run.task, run.layout, state, batch, inputs.resident, trace)
+    else:
+        step = make_train_step(run.task, run.layout, state, batch, inputs.resident, asked)
     if step.per_call < asked:
         log.info("%s", one_step_a_call(run.config))
     return step

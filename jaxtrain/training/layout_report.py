@@ -91,7 +91,7 @@ def describe(run: RunSpec, table: dict[str, list[Placement]]) -> dict[str, Any]:
         "bytes_per_device": {tree: bytes_per_device(placements) for tree, placements in table.items()},
         "bytes_by_stage": {tree: bytes_by_stage(placements, stages) for tree, placements in table.items()},
         "microbatches": run.layout.config.microbatches,
-        "stages": run.split.describe() if run.split else [],
+        "stages": run.partition.describe() if run.partition else [],
         "warnings": [
             *filter(None, [idle_stages(run, bool(table["batch_stats"]))]),
             *run.dataset.notes,
@@ -114,12 +114,12 @@ def draw_schedule(config: Config, num_devices: int = 0, traced: str | Path = "")
     is one. Raises `ConfigError` when there are no stages, or no record.
     """
     run, _ = _planned(config, num_devices)
-    if run.split is None:
+    if run.partition is None:
         raise ConfigError("config.layout.stages=1: there is no schedule to draw; use --config.layout.stages=2 or more.")
     layout = run.config.layout
     schedule = schedules.make_pipeline_schedule(layout.schedule, layout.stages, layout.microbatches, layout.chunks)
     title = f"{layout.schedule}, {layout.stages} stages, {layout.microbatches} microbatches"
-    costs = [sum(run.split.costs[i].cost for i in layers) / _NOMINAL_FLOPS for layers in run.split.chunks]
+    costs = [sum(run.partition.costs[i].cost for i in layers) / _NOMINAL_FLOPS for layers in run.partition.chunks]
     forward, backward = [c / 3 for c in costs], [2 * c / 3 for c in costs]
     if not traced:
         return svg([(f"planned: {title}", simulate(schedule, forward, backward))])

@@ -1,4 +1,4 @@
-"""The training loop."""
+"""The training loop: `TrainLoop.run` is the whole of it; what is due between steps is `TrainLoop._between_steps`."""
 
 from __future__ import annotations
 
@@ -7,43 +7,33 @@ import contextlib
 import dataclasses
 import json
 import logging
-import math
-import statistics
 import time
-from collections.abc import Iterator, Mapping
-from fractions import Fraction
-from typing import Any
+from collections.abc import Mapping
+from typing import NoReturn
 
-import jax
 from rich.console import Console
 
-from jaxtrain import config as config_lib
-from jaxtrain.checkpoint import resume_point
 from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.lease import Lease, NoLease
-from jaxtrain.checkpoint.manifest import manifested_steps, read_manifest
-from jaxtrain.checkpoint.resume_point import CheckpointStep, Position, ResumePoint
-from jaxtrain.config import Config
+from jaxtrain.checkpoint.resume_point import Position, how_to_go_on
 from jaxtrain.data.order import batch_indices
-from jaxtrain.distributed import coordination, straggler
-from jaxtrain.distributed.coordination import broadcast_bool
+from jaxtrain.distributed import coordination
 from jaxtrain.distributed.interrupt import Interrupt
 from jaxtrain.distributed.watchdog import Watchdog
-from jaxtrain.durations import Duration
-from jaxtrain.errors import NumericError
 from jaxtrain.observability import diagnostics
 from jaxtrain.observability.anomaly import Anomaly, AnomalyDetector
-from jaxtrain.observability.clock import StepClock, explain
+from jaxtrain.observability.clock import StepClock
 from jaxtrain.observability.goodput import NullTimes
-from jaxtrain.observability.metrics_writer import MetricsWriter, NullMetricsWriter
-from jaxtrain.observability.progress import NullProgress, Progress
 from jaxtrain.parallel.replicas import ReplicaCheck
-from jaxtrain.precision import MIN_SCALE
 from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.step.metrics import StepMetrics
 from jaxtrain.step.train_state import TrainState
-from jaxtrain.training.cadence import Cadence
+from jaxtrain.training import recovery
+from jaxtrain.training.cadence import Timetable
 from jaxtrain.training.compiled import CompiledRun
+from jaxtrain.training.reporter import Reporter
+from jaxtrain.training.results import TrainResult, best_weights, closing_lines, final_result, on_both_splits
+from jaxtrain.training.saving import Saver
 from jaxtrain.training.setup import RunSpec
 from jaxtrain.workdir import Workdir
 
@@ -53,16 +43,6 @@ log = logging.getLogger("jaxtrain")
 READ_BEHIND = 2
 
 _REPLICAS_SECONDS = 60.0
-
-
-@dataclasses.dataclass(frozen=True)
-class TrainResult:
-    """What `train` returns. history: the rows that this start added to metrics.jsonl. result: what result.json holds."""
-
-    state: TrainState
-    history: list[dict[str, Any]]
-    result: dict[str, Any]
-    workdir: Workdir
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,496 +58,256 @@ class Host:
     times: NullTimes
 
 
-class RollBack(Exception):
-    """The run goes on from an older checkpoint, past the examples that spoiled it."""
-
-    def __init__(self, resume: ResumePoint):
-        super().__init__()
-        self.resume = resume
-
-
 class _StopEvaluation(Exception):
     """The run is told to stop before this batch."""
 
 
-class Loop:
-    """One start of a run: owns the records and the progress display, and closes them."""
+class TrainLoop:
+    """One start of a run, from its first step to its result. Close its `reporter` afterwards."""
 
     def __init__(
         self,
         run: RunSpec,
-        engine: CompiledRun,
-        checkpoints: Checkpointer,
+        compiled: CompiledRun,
+        checkpointer: Checkpointer,
         host: Host,
         position: Position,
         rollbacks_left: int,
     ):
-        self.run, self.engine, self.checkpoints = run, engine, checkpoints
-        self.directory, self.clock, self.interrupt, self.watchdog = (
-            host.directory,
-            host.clock,
-            host.interrupt,
-            host.watchdog,
-        )
-        self.position, self.rollbacks_left, self.times = position, rollbacks_left, host.times
-        self.stopping = False  # all processes stop after the step that was dispatched last
-        self.config, self.train_examples = run.config, len(run.dataset.train)
-        self.first_step = position.step
-        self.history: list[dict[str, Any]] = []
-        first = jax.process_index() == 0
-        # A complete run trains nothing again, so the row of an epoch that its last step broke off stays too.
-        rounded = math.floor if position.step < run.steps else math.ceil
-        epochs_done = rounded(Fraction(position.examples, self.train_examples))
-        self.guard = AnomalyDetector(self.config.train.nonfinite_skips, self.config.train.spike_threshold)
-        self.check_replicas = ReplicaCheck()
-        self.records = NullMetricsWriter()
-        if first:
-            self.records = MetricsWriter(host.directory, position.step, epochs_done, since=position.data_since)
-        self.progress = Progress(run.steps, position.step, host.console) if first else NullProgress()
-        self.epochs = self._epoch(run.steps) + 1
-        self.log_span = self.epoch_span = self.pace_span = self.clock.now()
-        self.paces, self.spread = straggler.ProcessTimes(), 1.0
-        self.data_wait = 0.0  # of the last logged row, seconds
-        self.saved_step, self.saved_at = position.step, time.monotonic()
+        self.run_spec, self.compiled, self.checkpointer, self.host = run, compiled, checkpointer, host
+        self.config, self.position, self.rollbacks_left = run.config, position, rollbacks_left
+        self.clock, self.watchdog = host.clock, host.watchdog
+        validates = len(run.dataset.validation) > 0
+        self.timetable = Timetable(run.config, len(run.dataset.train), run.steps, position, validates=validates)
+        self.reporter = Reporter(run, self.timetable, position, host.directory, host.clock, host.console)
+        self.anomalies = AnomalyDetector(self.config.train.nonfinite_skips, self.config.train.spike_threshold)
+        self.replica_check = ReplicaCheck()
         self.validated: tuple[int, dict[str, EvalResult]] = (-1, {})  # the last step that was, and its results
-        every, milestone = self.config.checkpoint.every, self.config.checkpoint.milestone_every
-        self.time_to_save = False  # what process 0's clock said after the last step
-        self.save_every = Duration.parse(every, "config.checkpoint.every", minutes=True)
-        self.saves = Cadence(self.save_every, self.train_examples)
-        self.milestones = self._cadence(milestone, "config.checkpoint.milestone_every")
-        self.evaluations = self._cadence(self.config.train.eval_every, "config.train.eval_every")
-        self.epoch_ends = self._cadence("1 epoch", "")
+        self.saver = Saver(checkpointer, run.config, self.timetable, position.step, self.reporter.flush)
+        self.stopping = False  # all processes stop after the step that was dispatched last
+        self.time_to_save = False  # process 0's clock asks for a checkpoint
 
-    def __enter__(self) -> Loop:
-        return self
+    # ------------------------------------------------------------------------------------------------------- the loop
 
-    def __exit__(self, *_: object) -> None:
-        self.progress.close()
-        self.records.close()
+    def run(self, state: TrainState) -> TrainResult:
+        """Steps, and what is due between them, until the last step; then the test, and `result.json`.
 
-    def _cadence(self, text: str, field: str) -> Cadence:
-        return Cadence(Duration.parse(text, field), self.train_examples)
-
-    @property
-    def _batch(self) -> int:
-        return self.config.data.global_batch
-
-    def _epoch(self, step: int) -> int:
-        """The epoch, from 0, that update `step` belongs to: that of its first example."""
-        return max(self._examples_at(step) - self._batch, 0) // self.train_examples
-
-    # ------------------------------------------------------------------------------------------------------ the loop
-
-    def run_to_end(self, state: TrainState) -> TrainResult:
-        """Steps, evaluations and saves until the last step; then the test, and result.json."""
-        if self.first_step >= self.run.steps:
-            log.info("this run is complete: it is at step %d of %d", self.first_step, self.run.steps)
-        elif (gap := self._next_pause(self.first_step) - self.first_step) < self.engine.steps_per_call:
-            log.warning(
-                "train.steps_per_call=%d is more than the %d steps to the next evaluation, save or end of an epoch, so each "
-                "is a call of its own.",
-                self.engine.steps_per_call,
-                gap,
-            )
-        batches = self.engine.feed.train(
+        The host stays ahead of the devices: a call's metrics are read `READ_BEHIND` calls later. Only where something is due
+        (or a signal or the clock asks for it) are all of them read first, since what is due needs them. Every process comes
+        to the same pauses: they depend on the step alone, or the processes agree on them (`_told_to_pause`).
+        """
+        self.timetable.log_start(self.compiled.steps_per_call)
+        first = self.timetable.first_step
+        batches = self.compiled.inputs.train(
             seed=self.config.seed,
-            global_batch=self._batch,
-            first_step=self.first_step,
+            global_batch=self.config.data.global_batch,
+            first_step=first,
             first_example=self.position.examples,
-            steps=max(self.run.steps - self.first_step, 0),
-            calls=(len(steps) for steps, _ in self._calls()),
+            steps=max(self.run_spec.steps - first, 0),
+            calls=(len(steps) for steps, _ in self.timetable.calls(self.compiled.steps_per_call)),
         )
         if self.position.owes_validation:
-            self._between_steps(state, owed=True)
-        pending: collections.deque[tuple[range, StepMetrics]] = collections.deque()
+            self._validate_late(state)
+        unread: collections.deque[tuple[range, StepMetrics]] = collections.deque()
         with contextlib.closing(batches):
-            for steps, due in self._calls():
+            for steps, due in self.timetable.calls(self.compiled.steps_per_call):
                 self.watchdog.feed("input", steps[0] - 1, len(steps) * (self.clock.step_seconds or 0.0))
                 with self.clock.charge("input"):
                     batch = next(batches)
                 self.watchdog.feed("step")
                 with self.clock.charge("step"):
-                    state, metrics = self.engine.step(state, batch, self.engine.feed.resident)
+                    state, metrics = self.compiled.step(state, batch, self.compiled.inputs.resident)
                     metrics.numbers.copy_to_host_async()
-                    pending.append((steps, metrics))
+                    unread.append((steps, metrics))
                     pause = self._told_to_pause(steps) or due
                     self.watchdog.feed("wait")
-                    while len(pending) > (0 if pause else READ_BEHIND):
-                        self._read(*pending.popleft(), state)
-                self.clock.step_done(self._batch, len(steps))
-                self.progress.advance(steps[-1])
+                    while len(unread) > (0 if pause else READ_BEHIND):
+                        self._read(*unread.popleft(), state)
+                self.clock.step_done(self.config.data.global_batch, len(steps))
+                self.reporter.advance(steps[-1])
                 if pause:
                     self._between_steps(state)
         return self._finish(state)
 
-    def _calls(self) -> Iterator[tuple[range, bool]]:
-        """The steps of each call, and whether something is due after them: single steps, where it is before a whole call ends.
-
-        The same on every process, and the same steps for any `train.steps_per_call`.
-        """
-        step, pause, size = self.first_step, self.first_step, self.engine.steps_per_call
-        while step < self.run.steps:
-            if step == pause:
-                pause = self._next_pause(step)
-            count = size if step + size <= pause else 1
-            step += count
-            yield range(step - count + 1, step + 1), step == pause
-
-    def _next_pause(self, step: int) -> float:
-        """The first step after `step` after which something is due that needs its metrics."""
-        cadences, every = (self.epoch_ends, self.evaluations, self.saves, self.milestones), self._replicas_every
-        due = [cadence.next_after(step, self._examples_at(step), self._batch) for cadence in cadences]
-        return min(self.run.steps, *due, (step // every + 1) * every if every else math.inf)
-
     def _told_to_pause(self, steps: range) -> bool:
-        """Whether a signal or the clock asks for a pause after these `steps`."""
-        self.checkpoints.check()
-        self.stopping = self.interrupt.poll()
-        self.time_to_save = self._save_time_has_come(steps)
+        """Whether a signal or the clock asks for a pause after these `steps`; the same answer on every process."""
+        self.checkpointer.check()
+        self.stopping = self.host.interrupt.poll()
+        self.time_to_save = self.saver.time_has_come(steps)
         return self.stopping or self.time_to_save
 
-    def _due(self, cadence: Cadence, step: int) -> bool:
-        examples = self._examples_at(step)
-        return cadence.count(step, examples) > cadence.count(step - 1, examples - self._batch)
-
-    def _examples_at(self, step: int) -> int:
-        return self.position.examples + (step - self.position.step) * self._batch
-
-    def _save_time_has_come(self, steps: range) -> bool:
-        """For `checkpoint.every` in minutes. Process 0's clock decides; asking it costs the others a collective."""
-        duration = self.save_every
-        if duration.unit != "minutes" or not duration.value:
-            return False
-        if jax.process_count() > 1 and not any(step % self.config.train.log_every == 0 for step in steps):
-            return False
-        with jax.transfer_guard("allow"):  # to tell the others, JAX puts it on the devices
-            return broadcast_bool(time.monotonic() - self.saved_at >= duration.seconds)
-
-    # ----------------------------------------------------------------------------------------------------- one step
+    # ------------------------------------------------------------------------------------------------- a step's numbers
 
     def _read(self, steps: range, metrics: StepMetrics, state: TrainState) -> None:
-        """Takes note of the metrics of a call, step by step. state: that after the call that was dispatched last."""
-        for step, values in zip(steps, metrics.rows(), strict=True):
-            self._note(step, values, state)
+        """Reads the metrics of a call, step by step. state: that after the call that was dispatched last."""
+        for step, numbers in zip(steps, metrics.rows(), strict=True):
+            self._observe(step, numbers, state)
 
-    def _note(self, step: int, values: dict[str, float], state: TrainState) -> None:
-        """Adds a step's metrics to the epoch's sums, and writes a row when it is due. Raises `NumericError`."""
-        if not values.pop("made"):
-            self._stop_at_bad_numbers(step, values, state)
-        skipped = values.pop("skipped")
-        overflowed = skipped and self.config.train.precision == "fp16" and values["loss_scale"] > MIN_SCALE
-        if overflowed and (text := diagnostics.loss_scale_at_floor(values["loss_scale"] / 2, MIN_SCALE)):
-            log.warning("%s", text)
-        norms = values["grad_norm"], values["update_norm"]
-        finding = Anomaly() if overflowed else self.guard.look(step, values["loss"], *norms, skipped=bool(skipped))
-        correct = values.pop("correct")
-        position = self.position
-        self.position = dataclasses.replace(
-            position,
-            step=step,
-            examples=position.examples + self._batch,
-            # a batch that was passed over updated nothing, and its loss may be infinite
-            epoch_loss=position.epoch_loss + (0.0 if skipped else values["loss"] * self._batch),
-            epoch_correct=position.epoch_correct + (0.0 if skipped else correct),
-            epoch_examples=position.epoch_examples + (0 if skipped else self._batch),
-        )
-        if step % self.config.train.log_every == 0:
-            now = self.clock.now()
-            span, self.log_span = now - self.log_span, now
-            values = {"loss": values.pop("loss"), "accuracy": correct / self._batch, **values}
-            epoch = self._epoch(step)
-            # Rows that are read at once, of one call or before an evaluation, have no time of their own but the first: the
-            # median step stands in, and the wait of the row before.
-            median = self.clock.step_seconds
-            self.data_wait = span.data_wait if span.steps else self.data_wait
-            throughput = span.throughput if span.steps or not median else self._batch / median
-            rates = {"throughput": throughput, "throughput_per_device": throughput / self._devices}
-            row = {"step": step, "epoch": epoch, "phase": "train", **values, **rates, "data_wait": self.data_wait}
-            row |= {"process_spread": self.spread} if jax.process_count() > 1 else {}
-            self.records.train_step(row)
-            self.history.append(row)
-            shown = {"loss": values["loss"], "accuracy": values["accuracy"]}
-            self.progress.update(step, epoch, self.epochs, shown, throughput, step_seconds=self.clock.step_seconds)
-        if step % straggler.EVERY == 0:
-            self._tell_pace()
-        if finding.text:
-            self._heed(finding, step)
+    def _observe(self, step: int, metrics: dict[str, float], state: TrainState) -> None:
+        """Adds a step to the epoch's totals, reports it, and acts on numbers that are not as they should be."""
+        if not metrics.pop("made"):
+            self._stop_before(step, metrics, state)
+        skipped, overflowed = bool(metrics.pop("skipped")), bool(metrics.pop("overflowed"))
+        anomaly = Anomaly()
+        if overflowed:  # fp16's loss scale has shrunk, as it is meant to
+            if warning := diagnostics.loss_scale_at_floor(metrics["loss_scale"] / 2):
+                log.warning("%s", warning)
+        else:
+            norms = metrics["grad_norm"], metrics["update_norm"]
+            anomaly = self.anomalies.observe(step, metrics["loss"], *norms, skipped=skipped)
+        correct, batch = metrics.pop("correct"), self.config.data.global_batch
+        self.position = self.position.after_step(step, batch, metrics["loss"], correct, skipped=skipped)
+        self.reporter.step(step, metrics, correct)
+        if anomaly.text:
+            self._handle_anomaly(anomaly, step)
 
-    @property
-    def _devices(self) -> int:
-        return self.run.layout.mesh.size
-
-    def _heed(self, finding: Anomaly, step: int) -> None:
-        """Warns, notes the batch's examples, and rolls back or stops where the finding asks for it."""
-        count, last = self.train_examples, self._examples_at(step)
-        examples = batch_indices(count, self.config.seed, last - self._batch, self._batch)
-        log.warning("%s; its examples are in %s", finding.text, self.directory.bad_batches)
-        self.records.bad_batch({"step": step, "text": finding.text, "examples": examples.tolist()})
-        if finding.action == "go on" or (finding.action == "roll back" and not self.rollbacks_left):
+    def _handle_anomaly(self, anomaly: Anomaly, step: int) -> None:
+        """Warns and notes the batch's examples. Raises `RollBack` or `NumericError` where the run may not just go on."""
+        examples, batch = self.timetable.examples_at(step), self.config.data.global_batch
+        rows = batch_indices(self.timetable.train_examples, self.config.seed, examples - batch, batch)
+        log.warning("%s; its examples are in %s", anomaly.text, self.host.directory.bad_batches)
+        self.reporter.bad_batch(step, anomaly.text, rows.tolist())
+        response = recovery.respond(anomaly, self.rollbacks_left)
+        if response == "go on":
             return
-        self.checkpoints.wait()
-        if not self.rollbacks_left:
-            raise NumericError(
-                f"The run stops: {finding.text}, and config.train.rollbacks allows no more roll-back; the last checkpoint "
-                "is as it was."
-            )
-        older = [s for s in manifested_steps(self.directory.checkpoints) if s < finding.first]
-        start = CheckpointStep(self.directory.checkpoints, older[-1]) if older else None
-        stored = Position()
-        if start is not None:
-            stored = Position.from_json(read_manifest(start.directory / str(start.step)).position)
-        passed_over = last - stored.examples
-        log.warning("rolled back to step %d; the %d examples since are passed over", stored.step, passed_over)
-        raise RollBack(ResumePoint(start, dataclasses.replace(stored, examples=last), self.config))
+        self.checkpointer.wait()
+        if response == "stop":
+            raise recovery.out_of_rollbacks(anomaly)
+        point = recovery.rollback_point(self.host.directory.checkpoints, anomaly, examples, self.config)
+        raise recovery.RollBack(point)
 
-    @property
-    def _replicas_every(self) -> int:
-        return self.config.train.check_replicas_every
+    def _stop_before(self, step: int, metrics: Mapping[str, float], state: TrainState) -> NoReturn:
+        """Rolls back, or stops the run, at an update that was refused; `state` is still that before it."""
+        if self.rollbacks_left:
+            self._handle_anomaly(recovery.refused_update(step, metrics), step)
+        kept = "the last checkpoint is as it was"
+        if self.position.step:
+            kept = f"the state after step {self.position.step} is kept"
+            self._save(state)
+            self.checkpointer.wait()
+        raise recovery.not_finite(step, metrics, kept)
 
     def _compare_replicas(self, state: TrainState) -> None:
         """Rolls back or stops where the copies of a weight differ; every process hears what any has found."""
         self.watchdog.feed("compare the copies")
         with self.clock.charge("other"):
-            own = self.check_replicas(state.params)
-        word = coordination.unique_key("replicas")
-        found = [
-            text
-            for said in coordination.allgather_str(word, json.dumps(own), _REPLICAS_SECONDS)
-            for text in json.loads(said)
-        ]
-        if found:
-            step = self.position.step
-            text = f"after step {step} {found[0]}: a device's memory or arithmetic is at fault"
-            # How long they have differed is not known: back to before the comparison that was the last to be good.
-            self._heed(Anomaly(text, "stop", max(step - self._replicas_every, 0) + 1), step)
+            differences = self.replica_check(state.params)
+        key = coordination.unique_key("replicas")
+        told = coordination.allgather_str(key, json.dumps(differences), _REPLICAS_SECONDS)
+        if everywhere := [text for texts in told for text in json.loads(texts)]:
+            step, every = self.position.step, self.config.train.check_replicas_every
+            self._handle_anomaly(recovery.replicas_differ(step, every, everywhere[0]), step)
 
-    def _stop_at_bad_numbers(self, step: int, values: Mapping[str, float], state: TrainState) -> None:
-        if self.rollbacks_left:
-            text = (
-                f"the update of step {step} was refused: loss {values['loss']:g}, gradient norm {values['grad_norm']:g}"
-            )
-            self._heed(Anomaly(text, "stop", step), step)
-        kept = "the last checkpoint is as it was"
-        if self.position.step and not self.guard.poisoned:
-            kept = f"the state after step {self.position.step} is kept"
-            self._save(state)  # every update since was refused, so this is the state before the bad one
-            self.checkpoints.wait()
-        raise NumericError(
-            f"The loss ({values['loss']:g}) or the gradient norm ({values['grad_norm']:g}) of step {step} is not finite; the "
-            f"run stopped before that update, and {kept}. Try a lower "
-            "config.optim.learning_rate, config.optim.clip_norm=1.0, a longer config.optim.warmup, or precision f32."
-        )
+    # --------------------------------------------------------------------------------------------------- between steps
 
-    # -------------------------------------------------------------------------------------------------- between steps
+    def _between_steps(self, state: TrainState) -> None:
+        """Whatever is due after the step that was read last.
 
-    def _between_steps(self, state: TrainState, *, owed: bool = False) -> None:
-        """Epoch row, evaluation, checkpoint: whatever is due after the step that was read last.
-
-        owed: that step's validation alone, which an earlier start was stopped before.
+        The order matters. Copies that differ are found before their weights are evaluated or saved. The epoch's row comes
+        before that of its validation. The validation comes before the save, since a checkpoint holds the accuracy that
+        decides whether it is the best. The stop comes last, when all of it is on disk.
         """
-        step, last = self.position.step, self.position.step == self.run.steps
+        step, due = self.position.step, self.timetable.due(self.position.step)
         self.watchdog.feed("save", step)
-        if not owed and self._replicas_every and step % self._replicas_every == 0:
+        if due.replica_check:
             self._compare_replicas(state)
-        epoch, ends_epoch = self._epoch(step), self._due(self.epoch_ends, step)
-        if not owed and (ends_epoch or last):
-            self._end_epoch(epoch)
-        if not owed and ends_epoch:
-            self.position = dataclasses.replace(self.position, epoch_loss=0.0, epoch_correct=0.0, epoch_examples=0)
-        validates = owed or bool(len(self.run.dataset.validation) and (last or self._due(self.evaluations, step)))
-        accuracy = self._validate(state, epoch) if validates else None
-        best = accuracy is not None and accuracy > self.position.best_accuracy
-        if best:
-            self.position = dataclasses.replace(self.position, best_accuracy=accuracy)
-        self.position = dataclasses.replace(self.position, owes_validation=validates and accuracy is None)
-        if owed and accuracy is not None:
-            self.checkpoints.annotate(step, accuracy, self._stored_position())
-        milestone = self._due(self.milestones, step)
-        if best or last or milestone or self.stopping or self.time_to_save or self._due(self.saves, step):
-            self._save(state, epoch + 1 if ends_epoch else -1, accuracy, milestone)
-        if self.stopping and not last:
-            self.watchdog.feed("save")
-            self.checkpoints.wait()
-            raise self.interrupt.error(
-                f"Stopped after step {step} and saved it; {resume_point.how_to_go_on(self.config)}."
-            )
+        if due.epoch_end or due.last:
+            self.reporter.epoch(self.timetable.epoch_of(step), self.position)
+        if due.epoch_end:
+            self.position = self.position.at_new_epoch()
+        accuracy, is_best = self._validate(state) if due.validation else (None, False)
+        self.position = dataclasses.replace(self.position, owes_validation=due.validation and accuracy is None)
+        if is_best or due.last or due.milestone or due.save or self.stopping or self.time_to_save:
+            self._save(state, accuracy)
+        if self.stopping and not due.last:
+            self._stop()
 
-    def _end_epoch(self, epoch: int) -> None:
-        now = self.clock.now()
-        span, self.epoch_span = now - self.epoch_span, now
-        position = self.position
-        count = max(position.epoch_examples, 1)
-        loss, accuracy = position.epoch_loss / count, position.epoch_correct / count
-        self.records.epoch(epoch, "train", loss, accuracy, throughput=span.throughput, step=position.step)
-        bound = explain(span, "it")
-        self.progress.message(
-            f"epoch {epoch + 1}/{self.epochs} train: loss {loss:.4f}, accuracy {accuracy:.4f}; {bound}"
+    def _validate_late(self, state: TrainState) -> None:
+        """The validation that an earlier start was stopped before; the checkpoint that it left learns the accuracy."""
+        step = self.position.step
+        self.watchdog.feed("save", step)
+        accuracy, _ = self._validate(state)
+        self.position = dataclasses.replace(self.position, owes_validation=accuracy is None)
+        if accuracy is not None:
+            self.saver.annotate(self.position, accuracy)
+        if self.stopping and step != self.run_spec.steps:
+            self._stop()
+
+    def _stop(self) -> NoReturn:
+        self.watchdog.feed("save")
+        self.checkpointer.wait()
+        raise self.host.interrupt.error(
+            f"Stopped after step {self.position.step} and saved it; {how_to_go_on(self.config)}."
         )
-        if warning := diagnostics.slow_data(span):
-            log.warning("%s", warning)
-        self._tell_pace()
 
-    def _tell_pace(self) -> None:
-        """Tells how long this process takes for its own part of a step; process 0 warns of one that is slow."""
-        now = self.clock.now()
-        span, self.pace_span = now - self.pace_span, now
-        paces = self.paces.tell((span.seconds["input"] + span.seconds["other"]) / max(span.steps, 1))
-        if not paces:
-            return
-        middle = statistics.median(each.seconds for each in paces)
-        self.spread = max(each.seconds for each in paces) / middle if middle else 1.0
-        if warning := straggler.imbalanced(paces):
-            log.warning("%s", warning)
+    def _validate(self, state: TrainState) -> tuple[float | None, bool]:
+        """Evaluates the weights, and their average where there is one.
 
-    def _validate(self, state: TrainState, epoch: int) -> float | None:
-        """Evaluates the weights, and their average where there is one; returns the accuracy that decides which is best.
-
-        None when the run is told to stop before or meanwhile: the next start will do it.
+        Returns:
+          The accuracy that decides which weights are best, and whether it is the best so far. None when the run is told to
+          stop before or meanwhile: the next start will do it.
         """
         began = time.perf_counter()
         try:
             with self.clock.charge("evaluation"):
                 results = self._evaluate(state, "validation")
         except _StopEvaluation:
-            return None
+            return None, False
         self.validated = (self.position.step, results)
-        seconds = time.perf_counter() - began
-        self._record(epoch, "val", results, seconds)
-        return (results.get("ema") or results["raw"]).accuracy
+        self.reporter.evaluation(self.position.step, "val", results, time.perf_counter() - began)
+        accuracy = (results.get("ema") or results["raw"]).accuracy
+        is_best = accuracy > self.position.best_accuracy
+        if is_best:
+            self.position = dataclasses.replace(self.position, best_accuracy=accuracy)
+        return accuracy, is_best
 
     def _evaluate(self, state: TrainState, split: str) -> dict[str, EvalResult]:
+        """Results on a split by weights: `raw`, and `ema` where the run keeps an average. Raises `_StopEvaluation`."""
         self.watchdog.feed("evaluation")  # the first one compiles
-        weights = {"raw": (state.params, state.batch_stats)}
-        if state.ema:
-            weights["ema"] = state.ema["params"], state.ema["batch_stats"]
-        return {name: self.engine.evaluate(split, *each, self._before_batch) for name, each in weights.items()}
+        return self.compiled.evaluate.of_state(state, split, self._before_batch)
 
     def _before_batch(self) -> None:
         self.watchdog.feed("evaluation")
-        self.stopping = self.stopping or self.interrupt.poll()
+        self.stopping = self.stopping or self.host.interrupt.poll()
         if self.stopping:
             raise _StopEvaluation
 
-    def _record(self, epoch: int, phase: str, results: Mapping[str, EvalResult], seconds: float) -> None:
-        raw, step = results["raw"], self.position.step
-        extra = {"top5": raw.top5}
-        if "ema" in results:
-            extra |= {
-                "ema_loss": results["ema"].loss,
-                "ema_accuracy": results["ema"].accuracy,
-                "ema_top5": results["ema"].top5,
-            }
-        throughput = raw.examples * len(results) / seconds
-        self.records.epoch(epoch, phase, raw.loss, raw.accuracy, throughput=throughput, step=step, extra=extra)
-        numbers = {"loss": raw.loss, "accuracy": raw.accuracy, "throughput": throughput, **extra}
-        self.history.append({"step": step, "epoch": epoch, "phase": phase, **numbers})
-        shown = f"loss {raw.loss:.4f}, accuracy {raw.accuracy:.4f}"
-        shown += f", EMA accuracy {extra['ema_accuracy']:.4f}" if "ema" in results else ""
-        self.progress.message(f"epoch {epoch + 1}/{self.epochs} {phase}: {shown}")
-
-    def _save(self, state: TrainState, epoch: int = -1, accuracy: float | None = None, milestone: bool = False) -> None:
-        step = self.position.step
-        if step == self.saved_step:
-            return
-        if self.guard.poisoned:
-            log.warning("the state after step %d is not saved: its update was not finite", step)
-            return
+    def _save(self, state: TrainState, accuracy: float | None = None) -> None:
         self.watchdog.feed("save")
         with self.clock.charge("checkpoint"):
-            self.records.flush()  # the rows up to this step must survive whatever the checkpoint survives
-            position = self._stored_position()
-            self.checkpoints.save(step, state, position, epoch=epoch, val_accuracy=accuracy, milestone=milestone)
-        self.saved_step, self.saved_at = step, time.monotonic()
+            self.saver.save(state, self.position, accuracy)
 
-    def _stored_position(self) -> dict[str, Any]:
-        return self.position.to_json(config_lib.to_dict(self.config))
-
-    # --------------------------------------------------------------------------------------------------------- the end
+    # ---------------------------------------------------------------------------------------------------------- the end
 
     def _finish(self, state: TrainState) -> TrainResult:
-        """Tests the last and the best weights, and writes result.json."""
+        """Tests the last and the best weights, and writes `result.json`."""
         self.watchdog.feed("save")
         with self.clock.charge("checkpoint"):
-            self.checkpoints.wait()
+            self.checkpointer.wait()
         try:
-            return self._tested(state)
+            return self._test(state)
         except _StopEvaluation:
             text = "Stopped in the final evaluation; the run is complete and saved, and the same command evaluates it."
-            raise self.interrupt.error(text) from None
+            raise self.host.interrupt.error(text) from None
 
-    def _tested(self, state: TrainState) -> TrainResult:
-        epoch, began = self._epoch(self.position.step), time.perf_counter()
+    def _test(self, state: TrainState) -> TrainResult:
+        began, step, dataset = time.perf_counter(), self.position.step, self.run_spec.dataset
         with self.clock.charge("evaluation"):
-            step, validation = self.validated
-            last = self._test(state, validation if step == self.position.step else {})
+            validated_at, validation = self.validated
+            last = on_both_splits(self._evaluate, state, dataset, validation if validated_at == step else None)
             seconds = time.perf_counter() - began
-            best_step, best = self.checkpoints.best_step(), last
-            if best_step is not None and best_step != self.position.step:
-                best = self._test(self.checkpoints.restore_weights(best_step, state))
-        if "test" in last["results"]:
-            self._record(epoch, "test", last["results"]["test"], seconds)
-        whole = self.clock.now()
-        judged = self.config if best_step is None else self._config_of(best_step)
-        chosen = "ema" if judged.optim.ema else "raw"
-        result = {
-            "steps": self.position.step,
-            "examples": self.position.examples,
-            "epochs": self.position.examples / self.train_examples,
-            "last": {"step": self.position.step} | last["summary"],
-            "best": {"step": self.position.step if best_step is None else best_step, "weights": chosen}
-            | best["summary"],
-            "wall_seconds": whole.wall,
-            "seconds": dict(whole.seconds),
-            "throughput": whole.throughput,
-            "devices": self._devices,
-            "device_kind": self.run.layout.mesh.devices.flat[0].device_kind,
-            "precision": self.config.train.precision,
-        }
-        found = self.times.summary()
-        if found is not None:
-            result |= {"goodput": found.share, "starts": found.starts}
-        self.records.result(result)
-        self._show_end(result, best_step)
-        self.progress.message(explain(whole, "this run"))
-        if found is not None and found.starts > 1:
-            self.progress.message(f"goodput {found.share:.1%} over {found.starts} starts (jaxtrain goodput)")
-        log.info("result: %s", self.directory.result)
-        return TrainResult(state, self.history, result, self.directory)
-
-    def _config_of(self, step: int) -> Config:
-        """The config that a checkpoint of this run was made with."""
-        return config_lib.from_dict(read_manifest(self.directory.checkpoints / str(step)).position["config"])
-
-    def _show_end(self, result: Mapping[str, Any], best_step: int | None) -> None:
-        """The last weights and the best ones, and what each of their figures is of."""
-        chosen = result["best"]["weights"]
-        keys = {"": "", "EMA ": "_ema"} if self.config.optim.ema else {"": ""}
-        for name in ("last",) if best_step is None else ("last", "best"):
-            figures = [
-                f"{label}{split} accuracy {result[name][split + key]['accuracy']:.4f}"
-                for split in ("validation", "test")
-                for label, key in keys.items()
-                if result[name].get(split + key)
-            ]
-            why = f", by the validation accuracy of the {'EMA' if chosen == 'ema' else 'raw'} weights" * (
-                name == "best"
-            )
-            if figures:
-                self.progress.message(f"{name}, step {result[name]['step']}{why}: {', '.join(figures)}")
-        if not len(self.run.dataset.test):
-            self.progress.message(f"nothing was tested: {self.config.data.name} has no test examples")
-
-    def _test(self, state: TrainState, validation: dict[str, EvalResult] | None = None) -> dict[str, Any]:
-        """Results by split and weights, and what result.json says of them. validation: if these were evaluated before."""
-        dataset = self.run.dataset
-        results: dict[str, dict[str, EvalResult]] = {}
-        if len(dataset.validation):
-            results["validation"] = validation or self._evaluate(state, "validation")
-        if len(dataset.test):
-            results["test"] = self._evaluate(state, "test")
-        summary: dict[str, Any] = {} if len(dataset.test) else {"test": None}
-        for name, each in results.items():
-            for weights, outcome in each.items():
-                key = name if weights == "raw" else f"{name}_{weights}"
-                summary[key] = {"loss": outcome.loss, "accuracy": outcome.accuracy, "top5": outcome.top5}
-        return {"results": results, "summary": summary}
+            best_step, best = self.checkpointer.best_step(), last
+            if best_step not in (None, step):
+                best = on_both_splits(self._evaluate, self.checkpointer.restore_weights(best_step, state), dataset)
+        if "test" in last:
+            self.reporter.evaluation(step, "test", last["test"], seconds)
+        chosen = best_weights(self.host.directory.checkpoints, best_step, self.position, self.config)
+        time_so_far, goodput = self.clock.now(), self.host.times.summary()
+        result = final_result(self.run_spec, self.position, time_so_far, last, best, chosen, goodput)
+        self.reporter.result(result)
+        for line in closing_lines(
+            result, self.config, time_so_far, tested="test" in last, has_best=best_step is not None
+        ):
+            self.reporter.message(line)
+        log.info("result: %s", self.host.directory.result)
+        return TrainResult(state, self.reporter.history, result, self.host.directory)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -15,13 +16,12 @@ from rich.console import Console
 from jaxtrain import config as config_lib
 from jaxtrain import workdir as workdir_lib
 from jaxtrain.checkpoint import resume as resume_lib
-from jaxtrain.checkpoint import resume_point
 from jaxtrain.checkpoint.checkpointer import Checkpointer, check_space
 from jaxtrain.checkpoint.lease import LEASE_SECONDS, Lease, NoLease, held, wait_to_see
 from jaxtrain.checkpoint.resume_point import ResumePoint
 from jaxtrain.config import Config
 from jaxtrain.data import registry
-from jaxtrain.data.registry import Dataset
+from jaxtrain.data.base import Dataset
 from jaxtrain.distributed import cluster, coordination
 from jaxtrain.distributed.coordination import barrier, broadcast_str, first_on_process_zero
 from jaxtrain.distributed.interrupt import Interrupt, catch_signals
@@ -35,7 +35,9 @@ from jaxtrain.optim.schedules import warmup_steps
 from jaxtrain.parallel.mesh import Device
 from jaxtrain.training.compiled import compile_run, explain_out_of_memory
 from jaxtrain.training.jax_settings import no_implicit_transfers, settings
-from jaxtrain.training.loop import Host, Loop, RollBack, TrainResult
+from jaxtrain.training.loop import Host, TrainLoop
+from jaxtrain.training.recovery import RollBack
+from jaxtrain.training.results import TrainResult
 from jaxtrain.training.setup import (
     RunSpec,
     check_names,
@@ -88,59 +90,59 @@ def train(
         first = jax.process_index() == 0
         times = TimesFile(directory.starts, clock, lambda: watchdog.beat().step) if first else NullTimes()
         stack.enter_context(contextlib.closing(times))
-        resume = resume_point.find_resume_point(directory, config)
-        config = resolve_for_machine(config, resume.stored, devices)
-        resume_lib.refuse_changes(directory, resume, config)
+        resolve = functools.partial(resolve_for_machine, devices=devices)
+        resume, config = resume_lib.where_to_start(directory, config, resolve)
         stack.enter_context(settings(config))
         watchdog.feed("prepare the data", resume.position.step)
         with clock.charge("input"):
             dataset = load_data(config.data)
-        resume_lib.refuse_length(directory, resume, config, len(dataset.train))
-        resume_lib.refuse_other_data(directory, resume, config, dataset)
-        if jax.process_index() == 0:
+        dataset, resume = resume_lib.may_go_on(directory, resume, config, dataset)
+        if first:
             registry.record_contents(config.data, dataset)
         stack.enter_context(explain_out_of_memory())
         host = Host(directory, interrupt, watchdog, clock, console, lease, times)
         for rollbacks_left in range(config.train.rollbacks, -1, -1):
-            dataset, resume = resume_lib.go_on_with(dataset, resume, config.model.num_classes)
-            position = dataclasses.replace(resume.position, jobs=tuple(sorted(cluster.job_ids())))
-            resume = dataclasses.replace(resume, position=position)
             try:
                 return _train_from(resume, config, dataset, devices, host, rollbacks_left)
             except RollBack as asked:
-                resume = asked.resume
+                dataset, resume = resume_lib.go_on_with(dataset, asked.resume, config.model.num_classes)
     raise AssertionError("the last start rolls nothing back")
 
 
 def _train_from(
     resume: ResumePoint, config: Config, dataset: Dataset, devices: list[Device], host: Host, rollbacks_left: int
 ) -> TrainResult:
-    """From `resume` to the end of the run. Raises `_RollBack` if that is better begun again."""
-    position, directory = resume.position, host.directory
-    run = make_run_spec(config, dataset, devices, start_step=position.step, start_example=position.examples)
-    position = dataclasses.replace(position, dataset=run.data_record)
-    for text in unused_settings(run) if jax.process_index() == 0 else ():
-        log.warning("%s", text)
-    if (warmup := warmup_steps(config, len(dataset.train))) > run.steps:
-        text = "config.optim.warmup=%r is %d steps, longer than the run's %d."
-        log.warning(text, config.optim.warmup, warmup, run.steps)
+    """From `resume` to the end of the run. Raises `RollBack` if that is better begun again."""
+    directory, start = host.directory, resume.position
+    run = make_run_spec(config, dataset, devices, start_step=start.step, start_example=start.examples)
+    position = dataclasses.replace(start, dataset=run.data_record, jobs=tuple(sorted(cluster.job_ids())))
+    _warn_of_settings(run)
     # It may be a link to another disk; a new run makes it later.
     check_space(directory.checkpoints if directory.checkpoints.exists() else directory.path, jax.eval_shape(run.init))
     host.watchdog.feed("compile")
     with host.clock.charge("compile"):
-        engine, state = compile_run(run, resume, directory.trace(jax.process_index()))
-    engine.evaluate.begin(state)
+        compiled, state = compile_run(run, resume, directory.trace(jax.process_index()))
+    compiled.evaluate.begin(state)
     _take_over(host, resume, config, run)
     host.times.goes_on_from(position.step)
-    checkpoints = Checkpointer(
+    checkpointer = Checkpointer(
         directory.checkpoints, config.checkpoint.keep, owner=host.lease.token, still_owner=host.lease.check
     )
-    with (
-        contextlib.closing(checkpoints),
-        no_implicit_transfers(),
-        Loop(run, engine, checkpoints, host, position, rollbacks_left) as loop,
-    ):
-        return loop.run_to_end(state)
+    with contextlib.closing(checkpointer), no_implicit_transfers():
+        loop = TrainLoop(run, compiled, checkpointer, host, position, rollbacks_left)
+        with contextlib.closing(loop.reporter):
+            return loop.run(state)
+
+
+def _warn_of_settings(run: RunSpec) -> None:
+    """Process 0 says which settings have no effect, or hardly the one that was meant."""
+    if jax.process_index() > 0:
+        return
+    for text in unused_settings(run):
+        log.warning("%s", text)
+    if (warmup := warmup_steps(run.config, len(run.dataset.train))) > run.steps:
+        text = "config.optim.warmup=%r is %d steps, longer than the run's %d."
+        log.warning(text, run.config.optim.warmup, warmup, run.steps)
 
 
 def _take_lease(directory: Workdir, stack: contextlib.ExitStack) -> Lease | NoLease:

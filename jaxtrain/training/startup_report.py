@@ -38,7 +38,7 @@ def summary(run: RunSpec, table: dict[str, list[Placement]]) -> list[str]:
         f"memory per device at rest: {held}",
         f"optimizer: {optim.name}, peak learning rate {peak_learning_rate(optim, batch):g} ({optim.learning_rate:g} at a batch "
         f"of {optim.lr_reference_batch}, scaling {optim.lr_scaling}), {optim.schedule}",
-        *(run.split.describe() if run.split else []),
+        *(run.partition.describe() if run.partition else []),
         f"data: {config.data.name}, {len(run.dataset.train)} train, {len(run.dataset.validation)} validation, "
         f"{len(run.dataset.test)} test; {run.steps} steps",
     ]

@@ -21,7 +21,7 @@ from test_launch import FAULTY, FIELDS, worker
 from jaxtrain import evaluate
 from jaxtrain.checkpoint.lease import held, wait_to_see
 from jaxtrain.errors import DataError, WorkdirError
-from jaxtrain.training.loop import TrainResult
+from jaxtrain.training.results import TrainResult
 
 # Python runs a module of this name when it starts: process 1 believes that it is an hour later.
 ONE_HOUR_AHEAD = """

@@ -126,25 +126,23 @@ def test_ten_clean_runs_have_no_spike():
     for seed in range(10):
         guard = AnomalyDetector(0, 10.0)
         for step, loss in enumerate(loss_curve(seed), 1):
-            assert not guard.look(step, loss, 1 + loss, 0.1, skipped=False).text, (seed, step)
+            assert not guard.observe(step, loss, 1 + loss, 0.1, skipped=False).text, (seed, step)
 
 
 @pytest.mark.parametrize(("loss", "norm", "what"), [(9.0, 1.0, "loss"), (1.0, 80.0, "gradient norm")])
 def test_a_spike_is_found_at_its_step(loss, norm, what):
     guard = AnomalyDetector(0, 10.0)
     for step, value in enumerate(loss_curve(0, 60), 1):
-        assert not guard.look(step, value, 1.0 + value, 0.1, skipped=False).text
-    found = guard.look(61, loss, norm, 0.1, skipped=False)
+        assert not guard.observe(step, value, 1.0 + value, 0.1, skipped=False).text
+    found = guard.observe(61, loss, norm, 0.1, skipped=False)
     assert f"the {what} of step 61 is a spike" in found.text
     assert (found.action, found.first) == ("roll back", 61)
 
 
 def test_an_update_that_is_not_finite_is_found():
     guard = AnomalyDetector(3, 0.0)
-    assert guard.look(5, 1.0, 1.0, float("inf"), skipped=False).action == "stop"
-    assert guard.poisoned
-    guard.look(6, 1.0, 1.0, 0.1, skipped=False)
-    assert not guard.poisoned
+    assert guard.observe(5, 1.0, 1.0, float("inf"), skipped=False).action == "stop"
+    assert guard.observe(6, 1.0, 1.0, 0.1, skipped=False).action == "go on"
 
 
 def test_a_state_whose_update_was_not_finite_is_never_saved(tmp_path):

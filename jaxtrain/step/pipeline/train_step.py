@@ -72,6 +72,7 @@ class PipelineTrainStep:
     microbatches: Mapping[int, tuple[jax.Array, ...]]
     executors: StageExecutors
     trace: Trace
+    per_call: int = 1
 
     def __call__(self, state: TrainState, batch: Batch, resident: Resident) -> tuple[TrainState, StepMetrics]:
         """Donates `state`. Asynchronous: the metrics are not there until they are read."""

@@ -1,0 +1,149 @@
+"""What a start of a run reports while it trains: rows of metrics, the progress display, the time that steps take."""
+
+from __future__ import annotations
+
+import logging
+import math
+import statistics
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import Any
+
+import jax
+from rich.console import Console
+
+from jaxtrain.checkpoint.resume_point import Position
+from jaxtrain.distributed import straggler
+from jaxtrain.observability import diagnostics
+from jaxtrain.observability.clock import Span, StepClock, explain
+from jaxtrain.observability.metrics_writer import MetricsWriter, NullMetricsWriter
+from jaxtrain.observability.progress import NullProgress, Progress
+from jaxtrain.step.eval_step import EvalResult
+from jaxtrain.training.cadence import Timetable
+from jaxtrain.training.setup import RunSpec
+from jaxtrain.workdir import Workdir
+
+log = logging.getLogger("jaxtrain")
+
+
+class Reporter:
+    """Process 0 writes and shows; every process keeps `history`, and tells how long its own part of a step takes."""
+
+    def __init__(
+        self,
+        run: RunSpec,
+        timetable: Timetable,
+        position: Position,
+        directory: Workdir,
+        clock: StepClock,
+        console: Console,
+    ):
+        self._config, self._timetable, self._clock = run.config, timetable, clock
+        self._devices, self._batch = run.layout.mesh.size, run.config.data.global_batch
+        self.history: list[dict[str, Any]] = []
+        self._writer, self._progress = NullMetricsWriter(), NullProgress()
+        if jax.process_index() == 0:
+            # A complete run trains nothing again, so the row of an epoch that its last step broke off stays too.
+            rounded = math.floor if position.step < run.steps else math.ceil
+            epochs_done = rounded(Fraction(position.examples, timetable.train_examples))
+            self._writer = MetricsWriter(directory, position.step, epochs_done, since=position.data_since)
+            self._progress = Progress(run.steps, position.step, console)
+        self._epochs = timetable.epoch_of(run.steps) + 1
+        self._marks: dict[str, Span] = dict.fromkeys(("log", "epoch", "process"), clock.now())
+        self._process_times, self._spread = straggler.ProcessTimes(), 1.0
+        self._data_wait = 0.0  # of the last logged row, seconds
+
+    def close(self) -> None:
+        """Ends the display and closes the files."""
+        self._progress.close()
+        self._writer.close()
+
+    def flush(self) -> None:
+        """Puts all rows so far on disk."""
+        self._writer.flush()
+
+    def message(self, text: str) -> None:
+        """Prints a line above the display."""
+        self._progress.message(text)
+
+    def advance(self, step: int) -> None:
+        """Moves the display to a step that was dispatched."""
+        self._progress.advance(step)
+
+    def _since(self, mark: str) -> Span:
+        now = self._clock.now()
+        span, self._marks[mark] = now - self._marks[mark], now
+        return span
+
+    def step(self, step: int, metrics: Mapping[str, float], correct: float) -> None:
+        """A row every `train.log_every` steps.
+
+        Args:
+          step: the update's number.
+          metrics: `loss`, norms, learning rate and the like, as the step reports them.
+          correct: right answers in the batch.
+        """
+        if step % self._config.train.log_every == 0:
+            span, epoch = self._since("log"), self._timetable.epoch_of(step)
+            # Rows that are read at once, of one call or before an evaluation, have no time of their own but the first: the
+            # median step stands in, and the wait of the row before.
+            median = self._clock.step_seconds
+            self._data_wait = span.data_wait if span.steps else self._data_wait
+            throughput = span.throughput if span.steps or not median else self._batch / median
+            shown = {"loss": metrics["loss"], "accuracy": correct / self._batch}
+            row = {"step": step, "epoch": epoch, "phase": "train", **shown}
+            row |= {name: value for name, value in metrics.items() if name != "loss"}
+            row |= {"throughput": throughput, "throughput_per_device": throughput / self._devices}
+            row |= {"data_wait": self._data_wait}
+            row |= {"process_spread": self._spread} if jax.process_count() > 1 else {}
+            self._writer.train_step(row)
+            self.history.append(row)
+            self._progress.update(step, epoch, self._epochs, shown, throughput, step_seconds=median)
+        if step % straggler.EVERY == 0:
+            self._tell_process_time()
+
+    def epoch(self, epoch: int, position: Position) -> None:
+        """The row of an epoch of training, from its totals in `position`."""
+        span = self._since("epoch")
+        loss, accuracy = position.epoch_means()
+        self._writer.epoch(epoch, "train", loss, accuracy, throughput=span.throughput, step=position.step)
+        text = (
+            f"epoch {epoch + 1}/{self._epochs} train: loss {loss:.4f}, accuracy {accuracy:.4f}; {explain(span, 'it')}"
+        )
+        self.message(text)
+        if warning := diagnostics.slow_data(span):
+            log.warning("%s", warning)
+        self._tell_process_time()
+
+    def evaluation(self, step: int, phase: str, results: Mapping[str, EvalResult], seconds: float) -> None:
+        """The row of an evaluation. phase: `val` or `test`. results: by weights, `raw` and perhaps `ema`."""
+        epoch, raw = self._timetable.epoch_of(step), results["raw"]
+        extra = {"top5": raw.top5}
+        if ema := results.get("ema"):
+            extra |= {"ema_loss": ema.loss, "ema_accuracy": ema.accuracy, "ema_top5": ema.top5}
+        throughput = raw.examples * len(results) / seconds
+        self._writer.epoch(epoch, phase, raw.loss, raw.accuracy, throughput=throughput, step=step, extra=extra)
+        numbers = {"loss": raw.loss, "accuracy": raw.accuracy, "throughput": throughput, **extra}
+        self.history.append({"step": step, "epoch": epoch, "phase": phase, **numbers})
+        shown = f"loss {raw.loss:.4f}, accuracy {raw.accuracy:.4f}"
+        shown += f", EMA accuracy {ema.accuracy:.4f}" if ema else ""
+        self.message(f"epoch {epoch + 1}/{self._epochs} {phase}: {shown}")
+
+    def bad_batch(self, step: int, text: str, examples: list[int]) -> None:
+        """Notes which examples a step had whose numbers were not as they should be."""
+        self._writer.bad_batch({"step": step, "text": text, "examples": examples})
+
+    def result(self, result: Mapping[str, Any]) -> None:
+        """Writes `result.json`."""
+        self._writer.result(result)
+
+    def _tell_process_time(self) -> None:
+        """Tells how long this process takes for its own part of a step; process 0 warns of one that is slow."""
+        span = self._since("process")
+        times = self._process_times.tell((span.seconds["input"] + span.seconds["other"]) / max(span.steps, 1))
+        if not times:
+            return
+        middle = statistics.median(process.seconds for process in times)
+        self._spread = max(process.seconds for process in times) / middle if middle else 1.0
+        if warning := straggler.imbalanced(times):
+            log.warning("%s", warning)

@@ -1,0 +1,166 @@
+"""What a run says at its end: `result.json`, and the lines that are printed."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from jaxtrain.checkpoint.manifest import read_manifest
+from jaxtrain.checkpoint.resume_point import Position
+from jaxtrain.config import Config, from_dict
+from jaxtrain.data.base import Dataset
+from jaxtrain.observability.clock import Span, explain
+from jaxtrain.observability.goodput import Goodput
+from jaxtrain.step.eval_step import EvalResult
+from jaxtrain.step.train_state import TrainState
+from jaxtrain.training.setup import RunSpec
+from jaxtrain.workdir import Workdir
+
+SplitResults = Mapping[str, Mapping[str, EvalResult]]
+"""By split (`validation`, `test`), then by weights (`raw`, `ema`)."""
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainResult:
+    """What `train` returns.
+
+    Attributes:
+      state: the last state, on the devices.
+      history: the rows that this start added to `metrics.jsonl`.
+      result: what `result.json` holds.
+      workdir: the paths of the run's files.
+    """
+
+    state: TrainState
+    history: list[dict[str, Any]]
+    result: dict[str, Any]
+    workdir: Workdir
+
+
+def figures(results: SplitResults, *, tested: bool) -> dict[str, Any]:
+    """What `result.json` says of one set of weights: loss, accuracy and top-5 under `test`, `test_ema`, `validation`, ...
+
+    tested: whether there is a test split; where there is none, `test` is null.
+    """
+    summary: dict[str, Any] = {} if tested else {"test": None}
+    for split, by_weights in results.items():
+        for weights, result in by_weights.items():
+            key = split if weights == "raw" else f"{split}_{weights}"
+            summary[key] = {"loss": result.loss, "accuracy": result.accuracy, "top5": result.top5}
+    return summary
+
+
+@dataclasses.dataclass(frozen=True)
+class Best:
+    """Which weights are the best: those after `step`, chosen by the accuracy of their average (`ema`) or of themselves."""
+
+    step: int
+    ema: bool
+
+
+def on_both_splits(
+    evaluate: Callable[[TrainState, str], dict[str, EvalResult]],
+    state: TrainState,
+    dataset: Dataset,
+    validation: dict[str, EvalResult] | None = None,
+) -> SplitResults:
+    """The results of weights on the validation and the test split, where there are such.
+
+    Args:
+      evaluate: results of a state on a split, by weights.
+      state: whose weights.
+      dataset: its splits.
+      validation: the results on the validation split, where they are known.
+    """
+    results = {}
+    if len(dataset.validation):
+        results["validation"] = validation or evaluate(state, "validation")
+    if len(dataset.test):
+        results["test"] = evaluate(state, "test")
+    return results
+
+
+def best_weights(checkpoints: Path, best_step: int | None, position: Position, config: Config) -> Best:
+    """Which weights are the best, and what chose them: the config that their checkpoint was made with.
+
+    Args:
+      checkpoints: the run's directory of checkpoints.
+      best_step: that of the best one; None where none was chosen, so that the last weights are the best.
+      position: the end of the run.
+      config: the run's.
+    """
+    if best_step is None:
+        return Best(position.step, ema=config.optim.ema > 0)
+    stored = read_manifest(checkpoints / str(best_step)).position["config"]
+    return Best(best_step, ema=from_dict(stored).optim.ema > 0)
+
+
+def final_result(
+    run: RunSpec,
+    position: Position,
+    span: Span,
+    last: SplitResults,
+    best: SplitResults,
+    chosen: Best,
+    goodput: Goodput | None,
+) -> dict[str, Any]:
+    """What `result.json` holds.
+
+    Args:
+      run: what was trained.
+      position: the end of it.
+      span: this start's time.
+      last: results of the last weights.
+      best: results of the best weights.
+      chosen: which those are.
+      goodput: of all starts of the run; None where it is not known.
+    """
+    tested = len(run.dataset.test) > 0
+    of_all_starts = {"goodput": goodput.share, "starts": goodput.starts} if goodput else {}
+    return {
+        "steps": position.step,
+        "examples": position.examples,
+        "epochs": position.examples / len(run.dataset.train),
+        "last": {"step": position.step} | figures(last, tested=tested),
+        "best": {"step": chosen.step, "weights": "ema" if chosen.ema else "raw"} | figures(best, tested=tested),
+        "wall_seconds": span.wall,
+        "seconds": dict(span.seconds),
+        "throughput": span.throughput,
+        "devices": run.layout.mesh.size,
+        "device_kind": run.layout.mesh.devices.flat[0].device_kind,
+        "precision": run.config.train.precision,
+        **of_all_starts,
+    }
+
+
+def closing_lines(
+    result: Mapping[str, Any], config: Config, span: Span, *, tested: bool, has_best: bool
+) -> Iterator[str]:
+    """What is printed at the end: accuracies of the last and the best weights with what chose them, and where the time went.
+
+    Args:
+      result: what `result.json` holds.
+      config: the run's.
+      span: this start's time.
+      tested: whether there is a test split.
+      has_best: whether a checkpoint was chosen by its validation accuracy.
+    """
+    chosen = "EMA" if result["best"]["weights"] == "ema" else "raw"
+    why = {"last": "", "best": f", by the validation accuracy of the {chosen} weights"}
+    keys = {"": "", "EMA ": "_ema"} if config.optim.ema else {"": ""}
+    for name in ("last", "best") if has_best else ("last",):
+        accuracies = [
+            f"{label}{split} accuracy {result[name][split + key]['accuracy']:.4f}"
+            for split in ("validation", "test")
+            for label, key in keys.items()
+            if result[name].get(split + key)
+        ]
+        if accuracies:
+            yield f"{name}, step {result[name]['step']}{why[name]}: {', '.join(accuracies)}"
+    if not tested:
+        yield f"nothing was tested: {config.data.name} has no test examples"
+    yield explain(span, "this run")
+    if result.get("starts", 1) > 1:
+        yield f"goodput {result['goodput']:.1%} over {result['starts']} starts (jaxtrain goodput)"

@@ -1,0 +1,72 @@
+"""When a run saves its state, and what is stored with it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import jax
+
+from jaxtrain.checkpoint.checkpointer import Checkpointer
+from jaxtrain.checkpoint.resume_point import Position
+from jaxtrain.config import Config, to_dict
+from jaxtrain.distributed.coordination import broadcast_bool
+from jaxtrain.durations import Duration
+from jaxtrain.step.train_state import TrainState
+from jaxtrain.training.cadence import Timetable
+
+
+class Saver:
+    """Saves a step once, with its position and config; knows how long the last save is ago."""
+
+    def __init__(
+        self,
+        checkpointer: Checkpointer,
+        config: Config,
+        timetable: Timetable,
+        saved_step: int,
+        flush: Callable[[], None],
+    ):
+        """Takes over a start's checkpoints.
+
+        Args:
+          checkpointer: of the run's own directory.
+          config: the run's; it is stored with each checkpoint.
+          timetable: the start's.
+          saved_step: the step that this start goes on from.
+          flush: puts the rows of metrics on disk: those up to a step must survive whatever its checkpoint survives.
+        """
+        self._checkpointer, self._config, self._timetable, self._flush = checkpointer, config, timetable, flush
+        self._saved_step, self._saved_at = saved_step, time.monotonic()
+        self._every = Duration.parse(config.checkpoint.every, "config.checkpoint.every", minutes=True)
+
+    def save(self, state: TrainState, position: Position, accuracy: float | None = None) -> None:
+        """Saves the state after `position.step`, unless that step was saved before.
+
+        Args:
+          state: the whole state.
+          position: how far the run has come with it.
+          accuracy: of its validation, where there was one; by it the best checkpoint is chosen.
+        """
+        step = position.step
+        if step == self._saved_step:
+            return
+        due = self._timetable.due(step)
+        epoch = self._timetable.epoch_of(step) + 1 if due.epoch_end else -1
+        self._flush()
+        stored = position.to_json(to_dict(self._config))
+        self._checkpointer.save(step, state, stored, epoch=epoch, val_accuracy=accuracy, milestone=due.milestone)
+        self._saved_step, self._saved_at = step, time.monotonic()
+
+    def annotate(self, position: Position, accuracy: float) -> None:
+        """Adds the accuracy of a validation that comes after its checkpoint."""
+        self._checkpointer.annotate(position.step, accuracy, position.to_json(to_dict(self._config)))
+
+    def time_has_come(self, steps: range) -> bool:
+        """For `checkpoint.every` in minutes. Process 0's clock decides; asking it costs the others a collective."""
+        if self._every.unit != "minutes" or not self._every.value:
+            return False
+        if jax.process_count() > 1 and not any(step % self._config.train.log_every == 0 for step in steps):
+            return False
+        with jax.transfer_guard("allow"):  # to tell the others, JAX puts it on the devices
+            return broadcast_bool(time.monotonic() - self._saved_at >= self._every.seconds)
