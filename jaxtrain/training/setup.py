@@ -40,7 +40,7 @@ log = logging.getLogger("jaxtrain")
 class RunSpec:
     """What a run computes and where.
 
-    init: makes the fresh state; pure, of no arguments. steps: where the run ends. split: the pipeline stages' layers.
+    init: makes the fresh state; pure, of no arguments. steps: where the run ends. partition: the pipeline stages' layers.
     """
 
     config: Config
@@ -49,7 +49,7 @@ class RunSpec:
     task: Task
     init: Callable[[], TrainState]
     steps: int
-    split: Partition | None = None
+    partition: Partition | None = None
 
     @property
     def data_record(self) -> dict[str, Any]:
@@ -164,9 +164,9 @@ def make_run_spec(
             f"config.layout.microbatches={parts}: mixup and cutmix mix neighbours, so that a microbatch needs an even number "
             f"of examples, and config.data.global_batch={batch} gives each {batch // parts}."
         )
-    split = None
+    partition = None
     if layout.stages > 1:
-        split = partition_model(
+        partition = partition_model(
             config.layout,
             model,
             state.params,
@@ -176,9 +176,9 @@ def make_run_spec(
             max(groups // parts, 1),
             batch_ways(mesh),
         )
-        names = tuple(tuple(split.costs[i].name for i in layers) for layers in split.chunks)
+        names = tuple(tuple(partition.costs[i].name for i in layers) for layers in partition.chunks)
         layout = dataclasses.replace(layout, chunks=names)
-    return RunSpec(config, dataset, layout, task, init, steps, split)
+    return RunSpec(config, dataset, layout, task, init, steps, partition)
 
 
 def unused_settings(run: RunSpec) -> list[str]:
