@@ -6,6 +6,7 @@ import dataclasses
 import tempfile
 from typing import Any
 
+import conftest
 import jax
 import numpy as np
 import pytest
@@ -23,12 +24,13 @@ BATCH = 32
 MODELS: dict[str, dict[str, Any]] = {
     "mlp": {"model": ModelConfig("mlp", width=32, dropout=0.3)},
     "resnet": {
-        "model": ModelConfig("resnet18", width=8, depths=(1, 1, 1, 1), dropout=0.1, drop_path=0.2, bn_groups=4),
+        "model": ModelConfig("tiny:resnet18", width=8, dropout=0.1, drop_path=0.2, bn_groups=4),
         "data.image_size": 8,
         "data.augmentation": "light",
+        "optim.learning_rate": 3.0,
     },
     "vgg": {
-        "model": ModelConfig("vgg11_bn", width=8, dropout=0.1, bn_groups=4),
+        "model": ModelConfig("vgg11_bn", width=8, depths=(1, 1, 1, 1, 1), dropout=0.1, bn_groups=4),
         "data.image_size": 32,
         # Its first gradients are tiny: LARS still moves. (AdamW would make steps of a zero gradient's rounding.)
         "optim.name": "lars",
@@ -40,18 +42,18 @@ MODELS: dict[str, dict[str, Any]] = {
         "optim.learning_rate": 2.0,
     },
     "swin": {
-        "model": ModelConfig("swin_tiny", width=16, depths=(2, 1, 1, 1), dropout=0.1, drop_path=0.2),
+        "model": ModelConfig("tiny:swin", width=32, dropout=0.1, drop_path=0.2),
         "data.image_size": 16,
         "data.augmentation": "light",
         "optim.name": "adamw",
-        "optim.learning_rate": 1e-3,
+        "optim.learning_rate": 1e-2,
     },
 }
 
 
-def case(group: str, *values: Any, slow: bool = False) -> Any:
-    """A test's parameters; it runs on the worker of `group`, where a reference is computed once. slow: not by default."""
-    return pytest.param(*values, marks=[pytest.mark.xdist_group(group), *([pytest.mark.slow] if slow else [])])
+def case(*values: Any, default: bool) -> Any:
+    """A test's parameters. Without `default` it is in the group `parity`, which is not part of the default suite."""
+    return pytest.param(*values, marks=[] if default else [pytest.mark.parity])
 
 
 def config(name: str, layout: LayoutConfig, *, seed: int = 0, **fields: Any) -> Config:
@@ -97,7 +99,9 @@ def devices_of(layout: LayoutConfig) -> int:
 def run(name: str, layout: LayoutConfig, **fields: Any) -> TrainResult:
     """Trains in a directory of its own, which is gone afterwards."""
     with tempfile.TemporaryDirectory(prefix="jaxtrain-parity-") as workdir:
-        return train(config(name, layout, **fields), workdir, num_devices=devices_of(layout), quiet=True)
+        result = train(config(name, layout, **fields), workdir, num_devices=devices_of(layout), quiet=True)
+    conftest.give_back_memory()  # no other layout has a program of this one's
+    return result
 
 
 def numbers(result: TrainResult) -> dict[str, np.ndarray]:

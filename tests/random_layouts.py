@@ -32,13 +32,15 @@ from jaxtrain.config import LayoutConfig  # noqa: E402
 
 TOLERANCE = 1e-12
 
+RESNET = {"model.name": "resnet18", "model.depths": (1, 1, 1, 1), "model.width": 12}
+SWIN = {"model.name": "swin_tiny", "model.depths": (2, 1, 1, 1), "model.width": 16}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mlp": ("mlp", {"model.width": 36, "model.depths": (5,)}),
-    "resnet": ("resnet", {"model.width": 12, "data.image_size": 16}),
-    "resnet imagenet": ("resnet", {"model.width": 12, "data.image_size": 32, "model.stem": "imagenet"}),
-    "vgg": ("vgg", {"model.width": 6}),
+    "resnet": ("resnet", RESNET | {"data.image_size": 16}),
+    "resnet imagenet": ("resnet", RESNET | {"data.image_size": 32, "model.stem": "imagenet"}),
+    "vgg": ("vgg", {"model.depths": (), "model.width": 6}),
     "convnet": ("convnet", {"model.width": 6, "data.image_size": 32}),
-    "swin": ("swin", {"data.image_size": 16}),
+    "swin": ("swin", SWIN | {"data.image_size": 16}),
 }
 # Rates at which a few steps move the numbers and do not blow up the rounding.
 RATES = {"sgd": 0.05, "adamw": 1e-3, "lamb": 1e-3, "lars": 2.0, "lion": 1e-4, "muon": 0.02}

@@ -574,7 +574,6 @@ def evaluated(capsys, *words) -> dict:
     return json.loads(capsys.readouterr().out)
 
 
-@pytest.mark.xdist_group("finished run")
 @pytest.mark.parametrize("devices", [[], ["--devices", "4"], ["--devices", "1"], ["--devices", "5"]])
 def test_evaluate_finds_what_the_run_found(capsys, finished, devices):
     result = json.loads((finished / "result.json").read_text())
@@ -594,7 +593,6 @@ def test_evaluate_finds_what_the_run_found(capsys, finished, devices):
     assert result["best"]["weights"] == "ema"
 
 
-@pytest.mark.xdist_group("finished run")
 def test_the_accuracy_of_each_class(capsys, finished):
     found = evaluated(capsys, str(finished), "--checkpoint", "20")
     assert (found["step"], found["split"], found["examples"]) == (20, "test", 359)
@@ -620,14 +618,12 @@ def test_evaluate_a_model_with_more_outputs_than_classes(capsys, tmp_path):
     assert cli.main(["evaluate", str(tmp_path)]) == 0
 
 
-@pytest.mark.xdist_group("finished run")
 def test_evaluate_changes_nothing_in_the_run(capsys, finished):
     before = {path: path.stat().st_mtime_ns for path in finished.rglob("*")}
     assert math.isfinite(evaluated(capsys, str(finished), "--split", "train")["loss"])
     assert {path: path.stat().st_mtime_ns for path in finished.rglob("*")} == before
 
 
-@pytest.mark.xdist_group("finished run")
 @pytest.mark.parametrize(
     ("words", "code", "said"),
     [
@@ -651,7 +647,6 @@ def decoys(tmp_path) -> Path:
     return tmp_path / "here"
 
 
-@pytest.mark.xdist_group("finished run")
 def test_no_file_of_the_current_directory_is_run(decoys, finished):
     for argv in (
         ["-m", "jaxtrain", "evaluate", str(finished), "--devices", "1"],
@@ -691,7 +686,6 @@ def test_a_command_leaves_the_search_path_as_it_was(capsys, monkeypatch):
     assert sys.path == before
 
 
-@pytest.mark.xdist_group("finished run")
 @pytest.mark.parametrize("field", ["model.name", "data.name", "optim.name", "optim.loss"])
 def test_code_that_a_run_directory_names_is_not_run_unless_it_is_trusted(
     capsys, finished, tmp_path, monkeypatch, field

@@ -391,6 +391,7 @@ def test_a_directory_that_cannot_be_written(tmp_path):
         registry.prepare(config(tmp_path / "file"))
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
 def test_real_data(name):
     """The real files, where the official ones are: the published mean and deviation, balanced classes."""

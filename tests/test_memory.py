@@ -161,7 +161,6 @@ def resnet():
         yield it
 
 
-@pytest.mark.xdist_group("resnet under ZeRO-1")
 def test_zero1_gathers_each_parameter_once(resnet):
     """One all-gather for each leaf whose optimizer state is sharded; not another for its gradient."""
     found = resnet.audit().collectives["step"]
@@ -169,7 +168,6 @@ def test_zero1_gathers_each_parameter_once(resnet):
     assert found["all-gather"] == moments / 2 == 37
 
 
-@pytest.mark.xdist_group("resnet under ZeRO-1")
 def test_every_leaf_keeps_its_place_type_and_shape_over_steps(resnet):
     before = jax.tree.leaves(jax.tree.map(_described, resnet.state), is_leaf=_is_described)
     state = jax.tree.map(jnp.copy, resnet.state)  # which is donated
@@ -293,7 +291,6 @@ def failure(it: Started, **changed) -> str:
     return str(caught.value)
 
 
-@pytest.mark.xdist_group("two layouts")
 def test_a_state_that_lies_elsewhere_fails_with_the_leafs_name(zero3):
     whole = jax.device_put(zero3.state, zero3.layout.sharding())
     assert "params/layers_00/linear/bias holds 1024 bytes per device" in failure(zero3, state=whole)
@@ -301,7 +298,6 @@ def test_a_state_that_lies_elsewhere_fails_with_the_leafs_name(zero3):
     assert "opt_state/0/mu/layers_00/linear/bias holds" in failure(zero3, state=one_leaf)
 
 
-@pytest.mark.xdist_group("two layouts")
 def test_a_step_compiled_for_another_layout_fails(zero0, zero3):
     """The state is sharded, but the step would leave it whole; and the other way round."""
     said = failure(zero3, step=zero0.step)
@@ -311,7 +307,6 @@ def test_a_step_compiled_for_another_layout_fails(zero0, zero3):
     assert "after a step: " in failure(zero0, step=zero3.step)
 
 
-@pytest.mark.xdist_group("two layouts")
 def test_a_whole_accumulator_fails(zero0, zero3):
     step = dataclasses.replace(zero3.step, accumulator=zero0.step.accumulator)
     assert "gradients: layers_00/linear/bias" in failure(zero3, step=step)
@@ -324,7 +319,6 @@ def test_a_layout_that_shards_nothing_fails_with_the_settings_name(monkeypatch):
         pass
 
 
-@pytest.mark.xdist_group("two layouts")
 def test_a_step_that_reduces_nothing_fails(zero0):
     """Each device would go its own way."""
     with started(config(data=1, microbatches=2), 1) as alone:
@@ -332,7 +326,6 @@ def test_a_step_that_reduces_nothing_fails(zero0):
     assert "layout.data=4: no program reduces the gradients" in failure(zero0, step=quiet)
 
 
-@pytest.mark.xdist_group("two layouts")
 def test_a_step_that_gathers_nothing_fails(zero3, zero0):
     quiet = dataclasses.replace(zero3.step, programs=zero0.step.programs)
     assert "layout.zero=3 had no effect: no program gathers" in failure(zero3, step=quiet)

@@ -51,23 +51,15 @@ def reference(model: str) -> dict[str, np.ndarray]:
     return parity.numbers(parity.run(model, ONE))
 
 
-def grouped(names):
-    """Parameters whose tests run on one worker, where the reference is computed once."""
-    return [parity.case(name, name) for name in names]
-
-
-# All with the cheapest model and with BatchNorm; of the others what differs in kind (split channels, attention's heads).
-COVERED = {
+# By default all with the cheapest model; of the others what differs in kind (BatchNorm, split channels, attention's heads).
+DEFAULT = {
     "mlp": tuple(LAYOUTS),
-    "resnet": tuple(LAYOUTS),
-    "vgg": ("hybrid-zero1-accumulate2", "zero3-accumulate4", "tensor2-data2-zero2-accumulate2"),
-    "convnet": ("zero2-accumulate2", "tensor2-data2-zero2-accumulate2"),
-    "swin": ("data2-accumulate2", "zero3-accumulate4", "hybrid", "tensor2-data2-zero3"),
+    "resnet": ("data8", "zero3-accumulate4", "hybrid-zero1-accumulate2", "tensor2-data2-zero2-accumulate2"),
+    "vgg": ("tensor2-data2-zero2-accumulate2",),
+    "convnet": ("zero2-accumulate2",),
+    "swin": ("tensor2-data2-zero3",),
 }
-SLOW = {("vgg", "zero3-accumulate4"), ("swin", "hybrid")}
-CASES = [
-    parity.case(model, model, layout, slow=(model, layout) in SLOW) for model in COVERED for layout in COVERED[model]
-]
+CASES = [parity.case(model, layout, default=layout in DEFAULT[model]) for model in parity.MODELS for layout in LAYOUTS]
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
@@ -76,7 +68,7 @@ def test_a_layout_changes_no_number(model, layout):
     parity.assert_equal(found, reference(model), 1e-12)
 
 
-@pytest.mark.parametrize("model", grouped(parity.MODELS))
+@pytest.mark.parametrize("model", parity.MODELS)
 def test_the_reference_learns(model):
     losses = reference(model)["loss"]
     assert len(losses) >= 6
@@ -84,8 +76,8 @@ def test_the_reference_learns(model):
     assert np.ptp(losses) / losses[0] >= (0.03 if model == "convnet" else 0.05)
 
 
-@pytest.mark.parametrize("layout", [pytest.param("data8", marks=pytest.mark.slow), "zero2-accumulate2"])
-@pytest.mark.parametrize("model", grouped(["mlp", "resnet"]))
+@pytest.mark.parametrize("layout", [parity.case("data8", default=False), "zero2-accumulate2"])
+@pytest.mark.parametrize("model", ["mlp", parity.case("resnet", default=False)])
 def test_in_f32_rounding_alone_differs(model, layout):
     small = {"train.precision": "f32", "optim.learning_rate": 1e-4}
     found, wanted = (parity.numbers(parity.run(model, each, **small)) for each in (LAYOUTS[layout], ONE))
@@ -136,7 +128,7 @@ TIED = [
 @pytest.mark.parametrize(
     ("source", "model", "images", "layout"),
     [
-        parity.case(f"{source} {tied[0]}", source, *tied, slow=source == "cifar" and tied[0] != "convnet")
+        parity.case(source, *tied, default=source == "flat" and tied[0] == "convnet")
         for source in ("flat", "cifar")
         for tied in TIED
     ],
@@ -209,7 +201,6 @@ def mix_across_the_batch(monkeypatch):
 FAULTS = [drop_a_microbatch, sum_gradients, normalize_per_device, drop_the_same_on_every_device, mix_across_the_batch]
 
 
-@pytest.mark.xdist_group("resnet")
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_planted_fault_shows(fault, monkeypatch):
     """Each breaks only what a layout does: the reference was computed before, without it."""
@@ -263,17 +254,15 @@ def recipe_losses(name: str, argument: str) -> list[float]:
     return losses
 
 
-# Every argument with the cheapest recipe, and every recipe with what changes it most.
-CHANGED = dict.fromkeys(RECIPES, ("zero3", "pipeline2")) | {"mlp_synthetic": tuple(LAYOUT_ARGUMENTS)}
-# Dear to compile, and shrunk to almost what another recipe is.
-REPEATED = {
-    ("transformer_pipeline_zero", "zero3"), ("swin_tiny_cifar10", "pipeline2"), ("resnet101_cifar100", "zero3"),
-    ("resnet101_cifar100", "pipeline2"), ("resnet18_cifar100", "zero3"), ("resnet18_cifar100", "pipeline2"),
-}  # fmt: skip
+# By default every argument with the cheapest recipe, and what changes most of a recipe with BatchNorm.
 ARGUMENTS = [
-    parity.case(recipe, recipe, argument, slow=(recipe, argument) in REPEATED)
+    parity.case(
+        recipe,
+        argument,
+        default=recipe == "mlp_synthetic" or (recipe, argument) == ("resnet_fast_cifar10", "pipeline2"),
+    )
     for recipe in RECIPES
-    for argument in CHANGED[recipe]
+    for argument in LAYOUT_ARGUMENTS
 ]
 
 

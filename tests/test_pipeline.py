@@ -34,10 +34,10 @@ from jaxtrain.training.setup import load_data, make_run_spec
 # At least two layers a chunk, also where four stages hold one each: `interleaved_1f1b` with 2 x 2 chunks.
 DEEP = {
     "mlp": {"model.depths": (7,)},
-    "resnet": {"model.depths": (2, 2, 1, 1)},
+    "resnet": {"model.name": "resnet18", "model.depths": (2, 2, 1, 1)},
     "vgg": {},
     "convnet": {},
-    "swin": {"model.depths": (2, 2, 1, 1)},
+    "swin": {"model.name": "swin_tiny", "model.width": 16, "model.depths": (2, 2, 1, 1)},
 }
 
 
@@ -53,18 +53,14 @@ def layout(
 # Two layers a chunk where four stages hold two each.
 DEEPER = {
     "mlp": {"model.depths": (15,)},
-    "resnet": {"model.depths": (4, 4, 4, 2)},
-    "swin": {"model.depths": (4, 4, 4, 2)},
+    "resnet": {"model.name": "resnet18", "model.depths": (4, 4, 4, 2)},
+    "swin": {"model.name": "swin_tiny", "model.width": 16, "model.depths": (4, 4, 4, 2)},
 }
 
 
 @functools.cache
 def reference(model: str) -> dict[str, np.ndarray]:
     return parity.numbers(parity.run(model, LayoutConfig(data=1), **DEEP[model]))
-
-
-def grouped(names):
-    return [parity.case(f"deep {name}", name) for name in names]
 
 
 TABLE = {
@@ -77,17 +73,15 @@ TABLE = {
     "1f1b-2-hybrid": layout("1f1b", 2, 2, 3, replica=2),
     "1f1b-2-tensor2": layout("1f1b", 2, 2, 1, tensor=2),
 }
-# All of the table with the cheapest model; of the others what differs in kind.
-COVERED = [("mlp", name) for name in TABLE]
-COVERED += [("resnet", name) for name in ("gpipe-2", "1f1b-4-zero2", "interleaved-2-zero2", "1f1b-2-hybrid")]
-COVERED += [("swin", name) for name in ("1f1b-2-zero3", "interleaved-2-zero2", "1f1b-2-tensor2")]
-COVERED += [("vgg", "1f1b-4-zero2")]
-SLOW = {("resnet", "1f1b-2-hybrid"), ("swin", "interleaved-2-zero2")}
+# By default all of the table with the cheapest model, and the most of it with BatchNorm.
+CASES = [
+    parity.case(model, name, default=model == "mlp" or (model, name) == ("resnet", "1f1b-4-zero2"))
+    for model in parity.MODELS
+    for name in TABLE
+]
 
 
-@pytest.mark.parametrize(
-    ("model", "name"), [parity.case(f"deep {pair[0]}", *pair, slow=pair in SLOW) for pair in COVERED]
-)
+@pytest.mark.parametrize(("model", "name"), CASES)
 def test_stages_change_no_number(model, name):
     found = parity.numbers(parity.run(model, TABLE[name], **DEEP[model]))
     parity.assert_equal(found, reference(model), 1e-12)
@@ -110,7 +104,7 @@ def sparse() -> dict[str, np.ndarray]:
     return parity.numbers(parity.run("mlp", LayoutConfig(data=1), **SPARSE))
 
 
-@pytest.mark.parametrize("which", [parity.case("sparse", name) for name in WITHOUT])
+@pytest.mark.parametrize("which", WITHOUT)
 def test_a_slice_may_have_no_parameters(which):
     """Pooling, dropout, a softmax, or what has statistics alone; with EMA, clipping and both evaluations."""
     found = parity.numbers(parity.run("mlp", WITHOUT[which], **SPARSE))
@@ -129,10 +123,7 @@ def pairs() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     "where",
-    [
-        parity.case("pairs", layout(data=4, balance="time")),
-        parity.case("pairs", layout(data=2, replica=2, zero=3, parts=0)),
-    ],
+    [layout(data=4, balance="time"), layout(data=2, replica=2, zero=3, parts=0)],
     ids=["timed", "microbatches chosen"],
 )
 def test_a_batch_norm_group_may_span_the_devices_of_a_stage(where):
@@ -157,7 +148,7 @@ EVERYTHING = list(itertools.product(("gpipe", "1f1b", "interleaved_1f1b"), (2, 3
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("schedule", "stages", "data", "zero"), EVERYTHING)
-@pytest.mark.parametrize("model", grouped(parity.MODELS))
+@pytest.mark.parametrize("model", parity.MODELS)
 def test_the_whole_table(model, schedule, stages, data, zero):
     """With at least two layers a chunk, but for VGG and `convnet_fast`, whose layers are too few for 4 x 2 chunks."""
     deeper, parts = schedule == "interleaved_1f1b", 6 if stages == 3 else 4
@@ -180,7 +171,7 @@ def larger_reference(model: str, deeper: bool) -> dict[str, np.ndarray]:
 @pytest.mark.parametrize(("batch", "groups"), [(12, 4), (4, 2)])
 def test_a_devices_part_need_not_hold_whole_batch_norm_groups(batch, groups):
     """Layers are cut by their costs on one device: with three of two groups of three, or one of two, on a map of one pixel."""
-    large = {"model.stem": "imagenet", "data.image_size": 32}
+    large = {"model.name": "resnet18", "model.depths": (1, 1, 1, 1), "model.stem": "imagenet", "data.image_size": 32}
     fields = {"data.global_batch": batch, "model.bn_groups": groups}
     config = parity.config("resnet", layout("gpipe", 2, 2, parts=2), **large, **fields)
     with settings(config):
@@ -240,7 +231,6 @@ def residuals_of_another_microbatch(monkeypatch):
 FAULTS = [clip_by_stage, average_by_stage, a_gradient_twice, residuals_of_another_microbatch]
 
 
-@pytest.mark.xdist_group("deep mlp")
 @pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
 def test_a_planted_fault_shows(fault, monkeypatch):
     clipped = {"optim.clip_norm": 0.05} | DEEP["mlp"]
@@ -317,7 +307,7 @@ def test_activations_in_flight_follow_the_schedule(schedule, monkeypatch):
         ("mlp", "f32", 3),
         ("mlp", "bf16", 0),
         ("mlp", "bf16", 3),
-        pytest.param("swin", "bf16", 3, marks=pytest.mark.slow),
+        parity.case("swin", "bf16", 3, default=False),
     ],
 )
 def test_a_microbatch_in_flight_holds_no_parameter(model, precision, zero, monkeypatch):
@@ -355,7 +345,7 @@ def _parts(step, state):
 
 def test_a_checkpoint_fits_any_number_of_stages(tmp_path):
     """Four stages on eight devices, then one with ZeRO-3 on two, then two stages on two: the loss curve of one device."""
-    whole = runs.here(tmp_path / "whole", runs.EXACT, model__name="resnet18", model__depths="(1,1,1,1)")
+    whole = runs.here(tmp_path / "whole", runs.EXACT, model__name="tiny:resnet18")
     assert whole.result["steps"] == 12
     ways = [
         (4, 8, {"layout.stages": 4, "layout.microbatches": 4, "layout.zero": 1}),
@@ -363,7 +353,7 @@ def test_a_checkpoint_fits_any_number_of_stages(tmp_path):
         (12, 2, {"layout.stages": 2, "layout.microbatches": 2, "layout.schedule": "gpipe"}),
     ]
     for last, devices, fields in ways:
-        more = runs.EXACT | fields | {"train.steps": last, "model.name": "resnet18", "model.depths": "(1,1,1,1)"}
+        more = runs.EXACT | fields | {"train.steps": last, "model.name": "tiny:resnet18"}
         runs.here(tmp_path / "run", more, devices=devices)
     np.testing.assert_allclose(runs.losses(tmp_path / "run"), runs.losses(tmp_path / "whole"), rtol=1e-12)
     evaluated = [

@@ -25,9 +25,8 @@ TOLERANCE = 1e-12  # relative, in f64: a wrong scale, order or random key shows 
 # Gradients accumulated over four microbatches, BatchNorm over four groups, every save kept.
 ACCUMULATED = EXACT | {"layout.microbatches": 4}
 
-PLACEMENTS = ("spread", "hosts")  # two stages over both processes; a process each
-
-shares_saved = pytest.mark.xdist_group("saved")
+ZEROS = (pytest.param(0, marks=pytest.mark.faults), 3)
+PLACEMENTS = {3: "spread", 0: "hosts"}  # which of `saved` has two stages over both processes, and which a process each
 
 
 @contextlib.contextmanager
@@ -78,50 +77,54 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """What two processes of two devices saved under ZeRO 0 and 3; and what two of one device made of step 6."""
-    path = tmp_path_factory.mktemp("saved")
-    jobs = [job(path / f"zero{zero}", zero) for zero in (0, 3)]
-    for zero in (0, 3):
-        resume = {"checkpoint__resume": path / f"zero{zero}" / "checkpoints" / str(HALF)}
-        jobs.append(job(path / f"2x1-zero{zero}", zero, "--devices", "1", **resume))
-    jobs.append(job(path / "minutes", 0, checkpoint__every="0.000001 minutes", train__steps=3))
-    jobs += [job(path / f"stages-{place}", 3, layout__stages=2, layout__stage_placement=place) for place in PLACEMENTS]
-    slow = {"data.name": "tiny:slow_digits", "data.residency": "stream", "data.workers": 0}
-    jobs.append(runs.arguments(path / "slow", SMALL | slow))
-    train_in_turn(path, 2, 2, *jobs)
-    return path
+    """`saved(zero)`: the directory of what two processes of two devices did in turn. They are started once for each `zero`.
+
+    Among it a run under ZeRO `zero`, and what two of one device made of its step 6.
+    """
+
+    @functools.cache
+    def start(zero: int) -> Path:
+        path = tmp_path_factory.mktemp("saved")
+        half = {"checkpoint__resume": path / "run" / "checkpoints" / str(HALF)}
+        jobs = [job(path / "run", zero), job(path / "2x1", zero, "--devices", "1", **half)]
+        jobs.append(job(path / "stages", 3, layout__stages=2, layout__stage_placement=PLACEMENTS[zero]))
+        if zero == 3:
+            jobs.append(job(path / "minutes", 0, checkpoint__every="0.000001 minutes", train__steps=3))
+            slow = {"data.name": "tiny:slow_digits", "data.residency": "stream", "data.workers": 0}
+            jobs.append(runs.arguments(path / "slow", SMALL | slow))
+        train_in_turn(path, 2, 2, *jobs)
+        return path
+
+    return start
 
 
-@shares_saved
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", ZEROS)
 def test_two_processes_have_the_numbers_of_one(saved, whole, tmp_path, zero):
     assert np.ptp(runs.losses(whole[0])) > 0.05 * runs.losses(whole[0])[0]
-    assert_same(saved / f"zero{zero}", whole[0])
-    copy = shutil.copytree(saved / f"zero{zero}", tmp_path / "copy")
+    assert_same(saved(zero) / "run", whole[0])
+    copy = shutil.copytree(saved(zero) / "run", tmp_path / "copy")
     found, wanted = runs.leaves(here(copy, EXACT)), runs.leaves(whole[1])
     for name, leaf in wanted.items():
         np.testing.assert_allclose(found[name], leaf, rtol=0, atol=TOLERANCE * max(1, np.abs(leaf).max()), err_msg=name)
 
 
-@shares_saved
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", ZEROS)
 def test_saved_by_two_of_two_resumed_by_one_of_four(saved, whole, tmp_path, zero):
-    copy = shutil.copytree(saved / f"zero{zero}", tmp_path / "copy")
+    copy = shutil.copytree(saved(zero) / "run", tmp_path / "copy")
     result = here(copy, ACCUMULATED, devices=4, layout__zero=zero, checkpoint__resume=str(HALF))
     assert min(row["step"] for row in result.history) == HALF + 1
     assert_same(copy, whole[0])
 
 
-@shares_saved
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", ZEROS)
 def test_saved_by_two_of_two_resumed_by_two_of_one(saved, whole, zero):
-    assert_same(saved / f"2x1-zero{zero}", whole[0], first=HALF + 1)
+    assert_same(saved(zero) / "2x1", whole[0], first=HALF + 1)
 
 
-@shares_saved
-@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), 3])
+@pytest.mark.faults
+@pytest.mark.parametrize("zero", [0, 3])
 def test_saved_by_two_of_two_resumed_by_four_of_one(saved, whole, tmp_path, zero):
-    copy = shutil.copytree(saved / f"zero{zero}", tmp_path / "copy")
+    copy = shutil.copytree(saved(zero) / "run", tmp_path / "copy")
     train_in_turn(tmp_path, 4, 1, job(copy, zero, checkpoint__resume=HALF))
     assert_same(copy, whole[0])
     assert runs.epochs(copy)[0] == "epoch,phase,loss,accuracy"
@@ -130,9 +133,8 @@ def test_saved_by_two_of_two_resumed_by_four_of_one(saved, whole, tmp_path, zero
     assert [start["devices"]["processes"] for start in starts] == [2, 4]
 
 
-@shares_saved
 def test_process_zero_alone_writes_what_is_shared(saved):
-    run = saved / "zero3"
+    run = saved(3) / "run"
     assert sorted(path.name for path in (run / "logs").iterdir()) == ["process_0.log", "process_1.log"]
     for phase in ("train", "val", "test"):
         assert len(list((run / "tensorboard" / phase).iterdir())) == 1
@@ -143,15 +145,13 @@ def test_process_zero_alone_writes_what_is_shared(saved):
     assert {"ocdbt.process_0", "ocdbt.process_1"} <= parts
 
 
-@shares_saved
 def test_the_clock_of_process_zero_decides_when_to_save(saved):
-    assert runs.checkpoints(saved / "minutes") == [1, 2, 3]
+    assert runs.checkpoints(saved(3) / "minutes") == [1, 2, 3]
 
 
-@shares_saved
-@pytest.mark.parametrize("placement", PLACEMENTS)
-def test_stages_over_processes_have_the_numbers_of_one(saved, whole, tmp_path, placement):
-    run = saved / f"stages-{placement}"
+@pytest.mark.parametrize("zero", ZEROS, ids=PLACEMENTS.get)
+def test_stages_over_processes_have_the_numbers_of_one(saved, whole, tmp_path, zero):
+    run = saved(zero) / "stages"
     assert_same(run, whole[0])
     copy = shutil.copytree(run, tmp_path / "copy")
     shutil.rmtree(copy / "checkpoints" / str(LAST))
@@ -159,15 +159,15 @@ def test_stages_over_processes_have_the_numbers_of_one(saved, whole, tmp_path, p
     assert_same(copy, whole[0])
 
 
+@pytest.mark.faults
 def test_stages_of_four_processes(tmp_path, whole):
     fields = {"layout__stages": 2, "layout__microbatches": 2, "checkpoint__every": "0"}
     train_in_turn(tmp_path, 4, 1, job(tmp_path / "run", 2, **fields))
     assert_same(tmp_path / "run", whole[0])
 
 
-@shares_saved
 def test_a_process_with_slow_data_is_named(saved):
-    zero, one = ((saved / "slow" / "logs" / f"process_{process}.log").read_text() for process in (0, 1))
+    zero, one = ((saved(3) / "slow" / "logs" / f"process_{process}.log").read_text() for process in (0, 1))
     assert f"WARNING imbalanced: process 1 on {socket.gethostname()} needs 0." in zero
     assert "WARNING slow data: training waited for its input" in one
     assert "imbalanced" not in one
@@ -176,6 +176,7 @@ def test_a_process_with_slow_data_is_named(saved):
 # --------------------------------------------------------------------------------------------------------------- stops
 
 
+@pytest.mark.faults
 def test_a_sigterm_to_one_stops_all_at_one_step_and_one_process_goes_on(tmp_path):
     fields, run = SMALL | {"train.precision": "f64", "checkpoint.every": "0", "train.eval_every": "0"}, tmp_path / "run"
     arguments = runs.arguments(run, fields | {"train.epochs": 10_000}, "--simulate-devices", "2")
@@ -212,14 +213,18 @@ def test_data_that_process_zero_cannot_prepare_end_all_with_its_sentence(tmp_pat
 
 # -------------------------------------------------------------------------------------------------------------- starts
 
+at_length = functools.partial(pytest.param, marks=pytest.mark.faults)
+
 
 @pytest.mark.parametrize(
     ("numbers", "counts", "said"),
     [
-        ([0, 2], [3, 3], "process 1 of 3 did not come to 127.0.0.1:"),
-        ([0, 1, 1], [3, 3, 3], "two processes say that they are process 1 of 3; each needs its own --process-id."),
+        at_length([0, 2], [3, 3], "process 1 of 3 did not come to 127.0.0.1:"),
+        at_length(
+            [0, 1, 1], [3, 3, 3], "two processes say that they are process 1 of 3; each needs its own --process-id."
+        ),
         ([0, 1], [2, 3], "process 1 was started with --num-processes 3 and process 0 with 2."),
-        ([1], [2], "cannot reach the coordinator 127.0.0.1:"),
+        at_length([1], [2], "cannot reach the coordinator 127.0.0.1:"),
     ],
     ids=["missing", "twice", "miscounted", "alone"],
 )
@@ -234,6 +239,7 @@ def test_processes_that_do_not_fit_together_say_why(tmp_path, numbers, counts, s
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.faults
 def test_the_next_port_is_taken_where_another_program_has_the_first(tmp_path):
     command = ["-m", "jaxtrain.main", *runs.arguments(tmp_path / "run", SMALL | {"train.steps": 1})]
     with socket.create_server(("127.0.0.1", 0)) as server:
@@ -242,6 +248,7 @@ def test_the_next_port_is_taken_where_another_program_has_the_first(tmp_path):
             assert [process.end() for process in started] == [0, 0]
 
 
+@pytest.mark.faults
 def test_a_second_process_zero_is_told_of_the_first(tmp_path):
     port = runs.free_port()
     command = ["-m", "jaxtrain.main", *runs.arguments(tmp_path / "run", SMALL), *runs.joined(0, 2, port)]

@@ -27,10 +27,6 @@ LAST = 12  # the last step of `SMALL` and `EXACT`
 KILLED = EXACT | {"train.precision": "f32", "train.epochs": 30, "checkpoint.every": "3", "checkpoint.keep": 2}
 MESH = ("--simulate-devices", "8", "--devices", "2")  # as in this process: XLA's sums depend on how many threads it has
 
-# Tests that share a run go to the same worker.
-shares_complete = pytest.mark.xdist_group("complete")
-shares_undisturbed = pytest.mark.xdist_group("undisturbed")
-
 
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory):
@@ -102,13 +98,12 @@ def assert_never_disturbed(workdir: Path, undisturbed) -> None:
     assert not any((workdir / "checkpoints").glob("*tmp*"))
 
 
-@shares_undisturbed
+@pytest.mark.faults
 def test_a_run_that_is_killed_over_and_over_ends_as_if_it_never_was(tmp_path, undisturbed):
     kill_until_done(tmp_path / "killed", ["in a write", "anywhere", "in a write"], random.Random(2))
     assert_never_disturbed(tmp_path / "killed", undisturbed)
 
 
-@shares_complete
 def test_what_a_kill_left_of_a_write_or_a_deletion_is_in_nobodys_way(copy):
     checkpoints = copy / "checkpoints"
     (checkpoints / "12").rename(checkpoints / "12.orbax-checkpoint-tmp")  # killed before it had its name
@@ -123,7 +118,6 @@ def test_what_a_kill_left_of_a_write_or_a_deletion_is_in_nobodys_way(copy):
     assert not any(checkpoints.glob("*tmp*"))
 
 
-@shares_complete
 def test_the_only_checkpoint_is_damaged(copy):
     for step in runs.checkpoints(copy)[:-1]:
         shutil.rmtree(copy / "checkpoints" / str(step))
@@ -138,7 +132,6 @@ def test_the_only_checkpoint_is_damaged(copy):
 # ------------------------------------------------------------------------------------------------------ where it starts
 
 
-@shares_complete
 def test_a_complete_run_started_again_only_writes_its_result_again(copy, complete):
     before = {path: path.read_bytes() for path in copy.rglob("*") if path.is_file()}
     result = here(copy, SMALL)
@@ -164,7 +157,6 @@ def test_a_complete_run_that_ended_within_an_epoch_keeps_that_epochs_row(tmp_pat
     assert runs.epochs(tmp_path) == before
 
 
-@shares_complete
 @pytest.mark.parametrize(
     ("resume", "step"), [("6", 6), ("epoch:2", 8), ("latest", 12), ("best", None), ("auto", 12), ("none", 0)]
 )
@@ -186,7 +178,6 @@ def test_where_a_run_goes_on_from_and_what_lay_behind_is_kept(copy, complete, re
             assert (folder / name).read_bytes() == (complete[0] / name).read_bytes()
 
 
-@shares_complete
 def test_two_fresh_starts_within_a_second_keep_both_predecessors(copy):
     for _ in range(2):
         here(copy, SMALL, checkpoint__resume="none", train__epochs=1)
@@ -215,7 +206,6 @@ def test_checkpoints_on_another_disk_are_set_aside_too(tmp_path, monkeypatch):
     assert runs.checkpoints(run) == [2, 4]
 
 
-@shares_complete
 def test_a_path_starts_from_another_run_and_moves_the_history_that_was_here(copy, complete, tmp_path):
     result = here(tmp_path / "new", SMALL, checkpoint__resume=str(copy / "checkpoints" / "8"))
     assert [row["step"] for row in runs.rows(tmp_path / "new")] == [9, 10, 11, 12]
@@ -229,7 +219,6 @@ def test_a_path_starts_from_another_run_and_moves_the_history_that_was_here(copy
     assert runs.checkpoints(superseded(copy)[0]) == runs.checkpoints(complete[0])
 
 
-@shares_complete
 def test_a_run_that_began_at_a_path_goes_on_when_it_is_started_again(copy, complete, tmp_path):
     fields = SMALL | {"checkpoint.resume": str(copy / "checkpoints" / "4")}
     here(tmp_path / "new", fields, train__steps=8)
@@ -239,7 +228,6 @@ def test_a_run_that_began_at_a_path_goes_on_when_it_is_started_again(copy, compl
     runs.assert_same_bits(result, complete[1])
 
 
-@shares_complete
 @pytest.mark.parametrize(
     ("first", "again", "goes_on"),
     [
@@ -265,7 +253,6 @@ def test_a_job_that_is_started_again_by_itself_keeps_what_it_has_done(tmp_path, 
     )
 
 
-@shares_complete
 def test_what_is_not_there_is_refused_by_name(copy, tmp_path):
     refused(CheckpointError, "resume=7", "2, 4, 6, 8, 10, 12", workdir=copy, fields=SMALL | {"checkpoint.resume": "7"})
     refused(CheckpointError, "epoch:9", "1, 2, 3", workdir=copy, fields=SMALL | {"checkpoint.resume": "epoch:9"})
@@ -305,7 +292,6 @@ def test_another_mesh_zero_stage_and_microbatch_count_go_on_with_the_same_run(tm
 # ------------------------------------------------------------------------------------------------------------- changes
 
 
-@shares_complete
 def test_another_config_is_refused_by_key_and_nothing_is_touched(copy, complete):
     fields = SMALL | {"optim.learning_rate": 0.2, "data.augmentation": "light", "checkpoint.every": "3"}
     text = refused(WorkdirError, str(copy), "allow_changes=true", workdir=copy, fields=fields)
@@ -317,7 +303,6 @@ def test_another_config_is_refused_by_key_and_nothing_is_touched(copy, complete)
     assert (copy / "config.json").read_bytes() == (complete[0] / "config.json").read_bytes()
 
 
-@shares_complete
 def test_a_run_without_a_checkpoint_yet_is_as_much_a_run(copy):
     shutil.rmtree(copy / "checkpoints")
     refused(WorkdirError, "config.seed: 0 -> 1", workdir=copy, fields=SMALL | {"seed": 1})
@@ -327,7 +312,6 @@ def test_a_run_without_a_checkpoint_yet_is_as_much_a_run(copy):
     refused(WorkdirError, "config.json", "sead", workdir=copy, fields=SMALL)
 
 
-@shares_complete
 def test_layout_logging_and_cadence_may_change(copy, complete):
     changes = {
         "layout.zero": 1,
@@ -383,7 +367,6 @@ def test_a_longer_run_is_the_run_that_was_longer_from_the_start(tmp_path):
     runs.assert_same_bits(longer, whole)
 
 
-@shares_complete
 def test_allow_changes_goes_on_with_another_optimizer_at_the_rate_of_its_step(copy):
     plain = {"optim.momentum": 0.0, "optim.nesterov": False, "optim.weight_decay": 0.0}
     fields = SMALL | plain | {"optim.schedule": "cosine"}
@@ -411,7 +394,6 @@ def test_a_moving_average_may_begin_in_the_middle_of_a_run(tmp_path, model):
         evaluate(tmp_path / "run", checkpoint="best", ema=True, trust=True)
 
 
-@shares_complete
 def test_a_checkpoint_of_another_model_is_refused_even_then(copy):
     refused(WorkdirError, "config.model.width: 16 -> 8", workdir=copy, fields=SMALL | {"model.width": 8})
     fields = SMALL | {"model.width": 8, "checkpoint.allow_changes": True}
@@ -529,7 +511,6 @@ def has_rows(workdir: Path, count: int) -> bool:
     return runs.count_rows(workdir) >= count
 
 
-@shares_undisturbed
 def test_a_signal_saves_and_the_next_start_goes_on_exactly(tmp_path, undisturbed):
     workdir = tmp_path / "run"
     for rows, number, code in ((5, signal.SIGINT, 130), (30, signal.SIGTERM, 75)):

@@ -71,6 +71,7 @@ def assert_same(run, whole):
             np.testing.assert_allclose([r[name] for r in found], [r[name] for r in wanted], rtol=1e-12, err_msg=phase)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("processes", [2, 3])
 def test_a_lost_gpu_is_left_out_and_the_run_goes_on_with_the_rest(tmp_path, monkeypatch, whole, processes):
     (tmp_path / "pynvml.py").write_text(textwrap.dedent(FAKE_NVML.format(count=processes)))
@@ -92,6 +93,7 @@ def test_a_lost_gpu_is_left_out_and_the_run_goes_on_with_the_rest(tmp_path, monk
     assert_same(run, whole)
 
 
+@pytest.mark.faults
 def test_another_number_of_processes_goes_on_with_the_same_run(tmp_path, whole):
     """2, then 1, then 3 processes through the launcher, each stopped by SIGTERM."""
     (tmp_path / "slow.py").write_text(SLOW)

@@ -81,6 +81,7 @@ def listens_at(pid: int) -> set[str]:
     return found
 
 
+@pytest.mark.faults
 def test_a_clock_an_hour_ahead_is_told_of_and_changes_nothing(job, tmp_path):
     assert re.search(r"the clock of process 1 on \S+ is 3600 s ahead of that of process 0", job.output)
     here(tmp_path / "whole", FIELDS | {"data.name": "digits"}, devices=2)
@@ -88,6 +89,7 @@ def test_a_clock_an_hour_ahead_is_told_of_and_changes_nothing(job, tmp_path):
     assert runs.checkpoints(job.folder / "run") == runs.checkpoints(tmp_path / "whole")
 
 
+@pytest.mark.faults
 def test_secrets_of_the_environment_are_written_nowhere(job):
     assert CANARY not in job.output
     files = [path for path in (job.folder / "run").rglob("*") if path.is_file()]
@@ -95,6 +97,7 @@ def test_secrets_of_the_environment_are_written_nowhere(job):
     assert [path for path in files if CANARY.encode() in path.read_bytes()] == []
 
 
+@pytest.mark.faults
 def test_processes_of_one_host_listen_on_the_loopback_alone(job):
     assert job.listening
     assert {address for address in job.listening if address not in ("127.0.0.1", "::1", "::ffff:127.0.0.1")} == set()
@@ -221,6 +224,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
+@pytest.mark.faults
 def test_a_model_that_does_not_fit_the_memory_is_not_tried_again(tmp_path):
     arguments = runs.arguments(tmp_path / "run", SMALL | {"model.width": 60_000, "train.steps": 1})
     command = ["-c", LITTLE_MEMORY, "launch", "--", "train", *arguments]

@@ -133,7 +133,7 @@ def assert_undisturbed(run: Path, undisturbed) -> None:
     assert runs.rows(run, "test") == runs.rows(undisturbed[0], "test")
 
 
-@pytest.mark.parametrize("process", [0, 1])
+@pytest.mark.parametrize("process", [pytest.param(0, marks=pytest.mark.faults), 1])
 def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(tmp_path, undisturbed, process):
     begun = "none" if process else "auto"  # where the job begins, not each start of it
     with launch(tmp_path, checkpoint__resume=begun) as job:
@@ -149,6 +149,7 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(tmp_path, un
     assert_undisturbed(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.faults
 def test_sigterm_to_the_launcher_saves_and_the_next_launch_goes_on(tmp_path, undisturbed):
     with launch(tmp_path) as job:
         job.wait_for(functools.partial(has_rows, tmp_path / "run", 6), "six steps")
@@ -165,6 +166,7 @@ def test_sigterm_to_the_launcher_saves_and_the_next_launch_goes_on(tmp_path, und
     assert_undisturbed(tmp_path / "run", undisturbed)
 
 
+@pytest.mark.faults
 def test_pipeline_stages_are_stopped_killed_and_resumed_like_any_run(tmp_path):
     """A stage on each process: stopped by SIGTERM to one of them, started again, and one killed."""
     stages, run = {"layout__stages": 2, "layout__microbatches": 2}, tmp_path / "run"
@@ -187,6 +189,7 @@ def test_pipeline_stages_are_stopped_killed_and_resumed_like_any_run(tmp_path):
     assert_undisturbed(run, (whole, None))
 
 
+@pytest.mark.faults
 def test_an_error_of_one_process_ends_all_soon_and_is_named(tmp_path):
     with launch(tmp_path, "--max-restarts", "1", data__name="faulty:failing") as job:
         assert job.end() == 65, "no restart mends the data"
@@ -195,6 +198,7 @@ def test_an_error_of_one_process_ends_all_soon_and_is_named(tmp_path):
         assert re.search(r"process 1 \(pid \d+\) on \S+ ended with DataError: .*a disk that is not there", job.output)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("fault", ["stuck", "frozen", "stopped"])
 def test_a_process_that_stands_still_is_found(tmp_path, fault):
     """Stuck: its own watchdog ends it, with its stacks. With the interpreter's lock, or by SIGSTOP: the launcher does."""
@@ -213,6 +217,7 @@ def test_a_process_that_stands_still_is_found(tmp_path, fault):
             assert "gave no sign of life" in job.output
 
 
+@pytest.mark.faults
 def test_a_job_that_was_stopped_as_a_whole_goes_on(tmp_path, undisturbed):
     """As by Slurm's suspend and resume, for longer than the process may stand still, for itself and for the launcher."""
     (tmp_path / "faulty.py").write_text(FAULTY)

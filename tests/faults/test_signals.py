@@ -60,6 +60,7 @@ def wait_until_heard(run, tmp_path, processes):
     run.wait_for(lambda: len(list(tmp_path.glob("heard-*"))) == processes, "that all have heard of it")
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("processes", [1, 2])
 def test_a_validation_that_was_cut_short_is_made_up_for(tmp_path, processes):
     (tmp_path / "slow.py").write_text(SLOW)
@@ -85,6 +86,7 @@ def test_a_validation_that_was_cut_short_is_made_up_for(tmp_path, processes):
     assert best == {path.name for path in (tmp_path / "whole" / "checkpoints").iterdir()} | {"8"}
 
 
+@pytest.mark.faults
 def test_a_second_signal_ends_all_processes_at_once(tmp_path):
     (tmp_path / "slow.py").write_text(SLOW)
     (tmp_path / "hold").write_text("4")

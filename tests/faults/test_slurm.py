@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import runs
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("slurm")]
+pytestmark = pytest.mark.slow
 
 LAUNCH = runs.ROOT / "launch"
 NODES = ("n1", "n2")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 
+import pytest
 import runs
 from runs import SMALL, here
 
@@ -74,6 +75,7 @@ FIELDS = SMALL | {
 }  # fmt: skip
 
 
+@pytest.mark.faults
 def test_a_kill_at_every_point_of_a_save(tmp_path):
     (tmp_path / "killer.py").write_text(KILLER % POINTS)
     run = tmp_path / "run"
