@@ -5,7 +5,7 @@ python -m benchmarks.gpu_runs run resnet18_cifar10 resnet_fast_cifar10 --seeds 0
 python -m benchmarks.gpu_runs run resnet50_cifar100 --set train.epochs=30 --set data.global_batch=512
 
 The wheels are installed without an index into a directory of their own, before the first run. Rows go into the result file of
-`benchmarks.gpu_suite`, after every run. DIR is a JAXTRAIN_DATA_DIR, prepared or with the official files in downloads/manual.
+`benchmarks.gpu.suite`, after every run. DIR is a JAXTRAIN_DATA_DIR, prepared or with the official files in downloads/manual.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_parts import RESULTS, ROOT, Budget, Row, Session, peak_flops
-from benchmarks.gpu_suite import machine
+from benchmarks.gpu.parts import RESULTS, ROOT, Budget, Row, Session, peak_flops
+from benchmarks.gpu.suite import machine
 
 # What a machine with JAX, Flax, Optax, Orbax and PyTorch does not have yet; their own needs are there.
 WHEELS = (
@@ -44,7 +44,7 @@ SOURCES = (
 )  # the one has no wheel, though it is pure Python; the other's version a run wants to know
 PYTHON, PLATFORMS = "3.12", ("2_28", "2_27", "2_17", "2014", "1")
 
-# Multiply-adds of a forward pass an image, counted from the models (`benchmarks.gpu_ours.forward_macs`).
+# Multiply-adds of a forward pass an image, counted from the models (`benchmarks.gpu.ours.forward_macs`).
 GMACS: Mapping[str, float] = {"resnet18": 0.555, "resnet50": 1.298, "swin_tiny": 0.358}
 SAMPLE_SECONDS = 0.2
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import jax
 
-from benchmarks import calls, checkpoints, faults, inputs, overhead, peers, pipeline, scale, startup, steps
 from benchmarks.common import ROOT, machine, set_flags
+from benchmarks.cpu import calls, checkpoints, faults, inputs, overhead, peers, pipeline, scale, startup, steps
 
 BENCHMARKS: dict[str, Callable[[], Any]] = {
     "steps": steps.per_model,

@@ -27,10 +27,10 @@ jax.devices()  # from here on XLA's flags are fixed: those of a run would slow d
 
 
 # What must fail first: the numbers, then what happens when something breaks, then what is said. Other files are numbers.
-FAULTS = ("faults", "test_processes", "test_resume", "test_start", "test_workdir")
+FAULTS = ("faults", "distributed", "checkpoint", "test_start", "test_workdir")
 WORDS = (
-    "test_api", "test_benchmarks", "test_cli", "test_config", "test_demo", "test_deploy", "test_doctor", "test_floors",
-    "test_goodput", "test_logging", "test_recipes", "test_scale", "test_xla_flags",
+    "cli", "doctor", "host", "observability", "test_api", "test_benchmarks", "test_config", "test_deploy", "test_documents",
+    "test_layers", "test_recipes", "test_scale",
 )  # fmt: skip
 DEAREST = ("test_parity", "test_pipeline")  # begun first, so that no worker waits for them at the end
 

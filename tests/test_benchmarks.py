@@ -10,9 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from benchmarks import gpu_ours, gpu_parts, gpu_runs
-from benchmarks.gpu_child import Child, ChildError
-from benchmarks.gpu_parts import CASES, Budget, Session
+from benchmarks import gpu_runs
+from benchmarks.gpu import ours, parts
+from benchmarks.gpu.child import Child, ChildError
+from benchmarks.gpu.parts import CASES, Budget, Session
 
 
 def named(kind, pid, name, tid=0):
@@ -38,7 +39,7 @@ def test_a_trace_of_xla_counts_each_kernel_once_and_overlapping_streams_once(tmp
     ]
     path = tmp_path / "vm.trace.json.gz"
     path.write_bytes(gzip.compress(json.dumps({"traceEvents": events}).encode()))
-    found = gpu_parts.profile(gpu_parts.read_trace(path), steps=2, step_seconds=550e-6)
+    found = parts.profile(parts.read_trace(path), steps=2, step_seconds=550e-6)
     assert found["busy_seconds"] == pytest.approx(275e-6)  # 0 - 450 and 500 - 600, over two steps
     assert found["outside_kernels"] == pytest.approx(0.5)
     assert found["outside_kernels_in_trace"] == pytest.approx(50 / 600)
@@ -57,8 +58,8 @@ def test_a_trace_of_pytorch_counts_kernels_and_not_what_launches_them(tmp_path):
     ]
     path = tmp_path / "trace.json"
     path.write_text(json.dumps({"traceEvents": events}))
-    assert gpu_parts.device_events(gpu_parts.read_trace(path)) == [("gemm", pytest.approx(1e-5), pytest.approx(1e-4))]
-    assert "error" in gpu_parts.profile({"traceEvents": []}, 1, 1.0)
+    assert parts.device_events(parts.read_trace(path)) == [("gemm", pytest.approx(1e-5), pytest.approx(1e-4))]
+    assert "error" in parts.profile({"traceEvents": []}, 1, 1.0)
 
 
 def test_a_result_file_keeps_what_was_measured_and_takes_in_others(tmp_path):
@@ -69,17 +70,17 @@ def test_a_result_file_keeps_what_was_measured_and_takes_in_others(tmp_path):
     session.put(row | {"ours": {"step_seconds": {"median": 0.05}, "images_per_second": 5120, "tflops": 126}})
     session.put(row | {"name": "vgg19_224", "error": "out of memory"})
     session.leave_out("swin_tiny_224", "10 s were left")
-    (stored,) = gpu_parts.read_results(path)
+    (stored,) = parts.read_results(path)
     assert [each["name"] for each in stored["rows"]] == ["resnet50_224", "vgg19_224"]
     assert stored["left_out"][0]["name"] == "swin_tiny_224"
 
-    gpu_parts.write_results(other, [stored | {"id": "1"}, stored | {"rows": []}])
-    merged = gpu_parts.merge([*gpu_parts.read_results(other), *gpu_parts.read_results(path)])
+    parts.write_results(other, [stored | {"id": "1"}, stored | {"rows": []}])
+    merged = parts.merge([*parts.read_results(other), *parts.read_results(path)])
     assert [(each["id"], len(each["rows"])) for each in merged] == [("1", 2), (stored["id"], 2)]
 
     readme = tmp_path / "README.md"
-    readme.write_text(f"before\n{gpu_parts.BEGIN}\nstale\n{gpu_parts.END}\nafter\n")
-    gpu_parts.write_table(readme, merged)
+    readme.write_text(f"before\n{parts.BEGIN}\nstale\n{parts.END}\nafter\n")
+    parts.write_table(readme, merged)
     text = readme.read_text()
     assert "| resnet50_224, batch 256: step | 50.00 ms, 5120 images/s, 126 TFLOP/s |" in text
     assert (text[:7], text[-6:]) == ("before\n", "after\n")
@@ -91,16 +92,16 @@ def test_a_budget_is_shared_and_never_negative():
     assert budget.left == pytest.approx(60, abs=1)
     assert budget.share(3).left == pytest.approx(20, abs=1)
     assert Budget(1, began=0.0).left == 0
-    assert gpu_parts.steps_for(1.5, 0.05) == 30
-    assert gpu_parts.steps_for(1.5, 10) == 3
+    assert parts.steps_for(1.5, 0.05) == 30
+    assert parts.steps_for(1.5, 10) == 3
 
 
 def test_mfu_is_of_the_devices_own_peak():
-    found = gpu_parts.rates(CASES["resnet50_224"], 0.05, "NVIDIA H100 80GB HBM3", ceiling=790e12)
+    found = parts.rates(CASES["resnet50_224"], 0.05, "NVIDIA H100 80GB HBM3", ceiling=790e12)
     assert found["images_per_second"] == pytest.approx(5120)
     assert found["mfu_of_datasheet"] == pytest.approx(6 * 4.11e9 * 5120 / 989e12)
     assert found["mfu_of_matrix_product"] == pytest.approx(6 * 4.11e9 * 5120 / 790e12)
-    assert gpu_parts.rates(CASES["resnet50_224"], 0.05, "another")["mfu_of_datasheet"] is None
+    assert parts.rates(CASES["resnet50_224"], 0.05, "another")["mfu_of_datasheet"] is None
 
 
 def test_counted_multiply_adds_are_what_xla_counts():
@@ -109,26 +110,26 @@ def test_counted_multiply_adds_are_what_xla_counts():
         return jax.jit(lambda y: y.reshape(4, -1) @ weights)(y)
 
     arguments = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in ((4, 9, 9, 3), (3, 3, 3, 8), (128, 10))]
-    counted = gpu_ours.macs(network, *arguments)
+    counted = ours.macs(network, *arguments)
     assert counted == 4 * 16 * 8 * 27 + 4 * 128 * 10
     assert jax.jit(network).lower(*arguments).cost_analysis()["flops"] == pytest.approx(2 * counted, rel=0.01)
 
 
 @pytest.mark.parametrize("name", ["resnet18_32", "vgg19_224", "swin_tiny_224"])
 def test_the_table_of_multiply_adds_is_that_of_the_models(name):
-    assert gpu_ours.forward_macs(CASES[name]) == pytest.approx(1e9 * CASES[name].gmacs, rel=0.01)
+    assert ours.forward_macs(CASES[name]) == pytest.approx(1e9 * CASES[name].gmacs, rel=0.01)
 
 
 def test_the_suite_runs_the_trainers_step():
     case = dataclasses.replace(CASES["resnet18_32"].shrunk(), model="mlp", image=8, small={"width": 8})
-    training = gpu_ours.Training.make(gpu_ours.config_of(case))
+    training = ours.Training.make(ours.config_of(case))
     losses = [float(training.run(training.batches(3))["loss"]) for _ in range(2)]
     assert np.isfinite(losses).all()
     assert int(training.state.step) == 6  # every update was accepted
 
 
 def test_a_child_answers_errors_and_its_end_is_one_too(tmp_path):
-    with Child("gpu_ours", tmp_path / "log", {"JAX_PLATFORMS": "cpu"}) as child:
+    with Child("ours", tmp_path / "log", {"JAX_PLATFORMS": "cpu"}) as child:
         assert child.ask("info", 120)["platform"] == "cpu"
         with pytest.raises(ChildError, match="block: AssertionError: build comes first"):
             child.ask("block", 120, steps=1)

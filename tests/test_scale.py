@@ -1,4 +1,4 @@
-"""The model of a step's cost against devices: its known limits. (`benchmarks.scale` compares it with measured steps.)"""
+"""The model of a step's cost against devices: its known limits. (`benchmarks.cpu.scale` compares it with measured steps.)"""
 
 import math
 

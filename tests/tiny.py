@@ -10,9 +10,9 @@ from flax import linen as nn
 
 from jaxtrain.data import registry
 from jaxtrain.data.base import Subset
-from jaxtrain.models import registry
 from jaxtrain.models.classifier import Classifier
 from jaxtrain.models.layers import Dropout, Layer, at_least_f32
+from jaxtrain.models.registry import build
 from jaxtrain.models.resnet import Block, Head, Stem
 
 
@@ -26,7 +26,7 @@ def resnet(config, *, image_shape, num_classes, dtype, param_dtype):
 
 def resnet18(config, **kinds):
     """The real one's stem, first two blocks (the second halves the map) and head, with both drop-path rates above 0."""
-    whole = registry.build(dataclasses.replace(config, name="resnet18", depths=(1, 1, 1, 1)), **kinds)
+    whole = build(dataclasses.replace(config, name="resnet18", depths=(1, 1, 1, 1)), **kinds)
     stem, first, second, *_, head = whole.layers
     first, second = (dataclasses.replace(block, drop_path=config.drop_path) for block in (first, second))
     return dataclasses.replace(whole, layers=(stem, first, second, head))
@@ -34,7 +34,7 @@ def resnet18(config, **kinds):
 
 def swin(config, **kinds):
     """The real one's patches, a block, a shifted block, the merging of patches, a block of more heads, and head."""
-    whole = registry.build(dataclasses.replace(config, name="swin_tiny", depths=(2, 1, 1, 1)), **kinds)
+    whole = build(dataclasses.replace(config, name="swin_tiny", depths=(2, 1, 1, 1)), **kinds)
     patches, first, shifted, merging, last, *_, head = whole.layers
     blocks = (dataclasses.replace(block, drop_path=config.drop_path) for block in (first, shifted, last))
     first, shifted, last = blocks

@@ -4,7 +4,7 @@ Three processes take turns of a few seconds, the others stopped (SIGSTOP) meanwh
 that slows all of them alike, and the ratio of neighbouring turns stays. Beside the clock's time that of the processors, of all
 threads: on cores that the step keeps busy, what the trainer computes is what it costs.
 
-python -m benchmarks.overhead cached|fed|trainer WORKDIR      # one of them: a line in WORKDIR/metrics.jsonl after each block
+python -m benchmarks.cpu.overhead cached|fed|trainer WORKDIR  # one of them: a line in WORKDIR/metrics.jsonl after each block
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ class _Job:
 
     def __init__(self, kind: str, workdir: Path) -> None:
         self._rows = workdir / "metrics.jsonl"
-        self._process = subprocess.Popen([sys.executable, "-m", "benchmarks.overhead", kind, str(workdir)], cwd=ROOT)
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.cpu.overhead", kind, str(workdir)], cwd=ROOT
+        )
 
     def turn(self) -> tuple[float, float]:
         """Runs to the end of its next block; returns the seconds that took, by the clock and of processors."""

@@ -46,7 +46,7 @@ def train_in_turn(folder: Path, processes: int, devices: int, *jobs: list[str]) 
     for process in range(processes):
         mine = [["train", *job] for job in jobs]
         mine[0] += ["--simulate-devices", str(devices), *runs.joined(process, processes, port)]
-        commands.append([str(Path(__file__).with_name("jobs.py")), json.dumps(mine)])
+        commands.append([str(Path(__file__).parents[1] / "jobs.py"), json.dumps(mine)])
     with several(folder, *commands) as started:
         for process in started:
             assert process.end() == 0, process.output

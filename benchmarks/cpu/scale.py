@@ -1,7 +1,7 @@
 """Two processes with a core each against the model of `scale_model`: the all-reduce first, then whole steps.
 
     python -m benchmarks.run NAME scale
-    python -m benchmarks.scale                 # the modelled table of docs/scaling.md; measures nothing
+    python -m benchmarks.cpu.scale                 # the modelled table of docs/scaling.md; measures nothing
 
 A step is predicted from what two such processes take when each computes its half of the batch for itself at the same time,
 and from the arrays that its compiled program adds over both, at the latency and bandwidth that were measured before. XLA
@@ -24,9 +24,9 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from benchmarks import scale_model
 from benchmarks.common import Spread, block_seconds, settings, start, synthetic
-from benchmarks.pipeline import apart, free_port
+from benchmarks.cpu import scale_model
+from benchmarks.cpu.pipeline import apart, free_port
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig
 from jaxtrain.distributed.cluster import ProcessInfo
 from jaxtrain.distributed.initialize import initialize, set_threads

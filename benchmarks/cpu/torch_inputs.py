@@ -1,4 +1,4 @@
-"""PyTorch's side of `benchmarks.inputs`: a process of its own, which reads batches when it is told to.
+"""PyTorch's side of `benchmarks.cpu.inputs`: a process of its own, which reads batches when it is told to.
 
 A line of JSON on stdin asks ({"work", "path", "how", "workers", "cores", "batch", "batches"}), a line on stdout answers: the
 seconds of `batches` batches. The same question again goes on with the same loader, whose workers stay. "close" ends them.
@@ -25,7 +25,7 @@ from PIL import Image
 from torch.nn import functional
 from torch.utils.data import BatchSampler, DataLoader, Dataset, RandomSampler
 
-from benchmarks.cores import pin
+from benchmarks.cpu.cores import pin
 
 STORED, SIDE = 256, 224
 MEAN, STD = (torch.tensor(values).view(3, 1, 1) for values in ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225)))

@@ -120,7 +120,7 @@ def _slept(layer: int, x: jax.Array) -> jax.Array:
 
 
 def sleepy(config: ModelConfig, *, image_shape: Any, num_classes: int, dtype: Any, param_dtype: Any) -> Classifier:
-    """`config.depths=(n,)` layers that all cost the same; named in configs as `benchmarks.pipeline:sleepy`."""
+    """`config.depths=(n,)` layers that all cost the same; named in configs as `benchmarks.cpu.pipeline:sleepy`."""
     return Classifier(tuple(Sleepy(dtype, param_dtype, number, num_classes) for number in range(config.depths[0])))
 
 
@@ -144,7 +144,7 @@ def _bubble(name: str, stages: int, parts: int) -> dict[str, Any]:
     layers, each = 2 * stages, 2 // chunks  # in the model, in a chunk
     boundaries = tuple(range(each, layers, each))
     layout = LayoutConfig(stages=stages, schedule=name, chunks=chunks, microbatches=parts, boundaries=boundaries)
-    config = _config(ModelConfig("benchmarks.pipeline:sleepy", depths=(layers,)), 2 * parts, layout)
+    config = _config(ModelConfig("benchmarks.cpu.pipeline:sleepy", depths=(layers,)), 2 * parts, layout)
     found = []
     with settings(config):
         run, engine, state = start(config, stages)

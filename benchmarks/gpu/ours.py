@@ -20,8 +20,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
-from benchmarks.gpu_child import serve
-from benchmarks.gpu_parts import CASES, Case, profile, read_trace
+from benchmarks.gpu.child import serve
+from benchmarks.gpu.parts import CASES, Case, profile, read_trace
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig, from_dict, to_dict
 from jaxtrain.models import registry
 from jaxtrain.models.layers import Context
@@ -219,7 +219,7 @@ class Commands:
         return {"peak_bytes": stats.get("peak_bytes_in_use"), "limit_bytes": stats.get("bytes_limit")}
 
     def profile(self, steps: int, step_seconds: float) -> dict[str, Any]:
-        """See `gpu_parts.profile`."""
+        """See `parts.profile`."""
         batches = self.training.batches(steps)
         with tempfile.TemporaryDirectory() as folder:
             with jax.profiler.trace(folder):

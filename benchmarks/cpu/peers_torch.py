@@ -1,4 +1,4 @@
-"""The other side of `benchmarks.peers`: the models and the train step in PyTorch, for images of 32 x 32."""
+"""The other side of `benchmarks.cpu.peers`: the models and the train step in PyTorch, for images of 32 x 32."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from benchmarks.peers import BLOCKS, CLASSES, MODELS, OPTIMIZERS, SGD
+from benchmarks.cpu.peers import BLOCKS, CLASSES, MODELS, OPTIMIZERS, SGD
 
 
 class Block(nn.Module):

@@ -1,6 +1,6 @@
 """Runs drawn at random, each under a layout drawn at random and on one device: their numbers must agree (parity.py).
 
-    JAXTRAIN_DATA_DIR=DIR python tests/random_layouts.py SEED COUNT [FIRST]
+    JAXTRAIN_DATA_DIR=DIR python tests/parity/random_layouts.py SEED COUNT [FIRST]
 
 On real CIFAR-10 images, in f64, on 3, 5, 6 or 12 simulated devices. Every model meets every optimizer in 36 draws. A line
 each; ends with 1 if one differed by more than 1e-12. `SEED 1 INDEX` gives the run of one line again.
@@ -20,10 +20,13 @@ from __future__ import annotations
 import os
 import random
 import sys
+from pathlib import Path
 from typing import Any
 
 DEVICES = (3, 5, 6, 12)
 os.environ["JAXTRAIN_TEST_DEVICES"] = str(max(DEVICES))
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import conftest  # noqa: E402, F401  the devices, and XLA's flags
 import parity  # noqa: E402

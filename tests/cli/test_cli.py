@@ -31,7 +31,7 @@ from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.training.evaluate import Evaluated
 from jaxtrain.training.session import train
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 QUICKSTART = str(ROOT / "configs" / "quickstart.py")
 RESNET = str(ROOT / "configs" / "resnet50_cifar100.py")
 

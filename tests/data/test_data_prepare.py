@@ -342,7 +342,7 @@ def test_two_processes_prepare_once_and_without_tensorflow(tmp_path, tiny):
     command = [
         sys.executable,
         "-c",
-        textwrap.dedent(PREPARE.format(tests=str(Path(__file__).parent), root=str(tmp_path))),
+        textwrap.dedent(PREPARE.format(tests=str(Path(__file__).parents[1]), root=str(tmp_path))),
     ]
     runs = [
         subprocess.Popen(

@@ -27,7 +27,7 @@ from jaxtrain.recipes import resolve
 from jaxtrain.training.jax_settings import no_implicit_transfers
 from jaxtrain.training.layout_report import describe_layout
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def config(*, data=(), model=(), optim=(), train=(), seed=0) -> Config:

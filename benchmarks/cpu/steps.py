@@ -15,7 +15,7 @@ from benchmarks.common import Spread, block_seconds, settings, start, synthetic
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig
 from jaxtrain.step.pipeline.schedule import in_flight
 from jaxtrain.step.pipeline.train_step import PipelineTrainStep
-from jaxtrain.step.train_step import MeshTrainStep
+from jaxtrain.step.train_step import TrainStep
 
 # name: (model, batch, steps a block). The sizes are what two cores can pay for.
 MODELS: dict[str, tuple[ModelConfig, int, int]] = {
@@ -78,7 +78,7 @@ def _measure(
     }
 
 
-def peak_bytes(step: MeshTrainStep | PipelineTrainStep) -> int:
+def peak_bytes(step: TrainStep) -> int:
     """What the fullest device holds at most during a step, by XLA's memory analysis of the compiled programs."""
     if isinstance(step, PipelineTrainStep):
         return max(_stage_peak(step, stage) for stage in step.stages)
@@ -94,8 +94,8 @@ def _stage_peak(step: PipelineTrainStep, stage: int) -> int:
     update = sizes[f"stage {stage}: update"]
     held, most = update.argument_size_in_bytes, update.temp_size_in_bytes  # of the update: state and sums
     for index, each in step.chunks.items():
-        if each.part.stage == stage:
-            forward, backward, zeros = (sizes[f"slice {index}: {name}"] for name in ("forward", "backward", "zeros"))
+        if each.chunk.stage == stage:
+            forward, backward, zeros = (sizes[f"chunk {index}: {name}"] for name in ("forward", "backward", "zeros"))
             incoming = backward.output_size_in_bytes - zeros.output_size_in_bytes  # its gradient, of the same size
             data = forward.argument_size_in_bytes - incoming - (0 if each.prepare else _parameter_bytes(each.forward))
             held += data + (forward.output_size_in_bytes + incoming) * in_flight(step.schedule)[stage]

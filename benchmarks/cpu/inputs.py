@@ -27,8 +27,8 @@ import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core import registered
 
-from benchmarks import cores
 from benchmarks.common import ROOT, Spread, batches, settings, start, timed
+from benchmarks.cpu import cores
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.data import base, registry, tfds_sets
 from jaxtrain.data.augment import Preprocess, train_inputs
@@ -256,7 +256,7 @@ def _torch() -> Iterator[Ask | None]:
     if importlib.util.find_spec("torch") is None:
         yield None
         return
-    command = [sys.executable, "-m", "benchmarks.torch_inputs"]
+    command = [sys.executable, "-m", "benchmarks.cpu.torch_inputs"]
     with subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdin is not None
         assert child.stdout is not None
@@ -267,7 +267,7 @@ def _torch() -> Iterator[Ask | None]:
             stdin.flush()
             answer = stdout.readline()
             if not answer:
-                raise RuntimeError("benchmarks.torch_inputs ended")
+                raise RuntimeError("benchmarks.cpu.torch_inputs ended")
             return 0.0 if question is None else float(answer)
 
         yield ask

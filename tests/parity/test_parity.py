@@ -27,6 +27,7 @@ from jaxtrain.training.compiled import compile_run
 from jaxtrain.training.jax_settings import settings
 from jaxtrain.training.setup import load_data, make_run_spec
 
+ROOT = Path(__file__).parents[2]
 ONE = LayoutConfig(data=1)
 
 LAYOUTS = {
@@ -143,7 +144,7 @@ def test_ties_of_a_max_pool_change_no_number(source, model, images, layout):
 @pytest.mark.slow
 @pytest.mark.timeout(7200)
 def test_random_layouts():
-    """JAXTRAIN_PARITY_SEED=7 JAXTRAIN_PARITY_COUNT=40 python -m pytest tests/test_parity.py -k random -m slow -n0 -s"""
+    """JAXTRAIN_PARITY_SEED=7 JAXTRAIN_PARITY_COUNT=40 python -m pytest tests/parity/test_parity.py -k random -m slow -n0 -s"""
     need_cifar()
     seed, count = (os.environ.get(f"JAXTRAIN_PARITY_{key}", value) for key, value in (("SEED", "1"), ("COUNT", "40")))
     subprocess.run([sys.executable, Path(__file__).with_name("random_layouts.py"), seed, count], check=True)
@@ -213,7 +214,7 @@ def test_a_planted_fault_shows(fault, monkeypatch):
 
 # ------------------------------------------------------------------------------------------------------------- recipes
 
-RECIPES = sorted(path.stem for path in (Path(__file__).parent.parent / "configs").glob("*.py"))
+RECIPES = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 SWINS = ("swin_tiny_cifar10", "transformer_pipeline_zero")
 
 
@@ -242,7 +243,7 @@ def recipe_losses(name: str, argument: str) -> list[float]:
     }
     if not argument:
         shrunk["layout.stages"] = 1
-    resolved = resolve(f"{Path(__file__).parent.parent / 'configs' / name}.py:{argument}").config
+    resolved = resolve(f"{ROOT / 'configs' / name}.py:{argument}").config
     run_config = change(resolved, **shrunk)
     with settings(run_config):
         run = make_run_spec(run_config, load_data(run_config.data), devices)

@@ -695,7 +695,7 @@ def my_source(config: DataConfig, *, image_size: int) -> base.Dataset:
 
 
 def test_source_by_dotted_name(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     config = DataConfig(name="test_data:my_source", split_seed=9)
     dataset = registry.load(config, image_size=5)
     assert dataset.train.read(np.arange(2))[0].tolist() == np.full((2, 5, 5, 1), 9).tolist()
@@ -705,7 +705,7 @@ def test_source_by_dotted_name(monkeypatch):
 
 
 def test_settings_that_a_users_data_set_does_not_read_are_said(monkeypatch):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     config = DataConfig(name="test_data:my_source", split_seed=9, examples=3, validation=0.5)
     assert registry.load(config, image_size=5).notes == (
         "config.data.examples=3 has no effect: test_data:my_source does not read it",
@@ -745,7 +745,7 @@ def unlabelled_source(config: DataConfig, *, image_size: int) -> base.Dataset:
     ],
 )
 def test_what_a_users_data_set_lacks_is_named(monkeypatch, changes, words):
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     import test_data  # noqa: PLC0415
 
     monkeypatch.setattr(
@@ -757,7 +757,7 @@ def test_what_a_users_data_set_lacks_is_named(monkeypatch, changes, words):
 
 def test_labels_of_a_users_data_set_are_classes(monkeypatch):
     """A label of -1 would count as a wrong answer."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     with pytest.raises(DataError, match="example 0 of test has label -1, and there are 2 classes"):
         registry.load(DataConfig(name="test_data:unlabelled_source"), image_size=5)
 
@@ -769,7 +769,7 @@ def odd_source(config: DataConfig, *, image_size: int) -> base.Dataset:
 
 def test_a_split_of_a_users_data_set_is_like_its_training(monkeypatch):
     """Or the run would end in an error when it comes to its test."""
-    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     with pytest.raises(DataError, match=r"test has images of \[4, 5, 1\], and training of \[5, 5, 1\]"):
         registry.load(DataConfig(name="test_data:odd_source"), image_size=5)
 

@@ -19,7 +19,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_parts import ROOT
+from benchmarks.gpu.parts import ROOT
 
 
 class ChildError(Exception):
@@ -44,7 +44,7 @@ class Child:
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         with open(log, "ab") as errors:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", f"benchmarks.{module}"],
+                [sys.executable, "-m", f"benchmarks.gpu.{module}"],
                 cwd=ROOT,
                 env={**os.environ, "PYTHONPATH": path, **environment},
                 stdin=subprocess.PIPE,

@@ -4,8 +4,8 @@ Both sides: f32, one fixed batch of random bytes (normalized in the step), train
 momentum and weight decay (AdamW for Swin), the model of the same size (the parameters are counted). PyTorch has its best
 of eager and `torch.compile`, channels last, its fused optimizer; ours reports loss, accuracy and norms besides.
 
-python -m benchmarks.peers MODEL                          # ours alone: prints the parameters and seconds a step
-python -m benchmarks.peers_torch MODEL eager|compiled     # PyTorch's alone
+python -m benchmarks.cpu.peers MODEL                          # ours alone: prints the parameters and seconds a step
+python -m benchmarks.cpu.peers_torch MODEL eager|compiled     # PyTorch's alone
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def _compare(name: str) -> dict[str, Any]:
     counts = set()
     for _ in range(TURNS):
         for kind, seconds in list(found.items()):
-            program = ["benchmarks.peers", name] if kind == "ours" else ["benchmarks.peers_torch", name, kind]
+            program = ["benchmarks.cpu.peers", name] if kind == "ours" else ["benchmarks.cpu.peers_torch", name, kind]
             command = [sys.executable, "-m", *program]
             process = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
             if process.returncode and kind == "compiled":  # torch.compile needs a C++ compiler

@@ -1,11 +1,11 @@
 """Our training step against PyTorch's on one GPU: a few commands of minutes each, into one result file.
 
-python -m benchmarks.gpu_suite probe                      # does everything work here? the machine's ceilings: a minute
-python -m benchmarks.gpu_suite cnn224|swin224|cifar       # or one case, such as resnet50_224
-python -m benchmarks.gpu_suite flags --case resnet18_32   # XLA's flags and variants of the step, each against the defaults
-python -m benchmarks.gpu_suite merge FILE ...             # takes the sessions of other result files in
-python -m benchmarks.gpu_suite table                      # benchmarks/README.md
-python -m benchmarks.gpu_suite cifar --smoke --backend aot_eager      # the same path on a CPU, with tiny models
+python -m benchmarks.gpu.suite probe                      # does everything work here? the machine's ceilings: a minute
+python -m benchmarks.gpu.suite cnn224|swin224|cifar       # or one case, such as resnet50_224
+python -m benchmarks.gpu.suite flags --case resnet18_32   # XLA's flags and variants of the step, each against the defaults
+python -m benchmarks.gpu.suite merge FILE ...             # takes the sessions of other result files in
+python -m benchmarks.gpu.suite table                      # benchmarks/README.md
+python -m benchmarks.gpu.suite cifar --smoke --backend aot_eager      # the same path on a CPU, with tiny models
 
 Each side is compiled twice, each time in a process of its own: alone and with empty caches, then again for the comparison,
 when both are there and take turns. What fails is written down and passed over; what would begin too late is left out.
@@ -26,8 +26,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_child import Child, ChildError
-from benchmarks.gpu_parts import (
+from benchmarks.gpu.child import Child, ChildError
+from benchmarks.gpu.parts import (
     CASES,
     FLAGS,
     GROUPS,
@@ -90,7 +90,7 @@ class Suite:
             "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {flags}".strip(),
             "JAX_PLATFORMS": "cpu" if self.smoke else "cuda",
         }
-        return Child("gpu_ours", self.scratch / f"ours-{cache}.log", environment)
+        return Child("ours", self.scratch / f"ours-{cache}.log", environment)
 
     def peer(self, cache: str) -> Child:
         """A process with PyTorch's."""
@@ -100,7 +100,7 @@ class Suite:
             "GPU_SUITE_TORCH_DEVICE": "cpu" if self.smoke else "cuda",
             "HF_HUB_OFFLINE": "1",
         }
-        return Child("gpu_peer", self.scratch / f"peer-{cache}.log", environment)
+        return Child("peer", self.scratch / f"peer-{cache}.log", environment)
 
 
 def main() -> None:
@@ -167,7 +167,7 @@ def main() -> None:
 
 def _keep_logs(scratch: Path, logs: Path) -> None:
     """The end of each process's log, in one file: some machines give only a few files back."""
-    with open(logs / "gpu_suite.log", "wb") as file:
+    with open(logs / "suite.log", "wb") as file:
         for path in sorted(scratch.glob("*.log")):
             file.write(f"\n==> {path.name}\n".encode() + path.read_bytes()[-1_000_000:])
 
@@ -187,7 +187,7 @@ def machine(commit: str, smoke: bool) -> Row:
         "cores": len(os.sched_getaffinity(0)),
         "versions": {"python": sys.version.split()[0]},
         "commit": commit or _output(["git", "-C", str(ROOT), "rev-parse", "--short", "HEAD"]),
-        "command": " ".join(["python -m benchmarks.gpu_suite", *sys.argv[1:]]),
+        "command": " ".join(["python -m benchmarks.gpu.suite", *sys.argv[1:]]),
         "date": time.strftime("%Y-%m-%d"),
     }
 

@@ -18,8 +18,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu_child import serve
-from benchmarks.gpu_parts import CASES, Case, profile, read_trace
+from benchmarks.gpu.child import serve
+from benchmarks.gpu.parts import CASES, Case, profile, read_trace
 
 # As `Any`: PyTorch is no dependency of this project, and type checkers may not find it.
 torch: Any = importlib.import_module("torch")
@@ -196,7 +196,7 @@ class Commands:
         return {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
 
     def profile(self, steps: int, step_seconds: float) -> dict[str, Any]:
-        """See `gpu_parts.profile`."""
+        """See `parts.profile`."""
         kinds = torch.profiler.ProfilerActivity
         with torch.profiler.profile(activities=[kinds.CUDA if self.device == "cuda" else kinds.CPU]) as found:
             for _ in range(steps):
