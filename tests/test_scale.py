@@ -4,7 +4,7 @@ import math
 
 import pytest
 
-from benchmarks import scale_model as model
+from benchmarks.cpu import scale_model as model
 
 FREE, SLOW = model.Link(0.0, math.inf), model.Link(1e-3, 1e6)
 MACHINE = model.Machine(8, model.Link(5e-6, 4e11), model.Link(1e-5, 4e10))
