@@ -46,7 +46,7 @@ OTHERS_WORDS = {
     "mallopt", "tmux", "strace", "perf", "OOMKilled", "NCCL_SOCKET_IFNAME", "jax_share_binary_between_hosts",
     "xla_cpu_use_onednn", "xla_cpu_experimental_onednn_custom_call",
 }  # fmt: skip
-OTHERS_MODULES = {"jax", "lax", "optax", "torch", "cudnn", "package"}
+OTHERS_MODULES = {"jax", "lax", "optax", "torch", "cudnn", "package", "clu"}
 
 
 class Piece(NamedTuple):
@@ -293,7 +293,7 @@ def check_arguments(line: list[str]) -> Iterator[str]:
     def understand() -> None:
         arguments = parse(line[1:])
         arguments = parse(arguments.rest) if arguments.rest else arguments
-        if "config" in arguments:
+        if getattr(arguments, "config", None):  # FILE of `jaxtrain config --explain` may be left out
             resolve(arguments.config, arguments.overrides)
 
     yield from refused(understand)
@@ -451,5 +451,5 @@ def test_every_exception_is_needed():
     texts = "\n".join(map(read, [*DOCUMENTS, *SCRIPTS]))
     exceptions = {*MADE, *OTHERS_OPTIONS, *OTHERS_WORDS, *(f"{module}." for module in OTHERS_MODULES)}
     assert not {word for word in exceptions if word not in texts}
-    assert not {path for path in MADE if (ROOT / path).is_file()}
+    assert not {path for path in MADE if not path.startswith("..") and (ROOT / path).is_file()}
     assert not (OTHERS_WORDS & words()) | (OTHERS_OPTIONS & every_option())
