@@ -173,12 +173,11 @@ def _ask(calls: Sequence[str], seconds: float, more: Mapping[str, str]) -> list[
     more: environment variables.
     """
     # -P: or the current directory would come first, and a stranger's jax.py in it
-    code = (
-        f"import sys; sys.path.append({str(Path(__file__).parents[1])!r}); import json; from jaxtrain import doctor; "
-    )
+    root = str(Path(__file__).parents[2])
+    code = f"import sys; sys.path.append({root!r}); import json; from jaxtrain.doctor import facts; "
     processes = [
         subprocess.Popen(
-            [sys.executable, "-P", "-c", f"{code}print(json.dumps(doctor.{call}), flush=True)"],
+            [sys.executable, "-P", "-c", f"{code}print(json.dumps(facts.{call}), flush=True)"],
             env={**os.environ, **more},
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,

@@ -18,7 +18,8 @@ def leave_out_the_current_directory() -> None:
         return
     del sys.path[0]
     if all(_find(finder) is None for finder in sys.meta_path):
-        sys.path.append(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+        host = os.path.dirname(os.path.abspath(__file__))
+        sys.path.append(os.path.dirname(os.path.dirname(host)))
 
 
 def _here() -> str:

@@ -54,7 +54,7 @@ def machine(**changes) -> Machine:
 @pytest.fixture
 def quick(monkeypatch, tmp_path):
     """No other process is started: JAX finds a CPU, and two processes add right. Data and cache lie in `tmp_path`."""
-    monkeypatch.setattr(checks, "find_devices", lambda: CPU)
+    monkeypatch.setattr(facts, "find_devices", lambda: CPU)
     monkeypatch.setattr(checks, "add_over_loopback", lambda: [{"sum": 11}, {"sum": 11}])
     monkeypatch.setenv("JAXTRAIN_DATA_DIR", str(tmp_path / "data"))
     monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path / "cache"))

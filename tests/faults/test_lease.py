@@ -17,7 +17,7 @@ from jaxtrain.errors import WorkdirError
 
 HOLD = """
 import pathlib, sys, time
-from jaxtrain.lease import acquire
+from jaxtrain.checkpoint.lease import acquire
 lease = acquire(pathlib.Path(sys.argv[1]))
 print("held", flush=True)
 time.sleep(600)

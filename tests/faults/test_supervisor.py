@@ -278,7 +278,7 @@ def test_a_process_that_the_kernel_killed_for_memory_is_said_to_be_that(tmp_path
         textwrap.dedent(
             f"""
             import os, pathlib, sys
-            from jaxtrain.supervisor import Options, Supervisor
+            from jaxtrain.distributed.supervisor import Options, Supervisor
             pathlib.Path({str(little_memory)!r}).write_text(str(os.getpid()))
             sys.exit(Supervisor([sys.executable, {str(tmp_path / "worker.py")!r}], Options(max_restarts=1)).run())
             """
