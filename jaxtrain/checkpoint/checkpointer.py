@@ -10,7 +10,6 @@ import contextlib
 import dataclasses
 import errno
 import hashlib
-import importlib.metadata
 import json
 import logging
 import os
@@ -32,6 +31,7 @@ from jaxtrain.checkpoint.resume_point import readable
 from jaxtrain.distributed import coordination
 from jaxtrain.distributed.coordination import barrier
 from jaxtrain.errors import CheckpointError, JaxtrainError, WorkdirError
+from jaxtrain.host.backend import versions
 from jaxtrain.parallel.arrays import is_everywhere, to_every_process, view
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.trees import PyTree, path_of
@@ -40,7 +40,6 @@ log = logging.getLogger("jaxtrain")
 FAILED_SAVES = 3  # in a row end the run
 _POLL_SECONDS = 0.02
 _ASK_SECONDS = 60.0
-_PACKAGES = ("jaxtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
 
 
 class Checkpointer:
@@ -104,7 +103,7 @@ class Checkpointer:
         config = json.dumps(position["config"], sort_keys=True)
         fields = {
             "step": step, "position": position, "epoch": epoch, "val_accuracy": val_accuracy, "milestone": milestone,
-            "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+            "versions": versions(),
             "config_sha256": hashlib.sha256(config.encode()).hexdigest(), "owner": self._owner,
         }  # fmt: skip
         try:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import importlib.metadata
 import importlib.util
 import os
 import platform
@@ -23,6 +22,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.distributed.cluster import FLAGS, ProcessInfo
 from jaxtrain.distributed.rendezvous import Fingerprint, rendezvous
 from jaxtrain.errors import EnvironmentMismatchError
+from jaxtrain.host.backend import MUST_MATCH, versions
 from jaxtrain.host.cpus import usable_cpus
 from jaxtrain.host.text import printable
 from jaxtrain.host.xla_flags import SEVERAL_PROCESSES, set_flags
@@ -34,20 +34,18 @@ SELF_TEST_BYTES = 4 << 20  # a device's
 # Settings that each host may have for itself.
 OF_ONE_HOST = ("data.dir", "data.workers", "data.prepare_per_host", "data.prepare_timeout")
 
-_PACKAGES = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain")
-
 
 def fingerprint_of(config: Mapping[str, Any], workdir: str, modules: Iterable[str] = ()) -> Fingerprint:
     """What must be the same on all processes. config: flat, by dotted names. modules: of the user's own, that it names."""
-    versions = {name: importlib.metadata.version(name) for name in ("jaxtrain", *_PACKAGES)}
-    versions["python"] = ".".join(platform.python_version_tuple()[:2])
-    versions["code of jaxtrain"] = _hash(*sorted(Path(__file__).parents[1].rglob("*.py")))
+    must_match = versions(MUST_MATCH)
+    must_match["python"] = ".".join(platform.python_version_tuple()[:2])
+    must_match["code of jaxtrain"] = _hash(*sorted(Path(__file__).parents[1].rglob("*.py")))
     for module in sorted(set(modules)):
         with contextlib.suppress(ImportError, ValueError, OSError):  # no module: `load_dotted` says so
             if (found := importlib.util.find_spec(module)) and found.origin:
-                versions[f"code of {module}"] = _hash(Path(found.origin))
+                must_match[f"code of {module}"] = _hash(Path(found.origin))
     settings = {f"config.{key}": _plain(value) for key, value in config.items() if key not in OF_ONE_HOST}
-    return {"versions": versions, "config": settings | {"--workdir": workdir}}
+    return {"versions": must_match, "config": settings | {"--workdir": workdir}}
 
 
 def _hash(*files: Path) -> str:

@@ -24,7 +24,6 @@ from jaxtrain.distributed.cluster import detect_process
 from jaxtrain.doctor.facts import (
     GPU_PACKAGE,
     MACHINE_FILE,
-    PACKAGES,
     TERMS,
     Machine,
     add_over_loopback,
@@ -33,6 +32,7 @@ from jaxtrain.doctor.facts import (
     required,
 )
 from jaxtrain.errors import ConfigError, JaxtrainError
+from jaxtrain.host.backend import PACKAGES
 from jaxtrain.host.files import atomic_write
 
 _OLDEST_DRIVER = {"12": 525, "13": 580}  # for JAX's plugin of that CUDA release (JAX's installation guide)

@@ -23,11 +23,11 @@ from typing import Any
 
 from jaxtrain.config import DataConfig
 from jaxtrain.distributed.cluster import ProcessInfo
+from jaxtrain.host.backend import versions
 from jaxtrain.host.cpus import usable_cpus
 from jaxtrain.host.gpus import Gpu, Gpus
 
 MACHINE_FILE = "machine.json"
-PACKAGES = ("jaxtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy")
 # What pip installs for GPUs: JAX's plugin, and NVIDIA's libraries by a name with or without the CUDA release.
 GPU_PACKAGE = re.compile(r"jax-cuda\d+-(plugin|pjrt)|nvidia-(cuda-runtime|cudnn|nccl)(-cu\d+)?")
 _JAX_SECONDS = 60.0  # that JAX may take to find the devices
@@ -88,7 +88,7 @@ def look() -> Machine:
         memory=total,
         memory_free=free,
         shared_memory=shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0,
-        versions=_versions(),
+        versions=_installed(),
         gpus=tuple(gpus.all()),
         gpu_nodes=sum(path.name[len("nvidia") :].isdigit() for path in Path("/dev").glob("nvidia*")),
         driver=gpus.driver(),
@@ -109,10 +109,10 @@ def _memory() -> tuple[int, int]:
     return total, free
 
 
-def _versions() -> dict[str, str]:
-    installed = {(each.name or "").lower(): each.version for each in importlib.metadata.distributions()}
-    names = [*PACKAGES, *sorted(name for name in installed if GPU_PACKAGE.fullmatch(name))]
-    return {name: installed[name] for name in names if name in installed}
+def _installed() -> dict[str, str]:
+    """Of jaxtrain's packages, and of those that pip installed for GPUs."""
+    installed = {(package.name or "").lower(): package.version for package in importlib.metadata.distributions()}
+    return versions() | {name: installed[name] for name in sorted(installed) if GPU_PACKAGE.fullmatch(name)}
 
 
 def required() -> dict[str, str]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import datetime
-import importlib.metadata
 import json
 import logging
 import os
@@ -21,15 +20,11 @@ from typing import Any
 import jax
 
 from jaxtrain.errors import WorkdirError
+from jaxtrain.host.backend import versions
 from jaxtrain.host.cpus import usable_cpus
 from jaxtrain.host.files import atomic_write, read_json
 
 log = logging.getLogger("jaxtrain")
-
-PACKAGES = (
-    "jaxtrain", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "tensorflow-datasets", "numpy",
-    "ml_collections", "clu",
-)  # fmt: skip
 
 _SECRET = re.compile(r"token|secret|passw|key|credential", re.IGNORECASE)
 _URL_USER = re.compile(r"(?<=://)[^/@\s]+(?=@)")
@@ -71,7 +66,7 @@ def environment(step: int, argv: Sequence[str] | None = None, env: Mapping[str, 
         "step": step,
         "command": redact(argv),
         "python": platform.python_version(),
-        "versions": {name: _version(name) for name in PACKAGES},
+        "versions": versions(),
         "git": git_state(Path(__file__).resolve().parents[1]),
         "hostname": socket.gethostname(),
         "platform": platform.platform(),
@@ -122,11 +117,4 @@ def git_state(source: Path) -> dict[str, Any] | None:
             return None
         return {"commit": git("rev-parse", "HEAD"), "dirty": bool(git("status", "--porcelain", "."))}
     except (OSError, subprocess.SubprocessError):  # no git, no repository, no commit yet
-        return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
         return None

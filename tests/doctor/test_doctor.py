@@ -16,13 +16,14 @@ import runs
 
 from jaxtrain.doctor import checks, facts
 from jaxtrain.doctor.facts import Devices, Machine
+from jaxtrain.host.backend import PACKAGES
 from jaxtrain.host.gpus import Gpu
 
 GIB = 1 << 30
 FOUR = tuple(Gpu(f"GPU-{index}", "H100", 80 * GIB) for index in range(4))
 CPU = Devices("cpu", 1, {"cpu": 1}, "cpu")
 GPU = Devices("gpu", 4, {"H100": 4}, "cuda 12090")
-VERSIONS = dict.fromkeys(facts.PACKAGES, "1.0") | {"jax": "0.10.2", "jaxlib": "0.10.2"}
+VERSIONS = dict.fromkeys(PACKAGES, "1.0") | {"jax": "0.10.2", "jaxlib": "0.10.2"}
 CUDA = VERSIONS | {"jax-cuda12-plugin": "0.10.2", "jax-cuda12-pjrt": "0.10.2", "nvidia-nccl-cu12": "2.27.3"}
 # four GPUs, and nothing is wrong
 SOUND = Machine(

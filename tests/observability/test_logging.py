@@ -30,6 +30,7 @@ from jaxtrain.distributed.straggler import ProcessTime
 from jaxtrain.distributed.watchdog import Beat, dump_stacks, read_beat, write_beat
 from jaxtrain.errors import WorkdirError
 from jaxtrain.host import files
+from jaxtrain.host.backend import PACKAGES
 from jaxtrain.observability import clock as clocks
 from jaxtrain.observability import diagnostics, start_record
 from jaxtrain.observability.goodput import TimesFile
@@ -529,7 +530,7 @@ def test_manifest_has_an_entry_a_start(run):
     assert (first["step"], second["step"]) == (0, 120)
     assert first["versions"]["jax"] == jax.__version__
     assert first["versions"]["numpy"] == np.__version__
-    assert set(first["versions"]) == set(start_record.PACKAGES)
+    assert set(first["versions"]) == set(PACKAGES)
     kinds = first["devices"].pop("kinds")
     assert kinds[jax.devices()[0].device_kind] >= 1
     assert sum(kinds.values()) == jax.device_count()
