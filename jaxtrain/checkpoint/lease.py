@@ -20,6 +20,7 @@ from pathlib import Path
 
 from jaxtrain.errors import WorkdirError
 from jaxtrain.host.files import create, writing
+from jaxtrain.host.processes import start_ticks
 
 LEASE_SECONDS = 30.0
 _RENEW_SECONDS = 5.0
@@ -42,11 +43,11 @@ class Owner:
     def here(cls) -> Owner:
         """This process."""
         since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        return cls(os.urandom(8).hex(), socket.gethostname(), os.getpid(), _boot(), _born(os.getpid()), since)
+        return cls(os.urandom(8).hex(), socket.gethostname(), os.getpid(), _boot(), start_ticks(os.getpid()), since)
 
     def is_dead(self) -> bool:
         """Whether it is known to be gone: a process of this host and boot that is no more."""
-        return self.boot == _boot() and self.host == socket.gethostname() and _born(self.pid) != self.born
+        return self.boot == _boot() and self.host == socket.gethostname() and start_ticks(self.pid) != self.born
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
@@ -57,14 +58,6 @@ def _boot() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return "unknown"
-
-
-def _born(pid: int) -> str:
-    """When the process started, or '' if there is none."""
-    try:
-        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
-    except (OSError, IndexError):
-        return ""
 
 
 class Lease:

@@ -11,7 +11,6 @@ import contextlib
 import dataclasses
 import itertools
 import json
-import os
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -20,11 +19,11 @@ from typing import Any
 
 from jaxtrain.errors import WorkdirError
 from jaxtrain.host.files import create
+from jaxtrain.host.processes import start_time
 from jaxtrain.observability.clock import StepClock
 
 _WRITE_SECONDS = 2.0
 _accounts = itertools.count()
-_STARTED = time.time()  # where the system does not say when the process began
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +71,7 @@ class TimesFile(NullTimes):
         self.path = folder / f"{1 + max((int(path.stem) for path in folder.glob('[0-9]*.json')), default=0):06d}.json"
         self._clock, self._step = clock, step
         # A program that trains a second time has told of the time before already.
-        self._before = 0.0 if next(_accounts) else time.time() - process_began() - clock.now().wall
+        self._before = 0.0 if next(_accounts) else time.time() - start_time() - clock.now().wall
         self._began = time.time() - clock.now().wall - self._before
         self._first: int | None = None
         self._lost = 0
@@ -113,15 +112,6 @@ class TimesFile(NullTimes):
         self._write()
         while not self._closed.wait(_WRITE_SECONDS):
             self._write()
-
-
-def process_began() -> float:
-    """When this process was started, in seconds since 1970."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        ticks = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
-        return time.time() - (uptime - ticks / os.sysconf("SC_CLK_TCK"))
-    return _STARTED
 
 
 # -------------------------------------------------------------------------------------------------------------- report
