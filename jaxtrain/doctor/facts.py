@@ -25,7 +25,7 @@ from jaxtrain.config import DataConfig
 from jaxtrain.distributed.cluster import ProcessInfo
 from jaxtrain.host.backend import versions
 from jaxtrain.host.cpus import usable_cpus
-from jaxtrain.host.gpus import Gpu, Gpus
+from jaxtrain.host.gpus import Gpu, Gpus, device_files
 
 MACHINE_FILE = "machine.json"
 # What pip installs for GPUs: JAX's plugin, and NVIDIA's libraries by a name with or without the CUDA release.
@@ -90,7 +90,7 @@ def look() -> Machine:
         shared_memory=shutil.disk_usage("/dev/shm").total if os.path.isdir("/dev/shm") else 0,
         versions=_installed(),
         gpus=tuple(gpus.all()),
-        gpu_nodes=sum(path.name[len("nvidia") :].isdigit() for path in Path("/dev").glob("nvidia*")),
+        gpu_nodes=device_files(),
         driver=gpus.driver(),
         devices=find_devices(),
     )

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import os
+from pathlib import Path
 from typing import Any
 
 # Xid errors after which a GPU cannot go on without a reset or repair (NVIDIA, Xid Errors, r570): double-bit ECC, row
@@ -86,6 +88,19 @@ class Gpus:
         with contextlib.suppress(self._nvml.NVMLError):
             return _text(self._nvml.nvmlSystemGetDriverVersion())
         return ""
+
+
+def device_files() -> int:
+    """How many GPUs the kernel's NVIDIA driver shows: the files /dev/nvidia0, /dev/nvidia1, ..."""
+    return sum(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*"))
+
+
+def visible_gpus() -> int:
+    """How many NVIDIA GPUs a process may use, as far as can be told without starting CUDA."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        return len([name for name in visible.split(",") if name.strip() not in ("", "-1")])
+    return device_files()
 
 
 def _text(value: Any) -> str:

@@ -7,6 +7,8 @@ that jaxlib does not know ends the process at its first use of a device, so each
 import os
 from collections.abc import Mapping
 
+from jaxtrain.host.gpus import visible_gpus
+
 COLLECTIVE_SECONDS = 600  # after which a collective that another process does not join is an error
 
 # More than one GPU: without it XLA:GPU runs a collective when its turn comes, and computes nothing meanwhile.
@@ -38,14 +40,3 @@ def for_run(precision: str, *, deterministic: bool = False) -> Mapping[str, obje
         **(CPU_CONVOLUTIONS if precision != "f64" else {}),
         **(DETERMINISTIC if deterministic else {}),
     }
-
-
-def visible_gpus() -> int:
-    """How many NVIDIA GPUs a process may use, as far as can be told without starting CUDA."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if named is not None:
-        return len([name for name in named.split(",") if name.strip() not in ("", "-1")])
-    try:
-        return sum(name.removeprefix("nvidia").isdigit() for name in os.listdir("/dev") if name.startswith("nvidia"))
-    except OSError:
-        return 0
