@@ -34,6 +34,7 @@ from jaxtrain.doctor.facts import (
 from jaxtrain.errors import ConfigError, JaxtrainError
 from jaxtrain.host.backend import PACKAGES
 from jaxtrain.host.files import atomic_write
+from jaxtrain.host.paths import compile_cache
 
 _OLDEST_DRIVER = {"12": 525, "13": 580}  # for JAX's plugin of that CUDA release (JAX's installation guide)
 _SCHEDULER = ("SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETION_INDEX", "WORLD_SIZE", "JAXTRAIN_NUM_PROCESSES")
@@ -256,14 +257,13 @@ def check_data_directory() -> Check:
 
 def check_compile_cache(environment: Mapping[str, str]) -> Check:
     """What JAX compiled can be kept; without that every start compiles again."""
-    # the directory of `jaxtrain.training.jax_settings`
-    place = environment.get("JAX_COMPILATION_CACHE_DIR") or str(Path.home() / ".cache" / "jaxtrain" / "xla")
-    if "://" in place:
-        return Check("compile cache", "ok", f"{place}, on another machine")
-    if why := _unwritable(_existing(Path(place).absolute())):
+    cache = compile_cache(environment)
+    if "://" in cache:
+        return Check("compile cache", "ok", f"{cache}, on another machine")
+    if why := _unwritable(_existing(Path(cache).absolute())):
         fix = "set JAX_COMPILATION_CACHE_DIR to a directory that can be written, or every start compiles again"
-        return Check("compile cache", "warning", f"{place}: {why}", fix)
-    return Check("compile cache", "ok", f"{place} can be written")
+        return Check("compile cache", "warning", f"{cache}: {why}", fix)
+    return Check("compile cache", "ok", f"{cache} can be written")
 
 
 def _existing(path: Path) -> Path:

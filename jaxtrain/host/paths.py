@@ -1,11 +1,18 @@
-"""Addresses that were given for local paths."""
+"""Paths: what is a local one, and where compiled programs are kept."""
 
 from __future__ import annotations
 
+import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 _ADDRESS = re.compile(r"\s*([^/\s][^/]*):(?:/|$)")
+
+
+def compile_cache(environment: Mapping[str, str] = os.environ) -> str:
+    """Where JAX keeps compiled programs for later starts: `$JAX_COMPILATION_CACHE_DIR`, or a directory below ~/.cache."""
+    return environment.get("JAX_COMPILATION_CACHE_DIR") or str(Path.home() / ".cache" / "jaxtrain" / "xla")
 
 
 def require_local(path: str | Path, what: str, error: type[Exception]) -> None:

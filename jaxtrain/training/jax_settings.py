@@ -5,13 +5,13 @@ from __future__ import annotations
 import contextlib
 import random
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
 from jaxtrain.config import Config
+from jaxtrain.host.paths import compile_cache
 
 
 @contextlib.contextmanager
@@ -29,7 +29,7 @@ def settings(config: Config) -> Iterator[None]:
         "jax_persistent_cache_min_compile_time_secs": 0.0,  # pipelines have many small programs
     }
     if not _jax_setting("jax_compilation_cache_dir"):
-        wanted["jax_compilation_cache_dir"] = str(Path.home() / ".cache" / "jaxtrain" / "xla")
+        wanted["jax_compilation_cache_dir"] = compile_cache()
     with _jax_config(wanted):
         yield
 
