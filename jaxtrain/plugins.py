@@ -7,13 +7,13 @@ import functools
 import importlib
 import os
 import re
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxtrain.config import did_you_mean
 from jaxtrain.errors import ConfigError
+from jaxtrain.host.search_path import add_working_directory
 
 OWN_CODE = ("model.name", "data.name", "optim.name", "optim.loss")
 """The fields that may name code."""
@@ -40,16 +40,6 @@ def refuse_code(config: Mapping[str, Any], source: Path) -> None:
             f"config.{field}={name!r}: {source} names code to run, and code that a directory names is not run; "
             "use --trust (in Python: trust=True) if you trust whoever made it."
         )
-
-
-def add_working_directory() -> None:
-    """Makes the modules of the current directory importable for the rest of the process; all other directories come first.
-
-    It is not undone: code that was loaded from there may itself import from there later.
-    """
-    here = os.getcwd()
-    if "" not in sys.path and here not in sys.path:
-        sys.path.append(here)
 
 
 def load_dotted(name: str, field: str) -> Any:

@@ -6,12 +6,10 @@ after the colon of `--config FILE:arg`: names joined by commas. Each is a name o
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import importlib.util
-import sys
 import traceback
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -23,6 +21,7 @@ from ml_collections import config_flags
 from jaxtrain.config import SECTIONS, Config, did_you_mean, flat_keys, flatten, from_dict, plain, to_dict
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.paths import require_local
+from jaxtrain.host.search_path import WorkingDirectoryImportable
 
 # Every recipe takes these arguments. They change only where arrays live, never a number of the run.
 LAYOUTS: Mapping[str, Mapping[str, int]] = MappingProxyType(
@@ -124,7 +123,7 @@ def resolve(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Resolved:
     path, _, arg = spec.partition(":")
     if arg:
         require_local(spec, f"--config {spec}", ConfigError)
-    with _working_directory_importable():
+    with WorkingDirectoryImportable():
         get_config = _load_recipe(Path(path))
         plain_recipe, with_arg = (_call(get_config, path, each) for each in ("", arg))
     values = _override(with_arg, overrides)
@@ -228,21 +227,3 @@ def _suggest(key: str, known: list[str]) -> str:
     tops = dict.fromkeys(name.partition(".")[0] for name in known)
     elsewhere = f" Did you mean 'config.{same[0]}'?" if same else f" There are {', '.join(tops)}."
     return did_you_mean(key, [*known, *tops], "config.") or elsewhere
-
-
-@contextlib.contextmanager
-def _working_directory_importable() -> Iterator[None]:
-    """Makes the modules of the current directory importable inside the context; all other directories come first.
-
-    Only while a recipe runs. A module that is imported later and is not installed must not be taken from there.
-    """
-    here = str(Path.cwd())
-    if "" in sys.path or here in sys.path:
-        yield
-        return
-    sys.path.append(here)
-    try:
-        yield
-    finally:
-        if here in sys.path:
-            sys.path.remove(here)

@@ -16,8 +16,9 @@ from rich.text import Text
 from jaxtrain.config import flatten, to_dict
 from jaxtrain.distributed.cluster import detect_process
 from jaxtrain.errors import ConfigError
+from jaxtrain.host.search_path import add_working_directory
 from jaxtrain.host.text import printable
-from jaxtrain.plugins import add_working_directory, code_in
+from jaxtrain.plugins import code_in
 from jaxtrain.recipes import Resolved, resolve
 
 

@@ -1,7 +1,8 @@
-"""Where Python looks for modules when jaxtrain is started as `python -m jaxtrain`. Imports nothing that a stranger could name.
+"""Where Python looks for modules: the current directory comes last, and only for what a user's settings name.
 
-`python -m` puts the current directory first: a file `optax.py` in it would be run by every command. It is taken out before
-anything else is imported, and what a user's own settings name is found in it last (`plugins`).
+`python -m` puts the current directory first: every command would run a file `optax.py` that lies in it. So `python -m
+jaxtrain` takes it out before it imports anything else. This module is imported before that: it imports only what Python
+itself has loaded at its start. (`contextlib` could already be a file of the current directory.)
 """
 
 import os
@@ -9,10 +10,10 @@ import sys
 
 
 def leave_out_the_current_directory() -> None:
-    """To be called first of all in `python -m jaxtrain`; what stands in PYTHONPATH is the user's own word and stays.
+    """Call this first in `python -m jaxtrain`. What the user has put into PYTHONPATH stays.
 
-    In a development checkout that was never installed the package itself lies there: then the directory goes last, so that
-    the processes which Python starts find the package as this one did.
+    In a checkout that was never installed, the package itself lies in the current directory. Then its directory is appended,
+    so that this process and those that it starts still find the package.
     """
     if sys.flags.safe_path or not sys.path or sys.path[0] not in ("", _here()):
         return
@@ -20,6 +21,33 @@ def leave_out_the_current_directory() -> None:
     if all(_find(finder) is None for finder in sys.meta_path):
         host = os.path.dirname(os.path.abspath(__file__))
         sys.path.append(os.path.dirname(os.path.dirname(host)))
+
+
+def add_working_directory() -> str:
+    """Makes the modules of the current directory importable; all other directories come first.
+
+    Returns what was added to `sys.path`, '' where the directory is in it already. It usually stays there: code that was
+    loaded from the directory may import from it later.
+    """
+    here = os.getcwd()
+    if "" in sys.path or here in sys.path:
+        return ""
+    sys.path.append(here)
+    return here
+
+
+class WorkingDirectoryImportable:
+    """A context in which the modules of the current directory are importable; for code that runs once, such as a recipe.
+
+    A module that is imported later and is not installed must not be taken from there.
+    """
+
+    def __enter__(self) -> None:
+        self._added = add_working_directory()
+
+    def __exit__(self, *_: object) -> None:
+        if self._added and self._added in sys.path:
+            sys.path.remove(self._added)
 
 
 def _here() -> str:
@@ -30,6 +58,6 @@ def _here() -> str:
 
 
 def _find(finder: object) -> object:
-    """What a finder says of jaxtrain, as if it were not loaded yet."""
+    """The spec of jaxtrain by this finder, as if the package were not loaded yet; None if it does not find it."""
     find_spec = getattr(finder, "find_spec", None)
     return find_spec("jaxtrain", None, None) if find_spec else None
