@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxtrain.distributed.cluster import FLAGS, ProcessInfo
 from jaxtrain.distributed.rendezvous import Fingerprint, rendezvous
+from jaxtrain.distributed.self_test import check_all_devices
 from jaxtrain.errors import EnvironmentMismatchError
 from jaxtrain.host.backend import MUST_MATCH, versions
 from jaxtrain.host.cpus import usable_cpus
@@ -29,7 +26,6 @@ from jaxtrain.host.xla_flags import SEVERAL_PROCESSES, set_flags
 
 WAITING_NOTE_SECONDS = 10.0
 HEARTBEAT_SECONDS = 15  # JAX's own 100 s are how long a dead process would keep the others waiting at a barrier
-SELF_TEST_BYTES = 4 << 20  # a device's
 
 # Settings that each host may have for itself.
 OF_ONE_HOST = ("data.dir", "data.workers", "data.prepare_per_host", "data.prepare_timeout")
@@ -85,7 +81,7 @@ def initialize(place: ProcessInfo, fingerprint: Fingerprint, timeout: int, *, al
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             coordinator_bind_address=address if place.is_local else None,
         )
-        self_test()
+        check_all_devices()
     except (RuntimeError, ValueError) as error:
         raise EnvironmentMismatchError(
             f"{place} could not join the run at {place.coordinator}: {str(error).splitlines()[0]}"
@@ -105,31 +101,3 @@ def _say_what_is_waited_for(place: ProcessInfo) -> None:
         "the same --num-processes and its own --process-id, and does no firewall stand between?"
     )
     print(f"jaxtrain: {printable(text)}", file=sys.stderr, flush=True)
-
-
-def self_test() -> None:
-    """All devices add an array each, whose sum is known. Raises `EnvironmentMismatchError` where it comes out wrong.
-
-    gloo's reduce-scatter returns wrong numbers for some arrays of 16 MiB and more (jax issue 40830); what the step uses is
-    its all-reduce.
-    """
-    devices = np.asarray(jax.devices())
-    mesh, count = Mesh(devices, ("all",)), SELF_TEST_BYTES // 4
-    shape = (len(devices), count)
-    ramp = np.arange(count, dtype=np.float32) % 251
-    factors = 1 + np.arange(len(devices)) % 8  # small, so that f32 holds the sums of thousands of devices
-
-    def part(index: Any) -> np.ndarray:
-        return (ramp * np.float32(factors[index[0].start]))[None]
-
-    rows = jax.make_array_from_callback(shape, NamedSharding(mesh, P("all")), part)
-    add = jax.jit(lambda x: jnp.sum(x, 0), out_shardings=NamedSharding(mesh, P()))
-    found = np.asarray(add(rows).addressable_data(0))
-    wanted = ramp * np.float32(factors.sum())
-    wrong = np.flatnonzero(found != wanted)
-    if len(wrong):
-        raise EnvironmentMismatchError(
-            f"The start-up self-test failed on process {jax.process_index()}: an all-reduce over {len(devices)} devices gave "
-            f"{len(wrong)} wrong numbers of {count}, the first {found[wrong[0]]:g} for {wanted[wrong[0]]:g}. Do not train with "
-            "this network or build of jax."
-        )

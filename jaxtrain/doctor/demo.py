@@ -15,10 +15,9 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from jaxtrain.distributed.self_test import all_reduce, wrong_sums
 from jaxtrain.errors import NumericError
 from jaxtrain.host.gpus import Gpu, Gpus
 from jaxtrain.parallel.mesh import Device
@@ -30,7 +29,7 @@ DEVICES, ALL_REDUCE, LOSS, REPLICAS = "devices found", "all-reduce", "loss falls
 STEPS = 24
 _COMPARED = 4  # steps at each end whose mean losses are compared
 _ENOUGH = 0.5  # of the first mean: what the last one must be below
-_ADDED = 1 << 18  # f32 numbers that each device adds: 1 MiB
+_NUMBERS = 1 << 18  # f32 numbers that each device adds: 1 MiB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +61,7 @@ def run_demo(num_devices: int = 0, report: Callable[[Check], object] = lambda ch
 def _checks(num_devices: int) -> Iterator[Check]:
     devices = select_devices(num_devices)
     yield check_devices(devices, Gpus().all(), asked=getattr(jax.config, "jax_platforms", None) or "")
-    yield check_all_reduce(all_reduce(devices))
+    yield check_all_reduce(all_reduce(devices, _NUMBERS))
     try:
         with tempfile.TemporaryDirectory(prefix="jaxtrain-demo-") as directory:
             result = train(demo_config(devices), directory, num_devices=num_devices, quiet=True)
@@ -116,34 +115,16 @@ def check_devices(devices: Sequence[Device], gpus: Sequence[Gpu], asked: str) ->
     return Check(DEVICES, False, why)
 
 
-def all_reduce(devices: Sequence[Device]) -> np.ndarray:
-    """What each device has once all have added their rows (`_rows`), f32 [devices, numbers]."""
-    mesh = Mesh(np.asarray(devices), ("all",))
-    rows = jax.device_put(_rows(len(devices)), NamedSharding(mesh, P("all")))
-    add = jax.shard_map(lambda row: jax.lax.psum(row, "all"), mesh=mesh, in_specs=P("all"), out_specs=P("all"))
-    return np.asarray(jax.jit(add)(rows))
-
-
-def _rows(count: int) -> np.ndarray:
-    """f32 [count, numbers]: small whole numbers, another row for each of 8 neighbours, whose sums f32 holds exactly."""
-    factors = 1 + np.arange(count, dtype=np.float32) % 8
-    return factors[:, None] * (np.arange(_ADDED, dtype=np.float32) % 251)
-
-
-def check_all_reduce(found: np.ndarray) -> Check:
-    """Fails unless every device, a row of `found` each, has the exact sum."""
-    wrong = np.argwhere(found != _rows(len(found)).sum(0))
-    if not len(wrong):
-        return Check(
-            ALL_REDUCE, True, f"{found.shape[1]:,} numbers added over {_devices(len(found))}, every sum is exact"
-        )
-    device, number = wrong[0]
-    wanted = _rows(len(found))[:, number].sum()
+def check_all_reduce(sums: np.ndarray) -> Check:
+    """Fails unless every device, a row of `sums` each, has the exact sum."""
+    over = _devices(len(sums))
+    if (wrong := wrong_sums(sums, len(sums))) is None:
+        return Check(ALL_REDUCE, True, f"{sums.shape[1]:,} numbers added over {over}, every sum is exact")
     return Check(
         ALL_REDUCE,
         False,
-        f"{len(wrong):,} of {found.size:,} sums over {_devices(len(found))} are wrong, the first {found[device, number]:g} for "
-        f"{wanted:g} on device {device}: do not train on these devices with this driver and build of jax",
+        f"{wrong.count:,} of {sums.size:,} sums over {over} are wrong, the first {wrong.value:g} for {wrong.exact:g} on "
+        f"device {wrong.device}: do not train on these devices with this driver and build of jax",
     )
 
 

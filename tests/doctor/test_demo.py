@@ -13,8 +13,9 @@ import runs
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxtrain.distributed.self_test import all_reduce, check_all_devices
 from jaxtrain.doctor import demo
-from jaxtrain.errors import ConfigError, NumericError
+from jaxtrain.errors import ConfigError, EnvironmentMismatchError, NumericError
 from jaxtrain.host.gpus import Gpu
 
 NAMES = ["devices found", "all-reduce", "loss falls", "gradients finite, replicas equal"]
@@ -139,13 +140,22 @@ def test_devices_that_do_not_add_fail(capsys, monkeypatch):
 
 
 def test_one_wrong_sum_on_one_device_fails():
-    sums = demo.all_reduce(jax.devices()).copy()
+    sums = all_reduce(jax.devices(), 1 << 18)
     assert demo.check_all_reduce(sums).passed
     sums[5, 1234] += 1
     check = demo.check_all_reduce(sums)
     assert not check.passed
     assert check.found.startswith("1 of ")
     assert "on device 5" in check.found
+
+
+def test_a_run_of_several_processes_does_not_start_on_devices_that_do_not_add(monkeypatch):
+    check_all_devices()
+    monkeypatch.setattr(jax.lax, "psum", lambda x, axis: x)
+    with pytest.raises(
+        EnvironmentMismatchError, match=r"over 8 devices gave \d+ wrong numbers of 8388608, the first 1 for 36"
+    ):
+        check_all_devices()
 
 
 def test_gpus_that_are_not_used_fail():
