@@ -647,9 +647,14 @@ def _example(section: str) -> str:
     return dataclasses.fields(SECTIONS[section])[0].name  # type: ignore[arg-type]
 
 
-def plain(values: Any) -> dict[str, Any]:
+def nested_dicts(values: Any) -> dict[str, Any]:
     """Nested dicts from nested mappings, such as a `ConfigDict`."""
-    return {k: plain(v) if isinstance(v, Mapping) or hasattr(v, "items") else v for k, v in values.items()}
+    return {k: nested_dicts(v) if isinstance(v, Mapping) or hasattr(v, "items") else v for k, v in values.items()}
+
+
+def tuples_to_lists(value: Any) -> Any:
+    """A field's value as JSON returns it: it has no tuples, so a stored (1, 2) comes back as [1, 2]."""
+    return [tuples_to_lists(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

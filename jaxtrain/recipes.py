@@ -18,7 +18,7 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from jaxtrain.config import SECTIONS, Config, did_you_mean, flat_keys, flatten, from_dict, plain, to_dict
+from jaxtrain.config import SECTIONS, Config, did_you_mean, flat_keys, flatten, from_dict, nested_dicts, to_dict
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.paths import require_local
 from jaxtrain.host.search_path import WorkingDirectoryImportable
@@ -127,9 +127,9 @@ def resolve(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Resolved:
         get_config = _load_recipe(Path(path))
         plain_recipe, with_arg = (_call(get_config, path, each) for each in ("", arg))
     values = _override(with_arg, overrides)
-    config = from_dict(plain(values))
+    config = from_dict(nested_dicts(values))
     default, base, variant, final = (
-        flatten(plain(c)) for c in (to_dict(Config()), plain_recipe, with_arg, to_dict(config))
+        flatten(nested_dicts(c)) for c in (to_dict(Config()), plain_recipe, with_arg, to_dict(config))
     )
     flagged = {key for key, _ in overrides}
     origins = {
@@ -200,7 +200,7 @@ def _override(values: ml_collections.ConfigDict, overrides: list[tuple[str, str]
         try:
             found(argv)
         except (flags.Error, TypeError, ValueError, SyntaxError) as error:
-            kind = type(flatten(plain(values))[key]).__name__
+            kind = type(flatten(nested_dicts(values))[key]).__name__
             kinds = {
                 "int": "a whole number",
                 "float": "a number",

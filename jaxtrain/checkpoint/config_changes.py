@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from jaxtrain.config import Config, flatten, to_dict
+from jaxtrain.config import Config, flatten, to_dict, tuples_to_lists
 
 _FREE = re.compile(
     r"layout\..*|checkpoint\..*|train\.(log_every|eval_every|steps_per_call|remat|deterministic|hang_seconds|nonfinite_skips|rollbacks)"
@@ -47,7 +47,7 @@ def changes(stored: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     found = []
     for key in dict.fromkeys([*defaults, *before, *after]):
         pair = before.get(key), after.get(key)
-        if _plain(pair[0]) != _plain(pair[1]):
+        if tuples_to_lists(pair[0]) != tuples_to_lists(pair[1]):
             found.append(Change(key, *pair, kind_of(key)))
     return found
 
@@ -78,8 +78,3 @@ def refuse_text(path: Path, found: Iterable[Change], *, foreign: bool = False) -
         f"The {what} {path} belongs to a run with another config ({keys}); {other}, "
         "or go on with the new values with --config.checkpoint.allow_changes=true."
     )
-
-
-def _plain(value: Any) -> Any:
-    """JSON has no tuples: a stored (1, 2) comes back as [1, 2]."""
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

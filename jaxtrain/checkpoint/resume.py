@@ -9,14 +9,13 @@ import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 
 from jaxtrain.checkpoint import config_changes
 from jaxtrain.checkpoint.manifest import discard_unfinished, manifested_steps
 from jaxtrain.checkpoint.resume_point import CheckpointStep, ResumePoint, find_resume_point
-from jaxtrain.config import Config
+from jaxtrain.config import Config, to_dict
 from jaxtrain.data.base import Dataset, follow_classes
 from jaxtrain.data.record import changed_sentence, differences, refuse_other_rule, same_split
 from jaxtrain.errors import DataError, WorkdirError
@@ -33,7 +32,7 @@ def refuse_changes(directory: Workdir, resume: ResumePoint, config: Config) -> N
     """
     if resume.stored is None or config.checkpoint.allow_changes:
         return
-    found = config_changes.changes(_plain(resume.stored), _plain(config))
+    found = config_changes.changes(to_dict(resume.stored), to_dict(config))
     refused = config_changes.refused(found, same_rates=True)
     if refused:
         raise _refusal(directory, resume, refused)
@@ -43,7 +42,7 @@ def refuse_length(directory: Workdir, resume: ResumePoint, config: Config, train
     """Raises `WorkdirError` where another length of the run would have given a step already run another learning rate."""
     if resume.stored is None or config.checkpoint.allow_changes:
         return
-    found = [c for c in config_changes.changes(_plain(resume.stored), _plain(config)) if c.kind == "length"]
+    found = [c for c in config_changes.changes(to_dict(resume.stored), to_dict(config)) if c.kind == "length"]
     if not found:
         return
     position = resume.position
@@ -171,10 +170,6 @@ def _new_folder(path: Path) -> Path:
     """`path`, or the first of `path`-2, `path`-3, ... that is not there: two starts within a second."""
     names = itertools.chain([path], (path.with_name(f"{path.name}-{number}") for number in itertools.count(2)))
     return next(name for name in names if not name.exists())
-
-
-def _plain(config: Config) -> dict[str, Any]:
-    return dataclasses.asdict(config)
 
 
 # ------------------------------------------------------------------------------------------------ the two questions

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 
+from jaxtrain.config import tuples_to_lists
 from jaxtrain.distributed.cluster import FLAGS, ProcessInfo
 from jaxtrain.distributed.rendezvous import Fingerprint, rendezvous
 from jaxtrain.distributed.self_test import check_all_devices
@@ -40,7 +41,7 @@ def fingerprint_of(config: Mapping[str, Any], workdir: str, modules: Iterable[st
         with contextlib.suppress(ImportError, ValueError, OSError):  # no module: `load_dotted` says so
             if (found := importlib.util.find_spec(module)) and found.origin:
                 must_match[f"code of {module}"] = _hash(Path(found.origin))
-    settings = {f"config.{key}": _plain(value) for key, value in config.items() if key not in OF_ONE_HOST}
+    settings = {f"config.{key}": tuples_to_lists(value) for key, value in config.items() if key not in OF_ONE_HOST}
     return {"versions": must_match, "config": settings | {"--workdir": workdir}}
 
 
@@ -50,10 +51,6 @@ def _hash(*files: Path) -> str:
     for path in files:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
-
-
-def _plain(value: Any) -> Any:
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def initialize(place: ProcessInfo, fingerprint: Fingerprint, timeout: int, *, allow_version_skew: bool = False) -> None:

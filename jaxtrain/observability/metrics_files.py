@@ -192,15 +192,15 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
 
 
 def _line(row: Mapping[str, Any]) -> str:
-    return json.dumps(plain(row), allow_nan=False) + "\n"
+    return json.dumps(json_value(row), allow_nan=False) + "\n"
 
 
-def plain(value: Any) -> Any:
+def json_value(value: Any) -> Any:
     """`value` as JSON can hold it: arrays of one element become numbers, NaN and infinity become None."""
     if isinstance(value, Mapping):
-        return {str(k): plain(v) for k, v in value.items()}
+        return {str(k): json_value(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):
-        return [plain(v) for v in value]
+        return [json_value(v) for v in value]
     if hasattr(value, "item") and not isinstance(value, (int, float, str)):  # a NumPy or JAX scalar
         value = value.item()
     if isinstance(value, float):

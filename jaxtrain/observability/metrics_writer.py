@@ -8,7 +8,7 @@ from types import MappingProxyType
 from typing import Any
 
 from jaxtrain.host.files import atomic_write, no_link, writing
-from jaxtrain.observability.metrics_files import PHASES, EpochRow, MetricsCsv, MetricsJsonl, plain
+from jaxtrain.observability.metrics_files import PHASES, EpochRow, MetricsCsv, MetricsJsonl, json_value
 from jaxtrain.observability.tensorboard import EventFile
 from jaxtrain.workdir import Workdir
 
@@ -114,10 +114,10 @@ class MetricsWriter(NullMetricsWriter):
     def bad_batch(self, values: Mapping[str, Any]) -> None:
         path = self._workdir.bad_batches
         with writing(path), open(path, "a", encoding="utf-8", opener=no_link) as file:
-            file.write(json.dumps(plain(values)) + "\n")
+            file.write(json.dumps(json_value(values)) + "\n")
 
     def result(self, values: Mapping[str, Any]) -> None:
-        atomic_write(self._workdir.result, json.dumps(plain(values), indent=2, allow_nan=False) + "\n")
+        atomic_write(self._workdir.result, json.dumps(json_value(values), indent=2, allow_nan=False) + "\n")
 
     def flush(self) -> None:
         self._jsonl.flush()
@@ -130,7 +130,7 @@ class MetricsWriter(NullMetricsWriter):
 
 def _scalars(numbers: Mapping[str, Any]) -> dict[str, float]:
     """What TensorBoard can draw of `numbers`: no text, nothing that is not finite."""
-    values = {key: plain(value) for key, value in numbers.items()}
+    values = {key: json_value(value) for key, value in numbers.items()}
     return {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 
 

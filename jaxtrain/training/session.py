@@ -72,7 +72,7 @@ def train(
     Raises:
       JaxtrainError: one of the types in `jaxtrain.errors`, with one clear sentence. Never exits the process.
     """
-    config = config if isinstance(config, Config) else config_lib.from_dict(config_lib.plain(config))
+    config = config if isinstance(config, Config) else config_lib.from_dict(config_lib.nested_dicts(config))
     xla_flags.set_flags(xla_flags.for_run(config.train.precision, deterministic=config.train.deterministic))
     check_names(config)
     directory = workdir_lib.prepare(workdir)

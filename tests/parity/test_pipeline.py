@@ -17,7 +17,7 @@ import runs
 
 from jaxtrain import evaluate, load_config
 from jaxtrain.checkpoint.resume_point import Position, ResumePoint
-from jaxtrain.config import LayoutConfig, from_dict, plain
+from jaxtrain.config import LayoutConfig, from_dict, nested_dicts
 from jaxtrain.errors import ConfigError
 from jaxtrain.optim.updates import global_norm
 from jaxtrain.parallel.layout import path_of
@@ -415,7 +415,7 @@ def test_a_plan_refuses_what_the_run_refuses(stages, tmp_path):
     with pytest.raises(ConfigError, match="would take its statistics over a single value") as trained:
         runs.here(tmp_path, fields, devices=4)
     with pytest.raises(ConfigError) as planned:
-        describe_layout(from_dict(plain(load_config(runs.RECIPE, fields))), 4)
+        describe_layout(from_dict(nested_dicts(load_config(runs.RECIPE, fields))), 4)
     assert str(planned.value) == str(trained.value)
 
 
