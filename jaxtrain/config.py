@@ -18,7 +18,7 @@ import re
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Annotated, Any
 
 from jaxtrain.durations import Duration
@@ -599,16 +599,26 @@ class Config(_Section):
         """
         for name, count in (("layout.microbatches", max(parts, 1)), ("model.bn_groups", groups)):
             if batch % count:
-                near = sorted({max(batch // count, 1) * count, (batch // count + 1) * count})
                 raise ConfigError(
                     f"config.data.global_batch={batch} does not divide into config.{name}={count} equal parts; "
-                    f"the nearest that do {'are' if len(near) > 1 else 'is'} {' and '.join(map(str, near))}."
+                    f"the nearest that do {are_listed(nearest_multiples(batch, count))}."
                 )
 
 
 SECTIONS: Mapping[str, type[_Section]] = types.MappingProxyType(
     {f.name: f.default.__class__ for f in dataclasses.fields(Config) if dataclasses.is_dataclass(f.default)}  # type: ignore[misc]
 )
+
+
+def nearest_multiples(number: int, unit: int) -> list[int]:
+    """The multiples of `unit` next to `number`, below and above it; 0 is none."""
+    below = number // unit * unit
+    return [multiple for multiple in (below, below + unit) if multiple]
+
+
+def are_listed(numbers: Sequence[int]) -> str:
+    """The end of a sentence: "is 8", or "are 8 and 16"."""
+    return f"{'are' if len(numbers) > 1 else 'is'} {' and '.join(map(str, numbers))}"
 
 
 # --------------------------------------------------------------------------------------------------------- conversion

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.config import LayoutConfig
+from jaxtrain.config import LayoutConfig, are_listed, nearest_multiples
 from jaxtrain.errors import ConfigError
 from jaxtrain.parallel.mesh import BATCH_AXES, batch_ways, stage_mesh
 from jaxtrain.trees import PyTree, path_of
@@ -221,12 +221,10 @@ class Layout:
         """Raises `ConfigError` unless the batch divides into microbatches and those over the devices."""
         parts, ways = self.config.microbatches, batch_ways(self.mesh)
         if global_batch % (parts * ways):
-            unit = parts * ways
-            near = sorted({max(global_batch // unit, 1) * unit, (global_batch // unit + 1) * unit})
             raise ConfigError(
                 f"config.data.global_batch={global_batch} does not divide by layout.microbatches={parts} x {ways} batch shards "
                 f"(layout.replica={self.mesh.shape['replica']} x layout.data={self.mesh.shape['data']}); "
-                f"the nearest that do {'are' if len(near) > 1 else 'is'} {' and '.join(map(str, near))}."
+                f"the nearest that do {are_listed(nearest_multiples(global_batch, parts * ways))}."
             )
         if has_batch_norm and bn_groups % parts:
             raise ConfigError(

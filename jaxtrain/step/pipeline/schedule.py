@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from jaxtrain.config import PIPELINE_SCHEDULES as SCHEDULES
-from jaxtrain.config import did_you_mean
+from jaxtrain.config import are_listed, did_you_mean, nearest_multiples
 from jaxtrain.errors import ConfigError, JaxtrainError
 
 
@@ -107,10 +107,10 @@ def interleaved(stages: int, microbatches: int, chunks: int) -> PipelineSchedule
     """
     _at_least_one(stages=stages, microbatches=microbatches, chunks=chunks)
     if microbatches % stages:
-        near = [n for n in (microbatches // stages * stages, (microbatches // stages + 1) * stages) if n]
+        near = nearest_multiples(microbatches, stages)
         raise ConfigError(
             f"config.layout.microbatches={microbatches}: layout.schedule=interleaved_1f1b needs a multiple of "
-            f"layout.stages={stages}; the nearest {'are' if len(near) > 1 else 'is'} {' and '.join(map(str, near))}, use "
+            f"layout.stages={stages}; the nearest {are_listed(near)}, use "
             f"--config.layout.microbatches={near[-1]}."
         )
     hops = 1 if chunks == 1 else 2
