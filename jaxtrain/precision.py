@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain.errors import ConfigError
+from jaxtrain.host.backend import is_accelerator
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,7 +31,6 @@ _POLICIES = {
     "fp16": Policy(jnp.float32, jnp.float16),
     "f64": Policy(jnp.float64, jnp.float64),
 }
-_ACCELERATORS = ("gpu", "cuda", "rocm", "tpu")
 
 
 def resolve_precision(name: str, backend: str) -> str:
@@ -41,7 +41,7 @@ def resolve_precision(name: str, backend: str) -> str:
     """
     if name != "auto":
         return name
-    return "bf16" if backend in _ACCELERATORS else "f32"
+    return "bf16" if is_accelerator(backend) else "f32"
 
 
 def precision_policy(name: str) -> Policy:

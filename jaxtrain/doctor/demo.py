@@ -19,6 +19,7 @@ import numpy as np
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.distributed.self_test import all_reduce, wrong_sums
 from jaxtrain.errors import NumericError
+from jaxtrain.host.backend import on_cpu
 from jaxtrain.host.gpus import Gpu, Gpus
 from jaxtrain.parallel.mesh import Device
 from jaxtrain.training.session import train
@@ -75,7 +76,7 @@ def _checks(num_devices: int) -> Iterator[Check]:
 
 def demo_config(devices: Sequence[Device]) -> Config:
     """One epoch of `STEPS` steps: Swin-T at 32 px, 64 images a device; on CPU devices a narrow one at 16 px, 64 in all."""
-    small = devices[0].platform == "cpu"
+    small = on_cpu(devices)
     batch = max(64 // len(devices), 1) * len(devices) if small else 64 * len(devices)
     narrow: Mapping[str, Any] = {"width": 32, "depths": (2, 1, 1, 1), "drop_path": 0.0} if small else {}
     return Config(
@@ -107,7 +108,7 @@ def check_devices(devices: Sequence[Device], gpus: Sequence[Gpu], asked: str) ->
     """Fails where the host has GPUs and JAX uses the CPU, unless `asked` (jax_platforms) names the CPU first."""
     kinds = collections.Counter(device.device_kind for device in devices)
     found = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
-    if not gpus or devices[0].platform != "cpu" or asked.startswith("cpu"):
+    if not gpus or not on_cpu(devices) or asked.startswith("cpu"):
         return Check(DEVICES, True, found)
     why = (
         f"{found}, although the host has {len(gpus)} x {gpus[0].name}: `jaxtrain doctor` says how to have JAX use them"

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from jaxtrain.host.backend import on_cpu
 from jaxtrain.models.classifier import Classifier
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.precision import Policy, initial_loss_scale
@@ -99,6 +100,5 @@ def _once_only(layout: Layout) -> dict[str, Any] | None:
     The same bits, and a third to a half of the time to compile (benchmarks/NOTES.md). Level 0 gives other bits: it does not
     contract a product and a sum. What $XLA_FLAGS says comes first.
     """
-    on_cpu = layout.mesh.devices.flat[0].platform == "cpu"
     chosen = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
-    return {"xla_backend_optimization_level": 1} if on_cpu and not chosen else None
+    return {"xla_backend_optimization_level": 1} if on_cpu(layout.mesh.devices.flat) and not chosen else None

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import jax
 import numpy as np
 
+from jaxtrain.host.backend import on_cpu
 from jaxtrain.parallel.layout import Layout, over_steps
 from jaxtrain.step.batch import Batch, Resident
 from jaxtrain.step.gradients import GradientSums, like_params, microbatch_gradients, zero_sums
@@ -157,4 +158,4 @@ def stacked(batch: Batch, count: int) -> Batch:
 
 def _slow_in_a_loop(layout: Layout, step: jax.stages.Lowered) -> bool:
     """XLA:CPU computes a convolution's gradient 20-60 times slower in a loop (jax#12868); GPUs do not."""
-    return layout.mesh.devices.flat[0].platform == "cpu" and "stablehlo.convolution" in step.as_text()
+    return on_cpu(layout.mesh.devices.flat) and "stablehlo.convolution" in step.as_text()

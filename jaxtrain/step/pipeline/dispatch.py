@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 
+from jaxtrain.host.backend import on_cpu
 from jaxtrain.parallel.layout import Layout
 
 
@@ -46,4 +47,4 @@ def local_stages(layout: Layout) -> list[int]:
 
 def make_executors(layout: Layout) -> StageExecutors:
     """Threads on a CPU, none on an accelerator."""
-    return StageExecutors(local_stages(layout), threads=layout.mesh.devices.flat[0].platform == "cpu")
+    return StageExecutors(local_stages(layout), threads=on_cpu(layout.mesh.devices.flat))

@@ -21,6 +21,7 @@ from jax.experimental import multihost_utils
 
 from jaxtrain.config import LayoutConfig
 from jaxtrain.errors import ConfigError
+from jaxtrain.host.backend import on_cpu
 from jaxtrain.trees import PyTree
 
 # How many operations a device does in the time that it moves a byte: an accelerator (H100, bf16: 990 TFLOP/s, 3.35 TB/s),
@@ -52,7 +53,7 @@ class LayerCost:
     @property
     def cost(self) -> float:
         """In operations: whichever takes longer, computing or moving (the roofline; Williams 2009)."""
-        per_byte = CPU_FLOPS_PER_BYTE if jax.default_backend() == "cpu" else FLOPS_PER_BYTE
+        per_byte = CPU_FLOPS_PER_BYTE if on_cpu(jax.devices()) else FLOPS_PER_BYTE
         return max(self.flops, float(self.moved) * per_byte)
 
 
