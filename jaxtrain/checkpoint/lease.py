@@ -22,6 +22,7 @@ from jaxtrain.errors import WorkdirError
 from jaxtrain.host.files import create, writing
 from jaxtrain.host.processes import start_ticks
 
+LOCK_FILE = "lock.json"
 LEASE_SECONDS = 30.0
 _RENEW_SECONDS = 5.0
 _LOOK_SECONDS = 0.5
@@ -112,7 +113,7 @@ def wait_to_see(workdir: Path, token: str, process: int, patience: float = 70.0)
     directory of its own.
     """
     deadline = time.monotonic() + patience
-    while (owner := _read(workdir / "lock.json")) is None or owner.token != token:
+    while (owner := _read(workdir / LOCK_FILE)) is None or owner.token != token:
         if time.monotonic() > deadline:
             raise WorkdirError(
                 f"Process {process} on {socket.gethostname()} does not see in {workdir} what process 0 wrote there: the work "
@@ -133,7 +134,7 @@ def held(workdir: Path) -> Iterator[Lease]:
 
 def acquire(workdir: Path) -> Lease:
     """Takes the lock of `workdir`, waiting up to `LEASE_SECONDS` to see whether its owner still renews it."""
-    path, owner = workdir / "lock.json", Owner.here()
+    path, owner = workdir / LOCK_FILE, Owner.here()
     seen, since = _age(path), time.monotonic()
     while not _create(path, owner):
         found = _read(path)

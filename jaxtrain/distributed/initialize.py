@@ -7,7 +7,6 @@ import hashlib
 import importlib.util
 import os
 import platform
-import sys
 import threading
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -22,7 +21,7 @@ from jaxtrain.distributed.self_test import check_all_devices
 from jaxtrain.errors import EnvironmentMismatchError
 from jaxtrain.host.backend import MUST_MATCH, versions
 from jaxtrain.host.cpus import usable_cpus
-from jaxtrain.host.text import printable
+from jaxtrain.host.text import note
 from jaxtrain.host.xla_flags import SEVERAL_PROCESSES, set_flags
 
 WAITING_NOTE_SECONDS = 10.0
@@ -97,4 +96,4 @@ def _say_what_is_waited_for(place: ProcessInfo) -> None:
         f"{place} (by {place.source}) waits for the others at {place.coordinator}; is every process started, with "
         "the same --num-processes and its own --process-id, and does no firewall stand between?"
     )
-    print(f"jaxtrain: {printable(text)}", file=sys.stderr, flush=True)
+    note(text)

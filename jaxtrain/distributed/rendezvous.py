@@ -14,14 +14,13 @@ import os
 import resource
 import selectors
 import socket
-import sys
 import time
 from collections.abc import Mapping
 from typing import Any
 
 from jaxtrain.distributed.cluster import ProcessInfo
 from jaxtrain.errors import EnvironmentMismatchError
-from jaxtrain.host.text import printable
+from jaxtrain.host.text import note
 
 PORTS = 8  # tried, one after the other, where other programs listen at the first
 _BANNER = "jaxtrain-meeting"
@@ -182,7 +181,7 @@ def _hear(
             f"the clock of process {other.index} on {other.host} is {abs(skew):.0f} s {ahead} that of process 0; "
             "nothing in the run depends on it, but the times in logs will not match."
         )
-        print(f"jaxtrain: {printable(text)}", file=sys.stderr, flush=True)
+        note(text)
     before, come[other.index] = come.get(other.index), connection
     if before is not None or other.index == 0:
         if before is not None:

@@ -28,7 +28,8 @@ from jaxtrain.distributed.exit_report import ERROR_FILE, ExitReport, read_report
 from jaxtrain.distributed.watchdog import HEARTBEAT_FILE, Beat, Wakes, read_beat
 from jaxtrain.errors import ConfigError, EnvironmentMismatchError, HangError, PeerError
 from jaxtrain.host.gpus import Gpus
-from jaxtrain.host.text import printable
+from jaxtrain.host.ports import free_port
+from jaxtrain.host.text import note, printable
 
 _LOOK_SECONDS = 0.1
 _LAST_WORDS_SECONDS = 4.0  # that the others get to say why they end, after one has failed
@@ -239,7 +240,7 @@ class Gang:
         self._ooms = _oom_kills()
         self._began: int | None = None  # the step that it goes on from
         self._processes: list[subprocess.Popen[str]] = []
-        port = _free_port()
+        port = free_port()
         for number, uuids in enumerate(self.places):
             environment = os.environ | {
                 ERROR_FILE: str(self._file("error", number)),
@@ -385,11 +386,6 @@ def _pass_on(number: int, lines: IO[str]) -> None:
             print(f"[{number}] {printable(line, lines=True)}", end="", file=sys.stderr, flush=True)
 
 
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        return server.getsockname()[1]
-
-
 def _oom_kills() -> int | None:
     """How often the kernel has killed in this process's control group for want of memory; None where it does not say."""
     for line in _text(Path("/proc/self/cgroup")).splitlines():
@@ -421,5 +417,5 @@ def _about_memory(cause: Ended, oom: bool | None) -> str:
 
 
 def say(text: str) -> None:
-    """A line of the supervisor's own."""
-    print(f"jaxtrain launch: {printable(text)}", file=sys.stderr, flush=True)
+    """Prints a line of the supervisor's own on standard error."""
+    note(text, "jaxtrain launch")

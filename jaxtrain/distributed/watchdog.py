@@ -19,7 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from jaxtrain.errors import HangError, JaxtrainError
-from jaxtrain.host.files import create, no_link
+from jaxtrain.host.files import no_link, replace_unsynced
 
 HEARTBEAT_FILE = "JAXTRAIN_HEARTBEAT"  # set by `jaxtrain launch`, for each process its own
 _BEAT_SECONDS = 1.0
@@ -136,11 +136,8 @@ def dump_stacks(log: Path) -> None:
 
 def write_beat(path: Path, beat: Beat) -> None:
     """Replaces the heartbeat file."""
-    part = path.with_suffix(".part")
     with contextlib.suppress(OSError):
-        with create(part) as file:
-            file.write(json.dumps(dataclasses.asdict(beat)))
-        part.replace(path)
+        replace_unsynced(path, json.dumps(dataclasses.asdict(beat)))
 
 
 def read_beat(path: Path) -> Beat | None:

@@ -35,6 +35,7 @@ from jaxtrain.errors import ConfigError, JaxtrainError
 from jaxtrain.host.backend import PACKAGES
 from jaxtrain.host.files import atomic_write
 from jaxtrain.host.paths import compile_cache
+from jaxtrain.host.ports import free_port
 
 _OLDEST_DRIVER = {"12": 525, "13": 580}  # for JAX's plugin of that CUDA release (JAX's installation guide)
 _SCHEDULER = ("SLURM_JOB_ID", "OMPI_COMM_WORLD_SIZE", "JOB_COMPLETION_INDEX", "WORLD_SIZE", "JAXTRAIN_NUM_PROCESSES")
@@ -203,8 +204,7 @@ def _numbers(version: str) -> tuple[int, ...]:
 def check_network(host: str) -> Check:
     """The host's own name has an address, and a port can be had."""
     try:
-        with socket.create_server(("127.0.0.1", 0)) as server:
-            port = server.getsockname()[1]
+        port = free_port()
     except OSError as error:
         return Check(
             "network", "problem", f"no port of 127.0.0.1 can be had ({error})", "let this user listen on loopback"

@@ -26,6 +26,7 @@ from jaxtrain.distributed.cluster import ProcessInfo
 from jaxtrain.host.backend import versions
 from jaxtrain.host.cpus import usable_cpus
 from jaxtrain.host.gpus import Gpu, Gpus, device_files
+from jaxtrain.host.ports import free_port
 
 MACHINE_FILE = "machine.json"
 # What pip installs for GPUs: JAX's plugin, and NVIDIA's libraries by a name with or without the CUDA release.
@@ -148,8 +149,7 @@ def devices_here() -> dict[str, Any]:
 
 def add_over_loopback(seconds: float = _JOIN_SECONDS) -> list[dict[str, Any]]:
     """What two processes say that join as those of a run do, and add a number each: {"sum": ...} or {"error": ...}."""
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
+    port = free_port()
     calls = [f"join_here({index}, {port}, {int(seconds * _MEETING_SHARE)})" for index in range(len(TERMS))]
     return _ask(calls, seconds, {"JAX_PLATFORMS": "cpu"})
 

@@ -52,6 +52,14 @@ def atomic_write(path: Path, text: str) -> None:
         sync_directory(path.parent)
 
 
+def replace_unsynced(path: Path, text: str) -> None:
+    """Replaces `path` by `text` at once, for a file of this moment that nobody needs after a power cut. Raises `OSError`."""
+    part = path.with_suffix(".part")
+    with create(part) as file:
+        file.write(text)
+    part.replace(path)
+
+
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
     """Turns what the operating system says against writing `path` (disk full, gone, read-only) into `WorkdirError`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import unicodedata
 
 # Unicode's categories: controls, halves of pairs, breaks of lines and paragraphs, and what shows nothing itself.
@@ -27,6 +28,11 @@ def _shown(letter: str, lines: bool) -> str:
     if letter in _JOINERS or (lines and letter in "\n\t") or unicodedata.category(letter) not in _UNSHOWN:
         return letter
     return letter.encode("unicode_escape").decode("ascii")
+
+
+def note(text: str, program: str = "jaxtrain") -> None:
+    """Prints `text` as a line on standard error, for what must be said before a run has a log."""
+    print(f"{program}: {printable(text)}", file=sys.stderr, flush=True)
 
 
 def escape_message(record: logging.LogRecord) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.errors import WorkdirError
-from jaxtrain.host.files import create
+from jaxtrain.host.files import replace_unsynced
 from jaxtrain.host.processes import start_time
 from jaxtrain.observability.clock import StepClock
 
@@ -68,6 +68,8 @@ class TimesFile(NullTimes):
     path: Path
 
     def __init__(self, folder: Path, clock: StepClock, step: Callable[[], int]):
+        with contextlib.suppress(OSError):  # as in `_write`
+            folder.mkdir(exist_ok=True)
         self.path = folder / f"{1 + max((int(path.stem) for path in folder.glob('[0-9]*.json')), default=0):06d}.json"
         self._clock, self._step = clock, step
         # A program that trains a second time has told of the time before already.
@@ -96,12 +98,8 @@ class TimesFile(NullTimes):
         first = step if self._first is None else self._first
         seconds = {"start": self._before, **self._clock.now().seconds}
         times = StartTimes(self._began, first, max(step, first), self._lost, seconds)
-        part = self.path.with_suffix(".part")
         with contextlib.suppress(OSError):  # a full disk must not end the run for this
-            part.parent.mkdir(exist_ok=True)
-            with create(part) as file:
-                file.write(json.dumps(dataclasses.asdict(times)) + "\n")
-            part.replace(self.path)
+            replace_unsynced(self.path, json.dumps(dataclasses.asdict(times)) + "\n")
 
     def close(self) -> None:
         self._closed.set()
