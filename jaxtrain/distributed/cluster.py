@@ -1,4 +1,4 @@
-"""Which process of a run this one is: from flags, or from what Slurm, OpenMPI, Kubernetes or torchrun's variables say."""
+"""Detects which process of a run this one is: from the flags, or the variables of Slurm, OpenMPI, Kubernetes or torchrun."""
 
 from __future__ import annotations
 
@@ -26,23 +26,23 @@ _RESTARTS = {"SLURM_JOB_ID": "SLURM_RESTART_COUNT", "TORCHELASTIC_RUN_ID": "TORC
 
 @dataclasses.dataclass(frozen=True)
 class ProcessInfo:
-    """One of a run's processes.
-
-    coordinator: HOST:PORT where process 0 is met. processes: how many there are. index: of this one, from 0. source: who
-    says so, for error texts.
-    """
+    """One of a run's processes."""
 
     coordinator: str
+    """HOST:PORT at which process 0 waits for the others."""
     processes: int
+    """How many the run has."""
     index: int
+    """Of this one, from 0."""
     source: str = FLAGS
+    """Where this comes from, for error texts."""
 
     def __str__(self) -> str:
         return f"process {self.index} of {self.processes}"
 
     @property
     def is_local(self) -> bool:
-        """Whether all processes are on one host, so that nothing needs to be reached from outside."""
+        """Whether all processes are on one host, so that no other host needs to reach the coordinator."""
         return self.address[0] in ("127.0.0.1", "localhost")
 
     @property
@@ -57,15 +57,20 @@ class ProcessInfo:
 def detect_process(
     coordinator: str = "", processes: int = 0, index: int = -1, environment: Mapping[str, str] = os.environ
 ) -> ProcessInfo | None:
-    """This process's place, or None for a run of one process.
+    """Which process this is, or None in a run of one process.
+
+    The flags come first, then their variables (`PROCESS_VARIABLES`), then what the scheduler sets.
 
     Args:
-      coordinator, processes, index: the flags; '', 0 and -1 where they were not given. Each has a variable
-        (JAXTRAIN_COORDINATOR, JAXTRAIN_NUM_PROCESSES, JAXTRAIN_PROCESS_ID) that stands in for it.
+      coordinator: --coordinator; '' where it was not given.
+      processes: --num-processes; 0 where it was not given.
+      index: --process-id; -1 where it was not given.
+      environment: the environment variables.
 
     Raises:
-      ConfigError: flags that do not fit together. EnvironmentMismatchError: a scheduler started several processes and does
-      not say enough to join them, or gave several tasks to a command that was started once.
+      ConfigError: the flags do not fit together.
+      EnvironmentMismatchError: a scheduler started several processes, and its variables do not say enough to join them; or
+        it gave the job several tasks, and the command was started once.
     """
     coordinator = coordinator or environment.get(PROCESS_VARIABLES["coordinator"], "")
     processes = processes or _number(environment, PROCESS_VARIABLES["processes"], 0)
@@ -73,36 +78,36 @@ def detect_process(
     if processes or index >= 0:
         if index < 0 and "JOB_COMPLETION_INDEX" in environment:  # Kubernetes numbers the pods of an indexed job
             index = _number(environment, "JOB_COMPLETION_INDEX", -1)
-        return _given(coordinator, processes, index)
-    for find in (_slurm, _openmpi, _kubernetes, _torchrun):
-        if (place := find(environment, coordinator)) is not None:
-            _ = place.address
-            return place
+        return _from_flags(coordinator, processes, index)
+    for detect in (_slurm, _openmpi, _kubernetes, _torchrun):
+        if (process := detect(environment, coordinator)) is not None:
+            _ = process.address  # checks it
+            return process
     if coordinator:
         raise ConfigError("--coordinator, --num-processes and --process-id go together.")
     return None
 
 
-def _given(coordinator: str, processes: int, index: int) -> ProcessInfo:
+def _from_flags(coordinator: str, processes: int, index: int) -> ProcessInfo:
     if not (coordinator and processes > 0 and index >= 0):
         raise ConfigError("--coordinator, --num-processes and --process-id go together.")
     if index >= processes:
         raise ConfigError(f"--process-id {index}: must be below --num-processes {processes}.")
-    place = ProcessInfo(coordinator, processes, index)
-    _ = place.address
-    return place
+    process = ProcessInfo(coordinator, processes, index)
+    _ = process.address  # checks it
+    return process
 
 
 def job_ids(environment: Mapping[str, str] = os.environ, *, again: bool = False) -> set[str]:
-    """What names the job that may start this run several times by itself: the launcher, Slurm, torchrun.
+    """Identifies the jobs that may have started this run, and may start it again: the launcher's, Slurm's, torchrun's.
 
-    again: only those of which this may not be the first start.
+    again: only the jobs of which this may not be the first start.
     """
-    found = {JOB: environment.get(JOB, "")}
+    ids = {JOB: environment.get(JOB, "")}
     for name, restarts in _RESTARTS.items():
         if not again or _number(environment, restarts, 0) > 0:
-            found[name] = environment.get(name, "")
-    return {f"{name}={value}" for name, value in found.items() if value}
+            ids[name] = environment.get(name, "")
+    return {f"{name}={value}" for name, value in ids.items() if value}
 
 
 def _number(environment: Mapping[str, str], name: str, default: int) -> int:
@@ -115,7 +120,7 @@ def _number(environment: Mapping[str, str], name: str, default: int) -> int:
 
 
 def _port(job: str) -> int:
-    """The same for all processes of a job, and another for most other jobs."""
+    """A port for the job: the same on all its processes, and most probably not that of another job."""
     return _FIRST_PORT + zlib.crc32(job.encode()) % _PORTS
 
 
@@ -154,13 +159,13 @@ def _openmpi(environment: Mapping[str, str], coordinator: str) -> ProcessInfo | 
     if not coordinator:
         # OpenMPI 4: "<job>;tcp://<address>[,<address>...]:<port>" of mpirun, on whose host the first process is
         uri = environment.get("OMPI_MCA_orte_hnp_uri", "")
-        found = re.search(r"tcp://([^,:;]+)", uri)
-        if found is None:
+        address = re.search(r"tcp://([^,:;]+)", uri)
+        if address is None:
             raise EnvironmentMismatchError(
                 f"OpenMPI started {processes} processes and does not say where the first one is: set "
                 "JAXTRAIN_COORDINATOR=HOST:PORT (as launch/mpirun.sh does), or --standalone to train in this process alone."
             )
-        coordinator = f"{found[1]}:{_port(uri.partition(';')[0])}"
+        coordinator = f"{address[1]}:{_port(uri.partition(';')[0])}"
     return ProcessInfo(coordinator, processes, index, "OpenMPI")
 
 

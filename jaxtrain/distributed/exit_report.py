@@ -1,4 +1,4 @@
-"""How a process tells why it ends: a file for the supervisor, a word for the other processes."""
+"""Why a process ended: a report for the supervisor, and errors that say that another process is gone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxtrain.errors import JaxtrainError, PeerError
 
 ERROR_FILE = "JAXTRAIN_ERROR_FILE"  # set by `jaxtrain launch`, for each process its own
 
-# What XLA, gloo, NCCL and the coordination service say where another process is gone.
+# Parts of the messages of XLA, gloo, NCCL and the coordination service when another process is gone.
 _PEER_GONE = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Gloo", "NCCL", "heartbeat",
     "coordination service", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Socket closed", "Connection refused",
@@ -24,21 +24,26 @@ _PEER_GONE = (
 
 @dataclasses.dataclass(frozen=True)
 class ExitReport:
-    """Why a process ended. error: the class's name. retry: whether the same start may go well another time."""
+    """Why a process ended."""
 
     process: int
     host: str
     pid: int
     time: float
+    """Seconds since 1970."""
     code: int
+    """The exit code."""
     error: str
+    """The name of the error's class."""
     message: str
     retry: bool
+    """Whether the same command may succeed another time."""
     trace: str = ""
+    """The traceback of an error that jaxtrain did not raise on purpose."""
 
     @classmethod
     def of(cls, error: BaseException, process: int) -> ExitReport:
-        """What is to be said of `error`."""
+        """The report of a process that ends with `error`."""
         known = isinstance(error, JaxtrainError)
         return cls(
             process=process,
@@ -53,7 +58,7 @@ class ExitReport:
         )
 
     def write(self) -> None:
-        """Into the supervisor's file, if there is one; the first report of a process stays."""
+        """Writes it to the supervisor's file, if there is a supervisor. The first report of a process stays."""
         path = os.environ.get(ERROR_FILE)
         if not path:
             return
@@ -64,7 +69,7 @@ class ExitReport:
 
 
 def read_report(path: Path) -> ExitReport | None:
-    """What a process wrote; None where it wrote nothing, or was killed while it did."""
+    """What a process wrote; None where it wrote nothing, or was killed while it wrote."""
     try:
         return ExitReport(**json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError):
@@ -72,9 +77,9 @@ def read_report(path: Path) -> ExitReport | None:
 
 
 def as_peer_error(error: BaseException) -> BaseException:
-    """`PeerError` where `error` says that another process is gone, else `error`. For runs of several processes."""
+    """A `PeerError` where `error` means that another process is gone, else `error` itself. For runs of several processes."""
     text = str(error)
-    if isinstance(error, JaxtrainError) or not any(sign in text for sign in _PEER_GONE):
+    if isinstance(error, JaxtrainError) or not any(part in text for part in _PEER_GONE):
         return error
     if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
         return error

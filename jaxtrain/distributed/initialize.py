@@ -1,4 +1,4 @@
-"""Joins the other processes of the run: the first meeting, JAX's start, and a collective whose answer is known."""
+"""Joins the processes of a run: the rendezvous, the start of `jax.distributed`, and a test of the all-reduce."""
 
 from __future__ import annotations
 
@@ -24,40 +24,59 @@ from jaxtrain.host.cpus import usable_cpus
 from jaxtrain.host.text import note
 from jaxtrain.host.xla_flags import SEVERAL_PROCESSES, set_flags
 
-WAITING_NOTE_SECONDS = 10.0
-HEARTBEAT_SECONDS = 15  # JAX's own 100 s are how long a dead process would keep the others waiting at a barrier
+WAITING_NOTE_SECONDS = 10.0  # after which a process says on standard error that it waits
+HEARTBEAT_SECONDS = 15  # without a heartbeat a process counts as dead; with JAX's 100 s the others would wait as long
 
-# Settings that each host may have for itself.
+# Settings that may differ from host to host.
 OF_ONE_HOST = ("data.dir", "data.workers", "data.prepare_per_host", "data.prepare_timeout")
 
 
 def fingerprint_of(config: Mapping[str, Any], workdir: str, modules: Iterable[str] = ()) -> Fingerprint:
-    """What must be the same on all processes. config: flat, by dotted names. modules: of the user's own, that it names."""
+    """What must be the same on all processes of a run.
+
+    Args:
+      config: the settings, flat, by dotted names.
+      workdir: the work directory, as it was given.
+      modules: the user's own modules that the config names; their code is hashed.
+
+    Returns:
+      `versions` (packages, Python, hashes of code) and `config` (settings and --workdir).
+    """
     must_match = versions(MUST_MATCH)
     must_match["python"] = ".".join(platform.python_version_tuple()[:2])
     must_match["code of jaxtrain"] = _hash(*sorted(Path(__file__).parents[1].rglob("*.py")))
     for module in sorted(set(modules)):
         with contextlib.suppress(ImportError, ValueError, OSError):  # no module: `load_dotted` says so
-            if (found := importlib.util.find_spec(module)) and found.origin:
-                must_match[f"code of {module}"] = _hash(Path(found.origin))
+            if (spec := importlib.util.find_spec(module)) and spec.origin:
+                must_match[f"code of {module}"] = _hash(Path(spec.origin))
     settings = {f"config.{key}": tuples_to_lists(value) for key, value in config.items() if key not in OF_ONE_HOST}
     return {"versions": must_match, "config": settings | {"--workdir": workdir}}
 
 
 def _hash(*files: Path) -> str:
-    """SHA-256 of their contents, shortened."""
+    """The first digits of the SHA-256 of all contents."""
     digest = hashlib.sha256()
     for path in files:
         digest.update(path.read_bytes())
     return digest.hexdigest()[:12]
 
 
-def initialize(place: ProcessInfo, fingerprint: Fingerprint, timeout: int, *, allow_version_skew: bool = False) -> None:
-    """Returns once JAX knows the devices of all processes and they add numbers right.
+def initialize(
+    process: ProcessInfo, fingerprint: Fingerprint, timeout: int, *, allow_version_skew: bool = False
+) -> None:
+    """Returns once JAX knows the devices of all processes, and an all-reduce over them is right.
 
-    timeout: seconds to wait for the others. Raises `EnvironmentMismatchError`.
+    Args:
+      process: which one this is.
+      fingerprint: what must be the same on all processes (`fingerprint_of`).
+      timeout: seconds to wait for the others.
+      allow_version_skew: lets processes with other versions join.
+
+    Raises:
+      EnvironmentMismatchError: a process is missing or was started with something else, JAX does not start, or the
+        all-reduce is wrong.
     """
-    note = threading.Timer(WAITING_NOTE_SECONDS, _say_what_is_waited_for, [place])
+    note = threading.Timer(WAITING_NOTE_SECONDS, _print_waiting_note, [process])
     note.daemon = True
     note.start()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
@@ -65,35 +84,35 @@ def initialize(place: ProcessInfo, fingerprint: Fingerprint, timeout: int, *, al
     set_threads()
     set_flags(SEVERAL_PROCESSES)
     try:
-        address = rendezvous(place, fingerprint, timeout, allow_version_skew=allow_version_skew)
+        address = rendezvous(process, fingerprint, timeout, allow_version_skew=allow_version_skew)
         jax.distributed.initialize(
             address,
-            place.processes,
-            place.index,
+            process.processes,
+            process.index,
             initialization_timeout=timeout,
-            # Inside a scheduler's job JAX would take a single GPU, by the task's number, also of a process that was told
-            # its place (by `jaxtrain launch`, say) and may have several.
-            cluster_detection_method="deactivate" if place.source == FLAGS else None,
+            # Inside a scheduler's job JAX would take a single GPU, by the task's number, also where `jaxtrain
+            # launch` started this process and gave it several.
+            cluster_detection_method="deactivate" if process.source == FLAGS else None,
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
-            coordinator_bind_address=address if place.is_local else None,
+            coordinator_bind_address=address if process.is_local else None,
         )
         check_all_devices()
     except (RuntimeError, ValueError) as error:
         raise EnvironmentMismatchError(
-            f"{place} could not join the run at {place.coordinator}: {str(error).splitlines()[0]}"
+            f"{process} could not join the run at {process.coordinator}: {str(error).splitlines()[0]}"
         ) from error
     finally:
         note.cancel()
 
 
 def set_threads() -> None:
-    """XLA:CPU runs programs in as many threads as it has cores; one that waits for another process must leave some over."""
+    """Gives XLA:CPU at least 8 threads. Its default is one a core, and a program that waits for another process blocks one."""
     os.environ.setdefault("PJRT_NPROC", str(max(usable_cpus(), 8)))
 
 
-def _say_what_is_waited_for(place: ProcessInfo) -> None:
+def _print_waiting_note(process: ProcessInfo) -> None:
     text = (
-        f"{place} (by {place.source}) waits for the others at {place.coordinator}; is every process started, with "
+        f"{process} (by {process.source}) waits for the others at {process.coordinator}; is every process started, with "
         "the same --num-processes and its own --process-id, and does no firewall stand between?"
     )
     note(text)

@@ -1,4 +1,4 @@
-"""Which process holds the others up: each tells how long its own part of a step takes, and nobody waits to hear it."""
+"""Finds the process that slows the others down: each shares its own time for a step, and none waits for the answers."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from collections.abc import Sequence
 
 from jaxtrain.distributed import coordination
 
-EVERY = 100  # steps between two tellings, at most
+EVERY = 100  # steps between two exchanges, at most
 IMBALANCE = 1.3
-IMBALANCE_SECONDS = 2e-3  # less than this a step nobody would feel
+IMBALANCE_SECONDS = 2e-3  # a smaller difference in a step's time does not matter
 
 
 @dataclasses.dataclass(frozen=True)
 class ProcessTime:
-    """Seconds a step that process `process` on `host` spent on its own: its input, and the host's work."""
+    """Seconds a step that `process` on `host` spends on its own work: its input, and what the host does."""
 
     process: int
     host: str
@@ -25,40 +25,44 @@ class ProcessTime:
 
 
 class ProcessTimes:
-    """Made and used by all processes alike."""
+    """Exchanges the times through the key-value store. All processes make one and use it alike."""
 
     def __init__(self) -> None:
-        self._word = coordination.unique_key("paces") if coordination.count() > 1 else ""
-        self._tellings = 0
+        self._key = coordination.unique_key("step times") if coordination.count() > 1 else ""
+        self._rounds = 0  # that this process has stored
 
-    def tell(self, seconds: float) -> list[ProcessTime]:
-        """Tells this process's pace. Process 0 gets what all have told the time before, once all have; others get []."""
-        if not self._word:
+    def exchange(self, seconds: float) -> list[ProcessTime]:
+        """Stores this process's time, in seconds a step, and reads the round before on process 0.
+
+        Returns the times of all processes in that round, by process. The list is empty on other processes than 0, in the
+        first round, and where a process has not stored its time yet.
+        """
+        if not self._key:
             return []
-        own = ProcessTime(coordination.index(), socket.gethostname(), seconds)
-        coordination.kv_set(f"{self._word}/{self._tellings}/{own.process}", json.dumps(dataclasses.asdict(own)))
-        self._tellings += 1
-        if own.process or self._tellings == 1:
+        mine = ProcessTime(coordination.index(), socket.gethostname(), seconds)
+        coordination.kv_set(f"{self._key}/{self._rounds}/{mine.process}", json.dumps(dataclasses.asdict(mine)))
+        self._rounds += 1
+        if mine.process or self._rounds == 1:
             return []
-        before = f"{self._word}/{self._tellings - 2}/"
+        before = f"{self._key}/{self._rounds - 2}/"
         try:
-            told = [ProcessTime(**json.loads(text)) for text in coordination.kv_list(before).values()]
+            times = [ProcessTime(**json.loads(text)) for text in coordination.kv_list(before).values()]
         except RuntimeError:  # the run is ending
             return []
         coordination.kv_delete(before)
-        return sorted(told, key=lambda pace: pace.process) if len(told) == coordination.count() else []
+        return sorted(times, key=lambda time: time.process) if len(times) == coordination.count() else []
 
 
-def imbalanced(paces: Sequence[ProcessTime]) -> str:
-    """One process takes more than 1.3 times as long for its own part of a step as the others, and 2 ms longer.
+def imbalanced(times: Sequence[ProcessTime]) -> str:
+    """A warning where one process's own part of a step takes over 1.3 times as long as the others', and 2 ms longer.
 
-    The whole step's time will not do: collectives make every process wait for the slowest, so all have the same.
+    The time of the whole step does not show it: in collectives every process waits for the slowest, so all have the same.
     """
-    if len(paces) < 2:
+    if len(times) < 2:
         return ""
-    slow = max(paces, key=lambda pace: pace.seconds)
-    # the median of the others: of two processes, the slow one would be half of its own yardstick
-    others = statistics.median(pace.seconds for pace in paces if pace is not slow)
+    slow = max(times, key=lambda time: time.seconds)
+    # The median of the others: of two processes, the slow one would be half of what it is compared with.
+    others = statistics.median(time.seconds for time in times if time is not slow)
     if slow.seconds <= max(IMBALANCE * others, others + IMBALANCE_SECONDS):
         return ""
     ratio = f"{slow.seconds / others:.1f} times" if others else "and not"

@@ -140,7 +140,7 @@ class Reporter:
     def _tell_process_time(self) -> None:
         """Tells how long this process takes for its own part of a step; process 0 warns of one that is slow."""
         span = self._since("process")
-        times = self._process_times.tell((span.seconds["input"] + span.seconds["other"]) / max(span.steps, 1))
+        times = self._process_times.exchange((span.seconds["input"] + span.seconds["other"]) / max(span.steps, 1))
         if not times:
             return
         middle = statistics.median(process.seconds for process in times)

@@ -21,10 +21,10 @@ from jaxtrain.errors import ConfigError, EnvironmentMismatchError
 FINGERPRINT = {"versions": {"jax": "0.10.2"}, "config": {"config.optim.learning_rate": 0.1, "config.seed": 0}}
 
 
-def meet_all(fingerprints, timeout, processes=0):
+def rendezvous_of_all(fingerprints, timeout, processes=0):
     """What each of them was told."""
     port = runs.free_port()
-    places = [
+    joining = [
         ProcessInfo(f"127.0.0.1:{port}", processes or len(fingerprints), index) for index in range(len(fingerprints))
     ]
 
@@ -34,8 +34,8 @@ def meet_all(fingerprints, timeout, processes=0):
         except EnvironmentMismatchError as error:
             return str(error)
 
-    with concurrent.futures.ThreadPoolExecutor(len(places)) as pool:
-        return list(pool.map(one, zip(places, fingerprints, strict=True)))
+    with concurrent.futures.ThreadPoolExecutor(len(joining)) as pool:
+        return list(pool.map(one, zip(joining, fingerprints, strict=True)))
 
 
 @pytest.mark.parametrize(
@@ -48,23 +48,23 @@ def meet_all(fingerprints, timeout, processes=0):
 )
 def test_what_differs_is_named_on_every_process(section, change, said):
     other = FINGERPRINT | {section: FINGERPRINT[section] | change}
-    answers = meet_all([FINGERPRINT, FINGERPRINT, other], timeout=6)
+    answers = rendezvous_of_all([FINGERPRINT, FINGERPRINT, other], timeout=6)
     assert all(said in answer and f"another {section}" in answer for answer in (answers[0], answers[2]))
 
 
 def test_silent_and_slow_connections_keep_nobody_waiting():
     port = runs.free_port()
-    places = [ProcessInfo(f"127.0.0.1:{port}", 3, index) for index in range(3)]
-    hello = json.dumps({"index": 2, "processes": 3, "host": "h", "fingerprint": FINGERPRINT}).encode()
+    joining = [ProcessInfo(f"127.0.0.1:{port}", 3, index) for index in range(3)]
+    handshake = json.dumps({"index": 2, "processes": 3, "host": "h", "fingerprint": FINGERPRINT}).encode()
     with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(3) as pool:
-        zero = pool.submit(rendezvous, places[0], FINGERPRINT, 60)
+        zero = pool.submit(rendezvous, joining[0], FINGERPRINT, 60)
         visitors = [stack.enter_context(connect(port)) for _ in range(6)]
         visitors[0].sendall(b"GET / HTTP/1.1\r\n")
-        visitors[-1].sendall(hello[:20])  # a process, on a slow network
+        visitors[-1].sendall(handshake[:20])  # a process, on a slow network
         visitors.pop(1).close()  # gone again
-        one = pool.submit(rendezvous, places[1], FINGERPRINT, 60)
+        one = pool.submit(rendezvous, joining[1], FINGERPRINT, 60)
         time.sleep(0.3)
-        visitors[-1].sendall(hello[20:] + b"\n")
+        visitors[-1].sendall(handshake[20:] + b"\n")
         assert zero.result(timeout=50) == f"127.0.0.1:{port}"
         with socket.create_server(("127.0.0.1", port)):  # as JAX would
             assert one.result(timeout=50) == f"127.0.0.1:{port}"
@@ -80,7 +80,7 @@ def test_more_connections_than_select_can_watch():
         with contextlib.ExitStack() as stack:
             while stack.enter_context(open(os.devnull)).fileno() < 1100:
                 pass
-            answers = meet_all([FINGERPRINT] * 2, processes=3, timeout=5)
+            answers = rendezvous_of_all([FINGERPRINT] * 2, processes=3, timeout=5)
         assert all("process 2 of 3 did not come" in answer for answer in answers)
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
@@ -96,8 +96,8 @@ def connect(port):
             time.sleep(0.02)
 
 
-def test_missing_processes_are_named():
-    (answer,) = meet_all([FINGERPRINT], processes=3, timeout=1)
+def test_missing_joiningare_named():
+    (answer,) = rendezvous_of_all([FINGERPRINT], processes=3, timeout=1)
     assert "process 1, 2 of 3 did not come" in answer
 
 
@@ -130,13 +130,13 @@ INDEXED = {"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "2"}
     ids=["slurm", "openmpi", "torchrun", "kubernetes", "slurm-with-address"],
 )  # fmt: skip
 def test_a_scheduler_is_found(environment, host, processes, index, source):
-    place = detect_process(environment=environment)
-    assert place is not None
-    assert (place.processes, place.index, place.source) == (processes, index, source)
-    assert place.coordinator.startswith(host)
-    assert 0 < place.address[1] < 65536
+    process = detect_process(environment=environment)
+    assert process is not None
+    assert (process.processes, process.index, process.source) == (processes, index, source)
+    assert process.coordinator.startswith(host)
+    assert 0 < process.address[1] < 65536
     others = environment | {"SLURM_PROCID": "0", "OMPI_COMM_WORLD_RANK": "0", "RANK": "0", "JOB_COMPLETION_INDEX": "0"}
-    assert dataclasses.replace(place, index=0) == detect_process(environment=others), "all agree on the address"
+    assert dataclasses.replace(process, index=0) == detect_process(environment=others), "all agree on the address"
 
 
 @pytest.mark.parametrize(
