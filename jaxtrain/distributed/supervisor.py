@@ -1,8 +1,8 @@
-"""Starts the processes of a run on one host, and starts all of them again when one dies, from the last checkpoint.
+"""Starts the processes of a run on one host. When one dies, all are started again, from the last checkpoint.
 
-The semantics that torchrun proved: the processes live and die together, restarts are bounded and wait longer each time, and
-the first failure is named as the cause. Restarts are counted since the run last got further. An error that a restart cannot
-mend ends the job at once, with its exit code.
+As in torchrun, the processes live and die together, the number of restarts is limited, each waits longer than the one
+before, and the first failure is named as the cause. Restarts are counted since the last progress. An error that a restart
+cannot fix ends the job at once, with its exit code.
 """
 
 from __future__ import annotations
@@ -32,42 +32,46 @@ from jaxtrain.host.ports import free_port
 from jaxtrain.host.text import note, printable
 
 _LOOK_SECONDS = 0.1
-_LAST_WORDS_SECONDS = 4.0  # that the others get to say why they end, after one has failed
-_SAME_STEP = 3  # failures of the program itself without any progress: a crash loop
+_REPORT_SECONDS = 4.0  # in which the others can report why they end, after one has failed
+_SAME_STEP = 3  # failures of the program itself without any progress are a crash loop
 _BACKOFF_SECONDS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 _DEATHS_ON_A_GPU = 2
-# A process without a sign of life for so long (one comes each second) may be why another failed that waited for it: JAX ends
-# those that wait after `distributed.join.HEARTBEAT_SECONDS` without signs of its own, which are half as far apart.
+# A process without a heartbeat for so long (one comes each second) may be why another failed that waited for it: JAX ends
+# those that wait after `initialize.HEARTBEAT_SECONDS` without its own heartbeats.
 _SILENT_SECONDS = 5.0
 
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How to supervise.
-
-    processes: started on this host; 0 takes one for each group of `gpus_per_process`, or one. max_restarts: in a row
-    without progress. grace: seconds from SIGTERM to SIGKILL. hang: seconds without a heartbeat after which a process is
-    taken for stuck; 0 is off. min_devices: GPUs below which the job is given back.
-    """
+    """How to supervise."""
 
     processes: int = 1
+    """Started on this host; 0 starts one for each group of `gpus_per_process` GPUs, or one."""
     gpus_per_process: int = 0
+    """GPUs of each process; 0 divides all evenly."""
     max_restarts: int = 10
+    """In a row, without progress."""
     grace: float = 60.0
+    """Seconds from SIGTERM to SIGKILL."""
     hang: float = 60.0
+    """Seconds without a heartbeat after which a process counts as hung; 0 is off."""
     min_devices: int = 1
+    """With fewer GPUs that work, the job ends."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How one process ended. code: as of `subprocess`, so -9 for SIGKILL."""
+    """How one process ended."""
 
     process: int
     pid: int
     code: int
+    """As `subprocess` returns it: -9 for SIGKILL."""
     when: float
+    """Seconds of the monotonic clock."""
     report: ExitReport | None
     hung: str = ""
+    """Why the supervisor ended it, if it did: what its heartbeat showed."""
 
     @property
     def is_root(self) -> bool:
@@ -75,14 +79,14 @@ class Ended:
         return bool(self.hung) or (self.report.error != PeerError.__name__ if self.report else self.code < 0)
 
     @property
-    def may_be_an_echo(self) -> bool:
-        """Whether a process that fell silent may have caused it: JAX aborts the others, or they wait until they give up."""
+    def may_be_secondary(self) -> bool:
+        """Whether a hung process may have caused it: JAX aborts those that wait for it, or they time out."""
         if self.report:
             return self.report.error in (PeerError.__name__, HangError.__name__)
         return self.code == -signal.SIGABRT and not self.hung
 
     @property
-    def word(self) -> str:
+    def summary(self) -> str:
         """How it ended, in a word or two."""
         if self.report:
             return self.report.error
@@ -100,14 +104,14 @@ class Ended:
 
 
 class Supervisor:
-    """One job: `run` returns the exit code that the whole job should have."""
+    """One job. `run` returns the exit code of the whole job."""
 
     def __init__(self, command: Sequence[str], options: Options, gpus: Gpus | None = None):
         self._command, self._options = list(command), options
         self._gpus = gpus if gpus is not None else Gpus()
-        self._excluded: dict[str, str] = {}  # UUID -> why
+        self._excluded: dict[str, str] = {}  # GPUs that are not used: UUID -> why
         self._deaths: dict[str, int] = {}  # on each GPU
-        self._most_gpus = 0  # that are used, where fewer than all healthy ones fit the run; 0 is all
+        self._most_gpus = 0  # used at most, where the run does not fit all healthy ones; 0 is all
         self._first_gpus = 0  # used by the first start
         self._signals: list[int] = []
         self._furthest = -1
@@ -115,11 +119,11 @@ class Supervisor:
 
     def run(self) -> int:
         """Starts, watches, restarts. Raises `EnvironmentMismatchError` when too few GPUs are left."""
-        failures, same = 0, 0  # since the run last got further
+        failures, same = 0, 0  # since the last progress
         idle = 0  # starts in a row that made no step
         with _caught(self._signals):
             while True:
-                with Gang(self._command, self._places(), self._options, self._job) as gang:
+                with Gang(self._command, self._assign_gpus(), self._options, self._job) as gang:
                     ended = gang.watch(self._signals)
                     step, idle = gang.step(), 0 if gang.made_a_step() else idle + 1
                     cause = root_cause(ended)
@@ -130,10 +134,10 @@ class Supervisor:
                 if self._signals or cause.code in (75, 130):
                     return 130 if cause.code == 130 or self._signals[:1] == [signal.SIGINT] else 75
                 if cause.report and not cause.report.retry:
-                    if self._takes_fewer_gpus(cause.report.code, gang.places):
+                    if self._takes_fewer_gpus(cause.report.code, gang.gpus):
                         continue
                     return cause.report.code
-                self._blame_gpu(gang.places[cause.process])
+                self._blame_gpu(gang.gpus[cause.process])
                 progress = step > self._furthest
                 self._furthest = max(step, self._furthest)
                 failures = 1 if progress else failures + 1
@@ -152,7 +156,7 @@ class Supervisor:
                     return 130 if self._signals[0] == signal.SIGINT else 75
 
     def _pause(self, seconds: float) -> bool:
-        """Waits; false when a signal came meanwhile."""
+        """Waits. Returns whether no signal came meanwhile."""
         deadline = time.monotonic() + seconds
         while not self._signals and time.monotonic() < deadline:
             time.sleep(_LOOK_SECONDS)
@@ -160,33 +164,33 @@ class Supervisor:
 
     # ------------------------------------------------------------------------------------------------------------ GPUs
 
-    def _places(self) -> list[tuple[str, ...]]:
-        """For each process the UUIDs of its GPUs, () where there are none."""
-        found = self._gpus.all()
-        for gpu in found:
+    def _assign_gpus(self) -> list[tuple[str, ...]]:
+        """The UUIDs of each process's GPUs; () where the host has none."""
+        gpus = self._gpus.all()
+        for gpu in gpus:
             if gpu.fault and gpu.uuid not in self._excluded:
                 self._excluded[gpu.uuid] = gpu.fault
                 say(f"{gpu.uuid} is left out: {gpu.fault}")
-        healthy = [gpu.uuid for gpu in found if gpu.uuid not in self._excluded]
-        if not found:
+        healthy = [gpu.uuid for gpu in gpus if gpu.uuid not in self._excluded]
+        if not gpus:
             return [()] * max(self._options.processes, 1)
         usable = healthy[: self._most_gpus or None]
         if len(usable) < max(self._options.min_devices, 1):
             raise TooFewGpusError(
-                f"{len(usable)} of {len(found)} GPUs can be used and --min-devices is {self._options.min_devices}; the others: "
+                f"{len(usable)} of {len(gpus)} GPUs can be used and --min-devices is {self._options.min_devices}; the others: "
                 + ", ".join(
                     f"{uuid} ({self._excluded.get(uuid, 'not a number of GPUs that fits the run')})"
-                    for uuid in (gpu.uuid for gpu in found)
+                    for uuid in (gpu.uuid for gpu in gpus)
                     if uuid not in usable
                 )
             )
-        places = share(usable, self._options.processes, self._options.gpus_per_process)
-        self._first_gpus = self._first_gpus or sum(map(len, places))
-        return places
+        assigned = share(usable, self._options.processes, self._options.gpus_per_process)
+        self._first_gpus = self._first_gpus or sum(map(len, assigned))
+        return assigned
 
-    def _takes_fewer_gpus(self, code: int, places: Sequence[tuple[str, ...]]) -> bool:
-        """A config that was fine on all GPUs is refused on what is left of them (a batch of 128 on three, say): one less."""
-        used = sum(map(len, places))
+    def _takes_fewer_gpus(self, code: int, assigned: Sequence[tuple[str, ...]]) -> bool:
+        """Uses one GPU less where a config that fitted all GPUs is refused on those that are left (a batch of 128 on three)."""
+        used = sum(map(len, assigned))
         if code != ConfigError.exit_code or used >= self._first_gpus or used <= 1:
             return False
         self._most_gpus = used - 1
@@ -194,7 +198,7 @@ class Supervisor:
         return True
 
     def _blame_gpu(self, uuids: tuple[str, ...]) -> None:
-        """A process died: one that dies twice on the same single GPU takes it out of use."""
+        """Counts the death of a process with a single GPU; after the second one the GPU is not used any more."""
         if len(uuids) != 1:
             return
         (uuid,) = uuids
@@ -221,9 +225,15 @@ class TooFewGpusError(EnvironmentMismatchError):
 
 
 def share(uuids: Sequence[str], processes: int, group: int) -> list[tuple[str, ...]]:
-    """The GPUs of each process: groups of `group`, or all of them shared out evenly among `processes`.
+    """Assigns GPUs to processes. With fewer GPUs than processes there are fewer processes.
 
-    With fewer GPUs than processes there are fewer processes; what does not divide stays unused.
+    Args:
+      uuids: of all GPUs that can be used.
+      processes: how many; 0 starts as many as there are groups.
+      group: GPUs of each process; 0 divides all evenly.
+
+    Returns:
+      Each process's GPUs. Those that do not divide stay unused.
     """
     if not group:
         group = max(len(uuids) // max(processes, 1), 1)
@@ -232,16 +242,24 @@ def share(uuids: Sequence[str], processes: int, group: int) -> list[tuple[str, .
 
 
 class Gang:
-    """The processes of one start. Leaving the block kills what is left of them. job: names all starts together."""
+    """The processes of one start. Leaving the block kills those that still run."""
 
-    def __init__(self, command: Sequence[str], places: Sequence[tuple[str, ...]], options: Options, job: str):
-        self.places, self._options = list(places), options
+    def __init__(self, command: Sequence[str], gpus: Sequence[tuple[str, ...]], options: Options, job: str):
+        """Starts the processes.
+
+        Args:
+          command: what each runs, without the flags that number the processes.
+          gpus: the UUIDs of each process's GPUs.
+          options: of the supervisor.
+          job: identifies all starts of the job.
+        """
+        self.gpus, self._options = list(gpus), options
         self._folder = tempfile.TemporaryDirectory(prefix="jaxtrain-launch-")
         self._ooms = _oom_kills()
-        self._began: int | None = None  # the step that it goes on from
+        self._began: int | None = None  # the step that this start goes on from
         self._processes: list[subprocess.Popen[str]] = []
         port = free_port()
-        for number, uuids in enumerate(self.places):
+        for number, uuids in enumerate(self.gpus):
             environment = os.environ | {
                 ERROR_FILE: str(self._file("error", number)),
                 HEARTBEAT_FILE: str(self._file("beat", number)),
@@ -253,13 +271,13 @@ class Gang:
                 "--coordinator",
                 f"127.0.0.1:{port}",
                 "--num-processes",
-                str(len(places)),
+                str(len(gpus)),
                 "--process-id",
                 str(number),
             ]
             pipe = subprocess.PIPE if number else None  # process 0 has the screen to itself
             process = subprocess.Popen(
-                [*command, *(joined if len(places) > 1 else ["--standalone"])],
+                [*command, *(joined if len(gpus) > 1 else ["--standalone"])],
                 env=environment,
                 stdout=pipe,
                 stderr=subprocess.STDOUT if number else None,
@@ -284,7 +302,10 @@ class Gang:
         self._folder.cleanup()
 
     def watch(self, signals: list[int]) -> list[Ended]:
-        """Returns how each process ended, once all have, or one has failed and the others had time for last words."""
+        """Returns how each process ended: once all have, or once one has failed and the others had time to report.
+
+        signals: those that the supervisor has caught so far; it passes them on.
+        """
         ended: dict[int, Ended] = {}
         passed_on, kill_at, wakes = 0, float("inf"), Wakes()
         while len(ended) < len(self._processes):
@@ -294,7 +315,7 @@ class Gang:
                     report = read_report(self._file("error", number))
                     ended[number] = Ended(number, process.pid, code, time.monotonic(), report)
                     if code and code not in (75, 130):
-                        kill_at = min(kill_at, time.monotonic() + _LAST_WORDS_SECONDS)
+                        kill_at = min(kill_at, time.monotonic() + _REPORT_SECONDS)
             while passed_on < len(signals):
                 passed_on += 1
                 self._send(signals[passed_on - 1])
@@ -312,21 +333,22 @@ class Gang:
         return list(ended.values())
 
     def _hung(self, ended: dict[int, Ended], awake: float) -> list[tuple[int, str]]:
-        """The processes whose heartbeat has stopped: frozen, or stuck with Python's global lock held. The longest silent first.
+        """The processes whose heartbeat has stopped, and a sentence on each; the one that was silent longest comes first.
 
-        awake: since when the supervisor itself is not stopped; those that were stopped with it need time to beat again.
+        They are frozen, or a thread of theirs holds Python's global lock. awake: when the supervisor itself was last
+        stopped; processes that were stopped with it need time for a heartbeat.
         """
         limit = self._options.hang or float("inf")
-        echo = min((each.when for each in ended.values() if each.may_be_an_echo), default=float("-inf"))
+        secondary = min((one.when for one in ended.values() if one.may_be_secondary), default=float("-inf"))
         beats = {n: read_beat(self._file("beat", n)) for n in range(len(self._processes)) if n not in ended}
         now = time.monotonic()
         states = {n: f"{now - beat.time:.0f} s" if beat else "none yet" for n, beat in beats.items()}
-        states |= {n: each.word for n, each in ended.items()}
-        found = sorted((beat.time, n, beat) for n, beat in beats.items() if beat is not None)
+        states |= {n: one.summary for n, one in ended.items()}
+        by_age = sorted((beat.time, n, beat) for n, beat in beats.items() if beat is not None)
         hung = []
-        for last, number, beat in found:
+        for last, number, beat in by_age:
             since = max(last, awake)
-            if now - since > limit or echo - since > _SILENT_SECONDS:
+            if now - since > limit or secondary - since > _SILENT_SECONDS:
                 others = ", ".join(f"process {n}: {state}" for n, state in sorted(states.items()) if n != number)
                 text = f"gave no sign of life for {states[number]}, in {beat.phase!r} after step {beat.step}"
                 hung.append((number, f"{text} ({others})" if others else text))
@@ -339,37 +361,37 @@ class Gang:
                     os.killpg(process.pid, number)
 
     def step(self) -> int:
-        """The furthest step that a process has told, or -1."""
+        """The furthest step in a heartbeat, or -1."""
         return max((beat.step for beat in self._beats()), default=-1)
 
     def made_a_step(self) -> bool:
-        """Whether a process has come further than where it began, as far as it has told."""
+        """Whether a heartbeat shows a later step than the first one did."""
         return self._began is not None and self.step() > self._began
 
     def _beats(self) -> list[Beat]:
-        found = (read_beat(self._file("beat", number)) for number in range(len(self._processes)))
-        return [beat for beat in found if beat is not None]
+        beats = (read_beat(self._file("beat", number)) for number in range(len(self._processes)))
+        return [beat for beat in beats if beat is not None]
 
     def was_out_of_memory(self) -> bool | None:
-        """Whether the kernel killed a process of this control group since the start, for want of memory; None: unknown."""
+        """Whether the kernel killed a process of this control group since the start, for lack of memory; None: unknown."""
         now = _oom_kills()
         return None if now is None or self._ooms is None else now > self._ooms
 
 
 def root_cause(ended: Sequence[Ended]) -> Ended | None:
-    """The failure that came first and has a cause of its own; None where all went well.
+    """The first failure that is not the consequence of another one; None where all went well.
 
-    Where a process had fallen silent, the others' waiting for it is not their own cause.
+    Where a process had hung, the failure of those that waited for it is a consequence.
     """
-    failed = sorted((each for each in ended if each.code), key=lambda each: each.when)
-    silent = any(each.hung for each in failed)
-    roots = (each for each in failed if each.is_root and not (silent and each.may_be_an_echo))
+    failed = sorted((one for one in ended if one.code), key=lambda one: one.when)
+    hung = any(one.hung for one in failed)
+    roots = (one for one in failed if one.is_root and not (hung and one.may_be_secondary))
     return next(roots, failed[0] if failed else None)
 
 
 @contextlib.contextmanager
 def _caught(signals: list[int]) -> Iterator[None]:
-    """Collects SIGINT and SIGTERM instead of dying of them."""
+    """Collects SIGINT and SIGTERM, which would end the supervisor."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     for number in before:
         signal.signal(number, lambda number, _: signals.append(number))
@@ -387,7 +409,7 @@ def _pass_on(number: int, lines: IO[str]) -> None:
 
 
 def _oom_kills() -> int | None:
-    """How often the kernel has killed in this process's control group for want of memory; None where it does not say."""
+    """How often the kernel has killed in this process's control group for lack of memory; None where it is not known."""
     for line in _text(Path("/proc/self/cgroup")).splitlines():
         _, controllers, group = line.split(":", 2)
         if not controllers:  # version 2: one tree for all
@@ -396,8 +418,8 @@ def _oom_kills() -> int | None:
             path = Path(f"/sys/fs/cgroup/memory/{group}/memory.oom_control")
         else:
             continue
-        if found := re.search(r"^oom_kill (\d+)$", _text(path), re.MULTILINE):
-            return int(found[1])
+        if match := re.search(r"^oom_kill (\d+)$", _text(path), re.MULTILINE):
+            return int(match[1])
     return None
 
 

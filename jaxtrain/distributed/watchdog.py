@@ -1,7 +1,7 @@
 """Ends a process that makes no progress: a hung collective, a stuck reader or a deadlock would wait for ever.
 
-The process itself notices what leaves its threads alive. Where the interpreter itself is stuck (a library that holds the
-GIL), the supervisor sees that the heartbeat stops.
+A thread of the process itself notices it. Where no thread can run (a library holds the GIL), the heartbeat stops, and the
+supervisor ends the process.
 """
 
 from __future__ import annotations
@@ -23,32 +23,32 @@ from jaxtrain.host.files import no_link, replace_unsynced
 
 HEARTBEAT_FILE = "JAXTRAIN_HEARTBEAT"  # set by `jaxtrain launch`, for each process its own
 _BEAT_SECONDS = 1.0
-_SLOW_PHASES = 30  # compiling, saving, the first steps: so many times longer than a step may take
-_WAIT_SECONDS = (
-    5.0  # longer for a process that waits for others in a collective: the one that stands still shall say so
-)
-_MEDIANS = 10  # a step that took as long as so many others is no progress
+_SLOW_PHASES = 30  # times as long as a step: what compiling, saving and the first steps may take
+_WAIT_SECONDS = 5.0  # more for a process that waits for others in a collective: the one that is stuck must report first
+_MEDIANS = 10  # times the median step: a step that takes longer counts as no progress
 _STOPPED_SECONDS = 5.0  # a thread that wakes so much later than it should was stopped meanwhile, with its process
 
 
 @dataclasses.dataclass(frozen=True)
 class Beat:
-    """A sign of life, and where the process is. time: of the host's monotonic clock, which nobody sets."""
+    """A heartbeat: the process is alive, and what it does."""
 
     time: float
+    """Seconds of the host's monotonic clock, which is never set."""
     pid: int
     phase: str
     step: int
+    """The last one that was done."""
 
 
 class Wakes:
-    """When this process last went on after it had been stopped as a whole: Ctrl-Z, Slurm's suspend, a paused container.
+    """When this process last went on after it was stopped as a whole: by Ctrl-Z, Slurm's suspend, a paused container.
 
-    Nothing makes progress in such a time, so it says nothing of what hangs. `look` must be called every second or so.
+    Such a pause is no sign of a hang. `look` must be called about every second.
     """
 
     def __init__(self) -> None:
-        self._looked, self.last = time.monotonic(), float("-inf")  # it has not been stopped yet
+        self._looked, self.last = time.monotonic(), float("-inf")  # it was never stopped
 
     def look(self) -> None:
         """Notices a stop since the last call."""
@@ -59,21 +59,28 @@ class Wakes:
 
 
 class Watchdog:
-    """Knows what the run does and since when. limit: seconds that a step may take, or ten of the median step; 0: any time."""
+    """Knows what the run does and since when."""
 
     def __init__(self, limit: float) -> None:
+        """limit: seconds that a step may take, or ten median steps if these are longer; 0 is no limit."""
         self._limit = limit
         self._now = ("start", 0, time.monotonic())  # phase, step, since when; replaced as a whole
         self._step_seconds = 0.0
         self.wakes = Wakes()
 
     def feed(self, phase: str, step: int = -1, step_seconds: float | None = None) -> None:
-        """The run has come so far. step: -1 where it is the same. step_seconds: what a step takes, where it is known."""
+        """Tells the watchdog that the run makes progress.
+
+        Args:
+          phase: what it does from now on: `input`, `step` and `wait` are parts of a step, others are slow phases.
+          step: the last one that was done; -1 where it is the same as before.
+          step_seconds: the median time of a step, where it is known.
+        """
         self._now = (phase, self._now[1] if step < 0 else step, time.monotonic())
         self._step_seconds = step_seconds or self._step_seconds
 
     def complaint(self) -> str:
-        """What to say of a process that has stood still for too long, else ''."""
+        """A sentence where the process has made no progress for too long, else ''."""
         phase, step, since = self._now
         of_a_step = phase in ("input", "step", "wait") and self._step_seconds > 0
         allowed = max(self._limit, _MEDIANS * self._step_seconds) * (1 if of_a_step else _SLOW_PHASES)
@@ -87,14 +94,20 @@ class Watchdog:
         )
 
     def beat(self) -> Beat:
-        """For the heartbeat file."""
+        """What to write to the heartbeat file."""
         phase, step, _ = self._now
         return Beat(time.monotonic(), os.getpid(), phase, step)
 
 
 @contextlib.contextmanager
 def watching(watchdog: Watchdog, leave: Callable[[JaxtrainError], None] | None, log: Path) -> Iterator[None]:
-    """Inside, a thread watches. leave: ends the process; without it stacks are dumped and nothing else happens, once."""
+    """Watches the run in a thread, inside the block.
+
+    Args:
+      watchdog: what the run feeds.
+      leave: ends the process. Without it, the first hang dumps the stacks, and nothing else happens.
+      log: the process's log file, which gets the stacks.
+    """
     closed = threading.Event()
     beats = os.environ.get(HEARTBEAT_FILE)
 
@@ -107,7 +120,7 @@ def watching(watchdog: Watchdog, leave: Callable[[JaxtrainError], None] | None, 
             watchdog.wakes.look()
             if beats:
                 write_beat(Path(beats), watchdog.beat())
-                if os.getppid() != supervisor:  # it was killed: nobody would end or replace this process
+                if os.getppid() != supervisor:  # the supervisor was killed: nobody would restart this process
                     os.kill(os.getpid(), signal.SIGTERM)
                     return
             if complaint := watchdog.complaint():
@@ -124,7 +137,7 @@ def watching(watchdog: Watchdog, leave: Callable[[JaxtrainError], None] | None, 
         closed.set()
         thread.join(2 * _BEAT_SECONDS)
         if beats:
-            Path(beats).unlink(missing_ok=True)  # who has finished need not give signs of life
+            Path(beats).unlink(missing_ok=True)  # a process that has finished needs no heartbeat
 
 
 def dump_stacks(log: Path) -> None:
@@ -141,7 +154,7 @@ def write_beat(path: Path, beat: Beat) -> None:
 
 
 def read_beat(path: Path) -> Beat | None:
-    """The last sign of life, if there is one."""
+    """The last heartbeat, if there is one."""
     try:
         return Beat(**json.loads(path.read_text()))
     except (OSError, ValueError, TypeError):

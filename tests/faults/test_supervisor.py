@@ -65,8 +65,8 @@ WORKER = textwrap.dedent(
 
 
 @pytest.fixture(autouse=True)
-def _short_last_words(monkeypatch):
-    monkeypatch.setattr(supervisor, "_LAST_WORDS_SECONDS", 0.5)  # of workers that have nothing to say
+def _short_reports(monkeypatch):
+    monkeypatch.setattr(supervisor, "_REPORT_SECONDS", 0.5)  # of workers that have nothing to say
 
 
 def command(tmp_path: Path, script: str) -> list[str]:
@@ -113,7 +113,7 @@ def test_all_start_again_when_one_is_killed(tmp_path, capfd):
 
 
 def test_the_first_failure_is_the_cause_and_not_its_echo(tmp_path, capfd, monkeypatch):
-    monkeypatch.setattr(supervisor, "_LAST_WORDS_SECONDS", runs.SECONDS)
+    monkeypatch.setattr(supervisor, "_REPORT_SECONDS", runs.SECONDS)
     script = """
         if process == 0:
             beat(0)
