@@ -4,13 +4,11 @@ REPORT_THIS = "This should not happen; please report it."
 
 
 class JaxtrainError(Exception):
-    """Base of every error that jaxtrain raises on purpose; its text is one clear sentence for a person.
-
-    retry: whether the same command may go well another time; a supervisor gives up at once where it may not.
-    """
+    """Base of every error that jaxtrain raises on purpose. Its text is one clear sentence for a person."""
 
     exit_code = 70
     retry = False
+    """Whether the same command may succeed another time. Where it may not, the supervisor does not restart it."""
 
 
 class ConfigError(JaxtrainError):
@@ -56,7 +54,7 @@ class EnvironmentMismatchError(JaxtrainError):
 
 
 class PeerError(JaxtrainError):
-    """Another process of the run died, failed or does not answer; this one has nothing to say but that."""
+    """Another process of the run died, failed or does not answer; this one has no fault of its own."""
 
     exit_code = 70
     retry = True

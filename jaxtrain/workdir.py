@@ -1,4 +1,4 @@
-"""A run is a work directory: the names of its files."""
+"""The work directory of a run: the names of its files, and whether they can be written."""
 
 from __future__ import annotations
 
@@ -18,9 +18,6 @@ from jaxtrain.host.paths import require_local
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
-# ---------------------------------------------------------------------------------------------------- the directory
-
-
 @dataclasses.dataclass(frozen=True)
 class Workdir:
     """Where each file of a run is. Process 0 alone writes the shared ones; every process writes its own log."""
@@ -34,7 +31,7 @@ class Workdir:
 
     @property
     def dataset(self) -> Path:
-        """What the run remembers of its data set."""
+        """What the run has recorded of its data set (`data.record`)."""
         return self.path / "dataset.json"
 
     @property
@@ -49,7 +46,7 @@ class Workdir:
 
     @property
     def bad_batches(self) -> Path:
-        """One object a batch whose numbers were amiss, with its examples."""
+        """One object a batch with a non-finite number or a spike, with its examples."""
         return self.path / "bad_batches.jsonl"
 
     @property
@@ -64,7 +61,7 @@ class Workdir:
 
     @property
     def starts(self) -> Path:
-        """What the time of each start went into (`jaxtrain goodput`)."""
+        """How each start spent its time (`jaxtrain goodput`)."""
         return self.path / "starts"
 
     @property
@@ -79,11 +76,11 @@ class Workdir:
 
     @property
     def logs(self) -> Path:
-        """What each process writes for itself."""
+        """Files that each process writes for itself."""
         return self.path / "logs"
 
     def trace(self, process: int) -> Path:
-        """When the operations of one step ran, as one process saw it (`layout.trace_step`)."""
+        """The times of one step's operations in one process (`layout.trace_step`)."""
         return self.logs / f"pipeline_trace_{process}.json"
 
     def log(self, process: int) -> Path:
@@ -104,7 +101,7 @@ class Workdir:
         atomic_write(self.config, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
     def write_dataset(self, record: Mapping[str, Any]) -> None:
-        """Stores what is remembered of the data set (`data.record`)."""
+        """Stores the record of the data set (`data.record`)."""
         atomic_write(self.dataset, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
 
@@ -115,13 +112,13 @@ def named(path: str | Path) -> Path:
 
 
 def prepare(path: str | Path) -> Workdir:
-    """Creates the directory and proves that files in it can be written, synced and renamed.
+    """Creates the directory and checks that files in it can be written, synced and renamed.
 
-    A file system that is read-only or full is found here rather than at the first save: Orbax notices only when it
-    waits for an asynchronous save to finish. Every process may call it, in any order.
+    So a full or read-only file system is found now, not at the first save: Orbax notices it only when it waits for an
+    asynchronous save to finish. Every process may call it, in any order.
 
     Raises:
-      WorkdirError: in one sentence, when the name cannot be one of a local directory or a step of the probe fails.
+      WorkdirError: the name cannot be that of a local directory, or a file in it cannot be written, synced or renamed.
     """
     name = str(path)
     if not name.strip():

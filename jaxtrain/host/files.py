@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and never through a link that somebody else has planted."""
+"""Files that are written whole or not at all, and never through a symbolic link that somebody else has placed there."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from jaxtrain.errors import WorkdirError
 
 
 def no_link(path: str, flags: int) -> int:
-    """An `opener` for `open`: fails where the name's last part is a link, which somebody else may have planted there.
+    """An `opener` for `open`: fails where the path is a symbolic link, which somebody else may have placed there.
 
-    A directory above it may be one: runs are kept on other disks so.
+    A directory above it may be a link: some keep their runs on another disk in this way.
     """
     return os.open(path, flags | os.O_NOFOLLOW, 0o666)
 
 
 def create(path: Path) -> TextIO:
-    """Opens a file of our own for writing text. What has its name goes first: a killed process's, or a link to elsewhere."""
+    """Opens a new file for writing text. A file or link of that name, such as a killed process left, is removed first."""
     path.unlink(missing_ok=True)
     return open(path, "x", encoding="utf-8", newline="\n")
 
@@ -30,15 +30,12 @@ def create(path: Path) -> TextIO:
 ELSEWHERE = "restore it from a copy, or choose another work directory with --workdir"
 
 
-# ------------------------------------------------------------------------------------------------------------ files
-
-
 def atomic_write(path: Path, text: str) -> None:
-    """Replaces `path` by `text` at once: a reader, or a restart after a kill, sees the old text or the new, whole.
+    """Replaces the content of `path` by `text`: a reader, or a restart after a kill, sees the whole old or new text.
 
-    The temporary name is fixed, so what a killed process left, or a link to elsewhere, is replaced; shared files have one
-    writer, process 0.
-    Raises `WorkdirError` naming the file when the disk is full, read-only or gone.
+    The temporary file has a fixed name, so that one which a killed process left is replaced. That is safe, since files that
+    processes share have one writer, process 0. Raises `WorkdirError` naming the file when the disk is full, read-only or
+    gone.
     """
     part = path.with_name(f".{path.name}.part")
     with writing(path):
@@ -53,7 +50,7 @@ def atomic_write(path: Path, text: str) -> None:
 
 
 def replace_unsynced(path: Path, text: str) -> None:
-    """Replaces `path` by `text` at once, for a file of this moment that nobody needs after a power cut. Raises `OSError`."""
+    """As `atomic_write`, but not synced: for a file that nobody needs after a power cut. Raises `OSError`."""
     part = path.with_suffix(".part")
     with create(part) as file:
         file.write(text)
@@ -62,18 +59,20 @@ def replace_unsynced(path: Path, text: str) -> None:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turns what the operating system says against writing `path` (disk full, gone, read-only) into `WorkdirError`."""
+    """Turns an `OSError` inside the block (disk full, read-only, gone) into a `WorkdirError` about writing `path`."""
     try:
         yield
     except OSError as error:
-        linked = error.errno == errno.ELOOP  # `outside.no_link`; the system's own words would speak of too many levels
+        linked = (
+            error.errno == errno.ELOOP
+        )  # from `no_link`; the system's own text is "Too many levels of symbolic links"
         reason = "it is a link, and is not written through; remove it" if linked else error.strerror
         raise WorkdirError(f"{path} cannot be written ({reason}).") from error
 
 
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
-    """The same for reading."""
+    """Turns an `OSError` inside the block into a `WorkdirError` about reading `path`."""
     try:
         yield
     except OSError as error:
@@ -81,7 +80,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def read_json(path: Path) -> Any:
-    """The parsed file, None where there is none. Raises `WorkdirError` when it cannot be read or is not JSON."""
+    """The parsed content, None where there is no such file. Raises `WorkdirError` when it cannot be read or is not JSON."""
     try:
         with reading(path):
             return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
@@ -90,6 +89,7 @@ def read_json(path: Path) -> Any:
 
 
 def write_synced(path: Path, text: str) -> None:
+    """Writes a new file and returns once it is on the disk. Raises `OSError`."""
     with create(path) as file:
         file.write(text)
         file.flush()
@@ -97,7 +97,7 @@ def write_synced(path: Path, text: str) -> None:
 
 
 def sync_directory(path: Path) -> None:
-    """Makes a rename durable; some network file systems refuse to sync a directory, and offer nothing better."""
+    """Makes a rename in the directory durable. Some network file systems refuse it; there is nothing better on them."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):

@@ -9,19 +9,21 @@ import os
 from pathlib import Path
 from typing import Any
 
-# Xid errors after which a GPU cannot go on without a reset or repair (NVIDIA, Xid Errors, r570): double-bit ECC, row
+# Xid errors after which a GPU needs a reset or a repair (NVIDIA, Xid Errors, r570): double-bit ECC, row
 # remapping failures, NVLink, fallen off the bus, uncontained ECC, GSP time-out and error, unrecovered ECC.
 FATAL_XIDS = frozenset({48, 63, 64, 74, 79, 95, 119, 120, 140})
 
 
 @dataclasses.dataclass(frozen=True)
 class Gpu:
-    """One GPU. fault: why it cannot be used, or ''."""
+    """One GPU."""
 
     uuid: str
     name: str
     memory: int
+    """In bytes."""
     fault: str = ""
+    """Why it cannot be used, or ''."""
 
 
 class Gpus:
@@ -52,9 +54,9 @@ class Gpus:
                     nvml.nvmlDeviceRegisterEvents(handle, nvml.nvmlEventTypeXidCriticalError, self._events)
 
     def all(self) -> list[Gpu]:
-        """Every GPU with what is wrong with it by now."""
+        """Every GPU, with the faults that are known by now."""
         self._collect_xids()
-        return [self._look(uuid, handle) for uuid, handle in self._handles.items()]
+        return [self._examine(uuid, handle) for uuid, handle in self._handles.items()]
 
     def _collect_xids(self) -> None:
         if self._events is None:
@@ -65,7 +67,7 @@ class Gpus:
                 if event.eventData in FATAL_XIDS:
                     self._xids[_text(self._nvml.nvmlDeviceGetUUID(event.device))] = event.eventData
 
-    def _look(self, uuid: str, handle: Any) -> Gpu:
+    def _examine(self, uuid: str, handle: Any) -> Gpu:
         nvml = self._nvml
         if uuid in self._xids:
             return Gpu(uuid, "", 0, f"Xid {self._xids[uuid]}")

@@ -16,16 +16,22 @@ def compile_cache(environment: Mapping[str, str] = os.environ) -> str:
 
 
 def require_local(path: str | Path, what: str, error: type[Exception]) -> None:
-    """Raises `error` where `path` is an address, such as s3://bucket/run or file:///x: as a path it is a local folder `s3:`.
+    """Refuses an address, such as s3://bucket/run or file:///x. As a path it would be a local folder `s3:`.
 
-    Looks at the text alone, also at what is left of it once `Path` has folded its slashes (s3:/bucket/run). A colon further
-    back is a letter like any other: runs/a:b, and ./s3:/b where a folder is really called so.
+    Only the text counts, also after `Path` has reduced its slashes (s3:/bucket/run). A colon after the first slash is
+    allowed: runs/a:b, or ./s3:/b for a folder that really has that name.
 
-    what: names the setting and its value in the sentence.
+    Args:
+      path: what the user gave.
+      what: the setting and its value, for the sentence.
+      error: the class to raise.
+
+    Raises:
+      error: `path` is an address.
     """
-    if found := _ADDRESS.match(str(path)):
-        rest = str(path)[found.end() :].lstrip("/")
+    if match := _ADDRESS.match(str(path)):
+        rest = str(path)[match.end() :].lstrip("/")
         instead = (
-            f"write /{rest}" if found[1].lower() == "file" else "give a path of a local disk or a shared file system"
+            f"write /{rest}" if match[1].lower() == "file" else "give a path of a local disk or a shared file system"
         )
-        raise error(f"{what} is not a local path but an address ({found[1]}:); {instead}.")
+        raise error(f"{what} is not a local path but an address ({match[1]}:); {instead}.")

@@ -2,7 +2,7 @@
 
 `python -m` puts the current directory first: every command would run a file `optax.py` that lies in it. So `python -m
 jaxtrain` takes it out before it imports anything else. This module is imported before that: it imports only what Python
-itself has loaded at its start. (`contextlib` could already be a file of the current directory.)
+itself has loaded at its start, which `contextlib` is not.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""Text from outside, as it may go to a terminal or into a log."""
+"""Text from outside, made safe for a terminal or a log."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import logging
 import sys
 import unicodedata
 
-# Unicode's categories: controls, halves of pairs, breaks of lines and paragraphs, and what shows nothing itself.
+# Unicode's categories of characters that show nothing: control, surrogate, line and paragraph separator, format.
 _UNSHOWN = ("Cc", "Cs", "Zl", "Zp", "Cf")
-INDENT = "    "  # of the further lines of an entry in a log
-_JOINERS = "\u00ad\u200c\u200d"  # what shows nothing, but belongs to words and emoji: hyphenation, Persian, families
+INDENT = "    "  # of all lines of a log's entry but the first
+_JOINERS = "\u00ad\u200c\u200d"  # format characters that words and emoji need: soft hyphen, non-joiner, joiner
 
 
 def printable(text: object, *, lines: bool = False) -> str:
-    r"""`text` as it may go to a terminal or into a log: what would move the cursor, forge a line or turn letters round is
-    shown as an escape (\x1b, \u202e).
+    r"""`text` with escapes (\x1b, \u202e) for what would move the cursor, forge a line or reverse the direction of writing.
 
     lines: line breaks and tabs stay, as a traceback needs them; else they are escaped too.
     """
@@ -36,11 +35,11 @@ def note(text: str, program: str = "jaxtrain") -> None:
 
 
 def escape_message(record: logging.LogRecord) -> bool:
-    """A logger's filter: its messages are `printable`, wherever its handlers send them."""
+    """A filter for a logger, which makes its messages `printable` for all handlers."""
     record.msg, record.args = printable(record.getMessage()), ()
     return True
 
 
 def indented(text: str) -> str:
-    """`printable` lines of which all but the first are indented, so that none looks like the beginning of another entry."""
+    """`printable` lines, all but the first indented: none can look like the beginning of another entry of a log."""
     return printable(text, lines=True).replace("\n", f"\n{INDENT}")

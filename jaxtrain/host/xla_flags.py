@@ -1,7 +1,7 @@
-"""XLA's flags that a run sets, all of them: they count only before JAX's backend starts. Imports no JAX.
+"""All of XLA's flags that a run sets. They have an effect only before JAX's backend starts. Imports no JAX.
 
-Flags that the user has set in `XLA_FLAGS` win. What each is for, and what it was measured to gain: docs/xla_flags.md. A flag
-that jaxlib does not know ends the process at its first use of a device, so each is tried with every supported jaxlib.
+Flags that the user has set in `XLA_FLAGS` win. docs/xla_flags.md says what each is for, and what it gained when measured. A
+flag that jaxlib does not know ends the process when it first uses a device, so each is tested with every supported jaxlib.
 """
 
 import os
@@ -9,32 +9,32 @@ from collections.abc import Mapping
 
 from jaxtrain.host.gpus import visible_gpus
 
-COLLECTIVE_SECONDS = 600  # after which a collective that another process does not join is an error
+COLLECTIVE_SECONDS = 600  # after which a collective fails that another process does not join
 
-# More than one GPU: without it XLA:GPU runs a collective when its turn comes, and computes nothing meanwhile.
+# For more than one GPU: without it XLA:GPU computes nothing while a collective runs.
 SEVERAL_GPUS: Mapping[str, object] = {"xla_gpu_enable_latency_hiding_scheduler": True}
 SEVERAL_PROCESSES: Mapping[str, object] = {
     "xla_cpu_collective_timeout_seconds": COLLECTIVE_SECONDS,
     "xla_gpu_nccl_termination_timeout_seconds": COLLECTIVE_SECONDS,
     **SEVERAL_GPUS,
 }
-# XLA:CPU gives convolutions to YNNPACK, which computes many of them in one thread; Eigen, which it has too, uses every core.
-# Eigen computes no f64.
+# XLA:CPU gives convolutions to YNNPACK, which computes many of them in one thread. With this flag it gives them to Eigen,
+# which uses every core, but has no f64.
 CPU_CONVOLUTIONS: Mapping[str, object] = {"xla_cpu_experimental_ynn_fusion_type": "-individual_convolution"}
-# Autotuning picks kernels by time, so it is off too. What it costs: docs/troubleshooting.md.
+# Autotuning chooses kernels by their measured time, so it is off too. What it costs: docs/troubleshooting.md.
 DETERMINISTIC: Mapping[str, object] = {"xla_gpu_deterministic_ops": True, "xla_gpu_autotune_level": 0}
 
 
 def set_flags(flags: Mapping[str, object]) -> None:
     """Adds flags that the user has not set to `XLA_FLAGS`."""
-    found = os.environ.get("XLA_FLAGS", "").split()
-    names = {flag.lstrip("-").partition("=")[0] for flag in found}
+    present = os.environ.get("XLA_FLAGS", "").split()
+    names = {flag.lstrip("-").partition("=")[0] for flag in present}
     more = [f"--{name}={str(value).lower()}" for name, value in flags.items() if name not in names]
-    os.environ["XLA_FLAGS"] = " ".join(found + more)
+    os.environ["XLA_FLAGS"] = " ".join(present + more)
 
 
 def for_run(precision: str, *, deterministic: bool = False) -> Mapping[str, object]:
-    """The flags of a run on this host's devices: `train.precision` and `train.deterministic` choose among them."""
+    """The flags for a run with `train.precision` and `train.deterministic` on this host's devices."""
     return {
         **(SEVERAL_GPUS if visible_gpus() > 1 else {}),
         **(CPU_CONVOLUTIONS if precision != "f64" else {}),
