@@ -1,1 +1,1 @@
-"""What a run tells: metrics, logs, where its time went, what is not as it should be."""
+"""What a run reports: metrics, logs, how it spent its time, and symptoms of problems."""

@@ -1,4 +1,4 @@
-"""Decides what a run does about numbers that are not finite, and about spikes: on every process alike, from the same ones."""
+"""Decides what a run does about numbers that are not finite, and about spikes. Every process decides the same."""
 
 from __future__ import annotations
 
@@ -9,38 +9,51 @@ import statistics
 from typing import Literal
 
 _WINDOW = 100  # steps that a spike is compared with
-_LEAST = 20  # before there are so many, nothing is a spike
-_NORMAL = 1.4826  # the median absolute deviation of normal numbers, times this, is their standard deviation
+_LEAST = 20  # with fewer steps to compare with, nothing is a spike
+_NORMAL = 1.4826  # standard deviation of normally distributed numbers / their median absolute deviation
 
-# `stop` and `roll back` ask for a roll-back; where none may be made, the one stops the run and the other goes on.
+# `stop` and `roll back` ask for a roll-back. Where none is allowed, the run stops (`stop`) or goes on (`roll back`).
 Action = Literal["go on", "roll back", "stop"]
 
 
 @dataclasses.dataclass(frozen=True)
 class Anomaly:
-    """What is amiss with a step. text: '' when nothing is. first: the first step that it concerns."""
+    """What is wrong with a step, and what to do."""
 
     text: str = ""
+    """A sentence; '' where nothing is wrong."""
     action: Action = "go on"
     first: int = 0
+    """The first step that it concerns."""
 
 
 class AnomalyDetector:
-    """Looks at the loss and the gradient norm of every step, in their order.
-
-    skips: refused updates in a row that are passed over; one more asks for a roll-back. spike: robust standard deviations
-    (Iglewicz & Hoaglin 1993) above the median of the last hundred steps that make a loss or gradient norm a spike; 0: none.
-    """
+    """Observes the loss and the gradient norm of every step, in their order."""
 
     def __init__(self, skips: int, spike: float):
+        """Sets the limits.
+
+        Args:
+          skips: refused updates in a row that are skipped; one more asks for a roll-back.
+          spike: a loss or gradient norm is a spike if it is so many robust standard deviations (Iglewicz & Hoaglin 1993)
+            above the median of the last hundred steps; 0: nothing is a spike.
+        """
         self._skips, self._spike = skips, spike
-        self._refused: list[int] = []
+        self._refused: list[int] = []  # the last steps, in a row
         self._seen: dict[str, collections.deque[float]] = {
             name: collections.deque(maxlen=_WINDOW) for name in ("loss", "gradient norm")
         }
 
     def observe(self, step: int, loss: float, grad_norm: float, update_norm: float, *, skipped: bool) -> Anomaly:
-        """step: the update these numbers belong to. skipped: it was refused, and the run went on without it."""
+        """Decides about one step.
+
+        Args:
+          step: the number of the update.
+          loss: mean over the batch.
+          grad_norm: global norm of the gradients.
+          update_norm: global norm of the update.
+          skipped: the update was refused on the devices, and the run went on without it.
+        """
         if skipped:
             self._refused.append(step)
             text = f"the update of step {step} was refused: loss {loss:g}, gradient norm {grad_norm:g}"
@@ -65,7 +78,7 @@ class AnomalyDetector:
 
 
 def robust_score(value: float, seen: list[float]) -> float:
-    """How many robust standard deviations `value` is above the median of `seen`; noise of a hundredth counts for nothing."""
+    """How many robust standard deviations `value` is above the median of `seen`. One is at least 1 % of the median."""
     middle = statistics.median(seen)
-    deviation = _NORMAL * statistics.median(abs(each - middle) for each in seen)
+    deviation = _NORMAL * statistics.median(abs(number - middle) for number in seen)
     return (value - middle) / max(deviation, 0.01 * abs(middle), 1e-12)

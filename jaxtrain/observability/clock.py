@@ -1,4 +1,4 @@
-"""Where the time went: every second of the loop belongs to one category, so the categories add up to the wall time."""
+"""How a run spends its time: every second of the loop belongs to one category, and all add up to the wall time."""
 
 from __future__ import annotations
 
@@ -12,26 +12,25 @@ from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
 CATEGORIES: tuple[str, ...] = ("compile", "input", "step", "checkpoint", "evaluation", "other")
-# Work that comes now and then: not part of what a step takes, nor of the throughput of training.
+# Work between steps: part of neither a step's time nor the throughput of training.
 _BETWEEN_STEPS = ("compile", "checkpoint", "evaluation")
 
 WARMUP_STEPS = 2
-"""Steps after a start that throughput and step time leave out: caches fill and read-ahead starts."""
+"""Steps after a start that throughput and step time leave out: caches are cold and reading ahead has just begun."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Span:
-    """A stretch of a run, or the difference of two.
-
-    seconds: wall time by category (`step` is dispatching steps and waiting for their results).
-    steps, examples: all those done. steady_*: those after the warm-up, and their time without the work between steps.
-    """
+    """A stretch of a run. The difference of two spans that begin together is the stretch between their ends."""
 
     seconds: Mapping[str, float]
+    """Wall time by category; `step` is dispatching steps and waiting for their results."""
     steps: int
     examples: int
     steady_examples: int
+    """Those after the warm-up."""
     steady_seconds: float
+    """The time of the steps after the warm-up, without the work between steps."""
 
     def __sub__(self, other: Span) -> Span:
         return Span(
@@ -44,12 +43,12 @@ class Span:
 
     @property
     def wall(self) -> float:
-        """Seconds in all."""
+        """Wall time in seconds."""
         return sum(self.seconds.values())
 
     @property
     def throughput(self) -> float:
-        """Examples per second of training; the warm-up counts only when there is nothing else. 0 without steps."""
+        """Examples per second of training, without the warm-up if there are steps after it. 0 without steps."""
         if self.steady_examples:
             return self.steady_examples / self.steady_seconds if self.steady_seconds else 0.0
         training = self.wall - sum(self.seconds[name] for name in _BETWEEN_STEPS)
@@ -57,11 +56,11 @@ class Span:
 
     @property
     def data_wait(self) -> float:
-        """Seconds that a step waited for its batch, on average."""
+        """Mean time in seconds that a step waited for its batch."""
         return self.seconds["input"] / self.steps if self.steps else 0.0
 
     def share(self, category: str) -> float:
-        """The part of the wall time that `category` took, in [0, 1]."""
+        """The share of `category` in the wall time, in [0, 1]."""
         return self.seconds[category] / self.wall if self.wall else 0.0
 
     @property
@@ -71,7 +70,7 @@ class Span:
 
 
 class StepClock:
-    """Charges wall time to the category in force. Starts in `other`.
+    """Charges wall time to the current category, at first `other`.
 
         clock = StepClock()
         with clock.charge("input"):
@@ -80,8 +79,8 @@ class StepClock:
             state, metrics = step(state, batch)
         clock.step_done(examples)
 
-    Take `now()` at the start and the end of an epoch, or of the steps between two logged rows; the difference is its
-    `Span`. Blocks may be nested: the inner category counts. Other threads may ask for `now()`.
+    Take `now()` at the start and the end of an epoch; the difference is the epoch's `Span`. Blocks may be nested: the inner
+    category counts. Other threads may call `now()`.
     """
 
     def __init__(self, timer: Callable[[], float] = time.perf_counter):
@@ -107,9 +106,7 @@ class StepClock:
             self._switch(before)
 
     def step_done(self, examples: int, steps: int = 1) -> None:
-        """Marks the end of an optimizer step over `examples`, or of `steps` made at once; its time began at the end of the
-        one before.
-        """
+        """Marks the end of a step over `examples`, or of several `steps` in one call. It began at the end of the one before."""
         self._settle()
         training = self._training_seconds()
         seconds, self._step_began = training - self._step_began, training
@@ -134,7 +131,7 @@ class StepClock:
 
     @property
     def step_seconds(self) -> float | None:
-        """The median time of the last hundred steps, without the work between them; None during the warm-up."""
+        """The median time of the last hundred steps in seconds, without the work between them; None during the warm-up."""
         return statistics.median(self._recent) if self._recent else None
 
     def _training_seconds(self) -> float:
@@ -163,7 +160,7 @@ _ADVICE = {
 
 
 def explain(span: Span, what: str = "this epoch") -> str:
-    """One sentence: what bound `span`, and what would help. '' when no time passed."""
+    """A sentence on what limited `span`, and what would help; '' when no time passed. what: the name of the span."""
     if not span.wall:
         return ""
     bound = span.bound

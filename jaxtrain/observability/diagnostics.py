@@ -1,4 +1,4 @@
-"""Symptoms of docs/troubleshooting.md that a run detects by itself: a warning each, or '' when all is well."""
+"""Symptoms of docs/troubleshooting.md that a run detects by itself. Each function returns a warning, or ''."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ SLOW_DATA_SHARE = 0.2
 
 
 def slow_data(span: Span) -> str:
-    """The devices waited for data more than a fifth of the time that went into training steps.
+    """A warning where the devices waited for data in more than a fifth of the time of training steps.
 
-    Compilation, checkpoints and evaluation are left out: a first epoch that mostly compiles hides nothing.
+    Compilation, checkpoints and evaluation do not count, so a long compilation does not hide it.
     """
     waited = span.seconds["input"]
     training = waited + span.seconds["step"] + span.seconds["other"]
@@ -25,7 +25,7 @@ def slow_data(span: Span) -> str:
 
 
 def loss_scale_at_floor(scale: float, floor: float = MIN_SCALE) -> str:
-    """fp16 underflow: the dynamic loss scale fell as far as it may, so gradients overflow at any scale."""
+    """A warning where the dynamic loss scale of fp16 is at its minimum: gradients overflow at any scale."""
     if scale > floor:
         return ""
     return (

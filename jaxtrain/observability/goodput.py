@@ -1,7 +1,7 @@
-"""Goodput: how much of a run's wall time went into steps that count, over all its starts, and where the rest went.
+"""Goodput: the share of a run's wall time, over all its starts, that went into steps that count; and where the rest went.
 
-Each start of a run keeps a file in `starts/`, which process 0 replaces every other second, so that a kill loses two seconds
-of it at most. (The term, and what it leaves out, as in Google's "ML productivity goodput", 2023.)
+Each start of a run has a file in `starts/`, which process 0 replaces every two seconds, so a kill loses at most two seconds.
+(The term, and what it leaves out, are those of Google's "ML productivity goodput", 2023.)
 """
 
 from __future__ import annotations
@@ -23,31 +23,32 @@ from jaxtrain.host.processes import start_time
 from jaxtrain.observability.clock import StepClock
 
 _WRITE_SECONDS = 2.0
-_accounts = itertools.count()
+_files = itertools.count()  # that this process has made
 
 
 @dataclasses.dataclass(frozen=True)
 class StartTimes:
-    """One start of a run. began: when its process did, in seconds since 1970. first_step: where it went on from.
-
-    step: the furthest it came. lost_steps: those that it rolled back itself. seconds: wall time so far by category: those
-    of the `StepClock`, and `start` for what came before (imports, and meeting the other processes).
-    """
+    """One start of a run."""
 
     began: float
+    """When its process did, in seconds since 1970."""
     first_step: int
+    """The step that it went on from."""
     step: int
+    """The last step that it did."""
     lost_steps: int
+    """The steps that it rolled back itself."""
     seconds: Mapping[str, float]
+    """Wall time by category: those of the `StepClock`, and `start` for the time before (imports, rendezvous)."""
 
     @property
     def wall(self) -> float:
-        """Seconds from its beginning to its last word."""
+        """Seconds from its beginning to the last update of its file."""
         return sum(self.seconds.values())
 
 
 class NullTimes:
-    """Keeps nothing: what every process but the first holds."""
+    """Writes nothing; for every process but the first."""
 
     path: Path | None = None
 
@@ -55,25 +56,32 @@ class NullTimes:
         """The run goes on from `step`: at the start, or after a roll-back."""
 
     def summary(self) -> Goodput | None:
-        """Over all starts; None where it is not known."""
+        """The goodput over all starts; None where it is not known."""
         return None
 
     def close(self) -> None:
-        """Writes a last time."""
+        """Writes the file a last time."""
 
 
 class TimesFile(NullTimes):
-    """Keeps the file of this start, `path`, up to date until it is closed. step: the last step that was done."""
+    """Keeps the file of this start, `path`, up to date until it is closed."""
 
     path: Path
 
     def __init__(self, folder: Path, clock: StepClock, step: Callable[[], int]):
+        """Starts a thread that writes the file.
+
+        Args:
+          folder: where it is; made if need be.
+          clock: of the run's loop.
+          step: returns the last step that was done.
+        """
         with contextlib.suppress(OSError):  # as in `_write`
             folder.mkdir(exist_ok=True)
         self.path = folder / f"{1 + max((int(path.stem) for path in folder.glob('[0-9]*.json')), default=0):06d}.json"
         self._clock, self._step = clock, step
-        # A program that trains a second time has told of the time before already.
-        self._before = 0.0 if next(_accounts) else time.time() - start_time() - clock.now().wall
+        # In a program that trains a second time, the file of the first run has the time before it.
+        self._before = 0.0 if next(_files) else time.time() - start_time() - clock.now().wall
         self._began = time.time() - clock.now().wall - self._before
         self._first: int | None = None
         self._lost = 0
@@ -117,23 +125,24 @@ class TimesFile(NullTimes):
 
 @dataclasses.dataclass(frozen=True)
 class Goodput:
-    """seconds: the whole wall time by what it went into; `training` is steps that count, `done again` those lost, `down` the
-    time between two starts. starts: how many. lost_steps: steps that a later start did again.
-    """
+    """How the wall time of all starts of a run was spent."""
 
     seconds: Mapping[str, float]
+    """By category: `training` is steps that count, `done again` lost steps, `down` the time between two starts."""
     starts: int
     steps: int
+    """That count."""
     lost_steps: int
+    """That were done again."""
 
     @property
     def wall(self) -> float:
-        """Seconds from the beginning of the first start to the last word of the last."""
+        """Seconds from the beginning of the first start to the last update of the last."""
         return sum(self.seconds.values())
 
     @property
     def share(self) -> float:
-        """Of the wall time that went into steps that count, in [0, 1]."""
+        """The share of the wall time that went into steps that count, in [0, 1]."""
         return self.seconds["training"] / self.wall if self.wall else 0.0
 
     def to_json(self) -> dict[str, Any]:
@@ -143,42 +152,43 @@ class Goodput:
 
 def read_starts(folder: Path) -> list[StartTimes]:
     """The starts of a run, in their order. Raises `WorkdirError` where there is none, or a file is damaged."""
-    found = []
+    starts = []
     for path in sorted(folder.glob("[0-9]*.json")):
         try:
-            found.append(StartTimes(**json.loads(path.read_text())))
+            starts.append(StartTimes(**json.loads(path.read_text())))
         except (OSError, ValueError, TypeError) as error:
             raise WorkdirError(f"{path} cannot be read ({error}).") from None
-    if not found:
+    if not starts:
         raise WorkdirError(f"{folder} holds no start of a run.")
-    return found
+    return starts
 
 
 def goodput(starts: Sequence[StartTimes]) -> Goodput:
-    """Adds the starts up. The steps that a start lost are taken to have been as long as its others."""
+    """Adds up the starts. Lost steps count with the mean time of the steps of their start."""
     total: collections.defaultdict[str, float] = collections.defaultdict(float, {"training": 0.0, "done again": 0.0})
     counting: list[tuple[int, int, float]] = []  # (first, last, seconds a step) of the steps that count
     lost_steps = 0
     for number, start in enumerate(starts):
         while counting and counting[-1][1] > start.first_step:  # this start did the steps behind `first_step` again
-            first, last, each = counting.pop()
+            first, last, step_seconds = counting.pop()
             kept = max(start.first_step, first)
             lost_steps += last - kept
-            total["done again"] += (last - kept) * each
+            total["done again"] += (last - kept) * step_seconds
             if kept > first:
-                counting.append((first, kept, each))
+                counting.append((first, kept, step_seconds))
         for name, value in start.seconds.items():
             if name != "step":
                 total[name] += value
         steps = start.step - start.first_step
-        each = start.seconds["step"] / (steps + start.lost_steps) if steps + start.lost_steps else 0.0
+        done = steps + start.lost_steps
+        step_seconds = start.seconds["step"] / done if done else 0.0
         lost_steps += start.lost_steps
-        total["done again"] += start.lost_steps * each
+        total["done again"] += start.lost_steps * step_seconds
         if steps:
-            counting.append((start.first_step, start.step, each))
-        else:  # a step that was never finished
-            total["done again"] += start.seconds["step"] - start.lost_steps * each
+            counting.append((start.first_step, start.step, step_seconds))
+        else:  # the time went into a step that was never finished
+            total["done again"] += start.seconds["step"] - start.lost_steps * step_seconds
         if number + 1 < len(starts):
             total["down"] += max(starts[number + 1].began - start.began - start.wall, 0.0)
-    total["training"] = sum((last - first) * each for first, last, each in counting)
+    total["training"] = sum((last - first) * step_seconds for first, last, step_seconds in counting)
     return Goodput(dict(total), len(starts), sum(last - first for first, last, _ in counting), lost_steps)

@@ -1,4 +1,4 @@
-"""The logs of all processes of a run, as one: sorted by time. Reads what `observability.text_log` writes; imports no JAX."""
+"""Merges the logs of all processes of a run, sorted by time. Reads the files of `text_log`; imports no JAX."""
 
 from __future__ import annotations
 
@@ -16,12 +16,14 @@ _LINE = re.compile(r"(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z) ([A-Z]+) (.*)")
 
 @dataclasses.dataclass(frozen=True)
 class Entry:
-    """One entry of a log. time: ISO 8601, UTC. message: may have several lines, as a traceback has."""
+    """One entry of a log."""
 
     time: str
+    """ISO 8601, UTC."""
     process: int
     level: str
     message: str
+    """May have several lines, as a traceback has."""
 
 
 def merged(workdir: str | Path) -> list[Entry]:
@@ -31,13 +33,14 @@ def merged(workdir: str | Path) -> list[Entry]:
         process = int(path.stem.rpartition("_")[2])
         with reading(path):
             lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
-        own: list[Entry] = []
+        of_process: list[Entry] = []
         for line in lines:
-            if found := _LINE.fullmatch(line):
-                own.append(Entry(found[1], process, found[2], found[3]))
-            elif own:  # the next line of the same entry
-                own[-1] = dataclasses.replace(own[-1], message=f"{own[-1].message}\n{line.removeprefix(INDENT)}")
-        entries += own
+            if match := _LINE.fullmatch(line):
+                of_process.append(Entry(match[1], process, match[2], match[3]))
+            elif of_process:  # the next line of the same entry
+                message = f"{of_process[-1].message}\n{line.removeprefix(INDENT)}"
+                of_process[-1] = dataclasses.replace(of_process[-1], message=message)
+        entries += of_process
     if not entries:
         raise WorkdirError(f"{workdir} holds no logs of a run.")
     return sorted(entries, key=lambda entry: (entry.time, entry.process))

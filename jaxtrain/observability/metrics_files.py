@@ -1,7 +1,7 @@
 """`metrics.csv` (one row an epoch and phase) and `metrics.jsonl` (one object a logged step), safe to resume.
 
-Both survive a kill at any byte: lines are appended, a torn last line is dropped when the file is opened again, and
-every rewrite replaces the file at once. Opening at step S forgets what was recorded after S: the run does it again.
+Both survive a kill at any byte. Lines are appended, an incomplete last line is dropped when the file is opened again, and a
+rewrite replaces the whole file atomically. Opening at step S drops what was recorded after S: the run does it again.
 """
 
 from __future__ import annotations
@@ -28,13 +28,17 @@ HEADER = "epoch,phase,loss,accuracy,throughput"
 
 @dataclasses.dataclass(frozen=True)
 class EpochRow:
-    """One row of `metrics.csv`: epoch from 0; mean loss; accuracy in [0, 1]; throughput in examples per second."""
+    """One row of `metrics.csv`."""
 
     epoch: int
+    """From 0."""
     phase: str
     loss: float
+    """Mean over the examples."""
     accuracy: float
+    """In [0, 1]."""
     throughput: float
+    """Examples per second."""
 
     def __post_init__(self) -> None:
         if self.phase not in PHASES:
@@ -50,7 +54,7 @@ class EpochRow:
 
     @classmethod
     def parse(cls, line: str) -> EpochRow | None:
-        """The row that `line` holds, None when it is torn or not one."""
+        """The row in `line`, None when it is incomplete or no row."""
         cells = line.split(",")
         try:
             epoch, phase, *numbers = cells
@@ -66,21 +70,21 @@ def _decimals(value: float) -> str:
 
 
 class MetricsCsv:
-    """`metrics.csv`: one row an (epoch, phase), sorted, and one test row at most (the run's last).
+    """`metrics.csv`: one row for each epoch and phase, sorted, and at most one test row (the run's last).
 
-    Appending a row that is there replaces it (two validations in one epoch: the later counts), so a step done twice
-    leaves the bytes of one done once.
+    A second row of the same epoch and phase replaces the first (of two validations in an epoch the later counts). So a step
+    that is done twice leaves the same bytes as one that is done once.
     """
 
     def __init__(self, path: Path):
-        """Reads what is there, or writes the header. Raises `WorkdirError` for somebody else's file."""
+        """Reads the file, or writes a new one. Raises `WorkdirError` for a file with another header."""
         self._path = path
         self._rows: dict[tuple[int, int], EpochRow] = {}
         with reading(path):
             text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
-        # A torn row can look whole (834.5 cut to 8), so only the newline says that a line was finished.
-        *lines, torn = text.split("\n")
-        ours = lines[0] == HEADER if lines else HEADER.startswith(torn)
+        # An incomplete row can look complete (834.5 cut to 8), so only the newline shows that a line is complete.
+        *lines, incomplete = text.split("\n")
+        ours = lines[0] == HEADER if lines else HEADER.startswith(incomplete)
         if not ours:
             raise WorkdirError(f"{path} does not begin with {HEADER!r}; move it away, or choose another --workdir.")
         for number, line in enumerate(lines[1:], 2):
@@ -130,14 +134,14 @@ class MetricsCsv:
 class MetricsJsonl:
     """`metrics.jsonl`: one JSON object a line, with at least `step`, `epoch` and `phase`; floats in full precision.
 
-    JSON has no NaN or infinity: they are written as null. Each line reaches the operating system when it is appended,
-    so a killed process loses none; `flush` makes them survive a power cut.
+    JSON has no NaN or infinity: they are written as null. The operating system gets each line when it is appended, so a
+    killed process loses none. After `flush` they survive a power cut.
     """
 
     def __init__(self, path: Path, step: int):
-        """Opens for a run that goes on from `step` (0: from the start), dropping the rows of later steps.
+        """Opens the file of a run that goes on from `step` (0: a new run), and drops the rows of later steps.
 
-        `evaluations` then holds the validation and test rows that were kept.
+        `evaluations` is then the list of the validation and test rows that were kept.
         """
         self._path = path
         kept = [row for row in _read_rows(path) if row["step"] <= step]
@@ -151,7 +155,7 @@ class MetricsJsonl:
             return open(self._path, "a", encoding="utf-8", newline="\n", buffering=1, opener=no_link)
 
     def append(self, row: Mapping[str, Any]) -> None:
-        """Adds one object. A row of the resumed step that is there already (an evaluation done again) is replaced."""
+        """Adds one object. It replaces a row of the resumed step (an evaluation that is done again)."""
         key = (row["step"], row["phase"])
         if key in self._again:
             self._again.remove(key)
@@ -175,7 +179,7 @@ class MetricsJsonl:
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
-    """The objects of the file; a damaged line is dropped, in silence when it is the last (a kill tore it)."""
+    """The objects of the file. A damaged line is dropped, with a warning unless it is the last (which a kill cut)."""
     with reading(path):
         lines = path.read_bytes().split(b"\n") if path.exists() else []
     rows = []
@@ -196,7 +200,7 @@ def _line(row: Mapping[str, Any]) -> str:
 
 
 def json_value(value: Any) -> Any:
-    """`value` as JSON can hold it: arrays of one element become numbers, NaN and infinity become None."""
+    """`value` in JSON's types: arrays of one element become numbers, NaN and infinity become None."""
     if isinstance(value, Mapping):
         return {str(k): json_value(v) for k, v in value.items()}
     if isinstance(value, (list, tuple)):

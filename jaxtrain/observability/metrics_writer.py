@@ -1,4 +1,4 @@
-"""What a run leaves for programs: `metrics.csv`, `metrics.jsonl`, TensorBoard scalars and `result.json`."""
+"""Writes what programs read of a run: `metrics.csv`, `metrics.jsonl`, TensorBoard scalars and `result.json`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _NOTHING: Mapping[str, Any] = MappingProxyType({})
 
 
 class NullMetricsWriter:
-    """Records nothing: what every process but the first holds, so that the loop need not ask."""
+    """Writes nothing; for every process but the first, so that the loop is the same on all."""
 
     def train_step(self, row: Mapping[str, Any]) -> None:
         """One logged step: `step`, `epoch` (from 0) and the numbers of the step, as Python or NumPy scalars."""
@@ -45,13 +45,13 @@ class NullMetricsWriter:
         """
 
     def bad_batch(self, values: Mapping[str, Any]) -> None:
-        """A batch whose numbers were amiss: `step`, `text`, `examples` (their indices in the training set)."""
+        """A batch with a non-finite number or a spike: `step`, `text`, `examples` (their indices in the training set)."""
 
     def result(self, values: Mapping[str, Any]) -> None:
         """Writes `result.json`: the run is complete."""
 
     def flush(self) -> None:
-        """Makes every row so far survive a power cut, before the checkpoint that must not outlive them."""
+        """Syncs every row so far. Call it before a checkpoint is written, which must not be newer than the rows on the disk."""
 
     def close(self) -> None:
         """Syncs and closes every file; may be called twice."""
@@ -64,20 +64,25 @@ class NullMetricsWriter:
 
 
 class MetricsWriter(NullMetricsWriter):
-    """Process 0's records. Opening forgets what was recorded after the resumed step, so no row is there twice."""
+    """Process 0's writer. Opening drops what was recorded after the resumed step, so that no row is there twice."""
 
     def __init__(self, workdir: Workdir, step: int = 0, epochs_done: int = 0, since: int = 0):
-        """Opens the files for a run that goes on from `step`, at which `epochs_done` whole epochs were trained.
+        """Opens the files.
 
-        since: the step after which it has had its present data set, whose epochs the rows of the CSV are of.
-        Rows of the metrics of step `step` and before must have been recorded before its checkpoint became durable, or a
-        kill in between loses them: nothing computes them again.
+        The rows up to `step` must have been written before the checkpoint of `step`. A kill in between would lose them:
+        nothing computes them again.
+
+        Args:
+          workdir: of the run.
+          step: where it goes on from; 0 for a new run.
+          epochs_done: whole epochs that were trained by then.
+          since: the step after which the run has had its present data set; the CSV has the epochs of this data set only.
         """
         self._workdir = workdir
         self._jsonl = MetricsJsonl(workdir.metrics_jsonl, step)
         self._csv = MetricsCsv(workdir.metrics_csv)
-        # The CSV has no steps. Of the epoch that is going on, it holds the evaluations that the step-level file still
-        # has: a later one, now undone, may have replaced an earlier one.
+        # The CSV has no steps. Evaluations of the present epoch come from metrics.jsonl: in the CSV an evaluation after
+        # `step`, which is undone now, may have replaced an earlier one.
         whole = [row for row in self._csv.rows if row.epoch < epochs_done and step > since]
         evaluations = [row for row in self._jsonl.evaluations if row["step"] > since]
         self._csv.replace(whole + [_epoch_row(row) for row in evaluations])
@@ -103,7 +108,7 @@ class MetricsWriter(NullMetricsWriter):
         loss, accuracy, throughput = float(loss), float(accuracy), float(throughput)
         numbers = {"loss": loss, "accuracy": accuracy, "throughput": throughput, **extra}
         if phase == "train":
-            # Its steps are in the step-level file already; a row of means among them would look like one more step.
+            # Its steps are in metrics.jsonl already; a row of means would look like one more step.
             self._events[phase].scalars(step, {f"epoch/{k}": v for k, v in _scalars(numbers).items()})
             self._jsonl.flush()
         else:
@@ -129,7 +134,7 @@ class MetricsWriter(NullMetricsWriter):
 
 
 def _scalars(numbers: Mapping[str, Any]) -> dict[str, float]:
-    """What TensorBoard can draw of `numbers`: no text, nothing that is not finite."""
+    """The finite numbers among `numbers`, which TensorBoard can draw."""
     values = {key: json_value(value) for key, value in numbers.items()}
     return {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
 

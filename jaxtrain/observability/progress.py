@@ -1,4 +1,4 @@
-"""Live progress: a bar on a terminal, one log line per logged step anywhere else."""
+"""Live progress: a bar on a terminal; elsewhere a log line for each logged step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ log = logging.getLogger("jaxtrain")
 
 
 class NullProgress:
-    """Shows nothing: what every process but the first holds."""
+    """Shows nothing; for every process but the first."""
 
     def advance(self, step: int) -> None:
         """Moves the bar to `step`; call it at every step. Costs microseconds, and prints nothing without a terminal."""
@@ -35,19 +35,19 @@ class NullProgress:
 
         Args:
           step: optimizer steps done so far.
-          epoch: counted from 0, as in the records; shown from 1.
+          epoch: counted from 0, as in the metrics; shown from 1.
           epochs: how many there will be.
           metrics: numbers to show, such as loss and accuracy.
           images_per_sec: examples per second.
-          step_seconds: the median step time (`StepClock.step_seconds`), from which the time left is estimated; the
-            median does not jump after a slow step. None while it is not known.
+          step_seconds: the median step time (`StepClock.step_seconds`), which gives the time left; a slow step does not
+            change it much. None while it is not known.
         """
 
     def message(self, text: str) -> None:
         """Prints a line (above the bar, where there is one) and logs it."""
 
     def close(self) -> None:
-        """Leaves the terminal as it was; may be called twice."""
+        """Restores the terminal; may be called twice."""
 
     def __enter__(self) -> NullProgress:
         return self

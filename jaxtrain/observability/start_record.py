@@ -1,4 +1,4 @@
-"""`manifest.json`: on what, from which code and by which command each start of a run was made. No secrets."""
+"""`manifest.json`: the machine, the code and the command of each start of a run, without secrets."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ _HIDDEN = "[redacted]"
 
 
 def append_start(path: Path, entry: Mapping[str, Any]) -> None:
-    """Adds `entry` (see `environment`) to the manifest's list `starts`; process 0 calls it at each start.
+    """Adds `entry` (see `environment`) to the manifest's list `starts`. Process 0 calls it at each start.
 
-    A damaged manifest stops no run: it is set aside as `manifest.json.damaged`, and a new one begins.
+    A damaged manifest stops no run: it is renamed to `manifest.json.damaged`, and a new one begins.
     """
     starts: list[Any] = []
     try:
@@ -51,7 +51,7 @@ def append_start(path: Path, entry: Mapping[str, Any]) -> None:
 
 
 def environment(step: int, argv: Sequence[str] | None = None, env: Mapping[str, str] | None = None) -> dict[str, Any]:
-    """Describes this process and all devices. Call it once devices exist: it starts JAX's backend.
+    """Describes this process and all devices. It starts JAX's backend, if that has not started.
 
     Args:
       step: the step that the run goes on from; 0 for a new run.
@@ -86,7 +86,7 @@ def environment(step: int, argv: Sequence[str] | None = None, env: Mapping[str, 
 
 
 def redact(argv: Sequence[str]) -> list[str]:
-    """The command line with every value hidden whose name looks secret: `--api_key=x`, `--token x`, `user:x@host`."""
+    """The command line without values whose name looks secret: `--api_key=x`, `--token x`, `user:x@host`."""
     shown: list[str] = []
     hide_next = False
     for argument in argv:
@@ -103,9 +103,9 @@ def redact(argv: Sequence[str]) -> list[str]:
 
 
 def git_state(source: Path) -> dict[str, Any] | None:
-    """Commit and whether files under `source` differ from it; None when `source` is not tracked by git.
+    """The commit, and whether files under `source` differ from it; None when git does not track `source`.
 
-    An installed package may lie inside another project's checkout (`.venv`): that one's commit would say nothing.
+    An installed package may lie inside the checkout of another project (`.venv`), whose commit would mean nothing.
     """
 
     def git(*arguments: str) -> str:

@@ -1,9 +1,8 @@
 """TensorBoard event files without TensorFlow, protobuf or tensorboardX.
 
-What a run writes is a few scalars now and then: a record is a length, a protocol buffer of at most four fields, and two
-checksums. tensorboardX imports the whole of PyTorch where that is installed (half of a start's imports, measured), and
-its `SummaryWriter` starts a thread for each directory and names files by the second, so that a quick restart overwrites
-the file before.
+A run writes only scalars, and few. A record is a length, a protocol buffer of at most four fields, and two checksums.
+tensorboardX imports all of PyTorch where that is installed (half of a start's imports, measured). Its `SummaryWriter` starts
+a thread for each directory, and names files by the second, so that a quick restart overwrites the file before.
 """
 
 from __future__ import annotations
@@ -25,27 +24,32 @@ class EventFile:
     """Appends scalars to a new event file in `directory`; TensorBoard shows all files of a directory as one run."""
 
     def __init__(self, directory: Path, step: int, now: Callable[[], float] = time.time):
-        """Opens a file for a run that goes on from `step`; 0 starts from nothing.
+        """Opens a file.
 
-        The first record tells TensorBoard to drop what earlier files hold of later steps (`SessionLog.START`).
+        Its first record makes TensorBoard drop the later steps of earlier files (`SessionLog.START`).
+
+        Args:
+          directory: made if need be.
+          step: where the run goes on from; 0 for a new run.
+          now: the clock, in seconds since 1970.
         """
         self._directory = directory
         self._now = now
-        # TensorBoard reads files in the order of their names, so a new one sorts last even when the clock went back.
+        # TensorBoard reads files in the order of their names: a new one must sort last, even if the clock was set back.
         taken = (path.name.split(".")[3] for path in directory.glob("events.out.tfevents.*"))
         second = max([int(now()), *(int(t) + 1 for t in taken if t.isdigit())])
         with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
             path = directory / f"events.out.tfevents.{second:010d}.{socket.gethostname()}"
-            self._file = path.open("xb")  # nor through a link that has its name
+            self._file = path.open("xb")  # fails where a link has its name
         self._write(_bytes(3, b"brain.Event:2"))
         self._write(_integer(2, step + 1 if step else 0) + _bytes(7, _integer(1, _SESSION_START)))
         self._flush()
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds `values` at `step`."""
-        each = (_bytes(1, _bytes(1, tag.encode()) + _key(2, 5) + _float32(value)) for tag, value in values.items())
-        self._write(_integer(2, step) + _bytes(5, b"".join(each)))
+        summaries = (_bytes(1, _bytes(1, tag.encode()) + _key(2, 5) + _float32(value)) for tag, value in values.items())
+        self._write(_integer(2, step) + _bytes(5, b"".join(summaries)))
         if self._now() - self._flushed > FLUSH_SECONDS:
             self._flush()
 
@@ -77,7 +81,7 @@ _SESSION_START = 1
 
 
 def _key(field: int, kind: int) -> bytes:
-    """What stands before a field's value. kind: 0 integer, 1 eight bytes, 2 length and bytes, 5 four bytes."""
+    """A field's tag, which precedes its value. kind: 0 integer, 1 eight bytes, 2 length and bytes, 5 four bytes."""
     return bytes([field << 3 | kind])
 
 
@@ -90,12 +94,12 @@ def _bytes(field: int, value: bytes) -> bytes:
 
 
 def _varint(value: int) -> bytes:
-    """Seven bits a byte, the lowest first; the eighth says that more follow."""
-    found = bytearray()
+    """Seven bits a byte, the lowest first. The eighth bit is set if more bytes follow."""
+    encoded = bytearray()
     while value > 0x7F:
-        found.append(value & 0x7F | 0x80)
+        encoded.append(value & 0x7F | 0x80)
         value >>= 7
-    return bytes([*found, value])
+    return bytes([*encoded, value])
 
 
 def _float32(value: float) -> bytes:

@@ -1,4 +1,4 @@
-"""The log for people: one file per process, and the console.
+"""The text log: one file for each process, and the console.
 
 Everything goes through the logger `jaxtrain`, never the root logger: a program that calls `jaxtrain.train` keeps its
 own handlers and levels.
@@ -25,15 +25,21 @@ FILE_ONLY = {"file_only": True}
 class TextLog:
     """Sends the logger's lines to a file (every process) and to the console (process 0: all; others: warnings).
 
-    Closing gives the logger back as it was found. Shares its console with the progress bar, which keeps lines above it.
+    Closing restores the logger. The progress bar must use the same console, so that lines stay above it.
     """
 
     def __init__(self, path: Path, process: int = 0, console: Console | None = None):
-        """Appends to `path`, readable by its owner alone. The console is standard error unless one is given."""
+        """Opens the log.
+
+        Args:
+          path: the file, which is appended to; only its owner may read it.
+          process: the number of this process.
+          console: standard error unless one is given.
+        """
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
-        with contextlib.suppress(OSError):  # an older file that belongs to somebody else
+        with contextlib.suppress(OSError):  # an older file that belongs to another user
             os.fchmod(descriptor, 0o600)
         file = logging.StreamHandler(os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace"))
         stamped = _Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
@@ -68,7 +74,7 @@ class TextLog:
 
 
 class _Formatter(logging.Formatter):
-    """Class names, file names and other processes' texts cannot forge an entry, nor move the cursor of who reads the log."""
+    """Escapes texts, so that class names and file names can neither forge an entry nor control the reader's terminal."""
 
     def format(self, record: logging.LogRecord) -> str:
         return indented(super().format(record))
@@ -88,10 +94,10 @@ class _ConsoleHandler(logging.Handler):
         if getattr(record, "file_only", False):
             return
         try:
-            # the text as it is: no colours, no [markup], no wrapping at 80 columns of a pipe
+            # the plain text: no colours, no [markup], no line breaks at the 80 columns of a pipe
             self._console.print(self.format(record), markup=False, emoji=False, highlight=False, soft_wrap=True)
         except SystemExit:
-            # rich's answer to a broken pipe (`... | head`), after it has silenced the console: the run goes on
+            # rich raises it for a broken pipe (`... | head`), after it has silenced the console. The run goes on.
             log.info("The console is closed; the run goes on.", extra=FILE_ONLY)
         except Exception:
             self.handleError(record)
