@@ -1,1 +1,1 @@
-"""Checkpoints: writing and reading them, where a run goes on from, and who may write."""
+"""Checkpoints: how they are written and read, where a run resumes, and which run may write."""

@@ -1,7 +1,7 @@
 """Checkpoints: the state tree and the run's position, written asynchronously and atomically. The one module that knows Orbax.
 
-`checkpoints/<step>/` holds `state` (the tree of `TrainState`; every process writes and reads its own shards) and, once that
-is whole and hashed, `manifest.json` with the run's position (see `checkpoint_files`).
+`checkpoints/<step>/` holds `state`, the tree of `TrainState`; every process writes and reads its own shards. When all of it is
+written and hashed, `manifest.json` is added, with the run's position (see `manifest`).
 """
 
 from __future__ import annotations
@@ -37,17 +37,13 @@ from jaxtrain.step.train_state import TrainState
 from jaxtrain.trees import PyTree, path_of
 
 log = logging.getLogger("jaxtrain")
-FAILED_SAVES = 3  # in a row end the run
+FAILED_SAVES = 3  # so many in a row end the run
 _POLL_SECONDS = 0.02
-_ASK_SECONDS = 60.0
+_SPACE_SECONDS = 60.0  # in which every process must say how much room its disk has
 
 
 class Checkpointer:
-    """The checkpoints of one directory. Every process of the run makes the same calls; close it at the end.
-
-    keep: how many of the newest stay, beside the best and the milestones. owner: this start of the run; still_owner: raises
-    `WorkdirError` where another run has taken the directory over.
-    """
+    """The checkpoints of one directory. Every process of the run makes the same calls. Close it at the end."""
 
     def __init__(
         self,
@@ -58,19 +54,28 @@ class Checkpointer:
         owner: str = "",
         still_owner: Callable[[], None] = lambda: None,
     ):
+        """Opens the directory.
+
+        Args:
+          directory: made if need be, unless `read_only`.
+          keep: how many of the newest checkpoints stay, besides the best and the milestones.
+          read_only: for a run that only restores.
+          owner: identifies this start of the run in the manifests.
+          still_owner: raises `WorkdirError` if another run has taken over the directory.
+        """
         self.directory, self._keep, self._read_only = directory.absolute(), keep, read_only
         self._owner, self._still_owner = owner, still_owner
         self._manager = self._make_manager()
-        self._saving = 0  # the last step that was asked for
+        self._saving = 0  # the step of the last save
         self._commit: threading.Thread | None = None
         self._failure: Exception | None = None  # of the last save; set by the thread that commits it
         self._failures = 0  # in a row
 
     def _make_manager(self) -> ocp.CheckpointManager:
-        # Orbax keeps everything: what may go is decided when the next checkpoint is verified.
+        # Orbax deletes nothing: `manifest.delete_old` does, when the next checkpoint is verified.
         options = ocp.CheckpointManagerOptions(create=not self._read_only)
-        # Whole leaves from one replica: splitting them among replicas would compile a slice program for each leaf and
-        # device, 9 s in the loop at the first save of a small ResNet on 8 devices (measured).
+        # One replica writes whole leaves. To split them among replicas, Orbax compiles a slice program for each leaf and
+        # device: 9 s in the loop at the first save of a small ResNet on 8 devices (measured).
         arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
         handlers = {"state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)}
@@ -88,16 +93,24 @@ class Checkpointer:
         val_accuracy: float | None = None,
         milestone: bool = False,
     ) -> None:
-        """Starts writing; returns once the state may be donated. `epoch`: epochs completed, -1 inside one.
+        """Starts writing. Returns once the state may be donated.
 
-        A checkpoint that cannot be written is deleted and warned about, and the run goes on; the third in a row raises
-        `WorkdirError`, here, in `check` or in `wait`. Of several processes one that cannot write ends the run.
+        A checkpoint that cannot be written is deleted, with a warning, and the run goes on. The third one in a row raises
+        `WorkdirError`: here, in `check` or in `wait`. In a run of several processes the first one does.
+
+        Args:
+          step: updates done so far.
+          state: what to save.
+          position: how far the run is, with its config (`Position.to_json`).
+          epoch: epochs completed, -1 inside one.
+          val_accuracy: of a validation after this step, in [0, 1].
+          milestone: never deletes this checkpoint.
         """
         self._finish_commit()
         self._saving = step
         if _is_short_of(self.directory, _state_bytes(state)):
             self._failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            self._give_up(alone=False)
+            self._handle_failure(alone=False)
             return
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(to_every_process(_tree(state), _mesh(state))))
         config = json.dumps(position["config"], sort_keys=True)
@@ -110,7 +123,7 @@ class Checkpointer:
             self._manager.save(step, args=args, force=True)
         except (OSError, ValueError, RuntimeError) as error:
             self._failure = error
-            self._give_up()
+            self._handle_failure()
             return
         self._commit = threading.Thread(
             target=self._write_manifest, args=(step, fields), name="checkpoint", daemon=True
@@ -118,7 +131,7 @@ class Checkpointer:
         self._commit.start()
 
     def _write_manifest(self, step: int, fields: dict[str, Any]) -> None:
-        """Waits until Orbax has written everything; then process 0 makes it count, and deletes what is old."""
+        """Waits until Orbax has written everything. Then process 0 writes the manifest and deletes old checkpoints."""
         try:
             while self._manager.is_saving_in_progress():
                 time.sleep(_POLL_SECONDS)
@@ -127,11 +140,11 @@ class Checkpointer:
                 folder = self.directory / str(step)
                 manifest.write_manifest(folder, self._still_owner, **fields)
                 manifest.delete_old(self.directory, self._keep)
-        except Exception as error:  # whatever it is, it must reach the main thread
+        except Exception as error:  # any error must reach the main thread
             self._failure = error
 
     def check(self) -> None:
-        """Raises or warns if the last save has failed by now; costs nothing else. To be called after every step."""
+        """Raises or warns if the last save has failed by now. It is cheap: call it after every step."""
         if self._commit is not None and not self._commit.is_alive():
             self._finish_commit()
 
@@ -141,14 +154,14 @@ class Checkpointer:
         self._commit.join()
         self._commit = None
         if self._failure is not None:
-            self._give_up()
+            self._handle_failure()
         else:
             self._failures = 0
 
-    def _give_up(self, *, alone: bool = True) -> None:
-        """After a failed save: frees what it took, and warns; the third time in a row it raises.
+    def _handle_failure(self, *, alone: bool = True) -> None:
+        """After a failed save: deletes what it wrote, and warns; the third time in a row it raises.
 
-        alone: whether other processes may have written their part and wait for this one.
+        alone: whether this process failed alone, so that others may have written their part and wait for it.
         """
         error, self._failure = self._failure, None
         self._failures += 1
@@ -165,19 +178,19 @@ class Checkpointer:
         )
         if not alone:
             return
-        # A new manager: the old one counts the step as saved, and would refuse or skip later ones.
+        # The old manager counts the step as saved, and would refuse or skip later ones.
         with contextlib.suppress(Exception):
             self._manager.close()
         manifest.discard_unfinished(self.directory)
         self._manager = self._make_manager()
 
     def wait(self) -> None:
-        """Returns once everything is on disk, and every process knows it."""
+        """Returns once the last save is on the disk, on every process."""
         self._finish_commit()
         barrier("checkpoints are written")
 
     def close(self) -> None:
-        """Waits, and ends Orbax's threads."""
+        """Waits for the last save, and ends Orbax's threads."""
         if self._commit is not None:
             self._commit.join()
         self._manager.close()
@@ -189,16 +202,24 @@ class Checkpointer:
         return best_of(readable(self.directory, manifested_steps(self.directory)))
 
     def annotate(self, step: int, val_accuracy: float, position: dict[str, Any]) -> None:
-        """Adds what was found out about the weights of `step` after they were saved. Only process 0 writes."""
+        """Adds an accuracy that was measured after `step` was saved, and the position. Only process 0 writes."""
         if jax.process_index() == 0:
             manifest.annotate(self.directory / str(step), val_accuracy=val_accuracy, position=position)
 
     def restore(self, step: int, template: TrainState, *, allow_changes: bool = False) -> TrainState:
-        """The state of `step` with the shapes, dtypes and shardings of `template` (arrays, so that a tree can stay fresh).
+        """Reads the state of `step`.
 
-        Parameters and statistics of another model are a `CheckpointError`. A differing optimizer state, EMA or loss scale
-        is one too, unless `allow_changes`: then that tree keeps the template's values (a fresh EMA takes the restored
-        weights).
+        Args:
+          step: of a checkpoint in this directory.
+          template: has the shapes, dtypes and shardings; its arrays are the values of a tree that stays fresh.
+          allow_changes: lets the optimizer state, the EMA and the loss scale differ. A tree that differs keeps the
+            template's values; a fresh EMA takes the restored weights.
+
+        Returns:
+          The state, with the shardings of `template`.
+
+        Raises:
+          CheckpointError: the checkpoint cannot be read or has other trees.
         """
         stored = self._stored_shapes(step)
         trees, fresh = _tree(template), []
@@ -222,9 +243,9 @@ class Checkpointer:
         return dataclasses.replace(template, **restored)
 
     def restore_weights(self, step: int, template: TrainState) -> TrainState:
-        """`template` with the parameters, statistics and EMA of `step`; its other trees are not read.
+        """`template` with the parameters, statistics and EMA of `step`. Other trees are not read.
 
-        Where that step has no EMA, since the run went without one until then, the weights themselves stand in for it.
+        If the checkpoint has no EMA, since the run had none by then, the EMA is that of the weights themselves.
         """
         trees = {name: tree for name, tree in _tree(template).items() if name in ("params", "batch_stats", "ema")}
         lacks_ema = "ema" in trees and not any(path.startswith("ema/") for path in self._stored_shapes(step))
@@ -239,7 +260,7 @@ class Checkpointer:
     def _read(self, step: int, trees: dict[str, Any], mesh: Any) -> dict[str, Any]:
         def target(x: jax.Array) -> jax.ShapeDtypeStruct:
             where: Any = x.sharding
-            if not is_everywhere(x):  # a stage of other processes: read on all stages, then kept by its own
+            if not is_everywhere(x):  # on a stage of other processes: all stages read it, and that stage keeps it
                 where = jax.sharding.NamedSharding(mesh, where.spec)
             return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where)
 
@@ -248,10 +269,10 @@ class Checkpointer:
             abstract, restore_args=ocp.checkpoint_utils.construct_restore_args(abstract), partial_restore=True
         )
         try:
-            found = self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+            restored = self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"The checkpoint {self.directory / str(step)} cannot be read: {error}.") from error
-        return jax.tree.map(lambda new, old: new if is_everywhere(old) else view(new, old.sharding), found, trees)
+        return jax.tree.map(lambda new, old: new if is_everywhere(old) else view(new, old.sharding), restored, trees)
 
     def _stored_shapes(self, step: int) -> dict[str, tuple[tuple[int, ...], str]]:
         try:
@@ -262,26 +283,26 @@ class Checkpointer:
 
 
 def _mesh(state: TrainState) -> Any:
-    """The mesh of the whole run: that of what every stage has."""
+    """The mesh of the whole run, which the step number has: every stage holds it."""
     where: Any = state.step.sharding
     return where.mesh
 
 
 def check_space(directory: Path, state: TrainState) -> None:
-    """Raises `WorkdirError` where the disk has no room for a checkpoint of `state`, or its shapes; warns if not for two."""
+    """Raises `WorkdirError` where the disk has no room for a checkpoint of `state` (arrays or shapes); warns if not for two."""
     needed, free = _state_bytes(state), shutil.disk_usage(directory).free
     text = f"A checkpoint takes {needed / 2**20:.0f} MiB and {directory} has {free / 2**20:.0f} MiB free"
     if _is_short_of(directory, needed):
         raise WorkdirError(f"{text}; free some, or choose another --workdir.")
     if free < 2 * needed:
-        log.warning("%s: too little for two, and the old one goes when the new one is whole.", text)
+        log.warning("%s: too little for two, and the old one is deleted only when the new one is complete.", text)
 
 
 def _is_short_of(directory: Path, needed: int) -> bool:
-    """Whether any process finds less room than that on the directory's disk."""
+    """Whether the directory's disk has less room than `needed` bytes, as any process sees it."""
     short = shutil.disk_usage(directory).free < needed
     return "True" in coordination.allgather_str(
-        coordination.unique_key("room for a checkpoint"), str(short), _ASK_SECONDS
+        coordination.unique_key("room for a checkpoint"), str(short), _SPACE_SECONDS
     )
 
 
@@ -290,7 +311,7 @@ def _state_bytes(state: TrainState) -> int:
 
 
 def _average_of(restored: dict[str, Any], template: TrainState) -> dict[str, PyTree]:
-    """A moving average that starts here: of the restored weights. A tree without leaves is not stored."""
+    """A moving average that starts with the restored weights. A tree without leaves is not stored: the template has it."""
     return {name: jax.tree.map(_copy, restored.get(name, tree)) for name, tree in template.ema.items()}
 
 
@@ -299,7 +320,7 @@ def _copy(x: jax.Array) -> jax.Array:
 
 
 def _at_step(opt_state: PyTree, step: jax.Array) -> PyTree:
-    """A fresh optimizer's state whose learning rate is that of `step`: the schedule counts for itself."""
+    """A fresh optimizer state with the learning rate of `step`: the schedule has its own count of steps."""
 
     def counts(node: Any) -> bool:
         return isinstance(node, optax.ScaleByScheduleState)

@@ -1,4 +1,4 @@
-"""Which settings may change when a run resumes."""
+"""Decides which settings may change when a run resumes."""
 
 from __future__ import annotations
 
@@ -22,16 +22,14 @@ Kind = Literal["free", "length", "numbers"]
 
 @dataclasses.dataclass(frozen=True)
 class Change:
-    """One setting that differs from the stored one.
-
-    kind: `free` (where, how fast, how often: no number of the run moves), `length` (free where no step already run
-    would have had another learning rate), `numbers` (the run would no longer be the same run).
-    """
+    """One setting that differs from the stored one."""
 
     key: str
     stored: Any
     new: Any
     kind: Kind
+    """`free`: it changes where, how fast or how often, and no number of the run. `length`: free if every step so far would
+    have had the same learning rate. `numbers`: it changes the run's numbers."""
 
     def __str__(self) -> str:
         return f"config.{self.key}: {self.stored!r} -> {self.new!r}"
@@ -40,16 +38,16 @@ class Change:
 def changes(stored: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     """Settings that differ between two configs (nested dicts), in the order of `Config`'s fields.
 
-    A key that one side lacks has its default there: a config stored by an older version knows fewer fields.
+    A missing key has its default: a config that an older version stored has fewer fields.
     """
     defaults = flatten(to_dict(Config()))
     before, after = (defaults | flatten(values) for values in (stored, new))
-    found = []
+    differing = []
     for key in dict.fromkeys([*defaults, *before, *after]):
         pair = before.get(key), after.get(key)
         if tuples_to_lists(pair[0]) != tuples_to_lists(pair[1]):
-            found.append(Change(key, *pair, kind_of(key)))
-    return found
+            differing.append(Change(key, *pair, kind_of(key)))
+    return differing
 
 
 def kind_of(key: str) -> Kind:
@@ -59,20 +57,23 @@ def kind_of(key: str) -> Kind:
     return "length" if _LENGTH.fullmatch(key) else "numbers"
 
 
-def refused(found: Iterable[Change], *, same_rates: bool) -> list[Change]:
+def refused(changes: Iterable[Change], *, same_rates: bool) -> list[Change]:
     """The changes that a resumed run may not make without `checkpoint.allow_changes`.
 
-    same_rates: whether every step already run has the same learning rate under the new length as under the stored one.
+    same_rates: whether every step so far has the same learning rate under both lengths.
     """
-    return [c for c in found if c.kind == "numbers" or (c.kind == "length" and not same_rates)]
+    return [c for c in changes if c.kind == "numbers" or (c.kind == "length" and not same_rates)]
 
 
-def refuse_text(path: Path, found: Iterable[Change], *, foreign: bool = False) -> str:
-    """One sentence for `WorkdirError`: which keys differ, and what to do.
+def refuse_text(path: Path, refused: Iterable[Change], *, foreign: bool = False) -> str:
+    """A sentence for `WorkdirError`: which settings differ, and what to do.
 
-    path: the work directory, or the checkpoint of another run that this one should start from (`foreign`).
+    Args:
+      path: the work directory; or a checkpoint of another run.
+      refused: the changes.
+      foreign: whether `path` is a checkpoint of another run, from which this one should start.
     """
-    keys = ", ".join(map(str, found))
+    keys = ", ".join(map(str, refused))
     what, other = ("checkpoint", "keep its values") if foreign else ("work directory", "choose another with --workdir")
     return (
         f"The {what} {path} belongs to a run with another config ({keys}); {other}, "

@@ -1,8 +1,8 @@
-"""One run at a time in a work directory: a lock file that its owner renews, so that what a dead run left can be told.
+"""A lease on the work directory, so that one run at a time writes there: a lock file that its owner renews.
 
-The lock names its owner. On the same host a dead owner is seen at once; elsewhere (a job that was moved to another node) the
-lock is taken over when it was not renewed for `LEASE_SECONDS`. An owner that was merely frozen finds, before it commits a
-checkpoint, that the lock is no longer its own (fencing), and stops.
+The lock names its owner. On the same host a dead owner is noticed at once. On another host (a job was moved to another node)
+the lock is taken over when it was not renewed for `LEASE_SECONDS`. If the owner was only frozen, it finds before it commits a
+checkpoint that the lock is no longer its own (fencing), and stops.
 """
 
 from __future__ import annotations
@@ -31,14 +31,18 @@ log = logging.getLogger("jaxtrain")
 
 @dataclasses.dataclass(frozen=True)
 class Owner:
-    """Who holds the lock. born: the process's start in clock ticks since boot, since process numbers are used again."""
+    """The process that holds the lock."""
 
     token: str
+    """Identifies this start of the run."""
     host: str
     pid: int
     boot: str
+    """The kernel's identifier of the host's present boot."""
     born: str
+    """When the process started (`start_ticks`), since process numbers are reused."""
     since: str
+    """When it took the lock."""
 
     @classmethod
     def here(cls) -> Owner:
@@ -47,7 +51,7 @@ class Owner:
         return cls(os.urandom(8).hex(), socket.gethostname(), os.getpid(), _boot(), start_ticks(os.getpid()), since)
 
     def is_dead(self) -> bool:
-        """Whether it is known to be gone: a process of this host and boot that is no more."""
+        """Whether it is known to be dead: it ran on this host since its present boot, and does not run any more."""
         return self.boot == _boot() and self.host == socket.gethostname() and start_ticks(self.pid) != self.born
 
     def __str__(self) -> str:
@@ -71,11 +75,11 @@ class Lease:
 
     @property
     def token(self) -> str:
-        """Tells this start of the run from all others."""
+        """Identifies this start of the run."""
         return self._owner.token
 
     def check(self) -> None:
-        """Raises `WorkdirError` where another run has taken the directory over."""
+        """Raises `WorkdirError` if another run has taken over the directory."""
         owner = _read(self._path)
         if owner is None or owner.token != self.token:
             raise WorkdirError(
@@ -84,7 +88,7 @@ class Lease:
             )
 
     def release(self) -> None:
-        """Gives the directory back, if it is still this run's."""
+        """Removes the lock, if this run still holds it."""
         self._released.set()
         with contextlib.suppress(OSError, WorkdirError):
             self.check()
@@ -103,14 +107,20 @@ class NoLease:
     token = ""
 
     def check(self) -> None:
-        """Nothing to see."""
+        """Does nothing."""
 
 
 def wait_to_see(workdir: Path, token: str, process: int, patience: float = 70.0) -> None:
-    """For the other processes: returns once they see the lock that process 0 holds there, by its token.
+    """For processes other than 0: returns once they see the lock that process 0 holds.
 
-    patience: seconds; a network file system may show a new file a minute late. Raises `WorkdirError` where each host has a
-    directory of its own.
+    Args:
+      workdir: the work directory, as this process knows it.
+      token: of process 0's lease.
+      process: the number of this process.
+      patience: seconds to wait; a network file system may show a new file a minute late.
+
+    Raises:
+      WorkdirError: the lock does not appear: each host has its own directory.
     """
     deadline = time.monotonic() + patience
     while (owner := _read(workdir / LOCK_FILE)) is None or owner.token != token:
@@ -124,7 +134,7 @@ def wait_to_see(workdir: Path, token: str, process: int, patience: float = 70.0)
 
 @contextlib.contextmanager
 def held(workdir: Path) -> Iterator[Lease]:
-    """Holds the lock inside the block. Raises `WorkdirError` when a living run has it."""
+    """Holds the lock inside the block. Raises `WorkdirError` if a running process has it."""
     lease = acquire(workdir)
     try:
         yield lease
@@ -133,32 +143,32 @@ def held(workdir: Path) -> Iterator[Lease]:
 
 
 def acquire(workdir: Path) -> Lease:
-    """Takes the lock of `workdir`, waiting up to `LEASE_SECONDS` to see whether its owner still renews it."""
+    """Takes the lock of `workdir`. It waits up to `LEASE_SECONDS` to see whether an owner still renews it."""
     path, owner = workdir / LOCK_FILE, Owner.here()
-    seen, since = _age(path), time.monotonic()
+    seen, since = _renewed(path), time.monotonic()
     while not _create(path, owner):
-        found = _read(path)
-        if found is not None and found.is_dead():
-            _take_over(path, found)
+        holder = _read(path)
+        if holder is not None and holder.is_dead():
+            _take_over(path, holder)
             continue
-        age = _age(path)
-        if age != seen:  # it was renewed while we looked
+        renewed = _renewed(path)
+        if renewed != seen:  # it was renewed meanwhile
             raise WorkdirError(
-                f"The work directory {workdir} is in use by another run ({found}); wait for its end, or choose another "
+                f"The work directory {workdir} is in use by another run ({holder}); wait for its end, or choose another "
                 "with --workdir."
             )
         if time.monotonic() - since > LEASE_SECONDS:
-            _take_over(path, found)
+            _take_over(path, holder)
         elif time.monotonic() - since < 2 * _LOOK_SECONDS:
             log.info(
-                "the work directory is locked by %s; waiting up to %.0f s to see if it lives", found, LEASE_SECONDS
+                "the work directory is locked by %s; waiting up to %.0f s to see if it lives", holder, LEASE_SECONDS
             )
         time.sleep(_LOOK_SECONDS)
     return Lease(path, owner)
 
 
 def _create(path: Path, owner: Owner) -> bool:
-    """Writes the lock file if there is none: whole or not at all, by a link that fails where the name is taken."""
+    """Writes the lock file if there is none. It appears as a whole, by a hard link, which fails where the name exists."""
     part = path.with_name(f".{path.name}.{owner.token}")
     with writing(path):
         try:
@@ -172,17 +182,17 @@ def _create(path: Path, owner: Owner) -> bool:
     return True
 
 
-def _take_over(path: Path, found: Owner | None) -> None:
-    """Removes a lock that nobody renews; of several that try, one succeeds."""
+def _take_over(path: Path, holder: Owner | None) -> None:
+    """Removes the lock of `holder`, which nobody renews. Of several processes that try, one succeeds."""
     stale = path.with_name(f".{path.name}.stale.{os.urandom(4).hex()}")
     with contextlib.suppress(FileNotFoundError):
         path.rename(stale)
         now = _read(stale)
-        if found is not None and now is not None and now.token != found.token:  # another one was quicker: give it back
+        if holder is not None and now is not None and now.token != holder.token:  # another run has it now: restore it
             with contextlib.suppress(FileExistsError):
                 os.link(stale, path)
         else:
-            log.warning("the lock of a run that is no more was taken over (%s)", found or "unreadable")
+            log.warning("the lock of a run that is no more was taken over (%s)", holder or "unreadable")
         stale.unlink(missing_ok=True)
 
 
@@ -193,8 +203,8 @@ def _read(path: Path) -> Owner | None:
         return None
 
 
-def _age(path: Path) -> int:
-    """When the lock was renewed, by the clock of its file system; 0 without one."""
+def _renewed(path: Path) -> int:
+    """When the lock was renewed, in nanoseconds of its file system's clock; 0 without a lock."""
     try:
         return path.stat().st_mtime_ns
     except OSError:

@@ -1,8 +1,8 @@
-"""A checkpoint's files: the manifest that makes it count, verification, quarantine, retention. Knows no Orbax and no JAX.
+"""A checkpoint's files: manifest, verification, quarantine and retention. Imports neither Orbax nor JAX.
 
-Orbax finds a cut or missing file when it reads it, and a flipped bit in the arrays never (120 of 120 restored wrong values).
-So each checkpoint has a `manifest.json` with the size and SHA-256 of every file, written last: a folder without one is no
-checkpoint.
+Orbax notices a cut or missing file when it reads it, but not a flipped bit in the arrays (120 of 120 restores gave wrong
+values). So each checkpoint has a `manifest.json` with the size and SHA-256 of every file. It is written last: a folder
+without it is no checkpoint.
 """
 
 from __future__ import annotations
@@ -29,35 +29,41 @@ _HASHING_THREADS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """What is known of a checkpoint without reading its arrays.
-
-    files: size in bytes and SHA-256 of each, by path within the checkpoint. position: how far the run was, with its config.
-    config_sha256: of that config. versions: of packages. epoch: epochs completed, -1 inside one. val_accuracy: None before
-    validation. milestone: kept for ever. owner: which start of the run wrote it.
-    """
+    """What is known of a checkpoint without reading its arrays."""
 
     step: int
     schema: int
+    """The version of this class's fields."""
     position: Mapping[str, Any]
+    """How far the run was, with its config (`Position.to_json`)."""
     files: Mapping[str, tuple[int, str]]
+    """Size in bytes and SHA-256 of each file, by its path within the checkpoint."""
     versions: Mapping[str, str]
+    """Of packages."""
     config_sha256: str
     epoch: int
+    """Epochs completed, -1 inside one."""
     val_accuracy: float | None
+    """In [0, 1]; None before validation."""
     milestone: bool
+    """It is never deleted."""
     owner: str
+    """The start of the run that wrote it (`Lease.token`)."""
     time: str
 
     @property
     def bytes(self) -> int:
-        """Of all files."""
+        """The size of all files."""
         return sum(size for size, _ in self.files.values())
 
 
 def write_manifest(folder: Path, before_commit: Callable[[], None] = lambda: None, **fields: Any) -> Manifest:
-    """Hashes every file of a checkpoint, makes all durable, and writes its manifest last. fields: those of `Manifest`.
+    """Hashes and syncs every file of a checkpoint, and then writes its manifest.
 
-    before_commit: raises where this run may not write here any more.
+    Args:
+      folder: the checkpoint.
+      before_commit: called just before the manifest is written; raises if this run may not write here any more.
+      fields: the other fields of `Manifest`.
     """
     names = sorted(_files(folder))
 
@@ -79,7 +85,7 @@ def write_manifest(folder: Path, before_commit: Callable[[], None] = lambda: Non
 
 
 def annotate(folder: Path, **fields: Any) -> None:
-    """Changes what a manifest says beside the files: an accuracy that was found later."""
+    """Changes fields of a manifest, such as an accuracy that was measured later. Not the files."""
     _store(folder, dataclasses.replace(read_manifest(folder), **fields))
 
 
@@ -88,13 +94,16 @@ def _store(folder: Path, manifest: Manifest) -> None:
 
 
 def _text(values: Mapping[str, Any]) -> str:
-    """A manifest's file: its values and their own SHA-256. There is one text for the same values."""
-    plain = json.dumps(values, sort_keys=True)
-    return json.dumps({**values, "sha256": hashlib.sha256(plain.encode()).hexdigest()}, indent=1, sort_keys=True) + "\n"
+    """The text of a manifest's file: its values and their SHA-256. The same values give the same text."""
+    sorted_json = json.dumps(values, sort_keys=True)
+    return (
+        json.dumps({**values, "sha256": hashlib.sha256(sorted_json.encode()).hexdigest()}, indent=1, sort_keys=True)
+        + "\n"
+    )
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Raises `CheckpointError` when it cannot be read, is damaged, or a newer jaxtrain wrote it."""
+    """The manifest of a checkpoint. Raises `CheckpointError` if it cannot be read, is damaged, or has a newer schema."""
     path = folder / MANIFEST
     try:
         text = path.read_text(encoding="utf-8")
@@ -114,33 +123,33 @@ def read_manifest(folder: Path) -> Manifest:
 
 
 def manifested_steps(directory: Path) -> list[int]:
-    """The steps that count, rising. Reads names only."""
+    """The steps of complete checkpoints, in rising order. Looks at file names only."""
     if not directory.is_dir():
         return []
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and (path / MANIFEST).is_file())
 
 
 def problems(folder: Path, share: tuple[int, int] = (0, 1)) -> list[str]:
-    """What differs from the manifest: a sentence for each damaged, missing or foreign file.
+    """A sentence for each file that is damaged, missing or not in the manifest.
 
-    share: (i, n) looks at the i-th of n parts of the files' contents only, so that n processes share the reading.
+    share: (i, n) reads only the i-th of n parts of the files, so that n processes can divide the reading.
     """
     try:
         manifest = read_manifest(folder)
     except CheckpointError as error:
         return [str(error)]
-    found = [f"{name} does not belong to it" for name in sorted(set(_files(folder)) - set(manifest.files))]
+    sentences = [f"{name} does not belong to it" for name in sorted(set(_files(folder)) - set(manifest.files))]
     names = sorted(manifest.files)[share[0] :: share[1]]
     with concurrent.futures.ThreadPoolExecutor(_HASHING_THREADS) as pool:
-        found += filter(None, pool.map(lambda name: _problem(folder / name, name, *manifest.files[name]), names))
-    return found
+        sentences += filter(None, pool.map(lambda name: _problem(folder / name, name, *manifest.files[name]), names))
+    return sentences
 
 
 def _problem(path: Path, name: str, size: int, digest: str) -> str:
     try:
-        found = path.stat().st_size
-        if found != size:
-            return f"{name} has {found:,} bytes and must have {size:,}"
+        present = path.stat().st_size
+        if present != size:
+            return f"{name} has {present:,} bytes and must have {size:,}"
         with open(path, "rb") as file:
             if hashlib.file_digest(file, "sha256").hexdigest() != digest:
                 return f"{name} has changed (SHA-256 differs)"
@@ -156,65 +165,65 @@ def _files(folder: Path) -> list[str]:
     return [name for path in paths if (name := str(path.relative_to(folder))) not in (MANIFEST, f".{MANIFEST}.part")]
 
 
-def quarantine(folder: Path, found: Sequence[str]) -> Path:
-    """Moves a damaged checkpoint to `corrupt/` beside the checkpoints, with what was found; returns where it is now."""
+def quarantine(folder: Path, sentences: Sequence[str]) -> Path:
+    """Moves a damaged checkpoint to `corrupt/`, with `problems.txt` (`sentences`). Returns its new folder."""
     corrupt = folder.parent.parent / "corrupt"
     corrupt.mkdir(exist_ok=True)
     target = corrupt / f"{folder.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.urandom(2).hex()}"
     folder.rename(target)
-    atomic_write(target / "problems.txt", "\n".join(found) + "\n")
+    atomic_write(target / "problems.txt", "\n".join(sentences) + "\n")
     return target
 
 
 def best_of(manifests: Sequence[Manifest]) -> int | None:
-    """The step with the highest validation accuracy, the earliest of equals; `None` if none was evaluated.
+    """The step with the highest validation accuracy, the earliest of equal ones; None if none was evaluated.
 
-    Accuracies on other validation examples than the newest ones are no rivals of theirs.
+    Only accuracies on the newest validation examples are compared.
     """
     bests = _bests(manifests)
     return bests[-1] if bests else None
 
 
 def _bests(manifests: Sequence[Manifest]) -> list[int]:
-    """The best step on each set of validation examples that a run has had, the present one last."""
+    """The best step on each set of validation examples that a run has had; the present set comes last."""
     groups: dict[str, list[Manifest]] = {}
     for manifest in sorted(manifests, key=lambda m: m.step):
         if manifest.val_accuracy is not None:
             where = _validation(manifest.position) or next(reversed(groups), "")
-            earlier = groups.pop(where, groups.pop("", []))  # what is not known counts as the same
+            earlier = groups.pop(where, groups.pop("", []))  # unknown examples count as the same
             groups[where] = [*earlier, manifest]
     return [-max((m.val_accuracy or 0.0, -m.step) for m in group)[1] for group in groups.values()]
 
 
 def _validation(position: Mapping[str, Any]) -> str:
-    """What identifies the validation examples, "" where an older version stored it without."""
+    """The fingerprint of the validation examples; '' if an older version did not store it."""
     data = position.get("dataset", {})
-    own = data.get("splits", {}).get("validation", {}).get("fingerprint", "")
-    return own or data.get("fingerprint", "")
+    of_split = data.get("splits", {}).get("validation", {}).get("fingerprint", "")
+    return of_split or data.get("fingerprint", "")
 
 
 def delete_old(directory: Path, latest: int) -> list[int]:
-    """Deletes all but the `latest` newest, the best, and every milestone; returns the steps that are gone.
+    """Deletes all but the `latest` newest checkpoints, the best, and every milestone. Returns the deleted steps.
 
-    To be called when a newer checkpoint has just been verified. A kill in between leaves a folder without manifest.
+    Call it when a newer checkpoint has just been verified. A kill during a deletion leaves a folder without manifest.
     """
     steps = manifested_steps(directory)
     readable = []
     for step in steps:
-        with contextlib.suppress(CheckpointError):  # what cannot be read is left for `resume` to judge
+        with contextlib.suppress(CheckpointError):  # an unreadable one stays: `resume` decides
             readable.append(read_manifest(directory / str(step)))
     kept = {*steps[-latest:], *_bests(readable), *(m.step for m in readable if m.milestone)}
-    gone = [m.step for m in readable if m.step not in kept]
-    for step in gone:
+    deleted = [m.step for m in readable if m.step not in kept]
+    for step in deleted:
         (directory / str(step) / MANIFEST).unlink()
         shutil.rmtree(directory / str(step), ignore_errors=True)
-    return gone
+    return deleted
 
 
 def discard_unfinished(directory: Path) -> None:
-    """Deletes what a killed run left of a write or a deletion: Orbax would refuse to write that step again.
+    """Deletes incomplete checkpoints, which a kill leaves: Orbax would refuse to write their steps again.
 
-    Only process 0 may call it, while nobody writes there.
+    Only process 0 may call it, while no process writes there.
     """
     committed = manifested_steps(directory)
     for path in directory.iterdir() if directory.is_dir() else ():

@@ -1,4 +1,4 @@
-"""Whether a run may go on from where it starts, and what has to make room for it."""
+"""Decides whether a run may resume from a checkpoint, and moves away the files that it would overwrite."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ log = logging.getLogger("jaxtrain")
 
 
 def refuse_changes(directory: Workdir, resume: ResumePoint, config: Config) -> None:
-    """Raises `WorkdirError` where `config` differs from the stored one in what changes the numbers of the run.
+    """Raises `WorkdirError` if `config` differs from the stored one in settings that change the run's numbers.
 
-    The run's length is not looked at here: `refuse_length` needs the data set.
+    The run's length is checked by `refuse_length`, which needs the data set.
     """
     if resume.stored is None or config.checkpoint.allow_changes:
         return
-    found = config_changes.changes(to_dict(resume.stored), to_dict(config))
-    refused = config_changes.refused(found, same_rates=True)
+    changes = config_changes.changes(to_dict(resume.stored), to_dict(config))
+    refused = config_changes.refused(changes, same_rates=True)
     if refused:
         raise _refusal(directory, resume, refused)
 
 
 def refuse_length(directory: Workdir, resume: ResumePoint, config: Config, train_examples: int) -> None:
-    """Raises `WorkdirError` where another length of the run would have given a step already run another learning rate."""
+    """Raises `WorkdirError` if the run has another length, with which an earlier step would have had another learning rate."""
     if resume.stored is None or config.checkpoint.allow_changes:
         return
-    found = [c for c in config_changes.changes(to_dict(resume.stored), to_dict(config)) if c.kind == "length"]
-    if not found:
+    changes = [c for c in config_changes.changes(to_dict(resume.stored), to_dict(config)) if c.kind == "length"]
+    if not changes:
         return
     position = resume.position
     steps = np.arange(position.step)
@@ -51,13 +51,13 @@ def refuse_length(directory: Workdir, resume: ResumePoint, config: Config, train
         np.asarray(make_schedule(c, train_examples, position.step, position.examples)(steps))
         for c in (resume.stored, config)
     )
-    refused = config_changes.refused(found, same_rates=np.array_equal(old, new))
+    refused = config_changes.refused(changes, same_rates=np.array_equal(old, new))
     if refused:
         raise _refusal(directory, resume, refused)
 
 
 def refuse_other_data(directory: Workdir, resume: ResumePoint, config: Config, dataset: Dataset) -> None:
-    """Raises `DataError` where the data set holds something else than when the checkpoint was made."""
+    """Raises `DataError` if the data set has changed since the checkpoint was made."""
     stored, run = resume.position.dataset, resume.start.directory.parent if resume.start else directory.path
     if not stored:
         return
@@ -71,12 +71,21 @@ def refuse_other_data(directory: Workdir, resume: ResumePoint, config: Config, d
 
 
 def go_on_with(dataset: Dataset, resume: ResumePoint, num_classes: int) -> tuple[Dataset, ResumePoint]:
-    """The data set with its classes numbered as the run knows them, and where it goes on on it.
+    """Adapts the data set to the run, and the run's position to the data set.
 
-    On other training examples than before, the epoch's sums and the rows of epochs begin anew: a mean over two data sets
-    would be of neither. On other validation examples the best accuracy does.
+    If the training examples have changed, the epoch's sums and the rows of epochs start again: a mean over two data sets
+    would be of neither. If the validation examples have changed, the best accuracy does.
 
-    num_classes: `model.num_classes`. Raises `DataError` where the run has too few outputs for the classes.
+    Args:
+      dataset: as it is loaded now.
+      resume: where the run resumes.
+      num_classes: `model.num_classes`; 0 has one output for each class.
+
+    Returns:
+      The data set, its classes numbered as in the run; and the resume point with its new position.
+
+    Raises:
+      DataError: the run has fewer outputs than there are classes now.
     """
     position = resume.position
     stored = position.dataset
@@ -90,8 +99,8 @@ def go_on_with(dataset: Dataset, resume: ResumePoint, num_classes: int) -> tuple
                 f"The data set {dataset.name} has {dataset.num_classes} classes and the run {outputs} outputs, one for each "
                 "class that there was; leave out the new ones, or start a fresh run with another --workdir."
             )
-    if found := differences(stored, dataset):
-        log.warning("data %s: since step %d %s", dataset.name, position.step, "; ".join(found))
+    if changed := differences(stored, dataset):
+        log.warning("data %s: since step %d %s", dataset.name, position.step, "; ".join(changed))
     if stored and not same_split(stored, dataset, "train"):
         log.warning("the rows of metrics.csv begin anew: its epochs are of other training examples")
         position = dataclasses.replace(
@@ -103,7 +112,7 @@ def go_on_with(dataset: Dataset, resume: ResumePoint, num_classes: int) -> tuple
 
 
 def _refusal(directory: Workdir, resume: ResumePoint, refused: list[config_changes.Change]) -> WorkdirError:
-    if resume.start is None or _is_own(directory, resume.start):
+    if resume.start is None or _is_of_this_run(directory, resume.start):
         return WorkdirError(config_changes.refuse_text(directory.path, refused))
     checkpoint = resume.start.directory / str(resume.start.step)
     return WorkdirError(config_changes.refuse_text(checkpoint, refused, foreign=True))
@@ -112,19 +121,25 @@ def _refusal(directory: Workdir, resume: ResumePoint, refused: list[config_chang
 def set_aside(
     directory: Workdir, resume: ResumePoint, config: Config, steps: int, this_start: Path | None = None
 ) -> None:
-    """Moves what a run that starts here would overwrite to `superseded/<time>/`: later checkpoints, and copies of the metrics;
-    and the result of a shorter run. steps: the length of this one. this_start: its file of times, which stays.
+    """Moves the files that this run would overwrite to `superseded/<time>/`. Only process 0 may call it.
 
-    A run with another history (fresh, with `checkpoint.resume=none`, or another directory's) moves everything; one that goes
-    on on other data leaves a copy of its metrics. Nothing is lost: move it back to undo this. Only process 0 may call it.
-    What a killed run left unfinished is deleted.
+    These are later checkpoints, with copies of the metrics, and the result of a shorter run. A run with another history (a
+    fresh one, with `checkpoint.resume=none`, or one from another directory's checkpoint) moves everything. One that goes on
+    with other data copies its metrics. Nothing is lost: the files can be moved back. Incomplete checkpoints are deleted.
+
+    Args:
+      directory: the work directory.
+      resume: where this run starts.
+      config: of this run.
+      steps: the length of this run.
+      this_start: the file with the times of this start, which stays.
     """
     discard_unfinished(directory.checkpoints)
     folder = _new_folder(directory.path / "superseded" / time.strftime("%Y%m%d-%H%M%S"))
     metrics = [path for path in (directory.metrics_csv, directory.metrics_jsonl) if path.exists()]
     step = resume.position.step
     if _is_another_history(directory, resume, config):
-        own = (
+        everything = (
             directory.config,
             directory.dataset,
             *metrics,
@@ -133,17 +148,17 @@ def set_aside(
             *(path for path in directory.starts.glob("*.json") if path != this_start),
             directory.checkpoints,
         )
-        copied, moved = [], [path for path in own if path.exists()]
+        copied, moved = [], [path for path in everything if path.exists()]
     else:
         later = [saved for saved in manifested_steps(directory.checkpoints) if saved > step]
         moved = [directory.checkpoints / str(saved) for saved in later]
         copied = metrics if moved or resume.position.data_since == step > 0 else []
-        # Who waits for the result must not see the old one while the run goes on.
+        # A script that waits for the result must not see the old one while the run goes on.
         moved += [directory.result] if step < steps and directory.result.exists() else []
     if not (copied or moved):
         return
     folder.mkdir(parents=True)
-    # Copies first: a kill in between must leave the later steps here, so that the next start comes by again.
+    # Copies first: after a kill in between, the later steps are still here, and the next start does this again.
     for path in copied:
         shutil.copy2(path, folder)
     for path in moved:
@@ -159,15 +174,15 @@ def set_aside(
 def _is_another_history(directory: Workdir, resume: ResumePoint, config: Config) -> bool:
     if resume.start is None:
         return config.checkpoint.resume == "none"
-    return not _is_own(directory, resume.start)
+    return not _is_of_this_run(directory, resume.start)
 
 
-def _is_own(directory: Workdir, start: CheckpointStep) -> bool:
+def _is_of_this_run(directory: Workdir, start: CheckpointStep) -> bool:
     return directory.checkpoints.exists() and directory.checkpoints.samefile(start.directory)
 
 
 def _new_folder(path: Path) -> Path:
-    """`path`, or the first of `path`-2, `path`-3, ... that is not there: two starts within a second."""
+    """`path`, or the first of `path`-2, `path`-3, ... that does not exist: two starts may be within a second."""
     names = itertools.chain([path], (path.with_name(f"{path.name}-{number}") for number in itertools.count(2)))
     return next(name for name in names if not name.exists())
 

@@ -1,4 +1,4 @@
-"""Where a run starts: a checkpoint of its own, another's, or nothing."""
+"""Finds where a run starts: its own last checkpoint, another checkpoint, or nothing."""
 
 from __future__ import annotations
 
@@ -21,26 +21,31 @@ from jaxtrain.workdir import Workdir
 log = logging.getLogger("jaxtrain")
 
 
-# ------------------------------------------------------------------------------------------------------- where to start
-
-
 @dataclasses.dataclass(frozen=True)
 class CheckpointStep:
-    """A checkpoint to start from: a directory of checkpoints and a step in it."""
+    """A checkpoint to start from."""
 
     directory: Path
+    """Of checkpoints."""
     step: int
 
 
 def names_path(resume: str) -> bool:
-    """Whether `checkpoint.resume` names another place than the run's own directory."""
+    """Whether `checkpoint.resume` is a path, and not a rule for the run's own directory."""
     return not re.fullmatch(r"auto|latest|best|none|\d+|epoch:\d+", resume)
 
 
 def find_checkpoint(directory: Path, resume: str, setting: str = "config.checkpoint.resume") -> CheckpointStep | None:
-    """What `checkpoint.resume` means here; `None` for a fresh run. Raises `CheckpointError` for what is not there.
+    """The checkpoint that `checkpoint.resume` names; None for a fresh run.
 
-    setting: where the user wrote `resume`, for the errors.
+    Args:
+      directory: the run's checkpoints.
+      resume: the value of the setting.
+      setting: its name, for the errors.
+
+    Raises:
+      CheckpointError: there is no such checkpoint.
+      ConfigError: `resume` is neither a rule nor the path of a checkpoint.
     """
     if resume == "none":
         return None
@@ -70,21 +75,22 @@ def _named_step(directory: Path, steps: list[int], resume: str, setting: str) ->
             raise CheckpointError(f"{setting}=best: no checkpoint in {directory} was evaluated.")
         return best
     epoch = int(resume.removeprefix("epoch:"))
-    found = [m.step for m in manifests if m.epoch == epoch]
-    if not found:
+    after = [m.step for m in manifests if m.epoch == epoch]
+    if not after:
         there = ", ".join(str(m.epoch) for m in manifests if m.epoch >= 0) or "none"
         raise CheckpointError(f"{setting}={resume}: {directory} has checkpoints after epochs {there}.")
-    return found[-1]
+    return after[-1]
 
 
 def readable(directory: Path, steps: list[int]) -> list[Manifest]:
-    found = []
+    """The manifests of `steps`; a warning for each that cannot be read."""
+    manifests = []
     for step in steps:
         try:
-            found.append(read_manifest(directory / str(step)))
+            manifests.append(read_manifest(directory / str(step)))
         except CheckpointError as error:
             log.warning("%s", error)
-    return found
+    return manifests
 
 
 def _start_at_path(path: Path, setting: str) -> CheckpointStep:
@@ -101,24 +107,28 @@ def _start_at_path(path: Path, setting: str) -> CheckpointStep:
 
 @dataclasses.dataclass(frozen=True)
 class Position:
-    """How far a run has come.
-
-    examples: consumed so far. epoch_*: sums since the epoch began. best_accuracy: so far, or -1. owes_validation: the run
-    was stopped before the validation that is due after this step. dataset: what is remembered of the data set (`data.record`);
-    of a run that is older than that its `fingerprint` alone. data_since: the step after which the run has trained on it.
-    jobs: what names the job that came so far (`place.jobs`).
-    """
+    """How far a run has come."""
 
     step: int = 0
+    """Updates done."""
     examples: int = 0
+    """Training examples used."""
     epoch_loss: float = 0.0
+    """Sum over the examples of the epoch so far."""
     epoch_correct: float = 0.0
+    """Correct answers in the epoch so far."""
     epoch_examples: int = 0
+    """Examples of the epoch so far."""
     best_accuracy: float = -1.0
+    """Of all validations, -1 before the first."""
     owes_validation: bool = False
+    """The run was stopped before the validation that is due after this step."""
     dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The record of the data set (`data.record`); an older version stored only its `fingerprint`."""
     data_since: int = 0
+    """The step after which the run has trained on this data set."""
     jobs: tuple[str, ...] = ()
+    """The jobs that brought the run this far (`cluster.job_ids`)."""
 
     def after_step(self, step: int, batch: int, loss: float, correct: float, *, skipped: bool) -> Position:
         """The position once update `step` is done, with its batch in the epoch's totals.
@@ -150,37 +160,39 @@ class Position:
         return dataclasses.replace(self, epoch_loss=0.0, epoch_correct=0.0, epoch_examples=0)
 
     def to_json(self, config: dict[str, Any]) -> dict[str, Any]:
-        """As stored in a checkpoint, with the config of the run beside it."""
+        """As a checkpoint stores it, together with the run's config."""
         return dataclasses.asdict(self) | {"config": config}
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Position:
         """The inverse of `to_json`."""
-        if values.get("data"):  # a checkpoint that is older than `dataset`
+        if values.get("data"):  # a checkpoint from before `dataset`
             values = {**values, "dataset": {"fingerprint": values["data"]}}
         return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
 
 
 @dataclasses.dataclass(frozen=True)
 class ResumePoint:
-    """What a run goes on from. start: `None` for a fresh run. stored: the config there, if any."""
+    """Where a run resumes."""
 
     start: CheckpointStep | None
+    """None for a fresh run."""
     position: Position
     stored: Config | None
+    """The config of the checkpoint, or else of the work directory; None if there is none."""
 
 
 def find_resume_point(directory: Workdir, config: Config) -> ResumePoint:
-    """Looks for what `checkpoint.resume` names, and checks its files; of several processes each checks a part.
+    """Finds the checkpoint that `checkpoint.resume` names, and checks its files. Several processes divide the reading.
 
-    A job that is started again by itself goes on from what it has saved, wherever it began (`_wanted`). A damaged checkpoint
-    of this directory is moved to `corrupt/` and the next older one is taken, where the step was not
-    chosen by number. Raises `CheckpointError` when nothing is there, or nothing whole.
+    A job that a launcher or a scheduler has restarted goes on from its own last checkpoint, wherever it began
+    (`_effective_resume`). A damaged checkpoint of this directory is moved to `corrupt/`. Then the next older one is used,
+    unless the step was chosen by number. Raises `CheckpointError` if no checkpoint is there, or all are damaged.
     """
-    wanted = _wanted(directory, config.checkpoint.resume)
+    wanted = _effective_resume(directory, config.checkpoint.resume)
     start = find_checkpoint(directory.checkpoints, wanted)
-    while start is not None and (found := _damage(start)):
-        start = _without(directory, wanted, start, found)
+    while start is not None and (damage := _damage(start)):
+        start = _next_older(directory, wanted, start, damage)
     if start is None:
         values = directory.read_config() if wanted != "none" else None
         return ResumePoint(None, Position(), _stored(values, directory.config) if values else None)
@@ -189,24 +201,24 @@ def find_resume_point(directory: Workdir, config: Config) -> ResumePoint:
     return ResumePoint(start, Position.from_json(values), _stored(values["config"], folder))
 
 
-_VERIFY_SECONDS = 1800.0
+_VERIFY_SECONDS = 1800.0  # in which every process must have read its part of the files
 
 
-def _wanted(directory: Workdir, resume: str) -> str:
-    """`checkpoint.resume`, but `auto` where that was only where this directory's own run began.
+def _effective_resume(directory: Workdir, resume: str) -> str:
+    """`checkpoint.resume`, or `auto` if this directory's own run began there and has saved something since.
 
-    That is: its newest checkpoint is of this very job, which a launcher or Slurm has started again, or of a run that began at
-    the same path. Else each restart would throw away what the one before it has done.
+    That is so if the newest checkpoint is of this same job, which a launcher or Slurm has restarted, or of a run that began at
+    the same path. Otherwise each restart would discard the work of the start before.
     """
     steps = manifested_steps(directory.checkpoints)
     if resume == "auto" or not steps:
         return resume
     try:
-        made = read_manifest(directory.checkpoints / str(steps[-1])).position
+        position = read_manifest(directory.checkpoints / str(steps[-1])).position
     except CheckpointError:
         return resume
-    same_job = not job_ids(again=True).isdisjoint(Position.from_json(made).jobs)
-    same_path = names_path(resume) and made["config"]["checkpoint"]["resume"] == resume
+    same_job = not job_ids(again=True).isdisjoint(Position.from_json(position).jobs)
+    same_path = names_path(resume) and position["config"]["checkpoint"]["resume"] == resume
     if not (same_job or same_path):
         return resume
     text = (
@@ -217,7 +229,7 @@ def _wanted(directory: Workdir, resume: str) -> str:
 
 
 def how_to_go_on(config: Config) -> str:
-    """What to do after a stop: a command that names where to begin would begin there again."""
+    """How to continue after a stop, in words. A command that names a start would begin there again."""
     resume = config.checkpoint.resume
     if resume == "auto" or names_path(resume):
         return "the same command goes on from there"
@@ -225,16 +237,16 @@ def how_to_go_on(config: Config) -> str:
 
 
 def _damage(start: CheckpointStep) -> list[str]:
-    """What is wrong with a checkpoint's files, as all processes have found together."""
-    own = problems(start.directory / str(start.step), (coordination.index(), coordination.count()))
-    said = coordination.allgather_str(coordination.unique_key("verify"), json.dumps(own), _VERIFY_SECONDS)
-    return sorted({problem for text in said for problem in json.loads(text)})
+    """What is wrong with a checkpoint's files, as found by all processes together."""
+    mine = problems(start.directory / str(start.step), (coordination.index(), coordination.count()))
+    texts = coordination.allgather_str(coordination.unique_key("verify"), json.dumps(mine), _VERIFY_SECONDS)
+    return sorted({problem for text in texts for problem in json.loads(text)})
 
 
-def _without(directory: Workdir, wanted: str, start: CheckpointStep, found: list[str]) -> CheckpointStep:
+def _next_older(directory: Workdir, wanted: str, start: CheckpointStep, damage: list[str]) -> CheckpointStep:
     """The next older checkpoint, after process 0 has moved the damaged one away."""
     folder = start.directory / str(start.step)
-    text = f"{folder} is damaged ({found[0]}" + (f", and {len(found) - 1} more" if len(found) > 1 else "") + ")"
+    text = f"{folder} is damaged ({damage[0]}" + (f", and {len(damage) - 1} more" if len(damage) > 1 else "") + ")"
     others = [step for step in manifested_steps(directory.checkpoints) if step != start.step]
     by_rule = wanted in ("auto", "latest", "best")
     if not by_rule or not others:
@@ -242,7 +254,7 @@ def _without(directory: Workdir, wanted: str, start: CheckpointStep, found: list
         raise CheckpointError(f"{text}; {advice}, or start again with --config.checkpoint.resume=none.")
 
     def move() -> None:
-        log.error("%s; it was moved to %s, and an older one is used.", text, quarantine(folder, found))
+        log.error("%s; it was moved to %s, and an older one is used.", text, quarantine(folder, damage))
 
     coordination.first_on_process_zero("quarantine", move, _VERIFY_SECONDS)
     try:
