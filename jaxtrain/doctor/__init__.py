@@ -1,1 +1,1 @@
-"""What of this machine would keep a run from working; and a demonstration that proves that it works."""
+"""Checks of this machine, and a demonstration run."""

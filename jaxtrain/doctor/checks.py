@@ -1,7 +1,7 @@
-"""Examines the machine: what would break a run here, and what mends it.
+"""Checks the machine: what would break a run here, and how to fix it.
 
-Loads no JAX itself: JAX is asked in processes of its own, under a time limit, since a broken driver or flag makes it hang
-or abort. The facts are gathered first (`look`); a check is a function of them, or tries one thing.
+This module does not load JAX: a broken driver or flag makes JAX hang or abort, so it runs in processes of its own, with a
+time limit. The facts are gathered first (`gather`). A check is a function of the facts, or tries one thing.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from jaxtrain.doctor.facts import (
     Machine,
     add_over_loopback,
     data_dir,
-    look,
+    gather,
     required,
 )
 from jaxtrain.errors import ConfigError, JaxtrainError
@@ -47,26 +47,33 @@ State = Literal["ok", "warning", "problem"]
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One finding. found: what is there. fix: what to do about a warning or a problem, in one sentence."""
+    """The result of one check."""
 
     name: str
     state: State
     found: str
+    """What is there, in words."""
     fix: str = ""
+    """What to do about a warning or a problem, in one sentence."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """All that `examine` found."""
+    """The results of all checks, and the facts."""
 
     checks: list[Check]
     machine: Machine
 
 
 def examine(workdir: Path, report: Callable[[Check], object] = lambda check: None) -> Report:
-    """Makes every check; `report` is called with each as soon as it is made. Leaves no file behind."""
+    """Makes every check. Leaves no file behind.
+
+    Args:
+      workdir: where runs will write.
+      report: called with each check as soon as it is made.
+    """
     checks: list[Check] = []
-    machine = look()
+    machine = gather()
     for check in _checks(machine, workdir, os.environ):
         report(check)
         checks.append(check)
@@ -74,9 +81,9 @@ def examine(workdir: Path, report: Callable[[Check], object] = lambda check: Non
 
 
 def write(machine: Machine, directory: Path) -> Path:
-    """Keeps the facts in `directory`/machine.json and returns the path. Raises `WorkdirError`."""
+    """Writes the facts to `directory`/machine.json and returns the path. Raises `WorkdirError`."""
     path = directory / MACHINE_FILE
-    with contextlib.suppress(OSError):  # the write says why
+    with contextlib.suppress(OSError):  # `atomic_write` says why
         directory.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps(machine.facts(), indent=2) + "\n")
     return path
@@ -107,16 +114,20 @@ def check_devices(machine: Machine, environment: Mapping[str, str]) -> Check:
     """JAX starts, and sees the GPUs that NVML sees."""
     devices, gpus = machine.devices, machine.gpus
     if devices.error:
-        found = " ".join(
+        settings = " ".join(
             f"{name}={environment[name]}" for name in ("JAX_PLATFORMS", "XLA_FLAGS") if name in environment
         )
-        fix = f"mend or unset {found}" if found else "install jax and jaxlib again, or see the driver with `nvidia-smi`"
+        fix = (
+            f"correct or unset {settings}"
+            if settings
+            else "install jax and jaxlib again, or see the driver with `nvidia-smi`"
+        )
         return Check("devices", "problem", f"JAX does not start: {devices.error}", fix)
     found = ", ".join(f"{count} x {kind}" for kind, count in devices.kinds.items()) + f" ({devices.backend})"
-    sick = [f"{gpu.uuid} ({gpu.fault})" for gpu in gpus if gpu.fault]
-    if sick:
+    faulty = [f"{gpu.uuid} ({gpu.fault})" for gpu in gpus if gpu.fault]
+    if faulty:
         return Check(
-            "devices", "problem", f"{found}; cannot be used: {', '.join(sick)}", "have these GPUs reset or replaced"
+            "devices", "problem", f"{found}; cannot be used: {', '.join(faulty)}", "have these GPUs reset or replaced"
         )
     if gpus and devices.backend != "gpu":
         text = f"the host has {len(gpus)} x {gpus[0].name} and JAX sees none, only {found}"
@@ -126,7 +137,7 @@ def check_devices(machine: Machine, environment: Mapping[str, str]) -> Check:
         if not environment.get("CUDA_VISIBLE_DEVICES"):
             return Check("devices", "problem", found, "look in `nvidia-smi` and dmesg for GPUs that JAX cannot open")
     if devices.backend == "gpu" and not gpus:
-        fix = "install NVML's Python door, pip install nvidia-ml-py, so that sick GPUs are noticed"
+        fix = "install NVML for Python, pip install nvidia-ml-py, so that broken GPUs are noticed"
         return Check("devices", "warning", f"{found}; NVML does not answer, so their health is unknown", fix)
     if machine.gpu_nodes and devices.backend != "gpu":
         text = f"{found}, although /dev has {machine.gpu_nodes} NVIDIA GPUs"
@@ -145,7 +156,7 @@ def _why_no_gpu(machine: Machine, environment: Mapping[str, str]) -> str:
 
 
 def check_driver(machine: Machine) -> Check:
-    """The driver is new enough for the CUDA release that JAX's plugin is made for."""
+    """The driver is new enough for the CUDA release of JAX's plugin."""
     if not machine.gpus and machine.devices.backend != "gpu":
         return Check("driver", "ok", "no NVIDIA GPU, none needed")
     libraries = [f"{name} {version}" for name, version in machine.versions.items() if GPU_PACKAGE.fullmatch(name)]
@@ -161,7 +172,7 @@ def check_driver(machine: Machine) -> Check:
 
 
 def check_memory(machine: Machine) -> Check:
-    """There is memory to start in, and shared memory where NCCL and the reading workers need it."""
+    """There is enough memory to start a run, and enough shared memory for NCCL and the workers that read data."""
     found = f"{_gib(machine.memory)}, {_gib(machine.memory_free)} free, /dev/shm {_gib(machine.shared_memory)}"
     found += f", {machine.cores} cores"
     if machine.gpus:
@@ -176,7 +187,7 @@ def check_memory(machine: Machine) -> Check:
 
 
 def check_versions(versions: Mapping[str, str], required: Mapping[str, str]) -> Check:
-    """Every package is there and new enough; jax, jaxlib and the CUDA plugin are of one release."""
+    """Every package is installed and new enough. jax, jaxlib and the CUDA plugin have the same version."""
     found = f"python {platform.python_version()}, " + ", ".join(
         f"{name} {version}" for name, version in versions.items()
     )
@@ -202,12 +213,12 @@ def _numbers(version: str) -> tuple[int, ...]:
 
 
 def check_network(host: str) -> Check:
-    """The host's own name has an address, and a port can be had."""
+    """The host's own name has an address, and a port is free."""
     try:
         port = free_port()
     except OSError as error:
         return Check(
-            "network", "problem", f"no port of 127.0.0.1 can be had ({error})", "let this user listen on loopback"
+            "network", "problem", f"no port of 127.0.0.1 is free ({error})", "let this user listen on loopback"
         )
     try:
         addresses = sorted({str(entry[4][0]) for entry in socket.getaddrinfo(host, port)})
@@ -218,9 +229,9 @@ def check_network(host: str) -> Check:
 
 
 def check_collective(answers: Sequence[Mapping[str, Any]], proxies: Check) -> Check:
-    """Both processes of `add_over_loopback` have the sum that they must have; `proxies` may say why they do not join."""
+    """Both processes of `add_over_loopback` have the right sum. `proxies` may say why they do not join."""
     name, wanted = "collective", sum(TERMS)
-    see = proxies.fix or "let no firewall stand on loopback, and try without XLA_FLAGS and other variables of JAX"
+    see = proxies.fix or "allow loopback in the firewall, and try without XLA_FLAGS and other variables of JAX"
     for index, answer in enumerate(answers):
         if "error" in answer:
             text = f"process {index} of {len(answers)} over loopback: {answer['error']}"
@@ -232,9 +243,12 @@ def check_collective(answers: Sequence[Mapping[str, Any]], proxies: Check) -> Ch
 
 
 def check_disk(name: str, directory: Path, elsewhere: str) -> Check:
-    """A file can be written, synced and renamed in `directory` (where it is not there yet: above it), and room is left.
+    """A file can be written, synced and renamed in a directory, and its disk has room.
 
-    elsewhere: the fix, how to choose another one.
+    Args:
+      name: of the check.
+      directory: what is checked; if it does not exist, the directory above it that does.
+      elsewhere: how to choose another one, for the fix.
     """
     directory = directory.expanduser().absolute()
     if why := _unwritable(there := _existing(directory)):
@@ -247,16 +261,16 @@ def check_disk(name: str, directory: Path, elsewhere: str) -> Check:
 
 
 def check_data_directory() -> Check:
-    """The same for the data directory, which `$JAXTRAIN_DATA_DIR` may name."""
+    """As `check_disk`, for the data directory, which `$JAXTRAIN_DATA_DIR` may name."""
     name, elsewhere = "data directory", "set JAXTRAIN_DATA_DIR to another directory"
     try:
         return check_disk(name, data_dir(), elsewhere)
-    except ConfigError as error:  # it names no directory
+    except ConfigError as error:  # the variable names no directory
         return Check(name, "problem", str(error).rstrip("."), elsewhere)
 
 
 def check_compile_cache(environment: Mapping[str, str]) -> Check:
-    """What JAX compiled can be kept; without that every start compiles again."""
+    """Compiled programs can be stored; otherwise every start compiles again."""
     cache = compile_cache(environment)
     if "://" in cache:
         return Check("compile cache", "ok", f"{cache}, on another machine")
@@ -267,8 +281,8 @@ def check_compile_cache(environment: Mapping[str, str]) -> Check:
 
 
 def _existing(path: Path) -> Path:
-    """`path`, or what is there of it."""
-    return next(each for each in (path, *path.parents) if each.exists())
+    """`path`, or the directory above it that exists."""
+    return next(candidate for candidate in (path, *path.parents) if candidate.exists())
 
 
 def _unwritable(directory: Path) -> str:
@@ -283,7 +297,7 @@ def _unwritable(directory: Path) -> str:
 
 
 def check_tensorflow(machine: Machine, installed: bool, environment: Mapping[str, str]) -> Check:
-    """No TensorFlow takes the GPUs' memory."""
+    """TensorFlow does not take the GPUs' memory."""
     if not installed:
         return Check("tensorflow", "ok", "not installed, none needed")
     if not machine.gpus and machine.devices.backend != "gpu":
@@ -297,7 +311,7 @@ def check_tensorflow(machine: Machine, installed: bool, environment: Mapping[str
 
 
 def check_xla_flags(environment: Mapping[str, str]) -> Check:
-    """No flag makes CPU devices behind the back of --simulate-devices."""
+    """No flag simulates CPU devices, since --simulate-devices does."""
     flags = environment.get("XLA_FLAGS", "")
     if "--xla_force_host_platform_device_count" in flags:
         fix = "take that flag out and use --simulate-devices N where CPU devices are wanted"
@@ -306,7 +320,7 @@ def check_xla_flags(environment: Mapping[str, str]) -> Check:
 
 
 def check_visible_gpus(machine: Machine, environment: Mapping[str, str]) -> Check:
-    """CUDA_VISIBLE_DEVICES names GPUs that there are."""
+    """CUDA_VISIBLE_DEVICES names only GPUs that exist."""
     name = "CUDA_VISIBLE_DEVICES"
     value = environment.get(name)
     if value is None:
@@ -316,19 +330,21 @@ def check_visible_gpus(machine: Machine, environment: Mapping[str, str]) -> Chec
         absent = [word for word in words if word.isdigit() and int(word) >= len(machine.gpus)]
         if absent:
             text = f"{value!r} names GPU {', '.join(absent)}, and there are {len(machine.gpus)}, counted from 0"
-            return Check(name, "problem", text, "name GPUs that there are: CUDA hides that one and all behind it")
+            return Check(name, "problem", text, "name GPUs that exist: CUDA hides that one and all behind it")
         if words[0] in ("", "-1", "NoDevFiles"):
             return Check(name, "warning", f"{value!r} hides every GPU", f"unset {name} to train on the GPUs")
     return Check(name, "ok", repr(value))
 
 
 def check_proxies(host: str, environment: Mapping[str, str]) -> Check:
-    """gRPC, by which processes join, goes through no proxy: it obeys these variables even for the next host."""
+    """gRPC, by which processes join, uses no proxy: it obeys these variables even for a neighbouring host."""
     lower = {name.lower(): value for name, value in environment.items() if value}
     proxies = [name for name in ("grpc_proxy", "https_proxy", "http_proxy") if name in lower]
     if not proxies:
         return Check("proxies", "ok", "not set")
-    named = [lower[name] for name in ("no_grpc_proxy", "no_proxy") if name in lower][:1]  # gRPC's own comes first
+    named = [lower[name] for name in ("no_grpc_proxy", "no_proxy") if name in lower][
+        :1
+    ]  # gRPC's own variable comes first
     excepted = [word for text in named for word in re.split(r"[,\s]+", text)]
     through = [name for name in ("localhost", "127.0.0.1", host) if not _is_excepted(name, excepted)]
     if through:
@@ -341,20 +357,22 @@ def check_proxies(host: str, environment: Mapping[str, str]) -> Check:
 
 
 def _is_excepted(host: str, excepted: Sequence[str]) -> bool:
-    return any(each == "*" or (each and (host == each or host.endswith("." + each.lstrip("*.")))) for each in excepted)
+    return any(name == "*" or (name and (host == name or host.endswith("." + name.lstrip("*.")))) for name in excepted)
 
 
 def check_scheduler(environment: Mapping[str, str]) -> Check:
-    """What a scheduler says of this process is enough to start a run."""
+    """The variables of a scheduler are enough to start a run."""
     names = [name for name in _SCHEDULER if name in environment]
     try:
-        place = detect_process(environment=environment)
+        process = detect_process(environment=environment)
     except JaxtrainError as error:
         fix = "start runs by the scheduler's own launcher (srun, mpirun, torchrun), or with --standalone in one process"
         return Check("scheduler", "warning", str(error), fix)
-    if place is None:
+    if process is None:
         return Check("scheduler", "ok", f"{', '.join(names) or 'no variables'}: a run here is one process")
-    return Check("scheduler", "ok", f"{place} by {place.source}, coordinator {place.coordinator} ({', '.join(names)})")
+    return Check(
+        "scheduler", "ok", f"{process} by {process.source}, coordinator {process.coordinator} ({', '.join(names)})"
+    )
 
 
 def _gib(count: int) -> str:

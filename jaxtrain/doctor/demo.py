@@ -1,6 +1,6 @@
-"""A proof, in a minute, that this machine trains: a Swin on made-up images, on all devices, and four checks of the outcome.
+"""Shows in a minute that this machine can train: a Swin on synthetic images, on all devices, and four checks of the result.
 
-It is `train(...)` as every run uses it, data-parallel, in a work directory that is gone afterwards. Needs no network.
+It calls `train(...)`, data-parallel, in a work directory that is deleted afterwards. It needs no network.
 """
 
 from __future__ import annotations
@@ -28,25 +28,26 @@ from jaxtrain.trees import PyTree
 
 DEVICES, ALL_REDUCE, LOSS, REPLICAS = "devices found", "all-reduce", "loss falls", "gradients finite, replicas equal"
 STEPS = 24
-_COMPARED = 4  # steps at each end whose mean losses are compared
-_ENOUGH = 0.5  # of the first mean: what the last one must be below
+_COMPARED = 4  # the mean losses of so many first and last steps are compared
+_ENOUGH = 0.5  # the last mean must be below this share of the first
 _NUMBERS = 1 << 18  # f32 numbers that each device adds: 1 MiB
 
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One claim about the machine. found: the figures, and for a failed check what they mean."""
+    """The result of one check."""
 
     name: str
     passed: bool
     found: str
+    """The numbers; for a failed check also what they mean."""
 
 
 def run_demo(num_devices: int = 0, report: Callable[[Check], object] = lambda check: None) -> list[Check]:
     """Trains for one short epoch and returns the four checks, whether they passed or not.
 
     Args:
-      num_devices: use the first so many devices; 0 uses all.
+      num_devices: how many devices to use; 0 uses all.
       report: called with each check as soon as it is made.
 
     Raises:
@@ -105,19 +106,25 @@ def demo_config(devices: Sequence[Device]) -> Config:
 
 
 def check_devices(devices: Sequence[Device], gpus: Sequence[Gpu], asked: str) -> Check:
-    """Fails where the host has GPUs and JAX uses the CPU, unless `asked` (jax_platforms) names the CPU first."""
+    """Fails if the host has GPUs and JAX uses the CPU, unless the user asked for that.
+
+    Args:
+      devices: those that JAX uses.
+      gpus: those that NVML finds.
+      asked: the setting jax_platforms; it may name the CPU first.
+    """
     kinds = collections.Counter(device.device_kind for device in devices)
-    found = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
+    names = ", ".join(f"{count} x {kind}" for kind, count in kinds.items())
     if not gpus or not on_cpu(devices) or asked.startswith("cpu"):
-        return Check(DEVICES, True, found)
+        return Check(DEVICES, True, names)
     why = (
-        f"{found}, although the host has {len(gpus)} x {gpus[0].name}: `jaxtrain doctor` says how to have JAX use them"
+        f"{names}, although the host has {len(gpus)} x {gpus[0].name}: `jaxtrain doctor` says how to have JAX use them"
     )
     return Check(DEVICES, False, why)
 
 
 def check_all_reduce(sums: np.ndarray) -> Check:
-    """Fails unless every device, a row of `sums` each, has the exact sum."""
+    """Fails unless every sum is exact. sums: f32 [devices, numbers], from `all_reduce`."""
     over = _devices(len(sums))
     if (wrong := wrong_sums(sums, len(sums))) is None:
         return Check(ALL_REDUCE, True, f"{sums.shape[1]:,} numbers added over {over}, every sum is exact")
@@ -132,15 +139,15 @@ def check_all_reduce(sums: np.ndarray) -> Check:
 def check_loss(losses: Sequence[float]) -> Check:
     """Fails unless the mean of the last losses is below half of that of the first."""
     first, last = statistics.fmean(losses[:_COMPARED]), statistics.fmean(losses[-_COMPARED:])
-    found = f"{len(losses)} steps, mean of the first {_COMPARED} losses {first:.4f}, of the last {last:.4f}"
+    numbers = f"{len(losses)} steps, mean of the first {_COMPARED} losses {first:.4f}, of the last {last:.4f}"
     passed = last < _ENOUGH * first
-    return Check(LOSS, passed, found if passed else f"{found}, which is not below {_ENOUGH:g} times the first")
+    return Check(LOSS, passed, numbers if passed else f"{numbers}, which is not below {_ENOUGH:g} times the first")
 
 
 def check_replicas(grad_norms: Sequence[float], state: PyTree) -> Check:
-    """Fails where a gradient norm or a leaf of `state` is not finite, or its copies on the devices differ in a bit.
+    """Fails if a gradient norm or a leaf of `state` is not finite, or if a leaf's copies on the devices differ in a bit.
 
-    The copies are equal only if every device has added up equal gradients at every step.
+    The copies are equal only if all devices had the same sum of gradients at every step.
     """
     leaves = jax.tree_util.tree_leaves_with_path(state)
     copies = {

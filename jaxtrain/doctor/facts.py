@@ -1,4 +1,4 @@
-"""What this machine is: devices, memory, versions, network."""
+"""The facts of this machine: devices, memory, versions, and whether two processes can add numbers."""
 
 from __future__ import annotations
 
@@ -29,29 +29,32 @@ from jaxtrain.host.gpus import Gpu, Gpus, device_files
 from jaxtrain.host.ports import free_port
 
 MACHINE_FILE = "machine.json"
-# What pip installs for GPUs: JAX's plugin, and NVIDIA's libraries by a name with or without the CUDA release.
+# What pip installs for GPUs: JAX's plugin and NVIDIA's libraries, with or without the CUDA release in their names.
 GPU_PACKAGE = re.compile(r"jax-cuda\d+-(plugin|pjrt)|nvidia-(cuda-runtime|cudnn|nccl)(-cu\d+)?")
-_JAX_SECONDS = 60.0  # that JAX may take to find the devices
-_JOIN_SECONDS = 25.0  # that two processes may take to start, meet and add
-_MEETING_SHARE = 0.6  # of them to find each other in, so that one that waits in vain can still say so
-FATAL = re.compile(r"^F\d{4} [\d:.]+ +\d+ [\w.]+:\d+\] ", re.MULTILINE)  # before the sentence that XLA aborts with
-TERMS = (1, 10)  # what each of the two adds: the sum says who is missing
+_JAX_SECONDS = 60.0  # in which JAX must find the devices
+_JOIN_SECONDS = 25.0  # in which two processes must start, join and add
+_RENDEZVOUS_SHARE = 0.6  # of `_JOIN_SECONDS` for the rendezvous, so that a process can still report that it failed
+FATAL = re.compile(r"^F\d{4} [\d:.]+ +\d+ [\w.]+:\d+\] ", re.MULTILINE)  # precedes the message with which XLA aborts
+TERMS = (1, 10)  # what each of the two processes adds: a wrong sum shows which one is missing
 
 
 @dataclasses.dataclass(frozen=True)
 class Devices:
-    """What JAX finds. runtime: the backend's own words on its version. error: why JAX does not start, or ''."""
+    """What JAX finds."""
 
     backend: str = ""
     count: int = 0
     kinds: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    """How many devices there are of each kind."""
     runtime: str = ""
+    """The version of the backend, as the backend gives it."""
     error: str = ""
+    """Why JAX does not start, or ''."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
-    """The facts. Sizes are in bytes. versions: of installed packages. gpu_nodes: the kernel driver's device files."""
+    """The facts of a machine. Sizes are in bytes."""
 
     host: str
     system: str
@@ -61,13 +64,15 @@ class Machine:
     memory_free: int
     shared_memory: int
     versions: Mapping[str, str]
+    """Of installed packages."""
     gpus: tuple[Gpu, ...]
     gpu_nodes: int
+    """The device files of the kernel's NVIDIA driver."""
     driver: str
     devices: Devices
 
     def facts(self) -> dict[str, Any]:
-        """As plain JSON."""
+        """In JSON's types, as machine.json has them."""
         return {
             "examined": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             **dataclasses.asdict(self),
@@ -77,7 +82,7 @@ class Machine:
 # --------------------------------------------------------------------------------------------------------------- facts
 
 
-def look() -> Machine:
+def gather() -> Machine:
     """Gathers the facts; starts JAX in another process."""
     gpus = Gpus()
     total, free = _memory()
@@ -98,11 +103,11 @@ def look() -> Machine:
 
 
 def _memory() -> tuple[int, int]:
-    """The host's memory and what is free of it, or this control group's where that is less."""
+    """Total and free memory in bytes: the host's, or this control group's where that is less."""
     words = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
     host = {word[0].rstrip(":"): int(word[1]) * 1024 for word in words}
     total, free = host["MemTotal"], host["MemAvailable"]
-    with contextlib.suppress(OSError, ValueError):  # no limit: there is no such file, or it says "max"
+    with contextlib.suppress(OSError, ValueError):  # without a limit there is no such file, or it contains "max"
         group = Path("/sys/fs/cgroup")
         limit = int((group / "memory.max").read_text())
         free = min(free, limit - int((group / "memory.current").read_text()))
@@ -117,29 +122,30 @@ def _installed() -> dict[str, str]:
 
 
 def required() -> dict[str, str]:
-    """The least version of each package that jaxtrain needs, by its own metadata."""
+    """The lowest version of each package that jaxtrain's metadata allows."""
     lines: Sequence[str] = ()
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # which is then missing among the versions
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # `versions` then lacks jaxtrain
         lines = importlib.metadata.requires("jaxtrain") or ()
-    found = (re.fullmatch(r"([\w.-]+)>=([\d.]+)", line) for line in lines)
-    return {match[1].lower(): match[2] for match in found if match}
+    matches = (re.fullmatch(r"([\w.-]+)>=([\d.]+)", line) for line in lines)
+    return {match[1].lower(): match[2] for match in matches if match}
 
 
 def data_dir() -> Path:
+    """The directory of data sets, for the default config. Raises `ConfigError` where the variable names none."""
     from jaxtrain.data.registry import data_dir  # noqa: PLC0415  takes a second to load
 
     return data_dir(DataConfig())
 
 
 def find_devices(seconds: float = _JAX_SECONDS) -> Devices:
-    """What JAX finds in a process of its own, which takes no GPU memory ahead."""
+    """What JAX finds in another process, which allocates no GPU memory in advance."""
     (answer,) = _ask(["devices_here()"], seconds, {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"})
     return Devices(**answer)
 
 
 def devices_here() -> dict[str, Any]:
     """What JAX finds in this process, as the fields of `Devices`."""
-    import jax  # noqa: PLC0415  only in a process of its own
+    import jax  # noqa: PLC0415  only in another process
     from jax.extend.backend import get_backend  # noqa: PLC0415
 
     kinds = collections.Counter(device.device_kind for device in jax.devices())
@@ -148,15 +154,24 @@ def devices_here() -> dict[str, Any]:
 
 
 def add_over_loopback(seconds: float = _JOIN_SECONDS) -> list[dict[str, Any]]:
-    """What two processes say that join as those of a run do, and add a number each: {"sum": ...} or {"error": ...}."""
+    """Starts two processes, which join as those of a run do and add up their `TERMS`.
+
+    Returns the answer of each: {"sum": ...} or {"error": why}.
+    """
     port = free_port()
-    calls = [f"join_here({index}, {port}, {int(seconds * _MEETING_SHARE)})" for index in range(len(TERMS))]
+    calls = [f"join_here({index}, {port}, {int(seconds * _RENDEZVOUS_SHARE)})" for index in range(len(TERMS))]
     return _ask(calls, seconds, {"JAX_PLATFORMS": "cpu"})
 
 
 def join_here(index: int, port: int, seconds: int) -> dict[str, Any]:
-    """Makes this process one of the two."""
-    import jax  # noqa: PLC0415  only in a process of its own
+    """Runs in each of the two processes. Returns {"sum": ...}.
+
+    Args:
+      index: which of the two this is.
+      port: of process 0, on 127.0.0.1.
+      seconds: to wait for the other one.
+    """
+    import jax  # noqa: PLC0415  only in another process
     import numpy as np  # noqa: PLC0415
     from jax.experimental import multihost_utils  # noqa: PLC0415
 
@@ -168,11 +183,17 @@ def join_here(index: int, port: int, seconds: int) -> dict[str, Any]:
 
 
 def _ask(calls: Sequence[str], seconds: float, more: Mapping[str, str]) -> list[dict[str, Any]]:
-    """Calls functions of this module, each in a process of its own, all at once; their answers, or {"error": why}.
+    """Calls functions of this module, each in a new process, all at the same time.
 
-    more: environment variables.
+    Args:
+      calls: Python expressions, such as "devices_here()".
+      seconds: for all of them.
+      more: environment variables, besides those of this process.
+
+    Returns:
+      What each call returned, or {"error": why}.
     """
-    # -P: or the current directory would come first, and a stranger's jax.py in it
+    # -P keeps the current directory out of the search path: it may have a file jax.py.
     root = str(Path(__file__).parents[2])
     code = f"import sys; sys.path.append({root!r}); import json; from jaxtrain.doctor import facts; "
     processes = [
@@ -207,6 +228,6 @@ def _answer(process: subprocess.Popen[str], seconds: float) -> dict[str, Any]:
     if process.returncode == 0 and answers:
         return json.loads(answers[-1])
     if len(fatal := FATAL.split(errors, maxsplit=1)) > 1:
-        return {"error": fatal[1].splitlines()[0]}  # a trace of the stack follows
-    said = [line.strip() for line in errors.splitlines() if line.strip()]
-    return {"error": said[-1] if said else f"exit code {process.returncode} and no word"}
+        return {"error": fatal[1].splitlines()[0]}  # a stack trace follows
+    lines = [line.strip() for line in errors.splitlines() if line.strip()]
+    return {"error": lines[-1] if lines else f"exit code {process.returncode} and no word"}
