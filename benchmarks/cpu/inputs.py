@@ -32,6 +32,7 @@ from benchmarks.cpu import cores
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.data import base, registry, tfds_sets
 from jaxtrain.data.augment import Preprocess, train_inputs
+from jaxtrain.data.spec import data_dir
 from jaxtrain.errors import DataError
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import make_mesh
@@ -67,7 +68,7 @@ def measure() -> list[dict[str, Any]]:
 def _cifar(directory: Path) -> tuple[np.ndarray, base.Source, str]:
     """Images uint8 [n, 32, 32, 3], the same as array_record, and where they are from."""
     try:
-        root = registry.data_dir(DataConfig(name="cifar10"))
+        root = data_dir(DataConfig(name="cifar10"))
         tfds_sets.load_cifar("cifar10", root)
         records = tfds_sets.TfdsSource(tfds_sets.cifar_directory("cifar10", root), "train")
         return records.read(np.arange(CIFAR_IMAGES))[0], records, "CIFAR-10"

@@ -19,6 +19,7 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxtrain.data import random_bits
+from jaxtrain.data.base import resize_crop_side
 from jaxtrain.data.randaugment import color_jitter, rand_augment
 from jaxtrain.errors import ConfigError
 
@@ -74,7 +75,7 @@ class Preprocess:
     @property
     def resized(self) -> int:
         """The side to which an image is resized before `resize_crop` crops it (256 for 224)."""
-        return round(self.image_size * 8 / 7)
+        return resize_crop_side(self.image_size)
 
 
 def train_inputs(

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtrain.errors import DataError
 
 _CHUNK = 1024  # examples read at once where a whole source is read
+_LARGE_SIDE = 96  # pixels
 
 
 class Source(Protocol):
@@ -31,6 +32,10 @@ class Source(Protocol):
         Raises `DataError` naming the file and the record of an example that cannot be read.
         """
         ...
+
+
+class CheapSource:
+    """A source that copies bytes from memory, the page cache or a generator: workers would not help."""
 
 
 class DecodedSource:
@@ -102,8 +107,13 @@ def channel_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, .
     return (0.5,) * channels, (0.25,) * channels
 
 
+def resize_crop_side(image_size: int) -> int:
+    """The side in pixels to which `resize_crop` resizes an image before it crops `image_size` (256 for 224)."""
+    return round(image_size * 8 / 7)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
-class ArraySource:
+class ArraySource(CheapSource):
     """Examples held in memory: images uint8 [N, H, W, C], labels int32 [N]."""
 
     images: np.ndarray
@@ -120,7 +130,7 @@ class ArraySource:
         return self.images[indices], self.labels[indices]
 
 
-class MappedSource:
+class MappedSource(CheapSource):
     """Examples in two `.npy` files, memory-mapped: only rows that are read take memory, and a pickle is two paths."""
 
     def __init__(self, images: Path, labels: Path):
@@ -200,6 +210,27 @@ class Outline:
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         raise LookupError(f"an outline has no examples (asked for {len(indices)})")
+
+
+def underlying(source: Source) -> Source:
+    """The source that a `Subset` or a `Relabelled` reads from."""
+    while isinstance(source, (Subset, Relabelled)):
+        source = source.base
+    return source
+
+
+def is_cheap(source: Source) -> bool:
+    """Whether reading `source` is no work that workers would help with."""
+    return isinstance(underlying(source), CheapSource)
+
+
+def decodes_images(source: Source) -> bool:
+    """Whether reading is mostly Pillow's decoding of large images, which several threads do at once.
+
+    Decoding one of 32 x 32 pixels is mostly Python, of which one thread runs at a time.
+    """
+    source = underlying(source)
+    return isinstance(source, DecodedSource) and min(source.shape[:2]) >= _LARGE_SIDE
 
 
 def labels_of(source: Source) -> np.ndarray | None:
@@ -304,3 +335,8 @@ def materialize(source: Source, threads: int = 1) -> tuple[np.ndarray, np.ndarra
         for _ in pool.map(fill, range(0, len(source), _CHUNK)):
             pass  # raises what `fill` raised, the first in the source's order
     return all_images, all_labels
+
+
+def read_all(dataset: Dataset) -> dict[str, int]:
+    """Reads every example; returns split -> number of examples. Raises `DataError` for the first that is damaged."""
+    return {split: sum(len(labels) for _, _, labels in chunks(getattr(dataset, split))) for split in SPLITS}

@@ -48,17 +48,14 @@ def cut(
         "test": parts.test or empty,
         **{split: base.Subset(parts.train, indices) for split, indices in drawn.items()},
     }
-    mean, std = (config.mean, config.std) if config.mean else (parts.mean, parts.std)
-    if len(mean) != parts.train.shape[2]:
-        raise ConfigError(f"config.data.mean={mean!r}: must have {parts.train.shape[2]} numbers, one for each channel.")
     rule = draw.rule if drawn else ""
     return base.Dataset(
         name=config.name,
         **found,
         num_classes=len(parts.class_names),
         class_names=parts.class_names,
-        mean=tuple(float(m) for m in mean),
-        std=tuple(float(s) for s in std),
+        mean=parts.mean,
+        std=parts.std,
         fingerprint=_sha256(
             [parts.identity, config.split_seed, config.validation, config.examples, *filter(None, [rule])]
         ),

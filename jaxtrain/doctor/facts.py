@@ -132,7 +132,7 @@ def required() -> dict[str, str]:
 
 def data_dir() -> Path:
     """The directory of data sets, for the default config. Raises `ConfigError` where the variable names none."""
-    from jaxtrain.data.registry import data_dir  # noqa: PLC0415  takes a second to load
+    from jaxtrain.data.spec import data_dir  # noqa: PLC0415  takes a second to load
 
     return data_dir(DataConfig())
 

@@ -94,7 +94,7 @@ def evaluate(
         with settings(config):
             dataset = load_data(config.data, needed=SPLITS[split], drawn=position.dataset.get("drawn"))
             dataset = _same_data(dataset, position, split, f"step {start.step} of {workdir}", allow_changes)
-            run = make_run_spec(_as_trained(config, position), dataset, devices)
+            run = make_run_spec(*_as_trained(config, dataset, position), devices)
             state = checkpoints.restore_weights(start.step, state_shapes(run.init, run.layout))
             feed = make_input_pipeline(dataset, run.layout, config.data.residency, config.data.workers)
             weights = state.ema if ema else {"params": state.params, "batch_stats": state.batch_stats}
@@ -141,13 +141,12 @@ def _same_data(dataset: Dataset, position: Position, split: str, where: str, all
     return followed.only(name)
 
 
-def _as_trained(config: Config, position: Position) -> Config:
-    """The config with what the run had from its data set then: its size, its classes, its normalization."""
-    if "mean" not in position.dataset:
-        return config
+def _as_trained(config: Config, dataset: Dataset, position: Position) -> tuple[Config, Dataset]:
+    """Both with what the run had from its data set when it trained: image size, number of classes, normalization."""
     stored = position.dataset
-    data = dataclasses.replace(
-        config.data, image_size=stored["image_size"], mean=tuple(stored["mean"]), std=tuple(stored["std"])
-    )
+    if "mean" not in stored:
+        return config, dataset
+    data = dataclasses.replace(config.data, image_size=stored["image_size"])
     model = dataclasses.replace(config.model, num_classes=stored["num_classes"])
-    return dataclasses.replace(config, data=data, model=model)
+    dataset = dataclasses.replace(dataset, mean=tuple(stored["mean"]), std=tuple(stored["std"]))
+    return dataclasses.replace(config, data=data, model=model), dataset

@@ -12,8 +12,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from jaxtrain.data.base import Dataset, Source, decodes_images, is_cheap, materialize, nbytes
 from jaxtrain.data.order import eval_batches, index_stream
-from jaxtrain.data.registry import Dataset, Source, decodes_images, is_cheap, materialize, nbytes
 from jaxtrain.data.stream import default_threads, default_workers, eval_stream, train_stream
 from jaxtrain.distributed.coordination import on_this_host
 from jaxtrain.parallel.layout import Layout, over_steps

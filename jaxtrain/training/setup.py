@@ -14,8 +14,8 @@ import optax
 
 from jaxtrain.config import Config, DataConfig, without_effect
 from jaxtrain.data import registry as datasets
+from jaxtrain.data.base import Dataset
 from jaxtrain.data.record import record
-from jaxtrain.data.registry import Dataset
 from jaxtrain.distributed import coordination
 from jaxtrain.distributed.coordination import first_on_process_zero
 from jaxtrain.durations import Duration
@@ -141,8 +141,7 @@ def make_run_spec(
     model = models.build(config.model, shape, classes, types.compute_dtype, types.param_dtype)
     steps = total_steps(config, len(dataset.train), start_step, start_example)
     rate = make_schedule(config, len(dataset.train), start_step, start_example)
-    mean, std = (config.data.mean, config.data.std) if config.data.mean else (dataset.mean, dataset.std)
-    task = make_task(config, model, rate, side=side, classes=classes, mean=mean, std=std)
+    task = make_task(config, model, rate, side=side, classes=classes, mean=dataset.mean, std=dataset.std)
     init = functools.partial(initial_state, config.seed, model, task.optimizer, types, shape, ema=config.optim.ema > 0)
     state = jax.eval_shape(init)
     if not jax.tree.leaves(state.params):

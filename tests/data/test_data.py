@@ -26,6 +26,7 @@ from PIL import Image
 
 from jaxtrain.config import DataConfig, LayoutConfig
 from jaxtrain.data import base, images, order, registry, stream
+from jaxtrain.data.folder import FolderSource
 from jaxtrain.distributed import coordination
 from jaxtrain.errors import ConfigError, DataError, JaxtrainError
 from jaxtrain.parallel.layout import Layout
@@ -128,13 +129,13 @@ def test_splits_follow_split_seed_alone():
 def test_digits_are_the_scanned_images():
     dataset = registry.load(DataConfig(name="digits"))
     assert isinstance(dataset.train, base.Subset)
-    pixels, labels = registry.materialize(dataset.train.base)
+    pixels, labels = base.materialize(dataset.train.base)
     assert pixels.shape == (1797, 8, 8, 1)
     assert pixels.dtype == np.uint8
     assert (pixels.min(), pixels.max()) == (0, 255)
     assert labels[:10].tolist() == list(range(10))  # scikit-learn's file begins so
     assert (pixels.mean() / 255, pixels.std() / 255) == pytest.approx((dataset.mean[0], dataset.std[0]), abs=1e-3)
-    assert registry.nbytes(dataset.train.base) == pixels.nbytes + labels.nbytes
+    assert base.nbytes(dataset.train.base) == pixels.nbytes + labels.nbytes
 
 
 def test_fingerprint_names_content_and_splits():
@@ -217,7 +218,7 @@ def test_folder_without_splits_is_cut(folder):
     dataset = load_folder(folder)
     assert dataset.class_names == ("ant", "bee", "cat", "dog")
     assert [len(s) for s in (dataset.train, dataset.validation, dataset.test)] == [21, 2, 10]
-    pixels, labels = registry.materialize(dataset.train)
+    pixels, labels = base.materialize(dataset.train)
     assert pixels.shape == (21, 14, 14, 3)
     coloured = np.ptp(pixels.astype(int), axis=-1).reshape(21, -1).max(1) > 0
     np.testing.assert_allclose(pixels[coloured].mean((1, 2))[:, 0], 60 * labels[coloured], atol=3)
@@ -240,7 +241,7 @@ def split_files(dataset: base.Dataset) -> dict[str, set[str]]:
     for split in base.SPLITS:
         source = getattr(dataset, split)
         whole = source.base if isinstance(source, base.Subset) else source
-        assert isinstance(whole, images.FolderSource)
+        assert isinstance(whole, FolderSource)
         found[split] = {os.path.normpath(whole.files[i]) for i in indices_of(source)}
     return found
 
@@ -541,7 +542,7 @@ def test_bad_image_file_is_named(folder, content, words):
     dataset = load_folder(folder)  # finding the files reads none of them
     assert isinstance(dataset.train, base.Subset)
     with pytest.raises(DataError, match=rf"bee/0.jpg \(class 'bee'\) {words}"):
-        registry.materialize(dataset.train.base)
+        base.materialize(dataset.train.base)
     with pytest.raises(DataError, match=r"bee/0.jpg"):
         registry.verify(DataConfig(name=f"folder:{folder}"))
 
@@ -1026,6 +1027,6 @@ def test_processes_of_this_host_are_counted(monkeypatch):
 
 
 def test_cheap_sources_are_those_in_memory(folder):
-    assert registry.is_cheap(registry.load(DataConfig(name="digits")).train)
-    assert registry.is_cheap(registry.load(DataConfig(name="synthetic")).train)
-    assert not registry.is_cheap(load_folder(folder).train)
+    assert base.is_cheap(registry.load(DataConfig(name="digits")).train)
+    assert base.is_cheap(registry.load(DataConfig(name="synthetic")).train)
+    assert not base.is_cheap(load_folder(folder).train)

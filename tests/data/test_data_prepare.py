@@ -104,7 +104,7 @@ def prepared(root: Path, name: str = "cifar10") -> Path:
 
 def whole(source: base.Source) -> tuple[np.ndarray, np.ndarray]:
     """A source as arrays, in its own order where it is a subset."""
-    return registry.materialize(source.base if isinstance(source, base.Subset) else source)
+    return base.materialize(source.base if isinstance(source, base.Subset) else source)
 
 
 @pytest.mark.parametrize("name", ["cifar10", "cifar100"])
@@ -324,14 +324,14 @@ PREPARE = """
     import numpy as np
     sys.path.insert(0, {tests!r})
     import test_data_prepare as tests
-    from jaxtrain.data import cifar, sources, stream
+    from jaxtrain.data import cifar, registry, stream
     files, truth = tests.tiny_files("cifar10")
-    cifar.OFFICIAL["cifar10"] = tests.tiny_official("cifar10", files)
+    cifar.CIFAR["cifar10"] = tests.tiny_official("cifar10", files)
     config = tests.config({root!r})
-    sources.prepare(config)
-    dataset = sources.load(config)
+    registry.prepare(config)
+    dataset = registry.load(config)
     assert (tests.whole(dataset.train)[0] == truth["train images"]).all()
-    sources.verify(config)
+    registry.verify(config)
     assert "tensorflow" not in sys.modules, "TensorFlow was imported"
     print("prepared" if {root!r} else "")
 """
