@@ -1,9 +1,9 @@
 """From stored uint8 images to the model's inputs, inside the jitted step: `train_inputs` and `eval_inputs`.
 
-Until it is normalised, an image is whole numbers 0 ... 255 and every operation on it is integer arithmetic that agrees
-with Pillow's: the images are the same for every compute dtype and every layout. Random numbers that concern one example
-depend on the key and on the example's index in the global batch; those that concern the whole batch (mixup, cutmix)
-on the key alone. So it makes no difference into which microbatches or over which devices a batch is divided.
+Until it is normalised, an image has whole numbers 0 ... 255. Every operation on it is integer arithmetic that agrees with
+Pillow's. So images are the same for every compute dtype and every layout. Random numbers for one example depend on the
+key and on the example's index in the global batch. Those for the whole batch (mixup, cutmix) depend on the key alone. So
+it makes no difference how a batch is divided into microbatches or over devices.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from jaxtrain.data.base import resize_crop_side
 from jaxtrain.data.randaugment import color_jitter, rand_augment
 from jaxtrain.errors import ConfigError
 
-_EXAMPLE, _BATCH = range(2)  # root keys: of what concerns one example, and of what concerns the whole batch
+_EXAMPLE, _BATCH = range(2)  # root keys: for one example, and for the whole batch
 
 _SHARE_BITS = 12  # mixup's shares are multiples of 2**-12
 _SUM_BITS = 4  # for whole weights whose sizes add up to 16, the largest sum of `convnet.Stem`
@@ -33,38 +33,37 @@ _ERASE_AREA = (0.02, 0.33)  # share of the image
 _ERASE_LOG_ASPECT = (math.log(0.3), math.log(3.3))  # height / width
 _ERASE_TRIES = 10
 
-# Random words an example, by purpose; all are drawn in one call, as each call adds 0.2 s to the compilation on a CPU.
+# Random words an example, by purpose. All are drawn in one call: every call adds 0.2 s to the compilation on a CPU.
 _WORDS = {"flip": 1, "crop": 2, "rand_augment": 2, "color_jitter": 4, "random_erase": 3 + 2 * _ERASE_TRIES}
 
 
 @dataclasses.dataclass(frozen=True)
 class Preprocess:
-    """How stored images become inputs: static and hashable, so that a jitted step can close over it.
-
-    image_size: side S of the images that the model sees.
-    augmentation: one of `jaxtrain.config.AUGMENTATIONS`.
-    mean, std: per channel, of pixels in [0, 1].
-    num_classes: K.
-    mixup, cutmix: alpha of Beta(alpha, alpha); 0 is off; both on: one of them a batch, with equal probability.
-    label_smoothing: share of a target that is spread over all classes.
-    padding: pixels around an image before `light` and `heavy` crop it; 0 is an eighth of its side.
-    dtype: of the returned images.
-    """
+    """How stored images become inputs. It is static and hashable, so that a jitted step can close over it."""
 
     image_size: int
+    """Side S in pixels of the images that the model sees."""
     augmentation: str
+    """One of `jaxtrain.config.AUGMENTATIONS`."""
     mean: tuple[float, ...]
+    """One number a channel, for pixels in [0, 1]; so is `std`."""
     std: tuple[float, ...]
     num_classes: int
+    """K."""
     mixup: float = 0.0
+    """Alpha of Beta(alpha, alpha); 0 is off. With `cutmix` on too, one of them is taken a batch, with equal probability."""
     cutmix: float = 0.0
+    """As `mixup`."""
     label_smoothing: float = 0.0
+    """The share of a target that is spread over all classes."""
     padding: int = 0
+    """Pixels around an image before `light` and `heavy` crop it; 0 is an eighth of its side."""
     dtype: DTypeLike = jnp.float32
+    """Of the returned images."""
 
     @property
     def float_dtype(self) -> jnp.dtype:
-        """The compute dtype, but at least float32: of normalisation, mixing and targets."""
+        """The compute dtype, but at least float32: for normalisation, mixing and targets."""
         return jnp.promote_types(self.dtype, jnp.float32)
 
     @property
@@ -81,7 +80,21 @@ class Preprocess:
 def train_inputs(
     pre: Preprocess, images: jax.Array, labels: jax.Array, example: jax.Array, key: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Augmented inputs and soft targets of a microbatch: `train_images` and `train_targets`."""
+    """Augmented inputs and soft targets of a microbatch: `train_images` and `train_targets`.
+
+    Args:
+        pre: what to do.
+        images: uint8 [B, H, W, C].
+        labels: int32 [B].
+        example: int32 [B], each example's index in the global batch.
+        key: one PRNG key for (seed, role, step).
+
+    Returns:
+        Images, `pre.dtype` [B, S, S, C], and targets, `pre.float_dtype` [B, K].
+
+    Raises:
+        ConfigError: the images' channels do not fit `pre.mean`, or the augmentation.
+    """
     return train_images(pre, images, example, key), train_targets(pre, labels, key)
 
 
@@ -121,7 +134,16 @@ def train_images(pre: Preprocess, images: jax.Array, example: jax.Array, key: ja
 
 
 def train_targets(pre: Preprocess, labels: jax.Array, key: jax.Array) -> jax.Array:
-    """Soft targets `pre.float_dtype` [B, K] of labels int32 [B]; each row adds up to 1. key: as for the images."""
+    """Soft targets of a microbatch.
+
+    Args:
+        pre: what to do.
+        labels: int32 [B].
+        key: the one of `train_images`.
+
+    Returns:
+        `pre.float_dtype` [B, K]; the sum of each row is 1.
+    """
     targets = smooth_one_hot(pre, labels)
     if pre.mixes:
         _, label = mix_shares(pre, key)
@@ -155,21 +177,21 @@ def _check_channels(pre: Preprocess, images: jax.Array) -> None:
 
 
 def _example_words(key: jax.Array, example: jax.Array) -> dict[str, jax.Array]:
-    """By purpose, uint32 [B, `_WORDS`]: a function of the key and of each example's index."""
+    """Purpose -> uint32 [B, words as in `_WORDS`]: a function of the key and of each example's index."""
     root = jax.random.fold_in(key, _EXAMPLE)
     keys = jax.vmap(lambda index: jax.random.fold_in(root, index))(example)
     ends = list(itertools.accumulate(_WORDS.values()))
     return dict(zip(_WORDS, jnp.split(random_bits.words(keys, ends[-1]), ends[:-1], axis=1), strict=True))
 
 
-# ----------------------------------------------------------------------------------------------------- uint8 to uint8
+# -------------------------------------------------------------------------------------------- crops and flips, in uint8
 
 
 def resize(images: jax.Array, size: int) -> jax.Array:
-    """Bilinear resize of uint8 [B, H, W, C] to [B, size, size, C], with antialiasing when it gets smaller.
+    """Bilinear resize of uint8 [B, H, W, C] to uint8 [B, size, size, C], with antialiasing when it gets smaller.
 
     Equal to Pillow's `Image.resize(..., BILINEAR)`, pixel for pixel: the same 22-bit weights, first along the width,
-    then along the height. A sum over the few taps, because products with the nearly empty weight matrices took 3 to 10
+    then along the height. It is a sum over the few taps: products with the nearly empty weight matrices took 3 to 10
     times as long on a CPU (32 to 256 pixels, 256 to 224, 400 to 224).
     """
     return _resize_axis(_resize_axis(images, 2, size), 1, size)
@@ -203,13 +225,22 @@ def _resize_weights(source: int, size: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def pad(images: jax.Array, width: int = 0) -> jax.Array:
-    """Black pixels around [B, S, S, C]: `width` a side, or S/8, rounded, at least one; 4 for 32, as is usual for CIFAR."""
+    """Adds black pixels around uint8 [B, S, S, C]: `width` a side; for 0 S/8, rounded, at least one (4 for CIFAR)."""
     width = width or max(1, round(images.shape[1] / 8))
     return jnp.pad(images, ((0, 0), (width, width), (width, width), (0, 0)))
 
 
 def random_crop(images: jax.Array, size: int, words: jax.Array) -> jax.Array:
-    """A random square [size, size] of each of the square images [B, S, S, C], by its words [B, 2]."""
+    """A random square of each image.
+
+    Args:
+        images: uint8 [B, S, S, C].
+        size: side of the squares, in pixels.
+        words: random, uint32 [B, 2].
+
+    Returns:
+        uint8 [B, size, size, C].
+    """
     batch, side, _, channels = images.shape
     corners = random_bits.below(side - size + 1, words)
     # Whole rows as the last dim: on a CPU 3 to 6 times as fast as slices that keep the few channels apart.
@@ -219,16 +250,19 @@ def random_crop(images: jax.Array, size: int, words: jax.Array) -> jax.Array:
 
 
 def random_flip(images: jax.Array, words: jax.Array) -> jax.Array:
-    """Mirrors each of the images [B, S, S, C] left to right with probability 1/2, by its word [B, 1]."""
+    """Mirrors each image of uint8 [B, S, S, C] left to right with probability 1/2, by its random word, uint32 [B, 1]."""
     flip = random_bits.below(2, words) == 1
     return jnp.where(flip[:, :, None, None], images[:, :, ::-1], images)
 
 
-# -------------------------------------------------------------------------------------------------------- after uint8
+# -------------------------------------------------------------------------------------- normalisation, erasing, targets
 
 
 def normalize(pre: Preprocess, images: jax.Array) -> jax.Array:
-    """(pixels / 255 - mean) / std, in `pre.float_dtype`; f64, in which layouts are compared, adds up exactly after it."""
+    """(pixels / 255 - mean) / std of uint8 [B, S, S, C], in `pre.float_dtype`.
+
+    In f64, in which layouts are compared, sums of the results are exact.
+    """
     pixels = images.astype(pre.float_dtype)
     if pre.float_dtype == jnp.float64:
         scale, shift = _exact_affine(pre.mean, pre.std)
@@ -238,11 +272,11 @@ def normalize(pre: Preprocess, images: jax.Array) -> jax.Array:
 
 
 def _exact_affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.ndarray, np.ndarray]:
-    """float64 (scale, shift), rounded to multiples of 2**-k, so that x = pixels * scale + shift is one, too.
+    """float64 (scale [C], shift [C]), rounded to multiples of 2**-k, so that x = pixels * scale + shift is a multiple too.
 
-    k leaves f64's 53 bits room for a share (`_SHARE_BITS`) and a sum (`_SUM_BITS`): those of x are then exact, and so the
-    same in any order. For the usual means and deviations k is 35, which moves x by 4e-9 at most. Where one channel is
-    scaled so much less than another that its scale would lose f32's 24 bits, it keeps these, and sums are rounded.
+    k leaves room in f64's 53 bits for a share (`_SHARE_BITS`) and a sum (`_SUM_BITS`). So products of x with shares, and
+    sums of x, are exact: they are the same in any order. For the usual means and deviations k is 35, which moves x by 4e-9
+    at most. If one channel has a much smaller scale than another, its scale keeps f32's 24 bits, and sums are rounded.
     """
     shift, scale = -np.asarray(mean) / std, 1 / (255 * np.asarray(std))
     largest = np.max(np.maximum(np.abs(shift), np.abs(255 * scale + shift)))
@@ -253,8 +287,8 @@ def _exact_affine(mean: tuple[float, ...], std: tuple[float, ...]) -> tuple[np.n
 def random_erase(x: jax.Array, words: jax.Array) -> jax.Array:
     """Random Erasing (Zhong 2020, arXiv:1708.04896): with probability 1/4 a rectangle of each image becomes 0.
 
-    As in torchvision: 2 to 33 % of the area, aspect 0.3 to 3.3; ten tries to find one smaller than the image. Of
-    normalised x [B, S, S, C], so that 0 is the mean colour; words are [B, 23].
+    As in torchvision: 2 to 33 % of the area, aspect 0.3 to 3.3, and ten tries to find one smaller than the image. x is
+    normalised, float [B, S, S, C], so 0 is the mean colour. words: random, uint32 [B, 23].
     """
     side, tries = x.shape[1], _ERASE_TRIES
     erase = random_bits.uniform(words[:, :1], x.dtype) < _ERASE_PROBABILITY
@@ -277,7 +311,7 @@ def _between(low: float, high: float, share: jax.Array) -> jax.Array:
 
 
 def smooth_one_hot(pre: Preprocess, labels: jax.Array) -> jax.Array:
-    """[B, K] targets: 1 - label_smoothing on the label, and label_smoothing / K on every class."""
+    """`pre.float_dtype` [B, K] of labels int32 [B]: 1 - label_smoothing for the label, plus label_smoothing / K for all."""
     one_hot = jax.nn.one_hot(labels, pre.num_classes, dtype=pre.float_dtype)
     return one_hot * (1 - pre.label_smoothing) + pre.label_smoothing / pre.num_classes
 
@@ -286,11 +320,13 @@ def smooth_one_hot(pre: Preprocess, labels: jax.Array) -> jax.Array:
 
 
 def mix_shares(pre: Preprocess, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """What an example keeps of itself, of each pixel [S, S, 1] and of its label, when it is mixed with its partner.
+    """How much an example keeps of itself when it is mixed with its partner: `pre.float_dtype` [S, S, 1] and [].
 
-    Mixup (Zhang 2018) or cutmix (Yun 2019), one of them for the whole batch. The partner of the example at j is at j XOR 1:
-    they are neighbours, and so in one microbatch, on one device (if that has an even number) and in one BatchNorm group.
-    Without a partner, the last example stays as it is.
+    The first result is the share of each pixel, the second that of the label. key: the one of `train_images`.
+
+    Mixup (Zhang 2018) or cutmix (Yun 2019), one of them for the whole batch. The partner of the example at j is at j XOR 1.
+    They are neighbours: in one microbatch, in one BatchNorm group, and on one device if that has an even number of
+    examples. A last example without a partner stays as it is.
     """
     word = random_bits.words(jax.random.fold_in(key, _BATCH)[None], 4)[0]
     side, share = pre.image_size, random_bits.uniform(word[0], pre.float_dtype)
@@ -305,18 +341,19 @@ def mix_shares(pre: Preprocess, key: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def _mixup_shares(lam: jax.Array, side: int) -> tuple[jax.Array, jax.Array]:
-    """The share of each pixel [S, S, 1], and of the label, that an example keeps of its own: the same everywhere.
+    """`mix_shares` of mixup: the same share `lam` for all pixels [S, S, 1] and for the label.
 
-    Rounded to `_SHARE_BITS`, within a quarter of the quantile's own error, so that mixed values are exact in f64, too.
+    It is rounded to `_SHARE_BITS`, so that mixed values are exact in f64 too. That is within a quarter of the error of
+    `beta_quantile`.
     """
     lam = jnp.round(lam * 2**_SHARE_BITS) / 2**_SHARE_BITS
     return jnp.broadcast_to(lam, (side, side, 1)), lam
 
 
 def _cutmix_shares(lam: jax.Array, side: int, word: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """As `_mixup_shares`: 0 inside one random box, 1 outside; the label's share is the area really outside.
+    """`mix_shares` of cutmix: 0 inside one random box, 1 outside. The label's share is the area outside.
 
-    The box has 1 - lam of the area and its centre anywhere, so that it is cut off at the edges.
+    The box has 1 - lam of the area. Its centre is anywhere in the image, so the edges may cut it off.
     """
     half = (side * jnp.sqrt(1 - lam)).astype(jnp.int32) // 2
     center = random_bits.below(side, word)[:, None]
@@ -327,7 +364,7 @@ def _cutmix_shares(lam: jax.Array, side: int, word: jax.Array) -> tuple[jax.Arra
 
 
 def _partners(x: jax.Array) -> jax.Array:
-    """x [B, ...] with its neighbours 2i and 2i + 1 swapped; a last one alone stays."""
+    """x [B, ...] with its neighbours 2i and 2i + 1 swapped. If B is odd, the last one stays."""
     if x.shape[0] % 2:
         return jnp.concatenate([_partners(x[:-1]), x[-1:]])
     return x.reshape(-1, 2, *x.shape[1:])[:, ::-1].reshape(x.shape)

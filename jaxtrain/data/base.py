@@ -1,4 +1,4 @@
-"""What a data set is: three random-access sources of `uint8` images and their labels."""
+"""What a data set is: three splits, each a random-access source of `uint8` images and their labels."""
 
 from __future__ import annotations
 
@@ -47,15 +47,7 @@ SPLITS = ("train", "validation", "test")
 
 @dataclasses.dataclass(frozen=True)
 class Dataset:
-    """A data set cut into splits; `validation` and `test` may be empty.
-
-    mean, std: per channel, of pixels in [0, 1]; what the images are normalized with.
-    fingerprint: SHA-256 (hex) of what identifies the content and the splits; equal on every process and path.
-    split_fingerprints: the same of each split alone; {} where only the whole is known.
-    drawn: the splits that were drawn from training. split_rule: by which rule, where by file names ("" where not); another
-        rule is another run.
-    notes: what a user should know of it, a sentence each.
-    """
+    """A data set cut into splits; `validation` and `test` may be empty."""
 
     name: str
     train: Source
@@ -64,44 +56,52 @@ class Dataset:
     num_classes: int
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
+    """One number a channel, for pixels in [0, 1]. A run normalizes its images by `mean` and `std`."""
     std: tuple[float, ...]
     fingerprint: str
+    """SHA-256 (hex) of what identifies the content and the splits. It is equal on every process and under every path."""
     split_fingerprints: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """The same for each split alone; {} where only the whole is known."""
     drawn: tuple[str, ...] = ()
+    """The splits that were drawn from training."""
     split_rule: str = ""
+    """The rule by which splits were drawn by file names; "" where they were not. A run cannot go on under another rule."""
     notes: tuple[str, ...] = ()
+    """What a user should know about it, one sentence each."""
 
     def only(self, split: str) -> Dataset:
-        """The same with the other splits empty."""
+        """This data set with the other splits empty."""
         empty = {name: Outline(0, getattr(self, name).shape) for name in SPLITS if name != split}
         return dataclasses.replace(self, **empty)
 
 
 @dataclasses.dataclass(frozen=True)
 class RawSplits:
-    """What a loader finds, before `sources.load` cuts the missing splits and applies the config.
-
-    validation, test: the data set's own, or None where it has none and one may be drawn from training.
-    labels: int [len(train)], for a stratified test split; None where reading them all would cost too much.
-    identity: text that identifies the content. identities: the same for each of its own splits.
-    files: (name below the split, bytes) of each training example's file, where they are files: splits are drawn by them.
-    """
+    """A data set as it is stored, before `splits.cut` draws the missing splits from training."""
 
     train: Source
     validation: Source | None
+    """None where the data set has none, and one may be drawn from training."""
     test: Source | None
+    """As `validation`."""
     class_names: tuple[str, ...]
     mean: tuple[float, ...]
+    """One number a channel, for pixels in [0, 1]; so is `std`."""
     std: tuple[float, ...]
     identity: str
+    """Text that identifies the content."""
     identities: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """The same for each split that the data set brings."""
     labels: np.ndarray | None = None
+    """int [len(train)], for a stratified test split; None where reading them all would cost too much."""
     files: tuple[tuple[str, int], ...] = ()
+    """(name below the split, bytes) of each training example's file, if examples are files. Splits are drawn by these."""
     notes: tuple[str, ...] = ()
+    """What a user should know about it, one sentence each."""
 
 
 def channel_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """(mean, std) where a data set does not bring its own: ImageNet's for RGB, else 0.5 and 0.25."""
+    """(mean, std), one number a channel, for a data set without known statistics: ImageNet's for RGB, else 0.5 and 0.25."""
     if channels == 3:
         return (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
     return (0.5,) * channels, (0.25,) * channels
@@ -134,7 +134,7 @@ class MappedSource(CheapSource):
     """Examples in two `.npy` files, memory-mapped: only rows that are read take memory, and a pickle is two paths."""
 
     def __init__(self, images: Path, labels: Path):
-        """Raises `DataError` naming the file that is not such an array."""
+        """Files of uint8 [N, H, W, C] and int32 [N]. Raises `DataError` where they cannot be read."""
         self._paths = (images, labels)
         try:
             self._arrays = tuple(np.load(path, mmap_mode="r", allow_pickle=False) for path in self._paths)
@@ -163,10 +163,11 @@ class MappedSource(CheapSource):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Subset:
-    """The examples `indices` (int64 [n]) of another source, in that order."""
+    """Some examples of another source, in a given order."""
 
     base: Source
     indices: np.ndarray
+    """int64 [n], into `base`."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -181,10 +182,11 @@ class Subset:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Relabelled:
-    """Another source whose label k is `labels[k]` (int32 [classes])."""
+    """Another source with other labels."""
 
     base: Source
     labels: np.ndarray
+    """int32 [classes of `base`]: the new label of each old one."""
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -200,7 +202,7 @@ class Relabelled:
 
 @dataclasses.dataclass(frozen=True)
 class Outline:
-    """A source of known size whose examples are not there."""
+    """A source of known size without examples: for an empty split, or a data set that is not on disk."""
 
     count: int
     shape: tuple[int, int, int]
@@ -249,30 +251,33 @@ def labels_of(source: Source) -> np.ndarray | None:
 
 
 def follow_classes(dataset: Dataset, known: Sequence[str], *, extend: bool) -> Dataset:
-    """`dataset` with its classes numbered as in `known`, by their names; notes say what has changed.
+    """Numbers the classes of a data set as a run numbers them, by their names; notes say what has changed.
 
-    extend: a class that is not known takes the number of one that is gone, or a new one, to be trained on. Without it,
-    examples of such classes are left out: a model that was trained on `known` has no output for them.
+    Args:
+      dataset: the data set.
+      known: the names of the run's classes, in the order of its outputs.
+      extend: whether to train on new classes: each takes the number of a class that is gone, or the next number. Without
+        it their examples are left out, since a model that was trained on `known` has no output for them.
 
-    Raises `DataError` where names are not unique, or examples would have to be left out that are only known once they
-    are read.
+    Raises:
+      DataError: names are not unique, or examples must be left out whose labels are only known once they are read.
     """
-    found, known = dataset.class_names, tuple(known)
-    if found == known:
+    present, known = dataset.class_names, tuple(known)
+    if present == known:
         return dataset
-    for names in (found, known):
+    for names in (present, known):
         if len(set(names)) < len(names):
             raise DataError(
                 f"The classes of {dataset.name} have changed, and their names are not unique: they cannot be told apart."
             )
-    gone = [name for name in known if name not in found]
-    new = [name for name in found if name not in known]
+    gone = [name for name in known if name not in present]
+    new = [name for name in present if name not in known]
     numbered = list(known)
     if extend:
         for old, name in zip(gone, new, strict=False):
             numbered[numbered.index(old)] = name
         numbered += new[len(gone) :]
-    numbers = np.array([numbered.index(name) if name in numbered else -1 for name in found], np.int32)
+    numbers = np.array([numbered.index(name) if name in numbered else -1 for name in present], np.int32)
     notes = [f"the class {name!r} is gone" for name in gone]
     notes += [
         f"the class {name!r} is new and has output {numbered.index(name)}" if extend
@@ -314,7 +319,7 @@ def nbytes(source: Source) -> int:
 
 
 def chunks(source: Source) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """Reads a whole source in order; yields (index of the first example, images, labels)."""
+    """Reads a whole source in order; yields (index of the first example, images uint8 [n, H, W, C], labels int32 [n])."""
     for start in range(0, len(source), _CHUNK):
         images, labels = source.read(np.arange(start, min(start + _CHUNK, len(source)), dtype=np.int64))
         yield start, images, labels
@@ -323,7 +328,7 @@ def chunks(source: Source) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
 def materialize(source: Source, threads: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """The whole source as arrays: images uint8 [N, H, W, C] and labels int32 [N].
 
-    threads: that read at once; more than one only for a source that many may read at once.
+    `threads` threads read at once. Use more than one only for a source that several threads may read.
     """
     all_images, all_labels = np.empty((len(source), *source.shape), np.uint8), np.empty(len(source), np.int32)
 

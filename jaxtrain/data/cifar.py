@@ -23,29 +23,31 @@ from jaxtrain.errors import DataError
 
 @dataclasses.dataclass(frozen=True)
 class CifarSpec:
-    """One data set as published on https://www.cs.toronto.edu/~kriz/cifar.html.
-
-    archive_sha256: as Keras pins it; the page gives MD5 only.
-    folder: what the archive extracts to.
-    files: name -> (bytes, MD5). splits: split -> its files, in order. examples: split -> how many.
-    shape: of every image. classes: how many the labels used have. meta: the file with their names.
-    labels: feature -> (key of its class names in `meta`, key of its column in a split's file).
-    mean, std: per channel, over the training images in [0, 1].
-    """
+    """One data set as published on https://www.cs.toronto.edu/~kriz/cifar.html."""
 
     url: str
     archive_bytes: int
     archive_sha256: str
+    """As Keras pins it; the page gives MD5 only."""
     folder: str
+    """What the archive extracts to."""
     files: Mapping[str, tuple[int, str]]
+    """Name -> (bytes, MD5)."""
     splits: Mapping[str, tuple[str, ...]]
+    """Split -> its files, in order."""
     examples: Mapping[str, int]
+    """Split -> their number."""
     classes: int
+    """Of the feature "label"."""
     meta: str
+    """The file with the names of the classes."""
     labels: Mapping[str, tuple[bytes, bytes]]
+    """Feature -> (key of its class names in `meta`, key of its column in a split's file)."""
     mean: tuple[float, ...]
+    """One number a channel, over the training images in [0, 1]; so is `std`."""
     std: tuple[float, ...]
     shape: tuple[int, int, int] = (32, 32, 3)
+    """Height, width and channels of every image."""
 
     @property
     def archive(self) -> str:
@@ -113,7 +115,7 @@ def read_folder(official: CifarSpec, folder: Path) -> dict[str, bytes]:
 
 
 def read_archive(official: CifarSpec, path: Path) -> dict[str, bytes]:
-    """The same from the archive at `path`, of which nothing is extracted (and TFDS's reader imports TensorFlow)."""
+    """As `read_folder`, from the archive at `path`. Nothing is extracted to disk (TFDS's reader would import TensorFlow)."""
     files: dict[str, bytes] = {}
     try:
         with tarfile.open(path, "r:gz") as archive:
@@ -133,9 +135,9 @@ def _check(official: CifarSpec, name: str, content: bytes, where: str) -> None:
     size, md5 = official.files[name]
     if len(content) != size:
         raise DataError(f"{where} has {len(content):,} bytes, the official file {size:,}: copy or download it again.")
-    found = hashlib.md5(content, usedforsecurity=False).hexdigest()
-    if found != md5:
-        raise DataError(f"{where} is not the official file: its MD5 is {found}, the published one {md5}.")
+    digest = hashlib.md5(content, usedforsecurity=False).hexdigest()
+    if digest != md5:
+        raise DataError(f"{where} is not the official file: its MD5 is {digest}, the published one {md5}.")
 
 
 def class_names(official: CifarSpec, files: Mapping[str, bytes]) -> dict[str, list[str]]:
@@ -147,7 +149,16 @@ def class_names(official: CifarSpec, files: Mapping[str, bytes]) -> dict[str, li
 def examples(
     official: CifarSpec, files: Mapping[str, bytes], split: str
 ) -> Iterator[tuple[np.ndarray, dict[str, int]]]:
-    """Yields (image uint8 [32, 32, 3], label feature -> class) of a split, in the official order."""
+    """Reads a split in the official order.
+
+    Args:
+      official: the data set.
+      files: name -> content, as of `read_folder` or `read_archive`.
+      split: "train" or "test".
+
+    Yields:
+      (image uint8 [32, 32, 3], label feature -> class) of each example.
+    """
     for name in official.splits[split]:
         content = _unpickle(files[name])
         height, width, channels = official.shape
@@ -158,6 +169,8 @@ def examples(
 
 
 class _ArraysOnly(pickle.Unpickler):
+    """Loads pickles of NumPy arrays and refuses every other class."""
+
     _ALLOWED: ClassVar[Mapping[tuple[str, str], Any]] = {
         ("numpy.core.multiarray", "_reconstruct"): np.empty(0).__reduce__()[0],
         ("numpy", "ndarray"): np.ndarray,

@@ -1,7 +1,7 @@
-"""What the files of an image folder held: a SHA-256 of each, kept in the data directory.
+"""The recorded contents of an image folder: a SHA-256 of each file, kept in the data directory.
 
-A data set's fingerprint has the files' names and sizes, since a start of a run should not read every byte. An image that was
-edited at the same size shows only against these.
+A data set's fingerprint covers the files' names and sizes only, since a run should not read every byte when it starts. An
+image that was edited and kept its size differs only from these records.
 """
 
 from __future__ import annotations
@@ -23,10 +23,12 @@ _THREADS = 4
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """files: bytes and SHA-256 of each, by path below the folder. when: ISO 8601, of the last change of this record."""
+    """The record of one folder."""
 
     when: str
+    """ISO 8601: when this record last changed."""
     files: dict[str, tuple[int, str]]
+    """Path below the folder -> (bytes, SHA-256)."""
 
 
 def record_path(folder: Path, data_dir: Path) -> Path:
@@ -36,7 +38,7 @@ def record_path(folder: Path, data_dir: Path) -> Path:
 
 
 def read_record(path: Path) -> Contents | None:
-    """None where nothing was recorded. Raises `DataError` where the record is damaged."""
+    """The record in `path`, None where nothing was recorded. Raises `DataError` where it is damaged."""
     try:
         values = read_json(path)
         return (
@@ -54,16 +56,27 @@ def record(
     known: Contents | None = None,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> Contents:
-    """Records in `path` what the files `names` below `folder` hold. Those in `known` stay as they were found first.
+    """Records the contents of files.
 
-    Raises `WorkdirError` where `path` cannot be written.
+    Args:
+      folder: the folder.
+      names: paths of its files, below the folder.
+      path: the file to write the record to.
+      known: the record so far. Its files are not read again.
+      progress: wraps the files as they are read.
+
+    Returns:
+      The new record.
+
+    Raises:
+      WorkdirError: `path` cannot be written.
     """
-    had = known.files if known else {}
-    hashes = dict(_hashes(folder, sorted(set(names) - had.keys()), progress))
+    old = known.files if known else {}
+    hashes = dict(_hashes(folder, sorted(set(names) - old.keys()), progress))
     if known and not hashes:
         return known
     new = {name: (os.stat(folder / name).st_size, digest) for name, digest in hashes.items()}
-    contents = Contents(time.strftime("%Y-%m-%dT%H:%M:%S%z"), {**had, **new})
+    contents = Contents(time.strftime("%Y-%m-%dT%H:%M:%S%z"), {**old, **new})
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)
     atomic_write(path, json.dumps({"folder": str(folder), **dataclasses.asdict(contents)}, indent=0) + "\n")
@@ -76,15 +89,23 @@ def compare(
     recorded: Contents,
     progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> list[str]:
-    """Files that are gone or hold something else than was recorded, as "a/b.png has changed"."""
+    """Compares the contents of files with their record.
+
+    Args:
+      folder: the folder.
+      names: paths of its files, below the folder.
+      recorded: the record to compare with. Files that are not in it are not read.
+      progress: wraps the files as they are read.
+
+    Returns:
+      What differs, such as "a/b.png has changed" or "a/b.png is gone".
+    """
     names = sorted(names)
-    here = [name for name in names if name in recorded.files]
-    others = sorted(recorded.files.keys() - set(names))  # gone, or of splits that are not looked at
-    found = [f"{name} is gone" for name in others if not (folder / name).exists()]
-    found += [
-        f"{name} has changed" for name, digest in _hashes(folder, here, progress) if digest != recorded.files[name][1]
-    ]
-    return found
+    known = [name for name in names if name in recorded.files]
+    others = sorted(recorded.files.keys() - set(names))  # gone, or of splits that are not used
+    gone = [f"{name} is gone" for name in others if not (folder / name).exists()]
+    hashes = _hashes(folder, known, progress)
+    return gone + [f"{name} has changed" for name, digest in hashes if digest != recorded.files[name][1]]
 
 
 def _hashes(

@@ -1,4 +1,4 @@
-"""The handwritten digits that scikit-learn brings."""
+"""The handwritten digits that come with scikit-learn."""
 
 from __future__ import annotations
 

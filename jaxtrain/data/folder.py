@@ -1,4 +1,4 @@
-"""Image folders: one folder for each class, below a folder for each split or not."""
+"""Image folders: one folder for each class, below one folder for each split if the data set has splits."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SMALL_FILES, _SMALL_BYTES = 50_000, 1 << 30
 
 
 class ImageFolder(DatasetSpec):
-    """`folder:PATH`."""
+    """The images in a folder, `folder:PATH`. Their labels are the names of the folders that they lie in."""
 
     named_splits = True
 
@@ -161,22 +161,15 @@ def scan_folder(path: Path, side: int, chosen: Mapping[str, str], needed: str = 
     classes = _class_names(root, {folders[split] for split in {required, "train"} & folders.keys()})
     if len(classes) < 2 and not needed:
         raise DataError(f"{root / folders['train']}: needs a folder of images for each of at least 2 classes.")
-    digest = hashlib.sha256(f"{side} {classes}".encode())
     sources: dict[str, FolderSource] = {}
-    identities: dict[str, str] = {}
-    train_files: tuple[tuple[str, int], ...] = ()
+    files: dict[str, list[tuple[str, int]]] = {}
     for split, name in folders.items():
         try:
-            sources[split], sizes = _split_source(root, name, classes, side)
-        except DataError:
-            if needed and split != required:
-                continue  # as if the split did not exist
-            raise
-        files = tuple(zip(sources[split].files, sizes, strict=True))
-        identities[split] = "".join(f"{file} {size}\n" for file, size in files)
-        digest.update(identities[split].encode())
-        if split == "train":
-            train_files = tuple((file[len(name) + 1 :], size) for file, size in files)
+            sources[split], files[split] = _split_source(root, name, classes, side)
+        except DataError:  # where one split is needed, the others need not exist
+            if not needed or split == required:
+                raise
+    identities = {split: "".join(f"{file} {size}\n" for file, size in files[split]) for split in files}
     absent = base.Outline(0, (side, side, 3))
     not_wanted = [split for split, name in chosen.items() if name == "none"]
     by_split: dict[str, base.Source] = {**dict.fromkeys([*not_wanted, *folders], absent), **sources}
@@ -188,11 +181,11 @@ def scan_folder(path: Path, side: int, chosen: Mapping[str, str], needed: str = 
         class_names=classes,
         mean=mean,
         std=std,
-        identity=digest.hexdigest(),
+        identity=hashlib.sha256("".join([f"{side} {classes}", *identities.values()]).encode()).hexdigest(),
         identities=identities,
         labels=sources["train"].labels if "train" in sources else None,
         notes=tuple(f"the split {split!r} has images without classes, and is left out" for split in unlabelled),
-        files=train_files,
+        files=tuple((file[len(folders["train"]) + 1 :], size) for file, size in files.get("train", ())),
     )
 
 
@@ -242,11 +235,12 @@ def _has_no_classes(split: Path, root: Path) -> bool:
     return not any(e.is_dir() for e in entries) and any(e.name.lower().endswith(images.EXTENSIONS) for e in entries)
 
 
-def _split_source(root: Path, split: str, classes: tuple[str, ...], side: int) -> tuple[FolderSource, list[int]]:
-    """The images of a split's folder, and the bytes of each of their files."""
-    files: list[str] = []
+def _split_source(
+    root: Path, split: str, classes: tuple[str, ...], side: int
+) -> tuple[FolderSource, list[tuple[str, int]]]:
+    """The images of a split's folder, and (path below `root`, bytes) of each of their files."""
+    files: list[tuple[str, int]] = []
     labels: list[int] = []
-    sizes: list[int] = []
     for folder_entry in _listing(root / split, root):
         name = folder_entry.name
         if not folder_entry.is_dir():
@@ -257,12 +251,11 @@ def _split_source(root: Path, split: str, classes: tuple[str, ...], side: int) -
         entries = [e for e in listing if e.name.lower().endswith(images.EXTENSIONS) and not e.is_dir()]
         if not entries:
             raise DataError(f"{root / split / name}: the class has no images ({', '.join(images.EXTENSIONS)}).")
-        sizes += [_size(entry) for entry in entries]
-        files += [os.path.join(split, name, entry.name) for entry in entries]
+        files += [(os.path.join(split, name, entry.name), _size(entry)) for entry in entries]
         labels += [classes.index(name)] * len(entries)
     if not files:
         raise DataError(f"{root / split}: the split has no images.")
-    return FolderSource(root, tuple(files), np.array(labels, np.int32), side), sizes
+    return FolderSource(root, tuple(file for file, _ in files), np.array(labels, np.int32), side), files
 
 
 def _size(entry: os.DirEntry[str]) -> int:

@@ -20,8 +20,8 @@ from PIL import (
 from jaxtrain.errors import DataError
 
 EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-# The other forty formats that Pillow tells by their content stay out: it hands some to other programs (EPS to Ghostscript).
-_PLUGINS = (  # loading each has registered its extensions
+# Pillow would recognize forty other formats. They are left out: it gives some to other programs (EPS to Ghostscript).
+_PLUGINS = (  # importing these has registered their extensions
     JpegImagePlugin,
     PngImagePlugin,
     BmpImagePlugin,
@@ -32,20 +32,28 @@ _PLUGINS = (  # loading each has registered its extensions
 )
 _FORMATS = tuple(dict.fromkeys(Image.EXTENSION[extension] for extension in EXTENSIONS))
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
-# Above these an image is taken for a decompression bomb: 2**26 pixels are 200 MB of RGB, a file of a few kB can say so, and
-# 2**26 rows of one pixel take a minute. What is decoded counts: of a JPEG that is read at an eighth, a 64th of its pixels.
+# A larger image is treated as a decompression bomb: 2**26 pixels are 200 MB of RGB, a file of a few kB can claim as many, and
+# 2**26 rows of one pixel take a minute. Decoded pixels count: of a JPEG that is read at an eighth, a 64th of its pixels.
 _MAX_SIDE, _MAX_PIXELS = 1 << 16, 1 << 26
-# A JPEG's own pixels, also those that are not decoded. A progressive one is kept whole, in up to 6 bytes a pixel.
+# All pixels of a JPEG, also those that are not decoded. A progressive one is kept in memory, in up to 6 bytes a pixel.
 _MAX_STORED, _MAX_PROGRESSIVE = 1 << 28, 1 << 27
 
 
 def decode(data: bytes, where: str, *, channels: int, side: int = 0) -> np.ndarray:
-    """uint8 [H, W, channels] of an encoded image.
+    """Decodes an image. Its content decides the format, not its name; of several frames the first is read.
 
-    side: > 0 resizes the shorter side to it (bilinear, antialiased) and takes the centre square, so H = W = side. A
+    Args:
+      data: the encoded image.
+      where: names the file or record in errors.
+      channels: 1, 3 or 4.
+      side: in pixels; above 0 the shorter side is resized to it (bilinear, antialiased), and the centre square is taken. A
         JPEG of twice that side or more is decoded at a half, a quarter or an eighth of its size (never below `side`).
-    where: names the file or record in the `DataError` that a truncated, garbage, empty or oversized image raises, and one of
-        another format than those of `EXTENSIONS`. The content says what format it is, and the first frame is read.
+
+    Returns:
+      uint8 [H, W, channels]; H = W = side if that is above 0.
+
+    Raises:
+      DataError: the image is empty, truncated, damaged, too large, or of another format than those of `EXTENSIONS`.
     """
     if not data:
         raise DataError(f"{where} is empty.")
@@ -53,7 +61,7 @@ def decode(data: bytes, where: str, *, channels: int, side: int = 0) -> np.ndarr
         with _open(data) as image:
             if image.mode.startswith(("I", "F")):  # Pillow would cut off what is above 255
                 raise ValueError(f"its pixels are of mode {image.mode}, and 8-bit ones are read: convert it")
-            # Only for JPEG, whose decoder leaves out the frequencies that the smaller image could not show.
+            # JPEG only: its decoder can leave out the frequencies that the smaller image could not show.
             stored = image.size
             reduced = image.draft(None, (side, side)) if side else None
             _check_size(image, stored, may_be_reduced=side > 0 and reduced is None)
@@ -66,8 +74,9 @@ def decode(data: bytes, where: str, *, channels: int, side: int = 0) -> np.ndarr
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:
-    """Reads the header only. Not `Image.open`: its own limit knows nothing of reduced decoding, warns, and holds for all of
-    the process, and so would be lifted for all of it.
+    """Reads the header only.
+
+    `Image.open` does not fit: its size limit ignores reduced decoding, only warns, and is one setting for the whole process.
     """
     for name in _FORMATS:
         opens, accepts = Image.OPEN[name]
@@ -76,9 +85,9 @@ def _open(data: bytes) -> ImageFile.ImageFile:
                 raise ValueError(accepted)
             try:
                 image = opens(io.BytesIO(data), "")
-            except Image.DecompressionBombError:  # some of Pillow's formats look for themselves
+            except Image.DecompressionBombError:  # some of Pillow's formats check the size themselves
                 raise ValueError(f"at most {_MAX_PIXELS:,} pixels are read: make it smaller") from None
-            # Pillow reads those in Python, at a tenth of a megapixel a second, and cuts what is above 255.
+            # Pillow reads these in Python, at a tenth of a megapixel a second, and cuts values above 255.
             if isinstance(image, PpmImagePlugin.PpmImageFile) and any(tile[0] != "raw" for tile in image.tile):
                 raise ValueError("its pixels are written as text, or not with 8 bits: convert it")
             return image
@@ -86,9 +95,10 @@ def _open(data: bytes) -> ImageFile.ImageFile:
 
 
 def _check_size(image: ImageFile.ImageFile, stored: tuple[int, int], *, may_be_reduced: bool) -> None:
-    """Raises `ValueError` for an image too large to be decoded, as `image` is about to be, or to be looked at (`stored`).
+    """Raises `ValueError` for an image that is too large.
 
-    may_be_reduced: whether it would be read at a reduced size if it were a JPEG.
+    image: at the size at which it will be decoded. stored: (width, height) in the file. may_be_reduced: whether it would be
+    read at a reduced size if it were a JPEG.
     """
     most, kind = (_MAX_PROGRESSIVE, "progressive ") if image.info.get("progressive") else (_MAX_STORED, "")
     sizes = [image.size]
@@ -105,7 +115,10 @@ def _check_size(image: ImageFile.ImageFile, stored: tuple[int, int], *, may_be_r
 
 
 def _centre_square(image: Image.Image, side: int, width: float, height: float) -> Image.Image:
-    """width, height: of what the image shows; a JPEG reduced to 12.5 pixels has 13, and the last shows half of one."""
+    """The centre square, resized to [side, side].
+
+    width, height: of the picture, in pixels. A JPEG that is reduced to 12.5 pixels has 13; the last one shows half a pixel.
+    """
     if image.size == (side, side):
         return image
     square = min(width, height)  # only the square is computed: all of a 1 x 100,000 image at side 256 is 20 GB

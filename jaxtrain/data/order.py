@@ -1,8 +1,8 @@
 """The order of the examples: a pure function of (seed, number of the example).
 
-Training is one endless stream of epochs: *number* e of it is example `permutation(n, seed, e // n)[e % n]` of the
-training set. A batch is a range of numbers, so an epoch's remainder is carried into the next and every batch is whole.
-One integer, how many examples were consumed, is all the state there is, and any number of processes resumes from it.
+Training is one endless stream of epochs. Its *number* e is example `permutation(n, seed, e // n)[e % n]` of the training
+set. A batch is a range of numbers, so the remainder of an epoch goes into the next one, and every batch is whole. The only
+state is one integer: how many examples were consumed. Any number of processes resumes from it.
 
 The permutation sorts raw words of the Philox bit generator, whose stream NumPy guarantees across versions and platforms
 (`np.random.Generator.permutation` has no such guarantee, NEP 19).
@@ -15,7 +15,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
-# Splits draw from keys that no epoch reaches, so a split does not move when `seed` happens to equal `split_seed`.
+# Splits use keys that no epoch reaches, so training never repeats their order when `seed` equals `split_seed`.
 _SPLIT_ROLE = 1 << 63
 
 
@@ -28,37 +28,54 @@ def _epoch_permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """int64 [n], read-only: the order of the n examples in `epoch`."""
+    """int64 [n], read-only: the order of the `n` examples in `epoch` (0 is the first)."""
     return _epoch_permutation(n, seed, epoch)
 
 
 def split_permutation(n: int, split_seed: int, role: int = 0) -> np.ndarray:
-    """int64 [n]: the fixed order that splits cut; `role` tells independent splits of one data set apart."""
+    """int64 [n], read-only: the fixed order from which splits are cut; another `role` gives an independent order."""
     return _epoch_permutation(n, split_seed, _SPLIT_ROLE + role)
 
 
 def example_indices(n: int, seed: int, numbers: np.ndarray) -> np.ndarray:
-    """int64, shaped like `numbers`: the examples (0 <= index < n) that stand at these numbers of the endless stream."""
-    epochs, places = np.divmod(np.asarray(numbers, np.int64), n)
-    indices = np.empty_like(places)
+    """The examples at some numbers of the endless stream.
+
+    Args:
+      n: size of the training set.
+      seed: the run's seed.
+      numbers: int64 [...].
+
+    Returns:
+      int64 [...], like `numbers`: indices into the training set, 0 <= index < n.
+    """
+    epochs, offsets = np.divmod(np.asarray(numbers, np.int64), n)
+    indices = np.empty_like(offsets)
     for epoch in np.unique(epochs):
         here = epochs == epoch
-        indices[here] = permutation(n, seed, int(epoch))[places[here]]
+        indices[here] = permutation(n, seed, int(epoch))[offsets[here]]
     return indices
 
 
 def batch_indices(n: int, seed: int, start_example: int, count: int) -> np.ndarray:
-    """int64 [count]: examples number start_example ... start_example + count - 1 of the endless stream."""
+    """int64 [count]: the examples at numbers start_example ... start_example + count - 1 of the endless stream."""
     return example_indices(n, seed, np.arange(start_example, start_example + count, dtype=np.int64))
 
 
 def index_stream(
     n: int, *, seed: int, global_batch: int, positions: np.ndarray, first_example: int, steps: int
 ) -> Iterator[np.ndarray]:
-    """Yields int32 [len(positions)] a step: the rows of a data set held on the device that form this process's batch.
+    """The local batches of training, for a data set that is held on the device.
 
-    positions: which places of the global batch (0 <= p < global_batch) this process takes, in its order.
-    first_example: examples consumed before the first step.
+    Args:
+      n: size of the training set.
+      seed: the run's seed.
+      global_batch: examples a step, over all processes.
+      positions: int64 [b]: which positions of the global batch (0 <= p < global_batch) this process reads, in order.
+      first_example: how many examples were consumed before the first step.
+      steps: how many batches.
+
+    Yields:
+      int32 [b] a step: the rows of the data set that form this process's batch.
     """
     for step in range(steps):
         numbers = first_example + step * global_batch + np.asarray(positions, np.int64)
@@ -68,13 +85,13 @@ def index_stream(
 def eval_batch(n: int, batch: int, step: int) -> tuple[np.ndarray, np.ndarray]:
     """Batch `step` of one pass over n examples in order: (indices int64 [batch], mask bool [batch]).
 
-    The last batch is filled with the last example, masked out: a real row, so that padding needs no case of its own.
+    The last batch is filled up with the last example, whose mask is False. It is a real row, so padding is no special case.
     """
     numbers = np.arange(step * batch, (step + 1) * batch, dtype=np.int64)
     return np.minimum(numbers, n - 1), numbers < n
 
 
 def eval_batches(n: int, batch: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yields the `eval_batch`es of one pass: every example has mask True exactly once."""
+    """Yields every `eval_batch` of one pass over n examples. Every example has mask True exactly once."""
     for step in range(-(-n // batch)):
         yield eval_batch(n, batch, step)

@@ -39,7 +39,7 @@ class Plugin(DatasetSpec):
 
 
 def _check_dataset(name: str, dataset: Dataset) -> None:
-    """Raises `DataError` for what would end a run later, or give wrong figures in silence."""
+    """Raises `DataError` for what would end a run later, or silently give wrong results."""
 
     def require(good: object, what: str) -> None:
         if not good:

@@ -1,12 +1,12 @@
 """RandAugment (Cubuk 2020, arXiv:1909.13719) and colour jitter for a batch of uint8 images, on the device.
 
-Every image of a batch gets its own random operation, and `lax.switch` under `vmap` would compute all fourteen. So they
-are grouped by what they share, and every image goes once through each group, which leaves it alone if its operation is
-of another: one warp (shear, translate, rotate), one blend with a degenerate image (brightness, colour, contrast,
-sharpness), one table of 256 levels (posterize, solarize, autocontrast, equalize).
+Every image of a batch gets another random operation, and `lax.switch` under `vmap` would compute all fourteen. So they are
+grouped: one warp (shear, translate, rotate), one blend with a degenerate image (brightness, colour, contrast, sharpness),
+and one table of 256 levels (posterize, solarize, autocontrast, equalize). Every image goes once through each group. A
+group does not change an image whose operation is in another group.
 
-All of it is integer arithmetic on 0 ... 255, as in Pillow, whose operations torchvision's `RandAugment` applies: the
-images do not depend on the compute dtype, nor on how XLA orders or fuses float operations.
+All of it is integer arithmetic on 0 ... 255, as in Pillow, whose operations torchvision's `RandAugment` applies. So images
+depend neither on the compute dtype nor on how XLA orders or fuses float operations.
 """
 
 from __future__ import annotations
@@ -55,24 +55,24 @@ def rand_augment(images: jax.Array, words: jax.Array) -> jax.Array:
     def step(state: tuple[jax.Array, jax.Array], turn: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
         return _operate(_look_up(*state), turn >> 1, (turn & 1) == 1), None
 
-    # XLA on a CPU fuses what it can, even where it then computes a table anew for every pixel that it maps, and the
+    # A loop, because XLA:CPU would fuse too much: it would compute a table again for every pixel that it maps, and the
     # first operation several times for the second. What a loop carries is computed once: a third of the time at 224 px.
     unchanged = jnp.broadcast_to(jnp.arange(256, dtype=jnp.uint8), (images.shape[0], images.shape[-1], 256))
     return _look_up(*lax.scan(step, (images, unchanged), turns.T)[0])
 
 
 def apply_operation(images: jax.Array, operation: jax.Array, negative: jax.Array) -> jax.Array:
-    """Applies to each image its own operation at magnitude 9.
+    """Applies one operation of magnitude 9 to each image.
 
-    Equal to Pillow's, pixel for pixel, with nearest-neighbour sampling and black outside; except that Pillow computes
-    blends and autocontrast in floating point and then cuts off the fraction, so that where the exact result is a whole
+    Equal to Pillow's, pixel for pixel, with nearest-neighbour sampling and black outside. There is one exception: Pillow
+    computes blends and autocontrast in floating point and cuts off the fraction. So where the exact result is a whole
     number, Pillow's may be one level lower.
 
     Args:
-        images: uint8 [B, S, S, C]. Greyscale (C = 1) has no colour: `color` leaves it alone.
+        images: uint8 [B, S, S, C]. Greyscale (C = 1) has no colour: `color` does not change it.
         operation: int32 [B], indices into `OPERATIONS`.
-        negative: bool [B], the sign of shear, translate, rotate, and of the enhancements (darker, paler, ...); the
-            other operations have none.
+        negative: bool [B], the sign of shear, translate, rotate, and of the enhancements (darker, paler, ...). The
+            other operations have no sign.
 
     Returns:
         uint8 [B, S, S, C].
@@ -81,7 +81,7 @@ def apply_operation(images: jax.Array, operation: jax.Array, negative: jax.Array
 
 
 def _operate(images: jax.Array, operation: jax.Array, negative: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`apply_operation` up to its last part: images, uint8 [B, S, S, C], and the tables to map them through."""
+    """`apply_operation` without its last part: images, uint8 [B, S, S, C], and the tables for `_look_up`."""
     row = 2 * operation + negative
     images = _warp(images, jnp.asarray(_inverse_maps(images.shape[1]))[row])
     images = _enhance(images, operation, jnp.asarray(_blend_factors())[row])
@@ -91,7 +91,7 @@ def _operate(images: jax.Array, operation: jax.Array, negative: jax.Array) -> tu
 def color_jitter(images: jax.Array, words: jax.Array) -> jax.Array:
     """Brightness, contrast and saturation by factors uniform in [0.6, 1.4], in random order, as in torchvision.
 
-    The hue stays. Images and result as in `rand_augment`; words are random, uint32 [B, 4].
+    The hue stays. images and result: uint8 [B, S, S, C], C 1 or 3. words: random, uint32 [B, 4].
     """
     span = _fixed_point(1 + _JITTER) - _fixed_point(1 - _JITTER) + 1
     factors = _fixed_point(1 - _JITTER) + random_bits.below(span, words[:, :3])
@@ -113,7 +113,7 @@ def _inverse_maps(side: int) -> np.ndarray:
     """int32 [2 * operations, 6], rows as in `apply_operation`: the affine maps from output to input, 16.16 fixed-point.
 
     A row (a, b, c, d, e, f) reads output pixel (x, y) from (a x + b y + c, d x + e y + f) >> 16. Fixed-point as in
-    Pillow's `affine_fixed`, because a rotation in floats picks other neighbours at ties.
+    Pillow's `affine_fixed`: a rotation in floats would pick other neighbours at ties.
     """
     maps = np.tile(np.array([1, 0, 0, 0, 1, 0], np.float64), (2 * len(OPERATIONS), 1))
     for row in range(len(maps)):
@@ -273,12 +273,12 @@ def _equalize_table(counts: jax.Array, high: jax.Array) -> jax.Array:
 
 
 def _divide(a: jax.Array, b: jax.Array | int) -> jax.Array:
-    """a // b for whole numbers, none negative: `//` also handles signs, which costs a second division and a fusion."""
+    """a // b for whole numbers that are not negative. `//` handles signs too, for a second division and a fusion."""
     return lax.div(a, jnp.broadcast_to(jnp.asarray(b, a.dtype), a.shape))
 
 
 def _choose(index: jax.Array, cases: dict[int, jax.Array], default: jax.Array) -> jax.Array:
-    """For each image of the batch, the case of its index [B]; cases and default broadcast against each other."""
+    """For each image of the batch, the case of its index, int32 [B]. Cases and default broadcast against each other."""
     rank = max(case.ndim for case in (default, *cases.values()))
     index = index.reshape(-1, *(1,) * (rank - 1))
     chosen = default

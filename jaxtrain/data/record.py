@@ -1,4 +1,4 @@
-"""What a run remembers of its data set (stored with each checkpoint), and what has changed since."""
+"""What a run records about its data set, stored with each checkpoint, and what has changed since then."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtrain.data.base import SPLITS, Dataset
-from jaxtrain.data.splits import FILE_RULE
 from jaxtrain.errors import DataError
 
 Record = Mapping[str, Any]
@@ -15,7 +14,15 @@ Record = Mapping[str, Any]
 def record(
     dataset: Dataset, *, image_size: int, num_classes: int, mean: tuple[float, ...], std: tuple[float, ...]
 ) -> dict[str, Any]:
-    """As JSON holds it. image_size: side that the model sees. num_classes: its outputs. mean, std: as it normalizes."""
+    """The record of a data set, as JSON stores it.
+
+    Args:
+      dataset: the data set.
+      image_size: side in pixels that the model sees.
+      num_classes: the number of the model's outputs.
+      mean: one number a channel, by which the run normalizes pixels in [0, 1].
+      std: as `mean`.
+    """
     return {
         "name": dataset.name,
         "fingerprint": dataset.fingerprint,
@@ -34,9 +41,15 @@ def record(
 
 
 def refuse_other_rule(stored: Record, dataset: Dataset, where: str) -> None:
-    """Raises `DataError` where the run's splits were drawn by another rule than these: nothing would be held out any more.
+    """Refuses a data set whose splits were drawn by another rule: the run trained on what is held out now.
 
-    stored: {} of a run that is older than these records. where: names the run.
+    Args:
+      stored: the run's record; {} for a run that is older than these records.
+      dataset: the data set as it is now.
+      where: names the run in the error.
+
+    Raises:
+      DataError: the rule is another.
     """
     rule = stored.get("split_rule", "")
     none_drawn = stored.get("drawn", ["unknown"]) == []
@@ -44,39 +57,47 @@ def refuse_other_rule(stored: Record, dataset: Dataset, where: str) -> None:
         return
     old = f"the rule {rule!r}" if rule else "an older rule, by the files' positions"
     raise DataError(
-        f"The splits of {dataset.name} were drawn by {old} in {where}, and are drawn {FILE_RULE!r} now, so that what was held "
-        "out is not held out any more; start a fresh run (another --workdir), or give the data set folders train, val and "
-        "test of its own."
+        f"The splits of {dataset.name} were drawn by {old} in {where}, and are drawn {dataset.split_rule!r} now, so that what "
+        "was held out is not held out any more; start a fresh run (another --workdir), or give the data set folders train, "
+        "val and test of its own."
     )
 
 
 def same_split(stored: Record, dataset: Dataset, split: str) -> bool:
-    """Whether a split is known to hold what it held."""
+    """Whether a split is known to have the same content as in the record `stored`."""
     if stored.get("fingerprint") == dataset.fingerprint:
         return True
-    was = stored.get("splits", {}).get(split, {}).get("fingerprint", "")
-    return bool(was) and was == dataset.split_fingerprints.get(split)
+    old = stored.get("splits", {}).get(split, {}).get("fingerprint", "")
+    return bool(old) and old == dataset.split_fingerprints.get(split)
 
 
 def differences(stored: Record, dataset: Dataset) -> list[str]:
-    """What differs, a few words for each split and for the classes; [] where nothing is known to."""
+    """What differs from the record: a few words for each split and each class; [] where nothing is known to differ."""
     if stored.get("fingerprint") == dataset.fingerprint:  # the classes may have come and gone before
         return []
-    found = []
-    for split, was in stored.get("splits", {}).items():
+    changes = []
+    for split, old in stored.get("splits", {}).items():
         count = len(getattr(dataset, split))
-        if was["examples"] != count:
-            found.append(f"{split} had {was['examples']:,} examples and has {count:,}")
+        if old["examples"] != count:
+            changes.append(f"{split} had {old['examples']:,} examples and has {count:,}")
         elif count and not same_split(stored, dataset, split):
-            found.append(f"{split} is another")
-    known, now = stored.get("class_names", dataset.class_names), dataset.class_names
-    found += [f"the class {name!r} is gone" for name in known if name not in now][:3]
-    found += [f"the class {name!r} is new" for name in now if name not in known][:3]
-    return found
+            changes.append(f"{split} is another")
+    known, present = stored.get("class_names", dataset.class_names), dataset.class_names
+    changes += [f"the class {name!r} is gone" for name in known if name not in present][:3]
+    changes += [f"the class {name!r} is new" for name in present if name not in known][:3]
+    return changes
 
 
 def changed_sentence(name: str, stored: Record, dataset: Dataset, where: str, remedy: str) -> str:
-    """The refusal of a data set that is another than that of `where`, such as "step 12 of runs/x". name: the config's."""
-    prints = f"its fingerprint was {stored['fingerprint'][:12]} and is {dataset.fingerprint[:12]}"
-    what = "; ".join([prints, *differences(stored, dataset)])
-    return f"The data set {name} has changed since {where} ({what}); {remedy}"
+    """The sentence that refuses a data set that has changed.
+
+    Args:
+      name: its name in the config.
+      stored: the run's record.
+      dataset: the data set as it is now.
+      where: what the record belongs to, such as "step 12 of runs/x".
+      remedy: the end of the sentence: what to do.
+    """
+    fingerprints = f"its fingerprint was {stored['fingerprint'][:12]} and is {dataset.fingerprint[:12]}"
+    changes = "; ".join([fingerprints, *differences(stored, dataset)])
+    return f"The data set {name} has changed since {where} ({changes}); {remedy}"

@@ -1,4 +1,4 @@
-"""How a data set is cut into train, validation and test, where it does not bring all three."""
+"""Cuts a data set into train, validation and test, where it does not bring all three."""
 
 from __future__ import annotations
 
@@ -14,21 +14,26 @@ from jaxtrain.config import DataConfig, without_effect
 from jaxtrain.data import base, order
 from jaxtrain.errors import ConfigError
 
-# By which rule files are held out. It enters the fingerprint, since a run that went on under another rule would train on
-# what it had held out.
+# The rule by which files are held out. It is part of the fingerprint: a run that went on under another rule would train on
+# examples that it had held out.
 FILE_RULE = "by file name, version 1"
 
-_TEST_SHARE = 0.2  # of a data set that has neither a validation nor a test split of its own
+_TEST_SHARE = 0.2  # of a data set that has neither a validation nor a test split
 
 
 def cut(
     parts: base.RawSplits, config: DataConfig, needed: str = "", drawable: Sequence[str] | None = None
 ) -> base.Dataset:
-    """The data set of `parts`, with the splits drawn that it lacks (see `sources.load`).
+    """Draws the splits that a data set lacks from training; `registry.load` says how.
 
-    needed: the one split that will be read, "" for all. drawable: draw none but these; None: whatever is lacking.
+    Args:
+      parts: the data set as it is stored.
+      config: the data section.
+      needed: the one split that will be read, "" for all.
+      drawable: the only splits that may be drawn; None: whatever is missing.
 
-    Raises `ConfigError` where too few training examples are left, or `config.mean` does not fit.
+    Raises:
+      ConfigError: too few training examples are left.
     """
     lacking = [split for split in _lacks(parts) if drawable is None or split in drawable]
     draw = (_ByFile if parts.files and lacking else _ByPosition)(parts, config)
@@ -42,7 +47,7 @@ def cut(
     if needed in ("", "train"):
         _check_train(parts, config, len(train), {split: len(indices) for split, indices in drawn.items()})
     empty = base.Outline(0, parts.train.shape)
-    found: dict[str, base.Source] = {
+    sources: dict[str, base.Source] = {
         "train": base.Subset(parts.train, train[: config.examples or None]),
         "validation": parts.validation or empty,
         "test": parts.test or empty,
@@ -51,7 +56,7 @@ def cut(
     rule = draw.rule if drawn else ""
     return base.Dataset(
         name=config.name,
-        **found,
+        **sources,
         num_classes=len(parts.class_names),
         class_names=parts.class_names,
         mean=parts.mean,
@@ -59,15 +64,15 @@ def cut(
         fingerprint=_sha256(
             [parts.identity, config.split_seed, config.validation, config.examples, *filter(None, [rule])]
         ),
-        split_fingerprints={split: draw.fingerprint(split, source, drawn) for split, source in found.items()},
+        split_fingerprints={split: draw.fingerprint(split, source, drawn) for split, source in sources.items()},
         drawn=tuple(lacking),
         split_rule=rule,
-        notes=(*parts.notes, *_notes(parts, config, found, drawn, needed)),
+        notes=(*parts.notes, *_notes(parts, config, sources, drawn, needed)),
     )
 
 
 def _lacks(parts: base.RawSplits) -> list[str]:
-    """The splits that are drawn: the validation where there is none, and the test where there is neither."""
+    """The splits that are to be drawn: the validation where there is none, and the test where there is neither."""
     test = parts.test is None and not len(parts.validation or ())
     return ["test"] * test + ["validation"] * (parts.validation is None)
 
@@ -86,22 +91,22 @@ class _ByPosition:
     rule = ""
 
     def test(self, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(what is left, what is held out) of `train`, each rising."""
+        """int64 (what is left, what is held out) of the examples `train`, both in rising order."""
         labels = np.zeros(len(train), np.int32) if self.parts.labels is None else self.parts.labels
         held = _stratified(labels, _TEST_SHARE, self.config.split_seed)
         return np.setdiff1d(train, held), held
 
     def ordered(self, train: np.ndarray) -> np.ndarray:
-        """`train` in split order, in which `validation` and `config.examples` cut it."""
+        """The examples `train`, int64, in split order: `validation` and `config.examples` cut them in this order."""
         return train[order.split_permutation(len(train), self.config.split_seed)]
 
     def validation(self, train: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(what is left, what is held out) of `train` in split order."""
+        """int64 (what is left, what is held out) of the examples `train`, which are in split order."""
         count = round(len(train) * self.config.validation)
         return train[count:], train[:count]
 
     def fingerprint(self, split: str, source: base.Source, drawn: Mapping[str, np.ndarray]) -> str:
-        """SHA-256 of what identifies a split: its own content, or what it is drawn from and how."""
+        """SHA-256 of what identifies a split: its stored content, or what it is drawn from and how."""
         parts, config = self.parts, self.config
         if split != "train" and split not in drawn:
             return _sha256(parts.identities.get(split, parts.identity)) if len(source) else ""
@@ -112,16 +117,16 @@ class _ByPosition:
 
 @dataclasses.dataclass(frozen=True)
 class _ByFile(_ByPosition):
-    """Holds a file out when a hash of its name is below the share, so that no added file moves another.
+    """Holds a file out if a hash of its name is below the share, so that an added file moves no other.
 
-    Shares hold on average. The test, the validation and the order have a hash each: three words of one SHA-256.
+    The share is exact only on average. The test, the validation and the order use one word each of one SHA-256.
     """
 
     rule = FILE_RULE
 
     @functools.cached_property
     def _words(self) -> np.ndarray:
-        """float64 [files, 3] in [0, 1): the words of each file."""
+        """float64 [files, 3] in [0, 1): the three words of each file."""
         start = hashlib.sha256(f"{self.config.split_seed}\n".encode())
 
         def digest(name: str) -> bytes:
@@ -144,14 +149,14 @@ class _ByFile(_ByPosition):
         return train[~held], train[held]
 
     def fingerprint(self, split: str, source: base.Source, drawn: Mapping[str, np.ndarray]) -> str:
-        """Of a split that is cut from training: of its own files alone, since others do not move them."""
+        """A split that is cut from training is identified by its files alone, since other files do not move them."""
         if not isinstance(source, base.Subset):
             return super().fingerprint(split, source, drawn)
         return _sha256([self.parts.files[index] for index in np.sort(source.indices)])
 
 
 def _stratified(labels: np.ndarray, share: float, split_seed: int) -> np.ndarray:
-    """int64, sorted: `share` of the examples of every class, at least one of each."""
+    """int64 [n], sorted: `share` of the examples of every class in `labels` (int [N]), at least one of each."""
     held = []
     for label in np.unique(labels):
         members = np.flatnonzero(labels == label)
@@ -178,21 +183,21 @@ def _check_train(parts: base.RawSplits, config: DataConfig, left: int, drawn: Ma
 def _notes(
     parts: base.RawSplits,
     config: DataConfig,
-    found: Mapping[str, base.Source],
+    sources: Mapping[str, base.Source],
     drawn: Mapping[str, np.ndarray],
     needed: str,
 ) -> list[str]:
-    """What a user should know of the splits, a sentence each."""
+    """What a user should know about the splits, one sentence each."""
     notes = []
     if parts.test is None and "test" not in drawn:
         notes.append("it has no test split, and none is drawn: its validation split chooses the best weights")
     for split in drawn:
-        if not len(found[split]) and (split == "test" or config.validation):
+        if not len(sources[split]) and (split == "test" or config.validation):
             notes.append(f"no example was drawn for {split}: there are too few")
-    if "validation" not in drawn and config.name != "synthetic":  # which makes as many as that says
+    if "validation" not in drawn and config.name != "synthetic":  # it makes as many as `validation` says
         notes += without_effect("data", config, ["validation"], "no validation is drawn from training")
-    for split in (needed,) if needed else found:
-        labels = base.labels_of(found[split])
+    for split in (needed,) if needed else sources:
+        labels = base.labels_of(sources[split])
         if labels is not None and len(labels):
             notes += _without_examples(split, labels, parts.class_names)
     return notes

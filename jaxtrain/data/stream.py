@@ -1,12 +1,12 @@
-"""Batches read as training goes: the one module that knows Grain.
+"""Batches that are read while training runs. This is the one module that knows Grain.
 
-A step's local batch is one element of a Grain data set, so that Grain's machinery costs once a batch and not once an
-example (measured 5-8 times faster). Which examples those are is `order`'s business, and where a run resumes is one
-number; Grain reads ahead, in threads of this process or in worker processes, and hands the batches over in order.
+A step's local batch is one element of a Grain data set, so Grain's overhead occurs once a batch and not once an example
+(measured 5-8 times faster). `order` decides which examples a batch has, and a run resumes from one number. Grain reads
+ahead, in threads of this process or in worker processes, and returns the batches in order.
 
 Workers are spawned: a script that streams with workers needs `if __name__ == "__main__":`, and a user's source must
-pickle. They end with the stream, and by themselves when this process is killed. A worker that raises or dies ends the
-stream within about a second; one that hangs in a system call (a dead network disk) is waited for, as in any read.
+pickle. Workers end with the stream, or by themselves when this process is killed. A worker that raises or dies ends the
+stream within about a second. A worker that hangs in a system call (a dead network disk) blocks the stream, as any read does.
 """
 
 from __future__ import annotations
@@ -31,29 +31,32 @@ from jaxtrain.errors import DataError, JaxtrainError
 from jaxtrain.host.cpus import usable_cpus
 
 _READ_AHEAD = 2  # batches ready beside the one in use, in this process or in each worker
-_MOST_WORKERS = 16  # of one training process, each with a copy of the program (about 0.2 GB) and two batches
-_MOST_THREADS = 4  # more of them hold up the thread that feeds the devices: workers are for that
+_MOST_WORKERS = 16  # of one training process; each has a copy of the program (about 0.2 GB) and two batches
+_MOST_THREADS = 4  # more threads would delay the one that feeds the devices; workers do not
 
 
 def default_workers(*, cheap: bool = False, local_processes: int = 1) -> int:
-    """Reading processes, from the CPUs that this process may use; 0 (read in threads here) with two CPUs or fewer.
+    """The number of reading processes, from the CPUs that this process may use; 0 with two CPUs or fewer.
 
-    cheap: the source's examples need no decoding (`sources.is_cheap`), so workers would only add copies.
-    local_processes: training processes that share this host's CPUs.
+    0 means to read in threads of this process.
+
+    Args:
+      cheap: whether examples need no decoding (`base.is_cheap`). Then workers would only add copies.
+      local_processes: training processes that share this host's CPUs.
     """
     return 0 if cheap else max(0, min(_MOST_WORKERS, usable_cpus() // local_processes - 2))
 
 
 def default_threads(*, local_processes: int = 1) -> int:
-    """Reading threads where there are no workers, for a source that decodes outside Python's lock."""
+    """The number of reading threads without workers, for a source that decodes outside Python's lock."""
     return max(1, min(_MOST_THREADS, usable_cpus() // local_processes))
 
 
 class _Plan(Protocol):
-    """Which examples a step's local batch holds; pickled into the workers."""
+    """Which examples the local batch of a step has. The workers get a pickled copy."""
 
     def __call__(self, step: int) -> np.ndarray:
-        """int64 [examples of this process]: indices into the source."""
+        """int64 [b]: indices into the source."""
         ...
 
 
@@ -97,7 +100,7 @@ class _Steps:
             return self.source.read(indices)
         except JaxtrainError:
             raise
-        except Exception as error:  # a user's source; what does not pickle would never leave a worker
+        except Exception as error:  # a user's source may raise anything, also what a worker could not pickle
             shown = ", ".join(str(index) for index in indices[:8])
             raise DataError(
                 f"{type(self.source).__name__} failed to read examples {shown}, ... ({type(error).__name__}: {error})."
@@ -105,10 +108,10 @@ class _Steps:
 
 
 class Stream:
-    """Iterates over (images uint8 [b, H, W, C], labels int32 [b]), reading ahead from the moment it is made.
+    """Iterates over (images uint8 [b, H, W, C], labels int32 [b]). It reads ahead from the moment it is made.
 
     Close it, or use it in a `with`. `next` raises `DataError` for an example that cannot be read, and `JaxtrainError`
-    when a worker died; the stream is closed then.
+    if a worker has died. Then the stream is closed.
     """
 
     def __init__(self, steps: _Steps, workers: int, threads: int):
@@ -161,17 +164,17 @@ class Stream:
 
 
 class _SafePath:
-    """While a stream with workers is open, a Python that is started takes no module from the current directory by itself.
+    """While a stream with workers is open, a new Python process imports no module from the current directory by itself.
 
-    A worker has this process's search path only once it has imported what `multiprocessing` needs, and Grain starts it from a
-    thread of its own, some time after it was asked to.
+    A worker gets this process's search path only after it has imported what `multiprocessing` needs. Grain starts workers
+    from another thread, some time after it was asked to.
     """
 
     def __init__(self) -> None:
         self._lock, self._held, self._before = threading.Lock(), 0, None
 
     def hold(self) -> None:
-        """To be released as often as it is held."""
+        """Call `release` as often as this."""
         with self._lock:
             if not self._held:
                 self._before = os.environ.get("PYTHONSAFEPATH")
@@ -179,7 +182,7 @@ class _SafePath:
             self._held += 1
 
     def release(self) -> None:
-        """The last one gives the environment back."""
+        """The last call restores the environment."""
         with self._lock:
             self._held -= 1
             if not self._held and self._before is None:
@@ -196,13 +199,13 @@ def _close(batches: Any, workers: int) -> None:
         if workers:
             _SAFE_PATH.release()
     if workers:
-        gc.collect()  # the exceptions that Grain hands between threads are cycles, which hold the last shared memory
+        gc.collect()  # Grain's exceptions between threads are reference cycles, which hold the last shared memory
 
 
 def _start_worker(index: int, count: int) -> None:
-    """Runs first in every worker: Ctrl-C is the parent's to handle, and the worker ends when the parent is gone."""
+    """Runs first in every worker: the parent alone handles Ctrl-C, and the worker ends when the parent is gone."""
     del index, count
-    os.environ.pop("PYTHONSAFEPATH", None)  # what a user's source starts is its own business
+    os.environ.pop("PYTHONSAFEPATH", None)  # it must not reach processes that a user's source starts
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     threading.Thread(target=_end_with_parent, name="end-with-parent", daemon=True).start()
 
@@ -211,7 +214,7 @@ def _end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()
-        time.sleep(2)  # by then the worker waits for room in its queue, and no shared memory is left half made
+        time.sleep(2)  # then the worker waits for room in its queue, and no shared memory is half made
         os._exit(1)
 
 
@@ -226,19 +229,30 @@ def train_stream(
     steps: int,
     threads: int = 1,
 ) -> Stream:
-    """The local batches of `steps` training steps.
+    """The local batches of training.
 
-    positions: which places of the global batch (0 <= p < global_batch) this process takes, in its order.
-    first_example: how many examples were consumed before; what a checkpoint stores.
-    workers: reading processes; 0 reads in this one. The batches do not depend on it, nor on `threads`.
-    threads: that read where there are no workers. More than one only for a source that many may read at once
-        (`sources.decodes_images`): the others Python runs one at a time anyway, and they hinder each other (measured).
+    Args:
+      source: the training examples.
+      seed: the run's seed.
+      global_batch: examples a step, over all processes.
+      positions: int64 [b]: which positions of the global batch (0 <= p < global_batch) this process reads, in order.
+      first_example: how many examples were consumed before; a checkpoint stores it.
+      workers: reading processes; 0 reads in this one. The batches depend neither on this nor on `threads`.
+      steps: how many batches.
+      threads: threads that read if there are no workers. Use more than one only for a source that decodes images
+        (`base.decodes_images`). For others Python runs one thread at a time, and threads slow each other (measured).
+
+    Returns:
+      A stream of images uint8 [b, H, W, C] and labels int32 [b].
     """
     plan = _TrainPlan(len(source), seed, global_batch, np.asarray(positions, np.int64), first_example)
     return Stream(_Steps(source, plan, steps), workers, threads)
 
 
 def eval_stream(source: Source, *, global_batch: int, positions: np.ndarray, workers: int, threads: int = 1) -> Stream:
-    """The local batches of one pass in order, padded as `order.eval_batches` says (which gives the masks)."""
+    """The local batches of one pass in order, padded as `order.eval_batches` says (it gives the masks too).
+
+    Arguments and result are those of `train_stream`.
+    """
     plan = _EvalPlan(len(source), global_batch, np.asarray(positions, np.int64))
     return Stream(_Steps(source, plan, -(-len(source) // global_batch)), workers, threads)

@@ -27,13 +27,15 @@ class Synthetic(DatasetSpec):
 class SyntheticSource(base.CheapSource):
     """Images made when read: a quarter of the class's prototype (4 x 4 random blocks) and three quarters of noise.
 
-    Example i of the source is number `first + i` of the endless set that `seed` means; its class is that modulo 10.
+    Example i of the source is number `first + i` of an endless set. Its class is this number modulo 10.
     """
 
     seed: int
+    """Of the endless set."""
     first: int
     length: int
     shape: tuple[int, int, int]
+    """Height, width and channels of every image."""
 
     CLASSES = 10
 

@@ -1,9 +1,9 @@
-"""The one module that knows TFDS: CIFAR builders that need no TensorFlow, and data sets that TFDS has prepared.
+"""CIFAR builders that need no TensorFlow, and data sets that TFDS has prepared. This is the one module that knows TFDS.
 
-TFDS's own CIFAR builders import TensorFlow to read the archive and to encode the images. Here a builder hands `Image`
-an encoded PNG as a file object, which TFDS stores as it is; download, checksum, versions and record files stay TFDS's.
-Beside the records lie the decoded images as `.npy` files, which training maps into memory: decoding 60,000 PNGs takes
-6.5 s at every start (9,000 a second, measured), mapping and hashing the arrays 0.1 s.
+TFDS's CIFAR builders import TensorFlow to read the archive and to encode the images. Here a builder gives `Image` an
+encoded PNG as a file object, which TFDS stores as it is. TFDS does the download, the checksum, versions and record files.
+The decoded images are stored beside the records as `.npy` files, which training maps into memory. Decoding 60,000 PNGs
+would take 6.5 s at every start (9,000 a second, measured). Mapping and hashing the arrays takes 0.1 s.
 """
 
 from __future__ import annotations
@@ -37,7 +37,6 @@ from jaxtrain.host.files import create, no_link
 from jaxtrain.host.text import printable
 
 _MANIFEST = "jaxtrain.json"
-_SPLITS = ("train", "test")
 _PROTOS: Any = tf_example_pb2  # its classes are made when it is loaded
 
 
@@ -77,7 +76,7 @@ class _Cifar(tfds.core.GeneratorBasedBuilder):
         files = _official_files(self.name, self.official, dl_manager)
         for feature, names in cifar.class_names(self.official, files).items():
             self.info.features[feature].names = names  # type: ignore[index]
-        return {split: self._generate_examples(files, split) for split in _SPLITS}
+        return {split: self._generate_examples(files, split) for split in self.official.splits}
 
     def _generate_examples(self, files: dict[str, bytes], split: str) -> Any:
         for number, (image, labels) in enumerate(cifar.examples(self.official, files, split)):
@@ -116,10 +115,10 @@ def _official_files(builder_name: str, official: cifar.CifarSpec, dl_manager: An
         )
     try:
         if not archive.exists() and not any((downloads / builder_name).rglob("*.tar.gz")):
-            # TFDS would try for 200 s and then wait without limit; this finds a missing network at once.
+            # TFDS would try for 200 s and then wait without limit. This request fails at once without a network.
             urllib.request.urlopen(urllib.request.Request(official.url, method="HEAD"), timeout=20).close()
         path = Path(dl_manager.download(official.url))
-    except Exception as error:  # urllib's, requests' and TFDS's own, among them a checksum that differs
+    except Exception as error:  # errors of urllib, requests and TFDS, among them a checksum that differs
         reason = (str(error).splitlines() or [type(error).__name__])[0].rstrip(":")
         raise DataError(
             f"{official.url} could not be fetched ({reason}): put {official.archive} "
@@ -129,7 +128,7 @@ def _official_files(builder_name: str, official: cifar.CifarSpec, dl_manager: An
     return cifar.read_archive(official, path)
 
 
-# -------------------------------------------------------------------------------------------- preparing CIFAR, checking
+# ------------------------------------------------------------------------------------ CIFAR: preparing, loading, checks
 
 
 def cifar_directory(name: str, root: Path) -> Path:
@@ -139,11 +138,22 @@ def cifar_directory(name: str, root: Path) -> Path:
 
 
 def prepare_cifar(name: str, root: Path, timeout: float) -> Path:
-    """Downloads and prepares `name` under `root` unless that is done; returns the directory of the prepared files.
+    """Downloads and prepares CIFAR unless that is done.
 
-    One process of this host works while others wait for up to `timeout` minutes. An interrupted preparation leaves
-    nothing that counts as prepared, and the next call does it again. Raises `DataError`: no network and no official
-    files (which file to put where), files that differ from the official ones, a damaged preparation, or a full disk.
+    One process of this host works while the others wait. An interrupted preparation leaves nothing that counts as prepared,
+    and the next call prepares again.
+
+    Args:
+      name: "cifar10" or "cifar100".
+      root: the data directory.
+      timeout: how many minutes to wait for another process.
+
+    Returns:
+      The directory of the prepared files.
+
+    Raises:
+      DataError: there is no network and no official file (the error says which file to put where), a file differs from the
+        official one, a preparation is damaged, or the disk is full.
     """
     directory = cifar_directory(name, root)
     if (directory / _MANIFEST).exists():
@@ -163,28 +173,28 @@ def prepare_cifar(name: str, root: Path, timeout: float) -> Path:
 
 
 def _generate(name: str, root: Path) -> None:
-    """Lets TFDS write the records; it builds them in a temporary directory, and renames that when all is done."""
+    """Lets TFDS write the records. It builds them in a temporary directory, which it renames at the end."""
     directory = cifar_directory(name, root)
     for leftover in [
         *directory.parent.glob(f"{constants.INCOMPLETE_PREFIX}*"),
         *(root / "downloads" / directory.parent.name).glob("**/*.tmp.*"),
     ]:
-        shutil.rmtree(leftover, ignore_errors=True)  # of a process that was killed: we hold the lock
+        shutil.rmtree(leftover, ignore_errors=True)  # a killed process left it: this one holds the lock
     _check_classes(directory)
     try:
         builder = _BUILDERS[name](data_dir=root)
-    except Exception as error:  # it reads what an earlier preparation left, with TFDS's parsers
+    except Exception as error:  # TFDS's parsers read what an earlier preparation left
         raise DataError(f"{directory} is damaged ({error}); {_again(directory)}") from None
     config = tfds.download.DownloadConfig(try_download_gcs=False)
-    tfds.display_progress_bar(sys.stderr.isatty())  # in a log file it would be a line a second
-    with contextlib.redirect_stdout(sys.stderr):  # where TFDS's progress goes; stdout is the program's own
+    tfds.display_progress_bar(sys.stderr.isatty())  # a log file would get a line a second
+    with contextlib.redirect_stdout(sys.stderr):  # TFDS's progress goes there; stdout is for results
         builder.download_and_prepare(
             file_format="array_record", download_dir=root / "downloads", download_config=config
         )
 
 
 def _write_arrays(name: str, directory: Path) -> None:
-    """Decodes all records into `.npy` files, and last of all writes the manifest that makes the directory count."""
+    """Decodes all records into `.npy` files. Then writes the manifest, which marks the directory as prepared."""
     for split, count in cifar.CIFAR[name].examples.items():
         source = TfdsSource(directory, split)
         if len(source) != count:
@@ -207,7 +217,7 @@ def _array_paths(directory: Path, split: str) -> tuple[Path, Path]:
 
 
 def _manifest(directory: Path) -> dict[str, Any]:
-    """The manifest, after every file's size was compared with it."""
+    """The manifest. Raises `DataError` where it is damaged, or a file does not have the size that it says."""
     try:
         manifest = json.loads((directory / _MANIFEST).read_text())
         wanted = {name: entry["bytes"] for name, entry in manifest["files"].items()}
@@ -215,10 +225,10 @@ def _manifest(directory: Path) -> dict[str, Any]:
         raise DataError(f"{directory / _MANIFEST} is damaged ({error}); {_again(directory)}") from None
     for name, size in wanted.items():
         path = directory / name
-        found = path.stat().st_size if path.exists() else None
-        if found != size:
-            what = "is missing" if found is None else f"has {found:,} bytes and must have {size:,}"
-            raise DataError(f"{path} {what}; {_again(directory)}")
+        actual = path.stat().st_size if path.exists() else None
+        if actual != size:
+            problem = "is missing" if actual is None else f"has {actual:,} bytes and must have {size:,}"
+            raise DataError(f"{path} {problem}; {_again(directory)}")
     return manifest
 
 
@@ -245,7 +255,7 @@ def _sha256(path: Path) -> str:
 
 @contextlib.contextmanager
 def _lock(path: Path, timeout: float) -> Iterator[None]:
-    """Holds an exclusive lock, which the operating system frees when the process dies; waits `timeout` minutes."""
+    """Holds an exclusive lock, which the operating system frees when the process dies; waits up to `timeout` minutes."""
     deadline = time.monotonic() + 60 * timeout
     with open(path, "w", opener=no_link) as file:
         while True:
@@ -264,13 +274,13 @@ def _lock(path: Path, timeout: float) -> Iterator[None]:
 
 
 def load_cifar(name: str, root: Path) -> base.RawSplits:
-    """The prepared data set; raises `DataError` when it is not prepared, incomplete, or its arrays have changed."""
+    """The prepared CIFAR `name` in `root`; `DataError` if it is not prepared, is incomplete, or its arrays have changed."""
     directory = cifar_directory(name, root)
     if not (directory / _MANIFEST).exists():
         raise DataError(f"{name} is not prepared in {root} (no {directory}): run {_prepare(name, root)}.")
     manifest = _manifest(directory)
     sources: dict[str, base.Source] = {}
-    for split in _SPLITS:
+    for split in cifar.CIFAR[name].splits:
         paths = _array_paths(directory, split)
         for path in paths:
             _check_hash(directory, manifest, path.name)
@@ -302,8 +312,9 @@ def verify_cifar(name: str, root: Path) -> dict[str, int]:
     for split, arrays in (("train", parts.train), ("test", parts.test)):
         assert arrays is not None
         records = TfdsSource(directory, split)
-        for (start, *found), (_, *wanted) in zip(base.chunks(records), base.chunks(arrays), strict=True):
-            same = (found[0] == wanted[0]).all(axis=(1, 2, 3)) & (found[1] == wanted[1])
+        pairs = zip(base.chunks(records), base.chunks(arrays), strict=True)
+        for (start, decoded, labels), (_, mapped, mapped_labels) in pairs:
+            same = (decoded == mapped).all(axis=(1, 2, 3)) & (labels == mapped_labels)
             if not same.all():
                 record = records.where(start + int(np.argmin(same)))
                 raise DataError(f"{record} differs from {_array_paths(directory, split)[0].name}; {_again(directory)}")
@@ -318,16 +329,19 @@ def verify_cifar(name: str, root: Path) -> dict[str, int]:
 
 
 def _check_classes(directory: Path) -> None:
-    """TFDS imports the modules of the classes that `features.json` and `dataset_info.json` name, whatever they are."""
+    """Raises `DataError` where a prepared data set names classes that are not TFDS's.
+
+    TFDS imports the modules of all classes that `features.json` and `dataset_info.json` name. Foreign ones could run code.
+    """
     for name in ("features.json", "dataset_info.json"):
         try:
             values = json.loads((directory / name).read_text(encoding="utf-8"))
-            found = _class_names(values if name == "features.json" else values.get("features"))
+            classes = _feature_classes(values if name == "features.json" else values.get("features"))
         except (OSError, ValueError, AttributeError):
-            continue  # not there, or not what TFDS reads: it says so
+            continue  # missing or malformed: TFDS reports it
         except RecursionError:
             raise DataError(f"{directory / name} is nested too deep; prepare the data set again.") from None
-        for cls in found:
+        for cls in classes:
             if not re.fullmatch(r"tensorflow_datasets(\.\w+)+", cls):
                 raise DataError(
                     f"{directory / name} names the class {cls!r}, which would be imported, and must name classes of "
@@ -335,27 +349,33 @@ def _check_classes(directory: Path) -> None:
                 )
 
 
-def _class_names(values: Any) -> list[str]:
-    """The names of feature classes anywhere in parsed JSON, also in JSON that is a text within it."""
+def _feature_classes(values: Any) -> list[str]:
+    """The names of Python classes anywhere in parsed JSON, also in JSON that is a string inside it."""
     if isinstance(values, str) and values.lstrip()[:1] in ("{", "["):
         with contextlib.suppress(ValueError):
-            return _class_names(json.loads(values))
+            return _feature_classes(json.loads(values))
     if isinstance(values, list):
-        return [name for value in values for name in _class_names(value)]
+        return [name for value in values for name in _feature_classes(value)]
     if not isinstance(values, dict):
         return []
     keys = ("type", "pythonClassName", "python_class_name")
-    own = [value for key, value in values.items() if key in keys and isinstance(value, str)]
-    return own + [name for value in values.values() for name in _class_names(value)]
+    here = [value for key, value in values.items() if key in keys and isinstance(value, str)]
+    return here + [name for value in values.values() for name in _feature_classes(value)]
 
 
 class TfdsSource(base.DecodedSource):
     """One split of a data set that TFDS has prepared as array_record; images are decoded when read."""
 
     def __init__(self, directory: Path, split: str, side: int = 0):
-        """side: of the square that images are resized and cropped to; 0 where all have one size.
+        """Opens a split.
 
-        Raises `DataError` when the files are missing or damaged, have no random access, or hold no labelled images.
+        Args:
+          directory: of the prepared data set.
+          split: TFDS's name of it, such as "train" or "train[:90%]".
+          side: in pixels, of the square that images are resized and cropped to; 0 if all have one size.
+
+        Raises:
+          DataError: the files are missing or damaged, have no random access, or hold no labelled images.
         """
         self._arguments = (directory, split, side)
         self._side = side
@@ -399,12 +419,12 @@ class TfdsSource(base.DecodedSource):
 
     @property
     def identity(self) -> str:
-        """Text that identifies its content: the files' names and sizes, and which of their records it has."""
+        """Text that identifies the content: the files' names and sizes, and which of their records belong to the split."""
         files = [(path.name, path.stat().st_size, skip, count) for path, skip, count in self._files]
         return json.dumps([self._arguments[0].name, self._side, files])
 
     def shared_with(self, other: TfdsSource) -> int:
-        """How many examples both have."""
+        """How many examples both splits have."""
         return sum(
             max(0, min(skip + count, first + more) - max(skip, first))
             for path, skip, count in self._files
@@ -413,7 +433,7 @@ class TfdsSource(base.DecodedSource):
         )
 
     def label(self, index: int) -> int:
-        """The label of example `index` as it is stored: -1 where there is none."""
+        """The label of example `index` as it is stored: -1 where it has none."""
         return self._parse(self._fetch_one(index), self.where(index))[1]
 
     def read(self, indices: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -435,19 +455,19 @@ class TfdsSource(base.DecodedSource):
         try:
             features = _PROTOS.Example.FromString(record).features.feature
             return features[self._image].bytes_list.value[0], features[self._label].int64_list.value[0]
-        except Exception as error:  # the parser's own errors share no class
+        except Exception as error:  # the parser's errors share no class
             raise DataError(f"{where} is damaged ({error}).") from None
 
     def _fetch(self, indices: np.ndarray) -> list[bytes]:
         try:
             return list(self._records.__getitems__([int(i) for i in indices]))
-        except Exception:  # one record of many is damaged; which, is found by reading each alone
+        except Exception:  # one record of many is damaged: reading them one by one tells which
             return [self._fetch_one(int(i)) for i in indices]
 
     def _fetch_one(self, index: int) -> bytes:
         try:
             return self._records[index]
-        except Exception as error:  # array_record raises what its C++ library reports
+        except Exception as error:  # array_record passes on the errors of its C++ library
             reason = " ".join(str(error).split())
             raise DataError(f"{self.where(index)} is damaged ({reason}).") from None
 
@@ -455,7 +475,7 @@ class TfdsSource(base.DecodedSource):
 def _builder(directory: Path) -> tuple[Any, set[str]]:
     """TFDS's builder of a prepared data set, and the formats of its files.
 
-    Raises `DataError` where it is not one, or its files name classes that are not TFDS's own.
+    Raises `DataError` where the directory is no such data set, or names classes that are not TFDS's.
     """
     _check_classes(directory)
     try:
@@ -468,7 +488,7 @@ def _builder(directory: Path) -> tuple[Any, set[str]]:
 
 
 def _keys(directory: Path, info: Any) -> tuple[str, str]:
-    """Names of the image feature and of the label feature: of the supervised keys if there are any, else the first."""
+    """The names of the image feature and of the label feature: the supervised keys if there are any, else the first."""
     names = [n for n in info.supervised_keys or info.features if isinstance(n, str) and n in info.features]
     image = [n for n in names if isinstance(info.features[n], tfds.features.Image)]
     label = [n for n in names if isinstance(info.features[n], tfds.features.ClassLabel)]
@@ -488,9 +508,9 @@ def known_names(root: Path) -> list[str]:
 
 
 def find(name: str, root: Path) -> Path:
-    """Directory of the prepared data set `name`, `name/config` or `name:1.0.0`; the newest version that matches.
+    """The directory of the prepared data set `name`, `name/config` or `name:1.0.0`: the newest version that matches.
 
-    Raises `DataError` when it is not prepared in `root`, with what to run.
+    Raises `DataError` if it is not prepared in `root`; the error says what to run.
     """
     match = _NAME.fullmatch(name)
     if match is None:
@@ -510,12 +530,18 @@ def find(name: str, root: Path) -> Path:
 
 
 def load_prepared(directory: Path, root: Path, side: int, chosen: Mapping[str, str], needed: str) -> base.RawSplits:
-    """The data set in `directory`, below `root`; `side` is used where its images differ in size.
+    """A data set that TFDS has prepared. A split without labels, as the test of a competition, counts as absent.
 
-    chosen: as `DataConfig.chosen_splits`; what it does not name has the split's usual name. A split without labels, as
-    the test of a competition, counts as absent. needed: the one split whose files must be there, "" for all.
+    Args:
+      directory: of the prepared data set.
+      root: the data directory, above it.
+      side: in pixels, of the square that images are resized and cropped to if they differ in size.
+      chosen: as `DataConfig.chosen_splits`; splits that it does not name have their usual names.
+      needed: the one split whose files must exist, "" for all.
 
-    Raises `DataError` when it is damaged, and `ConfigError` when a side is needed and is 0, or a chosen split is not there.
+    Raises:
+      DataError: the data set is damaged.
+      ConfigError: images differ in size and `side` is 0, or a chosen split does not exist.
     """
     names = _split_names(directory, chosen)
     required = needed if needed in names else "train"
@@ -548,16 +574,16 @@ def load_prepared(directory: Path, root: Path, side: int, chosen: Mapping[str, s
     shape = (side, side, first.shape[2]) if side else first.shape
     not_read = [split for split in names if split not in unlabelled]
     not_wanted = [split for split, name in chosen.items() if name == "none"]
-    own: dict[str, base.Source] = {**dict.fromkeys([*not_read, *not_wanted], base.Outline(0, shape)), **sources}
+    by_split: dict[str, base.Source] = {**dict.fromkeys([*not_read, *not_wanted], base.Outline(0, shape)), **sources}
     mean, std = base.channel_statistics(first.shape[2])
     files = [(p.name, p.stat().st_size) for p in sorted(directory.iterdir()) if not p.name.startswith(".")]
     identity = [str(directory.relative_to(root)), side, files]
-    # What is drawn from training depends on what was left out; a data set that lacks nothing keeps its identity.
-    drawn_anew = unlabelled if "validation" not in own else []
+    # What is drawn from training depends on which splits were left out. A data set without such splits keeps its identity.
+    drawn_anew = unlabelled if "validation" not in by_split else []
     return base.RawSplits(
-        train=own["train"],
-        validation=own.get("validation"),
-        test=own.get("test"),
+        train=by_split["train"],
+        validation=by_split.get("validation"),
+        test=by_split.get("test"),
         class_names=first.class_names,
         mean=mean,
         std=std,
@@ -568,15 +594,15 @@ def load_prepared(directory: Path, root: Path, side: int, chosen: Mapping[str, s
 
 
 def _split_names(directory: Path, chosen: Mapping[str, str]) -> dict[str, str]:
-    """Of train, validation and test those that are there or chosen -> TFDS's name of it (`train`, or `train[:90%]`)."""
+    """Split that exists or is chosen -> TFDS's name of it (`train`, or `train[:90%]`)."""
     info = _builder(directory)[0].info
     names = {split: chosen.get(split, split) for split in base.SPLITS}
     for name in chosen.values():
         if name != "none" and not _examples(info, name):
             there = ", ".join(sorted(key for key in info.splits if info.splits[key].num_examples))
             raise ConfigError(f"config.data.splits: {directory} has no split {name!r}; it has {there}.")
-    found = {split: name for split, name in names.items() if name != "none" and _examples(info, name)}
-    return {"train": names["train"], **found}
+    present = {split: name for split, name in names.items() if name != "none" and _examples(info, name)}
+    return {"train": names["train"], **present}
 
 
 def _examples(info: Any, split: str) -> int:
@@ -586,16 +612,15 @@ def _examples(info: Any, split: str) -> int:
         return 0
 
 
-# How many labels are looked at to tell whether a split has any: reading one reads its image.
-_LOOKED_AT = 16
+_SAMPLED_LABELS = 16  # read to tell whether a split has labels; reading one also reads its image
 
 
 def _is_unlabelled(source: TfdsSource) -> bool:
-    """Whether no example of `source` has a label (-1), by those that are looked at. Raises `DataError` where some have one."""
-    looked = np.unique(np.linspace(0, len(source) - 1, _LOOKED_AT).astype(int)).tolist() if len(source) else []
+    """Whether `source` has no labels (-1), judged by a sample of them. Raises `DataError` where only some are missing."""
+    sample = np.unique(np.linspace(0, len(source) - 1, _SAMPLED_LABELS).astype(int)).tolist() if len(source) else []
     labels: dict[int, int] = {}
-    for index in looked:
-        with contextlib.suppress(DataError):  # a damaged record is told of by who reads it
+    for index in sample:
+        with contextlib.suppress(DataError):  # a damaged record is reported when it is read
             labels[index] = source.label(index)
     missing = [index for index, label in labels.items() if label < 0]
     if missing and len(missing) < len(labels):

@@ -705,6 +705,17 @@ def test_source_by_dotted_name(monkeypatch):
         registry.load(DataConfig(name="test_data:not_a_source"))
 
 
+def test_the_configs_normalization_replaces_that_of_any_data_set(monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    config = DataConfig(name="test_data:my_source", mean=(0.25,), std=(1,))
+    dataset = registry.load(config, image_size=5)
+    assert (dataset.mean, dataset.std) == ((0.25,), (1.0,))
+    dataset = registry.outline(DataConfig(name="cifar10", mean=(0.5,) * 3, std=(0.25,) * 3))
+    assert (dataset.mean, dataset.std) == ((0.5,) * 3, (0.25,) * 3)
+    with pytest.raises(ConfigError, match="must have 1 numbers, one for each channel"):
+        registry.load(dataclasses.replace(config, mean=(0.5,) * 3, std=(1.0,) * 3), image_size=5)
+
+
 def test_settings_that_a_users_data_set_does_not_read_are_said(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parents[1]))
     config = DataConfig(name="test_data:my_source", split_seed=9, examples=3, validation=0.5)
