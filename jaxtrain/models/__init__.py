@@ -1,1 +1,1 @@
-"""Image classifiers as tuples of Flax (Linen) layers; `registry.build` makes one by its name in the config."""
+"""Image classifiers as tuples of Flax (Linen) layers. `registry.build` makes one by its name in the config."""

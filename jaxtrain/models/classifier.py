@@ -1,6 +1,6 @@
-"""A model: a tuple of layers, each with its own entry in the trees of parameters and statistics.
+"""A model: a tuple of layers. Each has an entry in the trees of parameters and of BatchNorm's running statistics.
 
-This is the seam between Linen and the rest of the program: only here are a module's `init` and `apply` called.
+This is the border between Linen and the rest of the program: a module's `init` and `apply` are called only here.
 """
 
 from __future__ import annotations
@@ -28,28 +28,29 @@ def layer_name(index: int) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Classifier:
-    """A sequence of layers from images to logits, with what the layout and the optimizer need to know about its leaves.
-
-    layers: stem, blocks, head; each a Linen module called as `layer(x, context) -> y`. The head gives logits
-        [B, num_classes] in at least f32.
-    tensor_rules: ((regex, spec), ...), how leaves may be split over devices; they change no number. The regex is
-        searched in a leaf's path, "layers_03/attn/qkv/kernel"; the spec has "tensor" or None for each dim of the leaf.
-    no_decay: regexes of leaves without weight decay, beside all leaves of at most one dim (biases, norms).
-    """
+    """A sequence of layers from images to logits, with what the layout and the optimizer need to know about its leaves."""
 
     layers: tuple[nn.Module, ...]
+    """Stem, blocks, head: Linen modules that are called as `layer(x, context) -> y`. The head gives logits [B, num_classes]
+    in at least f32."""
     tensor_rules: tuple[tuple[str, tuple[str | None, ...]], ...] = ()
+    """((regex, spec), ...): how leaves may be split over devices. They change no number. The regex is searched in a leaf's
+    path, such as "layers_03/attn/qkv/kernel". The spec has "tensor" or None for each dim of the leaf."""
     no_decay: tuple[str, ...] = ()
+    """Regexes of leaves without weight decay, beside all leaves of at most one dim (biases, norms)."""
 
     def init(self, key: jax.Array, x_shape: tuple[int, ...], x_dtype: Any) -> tuple[Tree, Tree]:
-        """New parameters and running statistics, `{"layers_00": {...}, ...}` with the layers that own some.
+        """New parameters and running statistics.
 
-        To be called inside jit: the forward pass that it traces for the shapes is dead code there.
+        Call it inside jit: the forward pass that it traces for the shapes is dead code there.
 
         Args:
-          key: layer i draws from `fold_in(key, i)`, and each parameter from that and its path.
+          key: PRNG key. Layer i uses `fold_in(key, i)`, and each parameter folds in its path.
           x_shape: [B, H, W, C] of a batch of images, for any B.
           x_dtype: their type.
+
+        Returns:
+          Two trees `{"layers_00": {...}, ...}`. A layer without parameters or statistics has no entry there.
         """
         params, batch_stats = {}, {}
         x = jnp.zeros(x_shape, x_dtype)
@@ -72,12 +73,20 @@ class Classifier:
         wrap: Callable[[LayerFn, str], LayerFn] | None = None,
         layers: range | None = None,
     ) -> tuple[jax.Array, Tree]:
-        """Logits [B, num_classes] of x [B, H, W, C], and the new running statistics (the old ones in evaluation).
+        """The forward pass.
 
         Args:
-          layers: only these, from the first one's input to the last one's output, as a pipeline stage does.
-          key: for dropout and drop-path, needed in training where a rate is above 0; layer i uses `fold_in(key, i)`.
+          params: as `init` returns them.
+          batch_stats: running statistics, as `init` returns them.
+          x: [B, H, W, C], or the input of the first of `layers`.
+          context: of the call.
+          key: PRNG key for dropout and drop-path, needed in training if a rate is above 0. Layer i uses `fold_in(key, i)`.
           wrap: `(layer's function, its name) -> function`, applied to each layer: rematerialization, gathering.
+          layers: only these layers, as a pipeline stage computes them; None: all.
+
+        Returns:
+          Logits [B, num_classes] (or the output of the last of `layers`), and the new running statistics of these layers.
+          In evaluation the statistics are the old ones.
         """
         new_stats = {}
         for index in layers if layers is not None else range(len(self.layers)):

@@ -1,10 +1,11 @@
-"""A small network for small images that learns fast: six 3x3 convolutions behind fixed whitening filters.
+"""A small network for small images that learns fast: six 3x3 convolutions after fixed whitening filters.
 
-The shape of cifar10-airbench (Jordan 2024, arXiv:2404.00498), after Page's ResNet-9 and tysam-code/hlb-CIFAR10. The first
-layer decorrelates 2x2 patches. There the filters are eigenvectors computed from training images; here they are constants,
-so that the state stays a function of the seed alone: the eigenvectors of natural images' patches are nearly the Haar basis
-in space, times light, red against blue, and green against both in colour. Measured on 10,000 CIFAR-10 images, normalized:
-outputs of these filters correlate by 0.07 (root mean square; 0.27 at most), where the values of a patch do by 0.84.
+Its shape is that of cifar10-airbench (Jordan 2024, arXiv:2404.00498), after Page's ResNet-9 and tysam-code/hlb-CIFAR10. The
+first layer decorrelates 2x2 patches. In airbench its filters are eigenvectors computed from training images. Here they are
+constants, so that the state is a function of the seed alone. The eigenvectors of patches of natural images are nearly a
+product: the Haar basis in space, times light, red against blue, and green against both in colour. Measured on 10,000
+normalized CIFAR-10 images: outputs of these filters correlate by 0.07 (root mean square; at most 0.27), the values of a
+patch by 0.84.
 """
 
 from __future__ import annotations
@@ -31,13 +32,14 @@ _COLORS = np.array([[1, 1, 1], [1, 0, -1], [1, -2, 1]])
 _VARIANCES = np.array(
     [[10.146, 0.8165, 0.1855], [0.3965, 0.01650, 0.00495], [0.3314, 0.01407, 0.00449], [0.05543, 0.00161, 0.00062]]
 )
-_LEAST_VARIANCE = 5e-4  # added, so that what is hardly there is not blown up
+_LEAST_VARIANCE = 5e-4  # added, so that outputs with almost no variance are not blown up
 
 
 def whitening_filters(channels: int) -> tuple[np.ndarray, np.ndarray]:
-    """Patterns of whole numbers [2, 2, channels, 8 * channels], each and its negative, and their scales [8 * channels].
+    """Patterns of whole numbers, int [2, 2, channels, 8 * channels], and their scales, float64 [8 * channels].
 
-    Scaled, outputs have about variance 1. Images that are not RGB have no color basis: each channel is whitened alone.
+    Every pattern is there with its negative. Scaled outputs have a variance of about 1. Images that are not RGB have no
+    color basis: each channel is whitened alone.
     """
     colors, variances = (
         (_COLORS, _VARIANCES) if channels == 3 else (np.eye(channels, dtype=int), np.tile(_VARIANCES[:, :1], channels))
@@ -55,9 +57,9 @@ class Stem(Layer):
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """x [B, H, W, C] -> [B, H - 1, W - 1, 8 C]."""
         patterns, scales = (jnp.asarray(array, self.dtype) for array in whitening_filters(x.shape[-1]))
-        # Scaled after the sum: in f64 a sum of whole multiples of x is exact (`augment.normalize`), so patches of equal
-        # differences give equal bits. Else the order of the sum, another on another layout, would decide which of them
-        # is the larger, and gets a max-pool's gradient.
+        # Scaled after the sum: in f64 a sum of whole multiples of x is exact (`augment.normalize`). So patches of equal
+        # differences give equal bits. Otherwise the order of the sum, which depends on the layout, would decide which of
+        # them is larger and gets a max-pool's gradient.
         x = jax.lax.conv_general_dilated(
             x.astype(self.dtype), patterns, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
         )
@@ -77,12 +79,12 @@ class Conv(Layer):
         types = {"use_bias": False, "kernel_init": identity_first, "name": "conv", **self.types}
         x = nn.Conv(self.features, (3, 3), padding=1, **types)(x)
         x = max_pool_2x2(x) if self.pool else x
-        # Statistics that follow the weights closely: a short run changes them to its last step.
+        # A low momentum: the statistics must follow the weights closely, which a short run changes to its last step.
         return nn.gelu(BatchNorm(self.param_dtype, scale_init=None, momentum=0.6, name="bn")(x, context))
 
 
 class Head(Layer):
-    """The largest value over the map, dropout, and a linear map without bias, in at least f32: its mean, not its sum."""
+    """The largest value over the map, dropout, and a linear map without bias, in at least f32, divided by its inputs."""
 
     num_classes: int
     dropout: float
@@ -97,7 +99,10 @@ class Head(Layer):
 
 
 def identity_first(key: Any, shape: Any, dtype: Any = None, out_sharding: Any = None) -> jax.Array:
-    """A kernel [height, width, in, out] whose first outputs pass the inputs on as they are; the rest as in PyTorch."""
+    """An initialiser: the first outputs pass the inputs on unchanged, the others are as in PyTorch.
+
+    Returns a kernel [height, width, in, out] of that `shape`. The arguments are those of JAX's initialisers.
+    """
     kernel = torch_kernel(key, shape, dtype, out_sharding)
     height, width, inputs, outputs = shape
     passed = min(inputs, outputs)
@@ -113,7 +118,10 @@ def build(
     dtype: DTypeLike,
     param_dtype: DTypeLike,
 ) -> Classifier:
-    """Three groups of `config.depths` (2, 2, 2) convolutions, of `config.width` (64), 4 and 4 times as many channels."""
+    """Three groups of `config.depths` (2, 2, 2) convolutions, of `config.width` (64), 4 and 4 times as many channels.
+
+    Arguments as of `registry.build`.
+    """
     settings.refuse(config, "stem", "patch", "window", "drop_path")
     settings.require_side(config, image_shape, 9)
     width, types = config.width or 64, (dtype, param_dtype)
@@ -121,7 +129,7 @@ def build(
     for features, depth in zip((width, 4 * width, 4 * width), settings.depths(config, (2, 2, 2)), strict=True):
         layers += [Conv(*types, features, pool=i == 0) for i in range(depth)]
     rules: list[tuple[str, tuple[str | None, ...]]] = []
-    for index in range(1, len(layers) - 1, 2):  # the first of two is split by outputs, and with it the second's inputs
+    for index in range(1, len(layers) - 1, 2):  # of two layers, the first is split by outputs, the second by inputs
         first, second = layer_name(index), layer_name(index + 1)
         rules.append((f"{first}/conv/kernel$", (None, None, None, "tensor")))
         rules.append((f"{first}/bn/(bias|mean|var)$", ("tensor",)))

@@ -1,7 +1,7 @@
-"""What every model is built from: the context of a call, BatchNorm over groups, per-example dropout, initialisers.
+"""The parts of every model: the context of a call, BatchNorm over groups, per-example dropout, initialisers.
 
-All of it gives the same numbers on any layout: statistics are taken over groups of the global batch, and every random
-mask is a function of the key, the module's path and the example's index in the global batch, not of its neighbours.
+They give the same numbers on every layout. Statistics are taken over groups of the global batch. A random mask is a
+function of the key, the module's path and the example's index in the global batch, not of other examples.
 """
 
 from __future__ import annotations
@@ -23,16 +23,14 @@ from jaxtrain.precision import at_least_f32
 
 @flax.struct.dataclass
 class Context:
-    """The second argument of every layer: all that a layer may know beside its input.
-
-    example: int32 [B], the index of each example of this microbatch in the global batch.
-    train: batch statistics and random masks (True), or running statistics and none (False).
-    bn_groups: the groups of consecutive examples in this microbatch that BatchNorm normalizes separately.
-    """
+    """The second argument of every layer: all that a layer may know beside its input."""
 
     example: jax.Array
+    """int32 [B], the index of each example of this microbatch in the global batch."""
     train: bool = flax.struct.field(pytree_node=False, default=False)
+    """Whether to use batch statistics and random masks, or running statistics and no masks."""
     bn_groups: int = flax.struct.field(pytree_node=False, default=1)
+    """How many groups of consecutive examples in this microbatch BatchNorm normalizes separately."""
 
 
 # -------------------------------------------------------------------------------------------------------- initialisers
@@ -58,7 +56,7 @@ def _product(x: jax.Array, kernel: jax.Array, dimension_numbers: Any, precision:
     return matmul(x, kernel, len(axes))
 
 
-# Linen's linear maps, by `matmul`.
+# Linen's linear maps, computed by `matmul`.
 Dense = functools.partial(nn.Dense, dot_general=_product)
 DenseGeneral = functools.partial(nn.DenseGeneral, dot_general=_product)
 
@@ -68,44 +66,43 @@ def torch_dense(features: int, fan_in: int, **options: Any) -> nn.Dense:
     return Dense(features, kernel_init=torch_kernel, bias_init=torch_bias(fan_in), **options)
 
 
-# -------------------------------------------------------------------------------------------------------------- layers
+# -------------------------------------------------------------------------------------------- layers and normalization
 
 
 class Layer(nn.Module):
-    """A module with a type to compute in, and one for its parameters; its other fields come after these two."""
+    """A module with a type to compute in and one for its parameters. Fields of subclasses come after these two."""
 
     dtype: DTypeLike
     param_dtype: DTypeLike
 
     @property
     def types(self) -> dict[str, Any]:
-        """Both, as arguments of Linen's modules."""
+        """Both types, as arguments of Linen's modules."""
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
     @property
     def wide_types(self) -> dict[str, Any]:
-        """The same with at least f32 to compute in: for heads."""
+        """As `types`, with at least f32 to compute in: for heads."""
         return {"dtype": at_least_f32(self.dtype), "param_dtype": self.param_dtype}
 
 
 class BatchNorm(nn.Module):
     """Batch normalization (Ioffe and Szegedy 2015) over each of `context.bn_groups` groups of consecutive examples.
 
-    In training, x [B, ..., C] is normalized by its group's mean and biased variance, and the running statistics move
-    towards the mean over the groups of (group mean, unbiased group variance). That update is linear in the batch's
-    statistics, so the average of the microbatches' new running statistics is the whole batch's.
-
-    scale_init: None leaves the scale out.
+    In training, x [B, ..., C] is normalized by the mean and biased variance of its group. The running statistics move
+    towards the mean over the groups of (group mean, unbiased group variance). This update is linear in the batch's
+    statistics, so the average of the microbatches' new running statistics is that of the whole batch.
     """
 
     param_dtype: DTypeLike = jnp.float32
     scale_init: Initializer | None = nn.initializers.ones
+    """None: no scale."""
     momentum: float = 0.9
     epsilon: float = 1e-5
 
     @nn.compact
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
-        """x [B, ..., C] -> the same shape and type. Raises `ConfigError` when a group has one value a channel."""
+        """x [B, ..., C] -> the same shape and type. Raises `ConfigError` if a group has only one value a channel."""
         channels, stats_dtype = x.shape[-1:], at_least_f32(self.param_dtype)
         scale = jnp.ones(channels, self.param_dtype)
         if self.scale_init is not None:
@@ -115,7 +112,7 @@ class BatchNorm(nn.Module):
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, stats_dtype)
 
         if not context.train:
-            wide = x.astype(at_least_f32(x.dtype))  # fused into its readers: no wide copy of the activations is stored
+            wide = x.astype(at_least_f32(x.dtype))  # XLA fuses it into its readers, so no wide copy is stored
             inverse_std = jax.lax.rsqrt(running_var.value + self.epsilon)
             return _affine(wide, running_mean.value, inverse_std, scale, bias).astype(x.dtype)
 
@@ -139,11 +136,20 @@ class BatchNorm(nn.Module):
 def normalize(
     x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """x [groups, n, ..., C], normalized in each group: y of x's type; mean and biased variance [groups, 1, ..., C].
+    """Normalizes each group of x, then applies scale and bias.
 
-    The last two have at least f32, and no gradient. BatchNorm is bound by memory traffic, so both directions take two
-    passes over the activations. The backward pass keeps x as it came (a bf16 run stores no copy in f32), and with
-    h = (x - mean) / std gives scale / std * (g - mean(g) - h * mean(g * h)), Ioffe and Szegedy's section 3 rearranged.
+    BatchNorm is bound by memory traffic, so both directions take two passes over the activations. The backward pass keeps x
+    in its type (a bf16 run stores no copy in f32). With h = (x - mean) / std it gives
+    scale / std * (g - mean(g) - h * mean(g * h)), which is section 3 of Ioffe and Szegedy, rearranged.
+
+    Args:
+      x: [groups, n, ..., C].
+      scale: [C].
+      bias: [C].
+      epsilon: added to the variance.
+
+    Returns:
+      y, of x's shape and type; mean and biased variance [groups, 1, ..., C], in at least f32, without gradient.
     """
     return _normalize(x, scale, bias, epsilon)
 
@@ -197,7 +203,17 @@ class LayerNorm(Layer):
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
 def layer_norm(x: jax.Array, scale: jax.Array, bias: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """x [..., C], normalized over its last dim, in `dtype`. Like `normalize`, it keeps x as it came."""
+    """Normalizes x over its last dim, then applies scale and bias. The backward pass keeps x in its type, as `normalize`.
+
+    Args:
+      x: [..., C].
+      scale: [C].
+      bias: [C].
+      dtype: of the result; it is computed in at least f32.
+
+    Returns:
+      `dtype` [..., C].
+    """
     return _layer_norm_forward(x, scale, bias, dtype)[0]
 
 
@@ -225,11 +241,19 @@ layer_norm.defvjp(_layer_norm_forward, _layer_norm_backward)
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def matmul(x: jax.Array, kernel: jax.Array, axes: int = 1) -> jax.Array:
-    """x [..., *I] times kernel [*I, *O] over the `axes` dims of I, -> [..., *O].
+    """A product with a gradient that is fast on XLA:CPU.
 
-    XLA:CPU transposes the first factor of the weights' gradient. Here that is x, unless the output's gradient and the
-    kernel together are smaller. JAX's own rule always transposes the latter two, the kernel's gradient only after it has
-    been added over the devices, where XLA no longer merges the transposition into the product.
+    XLA:CPU transposes the first factor of the weights' gradient. Here this is x, unless the output's gradient and the
+    kernel together are smaller. JAX's rule always transposes these two. It transposes the kernel's gradient only after it
+    was added over the devices, where XLA no longer merges the transposition into the product.
+
+    Args:
+      x: [..., *I].
+      kernel: [*I, *O].
+      axes: how many dims I has.
+
+    Returns:
+      [..., *O].
     """
     return jnp.tensordot(x, kernel, axes)
 
@@ -254,7 +278,7 @@ matmul.defvjp(_matmul_forward, _matmul_backward)
 
 @jax.custom_vjp
 def relu(x: jax.Array) -> jax.Array:
-    """max(x, 0). Its gradient is taken from the result, which the next layer keeps anyway, and not from a mask."""
+    """max(x, 0), for x of any shape. Its gradient uses the result, which the next layer keeps anyway, and not a mask."""
     return jnp.maximum(x, 0)
 
 
@@ -272,7 +296,10 @@ relu.defvjp(_relu_forward, _relu_backward)
 
 @jax.custom_vjp
 def gelu(x: jax.Array) -> jax.Array:
-    """x times the normal distribution's share below x (Hendrycks and Gimpel 2016), exact. Its gradient keeps x alone."""
+    """x times the normal distribution function at x (Hendrycks and Gimpel 2016), exact, for x of any shape.
+
+    The backward pass keeps x alone.
+    """
     return jax.nn.gelu(x, approximate=False)
 
 
@@ -286,6 +313,9 @@ def _gelu_backward(x: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
 
 
 gelu.defvjp(_gelu_forward, _gelu_backward)
+
+
+# ------------------------------------------------------------------------------------------------------------- dropout
 
 
 class Dropout(nn.Module):
@@ -321,15 +351,22 @@ class DropPath(nn.Module):
 
 
 def _drop(x: jax.Array, key: jax.Array, example: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
-    # Scaled in f32: rounded to bf16, 1 - 0.3 is 0.1 % off, and would shift the mean of every output.
+    # Scaled in f32: in bf16, 1 - 0.3 is wrong by 0.1 %, which would shift the mean of every output.
     kept = (x.astype(at_least_f32(x.dtype)) / (1 - rate)).astype(x.dtype)
     return jnp.where(keep_mask(key, example, rate, shape), kept, 0)
 
 
 def keep_mask(key: jax.Array, example: jax.Array, rate: float, shape: tuple[int, ...]) -> jax.Array:
-    """bool [B, *shape], False with probability `rate`; row i is a function of `key` and `example[i]` alone.
+    """A random mask. It compares raw bits with a threshold, so a run drops the same values in every precision.
 
-    Compares raw bits with a threshold, so a run drops the same values in every precision.
+    Args:
+      key: PRNG key.
+      example: int32 [B]. Row i of the mask is a function of `key` and `example[i]` alone.
+      rate: the probability of False.
+      shape: of one row.
+
+    Returns:
+      bool [B, *shape].
     """
     threshold = min(round((1 - rate) * 2**32), 2**32 - 1)
 

@@ -47,9 +47,9 @@ def build(
     dtype: DTypeLike,
     param_dtype: DTypeLike,
 ) -> Classifier:
-    """The perceptron for images of any shape: a hidden layer of `config.width` (512) units, then others of half as many.
+    """A perceptron for images of any shape: one hidden layer of `config.width` (512) units, then layers of half as many.
 
-    `config.depths=(n,)`: n hidden layers, 2 by default.
+    `config.depths=(n,)` means n hidden layers; 2 by default. Arguments as of `registry.build`.
     """
     settings.refuse(config, "stem", "patch", "window", "drop_path")
     width = config.width or 512
@@ -66,7 +66,7 @@ def build(
             *[Hidden(dtype, param_dtype, width // 2, rate)] * (hidden - 1),
             Head(dtype, param_dtype, num_classes),
         ),
-        tensor_rules=(  # the first layer's outputs are split, and with them the second's inputs: one reduction for both
+        tensor_rules=(  # split: the first layer's outputs and the second's inputs, so that both need one reduction
             (f"{first}/linear/kernel$", (None, "tensor")),
             (f"{first}/linear/bias$", ("tensor",)),
             (f"{second}/linear/kernel$", ("tensor", None)),

@@ -22,7 +22,7 @@ def names() -> tuple[str, ...]:
 
 
 def find(name: str) -> Callable[..., Any]:
-    """What builds the model `name`: one of `names()`, or a user's own, `package.module:Class`. Raises `ConfigError`."""
+    """The function that builds the model `name`: one of `names()`, or a user's `package.module:Class`; or `ConfigError`."""
     if ":" in name:
         factory = load_dotted(name, "model.name")
         if not callable(factory):
@@ -43,16 +43,20 @@ def build(
     dtype: DTypeLike,
     param_dtype: DTypeLike,
 ) -> Classifier:
-    """The model that `config.name` means: one of `names()`, or a user's own, `package.module:Class`.
+    """Builds the model `config.name`: one of `names()`, or a user's `package.module:Class`.
 
     A user's class or function is called as `Class(config, image_shape=..., num_classes=..., dtype=...,
     param_dtype=...)` and returns a `Classifier`.
 
     Args:
-      config: the model section; 0, () and -1 in it mean the model's own.
+      config: the model section; 0, () and -1 in it mean the model's default.
       image_shape: height, width and channels of the images that the model sees.
       num_classes: the resolved number, at least 2.
-      dtype: of the computation and the activations. param_dtype: of the parameters.
+      dtype: of the computation and the activations.
+      param_dtype: of the parameters.
+
+    Returns:
+      The model. It has no parameters yet: see `Classifier.init`.
 
     Raises:
       ConfigError: the name is unknown, a setting does not fit the model, or the images are too small for it.

@@ -1,4 +1,4 @@
-"""ResNet-18/34/50/101/152 (He et al. 2016) v1.5: a bottleneck's stride is on its 3x3 convolution, as in torchvision.
+"""ResNet-18/34/50/101/152 (He et al. 2016), v1.5: a bottleneck's stride is on its 3x3 convolution, as in torchvision.
 
 For small images the stem is one 3x3 convolution without stride or pooling (stem "cifar").
 """
@@ -98,7 +98,7 @@ class Head(Layer):
 
 
 def _conv(features: int, size: int, stride: int, **options: Any) -> nn.Conv:
-    # Padding in numbers: "SAME" pads a strided convolution on the other side than PyTorch does.
+    # Padding in numbers: "SAME" would pad a strided convolution on the other side than PyTorch does.
     options |= {"padding": size // 2, "use_bias": False, "kernel_init": kaiming_normal}
     if size == 1:
         options["conv_general_dilated"] = _product
@@ -118,12 +118,12 @@ def build(
     dtype: DTypeLike,
     param_dtype: DTypeLike,
 ) -> Classifier:
-    """ResNet `config.name` with `config.width` (64) channels in the first stage."""
+    """ResNet `config.name` with `config.width` (64) channels in the first stage. Arguments as of `registry.build`."""
     settings.refuse(config, "patch", "window")
-    bottleneck, own_depths = VARIANTS[config.name]
+    bottleneck, default_depths = VARIANTS[config.name]
     small = settings.stem(config, image_shape) == "cifar"
     settings.require_side(config, image_shape, 8 if small else 32, "" if small else " or config.model.stem='cifar'")
-    depths = settings.depths(config, own_depths)
+    depths = settings.depths(config, default_depths)
     width = config.width or 64
     types = (dtype, param_dtype)
 
@@ -134,7 +134,7 @@ def build(
         layers += [Block(*types, width * 2**stage, stride, bottleneck, next(rates)) for stride in strides]
     return Classifier(
         (*layers, Head(*types, num_classes, settings.dropout(config, 0.0))),
-        tensor_rules=(  # a block's first convolution is split by outputs, and with it the second's inputs
+        tensor_rules=(  # in a block, the first convolution is split by outputs, the second by inputs
             ("conv1/kernel$", (None, None, None, "tensor")),
             ("bn1/(scale|bias|mean|var)$", ("tensor",)),
             ("conv2/kernel$", (None, None, "tensor", None)),

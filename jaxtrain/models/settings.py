@@ -1,4 +1,4 @@
-"""What the model families share in reading `ModelConfig`: own defaults, image-size rules, refusals in one sentence."""
+"""How all model families read `ModelConfig`: defaults, rules for the image size, refusals in one sentence."""
 
 from __future__ import annotations
 
@@ -7,44 +7,61 @@ from jaxtrain.errors import ConfigError
 
 ImageShape = tuple[int, int, int]  # height, width, channels
 
-SMALL_IMAGE = 64  # pixels; below it "auto" means the CIFAR variant of a network
+SMALL_IMAGE = 64  # pixels; for smaller images "auto" means the CIFAR variant of a network
 
 
 def is_small(image_shape: ImageShape) -> bool:
-    """Whether "auto" takes the variant for small images."""
+    """Whether "auto" means the variant for small images."""
     return min(image_shape[:2]) < SMALL_IMAGE
 
 
 def stem(config: ModelConfig, image_shape: ImageShape) -> str:
-    """ "cifar" or "imagenet"."""
+    """The variant of the stem: "cifar" or "imagenet"."""
     if config.stem != "auto":
         return config.stem
     return "cifar" if is_small(image_shape) else "imagenet"
 
 
-def dropout(config: ModelConfig, own: float) -> float:
-    """The configured dropout rate, or the model's own."""
-    return own if config.dropout < 0 else config.dropout
+def dropout(config: ModelConfig, default: float) -> float:
+    """The configured dropout rate, or the model's default."""
+    return default if config.dropout < 0 else config.dropout
 
 
-def drop_paths(config: ModelConfig, own: float, blocks: int) -> list[float]:
-    """A rate a block, rising linearly from 0 at the first to the configured (or the model's own) rate at the last."""
-    last = own if config.drop_path < 0 else config.drop_path
+def drop_paths(config: ModelConfig, default: float, blocks: int) -> list[float]:
+    """The drop-path rate of each block, rising linearly from 0 at the first to the configured rate at the last.
+
+    Args:
+      config: the model section.
+      default: the rate of the last block if the config sets none.
+      blocks: how many blocks the model has.
+    """
+    last = default if config.drop_path < 0 else config.drop_path
     return [last * i / max(blocks - 1, 1) for i in range(blocks)]
 
 
-def depths(config: ModelConfig, own: tuple[int, ...]) -> tuple[int, ...]:
-    """Blocks a stage. Raises `ConfigError` unless there is one for each of the model's stages."""
-    if config.depths and len(config.depths) != len(own):
+def depths(config: ModelConfig, default: tuple[int, ...]) -> tuple[int, ...]:
+    """Blocks of each stage. Raises `ConfigError` unless the config has one number for each of the model's stages."""
+    count = len(default)
+    if config.depths and len(config.depths) != count:
         raise ConfigError(
-            f"config.model.depths={config.depths!r}: {config.name} takes {len(own)} number{'s' if len(own) > 1 else ''}, "
-            f"such as {own!r}."
+            f"config.model.depths={config.depths!r}: {config.name} takes {count} number{'s' if count > 1 else ''}, "
+            f"such as {default!r}."
         )
-    return config.depths or own
+    return config.depths or default
 
 
 def require_side(config: ModelConfig, image_shape: ImageShape, reduction: int, hint: str = "") -> None:
-    """Raises `ConfigError` for images smaller than the factor that the network reduces them by."""
+    """Refuses images that are smaller than the factor by which the network reduces them.
+
+    Args:
+      config: the model section.
+      image_shape: height, width and channels of the images that the model sees.
+      reduction: the factor.
+      hint: the end of the error's sentence: what else would help.
+
+    Raises:
+      ConfigError: a side is smaller than `reduction` pixels.
+    """
     if min(image_shape[:2]) < reduction:
         height, width, _ = image_shape
         raise ConfigError(
@@ -55,7 +72,7 @@ def require_side(config: ModelConfig, image_shape: ImageShape, reduction: int, h
 
 
 def refuse(config: ModelConfig, *fields: str) -> None:
-    """Raises `ConfigError` when one of `fields` is set that this model has no use for."""
+    """Raises `ConfigError` if one of `fields` is set, which this model does not use."""
     unset = ModelConfig()
     for field in fields:
         value = getattr(config, field)

@@ -44,7 +44,7 @@ NAMES = tuple(VARIANTS)
 
 HEAD_DIM = 32
 
-# The reference's trunc_normal_(std=0.02) cuts at +-2, a hundred standard deviations: a normal distribution.
+# The reference's trunc_normal_(std=0.02) cuts at +-2, a hundred standard deviations. That is a normal distribution.
 normal = nn.initializers.normal(0.02)
 
 
@@ -69,7 +69,7 @@ class PatchEmbed(Layer):
 class WindowAttention(Layer):
     """Multi-head self-attention within windows, with a bias by relative position (Liu et al. 2021, equation 4).
 
-    The kernels keep heads as a dim of their own, so that they can be split over devices: qkv [C, 3, heads, head_dim],
+    Heads are a separate dim of the kernels, so that they can be split over devices: qkv [C, 3, heads, head_dim],
     proj [heads, head_dim, C], bias_table [(2 * window - 1)^2, heads].
     """
 
@@ -79,7 +79,8 @@ class WindowAttention(Layer):
     def __call__(self, x: jax.Array, regions: np.ndarray) -> jax.Array:
         """x [B, windows, N, C], with N = window^2, and regions int [windows, N] -> x's shape.
 
-        A value sees only those of the same region of its window: what a shift has put beside each other stays apart.
+        A value attends only to values of the same region in its window. So parts of the map that only a shift has put
+        side by side do not mix.
         """
         channels, window, wide = x.shape[-1], round(x.shape[-2] ** 0.5), at_least_f32(self.dtype)
         head_dim = channels // self.heads
@@ -99,10 +100,10 @@ class WindowAttention(Layer):
 
 
 def relative_position_bias(table: jax.Array, window: int) -> jax.Array:
-    """table [(2 * window - 1)^2, heads] -> bias [heads, N, N], N = window^2.
+    """table [(2 * window - 1)^2, heads] -> bias [heads, N, N], with N = window^2.
 
-    The bias from row i, column k to row j, column l is the table's at row i - j, column k - l, both counted from
-    1 - window. Made of slices, not of a gather, whose gradient is a scatter: slow on a GPU and summed in any order.
+    The bias from row i, column k to row j, column l is in the table at row i - j, column k - l, both counted from
+    1 - window. It is made of slices. The gradient of a gather would be a scatter: slow on a GPU, and summed in any order.
     """
     side = 2 * window - 1
     table = jnp.flip(table.reshape(side, side, -1), (0, 1))
@@ -113,9 +114,9 @@ def relative_position_bias(table: jax.Array, window: int) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def softmax_to(x: jax.Array, dtype: DTypeLike) -> jax.Array:
-    """Softmax over the last dim, computed in x's type (at least f32) and rounded to `dtype`.
+    """Softmax over the last dim of x [..., N], computed in x's type (at least f32) and rounded to `dtype`.
 
-    Its gradient, too, is computed in x's type, but from the rounded result: a bf16 run does not store its attention in
+    Its gradient is computed in x's type too, but from the rounded result. So a bf16 run does not store its attention in
     f32 as well.
     """
     return jax.nn.softmax(x, -1).astype(dtype)
@@ -135,10 +136,10 @@ softmax_to.defvjp(_softmax_forward, _softmax_backward)
 
 
 class Block(Layer):
-    """LayerNorm, attention in windows and a two-layer perceptron with GELU, each as a residual branch.
+    """Two residual branches with LayerNorm: attention in windows, and a two-layer perceptron with GELU.
 
-    A map not larger than the window is one window of the map's own size, unshifted; one that does not divide into
-    windows is padded below and right with zeros after the norm, which are attended to, as in the reference.
+    A map that is not larger than the window is one window of the map's size, without a shift. A map that does not divide
+    into windows is padded below and right with zeros after the norm. The zeros are attended to, as in the reference.
     """
 
     heads: int
@@ -173,14 +174,14 @@ class Block(Layer):
 
 
 def split_windows(x: Any, window: int) -> Any:
-    """x [B, H, W, C], of JAX or NumPy -> [B, windows, window^2, C], windows and their values in row-major order."""
+    """x [B, H, W, C], of JAX or NumPy -> [B, windows, window^2, C]. Windows and their values are in row-major order."""
     b, h, w, c = x.shape
     x = x.reshape(b, h // window, window, w // window, window, c)
     return x.swapaxes(2, 3).reshape(b, -1, window**2, c)
 
 
 def join_windows(x: jax.Array, height: int, width: int) -> jax.Array:
-    """The inverse of `split_windows`."""
+    """The inverse of `split_windows`: x [B, windows, window^2, C] -> [B, height, width, C]."""
     b, _, tokens, c = x.shape
     window = round(tokens**0.5)
     x = x.reshape(b, height // window, width // window, window, window, c)
@@ -188,27 +189,36 @@ def join_windows(x: jax.Array, height: int, width: int) -> jax.Array:
 
 
 def shift_regions(height: int, width: int, window: int, shift: int) -> np.ndarray:
-    """int [height, width]: which part of the unshifted map each value of the shifted one belongs to.
+    """To which region of the unshifted map each value of the shifted one belongs.
 
-    Three in each direction: before the last window, and in it before and after the end that was wrapped around.
+    There are three regions in each direction: before the last window, and in it before and after the wrapped end.
+
+    Args:
+      height: of the padded map.
+      width: of the padded map.
+      window: side of a window.
+      shift: by how much the map was rolled; 0 means one region.
+
+    Returns:
+      int [height, width], the number of the region.
     """
 
-    def parts(length: int) -> np.ndarray:
-        at = np.arange(length)
-        return (at >= length - window).astype(int) + (at >= length - shift)
+    def along(length: int) -> np.ndarray:
+        position = np.arange(length)
+        return (position >= length - window).astype(int) + (position >= length - shift)
 
-    return parts(height)[:, None] * 3 + parts(width) if shift else np.zeros((height, width), int)
+    return along(height)[:, None] * 3 + along(width) if shift else np.zeros((height, width), int)
 
 
 class PatchMerging(Layer):
-    """Joins the channels of each 2x2 square, LayerNorm, a linear map to half of them. Pads an odd map with zeros."""
+    """Concatenates the channels of each 2x2 square, LayerNorm, a linear map to half of them. Pads an odd map with zeros."""
 
     @nn.compact
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """x [B, H, W, C] -> [B, H / 2, W / 2, 2 * C], rounded up."""
         x = jnp.pad(x, ((0, 0), (0, x.shape[1] % 2), (0, x.shape[2] % 2), (0, 0)))
         b, h, w, c = x.shape
-        # The reference's order of the four: down the square's columns first.
+        # The four pixels of a square in the reference's order: down the columns first.
         x = x.reshape(b, h // 2, 2, w // 2, 2, c).transpose(0, 1, 3, 4, 2, 5).reshape(b, h // 2, w // 2, 4 * c)
         x = _norm("norm", self.types)(x)
         return Dense(2 * c, use_bias=False, kernel_init=normal, name="linear", **self.types)(x)
@@ -245,10 +255,13 @@ def build(
     dtype: DTypeLike,
     param_dtype: DTypeLike,
 ) -> Classifier:
-    """Swin `config.name` with `config.width` channels in the first stage and heads of 32 channels."""
+    """Swin `config.name` with `config.width` channels in the first stage and heads of 32 channels.
+
+    Arguments as of `registry.build`.
+    """
     settings.refuse(config, "stem")
-    own_width, own_depths, own_drop_path = VARIANTS[config.name]
-    width, depths = config.width or own_width, settings.depths(config, own_depths)
+    default_width, default_depths, default_drop_path = VARIANTS[config.name]
+    width, depths = config.width or default_width, settings.depths(config, default_depths)
     small = settings.is_small(image_shape)
     patch, window = config.patch or (2 if small else 4), config.window or (4 if small else 7)
     settings.require_side(config, image_shape, patch * 8, ", or a smaller config.model.patch")
@@ -264,7 +277,7 @@ def build(
     types = (dtype, param_dtype)
 
     layers: list[nn.Module] = [PatchEmbed(*types, width, patch, dropout)]
-    rates = iter(settings.drop_paths(config, own_drop_path, sum(depths)))
+    rates = iter(settings.drop_paths(config, default_drop_path, sum(depths)))
     for stage, depth in enumerate(depths):
         if stage > 0:
             layers.append(PatchMerging(*types))

@@ -1,8 +1,8 @@
 """VGG-11/13/16/19, with and without BatchNorm (Simonyan and Zisserman 2015), as torchvision builds them.
 
-On small images (stem "cifar") the classifier sees what five poolings leave, 512 values at 32 px, and keeps its two
-hidden layers of 4096: 39.3M parameters for VGG-19-BN on CIFAR-100, as in chenyaofo/pytorch-cifar-models. On large ones
-(stem "imagenet") the map is first averaged to 7 x 7.
+On small images (stem "cifar") the classifier sees the map after five poolings, 512 values at 32 px. It keeps its two hidden
+layers of 4096: 39.3M parameters for VGG-19-BN on CIFAR-100, as in chenyaofo/pytorch-cifar-models. On large images (stem
+"imagenet") the map is first averaged to 7 x 7.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Conv(Layer):
 
 
 class Hidden(Layer):
-    """Linear, ReLU and dropout over the flattened map, first averaged to `pool_to` x `pool_to` where that is not 0."""
+    """Linear, ReLU and dropout over the flattened map, which is first averaged to `pool_to` x `pool_to` unless that is 0."""
 
     features: int
     dropout: float
@@ -70,9 +70,9 @@ class Head(Layer):
 
 
 def max_pool_2x2(x: jax.Array) -> jax.Array:
-    """The largest value of each 2x2 square of x [B, H, W, C]; an odd last row or column is left out.
+    """The largest value of each 2x2 square: x [B, H, W, C] -> [B, H / 2, W / 2, C], rounded down.
 
-    Of equals the first, row by row, has the gradient: as in PyTorch, and as `nn.max_pool` does it.
+    Among equal values the first, row by row, gets the gradient, as in PyTorch and in `nn.max_pool`.
     """
     batch, height, width, channels = x.shape
     x = x[:, : height // 2 * 2, : width // 2 * 2].reshape(batch, height // 2, 2, width // 2, 2, channels)
@@ -81,15 +81,15 @@ def max_pool_2x2(x: jax.Array) -> jax.Array:
 
 
 def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
-    # Not `jnp.maximum` or `.max`: their gradients look for the values that equal the result, and miss them where XLA
-    # computes a value again and rounds it otherwise (seen with `.max` at XLA:CPU's optimization level 0). Here one of
-    # two always gets the whole gradient, the first of equals. `nn.max_pool`, whose gradient is a scatter, takes 118 ms
-    # where this takes 5 with its gradient (two CPU cores, f32 [64, 32, 32, 64]).
+    # Not `jnp.maximum` or `.max`: their gradients look for the values that equal the result. They miss them where XLA
+    # computes a value again and rounds it differently (seen with `.max` at XLA:CPU's optimization level 0). Here one of
+    # two always gets the whole gradient, the first if they are equal. `nn.max_pool`, whose gradient is a scatter, takes
+    # 118 ms with its gradient, and this takes 5 ms (two CPU cores, f32 [64, 32, 32, 64]).
     return jnp.where((a < b) | jnp.isnan(b), b, a)
 
 
 def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:
-    """x [B, H, W, C] -> [B, size, size, C]: torch.nn.AdaptiveAvgPool2d, whose bins overlap where they do not divide."""
+    """x [B, H, W, C] -> [B, size, size, C], as torch.nn.AdaptiveAvgPool2d: bins overlap if `size` does not divide a side."""
     for axis in (1, 2):
         length = x.shape[axis]
         if length != size:
@@ -108,7 +108,10 @@ def build(
     dtype: DTypeLike,
     param_dtype: DTypeLike,
 ) -> Classifier:
-    """VGG `config.name`: `config.width` (64) channels at first, 8 times as many at last, 64 times in the classifier."""
+    """VGG `config.name`: `config.width` (64) channels at first, 8 times as many at last, 64 times in the classifier.
+
+    Arguments as of `registry.build`.
+    """
     settings.refuse(config, "patch", "window", "drop_path")
     settings.require_side(config, image_shape, 32)
     base, _, batch_norm = config.name.partition("_")
@@ -126,7 +129,7 @@ def build(
     layers.append(Hidden(*types, 64 * width, rate, pool_to=0))
     return Classifier(
         layers=(*layers, Head(*types, num_classes)),
-        tensor_rules=(  # the first layer's outputs are split, and with them the second's inputs: one reduction for both
+        tensor_rules=(  # split: the first layer's outputs and the second's inputs, so that both need one reduction
             (f"{first}/linear/kernel$", (None, "tensor")),
             (f"{first}/linear/bias$", ("tensor",)),
             (f"{second}/linear/kernel$", ("tensor", None)),
