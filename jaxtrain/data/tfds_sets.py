@@ -565,12 +565,7 @@ def load_prepared(directory: Path, root: Path, side: int, chosen: Mapping[str, s
                 f"{directory}: the split {names[split]!r} has no labels (-1); choose another with config.data.splits."
             )
         del sources[split]
-    for split in sources.keys() - {"train"} if "train" in sources else ():
-        if shared := sources["train"].shared_with(sources[split]):
-            raise ConfigError(
-                f"config.data.splits: {shared:,} examples are in train={names['train']} and in {split}={names[split]}, so that "
-                f"{split} would judge by what was trained on."
-            )
+    _refuse_overlap(sources, names)
     shape = (side, side, first.shape[2]) if side else first.shape
     not_read = [split for split in names if split not in unlabelled]
     not_wanted = [split for split, name in chosen.items() if name == "none"]
@@ -591,6 +586,16 @@ def load_prepared(directory: Path, root: Path, side: int, chosen: Mapping[str, s
         identities={split: source.identity for split, source in sources.items()},
         notes=tuple(f"the split {names[split]!r} has no labels and is left out" for split in unlabelled),
     )
+
+
+def _refuse_overlap(sources: Mapping[str, TfdsSource], names: Mapping[str, str]) -> None:
+    """Raises `ConfigError` where another split has examples of train. names: split -> TFDS's name of it."""
+    for split in sources.keys() - {"train"} if "train" in sources else ():
+        if shared := sources["train"].shared_with(sources[split]):
+            raise ConfigError(
+                f"config.data.splits: {shared:,} examples are in train={names['train']} and in {split}={names[split]}, so that "
+                f"{split} would judge by what was trained on."
+            )
 
 
 def _split_names(directory: Path, chosen: Mapping[str, str]) -> dict[str, str]:
