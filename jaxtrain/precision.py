@@ -1,7 +1,7 @@
-"""Numeric precision: which types a run stores and computes in, and fp16's dynamic loss scale.
+"""Mixed precision: which dtypes a run stores and computes in, and fp16's dynamic loss scale.
 
-Parameters, optimizer state and running statistics are always stored in at least float32. Only the layers' arithmetic is
-done in `compute_dtype`; losses, norms and batch statistics are promoted to at least float32 (`at_least_f32`).
+Parameters, optimizer state and running statistics are always stored in at least float32. Only the layers compute in
+`compute_dtype`. Losses, norms and batch statistics are computed in at least float32 (`at_least_f32`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,12 @@ from jaxtrain.host.backend import is_accelerator
 
 @dataclasses.dataclass(frozen=True)
 class Policy:
-    """The type that parameters are stored in, and the type that layers compute in."""
+    """The dtypes of a run.
+
+    Attributes:
+      param_dtype: what parameters are stored in.
+      compute_dtype: what layers compute in.
+    """
 
     param_dtype: Any
     compute_dtype: Any
@@ -36,8 +41,8 @@ _POLICIES = {
 def resolve_precision(name: str, backend: str) -> str:
     """What `train.precision=name` means on `backend` (`jax.default_backend()`).
 
-    `auto` is `bf16` on a GPU or TPU, which have units for it, and `f32` on CPU. The answer is stored with the run, so
-    that a resumed run keeps its precision on another backend too.
+    `auto` is `bf16` on a GPU or TPU, which have hardware for it, and `f32` on a CPU. The answer is stored with the run, so
+    that a resumed run keeps its precision on another backend.
     """
     if name != "auto":
         return name
@@ -45,7 +50,11 @@ def resolve_precision(name: str, backend: str) -> str:
 
 
 def precision_policy(name: str) -> Policy:
-    """The types of a resolved precision. Raises `ConfigError` for `f64` while JAX's 64-bit types are off."""
+    """The dtypes of `name`, a precision that is not `auto`.
+
+    Raises:
+      ConfigError: `f64` while JAX's 64-bit types are off.
+    """
     if name == "f64" and jnp.result_type(float) != jnp.float64:
         raise ConfigError(
             "config.train.precision='f64': JAX's 64-bit types are off; set JAX_ENABLE_X64=1, "
@@ -55,7 +64,7 @@ def precision_policy(name: str) -> Policy:
 
 
 def at_least_f32(dtype: Any) -> jnp.dtype:
-    """The type for sums, statistics, softmax and logits: f32 for bf16, fp16 and f32; f64 stays f64."""
+    """The dtype for sums, statistics, softmax and logits: float32 for bf16, fp16 and f32; float64 for f64."""
     return jnp.promote_types(dtype, jnp.float32)
 
 
@@ -64,16 +73,17 @@ def at_least_f32(dtype: Any) -> jnp.dtype:
 INITIAL_SCALE = 2.0**15
 MAX_SCALE = 2.0**24
 MIN_SCALE = 1.0
-GROWTH_INTERVAL = 2000
-"""Good steps in a row before the scale doubles."""
+GROWTH_INTERVAL = 2000  # steps in a row whose gradients were finite, before the scale doubles
 
 
 @flax.struct.dataclass
 class LossScale:
     """What fp16 multiplies the loss by, so that small gradients do not underflow (Micikevicius 2018, section 3.2).
 
-    scale: float32, a power of two in [MIN_SCALE, MAX_SCALE]. The upper bound matters: a scale that may double for ever
-    becomes infinite and stays so (google/flax#2547). good_steps: int32, finite steps since the scale last changed.
+    Attributes:
+      scale: float32 [], a power of two in [MIN_SCALE, MAX_SCALE]. Without the upper bound it could double until it is
+        infinite, and would then stay infinite (google/flax#2547).
+      good_steps: int32 [], finite steps since the scale last changed.
     """
 
     scale: jax.Array
@@ -81,16 +91,17 @@ class LossScale:
 
 
 def initial_loss_scale(policy: Policy) -> LossScale | tuple[()]:
-    """The first `TrainState.loss_scale`: a `LossScale` for fp16, else `()`, a tree without leaves."""
+    """`TrainState.loss_scale` of a new run: a `LossScale` for fp16, otherwise `()`, a tree without leaves."""
     if policy.compute_dtype != jnp.float16:
         return ()
     return LossScale(scale=jnp.asarray(INITIAL_SCALE, jnp.float32), good_steps=jnp.zeros((), jnp.int32))
 
 
 def adjust_loss_scale(loss_scale: LossScale | tuple[()], finite: jax.Array) -> LossScale | tuple[()]:
-    """The scale after a step whose loss and gradient norm were `finite` (bool scalar), or were not.
+    """The scale after a step. finite: bool [], whether the step's loss and gradient norm were finite.
 
-    Halved after an overflow, doubled after `GROWTH_INTERVAL` good steps in a row, and always within its bounds.
+    The scale is halved after an overflow and doubled after `GROWTH_INTERVAL` finite steps in a row. It stays in
+    [MIN_SCALE, MAX_SCALE].
     """
     if not isinstance(loss_scale, LossScale):
         return loss_scale
@@ -105,16 +116,16 @@ def adjust_loss_scale(loss_scale: LossScale | tuple[()], finite: jax.Array) -> L
 
 
 def scale_factor(loss_scale: LossScale | tuple[()], dtype: Any) -> jax.Array:
-    """What the loss is multiplied by, and the gradients are divided by: a scalar of `dtype`; 1 without a scale."""
+    """The factor for the loss; gradients are divided by it. A scalar [] of `dtype`; 1 if there is no loss scale."""
     if not isinstance(loss_scale, LossScale):
         return jnp.ones((), dtype)
     return loss_scale.scale.astype(dtype)
 
 
 def at_floor(loss_scale: LossScale | tuple[()]) -> jax.Array:
-    """Whether the scale cannot shrink any further (bool scalar): a gradient that still overflows is a real one.
+    """Whether the scale is already `MIN_SCALE`: bool []. A gradient that overflows even then is not fp16's fault.
 
-    False without a scale.
+    False if there is no loss scale.
     """
     if not isinstance(loss_scale, LossScale):
         return jnp.zeros((), bool)

@@ -1,1 +1,1 @@
-"""The optimizer and what stands around it: schedules, losses, clipping, moving average."""
+"""Optimizers, learning-rate schedules, losses, gradient clipping, and the moving average of the weights."""

@@ -1,4 +1,4 @@
-"""Losses of a batch."""
+"""Loss functions: one number for each example of a batch."""
 
 from __future__ import annotations
 
@@ -16,15 +16,26 @@ Loss = Callable[[jax.Array, jax.Array], jax.Array]
 
 
 def cross_entropy(logits: jax.Array, targets: jax.Array) -> jax.Array:
-    """Softmax cross entropy of each example, [B], in at least float32; `targets` [B, C] are probabilities."""
+    """Softmax cross entropy of each example.
+
+    Args:
+      logits: float [B, C].
+      targets: float [B, C], probabilities.
+
+    Returns:
+      float [B], in at least float32.
+    """
     dtype = at_least_f32(logits.dtype)
     return optax.softmax_cross_entropy(logits.astype(dtype), targets.astype(dtype))
 
 
 def loss_fn(name: str) -> Loss:
-    """The loss `optim.loss=name`: (logits [B, C], targets [B, C]) -> [B]. Raises `ConfigError` for an unknown name.
+    """The loss function `optim.loss=name`: (logits float [B, C], targets float [B, C]) -> float [B].
 
-    Label smoothing, mixup and cutmix are in the targets already.
+    Label smoothing, mixup and cutmix are already in the targets.
+
+    Raises:
+      ConfigError: there is no such loss.
     """
     if ":" in name:
         return load_callable(name, "optim.loss")

@@ -1,4 +1,4 @@
-"""Muon (Jordan 2024)."""
+"""The optimizer Muon (Jordan 2024): momentum, made orthogonal, for the kernels of hidden layers."""
 
 from __future__ import annotations
 
@@ -20,14 +20,21 @@ Mask = Callable[[PyTree], PyTree]
 def muon(
     config: OptimConfig, rate: optax.Schedule, mask: Mask, others: optax.GradientTransformation
 ) -> optax.GradientTransformation:
-    """Muon (Jordan 2024) for the kernels of hidden layers, `others` (AdamW) for every other leaf.
+    """Muon for the kernels of hidden layers, and `others` for every other leaf.
 
-    Every other leaf: all of the first and of the last layer (the stem and the head: the first and last key of the
+    Every other leaf: all leaves of the first and of the last layer (the stem and the head: the first and last key of the
     tree), biases, norms, tables, and whatever is not named `kernel`. A Muon update is scaled by
-    0.2 sqrt(max(fan_in, fan_out)), so that its size is AdamW's and both share one learning rate and weight decay
+    0.2 sqrt(max(fan_in, fan_out)). Its size is then AdamW's, so both share one learning rate and weight decay
     (Liu 2025, arXiv:2502.16982, equation 4). Momentum is corrected for its bias, Nesterov's as in NAdam (Dozat 2016).
 
-    Raises `ConfigError` in `init` when that leaves Muon nothing to do.
+    Args:
+      config: the settings; `momentum`, `nesterov`, `eps` and `weight_decay` are read.
+      rate: the learning rate of each step.
+      mask: of the parameters, true for each leaf that weight decay applies to.
+      others: the optimizer of the other leaves (AdamW).
+
+    Raises:
+      ConfigError: from the result's `init`, if no leaf is left for Muon.
     """
 
     def partition(hidden: PyTree) -> optax.GradientTransformation:
@@ -49,7 +56,8 @@ def muon(
         return partition(hidden).init(params)
 
     def update(updates: PyTree, state: Any, params: PyTree = None) -> tuple[PyTree, PyTree]:
-        # The state knows which leaves are Muon's, so that a slice of the tree (some of the layers) keeps its split.
+        # Which leaves are Muon's is read from the state: a pipeline stage has some of the layers only, and its first
+        # layer is not the model's stem.
         momentum = state.inner_states["muon"].inner_state[0].mu
         hidden = jax.tree.map(lambda leaf: not _is_masked(leaf), momentum, is_leaf=_is_masked)
         return partition(hidden).update(updates, state, params)
@@ -62,6 +70,7 @@ def _is_masked(leaf: Any) -> bool:
 
 
 def _hidden_kernels(params: PyTree, mask: Mask) -> PyTree:
+    """True for each leaf that Muon updates."""
     names = sorted(params)
 
     def hidden(path: tuple[Any, ...], decays: bool) -> bool:
@@ -76,7 +85,7 @@ _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)
 
 
 def _orthogonalize(config: OptimConfig) -> optax.GradientTransformation:
-    """Momentum, made orthogonal by five Newton-Schulz iterations, at the size of an AdamW update."""
+    """Momentum, made orthogonal by five Newton-Schulz iterations, scaled to the size of an AdamW update."""
     muon = optax.contrib.scale_by_muon(
         _NEWTON_SCHULZ,
         beta=config.momentum,
@@ -103,9 +112,9 @@ def _adamw_size(update: jax.Array, axes: optax.contrib.MuonDimensionNumbers) -> 
 
 
 def _matrix_axes(kernels: PyTree) -> PyTree:
-    """Which axes of each kernel are a matrix's rows (reduced over) and columns; what is neither is a batch of matrices.
+    """Which dims of each kernel are a matrix's rows (reduced over) and columns. The other dims are a batch of matrices.
 
-    The last axis is the output's: of Dense [in, out], Conv [height, width, in, out] and an attention's output
+    The last dim is the output's: of Dense [in, out], Conv [height, width, in, out] and an attention's output
     projection [heads, head_dim, out]. But query, key and value are three matrices, in one leaf `qkv`
     [in, 3, heads, head_dim] or in three [in, heads, head_dim].
     """

@@ -1,4 +1,4 @@
-"""Optimizers by name."""
+"""The optimizers, by the name in `optim.name`."""
 
 from __future__ import annotations
 
@@ -18,14 +18,12 @@ from jaxtrain.optim.updates import global_norm
 from jaxtrain.plugins import load_callable
 from jaxtrain.trees import PyTree, path_of
 
-# --------------------------------------------------------------------------------------------------------- optimizers
-
 
 def decay_mask(params: PyTree, no_decay: tuple[str, ...] = ()) -> PyTree:
-    """True for each leaf that weight decay applies to: the weights of products and convolutions.
+    """A tree like `params`, true for each leaf that weight decay applies to: the weights of matrix products and convolutions.
 
-    Never vectors and scalars, nor a leaf named `bias` or `scale` whatever its shape (Swin's qkv bias is
-    [3, heads, head_dim]), nor a leaf whose path ('layers_03/attn/qkv/kernel') a regex of `no_decay` is found in.
+    Never for scalars and vectors. Never for a leaf named `bias` or `scale`, whatever its shape (Swin's qkv bias is
+    [3, heads, head_dim]). Never for a leaf whose path ('layers_03/attn/qkv/kernel') matches a regex of `no_decay`.
     """
 
     def decays(path: tuple[Any, ...], leaf: Any) -> bool:
@@ -36,7 +34,7 @@ def decay_mask(params: PyTree, no_decay: tuple[str, ...] = ()) -> PyTree:
     return jax.tree_util.tree_map_with_path(decays, params)
 
 
-# Which fields each optimizer reads beside the learning rate and the weight decay.
+# Which fields each optimizer reads, apart from the learning rate and the weight decay.
 _FIELDS = {
     "sgd": ("momentum", "nesterov"),
     "adamw": ("b1", "b2", "eps"),
@@ -48,29 +46,35 @@ _FIELDS = {
 
 
 def unused_settings(config: OptimConfig) -> list[str]:
-    """A sentence for each field that was changed from its default and that nothing reads."""
-    found: list[str] = []
+    """A sentence for each field that differs from its default and has no effect."""
+    sentences: list[str] = []
     if config.name in _FIELDS:
-        unread = {"momentum", "nesterov", "b1", "b2", "eps"}.difference(_FIELDS[config.name])
-        found += without_effect("optim", config, sorted(unread), f"{config.name} has no such setting")
+        unread = set().union(*_FIELDS.values()).difference(_FIELDS[config.name])
+        sentences += without_effect("optim", config, sorted(unread), f"{config.name} has no such setting")
     for names, schedules in (
         (("step_at", "step_gamma"), ("step",)), (("decay_share",), ("wsd",)), (("final_scale",), ("cosine", "linear", "wsd")),
     ):  # fmt: skip
         if config.schedule not in schedules:
-            found += without_effect("optim", config, names, f"the schedule is {config.schedule}")
-    return found
+            sentences += without_effect("optim", config, names, f"the schedule is {config.schedule}")
+    return sentences
 
 
 def make_optimizer(
     config: OptimConfig, rate: optax.Schedule, no_decay: tuple[str, ...] = ()
 ) -> optax.GradientTransformation:
-    """The optimizer `config.name`, or what a user's own `package.module:factory` returns.
+    """The optimizer `config.name`, or what the user's own `package.module:factory` returns.
 
-    A factory is called as `factory(config, rate, mask)`; `mask(params)` is `decay_mask` with `no_decay` filled in. It
-    follows two rules, for the layout and for donation: each array of its state is a scalar or has the shape of a
-    parameter, and none changes its type in an update.
+    A factory is called as `factory(config, rate, mask)`, where `mask(params)` is `decay_mask(params, no_decay)`. The layout
+    and donation need two things of it: each array of its state is a scalar or has the shape of a parameter, and keeps its
+    dtype in an update.
 
-    Raises `ConfigError` for an unknown name, or when a factory returns something else.
+    Args:
+      config: the section `optim`.
+      rate: the learning rate of each step.
+      no_decay: regexes; a leaf whose path matches one is not decayed.
+
+    Raises:
+      ConfigError: there is no such optimizer, or a factory returns something else.
     """
     mask = functools.partial(decay_mask, no_decay=no_decay)
     if ":" in config.name:
@@ -117,7 +121,7 @@ def _lion(config: OptimConfig, rate: optax.Schedule, mask: Mask) -> optax.Gradie
 
 
 def _lars(config: OptimConfig, rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
-    """The rate is inside the momentum, as in the paper (`sgd` has it outside)."""
+    """The momentum adds up updates that are already multiplied by the rate, as in the paper. (`sgd` multiplies afterwards.)"""
     return optax.chain(
         _scale_by_layer(config.weight_decay, mask), optax.scale_by_learning_rate(rate), _momentum(config)
     )
@@ -126,7 +130,7 @@ def _lars(config: OptimConfig, rate: optax.Schedule, mask: Mask) -> optax.Gradie
 def _scale_by_layer(weight_decay: float, mask: Mask, trust: float = 0.001) -> optax.GradientTransformation:
     """trust |w| / (|g| + decay |w|) * (g + decay w), You 2017, equation 6. (`optax.lars` divides by |g + decay w|.)
 
-    A layer of zeros, or with a gradient of zeros, keeps a factor of 1: it could never leave zero otherwise.
+    The factor is 1 for a leaf of zeros (it could never leave zero otherwise) and for a gradient of zeros.
     """
 
     def scale(gradient: jax.Array, weight: jax.Array, adapts: bool) -> jax.Array:

@@ -16,7 +16,7 @@ from jaxtrain.durations import Duration
 
 
 def peak_learning_rate(config: OptimConfig, global_batch: int) -> float:
-    """The peak rate at `global_batch` examples a step: scaled linearly (Goyal 2017), by the square root, or not."""
+    """The peak rate for `global_batch` examples a step: scaled linearly (Goyal 2017), by the square root, or not at all."""
     ratio = global_batch / config.lr_reference_batch
     return config.learning_rate * {"linear": ratio, "sqrt": math.sqrt(ratio), "none": 1.0}[config.lr_scaling]
 
@@ -24,21 +24,28 @@ def peak_learning_rate(config: OptimConfig, global_batch: int) -> float:
 def learning_rate_schedule(
     config: OptimConfig, total_steps: int, warmup_steps: int, global_batch: int
 ) -> optax.Schedule:
-    """The learning rate of each step, as a function of how many updates came before it.
+    """The learning rate of each step, as a function of the number of updates before it.
 
     With t the step (from 0), W = warmup_steps, T = total_steps, the rate is peak * warm(t) * shape(t), where
 
-    - warm(t) = min(1, (t + 1) / W): never 0, and the last warm-up step has the peak rate. A warm-up longer than the run
-      just goes on to its end.
+    - warm(t) = min(1, (t + 1) / W). It is never 0, and the last warm-up step has the peak rate. If the warm-up is longer
+      than the run, the rate rises until the run ends.
     - shape(t), with the progress p = (t - start) / (T - start) clipped to [0, 1] and F = final_scale:
       `constant` 1; `step` step_gamma to the number of shares s of `step_at` with t >= s T;
       `cosine` F + (1 - F) (1 + cos(pi p)) / 2 (Loshchilov 2017) and `linear` F + (1 - F) (1 - p), from start = W;
       `wsd` F + (1 - F) (1 - p), from start = T - decay_share T, or W if that is later.
 
-    The last step, t = T - 1, is thus one step short of F.
+    So the last step, t = T - 1, is one step before F.
 
-    Elementwise. A JAX array or tracer gives an array of JAX's default float type (float64 when x64 is on); a number or
-    a NumPy array is computed by NumPy in float64, without touching a device.
+    Args:
+      config: the section `optim`.
+      total_steps: T, the length of the run.
+      warmup_steps: W, the length of the warm-up.
+      global_batch: examples a step, for the peak rate.
+
+    Returns:
+      An elementwise function. A JAX array or tracer gives an array of JAX's default float dtype (float64 if x64 is on). A
+      number or a NumPy array is computed by NumPy in float64, and uses no device.
     """
     peak = peak_learning_rate(config, global_batch)
     milestones = [math.ceil(share * total_steps - 1e-9) for share in config.step_at]
@@ -71,7 +78,14 @@ def _from_one_to(final: float, fraction: Any) -> Any:
 
 
 def total_steps(config: Config, train_examples: int, start_step: int = 0, start_example: int = 0) -> int:
-    """The step at which the run ends: `train.steps`, or the epochs that are left after `start_example` examples."""
+    """The step at which the run ends: `train.steps`, or as many steps as `train.epochs` takes.
+
+    Args:
+      config: of the run.
+      train_examples: examples in the training split.
+      start_step: the step that the run goes on from.
+      start_example: examples that were consumed before that step.
+    """
     if config.train.steps:
         return config.train.steps
     left = max(config.train.epochs * train_examples - start_example, 0)
@@ -81,8 +95,14 @@ def total_steps(config: Config, train_examples: int, start_step: int = 0, start_
 def make_schedule(config: Config, train_examples: int, start_step: int = 0, start_example: int = 0) -> optax.Schedule:
     """The learning rate as a function of the step.
 
-    A run whose length is in epochs counts examples: after `start_step` steps of another batch size it goes on from where
-    `start_example` examples are on the curve. One whose length is in steps counts steps.
+    A run whose length is in steps counts steps. A run whose length is in epochs counts examples: if its first steps had
+    another batch size, it goes on where `start_example` examples are on the curve.
+
+    Args:
+      config: of the run.
+      train_examples: examples in the training split.
+      start_step: the step that the run goes on from.
+      start_example: examples that were consumed before that step.
     """
     batch, warmup = config.data.global_batch, warmup_steps(config, train_examples)
     if config.train.steps:

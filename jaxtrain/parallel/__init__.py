@@ -1,1 +1,1 @@
-"""How the state and the work are laid over the devices. Nothing outside this package knows how many there are."""
+"""How the state and the batch are laid out over the devices. The rest of the program does not know how many there are."""

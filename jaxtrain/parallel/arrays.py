@@ -1,4 +1,8 @@
-"""Arrays of one pipeline stage and of all: the same buffers seen in two ways, and what checkpoints need of them."""
+"""Arrays with pipeline stages: between the devices of one stage and those of all stages.
+
+`view` and `join` wrap buffers that are already on the devices; they copy nothing. `to_every_process` copies: Orbax needs
+every process to hold a part of each array that it saves.
+"""
 
 from __future__ import annotations
 
@@ -16,25 +20,34 @@ from jaxtrain.trees import PyTree
 
 
 def view(array: jax.Array, sharding: NamedSharding) -> jax.Array:
-    """What every stage has, as one stage sees it: the same buffers, on its devices alone."""
+    """An array that every stage has, as an array on one stage's devices (those of `sharding`): the same buffers, no copy."""
     devices = sharding.device_set
     shards = [shard.data for shard in array.addressable_shards if shard.device in devices]
     return jax.make_array_from_single_device_arrays(array.shape, sharding, shards, dtype=array.dtype)
 
 
 def join(arrays: Sequence[jax.Array], shape: tuple[int, ...], sharding: NamedSharding) -> jax.Array:
-    """One array over all stages from each stage's part of it; no copy."""
+    """One array over the devices of all stages, from the shards that lie on each stage; no copy.
+
+    Args:
+      arrays: for each stage of this process, an array with its shards.
+      shape: of the result.
+      sharding: of the result, on the mesh of all stages.
+    """
     shards = [shard.data for array in arrays for shard in array.addressable_shards]
     return jax.make_array_from_single_device_arrays(shape, sharding, shards, dtype=arrays[0].dtype)
 
 
 def is_everywhere(array: Any) -> bool:
-    """Whether every process has a device that the array's sharding names; Orbax needs that of what it writes and reads."""
+    """Whether every process has a device of the array's sharding. Orbax needs that for what it writes and reads."""
     return len({device.process_index for device in array.sharding.device_set}) == jax.process_count()
 
 
 def to_every_process(tree: PyTree, mesh: Mesh) -> PyTree:
-    """`tree` with the arrays of a single stage's processes copied to the other stages' devices of `mesh`. A collective."""
+    """`tree`, each array that some process has no part of copied to all stages' devices of `mesh`.
+
+    A collective: every process must call it.
+    """
     leaves, structure = jax.tree.flatten(tree)
     chosen = [i for i, leaf in enumerate(leaves) if not is_everywhere(leaf)]
     if not chosen:
@@ -49,15 +62,15 @@ def to_every_process(tree: PyTree, mesh: Mesh) -> PyTree:
 
 
 def _stacked(leaf: jax.Array, mesh: Mesh) -> jax.Array:
-    """[stages, ...]: `leaf` in the row of its stage, zeros in the others."""
+    """[stages, ...]: `leaf` in its stage's row, zeros in the other rows."""
     spec: P = leaf.sharding.spec  # type: ignore[union-attr]
     sharding = NamedSharding(mesh, P("stage", *spec))
-    own = {shard.device: shard.data for shard in leaf.addressable_shards}
+    data_on = {shard.device: shard.data for shard in leaf.addressable_shards}
     shape = (mesh.shape["stage"], *leaf.shape)
     blank = functools.partial(np.zeros, sharding.shard_shape(shape), leaf.dtype)
     with jax.transfer_guard("allow"):
         shards = [
-            jnp.expand_dims(own[device], 0) if device in own else jax.device_put(blank(), device)
+            jnp.expand_dims(data_on[device], 0) if device in data_on else jax.device_put(blank(), device)
             for device in sharding.addressable_devices
         ]
     return jax.make_array_from_single_device_arrays(shape, sharding, shards)

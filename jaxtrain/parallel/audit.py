@@ -1,4 +1,8 @@
-"""Compares what the layout asked for with what was built: bytes on the devices and collectives in the compiled programs."""
+"""Checks that the layout's settings had an effect.
+
+Compares what the layout says with what was built: the bytes on the devices, where the compiled programs leave their results,
+and their collectives.
+"""
 
 from __future__ import annotations
 
@@ -18,16 +22,22 @@ from jaxtrain.trees import PyTree
 
 _COLLECTIVE = re.compile(r"= .*? (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 _REDUCING = ("all-reduce", "reduce-scatter")
-_UPDATING = re.compile(r"(.*: )?(update|measure|judge|finish)")
+_UPDATE_PROGRAMS = re.compile(r"(.*: )?(update|measure|decide|finish)")  # the others compute gradients
 
 
 class AuditError(JaxtrainError):
-    """A layout setting that should have had an effect had none, or a leaf lies elsewhere than the table says."""
+    """A layout setting had no effect where it should have one, or a leaf is not where the table says."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Audit:
-    """bytes_per_device: by tree, read from the devices. collectives: how many of each kind are in each program."""
+    """What was built.
+
+    Attributes:
+      bytes_per_device: of each tree, by name; read from the devices.
+      collectives: how many collectives of each kind each program has, by the program's name and the kind.
+      notes: a sentence for each setting that cannot have an effect here.
+    """
 
     bytes_per_device: Mapping[str, int]
     collectives: Mapping[str, Mapping[str, int]]
@@ -35,10 +45,17 @@ class Audit:
 
 
 def audit(layout: Layout, table: Mapping[str, list[Placement]], state: PyTree, step: Any) -> Audit:
-    """Raises `AuditError` with the setting's or the leaf's name; what cannot have an effect here becomes a note.
+    """Compares the state's arrays and the compiled step with the layout.
 
-    table: `Layout.table(state)` and the gradient accumulator's placements under "gradients". state: the arrays.
-    step: the compiled step (`jaxtrain.step.train_step.MeshTrainStep`, or the pipeline's).
+    Args:
+      layout: of the run.
+      table: `Layout.table(state)`, and the placements of the gradient accumulator under "gradients".
+      state: the arrays of the state.
+      step: the compiled step: `jaxtrain.step.train_step.MeshTrainStep`, or the pipeline's.
+
+    Raises:
+      AuditError: a setting had no effect, or a leaf is not where it should be. The message names it. A setting that cannot
+        have an effect here only gives a note.
     """
     trees = {f.name: jax.tree.leaves(getattr(state, f.name)) for f in dataclasses.fields(state)}
     held = {name: _check_tree(name, leaves, table[name]) for name, leaves in trees.items()}
@@ -51,67 +68,79 @@ def audit(layout: Layout, table: Mapping[str, list[Placement]], state: PyTree, s
     collectives = {
         name: collections.Counter(count_collectives(program.as_text() or "")) for name, program in programs.items()
     }
-    every = sum(collectives.values(), collections.Counter())
-    gradients = sum(
-        (found for name, found in collectives.items() if not _UPDATING.fullmatch(name)), collections.Counter()
-    )
-    shape, zero, notes = layout.mesh.shape, layout.config.zero, []
+    _check_reductions(layout, collectives)
+    return Audit(held, collectives, tuple(_check_zero(layout, table, collectives, step.accumulator is not None)))
 
-    if batch_ways(layout.mesh) > 1 and not any(every[kind] for kind in _REDUCING):
+
+def _check_reductions(layout: Layout, collectives: Mapping[str, collections.Counter[str]]) -> None:
+    """Data and tensor parallelism need collectives. Raises `AuditError` where there are none."""
+    shape, total = layout.mesh.shape, sum(collectives.values(), collections.Counter())
+    gradients = sum(
+        (counts for name, counts in collectives.items() if not _UPDATE_PROGRAMS.fullmatch(name)), collections.Counter()
+    )
+    if batch_ways(layout.mesh) > 1 and not any(total[kind] for kind in _REDUCING):
         raise AuditError(
             f"layout.replica={shape['replica']}, layout.data={shape['data']}: no program reduces the gradients."
         )
     if shape["tensor"] > 1 and not gradients:
         raise AuditError(f"layout.tensor={shape['tensor']} had no effect: the gradient program has no collective.")
-    if zero and shape["data"] == 1:
-        notes.append(f"layout.zero={zero} has nothing to shard over: layout.data=1.")
-    elif zero:
-        for tree, least in (("opt_state", 1), ("gradients", 2), ("params", 3)):
-            sharded = any("data" in leaf.spec for leaf in table[tree])
-            if zero >= least and table[tree] and not sharded and any(math.prod(leaf.shape) > 1 for leaf in table[tree]):
-                raise AuditError(
-                    f"layout.zero={zero} had no effect on {tree}: no leaf divides by data={shape['data']}."
-                )
-        if not every["all-gather"] and any("data" in leaf.spec for leaf in table["opt_state"]):
-            raise AuditError(f"layout.zero={zero} had no effect: no program gathers what is sharded.")
-        if not any("data" in leaf.spec for name in (*trees, "gradients") for leaf in table[name]):
-            notes.append(
-                f"layout.zero={zero} has nothing to shard: the optimizer keeps no state and there is no average."
-            )
-        if zero >= 2 and step.accumulator is None:
-            same = "it acts as zero=1" if zero == 2 else "the gradients stay whole for the moment before the update"
-            notes.append(
-                f"layout.zero={zero} shards the gradient accumulator, and with microbatches=1 there is none: {same} "
-                "(on a GPU, XLA may still turn all-reduce and slice into reduce-scatter)."
-            )
-    return Audit(held, collectives, tuple(notes))
+
+
+def _check_zero(
+    layout: Layout,
+    table: Mapping[str, list[Placement]],
+    collectives: Mapping[str, collections.Counter[str]],
+    has_accumulator: bool,
+) -> list[str]:
+    """Notes on what `layout.zero` cannot shard here. Raises `AuditError` where it should shard something and does not."""
+    zero, data, notes = layout.config.zero, layout.mesh.shape["data"], []
+    if not zero:
+        return notes
+    if data == 1:
+        return [f"layout.zero={zero} has nothing to shard over: layout.data=1."]
+    sharded = {tree for tree, leaves in table.items() if any("data" in leaf.spec for leaf in leaves)}
+    for tree in ("opt_state", "gradients", "params"):
+        if layout.shards(tree) and tree not in sharded and any(math.prod(leaf.shape) > 1 for leaf in table[tree]):
+            raise AuditError(f"layout.zero={zero} had no effect on {tree}: no leaf divides by data={data}.")
+    if "opt_state" in sharded and not any(counts["all-gather"] for counts in collectives.values()):
+        raise AuditError(f"layout.zero={zero} had no effect: no program gathers what is sharded.")
+    if not sharded:
+        notes.append(f"layout.zero={zero} has nothing to shard: the optimizer keeps no state and there is no average.")
+    if layout.shards("gradients") and not has_accumulator:
+        same = "it acts as zero=1" if zero == 2 else "the gradients stay whole for the moment before the update"
+        notes.append(
+            f"layout.zero={zero} shards the gradient accumulator, and with microbatches=1 there is none: {same} "
+            "(on a GPU, XLA may still turn all-reduce and slice into reduce-scatter)."
+        )
+    return notes
 
 
 def count_collectives(hlo: str) -> dict[str, int]:
-    """How often each collective stands in an optimized HLO text."""
+    """How often each kind of collective occurs in an optimized HLO text, by its name."""
     return dict(collections.Counter(match[1] for match in _COLLECTIVE.finditer(hlo)))
 
 
 def held_bytes(leaf: jax.Array) -> int:
-    """The most bytes that one of this process's devices holds of `leaf`."""
+    """Bytes of `leaf` on the device of this process that holds the most of it."""
     held = collections.Counter()
     for shard in leaf.addressable_shards:
         held[shard.device] += shard.data.nbytes
     return max(held.values(), default=0)
 
 
-def _check_tree(name: str, leaves: list[jax.Array], places: list[Placement]) -> int:
-    for leaf, place in zip(leaves, places, strict=True):
-        if leaf.addressable_shards and held_bytes(leaf) != place.bytes_per_device:
+def _check_tree(name: str, leaves: list[jax.Array], placements: list[Placement]) -> int:
+    """The bytes per device of the tree `name`. Raises `AuditError` where a leaf takes more or fewer than the table says."""
+    for leaf, placement in zip(leaves, placements, strict=True):
+        if leaf.addressable_shards and held_bytes(leaf) != placement.bytes_per_device:
             raise AuditError(
-                f"{name}/{place.path} holds {held_bytes(leaf)} bytes per device; the layout's {place.spec} means "
-                f"{place.bytes_per_device}."
+                f"{name}/{placement.path} holds {held_bytes(leaf)} bytes per device; the layout's {placement.spec} means "
+                f"{placement.bytes_per_device}."
             )
-    return bytes_per_device(places)
+    return bytes_per_device(placements)
 
 
-def _check_shardings(layout: Layout, name: str, shardings: PyTree, places: list[Placement]) -> None:
-    """Where a compiled program leaves its results."""
-    for sharding, place in zip(jax.tree.leaves(shardings), places, strict=True):
-        if not sharding.is_equivalent_to(layout.sharding(place.spec, place.stage), len(place.shape)):
-            raise AuditError(f"{name}: {place.path} lies as {sharding}; the layout says {place.spec}.")
+def _check_shardings(layout: Layout, name: str, shardings: PyTree, placements: list[Placement]) -> None:
+    """Raises `AuditError` where a compiled program leaves a result elsewhere than the table says."""
+    for sharding, placement in zip(jax.tree.leaves(shardings), placements, strict=True):
+        if not sharding.is_equivalent_to(layout.sharding(placement.spec, placement.stage), len(placement.shape)):
+            raise AuditError(f"{name}: {placement.path} lies as {sharding}; the layout says {placement.spec}.")

@@ -1,8 +1,8 @@
 """The layout: a sharding for every leaf of the state, decided in one table (`Layout.table`).
 
-A leaf has two PartitionSpecs. *Computing*: what the tensor-parallel rules say; the forward and backward pass see
-parameters and gradients this way. *Storing*: the same, with the `data` axis added to one more dim for the trees that ZeRO
-shards (Rajbhandari 2020):
+A leaf has two PartitionSpecs. *Computing*: what the tensor-parallel rules say. The forward and backward pass see parameters and
+gradients this way. *Storing*: the same, with the `data` axis added to one more dim. Only the trees that ZeRO shards have that
+(Rajbhandari 2020):
 
     zero   optimizer state, EMA   gradient accumulator   parameters at rest
     0      whole                  whole                  whole
@@ -10,8 +10,8 @@ shards (Rajbhandari 2020):
     2      data                   data                   whole
     3      data                   data                   data
 
-With pipeline stages a leaf of a layer lives on the devices of that layer's stage alone; what belongs to no layer (the step,
-an optimizer's counts, the loss scale) lives on all of them.
+With pipeline stages, a leaf of a layer lives only on the devices of that layer's stage. What belongs to no layer (the step, an
+optimizer's counts, the loss scale) lives on all devices.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ Rule = tuple[str, tuple[str | None, ...]]
 # From which `zero` on a tree carries the data axis. Trees that are not named here are never sharded over it.
 ZERO_FROM: Mapping[str, int] = {"opt_state": 1, "ema": 1, "gradients": 2, "params": 3}
 
-# A leaf of at least so many bytes that ZeRO should shard and cannot is reported by name.
+# Where ZeRO should shard a leaf and cannot, the leaf is reported by name from this size on.
 LARGE_LEAF_BYTES = 1 << 20
 
 
@@ -46,8 +46,16 @@ LARGE_LEAF_BYTES = 1 << 20
 class Placement:
     """Where one leaf lives: one row of the table.
 
-    spec: the PartitionSpec at rest; compute_spec: while it is used in the forward and backward pass. stage: its coordinate
-    on the mesh axis `stage`, or `None` for what every stage has. note: why a rule or ZeRO left it whole, or "".
+    Attributes:
+      path: in its tree, such as 'layers_03/attn/qkv/kernel'.
+      shape: of the whole leaf.
+      dtype: its name.
+      spec: the PartitionSpec at rest.
+      compute_spec: the PartitionSpec in the forward and backward pass.
+      bytes_total: of the whole leaf.
+      bytes_per_device: of one device's shard at rest.
+      stage: the coordinate on the mesh axis `stage`, or `None` for what every stage has.
+      note: why a rule or ZeRO left the leaf whole, or "".
     """
 
     path: str
@@ -65,8 +73,13 @@ class Placement:
 class Layout:
     """A mesh and the rules that place leaves on it.
 
-    rules: the user's, then the model's; the first match wins. chunks: the layers ('layers_03', ...) of each chunk of the
-    model; chunk k lies on stage k % stages. Without stages, ().
+    Attributes:
+      mesh: the devices.
+      config: `Config.layout`, with no field left to be chosen.
+      rules: pairs of a regex over a leaf's path and an axis or `None` for each dim. The user's come first, then the
+        model's. The first match wins.
+      chunks: the names of the layers ('layers_03', ...) in each chunk of the model; chunk k lives on stage k % stages.
+        () without pipeline stages.
     """
 
     mesh: Mesh
@@ -77,11 +90,21 @@ class Layout:
     # -------------------------------------------------------------------------------------------------- single leaves
 
     def place(self, tree: str, path: str, shape: tuple[int, ...], dtype: Any) -> Placement:
-        """The placement of the leaf `path` of the state's `tree` (`params`, `opt_state`, `gradients`, ...)."""
+        """The placement of one leaf.
+
+        Args:
+          tree: which tree of the state it is in: `params`, `opt_state`, `gradients`, ...
+          path: of the leaf in that tree.
+          shape: of the whole leaf.
+          dtype: of the leaf.
+
+        Raises:
+          ConfigError: the rule for this path has another number of dims.
+        """
         compute, note = self._tensor_spec(path, shape)
         spec = compute
         size = math.prod(shape) * jnp.dtype(dtype).itemsize
-        if self.config.zero >= ZERO_FROM.get(tree, 99) and self.mesh.shape["data"] > 1:
+        if self.shards(tree):
             spec = self._with_data(path, compute, shape)
             if spec == compute and size >= LARGE_LEAF_BYTES:
                 note = f"no dim divides by data={self.mesh.shape['data']}: kept whole"
@@ -89,18 +112,30 @@ class Layout:
             path, shape, str(dtype), P(*spec), P(*compute), size, size // self._ways(spec), self._stage(path), note
         )
 
+    def shards(self, tree: str) -> bool:
+        """Whether ZeRO shards the tree over the `data` axis. An axis of one device has nothing to shard."""
+        return self.config.zero >= ZERO_FROM.get(tree, 99) and self.mesh.shape["data"] > 1
+
+    @property
+    def gathers_params(self) -> bool:
+        """Whether parameters must be gathered before they are used: under ZeRO-3 they rest sharded over `data`."""
+        return self.shards("params")
+
     def _stage(self, path: str) -> int | None:
+        """The stage of the layer that `path` belongs to; `None` for what belongs to no layer and lives on all stages."""
         if self.stages == 1:
             return 0
         return next((self.stage_of[name] for name in path.split("/") if name in self.stage_of), None)
 
     def _ways(self, spec: tuple[str | None, ...]) -> int:
+        """How many shards `spec` makes."""
         return math.prod(self.mesh.shape[axis] for axis in spec if axis)
 
     def _rule(self, path: str) -> tuple[str | None, ...] | None:
         return next((spec for pattern, spec in self.rules if re.search(pattern, path)), None)
 
     def _tensor_spec(self, path: str, shape: tuple[int, ...]) -> tuple[tuple[str | None, ...], str]:
+        """The PartitionSpec for computing, and a note where a rule could not be followed."""
         whole, ways = (None,) * len(shape), self.mesh.shape["tensor"]
         rule = self._rule(path) if shape else None  # an optimizer may keep a scalar for a parameter
         if rule is None:
@@ -115,7 +150,7 @@ class Layout:
         return tuple(axis if axis == "tensor" else None for axis in rule), ""
 
     def _with_data(self, path: str, compute: tuple[str | None, ...], shape: tuple[int, ...]) -> tuple[str | None, ...]:
-        """Adds `data` on the dim that a rule names, else on the largest that divides (of equals, the last)."""
+        """Adds `data` to the dim that a rule names, or else to the largest dim that divides (of equal ones, the last)."""
         ways = self.mesh.shape["data"]
         free = [d for d in range(len(shape)) if compute[d] is None and shape[d] >= ways and shape[d] % ways == 0]
         if not free:
@@ -128,9 +163,12 @@ class Layout:
     # ---------------------------------------------------------------------------------------------------------- trees
 
     def table(self, state: PyTree) -> dict[str, list[Placement]]:
-        """The placements of every leaf, by tree. `state`: the state's shapes, an object whose fields are trees.
+        """The placements of every leaf of `state` (a dataclass of trees, of shapes or of arrays), by tree.
 
         A leaf of another tree that mirrors a parameter (a momentum, the EMA) is placed by that parameter's path and shape.
+
+        Raises:
+          ConfigError: a rule of the config matches no parameter, or `layout.tensor` splits none.
         """
         params = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(state.params)}
         trees = {f.name: getattr(state, f.name) for f in dataclasses.fields(state)}
@@ -150,12 +188,14 @@ class Layout:
         return [self.place("gradients", path_of(path), leaf.shape, leaf.dtype) for path, leaf in leaves]
 
     def _place_like(self, params: dict[str, Any], tree: str, path: str, leaf: Any) -> Placement:
-        parts = path.split("/")
-        suffixes = ("/".join(parts[i:]) for i in range(len(parts)))
+        """The placement of a leaf by the parameter that it mirrors: the one whose path its own ends with."""
+        keys = path.split("/")
+        suffixes = ("/".join(keys[i:]) for i in range(len(keys)))
         owner = next((s for s in suffixes if s in params and params[s].shape == leaf.shape), path)
         return dataclasses.replace(self.place(tree, owner, leaf.shape, leaf.dtype), path=path)
 
     def _check_rules(self, params: list[Placement]) -> None:
+        """Raises `ConfigError` for a rule of the config, or for tensor parallelism, without an effect on `params`."""
         for pattern, _ in self.config.rules:
             if not any(re.search(pattern, leaf.path) for leaf in params):
                 raise ConfigError(
@@ -172,7 +212,7 @@ class Layout:
             )
 
     def shardings(self, state: PyTree) -> PyTree:
-        """A tree like `state` with a `NamedSharding` at every leaf: where each lives at rest."""
+        """A tree like `state` with the `NamedSharding` at rest of every leaf."""
         table = self.table(state)
         trees = {}
         for field in dataclasses.fields(state):
@@ -182,13 +222,15 @@ class Layout:
             )
         return dataclasses.replace(state, **trees)
 
+    # ---------------------------------------------------------------------------------------------------------- devices
+
     def sharding(self, spec: P = P(), stage: int | None = None) -> NamedSharding:
-        """A `NamedSharding` on the devices of a stage, or on all; without a spec, replicated."""
+        """A `NamedSharding` on one stage's devices, or on all devices if `stage` is `None`. Replicated without a spec."""
         return NamedSharding(self.mesh if stage is None else stage_mesh(self.mesh, stage), spec)
 
     @functools.cached_property
     def stage_of(self) -> dict[str, int]:
-        """The stage of each layer."""
+        """The stage of each layer, by the layer's name."""
         return {name: k % self.stages for k, names in enumerate(self.chunks) for name in names}
 
     @property
@@ -196,57 +238,71 @@ class Layout:
         """How many pipeline stages there are."""
         return self.mesh.shape["stage"]
 
+    @property
+    def platform(self) -> str:
+        """What the devices are: `cpu`, `gpu` or `tpu`."""
+        return self.mesh.devices.flat[0].platform
+
     def on_stage(self, stage: int) -> Layout:
-        """The layout of what lives on one stage: the same rules on its devices alone."""
+        """The layout of what lives on one stage: the same rules, on that stage's devices."""
         return dataclasses.replace(self, mesh=stage_mesh(self.mesh, stage), chunks=())
 
     @property
     def batch(self) -> NamedSharding:
-        """For arrays [microbatches, examples, ...]: every microbatch is split over `replica` and `data`."""
+        """Of arrays [microbatches, examples, ...]: every microbatch is split over `replica` and `data`."""
         return self.sharding(P(None, BATCH_AXES))
 
     @property
     def images(self) -> NamedSharding:
-        """The same for images, which only the first stage needs."""
+        """Of images [microbatches, examples, ...]: the same, on the first stage's devices, since no other stage needs them."""
         return self.sharding(P(None, BATCH_AXES), 0)
 
     @property
     def examples(self) -> NamedSharding:
-        """For arrays [examples, ...]: one microbatch, split over `replica` and `data`."""
+        """Of arrays [examples, ...]: one microbatch, split over `replica` and `data`."""
         return self.sharding(P(BATCH_AXES))
 
     # ---------------------------------------------------------------------------------------------------------- batch
 
     def check_batch(self, global_batch: int, bn_groups: int, has_batch_norm: bool) -> None:
-        """Raises `ConfigError` unless the batch divides into microbatches and those over the devices."""
-        parts, ways = self.config.microbatches, batch_ways(self.mesh)
-        if global_batch % (parts * ways):
+        """Checks that the batch divides into microbatches, and these over the devices.
+
+        Args:
+          global_batch: examples in a batch.
+          bn_groups: BatchNorm groups in a batch.
+          has_batch_norm: whether the model has BatchNorm layers. A microbatch must then hold whole groups.
+
+        Raises:
+          ConfigError: it does not divide.
+        """
+        microbatches, ways = self.config.microbatches, batch_ways(self.mesh)
+        if global_batch % (microbatches * ways):
             raise ConfigError(
-                f"config.data.global_batch={global_batch} does not divide by layout.microbatches={parts} x {ways} batch shards "
-                f"(layout.replica={self.mesh.shape['replica']} x layout.data={self.mesh.shape['data']}); "
-                f"the nearest that do {are_listed(nearest_multiples(global_batch, parts * ways))}."
+                f"config.data.global_batch={global_batch} does not divide by layout.microbatches={microbatches} x {ways} batch "
+                f"shards (layout.replica={self.mesh.shape['replica']} x layout.data={self.mesh.shape['data']}); "
+                f"the nearest that do {are_listed(nearest_multiples(global_batch, microbatches * ways))}."
             )
-        if has_batch_norm and bn_groups % parts:
+        if has_batch_norm and bn_groups % microbatches:
             raise ConfigError(
-                f"config.model.bn_groups={bn_groups} does not divide by config.layout.microbatches={parts}, so a microbatch "
-                f"would not hold whole BatchNorm groups; use --config.model.bn_groups={parts} (this changes the run's numbers) "
-                "or --config.layout.microbatches=1."
+                f"config.model.bn_groups={bn_groups} does not divide by config.layout.microbatches={microbatches}, so a "
+                f"microbatch would not hold whole BatchNorm groups; use --config.model.bn_groups={microbatches} (this changes "
+                "the run's numbers) or --config.layout.microbatches=1."
             )
 
 
 def over_steps(sharding: Any) -> NamedSharding:
-    """The sharding of several such arrays in one, stacked along a new first dim."""
+    """The sharding of arrays with `sharding` that are stacked along a new first dim."""
     return NamedSharding(sharding.mesh, P(None, *sharding.spec))
 
 
 def bytes_per_device(placements: list[Placement]) -> int:
-    """Bytes of one tree that a device holds; of several stages, the one that holds most."""
+    """Bytes of one tree on a device; with stages, on a device of the stage that holds the most."""
     stages = 1 + max((leaf.stage or 0 for leaf in placements), default=0)
     return max(bytes_by_stage(placements, stages).values())
 
 
 def bytes_by_stage(placements: list[Placement], stages: int) -> dict[int, int]:
-    """Bytes of one tree that a device of each stage holds, what every stage has included."""
+    """Bytes of one tree on a device, by stage; with what every stage has."""
     return {
         stage: sum(leaf.bytes_per_device for leaf in placements if leaf.stage in (None, stage))
         for stage in range(stages)

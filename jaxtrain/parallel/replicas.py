@@ -1,4 +1,7 @@
-"""Finds copies of a parameter that differ between devices: a bit that flipped in a device's memory, or a broken one."""
+"""Finds copies of a parameter that differ between devices.
+
+They should be equal. A difference means a flipped bit in a device's memory, or a broken device.
+"""
 
 from __future__ import annotations
 
@@ -15,26 +18,31 @@ from jaxtrain.trees import PyTree, path_of
 
 
 class ReplicaCheck:
-    """Compares the copies of every leaf on every device. The program is compiled at the first call, once for each mesh.
+    """Compares the copies of every leaf on every device.
 
-    A checksum is the sum of a copy's bits as 32-bit words, modulo 2^32: any one flipped bit changes it.
+    A checksum is the sum of a copy's bits as 32-bit words, modulo 2^32: one flipped bit always changes it. The program is
+    compiled at the first call, once for each mesh.
     """
 
     def __init__(self) -> None:
         self._programs: dict[Mesh, Any] = {}
 
     def __call__(self, tree: PyTree) -> list[str]:
-        """A sentence for each device whose copies differ from the others'. A collective; a process hears of its own stages."""
+        """A sentence for each device whose copies differ from those on other devices.
+
+        A collective: every process must call it. A process is told about the stages that it has devices of.
+        """
         by_mesh = collections.defaultdict(list)
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
             by_mesh[leaf.sharding.mesh].append((path_of(path), leaf))
-        found = []
+        differences = []
         for mesh, leaves in by_mesh.items():
             if mesh.local_devices:
-                found += self._compare(mesh, leaves)
-        return found
+                differences += self._compare(mesh, leaves)
+        return differences
 
     def _compare(self, mesh: Mesh, named: list[tuple[str, jax.Array]]) -> list[str]:
+        """The sentences for the devices of one mesh. named: path and array of each leaf that lies on it."""
         leaves: list[Any] = [leaf for _, leaf in named]
         if mesh not in self._programs:
             specs: Any = [leaf.sharding.spec for leaf in leaves]
@@ -50,11 +58,11 @@ class ReplicaCheck:
         for column, (name, leaf) in enumerate(named):
             copies = collections.defaultdict(list)
             for row, device in enumerate(devices):
-                part = leaf.sharding.devices_indices_map(leaf.shape)[device]
-                copies[str(part)].append((row, int(table[row, column])))
-            for same in copies.values():
-                usual = collections.Counter(value for _, value in same).most_common(1)[0][0]
-                for row, value in same:
+                shard = leaf.sharding.devices_indices_map(leaf.shape)[device]
+                copies[str(shard)].append((row, int(table[row, column])))
+            for checksums in copies.values():
+                usual = collections.Counter(value for _, value in checksums).most_common(1)[0][0]
+                for row, value in checksums:
                     if value != usual:
                         wrong[row].append(name)
         return [
@@ -65,7 +73,7 @@ class ReplicaCheck:
 
 
 def _checksum(x: jax.Array) -> jax.Array:
-    """uint32 scalar."""
+    """uint32 []: the sum of the bits of `x` as words of at most 32 bits, modulo 2^32."""
     kind = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
     words = jax.lax.bitcast_convert_type(x, kind)
     return jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
