@@ -231,7 +231,7 @@ class Layout:
     @functools.cached_property
     def stage_of(self) -> dict[str, int]:
         """The stage of each layer, by the layer's name."""
-        return {name: k % self.stages for k, names in enumerate(self.chunks) for name in names}
+        return {name: self.stage_of_chunk(k) for k, names in enumerate(self.chunks) for name in names}
 
     @property
     def stages(self) -> int:
@@ -242,6 +242,10 @@ class Layout:
     def platform(self) -> str:
         """What the devices are: `cpu`, `gpu` or `tpu`."""
         return self.mesh.devices.flat[0].platform
+
+    def stage_of_chunk(self, chunk: int) -> int:
+        """The stage that chunk number `chunk` of the model lives on."""
+        return chunk % self.stages
 
     def on_stage(self, stage: int) -> Layout:
         """The layout of what lives on one stage: the same rules, on that stage's devices."""

@@ -1,1 +1,1 @@
-"""What runs on the devices: one update, one evaluation, and the state that they change."""
+"""The compiled work of a run: the train step, the evaluation step, and the state."""

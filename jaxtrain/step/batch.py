@@ -1,4 +1,4 @@
-"""What a step computes on: batches, and data sets that live on the devices."""
+"""The inputs of a step: batches, and data sets that live on the devices."""
 
 from __future__ import annotations
 
@@ -13,7 +13,12 @@ from jaxtrain.parallel.layout import Layout
 
 @flax.struct.dataclass
 class EvalBatch:
-    """A padded batch. batch: as in training, with one microbatch. mask: bool [1, B], false where an example is padding."""
+    """A batch for evaluation, padded to B examples.
+
+    Attributes:
+      batch: as in training, with one microbatch.
+      mask: bool [1, B], false where an example is padding.
+    """
 
     batch: Batch
     mask: jax.Array
@@ -21,10 +26,13 @@ class EvalBatch:
 
 @flax.struct.dataclass
 class Batch:
-    """One global batch of B examples as M microbatches.
+    """One global batch of B examples in M microbatches. It has either `rows`, or `images` and `labels`; the others are `()`.
 
-    step: int32, the number of the update that this batch is for; a state at another step is left as it is. rows: int32
-    [M, B/M] row numbers into `Resident`, or `()`. images: uint8 [M, B/M, H, W, C] and labels: int32 [M, B/M], or `()`.
+    Attributes:
+      step: int32 [], the update that this batch is for. A state at another step does not change.
+      rows: int32 [M, B/M], the examples' row numbers in `Resident`.
+      images: uint8 [M, B/M, H, W, C].
+      labels: int32 [M, B/M].
     """
 
     step: jax.Array
@@ -35,20 +43,43 @@ class Batch:
 
 @flax.struct.dataclass
 class Resident:
-    """A data set that lives on the devices: images uint8 [N, H, W, C], labels int32 [N]; both `()` when it is streamed."""
+    """A data set that lives on the devices. Both are `()` if the data set is streamed.
+
+    Attributes:
+      images: uint8 [N, H, W, C].
+      labels: int32 [N].
+    """
 
     images: Any = ()
     labels: Any = ()
 
 
 def select_microbatch(batch: Batch, resident: Resident, index: Any, layout: Layout) -> tuple[jax.Array, jax.Array]:
-    """Images uint8 [B/M, H, W, C] and labels int32 [B/M] of microbatch `index`, split over the batch axes."""
+    """The images and labels of one microbatch, sharded over the batch axes.
+
+    Args:
+      batch: the global batch.
+      resident: the data set, if it lives on the devices.
+      index: int32 [] or a Python int, the microbatch.
+      layout: of the batch.
+
+    Returns:
+      Images, uint8 [B/M, H, W, C], and labels, int32 [B/M].
+    """
     images = select_from(batch.images, batch.rows, resident.images, index, layout)
     return images, select_from(batch.labels, batch.rows, resident.labels, index, layout)
 
 
 def select_from(streamed: Any, rows: Any, resident: Any, index: Any, layout: Layout) -> jax.Array:
-    """Microbatch `index` of what is `streamed` [M, B/M, ...], or of the `rows` [M, B/M] of what is `resident` [N, ...]."""
+    """The images or the labels of one microbatch, [B/M, ...].
+
+    Args:
+      streamed: [M, B/M, ...], the batch's own; used where `rows` is `()`.
+      rows: int32 [M, B/M], rows of `resident`.
+      resident: [N, ...], those of the whole data set.
+      index: int32 [] or a Python int, the microbatch.
+      layout: of the batch.
+    """
     pick = functools.partial(jax.lax.dynamic_index_in_dim, index=index, keepdims=False)
     if isinstance(rows, tuple):
         return pick(streamed)

@@ -1,4 +1,4 @@
-"""Evaluation: every example counts exactly once, on any number of devices."""
+"""The evaluation step. Every example counts exactly once, on any number of devices."""
 
 from __future__ import annotations
 
@@ -20,29 +20,41 @@ from jaxtrain.parallel.layout import Layout
 from jaxtrain.step.batch import EvalBatch, Resident, select_microbatch
 from jaxtrain.step.layer_wrap import layer_wrapper
 from jaxtrain.step.task import Task
-from jaxtrain.trees import PyTree
+from jaxtrain.trees import PyTree, shapes_of
 
-# Enough to keep the devices busy. Without a bound, streamed batches would pile up in the devices' memory, and on simulated
-# devices the threads of XLA:CPU run out: executions of one program that wait for each other's collectives never end.
+# How many batches the host dispatches ahead of the devices: enough to keep them busy. Without a bound, streamed batches would
+# fill the devices' memory. On simulated devices, XLA:CPU would also run out of threads, and programs that wait for each other's
+# collectives would wait forever.
 IN_FLIGHT = 2
 
 
 @flax.struct.dataclass
 class PerClass(Average):
-    """The mean over the examples of each class. total, count: [num_classes]."""
+    """The mean over the examples of each class.
+
+    Attributes:
+      total: float [num_classes], correct answers.
+      count: float [num_classes], examples.
+    """
 
     total: jax.Array
     count: jax.Array
 
     @classmethod
     def from_model_output(cls, *, correct: jax.Array, classes: jax.Array, mask: jax.Array, **_: Any) -> PerClass:
-        """correct: bool [B]. classes: one-hot [B, num_classes]."""
+        """Of one batch.
+
+        Args:
+          correct: bool [B].
+          classes: float [B, num_classes], the labels, one-hot.
+          mask: bool [B], false where an example is padding.
+        """
         counted = mask.astype(classes.dtype)
         return cls(total=(correct * counted) @ classes, count=counted @ classes)
 
 
-# What is measured. Sums over the examples so far: `merge` adds those of a batch, `compute` gives the means. A padded row
-# repeats a real example; its loss may be anything, and the mask keeps even NaN out.
+# The metrics, as sums over the examples so far: `merge` adds those of a batch, `compute` gives the means. The mask leaves out
+# padding, also where its loss is NaN.
 EvalMetrics = Collection.create(
     loss=Average.from_output("loss"),
     accuracy=Average.from_output("correct"),
@@ -53,7 +65,15 @@ EvalMetrics = Collection.create(
 
 @dataclasses.dataclass(frozen=True)
 class EvalResult:
-    """Means over every example of a split. per_class: accuracy of each class (NaN where the split has none of it)."""
+    """Means over all examples of a split.
+
+    Attributes:
+      loss: mean.
+      accuracy: in [0, 1].
+      top5: the share of examples whose label is among the five largest logits, in [0, 1].
+      examples: how many there are.
+      per_class: accuracy of each class; NaN for a class without examples.
+    """
 
     loss: float
     accuracy: float
@@ -64,7 +84,12 @@ class EvalResult:
 
 @dataclasses.dataclass(frozen=True)
 class EvalStep:
-    """The compiled evaluation. Call it with weights, statistics and the batches of a split."""
+    """The compiled evaluation step.
+
+    Attributes:
+      zeros: makes the sums of no example.
+      add: the program (sums, params, batch_stats, batch, resident) -> sums.
+    """
 
     zeros: Callable[[], Collection]
     add: jax.stages.Compiled
@@ -72,7 +97,14 @@ class EvalStep:
     def __call__(
         self, params: PyTree, batch_stats: PyTree, batches: Iterable[EvalBatch], resident: Resident
     ) -> EvalResult:
-        """Reads the result once, at the end. The host stays `IN_FLIGHT` batches ahead of the devices, and no more."""
+        """Evaluates weights on a split. The host waits for the devices where it is `IN_FLIGHT` batches ahead, and at the end.
+
+        Args:
+          params: float arrays, keyed by layer, sharded as those that the step was compiled for.
+          batch_stats: the running statistics, keyed by layer.
+          batches: of the split, each with the same shapes.
+          resident: the data set, if it lives on the devices.
+        """
         sums = self.zeros()
         in_flight: collections.deque[Collection] = collections.deque()
         for batch in batches:
@@ -84,7 +116,7 @@ class EvalStep:
 
 
 def summarize(sums: PyTree) -> EvalResult:
-    """Means from sums that are on the host."""
+    """The means. sums: an `EvalMetrics` of NumPy arrays."""
     with np.errstate(invalid="ignore"):  # a class without examples
         means = sums.compute()
     return EvalResult(
@@ -99,20 +131,27 @@ def summarize(sums: PyTree) -> EvalResult:
 def make_eval_step(
     task: Task, layout: Layout, params: PyTree, batch_stats: PyTree, batch: EvalBatch, resident: Resident
 ) -> EvalStep:
-    """Compiles the evaluation of one batch, for weights that lie as `params` do."""
+    """Compiles the evaluation step.
+
+    Args:
+      task: what to compute.
+      layout: of the run.
+      params: float arrays or shapes with shardings, keyed by layer.
+      batch_stats: likewise.
+      batch: a batch, or its shapes with shardings.
+      resident: the data set, if it lives on the devices.
+    """
     zeros = jax.jit(functools.partial(zero_sums_of, task), out_shardings=layout.sharding())
     add = jax.jit(functools.partial(_add, task, layout), out_shardings=layout.sharding())
-    sums = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=layout.sharding()), jax.eval_shape(zeros)
-    )
+    sums = shapes_of(jax.eval_shape(zeros), layout.sharding())
     return EvalStep(zeros.lower().compile(), add.lower(sums, params, batch_stats, batch, resident).compile())
 
 
 def zero_sums_of(task: Task) -> Collection:
-    """The sums of no example: zeros, in the types of one's."""
+    """The sums of no example: an `EvalMetrics` of zeros, [] or [num_classes], with the dtypes that a batch's sums have."""
     logits = jnp.zeros((1, task.preprocess.num_classes), task.sums_dtype)
-    of_one = jax.eval_shape(functools.partial(_sums_of, task), logits, jnp.zeros(1, jnp.int32), jnp.ones(1, bool))
-    return jax.tree.map(jnp.zeros_like, of_one)
+    shapes = jax.eval_shape(functools.partial(_sums_of, task), logits, jnp.zeros(1, jnp.int32), jnp.ones(1, bool))
+    return jax.tree.map(jnp.zeros_like, shapes)
 
 
 def _add(
@@ -124,6 +163,7 @@ def _add(
     batch: EvalBatch,
     resident: Resident,
 ) -> Collection:
+    """`add_to_sums` of the model's logits for `batch`."""
     images, labels = select_microbatch(batch.batch, resident, 0, layout)
     inputs = eval_inputs(task.preprocess, images)
     context = Context(example=jnp.arange(labels.shape[0], dtype=jnp.int32))
@@ -132,11 +172,20 @@ def _add(
 
 
 def add_to_sums(task: Task, sums: Collection, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Collection:
-    """The sums with a batch: logits [B, C], labels int32 [B], mask bool [B]."""
+    """The sums with one more batch.
+
+    Args:
+      task: what to compute.
+      sums: an `EvalMetrics`, over the examples so far.
+      logits: float [B, C].
+      labels: int32 [B].
+      mask: bool [B], false where an example is padding.
+    """
     return sums.merge(_sums_of(task, logits, labels, mask))
 
 
 def _sums_of(task: Task, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Collection:
+    """The sums of one batch; for the arguments see `add_to_sums`."""
     classes = jax.nn.one_hot(labels, logits.shape[-1], dtype=task.sums_dtype)
     best = jax.lax.top_k(logits, min(5, logits.shape[-1]))[1]
     return EvalMetrics.single_from_model_output(

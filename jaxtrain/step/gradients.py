@@ -1,7 +1,8 @@
-"""Gradients of a microbatch."""
+"""The gradients of a microbatch, and the accumulators that microbatches are added to."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from typing import Any
 
@@ -17,12 +18,19 @@ from jaxtrain.step.batch import Batch, Resident, select_microbatch
 from jaxtrain.step.layer_wrap import layer_wrapper
 from jaxtrain.step.task import Task
 from jaxtrain.step.train_state import AUGMENT, DROPOUT, TrainState, role_key
-from jaxtrain.trees import PyTree, path_of
+from jaxtrain.trees import PyTree, path_of, shapes_of
 
 
 @flax.struct.dataclass
 class GradientSums:
-    """What microbatches add up to: gradients of the mean loss over the global batch, new running statistics, metrics."""
+    """Sums over the microbatches so far.
+
+    Attributes:
+      gradients: of the mean loss over the global batch, times the loss scale; a tree like the parameters, in their dtypes.
+      batch_stats: the new running statistics, each microbatch's divided by the number of microbatches.
+      loss: [], the mean loss over the global batch, in `Task.sums_dtype`.
+      correct: [], how many examples were classified correctly, in `Task.sums_dtype`.
+    """
 
     gradients: PyTree
     batch_stats: PyTree
@@ -31,47 +39,121 @@ class GradientSums:
 
 
 def zero_sums(params: PyTree, batch_stats: PyTree, dtype: Any) -> GradientSums:
-    """The sums of no microbatch. dtype: of the loss and the correct answers; gradients have their parameters'."""
+    """The sums of no microbatch.
+
+    Args:
+      params: arrays or shapes; the gradients have their shapes and dtypes.
+      batch_stats: arrays or shapes.
+      dtype: of the loss and of the count of correct answers.
+    """
     zeros = functools.partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype))
     return GradientSums(zeros(params), zeros(batch_stats), jnp.zeros((), dtype), jnp.zeros((), dtype))
 
 
+def sums_shapes(task: Task, layout: Layout, params: PyTree, batch_stats: PyTree) -> GradientSums:
+    """The shapes of `zero_sums`, with the shardings of the accumulators: the gradients' from the layout, else replicated."""
+    shapes = jax.eval_shape(functools.partial(zero_sums, params, batch_stats, task.sums_dtype))
+    replicated = jax.tree.map(lambda _: layout.sharding(), shapes)
+    return shapes_of(shapes, dataclasses.replace(replicated, gradients=like_params(layout, "gradients", params)))
+
+
+def add_sums(sums: GradientSums, more: GradientSums) -> GradientSums:
+    """`sums` with those of one more microbatch; in the dtypes of `sums`."""
+    return jax.tree.map(lambda total, new: total + new.astype(total.dtype), sums, more)
+
+
 def like_params(layout: Layout, tree: str, params: PyTree) -> PyTree:
-    """A tree like `params` with the shardings at rest that its leaves would have in the state's `tree`."""
+    """A tree like `params` with the shardings at rest that its leaves would have in the state's tree named `tree`.
+
+    ZeRO does not know the name "computing", so that gives the shardings of the forward and backward pass.
+    """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
-    places = [layout.place(tree, path_of(path), leaf.shape, leaf.dtype) for path, leaf in leaves]
-    return structure.unflatten([layout.sharding(place.spec) for place in places])
+    placements = [layout.place(tree, path_of(path), leaf.shape, leaf.dtype) for path, leaf in leaves]
+    return structure.unflatten([layout.sharding(placement.spec) for placement in placements])
+
+
+def constrain_gradients(layout: Layout, gradients: PyTree) -> PyTree:
+    """`gradients`, sharded as the layout says that their accumulator is.
+
+    Without the constraint XLA shards them as it likes: 531 all-gathers instead of 160 for a ResNet-50 under ZeRO-1. There are
+    two constraints: first the sharding that they were computed with, then that at rest. This is all-reduce and slice, which
+    XLA:GPU makes a reduce-scatter. (With the second alone XLA:CPU gathers activations: 84 all-gathers instead of 0 for a
+    ResNet-18.)
+    """
+    gradients = jax.lax.with_sharding_constraint(gradients, like_params(layout, "computing", gradients))
+    return jax.lax.with_sharding_constraint(gradients, like_params(layout, "gradients", gradients))
+
+
+def train_context(
+    task: Task, layout: Layout, step: jax.Array, index: Any, size: int
+) -> tuple[Context, jax.Array, jax.Array]:
+    """What the layers know about a microbatch, and its random keys.
+
+    Args:
+      task: gives the seed and the BatchNorm groups of the global batch.
+      layout: gives the number of microbatches.
+      step: int32 [], updates done so far.
+      index: int32 [] or a Python int, the microbatch.
+      size: how many examples it has.
+
+    Returns:
+      The layers' `Context`, the key of the augmentation, and the key of dropout.
+    """
+    # A random number belongs to an example of the global batch, whichever microbatch, stage or device it is on.
+    example = index * size + jnp.arange(size, dtype=jnp.int32)
+    groups = max(task.bn_groups // layout.config.microbatches, 1)
+    augment, dropout = (jax.random.fold_in(role_key(task.seed, role), step) for role in (AUGMENT, DROPOUT))
+    return Context(example=example, train=True, bn_groups=groups), augment, dropout
+
+
+def scaled_loss(
+    task: Task, layout: Layout, logits: jax.Array, targets: jax.Array, labels: jax.Array, loss_scale: Any
+) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+    """What a microbatch adds to the mean loss over the global batch.
+
+    Args:
+      task: gives the loss function.
+      layout: gives the number of microbatches M.
+      logits: float [B/M, C].
+      targets: float [B/M, C], probabilities.
+      labels: int32 [B/M].
+      loss_scale: `TrainState.loss_scale`.
+
+    Returns:
+      The loss times the loss scale, which is differentiated; and the loss and the number of correct answers. All are scalars
+      [] of the loss's dtype.
+    """
+    loss = jnp.sum(task.loss(logits, targets)) / (labels.shape[0] * layout.config.microbatches)
+    correct = jnp.sum(jnp.argmax(logits, -1) == labels)
+    return loss * scale_factor(loss_scale, loss.dtype), (loss, correct.astype(loss.dtype))
 
 
 def microbatch_gradients(
-    task: Task, layout: Layout, shardings: PyTree, state: TrainState, batch: Batch, resident: Resident, index: Any
+    task: Task, layout: Layout, state: TrainState, batch: Batch, resident: Resident, index: Any
 ) -> GradientSums:
-    """The part of microbatch `index` in the mean loss, its gradients and its statistics."""
-    parts = layout.config.microbatches
+    """What one microbatch adds to the accumulators.
+
+    Args:
+      task: what to compute.
+      layout: of the state and the batch.
+      state: the current state.
+      batch: the global batch.
+      resident: the data set, if it lives on the devices.
+      index: int32 [] or a Python int, the microbatch.
+    """
     images, labels = select_microbatch(batch, resident, index, layout)
-    size = labels.shape[0]
-    # A random number belongs to an example of the global batch, whichever microbatch or device it is on.
-    example = index * size + jnp.arange(size, dtype=jnp.int32)
-    key = jax.random.fold_in(role_key(task.seed, AUGMENT), state.step)
-    inputs, targets = train_inputs(task.preprocess, images, labels, example, key)
-    context = Context(example=example, train=True, bn_groups=max(task.bn_groups // parts, 1))
-    dropout = jax.random.fold_in(role_key(task.seed, DROPOUT), state.step)
+    context, augment, dropout = train_context(task, layout, state.step, index, labels.shape[0])
+    inputs, targets = train_inputs(task.preprocess, images, labels, context.example, augment)
 
     def loss_fn(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, jax.Array, PyTree]]:
         logits, batch_stats = task.model.apply(
             params, state.batch_stats, inputs, context, dropout, wrap=layer_wrapper(layout, state.params, task.remat)
         )
-        loss = jnp.sum(task.loss(logits, targets)) / (size * parts)
-        correct = jnp.sum(jnp.argmax(logits, -1) == labels)
-        return loss * scale_factor(state.loss_scale, loss.dtype), (loss, correct, batch_stats)
+        scaled, (loss, correct) = scaled_loss(task, layout, logits, targets, labels, state.loss_scale)
+        return scaled, (loss, correct, batch_stats)
 
     gradients, (loss, correct, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
-    # Pinned here, or XLA shards the gradients as it likes: 531 all-gathers instead of 160 for a ResNet-50 under ZeRO-1.
-    # First as they were computed with, then as they rest: all-reduce and slice, which XLA:GPU makes a reduce-scatter.
-    # (Pinned at once to where they rest, XLA:CPU gathers activations: 84 all-gathers instead of 0 for a ResNet-18.)
-    whole = like_params(layout, "computing", state.params)
-    gradients = jax.lax.with_sharding_constraint(gradients, whole)
-    gradients = jax.lax.with_sharding_constraint(gradients, shardings)
-    batch_stats = jax.tree.map(lambda s: s / parts, batch_stats)
+    gradients = constrain_gradients(layout, gradients)
+    batch_stats = jax.tree.map(lambda s: s / layout.config.microbatches, batch_stats)
     batch_stats = jax.lax.with_sharding_constraint(batch_stats, like_params(layout, "batch_stats", batch_stats))
-    return GradientSums(gradients, batch_stats, loss, correct.astype(loss.dtype))
+    return GradientSums(gradients, batch_stats, loss, correct)

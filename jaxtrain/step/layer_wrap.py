@@ -1,4 +1,4 @@
-"""What the layout puts around each layer: gathering its parameters under ZeRO-3, and rematerialization."""
+"""A wrapper around each layer's function: gathers its parameters under ZeRO-3, and rematerializes activations."""
 
 from __future__ import annotations
 
@@ -14,19 +14,31 @@ from jaxtrain.trees import PyTree, path_of
 def layer_wrapper(
     layout: Layout, params: PyTree, remat: str, *, gathered: bool = False
 ) -> Callable[[Callable[..., Any], str], Callable[..., Any]] | None:
-    """What the layout and `remat` put around each layer's function: gather its parameters, and what not to store.
+    """The wrapper for `Classifier.apply`, or `None` if there is nothing to do.
 
     Under ZeRO-3 a layer's gathered parameters are never stored for the backward pass, which gathers them again
-    (Rajbhandari 2020, section 5.3; XLA:CPU merges the two gathers). gathered: the parameters are whole already.
+    (Rajbhandari 2020, section 5.3; XLA:CPU merges the two gathers).
+
+    Args:
+      layout: of the parameters.
+      params: arrays or shapes, keyed by layer.
+      remat: `train.remat`: what the forward pass stores for the backward pass. `none`: everything; `dots`: the results of
+        matrix products and convolutions; `full`: nothing but the layer's input.
+      gathered: whether the parameters are gathered already.
+
+    Returns:
+      wrap(function, name of the layer): the layer's function `(params, *args)` with this around it.
     """
-    gather = layout.config.zero == 3 and not gathered
+    gather = layout.gathers_params and not gathered
     if not gather and remat == "none":
         return None
 
     def wrap(function: Callable[..., Any], name: str) -> Callable[..., Any]:
         leaves, structure = jax.tree_util.tree_flatten_with_path(params.get(name, {}))
-        places = [layout.place("params", f"{name}/{path_of(path)}", leaf.shape, leaf.dtype) for path, leaf in leaves]
-        shardings = structure.unflatten([layout.sharding(place.compute_spec) for place in places])
+        placements = [
+            layout.place("params", f"{name}/{path_of(path)}", leaf.shape, leaf.dtype) for path, leaf in leaves
+        ]
+        shardings = structure.unflatten([layout.sharding(placement.compute_spec) for placement in placements])
 
         def call(layer_params: PyTree, *args: Any) -> Any:
             if gather:

@@ -1,4 +1,4 @@
-"""What a run computes (`Task`) and on what (`Batch`, `Resident`); shared by training and evaluation."""
+"""What a step computes, apart from the devices that it runs on: model, loss, optimizer, preprocessing."""
 
 from __future__ import annotations
 
@@ -19,7 +19,20 @@ from jaxtrain.precision import at_least_f32, precision_policy
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """What a step computes; nothing of where. skips: an update that is not finite is passed over, and the step counted."""
+    """What a step computes. It knows nothing of devices.
+
+    Attributes:
+      model: the layers.
+      optimizer: of the whole tree of parameters, or of some of its layers.
+      schedule: the learning rate of each step.
+      loss: (logits float [B, C], targets float [B, C]) -> float [B].
+      preprocess: from uint8 images to the model's inputs.
+      optim: the config's section; clipping and the EMA are read from it.
+      seed: of all random numbers.
+      bn_groups: BatchNorm groups in a global batch.
+      remat: `train.remat`, what the forward pass stores for the backward pass.
+      skips: whether the run goes on after an update that was not finite. The step is then counted, and its batch is used up.
+    """
 
     model: Classifier
     optimizer: optax.GradientTransformation
@@ -34,7 +47,7 @@ class Task:
 
     @property
     def sums_dtype(self) -> jnp.dtype:
-        """The type that losses and counts are added up in. (A pipeline stage may own no parameter to take it from.)"""
+        """The dtype that losses and counts are added in. (It cannot be a parameter's: a pipeline stage may have none.)"""
         return at_least_f32(self.preprocess.dtype)
 
 
@@ -48,7 +61,17 @@ def make_task(
     mean: tuple[float, ...],
     std: tuple[float, ...],
 ) -> Task:
-    """The task of `config` on images of `side` pixels. mean, std: per channel, of pixels in [0, 1]."""
+    """The task of a run.
+
+    Args:
+      config: of the run.
+      model: the layers.
+      rate: the learning rate of each step.
+      side: height and width of the model's input, in pixels.
+      classes: how many outputs the model has.
+      mean: of each channel, of pixels in [0, 1].
+      std: the standard deviation of each channel, of pixels in [0, 1].
+    """
     preprocess = Preprocess(
         image_size=side,
         augmentation=config.data.augmentation,

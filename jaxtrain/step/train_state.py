@@ -1,4 +1,4 @@
-"""The state of training: one tree, the same under every layout."""
+"""The train state: one tree, the same under every layout."""
 
 import os
 from typing import Any
@@ -12,9 +12,9 @@ from jaxtrain.host.backend import on_cpu
 from jaxtrain.models.classifier import Classifier
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.precision import Policy, initial_loss_scale
-from jaxtrain.trees import PyTree
+from jaxtrain.trees import PyTree, shapes_of
 
-# Random streams are fold_in(key(seed), role), then fold_in(step): a key never depends on what was drawn before it.
+# The roles of random keys: fold_in(key(seed), role), then fold_in(step). A key never depends on what was drawn before.
 INIT, AUGMENT, DROPOUT = range(3)
 
 
@@ -22,8 +22,13 @@ INIT, AUGMENT, DROPOUT = range(3)
 class TrainState:
     """Everything that a step changes.
 
-    step: int32, updates done so far. params, batch_stats: keyed by layer ('layers_03'). opt_state: optax's, of the whole
-    tree. ema: {'params', 'batch_stats'} averages, or () when `optim.ema` is off. loss_scale: fp16's, or ().
+    Attributes:
+      step: int32 [], updates done so far.
+      params: float arrays, keyed by layer ('layers_03').
+      batch_stats: running statistics, float arrays, keyed by layer.
+      opt_state: optax's, of the whole tree of parameters.
+      ema: the moving averages {'params', 'batch_stats'}, or () if `optim.ema` is off.
+      loss_scale: `LossScale` for fp16, otherwise ().
     """
 
     step: jax.Array
@@ -35,7 +40,7 @@ class TrainState:
 
 
 def role_key(seed: int | jax.Array, role: int) -> jax.Array:
-    """The root key of one random stream."""
+    """The random key of one role (`INIT`, `AUGMENT`, `DROPOUT`): a typed threefry key []."""
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), role)
 
 
@@ -48,9 +53,18 @@ def initial_state(
     *,
     ema: bool,
 ) -> TrainState:
-    """A fresh state; pure, for `jax.jit` and `jax.eval_shape`. `input_shape`: [H, W, C] of one example."""
+    """The state of a new run. Pure, for `jax.jit` and `jax.eval_shape`.
+
+    Args:
+      seed: of the run; a Python int or an integer [].
+      model: the layers.
+      optimizer: makes its state from the parameters.
+      policy: the dtypes.
+      input_shape: (H, W, C) of one example.
+      ema: whether there is a moving average.
+    """
     params, batch_stats = model.init(role_key(seed, INIT), (1, *input_shape), policy.compute_dtype)
-    # The average starts at the weights themselves; a copy of its own, because both are donated.
+    # The average starts at the weights. It is a copy, because a step donates both.
     average = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if ema else ()
     return TrainState(
         step=jnp.zeros((), jnp.int32),
@@ -63,42 +77,38 @@ def initial_state(
 
 
 def state_shapes(init: Any, layout: Layout) -> TrainState:
-    """The shape, type and sharding of every leaf of the state that `init` makes; computes nothing."""
+    """The shape, dtype and sharding of every leaf of the state that `init()` makes. Computes nothing."""
     shapes = jax.eval_shape(init)
-    return jax.tree.map(
-        lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-        shapes,
-        layout.shardings(shapes),
-    )
+    return shapes_of(shapes, layout.shardings(shapes))
 
 
 def create_state(init: Any, layout: Layout) -> TrainState:
-    """Runs `init` (a function of nothing) under jit, every leaf born where the layout puts it.
+    """Runs `init()` under jit. Every leaf is created on the devices where the layout places it.
 
     The values do not depend on the layout: JAX's threefry keys are partitionable.
     """
-    leaves, structure = jax.tree.flatten(layout.shardings(jax.eval_shape(init)))
-    found: list[Any] = [None] * len(leaves)
-    # One program for each set of devices: all leaves of a pipeline stage are born there, and nowhere else.
-    for mesh in dict.fromkeys(sharding.mesh for sharding in leaves):
-        wanted = [i for i, sharding in enumerate(leaves) if sharding.mesh == mesh]
+    shardings, structure = jax.tree.flatten(layout.shardings(jax.eval_shape(init)))
+    leaves: list[Any] = [None] * len(shardings)
+    # One program for each set of devices: it creates all leaves of one pipeline stage.
+    for mesh in dict.fromkeys(sharding.mesh for sharding in shardings):
+        wanted = [i for i, sharding in enumerate(shardings) if sharding.mesh == mesh]
 
         def some(wanted: list[int] = wanted) -> list[jax.Array]:
             values = jax.tree.leaves(init())
             return [values[i] for i in wanted]
 
-        where = [leaves[i] for i in wanted]
-        program = jax.jit(some, out_shardings=where, compiler_options=_once_only(layout))
+        out_shardings = [shardings[i] for i in wanted]
+        program = jax.jit(some, out_shardings=out_shardings, compiler_options=_run_once_options(layout))
         for i, leaf in zip(wanted, program(), strict=True):
-            found[i] = leaf
-    return structure.unflatten(found)
+            leaves[i] = leaf
+    return structure.unflatten(leaves)
 
 
-def _once_only(layout: Layout) -> dict[str, Any] | None:
-    """Options for a program that runs once: on a CPU, LLVM's first level of optimization.
+def _run_once_options(layout: Layout) -> dict[str, Any] | None:
+    """Compiler options for a program that runs once: on a CPU, LLVM's first level of optimization.
 
-    The same bits, and a third to a half of the time to compile (benchmarks/NOTES.md). Level 0 gives other bits: it does not
-    contract a product and a sum. What $XLA_FLAGS says comes first.
+    It gives the same bits and takes a third to a half of the time to compile (benchmarks/NOTES.md). Level 0 gives other
+    bits: it does not contract a product and a sum. A level in $XLA_FLAGS is left alone.
     """
     chosen = "xla_backend_optimization_level" in os.environ.get("XLA_FLAGS", "")
     return {"xla_backend_optimization_level": 1} if on_cpu(layout.mesh.devices.flat) and not chosen else None

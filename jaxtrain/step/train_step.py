@@ -1,16 +1,18 @@
-"""One optimizer update: `step(state, batch) -> (state, metrics)`, whichever the layout.
+"""The train step: one optimizer update, `step(state, batch, resident) -> (state, metrics)`.
 
-With one microbatch a step is one program, and several steps may be one too: a loop on the device over their batches, for
-models so small that the host could not dispatch single steps as fast as they run. With more, the host runs a gradient
-program for each, adding into a donated accumulator, and then an update program: a convolution's gradient inside `lax.scan`
-is 20-60 times slower on XLA:CPU (jax#12868), and the host's dispatch costs less than a millisecond.
+With one microbatch a step is one program. Several steps may be one program too: a loop on the device over their batches. That
+helps models so small that the host cannot dispatch single steps as fast as they run.
+
+With several microbatches the host runs a gradient program for each, which adds to a donated accumulator. Then it runs an update
+program. A loop on the device would be slow: a convolution's gradient inside `lax.scan` takes 20-60 times longer on XLA:CPU
+(jax#12868). The host needs less than a millisecond to dispatch a program.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 import jax
@@ -19,7 +21,7 @@ import numpy as np
 from jaxtrain.host.backend import on_cpu
 from jaxtrain.parallel.layout import Layout, over_steps
 from jaxtrain.step.batch import Batch, Resident
-from jaxtrain.step.gradients import GradientSums, like_params, microbatch_gradients, zero_sums
+from jaxtrain.step.gradients import GradientSums, add_sums, like_params, microbatch_gradients, sums_shapes, zero_sums
 from jaxtrain.step.metrics import StepMetrics
 from jaxtrain.step.task import Task
 from jaxtrain.step.train_state import TrainState
@@ -58,9 +60,12 @@ class TrainStep(Protocol):
 class MeshTrainStep:
     """The compiled step of a model without pipeline stages.
 
-    programs: its XLA programs by name, for the audit and for `memory_analysis`. after: where they leave the state.
-    accumulator: where the gradients rest between microbatches, or `None` where there is no accumulator. per_call: how many
-    updates the program `call` makes; 1 where there is no such program.
+    Attributes:
+      programs: the XLA programs by name: `step` and, for several steps in one, `call`; or `zeros`, `gradients` and `update`.
+      after: the shardings of the state after a step.
+      accumulator: the shardings of the gradients between microbatches, or `None` where there is no accumulator.
+      microbatches: the microbatches' indices, int32 [] each, on the devices.
+      per_call: how many updates the program `call` makes; 1 where there is no such program.
     """
 
     programs: Mapping[str, jax.stages.Compiled]
@@ -70,9 +75,16 @@ class MeshTrainStep:
     per_call: int = 1
 
     def __call__(self, state: TrainState, batch: Batch, resident: Resident) -> tuple[TrainState, StepMetrics]:
-        """Donates `state`. Asynchronous: the metrics are not there until they are read.
+        """Makes one update, or `per_call` updates. Does not wait for the devices.
 
-        batch: of one update, or of `per_call` of them, stacked (`batch.step` tells which); so are the metrics then.
+        Args:
+          state: is donated.
+          batch: of one update; or of `per_call` updates, stacked along a new first dim. `batch.step` tells which: int32 [] or
+            int32 [per_call].
+          resident: the data set, if it lives on the devices.
+
+        Returns:
+          The new state, and the metrics, stacked like the batches.
         """
         if batch.step.ndim:
             return self.programs["call"](state, batch, resident)
@@ -87,56 +99,66 @@ class MeshTrainStep:
 def make_train_step(
     task: Task, layout: Layout, state: TrainState, batch: Batch, resident: Resident, per_call: int = 1
 ) -> MeshTrainStep:
-    """Compiles the step for `state`, `batch` and `resident` (arrays, or shapes with shardings).
+    """Compiles the train step.
 
-    per_call: how many updates one program should make; one where the host drives the microbatches, and where the loop
-    would make each of them slower.
+    Args:
+      task: what to compute.
+      layout: of the state and the batch.
+      state: arrays or shapes with shardings.
+      batch: a global batch, or its shapes with shardings.
+      resident: the data set, if it lives on the devices.
+      per_call: how many updates one program should make. The result's `per_call` is 1 where that is not possible (the host
+        drives the microbatches) or would be slower (`_slow_in_a_loop`).
     """
-    parts = layout.config.microbatches
-    state_shardings = layout.shardings(state)
-    gradient_shardings = like_params(layout, "gradients", state.params)
+    if layout.config.microbatches == 1:
+        return _compile_whole_step(task, layout, state, batch, resident, per_call)
+    return _compile_accumulating_step(task, layout, state, batch, resident)
+
+
+def _compile_whole_step(
+    task: Task, layout: Layout, state: TrainState, batch: Batch, resident: Resident, per_call: int
+) -> MeshTrainStep:
+    """One microbatch: the step is one program, and `per_call` steps are one more."""
+    update, shardings = _update_function(task, layout, state)
+
+    def step(state: TrainState, batch: Batch, resident: Resident) -> tuple[TrainState, StepMetrics]:
+        return update(state, microbatch_gradients(task, layout, state, batch, resident, 0), batch.step)
+
+    def call(state: TrainState, batches: Batch, resident: Resident) -> tuple[TrainState, StepMetrics]:
+        def one(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+            after, metrics = step(state, batch, resident)
+            return jax.lax.with_sharding_constraint(after, shardings), metrics
+
+        return jax.lax.scan(one, state, batches)
+
+    compiling = functools.partial(jax.jit, out_shardings=(shardings, layout.sharding()), donate_argnums=0)
+    lowered = compiling(step).lower(state, batch, resident)
+    if per_call > 1 and _slow_in_a_loop(layout, lowered):
+        per_call = 1
+    programs = {"step": lowered.compile()}
+    if per_call > 1:
+        programs["call"] = compiling(call).lower(state, stacked(batch, per_call), resident).compile()
+    return MeshTrainStep(programs, programs["step"].output_shardings[0], per_call=per_call)
+
+
+def _compile_accumulating_step(
+    task: Task, layout: Layout, state: TrainState, batch: Batch, resident: Resident
+) -> MeshTrainStep:
+    """Several microbatches: a program that adds a microbatch's gradients to the accumulators, and one for the update."""
+    update, shardings = _update_function(task, layout, state)
     zero = functools.partial(zero_sums, state.params, state.batch_stats, task.sums_dtype)
-    sums_shapes = jax.eval_shape(zero)
-    sums_shardings = dataclasses.replace(
-        jax.tree.map(lambda _: layout.sharding(), sums_shapes), gradients=gradient_shardings
-    )
-    gradients = functools.partial(microbatch_gradients, task, layout, gradient_shardings)
-    update = functools.partial(update_state, task, state_shardings, like_params(layout, "opt_state", state.params))
-
-    if parts == 1:
-
-        def step(state: TrainState, batch: Batch, resident: Resident) -> tuple[TrainState, StepMetrics]:
-            return update(state, gradients(state, batch, resident, 0), batch.step)
-
-        def call(state: TrainState, batches: Batch, resident: Resident) -> tuple[TrainState, StepMetrics]:
-            def one(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
-                after, metrics = step(state, batch, resident)
-                return jax.lax.with_sharding_constraint(after, state_shardings), metrics
-
-            return jax.lax.scan(one, state, batches)
-
-        compiling = functools.partial(jax.jit, out_shardings=(state_shardings, layout.sharding()), donate_argnums=0)
-        lowered = compiling(step).lower(state, batch, resident)
-        if per_call > 1 and _slow_in_a_loop(layout, lowered):
-            per_call = 1
-        programs = {"step": lowered.compile()}
-        if per_call > 1:
-            programs["call"] = compiling(call).lower(state, stacked(batch, per_call), resident).compile()
-        return MeshTrainStep(programs, programs["step"].output_shardings[0], per_call=per_call)
+    sums = sums_shapes(task, layout, state.params, state.batch_stats)
+    sums_shardings = jax.tree.map(lambda leaf: leaf.sharding, sums)
 
     def accumulate(
         sums: GradientSums, state: TrainState, batch: Batch, resident: Resident, index: jax.Array
     ) -> GradientSums:
-        new = gradients(state, batch, resident, index)
-        return jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, new)
+        return add_sums(sums, microbatch_gradients(task, layout, state, batch, resident, index))
 
-    indices = tuple(jax.device_put(np.int32(i), layout.sharding()) for i in range(parts))
-    sums = jax.tree.map(
-        lambda s, sharding: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), sums_shapes, sums_shardings
-    )
+    indices = tuple(jax.device_put(np.int32(i), layout.sharding()) for i in range(layout.config.microbatches))
     zeros = jax.jit(zero, out_shardings=sums_shardings)
     adding = jax.jit(accumulate, out_shardings=sums_shardings, donate_argnums=0)
-    updating = jax.jit(update, out_shardings=(state_shardings, layout.sharding()), donate_argnums=0)
+    updating = jax.jit(update, out_shardings=(shardings, layout.sharding()), donate_argnums=0)
     lowered = {
         "zeros": zeros.lower(),
         "gradients": adding.lower(sums, state, batch, resident, indices[0]),
@@ -147,8 +169,14 @@ def make_train_step(
     return MeshTrainStep(programs, programs["update"].output_shardings[0], accumulator, indices)
 
 
+def _update_function(task: Task, layout: Layout, state: TrainState) -> tuple[Callable[..., Any], TrainState]:
+    """`update_state` as a function (state, sums, step), and the shardings of the state."""
+    shardings = layout.shardings(state)
+    return functools.partial(update_state, task, shardings, like_params(layout, "opt_state", state.params)), shardings
+
+
 def stacked(batch: Batch, count: int) -> Batch:
-    """The shapes and shardings of `count` such batches as one, with the steps as their first dim."""
+    """The shapes and shardings of `count` batches in one: the arrays of `batch` with the steps as a new first dim."""
 
     def shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype, sharding=over_steps(leaf.sharding))
@@ -157,5 +185,8 @@ def stacked(batch: Batch, count: int) -> Batch:
 
 
 def _slow_in_a_loop(layout: Layout, step: jax.stages.Lowered) -> bool:
-    """XLA:CPU computes a convolution's gradient 20-60 times slower in a loop (jax#12868); GPUs do not."""
+    """Whether `step` has a convolution and runs on a CPU: XLA:CPU computes its gradient 20-60 times slower in a loop.
+
+    See jax#12868. GPUs have no such problem.
+    """
     return on_cpu(layout.mesh.devices.flat) and "stablehlo.convolution" in step.as_text()

@@ -21,10 +21,15 @@ from jaxtrain.trees import PyTree
 
 @flax.struct.dataclass
 class UpdateDecision:
-    """What becomes of an update, decided from the numbers of the whole tree.
+    """Whether an update is accepted, decided from numbers of the whole tree.
 
-    step, loss_scale: as they are afterwards. accepted: the new state is taken. skipped: the run goes on without this batch.
-    overflowed: it does so because fp16 overflowed, and its loss scale shrinks. norm: of the gradients.
+    Attributes:
+      step: int32 [], updates done afterwards.
+      loss_scale: `LossScale` afterwards, or ().
+      accepted: bool [], the new state replaces the old one.
+      skipped: bool [], the update is refused, the step is counted, and the run goes on without this batch.
+      overflowed: bool [], it is skipped because fp16 overflowed, and the loss scale shrinks.
+      norm: float [], the global norm of the gradients.
     """
 
     step: jax.Array
@@ -38,14 +43,21 @@ class UpdateDecision:
 def decide_update(
     step: jax.Array, loss_scale: PyTree, batch_step: jax.Array, loss: jax.Array, norm: jax.Array, *, skips: bool
 ) -> UpdateDecision:
-    """Accepts an update whose loss and gradient norm are finite. skips: the run goes on without one that is not.
+    """Accepts an update whose loss and gradient norm are finite.
 
-    A state that is not at `batch_step` stays as it is: when an update is refused, so are those already dispatched behind it.
+    Args:
+      step: int32 [], updates done so far.
+      loss_scale: `LossScale`, or ().
+      batch_step: int32 [], the step that the batch is for. A state at another step does not change: when an update is
+        refused, the updates that were already dispatched after it are refused too.
+      loss: float [], the mean over the global batch.
+      norm: float [], the global norm of the gradients.
+      skips: whether the run goes on after an update that is not finite (`Task.skips`).
     """
     finite = jnp.isfinite(norm) & jnp.isfinite(loss)
     on_time = step == batch_step
     accepted = finite & on_time
-    # fp16 overflows by design now and then: that batch is skipped and the run goes on with a smaller scale.
+    # With fp16 an overflow is normal: the batch is skipped, and the run goes on with a smaller loss scale.
     can_shrink = isinstance(loss_scale, LossScale) & ~at_floor(loss_scale)
     overflowed = on_time & ~finite & can_shrink
     skipped = overflowed | (on_time & ~finite & skips)
@@ -54,7 +66,13 @@ def decide_update(
 
 
 def unscale_gradients(loss_scale: PyTree, gradients: PyTree, updating: PyTree) -> PyTree:
-    """Gradients of the loss itself, where the optimizer's state lives: under ZeRO each device updates its own part."""
+    """The gradients of the loss, without the loss scale, sharded as the optimizer's state: each device updates its shard.
+
+    Args:
+      loss_scale: `LossScale`, or ().
+      gradients: float arrays, like the parameters.
+      updating: shardings, like the parameters: those of the optimizer's state.
+    """
     gradients = jax.tree.map(lambda g: g / scale_factor(loss_scale, g.dtype), gradients)
     return jax.lax.with_sharding_constraint(gradients, updating)
 
@@ -68,16 +86,28 @@ def apply_update(
     batch_stats: PyTree,
     decision: UpdateDecision,
 ) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
-    """The state (of the whole model or of some of its layers) after `decision`; the norms of the old parameters and of what
-    `decision` was about to add to them.
+    """Applies `decision` to the state of the whole model, or of some of its layers.
+
+    Args:
+      task: gives the optimizer, clipping and the EMA.
+      shardings: of the state.
+      updating: shardings like the parameters: those of the optimizer's state.
+      state: before the update.
+      gradients: float arrays, sharded as `updating`.
+      batch_stats: the new running statistics.
+      decision: from the whole tree.
+
+    Returns:
+      The state after `decision`; and the global norms, float [] each, of the old parameters and of the update, which is
+      computed even where it is refused.
     """
     if task.optim.clip_norm:
         gradients = clip_by_global_norm(gradients, decision.norm, task.optim.clip_norm)
-    params_part = jax.lax.with_sharding_constraint(state.params, updating)
-    updates, opt_state = task.optimizer.update(gradients, state.opt_state, params_part)
-    norms = (global_norm(params_part), global_norm(updates))
-    accepted = _once_known(decision.accepted, norms)
-    params = jax.lax.with_sharding_constraint(optax.apply_updates(params_part, updates), shardings.params)
+    old_params = jax.lax.with_sharding_constraint(state.params, updating)
+    updates, opt_state = task.optimizer.update(gradients, state.opt_state, old_params)
+    norms = (global_norm(old_params), global_norm(updates))
+    accepted = _after_norms(decision.accepted, norms)
+    params = jax.lax.with_sharding_constraint(optax.apply_updates(old_params, updates), shardings.params)
     ema = state.ema
     if task.optim.ema:
         new = {"params": params, "batch_stats": batch_stats}
@@ -91,12 +121,14 @@ def apply_update(
     return dataclasses.replace(after, step=decision.step, loss_scale=decision.loss_scale, opt_state=counted), norms
 
 
-def _once_known(accepted: jax.Array, norms: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """`accepted`, and on a CPU only if both norms are finite: the new state then waits for them.
+def _after_norms(accepted: jax.Array, norms: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """`accepted` (bool []), and on a CPU only if both norms are finite as well: the new state then waits for the norms.
 
-    XLA writes a leaf in place only where whatever reads the old one is sure to come before. On a CPU the norms and the new
-    parameters read it in programs of their own, and all leaves were copied at each step: benchmarks/NOTES.md. On a GPU one
-    program should read and write a leaf, which waiting would part. Who is told of a norm that is not finite goes back anyway.
+    XLA updates a leaf in place only where everything that reads the old leaf surely runs before. On a CPU the norms and the
+    new parameters are computed by separate kernels, and all leaves were copied at each step (benchmarks/NOTES.md). On a GPU
+    one kernel should read and write a leaf, and waiting would split it in two.
+
+    Safe: the loop stops or rolls back at a norm that is not finite in any case.
     """
     finite = jnp.isfinite(norms[0]) & jnp.isfinite(norms[1])
     return jax.lax.platform_dependent(accepted, finite, cpu=jnp.logical_and, default=lambda accepted, _: accepted)
@@ -105,7 +137,19 @@ def _once_known(accepted: jax.Array, norms: tuple[jax.Array, jax.Array]) -> jax.
 def update_state(
     task: Task, shardings: TrainState, updating: PyTree, state: TrainState, sums: GradientSums, step: jax.Array
 ) -> tuple[TrainState, StepMetrics]:
-    """The state after the update, or the same state where the loss or the gradient norm is not finite."""
+    """Decides and applies the update of a model without pipeline stages.
+
+    Args:
+      task: what to compute.
+      shardings: of the state.
+      updating: shardings like the parameters: those of the optimizer's state.
+      state: before the update.
+      sums: over all microbatches.
+      step: int32 [], the step that the batch is for.
+
+    Returns:
+      The state after the update, or the same state where the update is refused; and the step's metrics.
+    """
     gradients = unscale_gradients(state.loss_scale, sums.gradients, updating)
     decision = decide_update(state.step, state.loss_scale, step, sums.loss, global_norm(gradients), skips=task.skips)
     after, norms = apply_update(task, shardings, updating, state, gradients, sums.batch_stats, decision)
@@ -124,7 +168,20 @@ def step_metrics(
     param_norm: jax.Array,
     update_norm: jax.Array,
 ) -> dict[str, Any]:
-    """What a step reports; `step` and `loss_scale` are those before it. made: the step counts, its batch is used up."""
+    """The metrics of a step, by name: scalars [].
+
+    `made` says whether the step counts: its batch is used up.
+
+    Args:
+      task: gives the learning rate.
+      step: int32 [], before the update.
+      loss_scale: `LossScale` before the update, or ().
+      decision: the update's.
+      loss: float [], the mean over the global batch.
+      correct: float [], how many examples were classified correctly.
+      param_norm: float [], the global norm of the parameters before the update.
+      update_norm: float [], the global norm of the update.
+    """
     return {
         "made": decision.accepted | decision.skipped,
         "loss": loss,
@@ -140,8 +197,10 @@ def step_metrics(
 
 
 def _select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
+    """`new` where `condition` (bool []) holds, otherwise `old`, leaf by leaf."""
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
 def _is_count(leaf: jax.Array) -> bool:
+    """Whether a leaf of the optimizer's state is a step counter."""
     return leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.integer)

@@ -327,7 +327,9 @@ def test_a_microbatch_in_flight_holds_no_parameter(model, precision, zero, monke
         where = layout(data=2, zero=zero, boundaries=(4,))
         fields = {"data.global_batch": batch, "train.precision": precision, "model.width": 64 if model == "mlp" else 32}
         with started(model, where, **fields) as (run, engine, state):
-            parameters = [sum(leaf.nbytes for leaf in jax.tree.leaves(p.params)) for p in _parts(engine.step, state)]
+            parameters = [
+                sum(leaf.nbytes for leaf in jax.tree.leaves(p.params)) for p in _stage_states(engine.step, state)
+            ]
             one_step(run, engine, state)
         found.append(dict(sizes))
     for chunk, whole in enumerate(parameters):
@@ -335,9 +337,9 @@ def test_a_microbatch_in_flight_holds_no_parameter(model, precision, zero, monke
         assert constant < 0.01 * whole, (found, parameters)
 
 
-def _parts(step, state):
+def _stage_states(step, state):
     leaves = jax.tree.leaves(state)
-    return [step._part(stage, leaves) for stage in step.stages.values()]
+    return [step.state_of(stage, leaves) for stage in step.stages]
 
 
 # ---------------------------------------------------------------------------------------------------------- checkpoints

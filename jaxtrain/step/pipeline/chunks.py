@@ -1,4 +1,4 @@
-"""The model's chunks: what each computes forward and backward, and which arrays it has."""
+"""The model's chunks: which arrays each chunk has, and what it computes forward and backward."""
 
 from __future__ import annotations
 
@@ -7,24 +7,31 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.extend.core import Literal, jaxpr_as_fun
 
 from jaxtrain.data.augment import train_images, train_targets
-from jaxtrain.models.layers import Context
 from jaxtrain.parallel.arrays import view
 from jaxtrain.parallel.layout import Layout
-from jaxtrain.precision import scale_factor
-from jaxtrain.step.batch import select_from
+from jaxtrain.step.batch import Batch, Resident, select_from
+from jaxtrain.step.gradients import scaled_loss, train_context
 from jaxtrain.step.layer_wrap import layer_wrapper
 from jaxtrain.step.task import Task
-from jaxtrain.step.train_state import AUGMENT, DROPOUT, role_key
+from jaxtrain.step.train_state import TrainState
 from jaxtrain.trees import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelChunk:
-    """Chunk `index` of the model: its layers, by number and by name, its stage, and whether it is the first or the last."""
+    """Contiguous layers of the model, all on one stage.
+
+    Attributes:
+      index: counted from 0, in the model's order.
+      stage: where it lives.
+      layers: the numbers of its layers.
+      names: of its layers.
+      first: whether it is the model's first chunk, which takes the images.
+      last: whether it is the model's last chunk, which computes the loss.
+    """
 
     index: int
     stage: int
@@ -36,85 +43,130 @@ class ModelChunk:
 
 def chunks_of(layout: Layout) -> list[ModelChunk]:
     """The model's chunks, in the model's order."""
-    count, begin, found = len(layout.chunks), 0, []
+    begin, chunks = 0, []
     for k, names in enumerate(layout.chunks):
         layers = range(begin, begin := begin + len(names))
-        found.append(ModelChunk(k, k % layout.stages, layers, names, k == 0, k == count - 1))
-    return found
+        last = k == len(layout.chunks) - 1
+        chunks.append(ModelChunk(k, layout.stage_of_chunk(k), layers, names, first=k == 0, last=last))
+    return chunks
 
 
 def on_layers(tree: PyTree, names: Iterable[str], every: frozenset[str]) -> PyTree:
-    """The part of `tree` that belongs to the layers `names`: each dict that is keyed by layers (`every`) is cut."""
+    """`tree` with only the layers `names`.
+
+    Args:
+      tree: of anything, such as the state.
+      names: the layers to keep.
+      every: all layers of the model. A dict whose keys are layers is cut; everything else stays.
+    """
     wanted = set(names)
 
     def is_by_layer(node: Any) -> bool:
         return isinstance(node, dict) and bool(node) and every.issuperset(node)
 
     def cut(node: Any) -> Any:
-        return {name: part for name, part in node.items() if name in wanted} if is_by_layer(node) else node
+        return {name: subtree for name, subtree in node.items() if name in wanted} if is_by_layer(node) else node
 
     return jax.tree.map(cut, tree, is_leaf=is_by_layer)
 
 
-def weights_of(part: ModelChunk, params: PyTree, batch_stats: PyTree) -> tuple[PyTree, PyTree]:
-    own, stats = ({name: tree[name] for name in part.names if name in tree} for tree in (params, batch_stats))
-    return own, stats
+def weights_of(chunk: ModelChunk, params: PyTree, batch_stats: PyTree) -> tuple[PyTree, PyTree]:
+    """The parameters and the running statistics of a chunk's layers, from trees that are keyed by layer."""
+    chunk_params, chunk_stats = (
+        {name: tree[name] for name in chunk.names if name in tree} for tree in (params, batch_stats)
+    )
+    return chunk_params, chunk_stats
 
 
 def on_stage(layout: Layout, stage: int, tree: PyTree) -> PyTree:
-    """Arrays that every stage has, as `stage` sees them; others as they are.
+    """`tree` with each array that all stages have as an array on the devices of `stage`; other arrays stay as they are.
 
-    Not for a stage's own thread: jaxlib 0.10.2 may give two threads that ask for the shards of one array all of them twice.
+    Not to be called in a stage's thread: if two threads ask for the shards of one array at the same time, jaxlib 0.10.2 may
+    give each of them all shards twice.
     """
 
-    def seen(leaf: jax.Array) -> jax.Array:
-        where: Any = leaf.sharding
-        return view(leaf, layout.sharding(where.spec, stage)) if where.mesh == layout.mesh else leaf
+    def stage_view(leaf: jax.Array) -> jax.Array:
+        sharding: Any = leaf.sharding
+        return view(leaf, layout.sharding(sharding.spec, stage)) if sharding.mesh == layout.mesh else leaf
 
-    return jax.tree.map(seen, tree)
+    return jax.tree.map(stage_view, tree)
+
+
+def chunk_inputs(chunk: ModelChunk, state: TrainState, batch: Batch, resident: Resident, index: Any) -> dict[str, Any]:
+    """What `forward` takes as `inputs`. Only the first and the last chunk need the batch.
+
+    Args:
+      chunk: whose inputs.
+      state: of the chunk's stage.
+      batch: the global batch, on the stage's devices.
+      resident: the data set, on the stage's devices.
+      index: int32 [], the microbatch.
+    """
+    inputs: dict[str, Any] = {"step": state.step, "index": index}
+    if chunk.first or chunk.last:
+        inputs["rows"] = batch.rows
+    if chunk.first:
+        inputs |= {"images": batch.images, "resident_images": resident.images}
+    if chunk.last:
+        inputs |= {"labels": batch.labels, "resident_labels": resident.labels, "loss_scale": state.loss_scale}
+    return inputs
 
 
 def forward(
-    task: Task, layout: Layout, part: ModelChunk, params: PyTree, batch_stats: PyTree, x: Any, given: Mapping[str, Any]
+    task: Task,
+    layout: Layout,
+    chunk: ModelChunk,
+    params: PyTree,
+    batch_stats: PyTree,
+    x: Any,
+    inputs: Mapping[str, Any],
 ) -> tuple[jax.Array, tuple[PyTree, Any]]:
-    """The activation that a chunk hands on, or the last one's scaled loss; with the new statistics and (loss, correct).
+    """The forward pass of a chunk on one microbatch.
 
-    x: the activation of the chunk before; unused by the first, which makes its input from the images in `given`.
-    given: `step`, `index` (the microbatch); for the first and the last chunk `rows`, `images`, `labels` and the like.
-    layout: of the stage.
+    Args:
+      task: what to compute.
+      layout: of the chunk's stage.
+      chunk: which layers.
+      params: of these layers, gathered.
+      batch_stats: of these layers.
+      x: float [B/M, ...], the activation of the chunk before. The first chunk does not use it: it takes the images.
+      inputs: from `chunk_inputs`.
+
+    Returns:
+      The activation for the next chunk, float [B/M, ...], sharded over the batch axes; or the last chunk's scaled loss, [].
+      Then the new running statistics, and the last chunk's (loss, correct), scalars [] (otherwise `()`).
     """
-    parts, step, index = layout.config.microbatches, given["step"], given["index"]
-    key = jax.random.fold_in(role_key(task.seed, AUGMENT), step)
-    if part.first:
-        images = select_from(given["images"], given["rows"], given["resident_images"], index, layout)
-        size = images.shape[0]
-    else:
-        size = x.shape[0]
-    # A random number belongs to an example of the global batch, whichever microbatch, stage or device it is on.
-    example = index * size + jnp.arange(size, dtype=jnp.int32)
-    if part.first:
-        x = train_images(task.preprocess, images, example, key)
-    context = Context(example=example, train=True, bn_groups=max(task.bn_groups // parts, 1))
-    dropout = jax.random.fold_in(role_key(task.seed, DROPOUT), step)
+    if chunk.first:
+        images = select_from(inputs["images"], inputs["rows"], inputs["resident_images"], inputs["index"], layout)
+    size = images.shape[0] if chunk.first else x.shape[0]
+    context, augment, dropout = train_context(task, layout, inputs["step"], inputs["index"], size)
+    if chunk.first:
+        x = train_images(task.preprocess, images, context.example, augment)
     wrap = layer_wrapper(layout, params, task.remat, gathered=True)
-    y, new_stats = task.model.apply(params, batch_stats, x, context, dropout, wrap=wrap, layers=part.layers)
-    new_stats = jax.tree.map(lambda s: s / parts, new_stats)
-    if not part.last:
+    y, new_stats = task.model.apply(params, batch_stats, x, context, dropout, wrap=wrap, layers=chunk.layers)
+    new_stats = jax.tree.map(lambda s: s / layout.config.microbatches, new_stats)
+    if not chunk.last:
         return jax.lax.with_sharding_constraint(y, layout.examples), (new_stats, ())
-    labels = select_from(given["labels"], given["rows"], given["resident_labels"], index, layout)
-    loss = jnp.sum(task.loss(y, train_targets(task.preprocess, labels, key))) / (size * parts)
-    correct = jnp.sum(jnp.argmax(y, -1) == labels)
-    return loss * scale_factor(given["loss_scale"], loss.dtype), (new_stats, (loss, correct.astype(loss.dtype)))
+    labels = select_from(inputs["labels"], inputs["rows"], inputs["resident_labels"], inputs["index"], layout)
+    targets = train_targets(task.preprocess, labels, augment)
+    scaled, metrics = scaled_loss(task, layout, y, targets, labels, inputs["loss_scale"])
+    return scaled, (new_stats, metrics)
 
 
 @dataclasses.dataclass(frozen=True)
 class ForwardBackward:
     """The forward and the backward function of one chunk, made from one trace of `jax.vjp`.
 
-    Of the closure's leaves, what is an argument or the output of the forward function is not returned again (it would be
-    copied), and what depends on the parameters alone (a cast, a reshape) is computed again: only the rest is `residuals`.
+    The backward function needs what the closure of `jax.vjp` holds. If the forward function returned all of that, weights would
+    be copied for each microbatch. So of the closure's leaves, an argument or the output of the forward function is not returned
+    again. What depends only on the parameters (a cast, a reshape) is computed again. The rest are the `residuals`.
 
-    sources: for each leaf of the closure ("residuals", i), ("argument", i), ("output", 0) or ("weights", i).
+    Attributes:
+      jaxpr: of the traced function.
+      traced: the same as a function of flat arguments, which returns output, aux and the closure's leaves in one list.
+      outputs: the tree structure of (output, aux).
+      closure: the tree structure of the closure.
+      sources: where each leaf of the closure comes from: ("residuals", i), ("argument", i), ("output", 0) or ("weights", i).
     """
 
     jaxpr: Any
@@ -125,7 +177,12 @@ class ForwardBackward:
 
     @classmethod
     def trace(cls, function: Callable[..., tuple[Any, Any, Any]], *arguments: Any) -> ForwardBackward:
-        """function: of (params, *more), returns (output, aux, `jax.vjp`'s closure). arguments: shapes with shardings."""
+        """Traces `function` once.
+
+        Args:
+          function: (params, *more) -> (output, aux, the closure of `jax.vjp`).
+          *arguments: its arguments, as shapes with shardings.
+        """
         closed, shapes = jax.make_jaxpr(function, return_shape=True)(*arguments)
         jaxpr, (output, aux, closure) = closed.jaxpr, shapes
         weights = {*jaxpr.invars[: len(jax.tree.leaves(arguments[0]))], *jaxpr.constvars}
@@ -151,26 +208,33 @@ class ForwardBackward:
         return cls(jaxpr, jaxpr_as_fun(closed), jax.tree.structure((output, aux)), structure, tuple(sources))
 
     def forward(self, *arguments: Any) -> tuple[Any, Any, tuple[Any, ...]]:
-        """(output, aux, residuals)."""
-        found = self.traced(*jax.tree.leaves(arguments))
-        first = len(found) - len(self.sources)
+        """(output, aux, residuals) of the traced function."""
+        results = self.traced(*jax.tree.leaves(arguments))
+        first = len(results) - len(self.sources)
         residuals: dict[int, Any] = {}
-        for (kind, i), leaf in zip(self.sources, found[first:], strict=True):
+        for (kind, i), leaf in zip(self.sources, results[first:], strict=True):
             if kind == "residuals":
                 residuals[i] = leaf
-        output, aux = jax.tree.unflatten(self.outputs, found[:first])
+        output, aux = jax.tree.unflatten(self.outputs, results[:first])
         return output, aux, tuple(residuals[i] for i in range(len(residuals)))
 
     def backward(self, cotangent: Any, residuals: Sequence[Any], output: Any, *arguments: Any) -> tuple[Any, ...]:
-        """The cotangents of what the closure was made for. arguments: as `forward`'s."""
+        """The gradients with respect to what `jax.vjp` was asked for.
+
+        Args:
+          cotangent: the gradient with respect to the output.
+          residuals: from `forward`.
+          output: from `forward`.
+          *arguments: those of `forward`.
+        """
         flat = jax.tree.leaves(arguments)
-        again = []
+        recomputed = []
         if any(kind == "weights" for kind, _ in self.sources):
-            again = self.traced(*flat)  # XLA drops all that these few do not need
-        find = {
+            recomputed = self.traced(*flat)  # XLA drops everything but the few results that are used
+        leaf_from = {
             "residuals": lambda i: residuals[i],
             "argument": lambda i: flat[i],
             "output": lambda _: output,
-            "weights": lambda i: again[i],
+            "weights": lambda i: recomputed[i],
         }
-        return jax.tree.unflatten(self.closure, [find[kind](i) for kind, i in self.sources])(cotangent)
+        return jax.tree.unflatten(self.closure, [leaf_from[kind](i) for kind, i in self.sources])(cotangent)

@@ -1,4 +1,4 @@
-"""Who dispatches the stages' work: a thread for each stage on a CPU, one thread for all on an accelerator."""
+"""Who dispatches the stages' programs: a thread for each stage on a CPU, one thread for all stages on an accelerator."""
 
 from __future__ import annotations
 
@@ -11,15 +11,22 @@ import jax
 from jaxtrain.host.backend import on_cpu
 from jaxtrain.parallel.layout import Layout
 
+# The name of the executor that sends activations and gradients between processes; the others are called by their stage.
+TRANSFERS = "transfers"
+
 
 class StageExecutors:
-    """Who dispatches: a thread for each of this process's stages and one for transfers; or the caller, with `threads=False`."""
+    """Runs functions that dispatch programs.
+
+    With `threads`, each of this process's stages has a thread, and transfers have one more. Otherwise the caller's thread runs
+    everything at once.
+    """
 
     def __init__(self, stages: Iterable[int], *, threads: bool):
         self.stages = list(stages)
-        executors = [*self.stages, "transfers"] if threads else []
+        names = [*self.stages, TRANSFERS] if threads else []
         self._threads = {
-            lane: concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"stage {lane}") for lane in executors
+            name: concurrent.futures.ThreadPoolExecutor(1, thread_name_prefix=f"stage {name}") for name in names
         }
 
     @property
@@ -27,17 +34,28 @@ class StageExecutors:
         """Whether each stage has a thread."""
         return bool(self._threads)
 
-    def each(self, jobs: Mapping[int, Callable[[], Any]]) -> list[Any]:
-        """Runs a job for each stage, all at once; returns what they return, in their order."""
+    def run_all(self, jobs: Mapping[int, Callable[[], Any]]) -> list[Any]:
+        """Runs a job for each stage, all at the same time. Returns their results, in the order of `jobs`."""
         return [future.result() for future in [self.submit(stage, job) for stage, job in jobs.items()]]
 
-    def submit(self, lane: int | str, job: Callable[..., Any], *arguments: Any) -> concurrent.futures.Future[Any]:
-        """Queues `job` behind what a stage's lane, or that of the `transfers`, does already."""
+    def submit(self, name: int | str, job: Callable[..., Any], *arguments: Any) -> concurrent.futures.Future[Any]:
+        """Runs `job` after everything else that the executor `name` was given.
+
+        Args:
+          name: a stage, or `TRANSFERS`.
+          job: returns arrays. With threads, its future is done when these are ready.
+          *arguments: of `job`.
+        """
         if self._threads:
-            return self._threads[lane].submit(lambda: jax.block_until_ready(job(*arguments)))
-        future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-        future.set_result(job(*arguments))
-        return future
+            return self._threads[name].submit(lambda: jax.block_until_ready(job(*arguments)))
+        return completed(job(*arguments))
+
+
+def completed(value: Any) -> concurrent.futures.Future[Any]:
+    """A future that already has its result."""
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+    future.set_result(value)
+    return future
 
 
 def local_stages(layout: Layout) -> list[int]:
@@ -46,5 +64,5 @@ def local_stages(layout: Layout) -> list[int]:
 
 
 def make_executors(layout: Layout) -> StageExecutors:
-    """Threads on a CPU, none on an accelerator."""
+    """Executors for this process's stages: with threads on a CPU, without on an accelerator."""
     return StageExecutors(local_stages(layout), threads=on_cpu(layout.mesh.devices.flat))

@@ -1,4 +1,4 @@
-"""Evaluation through the stages: several batches on their way at once, one in each chunk."""
+"""The evaluation step of a model with pipeline stages: several batches are on their way at once, one in each chunk."""
 
 from __future__ import annotations
 
@@ -22,16 +22,26 @@ from jaxtrain.step.batch import EvalBatch, Resident, select_from
 from jaxtrain.step.eval_step import IN_FLIGHT, EvalResult, add_to_sums, summarize, zero_sums_of
 from jaxtrain.step.layer_wrap import layer_wrapper
 from jaxtrain.step.pipeline.chunks import ModelChunk, chunks_of, on_stage, weights_of
-from jaxtrain.step.pipeline.dispatch import StageExecutors, local_stages, make_executors
-from jaxtrain.step.pipeline.programs import placed, shapes_of, shapes_on_stage
+from jaxtrain.step.pipeline.dispatch import TRANSFERS, StageExecutors, completed, local_stages, make_executors
+from jaxtrain.step.pipeline.programs import activation_shapes, shapes_on_stage
 from jaxtrain.step.pipeline.transfer import StageTransfer, make_transfers
 from jaxtrain.step.task import Task
-from jaxtrain.trees import PyTree
+from jaxtrain.trees import PyTree, shapes_of
 
 
 @dataclasses.dataclass(frozen=True)
 class PipelineEvalStep:
-    """`step.eval_step.EvalStep` for several stages: several batches are on their way at once, one in each chunk."""
+    """The compiled evaluation step; called as `step.eval_step.EvalStep` is.
+
+    Attributes:
+      layout: of the run.
+      chunks: of the model, in order.
+      transfers: between neighbouring chunks, by (source, target).
+      zeros: makes the sums of no example, on the last stage.
+      programs: of the chunks on this process's stages, by the chunk's index. (params, batch_stats, x, inputs) -> activation;
+        the last chunk's is (sums, params, batch_stats, x, inputs) -> sums.
+      executors: who dispatches.
+    """
 
     layout: Layout
     chunks: tuple[ModelChunk, ...]
@@ -43,48 +53,56 @@ class PipelineEvalStep:
     def __call__(
         self, params: PyTree, batch_stats: PyTree, batches: Iterable[EvalBatch], resident: Resident
     ) -> EvalResult:
-        """Reads the result once, at the end; the host stays a few batches ahead of the devices."""
+        """Evaluates weights on a split. The host is a few batches ahead of the devices, and waits for them at the end.
+
+        Args:
+          params: float arrays, keyed by layer, sharded as those that the step was compiled for.
+          batch_stats: the running statistics, keyed by layer.
+          batches: of the split, each with the same shapes.
+          resident: the data set, if it lives on the devices.
+        """
         weights = {k: weights_of(self.chunks[k], params, batch_stats) for k in self.programs}
-        sums, in_flight = _done(self.zeros()), collections.deque()
+        sums, in_flight = completed(self.zeros()), collections.deque()
         try:
             for batch in batches:
-                x = _done(())
-                for part in self.chunks:
-                    k = part.index
+                x = completed(())
+                for chunk in self.chunks:
+                    k = chunk.index
                     if k in self.programs:
-                        given = on_stage(self.layout, part.stage, _eval_given(part, batch, resident))
-                        x = self.executors.submit(part.stage, self._run, part, weights[k], x, sums, given)
+                        inputs = on_stage(self.layout, chunk.stage, _eval_inputs(chunk, batch, resident))
+                        x = self.executors.submit(chunk.stage, self._run, chunk, weights[k], x, sums, inputs)
                         in_flight.append(x)
                     transfer = self.transfers.get((k, k + 1))
                     if transfer is not None and transfer.crosses and transfer.joins:
-                        made = x if k in self.programs else _done(None)
-                        x = self.executors.submit("transfers", _exchange, transfer, made)
+                        made = x if k in self.programs else completed(None)
+                        x = self.executors.submit(TRANSFERS, _exchange, transfer, made)
                         in_flight.append(x)
                 if self.chunks[-1].index in self.programs:
                     sums = x
                 while len(in_flight) > (IN_FLIGHT + 1) * len(self.programs):
                     jax.block_until_ready(in_flight.popleft().result())
-        finally:  # before another program that spans processes: all enqueue those in the same order
-            for each in in_flight:
-                each.result()
-        return self._everywhere(sums.result())
+        finally:  # All processes must enqueue programs that span processes in one order: these before any other.
+            for future in in_flight:
+                future.result()
+        return self._summarize_everywhere(sums.result())
 
-    def _run(self, part: ModelChunk, own: Any, x: Any, sums: Any, given: Any) -> Any:
-        if part.last:
-            return self.programs[part.index](sums.result(), *own, x.result(), given)
-        y, transfer = self.programs[part.index](*own, x.result(), given), self.transfers[part.index, part.index + 1]
+    def _run(self, chunk: ModelChunk, weights: tuple[PyTree, PyTree], x: Any, sums: Any, inputs: Any) -> Any:
+        """Runs a chunk's program on one batch. x, sums: futures. Returns the next chunk's `x`, or the new sums."""
+        program = self.programs[chunk.index]
+        if chunk.last:
+            return program(sums.result(), *weights, x.result(), inputs)
+        y, transfer = program(*weights, x.result(), inputs), self.transfers[chunk.index, chunk.index + 1]
         return y if transfer.crosses else transfer.copy(y)
 
-    def _everywhere(self, sums: PyTree) -> EvalResult:
-        """The last stage's sums, on every process."""
-        owners = sorted(
-            {device.process_index for device in self.layout.on_stage(self.chunks[-1].stage).mesh.devices.flat}
-        )
+    def _summarize_everywhere(self, sums: PyTree) -> EvalResult:
+        """The result, on every process, from the last stage's sums."""
+        last = self.chunks[-1]
+        owners = sorted({device.process_index for device in self.layout.on_stage(last.stage).mesh.devices.flat})
         if len(owners) < jax.process_count():
             with jax.transfer_guard("allow"):
-                source = jax.process_index() == owners[0]
-                here = jax.device_get(sums) if self.chunks[-1].index in self.programs else sums
-                sums = multihost_utils.broadcast_one_to_all(here, is_source=source)
+                is_source = jax.process_index() == owners[0]
+                local = jax.device_get(sums) if last.index in self.programs else sums
+                sums = multihost_utils.broadcast_one_to_all(local, is_source=is_source)
         return summarize(jax.device_get(sums))
 
 
@@ -92,16 +110,11 @@ def _exchange(transfer: StageTransfer, made: concurrent.futures.Future[Any]) -> 
     return transfer.exchange(made.result())
 
 
-def _done(value: Any) -> concurrent.futures.Future[Any]:
-    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
-    future.set_result(value)
-    return future
-
-
-def _eval_given(part: ModelChunk, batch: EvalBatch, resident: Resident) -> dict[str, Any]:
-    if part.first:
+def _eval_inputs(chunk: ModelChunk, batch: EvalBatch, resident: Resident) -> dict[str, Any]:
+    """What a chunk's program takes of a batch: the first chunk images, the last chunk labels and the mask."""
+    if chunk.first:
         return {"rows": batch.batch.rows, "images": batch.batch.images, "resident": resident.images}
-    if part.last:
+    if chunk.last:
         labels = {"labels": batch.batch.labels, "resident": resident.labels}
         return {"rows": batch.batch.rows, "mask": batch.mask} | labels
     return {}
@@ -110,58 +123,71 @@ def _eval_given(part: ModelChunk, batch: EvalBatch, resident: Resident) -> dict[
 def make_pipeline_eval_step(
     task: Task, layout: Layout, params: PyTree, batch_stats: PyTree, batch: EvalBatch, resident: Resident
 ) -> PipelineEvalStep:
-    """Compiles the evaluation of one batch, as `step.eval_step.make_eval_step` does."""
-    chunks, here = chunks_of(layout), local_stages(layout)
+    """Compiles the evaluation step; the arguments are those of `step.eval_step.make_eval_step`."""
+    chunks, local = chunks_of(layout), local_stages(layout)
     params, batch_stats, batch, resident = shapes_of((params, batch_stats, batch, resident))
     zero = functools.partial(zero_sums_of, task)
-    lowered: dict[int, Any] = {}
-    inputs: list[Any] = [()]
-    for part in chunks:
-        lay, x = layout.on_stage(part.stage), inputs[-1]
-        own, stats = weights_of(part, params, batch_stats)
-        given = shapes_on_stage(_eval_given(part, batch, resident), layout, part.stage)
-        run = functools.partial(_evaluate_chunk, task, lay, part)
-        if not part.last:
-            y = jax.eval_shape(run, own, stats, x, given)
-            where = layout.sharding(layout.examples.spec, chunks[part.index + 1].stage)
-            inputs.append(jax.ShapeDtypeStruct(y.shape, y.dtype, sharding=where))
-        if part.stage not in here:
+
+    def chunk_function(chunk: ModelChunk) -> Callable[..., jax.Array]:
+        return functools.partial(_evaluate_chunk, task, layout.on_stage(chunk.stage), chunk)
+
+    def arguments(chunk: ModelChunk, x: Any) -> tuple[Any, ...]:
+        inputs = shapes_on_stage(_eval_inputs(chunk, batch, resident), layout, chunk.stage)
+        return (*weights_of(chunk, params, batch_stats), x, inputs)
+
+    activations = activation_shapes(
+        layout, chunks, lambda chunk, x: jax.eval_shape(chunk_function(chunk), *arguments(chunk, x))
+    )
+    lowered: dict[int, jax.stages.Lowered] = {}
+    for chunk, x in zip(chunks, activations, strict=True):
+        if chunk.stage not in local:
             continue
-        if part.last:
-            sums = placed(jax.eval_shape(zero), lay.sharding())
-            adding = functools.partial(_add_chunk, task, lay, run)
-            lowered[part.index] = jax.jit(adding, out_shardings=lay.sharding()).lower(sums, own, stats, x, given)
+        stage_layout, function = layout.on_stage(chunk.stage), chunk_function(chunk)
+        if chunk.last:
+            sums = shapes_of(jax.eval_shape(zero), stage_layout.sharding())
+            function = functools.partial(_add_chunk, task, stage_layout, function)
+            program = jax.jit(function, out_shardings=stage_layout.sharding())
+            lowered[chunk.index] = program.lower(sums, *arguments(chunk, x))
         else:
-            lowered[part.index] = jax.jit(run, out_shardings=lay.examples).lower(own, stats, x, given)
+            program = jax.jit(function, out_shardings=stage_layout.examples)
+            lowered[chunk.index] = program.lower(*arguments(chunk, x))
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        programs = dict(zip(lowered, pool.map(lambda each: each.compile(), lowered.values()), strict=True))
+        programs = dict(zip(lowered, pool.map(lambda program: program.compile(), lowered.values()), strict=True))
     zeros: Any = jax.jit(zero, out_shardings=layout.sharding(P(), chunks[-1].stage))
-    if chunks[-1].stage not in here:
+    if chunks[-1].stage not in local:
         zeros = functools.partial(jax.tree.map, lambda s: np.zeros(s.shape, s.dtype), jax.eval_shape(zero))
-    transfers = make_transfers(layout, chunks, inputs, back=False)
+    transfers = make_transfers(layout, chunks, activations, back=False)
     return PipelineEvalStep(layout, tuple(chunks), transfers, zeros, programs, make_executors(layout))
 
 
 def _evaluate_chunk(
-    task: Task, layout: Layout, part: ModelChunk, params: PyTree, batch_stats: PyTree, x: Any, given: Mapping[str, Any]
+    task: Task,
+    layout: Layout,
+    chunk: ModelChunk,
+    params: PyTree,
+    batch_stats: PyTree,
+    x: Any,
+    inputs: Mapping[str, Any],
 ) -> jax.Array:
-    if part.first:
-        x = eval_inputs(task.preprocess, select_from(given["images"], given["rows"], given["resident"], 0, layout))
+    """The activation, or the last chunk's logits, float [B, ...]. x: of the chunk before; the first takes the images."""
+    if chunk.first:
+        x = eval_inputs(task.preprocess, select_from(inputs["images"], inputs["rows"], inputs["resident"], 0, layout))
     context = Context(example=jnp.arange(x.shape[0], dtype=jnp.int32))
     wrap = layer_wrapper(layout, params, "none")
-    y, _ = task.model.apply(params, batch_stats, x, context, wrap=wrap, layers=part.layers)
+    y, _ = task.model.apply(params, batch_stats, x, context, wrap=wrap, layers=chunk.layers)
     return jax.lax.with_sharding_constraint(y, layout.examples)
 
 
 def _add_chunk(
     task: Task,
     layout: Layout,
-    run: Callable[..., jax.Array],
+    function: Callable[..., jax.Array],
     sums: PyTree,
     params: PyTree,
     batch_stats: PyTree,
     x: Any,
-    given: Any,
+    inputs: Any,
 ) -> PyTree:
-    labels = select_from(given["labels"], given["rows"], given["resident"], 0, layout)
-    return add_to_sums(task, sums, run(params, batch_stats, x, given), labels, given["mask"][0])
+    """The sums with one more batch. function: makes the logits."""
+    labels = select_from(inputs["labels"], inputs["rows"], inputs["resident"], 0, layout)
+    return add_to_sums(task, sums, function(params, batch_stats, x, inputs), labels, inputs["mask"][0])

@@ -1,35 +1,45 @@
-"""The compiled programs of a chunk (forward, backward) and of a stage (measure, update)."""
+"""Compiles the programs of a chunk (prepare, zeros, forward, backward) and of a stage (measure, update)."""
 
 from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
 import functools
-from collections.abc import Callable, Generator, Mapping, Sequence
+import itertools
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import NamedSharding
 
 from jaxtrain.optim.updates import global_norm
 from jaxtrain.parallel.layout import Layout
-from jaxtrain.step.gradients import GradientSums, like_params, zero_sums
-from jaxtrain.step.pipeline.chunks import ForwardBackward, ModelChunk, forward
+from jaxtrain.step.gradients import GradientSums, add_sums, constrain_gradients, like_params, sums_shapes, zero_sums
+from jaxtrain.step.pipeline.chunks import ForwardBackward, ModelChunk, forward, weights_of
 from jaxtrain.step.task import Task
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.step.update import UpdateDecision, apply_update, unscale_gradients
-from jaxtrain.trees import PyTree
+from jaxtrain.trees import PyTree, shapes_of
 
 T = TypeVar("T")
 
-# Yields lowered programs by name, is sent the compiled ones, and returns what it makes of them.
+# A generator that yields lowered programs by name, is sent the compiled ones, and returns the result. See `compile_together`.
 Compiling = Generator[dict[str, Any], dict[str, Any], T]
 
 
 @dataclasses.dataclass(frozen=True)
 class ChunkPrograms:
-    """The compiled programs of one chunk. prepare: `None` where parameters are used as they rest. sums: shapes."""
+    """The compiled programs of one chunk.
+
+    Attributes:
+      chunk: whose programs.
+      prepare: params -> params, cast and gathered, once a step; `None` where parameters are used as they are at rest.
+      zeros: () -> the accumulators.
+      forward: (params, batch_stats, x, inputs) -> (output, aux, residuals).
+      backward: (sums, cotangent, residuals, output, aux, params, batch_stats, x, inputs) -> (sums, gradient of x); it donates
+        `sums`.
+      sums: the shapes and shardings of the accumulators.
+    """
 
     chunk: ModelChunk
     prepare: Any
@@ -38,12 +48,24 @@ class ChunkPrograms:
     backward: Any
     sums: GradientSums
 
+    @property
+    def named(self) -> dict[str, Any]:
+        """The programs by name, for the audit."""
+        names = ("prepare", "forward", "zeros", "backward")
+        programs = {name: getattr(self, name) for name in names}
+        return {f"chunk {self.chunk.index}: {name}": program for name, program in programs.items() if program}
+
 
 @dataclasses.dataclass(frozen=True)
 class StagePrograms:
     """The compiled programs of one stage's update.
 
-    indices: which leaves of the state it has, in its order. after: where the update leaves those that are its own.
+    Attributes:
+      stage: whose programs.
+      indices: which leaves of the whole state the stage has, in the order of its own leaves.
+      structure: the tree structure of the stage's state.
+      measure: (state, sums of each chunk) -> float [1, 3]; see `compile_stage`.
+      update: (state, sums of each chunk, decision) -> (state, float [1, 2]); it donates `state`.
     """
 
     stage: int
@@ -51,135 +73,165 @@ class StagePrograms:
     structure: Any
     measure: Any
     update: Any
-    after: Mapping[int, Any]
 
+    @property
+    def after(self) -> dict[int, Any]:
+        """The shardings that the update leaves the stage's leaves with, by their number in the whole state."""
+        return dict(zip(self.indices, jax.tree.leaves(self.update.output_shardings[0]), strict=True))
 
-def shapes_of(tree: PyTree) -> PyTree:
-    return jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding), tree)
-
-
-def placed(shapes: PyTree, sharding: NamedSharding) -> PyTree:
-    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=sharding), shapes)
+    @property
+    def named(self) -> dict[str, Any]:
+        """The programs by name, for the audit."""
+        return {f"stage {self.stage}: measure": self.measure, f"stage {self.stage}: update": self.update}
 
 
 def outputs_of(program: Any, shapes: PyTree) -> PyTree:
-    """`shapes` where the compiled `program` leaves them."""
-    placed = jax.tree.leaves(program.output_shardings)
+    """`shapes`, the outputs of the compiled `program`, with the shardings that it gives them."""
     leaves, structure = jax.tree.flatten(shapes)
-    both = zip(leaves, placed, strict=True)
-    return structure.unflatten([jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where) for s, where in both])
+    return structure.unflatten(shapes_of(leaves, jax.tree.leaves(program.output_shardings)))
 
 
 def shapes_on_stage(tree: PyTree, layout: Layout, stage: int) -> PyTree:
-    """Shapes of what every stage has, on one stage."""
+    """`tree` of shapes with shardings; what all stages have gets a sharding on the devices of `stage`."""
 
-    def placed(leaf: Any) -> Any:
-        where = leaf.sharding
-        if where.mesh == layout.mesh:
-            where = layout.sharding(where.spec, stage)
-        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where)
+    def on_stage(sharding: Any) -> Any:
+        return layout.sharding(sharding.spec, stage) if sharding.mesh == layout.mesh else sharding
 
-    return jax.tree.map(placed, tree)
-
-
-def given_to(part: ModelChunk, state: TrainState, batch: Any, resident: Any, index: Any) -> dict[str, Any]:
-    """What the forward function of a chunk gets beside parameters and activations."""
-    given: dict[str, Any] = {"step": state.step, "index": index}
-    if part.first or part.last:
-        given["rows"] = batch.rows
-    if part.first:
-        given |= {"images": batch.images, "resident_images": resident.images}
-    if part.last:
-        labels = {"labels": batch.labels, "resident_labels": resident.labels}
-        given |= labels | {"loss_scale": state.loss_scale}
-    return given
-
-
-def _cast_types(pullback: ForwardBackward, params: PyTree) -> PyTree:
-    """For each parameter the narrower type that all of its uses cast it to, or its own."""
-    jaxpr = pullback.jaxpr
-    types = []
-    for variable, leaf in zip(jaxpr.invars, jax.tree.leaves(params), strict=False):
-        uses = [equation for equation in jaxpr.eqns if variable in equation.invars]
-        wanted = {e.params["new_dtype"] if e.primitive.name == "convert_element_type" else None for e in uses}
-        only = wanted.pop() if len(wanted) == 1 and variable not in jaxpr.outvars else None
-        types.append(only if only is not None and only.itemsize < leaf.dtype.itemsize else leaf.dtype)
-    return jax.tree.unflatten(jax.tree.structure(params), types)
+    return shapes_of(tree, jax.tree.map(lambda leaf: on_stage(leaf.sharding), tree))
 
 
 def compile_together(makers: Sequence[Compiling[T]]) -> list[T]:
-    """Runs `makers` side by side: XLA compiles all that they yield at once, in threads; tracing stays in this one."""
-    found: dict[int, T] = {}
-    sent: list[dict[str, Any] | None] = [None] * len(makers)
+    """Runs all `makers` and returns their results.
+
+    XLA compiles what they yield in parallel threads. Tracing stays in the caller's thread.
+    """
+    results: dict[int, T] = {}
+    compiled: list[dict[str, Any] | None] = [None] * len(makers)
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        while len(found) < len(makers):
+        while len(results) < len(makers):
             jobs: dict[int, dict[str, concurrent.futures.Future[Any]]] = {}
             for number, maker in enumerate(makers):
-                if number in found:
+                if number in results:
                     continue
                 try:
-                    lowered = maker.send(sent[number])  # type: ignore[arg-type]
+                    lowered = maker.send(compiled[number])  # type: ignore[arg-type]
                 except StopIteration as done:
-                    found[number] = done.value
+                    results[number] = done.value
                 else:
-                    jobs[number] = {name: pool.submit(each.compile) for name, each in lowered.items()}
+                    jobs[number] = {name: pool.submit(program.compile) for name, program in lowered.items()}
             for number, futures in jobs.items():
-                sent[number] = {name: future.result() for name, future in futures.items()}
-    return [found[number] for number in range(len(makers))]
+                compiled[number] = {name: future.result() for name, future in futures.items()}
+    return [results[number] for number in range(len(makers))]
+
+
+# -------------------------------------------------------------------------------------------------------------- chunks
 
 
 def compile_chunk(
-    task: Task, layout: Layout, part: ModelChunk, state: TrainState, x: Any, given: dict[str, Any]
-) -> Compiling[tuple[ChunkPrograms, dict[str, Any]]]:
-    """state: shapes of the stage's part. x: the incoming activation's. Also returns the programs by name."""
-    lay = layout.on_stage(part.stage)
-    params = {name: state.params[name] for name in part.names if name in state.params}
-    stats = {name: state.batch_stats[name] for name in part.names if name in state.batch_stats}
+    task: Task, layout: Layout, chunk: ModelChunk, state: TrainState, x: Any, inputs: dict[str, Any]
+) -> Compiling[ChunkPrograms]:
+    """Compiles the programs of one chunk; for `compile_together`.
 
-    def traced(params: PyTree, stats: PyTree, x: Any, given: Any) -> tuple[Any, Any, Any]:
+    The backward program is lowered after the forward program is compiled: its arguments have the shardings that the forward
+    program gives its results.
+
+    Args:
+      task: what to compute.
+      layout: of the run.
+      chunk: which layers.
+      state: shapes of the state of the chunk's stage.
+      x: the shape of the activation that comes in; `()` for the first chunk.
+      inputs: shapes, from `chunk_inputs`.
+    """
+    layout = layout.on_stage(chunk.stage)
+    stored, batch_stats = weights_of(chunk, state.params, state.batch_stats)
+    passes = _trace(task, layout, chunk, stored, batch_stats, x, inputs)
+    prepare, params = _lower_prepare(layout, passes, stored)
+    if prepare is not None:
+        passes = _trace(task, layout, chunk, params, batch_stats, x, inputs)
+    arguments = (params, batch_stats, x, inputs)
+    sums = sums_shapes(task, layout, stored, batch_stats)
+    zero = functools.partial(zero_sums, stored, batch_stats, task.sums_dtype)
+    lowered = {} if prepare is None else {"prepare": prepare}
+    lowered["forward"], results = _lower_forward(layout, chunk, passes, arguments)
+    lowered["zeros"] = jax.jit(zero, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, sums)).lower()
+    programs = yield lowered
+    results = outputs_of(programs["forward"], results)
+    programs |= yield {"backward": _lower_backward(layout, chunk, passes, sums, results, arguments)}
+    return ChunkPrograms(
+        chunk, programs.get("prepare"), programs["zeros"], programs["forward"], programs["backward"], sums
+    )
+
+
+def _trace(
+    task: Task, layout: Layout, chunk: ModelChunk, params: PyTree, batch_stats: PyTree, x: Any, inputs: dict[str, Any]
+) -> ForwardBackward:
+    """The forward and the backward function of a chunk. The first chunk has no gradient for its input, the images."""
+
+    def traced(params: PyTree, batch_stats: PyTree, x: Any, inputs: Any) -> tuple[Any, Any, Any]:
         def function(params: PyTree, x: Any) -> tuple[Any, Any]:
-            return forward(task, lay, part, params, stats, x, given)
+            return forward(task, layout, chunk, params, batch_stats, x, inputs)
 
-        if part.first:
+        if chunk.first:
             output, closure, aux = jax.vjp(lambda params: function(params, ()), params, has_aux=True)
         else:
             output, closure, aux = jax.vjp(function, params, x, has_aux=True)
         return output, aux, closure
 
-    pullback = ForwardBackward.trace(traced, params, stats, x, given)
-    types = _cast_types(pullback, params)
-    whole = like_params(lay, "computing", params)
-    lowered, used = {}, params
-    casts = any(t != leaf.dtype for t, leaf in zip(jax.tree.leaves(types), jax.tree.leaves(params), strict=True))
-    gathers = lay.config.zero == 3 and lay.mesh.shape["data"] > 1
-    if casts or gathers:
+    return ForwardBackward.trace(traced, params, batch_stats, x, inputs)
 
-        def ready(params: PyTree) -> PyTree:
-            return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, types)
 
-        lowered["prepare"] = jax.jit(ready, out_shardings=whole).lower(params)
-        used = jax.tree.map(
-            lambda leaf, where: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=where),
-            jax.eval_shape(ready, params),
-            whole,
-        )
-        pullback = ForwardBackward.trace(traced, used, stats, x, given)
+def _lower_prepare(layout: Layout, passes: ForwardBackward, params: PyTree) -> tuple[jax.stages.Lowered | None, PyTree]:
+    """The program that casts and gathers parameters, once a step, and the shapes of its results.
 
-    shapes = jax.eval_shape(pullback.forward, used, stats, x, given)
-    aux_shardings = jax.tree.map(lambda _: lay.sharding(), shapes[1])
-    output_sharding = lay.sharding() if part.last else lay.examples
-    ran = jax.jit(pullback.forward, out_shardings=(output_sharding, aux_shardings, None))
-    lowered["forward"] = ran.lower(used, stats, x, given)
-
-    gradient_shardings = like_params(lay, "gradients", params)
-    zero = functools.partial(zero_sums, params, stats, task.sums_dtype)
-    sums_shapes = jax.eval_shape(zero)
-    sums_shardings = dataclasses.replace(
-        jax.tree.map(lambda _: lay.sharding(), sums_shapes), gradients=gradient_shardings
+    Without it, each microbatch would cast and gather them again. `None` if there is nothing to do; the shapes are then those
+    of `params`.
+    """
+    dtypes = _cast_dtypes(passes, params)
+    casts = any(
+        dtype != leaf.dtype for dtype, leaf in zip(jax.tree.leaves(dtypes), jax.tree.leaves(params), strict=True)
     )
-    lowered["zeros"] = jax.jit(zero, out_shardings=sums_shardings).lower()
-    programs = yield lowered
-    output, aux, residuals = outputs_of(programs["forward"], shapes)
+    if not (casts or layout.gathers_params):
+        return None, params
+
+    def prepare(params: PyTree) -> PyTree:
+        return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, dtypes)
+
+    gathered = like_params(layout, "computing", params)
+    return jax.jit(prepare, out_shardings=gathered).lower(params), shapes_of(jax.eval_shape(prepare, params), gathered)
+
+
+def _cast_dtypes(passes: ForwardBackward, params: PyTree) -> PyTree:
+    """For each parameter the narrower dtype that all of its uses cast it to, or else its own dtype."""
+    jaxpr = passes.jaxpr
+    dtypes = []
+    for variable, leaf in zip(jaxpr.invars, jax.tree.leaves(params), strict=False):
+        uses = [equation for equation in jaxpr.eqns if variable in equation.invars]
+        wanted = {e.params["new_dtype"] if e.primitive.name == "convert_element_type" else None for e in uses}
+        only = wanted.pop() if len(wanted) == 1 and variable not in jaxpr.outvars else None
+        dtypes.append(only if only is not None and only.itemsize < leaf.dtype.itemsize else leaf.dtype)
+    return jax.tree.unflatten(jax.tree.structure(params), dtypes)
+
+
+def _lower_forward(
+    layout: Layout, chunk: ModelChunk, passes: ForwardBackward, arguments: tuple[Any, ...]
+) -> tuple[jax.stages.Lowered, PyTree]:
+    """The forward program, and the shapes of its results (output, aux, residuals)."""
+    shapes = jax.eval_shape(passes.forward, *arguments)
+    output = layout.sharding() if chunk.last else layout.examples
+    aux = jax.tree.map(lambda _: layout.sharding(), shapes[1])
+    return jax.jit(passes.forward, out_shardings=(output, aux, None)).lower(*arguments), shapes
+
+
+def _lower_backward(
+    layout: Layout,
+    chunk: ModelChunk,
+    passes: ForwardBackward,
+    sums: GradientSums,
+    results: tuple[Any, Any, Any],
+    arguments: tuple[Any, ...],
+) -> jax.stages.Lowered:
+    """The backward program. results: shapes of what the forward program returns. arguments: shapes of what it takes."""
 
     def backward(
         sums: GradientSums,
@@ -188,103 +240,98 @@ def compile_chunk(
         output: Any,
         aux: Any,
         params: PyTree,
-        stats: PyTree,
+        batch_stats: PyTree,
         x: Any,
-        given: Any,
+        inputs: Any,
     ) -> tuple[GradientSums, Any]:
-        if part.last:
+        if chunk.last:
             cotangent = jnp.ones(output.shape, output.dtype)
-        found = pullback.backward(cotangent, residuals, output, params, stats, x, given)
-        gradients = jax.lax.with_sharding_constraint(found[0], whole)
-        gradients = jax.lax.with_sharding_constraint(gradients, gradient_shardings)
-        new_stats, numbers = aux
-        loss, correct = numbers or (jnp.zeros_like(sums.loss), jnp.zeros_like(sums.correct))
-        new = GradientSums(gradients, new_stats, loss, correct)
-        total = jax.tree.map(lambda total, part: total + part.astype(total.dtype), sums, new)
-        return total, (() if part.first else found[1])
+        gradients, *x_gradient = passes.backward(cotangent, residuals, output, params, batch_stats, x, inputs)
+        new_stats, metrics = aux
+        loss, correct = metrics or (jnp.zeros_like(sums.loss), jnp.zeros_like(sums.correct))
+        new = GradientSums(constrain_gradients(layout, gradients), new_stats, loss, correct)
+        return add_sums(sums, new), (() if chunk.first else x_gradient[0])
 
-    back = jax.jit(backward, out_shardings=(sums_shardings, () if part.first else lay.examples), donate_argnums=0)
-    sums = jax.tree.map(lambda s, w: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=w), sums_shapes, sums_shardings)
-    cotangent = () if part.last else output
-    programs |= yield {"backward": back.lower(sums, cotangent, residuals, output, aux, used, stats, x, given)}
-    step = ChunkPrograms(
-        part, programs.get("prepare"), programs["zeros"], programs["forward"], programs["backward"], sums
-    )
-    return step, {f"chunk {part.index}: {name}": program for name, program in programs.items()}
+    output, aux, residuals = results
+    shardings = (jax.tree.map(lambda leaf: leaf.sharding, sums), () if chunk.first else layout.examples)
+    cotangent = () if chunk.last else output
+    program = jax.jit(backward, out_shardings=shardings, donate_argnums=0)
+    return program.lower(sums, cotangent, residuals, output, aux, *arguments)
+
+
+def activation_shapes(
+    layout: Layout, chunks: Sequence[ModelChunk], run_chunk: Callable[[ModelChunk, Any], Any]
+) -> list[Any]:
+    """The shape of what comes into each chunk: `()` for the first, then float [B/M, ...] on the chunk's stage.
+
+    Args:
+      layout: of the run.
+      chunks: of the model, in order.
+      run_chunk: (chunk, the shape of what comes in) -> the shape of its output.
+    """
+    shapes: list[Any] = [()]
+    for chunk, following in itertools.pairwise(chunks):
+        sharding = layout.sharding(layout.examples.spec, following.stage)
+        shapes.append(shapes_of(run_chunk(chunk, shapes[-1]), sharding))
+    return shapes
+
+
+# -------------------------------------------------------------------------------------------------------------- stages
 
 
 def compile_stage(
     task: Task,
     layout: Layout,
     stage: int,
-    indices: PyTree,
-    shared: frozenset[int],
+    indices: Sequence[int],
     state: TrainState,
     decision: UpdateDecision,
     sums: tuple[GradientSums, ...],
-) -> Compiling[tuple[StagePrograms, dict[str, Any]]]:
-    """state: shapes of the stage's part; indices: where its leaves are in the whole state; shared: those every stage has.
+) -> Compiling[StagePrograms]:
+    """Compiles the two programs of one stage's update; for `compile_together`.
 
-    sums: shapes of the accumulators of the stage's chunks.
+    Args:
+      task: what to compute.
+      layout: of the run.
+      stage: whose programs.
+      indices: which leaves of the whole state the stage has.
+      state: shapes of the stage's state.
+      decision: shapes, on the stage's devices.
+      sums: shapes of the accumulators of each of the stage's chunks.
     """
-    lay = layout.on_stage(stage)
-    updating = like_params(lay, "opt_state", state.params)
+    layout = layout.on_stage(stage)
+    updating = like_params(layout, "opt_state", state.params)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
     def merged(sums: tuple[GradientSums, ...]) -> tuple[PyTree, PyTree]:
-        """Gradients and statistics of all of the stage's chunks."""
+        """The gradients and the running statistics of all of the stage's chunks."""
         gradients, batch_stats = {}, {}
-        for part in sums:
-            gradients |= part.gradients
-            batch_stats |= part.batch_stats
+        for chunk_sums in sums:
+            gradients |= chunk_sums.gradients
+            batch_stats |= chunk_sums.batch_stats
         return gradients, batch_stats
-
-    def measure(state: TrainState, sums: tuple[GradientSums, ...]) -> jax.Array:
-        """[1, 3]: this stage's part of the loss, of the correct answers, and of the squared norm of the gradients."""
-        gradients = unscale_gradients(state.loss_scale, merged(sums)[0], updating)
-        loss, correct = sum(part.loss for part in sums), sum(part.correct for part in sums)
-        return row(loss, correct, jnp.square(global_norm(gradients)))
 
     def row(*numbers: Any) -> jax.Array:
         return jnp.stack([jnp.asarray(number, sums[0].loss.dtype) for number in numbers])[None]
 
+    def measure(state: TrainState, sums: tuple[GradientSums, ...]) -> jax.Array:
+        """float [1, 3]: what this stage adds to the loss, the correct answers, and the squared norm of the gradients."""
+        gradients = unscale_gradients(state.loss_scale, merged(sums)[0], updating)
+        loss, correct = sum(total.loss for total in sums), sum(total.correct for total in sums)
+        return row(loss, correct, jnp.square(global_norm(gradients)))
+
     def update(
         state: TrainState, sums: tuple[GradientSums, ...], decision: UpdateDecision
     ) -> tuple[TrainState, jax.Array]:
-        """The stage after it, and [1, 2]: its part of the squared norms of the parameters and of what was added to them."""
+        """The state after `decision`, and float [1, 2]: what it adds to the squared norms of the parameters and the update."""
         gradients, batch_stats = merged(sums)
         gradients = unscale_gradients(state.loss_scale, gradients, updating)
         after, norms = apply_update(task, shardings, updating, state, gradients, batch_stats, decision)
         return after, row(*map(jnp.square, norms))
 
+    updater = jax.jit(update, out_shardings=(shardings, layout.sharding()), donate_argnums=0)
     programs = yield {
-        "measure": jax.jit(measure, out_shardings=lay.sharding()).lower(state, sums),
-        "update": jax.jit(update, out_shardings=(shardings, lay.sharding()), donate_argnums=0).lower(
-            state, sums, decision
-        ),
+        "measure": jax.jit(measure, out_shardings=layout.sharding()).lower(state, sums),
+        "update": updater.lower(state, sums, decision),
     }
-    measured, updated = programs["measure"], programs["update"]
-    numbers = tuple(jax.tree.leaves(indices))
-    placed = zip(numbers, jax.tree.leaves(updated.output_shardings[0]), strict=True)
-    after = {i: where for i, where in placed if i not in shared}
-    own = StagePrograms(stage, numbers, jax.tree.structure(state), measured, updated, after)
-    return own, {f"stage {stage}: measure": measured, f"stage {stage}: update": updated}
-
-
-def activations(
-    task: Task,
-    layout: Layout,
-    chunks: Sequence[ModelChunk],
-    parts: Sequence[TrainState],
-    given: Callable[[ModelChunk], Any],
-) -> list[Any]:
-    """The shape of what comes into each chunk: () for the first, then [B/M, ...] on the chunk's stage."""
-    found: list[Any] = [()]
-    for part in chunks[:-1]:
-        lay, state = layout.on_stage(part.stage), parts[part.stage]
-        params = {name: state.params[name] for name in part.names if name in state.params}
-        stats = {name: state.batch_stats[name] for name in part.names if name in state.batch_stats}
-        y, _ = jax.eval_shape(functools.partial(forward, task, lay, part), params, stats, found[-1], given(part))
-        where = layout.sharding(layout.examples.spec, chunks[part.index + 1].stage)
-        found.append(jax.ShapeDtypeStruct(y.shape, y.dtype, sharding=where))
-    return found
+    return StagePrograms(stage, tuple(indices), jax.tree.structure(state), programs["measure"], programs["update"])

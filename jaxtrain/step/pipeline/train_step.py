@@ -1,4 +1,8 @@
-"""The training step of a model in stages: the schedule's operations, then the update in two halves."""
+"""The train step of a model with pipeline stages: the schedule's operations, then the update in two halves.
+
+Each stage measures its share of the loss and of the squared gradient norm. One program over all devices adds these up and
+decides whether the update is accepted. Then each stage applies that decision to its layers.
+"""
 
 from __future__ import annotations
 
@@ -25,19 +29,24 @@ from jaxtrain.step.batch import Batch, Resident
 from jaxtrain.step.gradients import GradientSums, like_params
 from jaxtrain.step.metrics import StepMetrics, stack_metrics
 from jaxtrain.step.pipeline import schedule as schedules
-from jaxtrain.step.pipeline.chunks import ModelChunk, chunks_of, on_layers, on_stage, weights_of
-from jaxtrain.step.pipeline.dispatch import StageExecutors, local_stages, make_executors
+from jaxtrain.step.pipeline.chunks import (
+    ModelChunk,
+    chunk_inputs,
+    chunks_of,
+    forward,
+    on_layers,
+    on_stage,
+    weights_of,
+)
+from jaxtrain.step.pipeline.dispatch import TRANSFERS, StageExecutors, local_stages, make_executors
 from jaxtrain.step.pipeline.programs import (
     ChunkPrograms,
     StagePrograms,
-    activations,
+    activation_shapes,
     compile_chunk,
     compile_stage,
     compile_together,
-    given_to,
     outputs_of,
-    placed,
-    shapes_of,
     shapes_on_stage,
 )
 from jaxtrain.step.pipeline.schedule import Op, PipelineSchedule
@@ -46,15 +55,29 @@ from jaxtrain.step.pipeline.transfer import StageTransfer, edge, make_transfers
 from jaxtrain.step.task import Task
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.step.update import UpdateDecision, decide_update, step_metrics
-from jaxtrain.trees import PyTree
+from jaxtrain.trees import PyTree, shapes_of
 
 
 @dataclasses.dataclass(frozen=True)
 class PipelineTrainStep:
-    """`step.train_step.MeshTrainStep` for several stages: same call, same fields.
+    """The compiled train step; called as `step.train_step.MeshTrainStep` is.
 
-    order: of all operations; transfer_order: of what they send between processes. chunks, stages: those with devices of this
-    process.
+    Attributes:
+      programs: all XLA programs of this process by name, for the audit and for `memory_analysis`.
+      after: the shardings of the state after a step.
+      accumulator: the shardings of the gradients between microbatches.
+      layout: of the run.
+      schedule: which operations each stage runs, in order.
+      order: all stages' operations in one order, for a process with one dispatching thread.
+      transfer_order: the order in which the operations' results are sent between processes.
+      chunks: the programs of the chunks on this process's stages, by the chunk's index.
+      stages: the programs of this process's stages, by stage.
+      transfers: between neighbouring chunks, by (source, target).
+      decide: (step, loss_scale, batch's step, float [stages, 3]) -> (`UpdateDecision`, metrics).
+      finish: (float [stages, 2], metrics) -> `StepMetrics`.
+      microbatches: for each stage the indices of the microbatches, int32 [] each, on its devices.
+      executors: who dispatches.
+      trace: whether and where to record the operations' times.
     """
 
     programs: Mapping[str, Any]
@@ -75,44 +98,65 @@ class PipelineTrainStep:
     per_call: int = 1
 
     def __call__(self, state: TrainState, batch: Batch, resident: Resident) -> tuple[TrainState, StepMetrics]:
-        """Donates `state`. Asynchronous: the metrics are not there until they are read."""
+        """Makes one update. Does not wait for the devices.
+
+        Args:
+          state: is donated.
+          batch: of this update.
+          resident: the data set, if it lives on the devices.
+
+        Returns:
+          The new state, and the metrics.
+        """
         leaves, structure = jax.tree.flatten(state)
-        parts = {number: self._part(stage, leaves) for number, stage in self.stages.items()}
-        execution = StepExecution(self, parts, batch, resident)
+        states = {stage: self.state_of(stage, leaves) for stage in self.stages}
+        execution = StepExecution(self, states, batch, resident)
         measured = execution.run(self.executors if execution.events is None else self.trace.executors)
         if execution.events is not None:
             self.trace.write(execution.events)
-        everywhere = self.layout.sharding(P("stage"))
-        numbers = join(measured, (self.layout.stages, 3), everywhere)
+        sharding = self.layout.sharding(P("stage"))
+        numbers = join(measured, (self.layout.stages, 3), sharding)
         decision, metrics = self.decide(state.step, state.loss_scale, batch.step, numbers)
-        decisions = {s: on_stage(self.layout, s, decision) for s in self.stages}
-        done = self.executors.each(
-            {s: functools.partial(self._update, execution, s, decisions[s]) for s in self.stages}
+        decisions = {stage: on_stage(self.layout, stage, decision) for stage in self.stages}
+        updated = self.executors.run_all(
+            {stage: functools.partial(self._update, execution, stage, decisions[stage]) for stage in self.stages}
         )
-        norms = join([norm for _, norm in done], (self.layout.stages, 2), everywhere)
-        found = collections.defaultdict(list)
-        for stage, (part, _) in zip(self.stages.values(), done, strict=True):
-            for i, leaf in zip(stage.indices, jax.tree.leaves(part), strict=True):
-                found[i].append(leaf)
-        for i, own in found.items():
-            old, leaves[i] = leaves[i], own[0]
-            if old.sharding.mesh == self.layout.mesh:
-                leaves[i] = join(own, old.shape, old.sharding)
-        return structure.unflatten(leaves), self.finish(norms, metrics)
+        norms = join([stage_norms for _, stage_norms in updated], (self.layout.stages, 2), sharding)
+        after = self._joined(leaves, [stage_state for stage_state, _ in updated])
+        return structure.unflatten(after), self.finish(norms, metrics)
 
-    def _part(self, stage: StagePrograms, leaves: Sequence[jax.Array]) -> TrainState:
-        own = [leaves[i] for i in stage.indices]
-        return stage.structure.unflatten(on_stage(self.layout, stage.stage, own))
+    def state_of(self, stage: int, leaves: Sequence[jax.Array]) -> TrainState:
+        """The state of one stage, on its devices, from the leaves of the whole state."""
+        programs = self.stages[stage]
+        return programs.structure.unflatten(on_stage(self.layout, stage, [leaves[i] for i in programs.indices]))
 
     def _update(self, execution: StepExecution, stage: int, decision: UpdateDecision) -> tuple[TrainState, jax.Array]:
-        return self.stages[stage].update(execution.parts[stage], execution.sums_of(stage), decision)
+        return self.stages[stage].update(execution.states[stage], execution.sums_of(stage), decision)
+
+    def _joined(self, leaves: Sequence[jax.Array], states: Sequence[TrainState]) -> list[jax.Array]:
+        """The leaves of the whole state, those of this process's stages replaced by those of `states`."""
+        replacements = collections.defaultdict(list)
+        for programs, state in zip(self.stages.values(), states, strict=True):
+            for i, leaf in zip(programs.indices, jax.tree.leaves(state), strict=True):
+                replacements[i].append(leaf)
+        after = list(leaves)
+        for i, copies in replacements.items():
+            old, after[i] = leaves[i], copies[0]
+            if old.sharding.mesh == self.layout.mesh:  # every stage has it
+                after[i] = join(copies, old.shape, old.sharding)
+        return after
 
 
 @dataclasses.dataclass
 class Trace:
-    """Times each operation of one step, the `step`-th of this start (0: none), into a JSON file.
+    """Measures the time of each operation of one step, and writes the times to a JSON file.
 
-    That step waits for each operation, in a thread for each stage, also on an accelerator.
+    That step waits for each operation. It runs in a thread for each stage, also on an accelerator.
+
+    Attributes:
+      step: how many calls of `is_due` are left until that step; it is never due from 0 on.
+      path: of the JSON file.
+      executors: for that step.
     """
 
     step: int
@@ -120,29 +164,34 @@ class Trace:
     executors: StageExecutors
 
     def is_due(self) -> bool:
-        """To be called once a step."""
+        """Whether the coming step is to be measured. Must be called once a step."""
         self.step -= 1
         return self.step == 0
 
     def write(self, events: Sequence[Event]) -> None:
-        """Writes what this process saw; times are seconds since 1970."""
+        """Writes the operations of this process. Times are in seconds since 1970."""
         rows = [{**e.op._asdict(), "stage": e.stage, "start": e.start, "end": e.end} for e in events]
         atomic_write(self.path, json.dumps(rows) + "\n")
 
 
 class StepExecution:
-    """One step on its way: what each chunk holds, and what waits to be fetched.
+    """One step while it runs: what each chunk holds, and the activations and gradients between chunks.
 
-    Only its own stage's thread touches what a chunk holds; activations and cotangents pass as futures: `made` until a
-    transfer between processes takes them, `arrived` once they are where they are needed.
+    What a chunk holds is touched only by its stage's thread. Activations and gradients are futures: in `_made` until a transfer
+    between processes takes them, in `_arrived` once they are on the devices that need them.
+
+    Attributes:
+      step: whose programs run.
+      states: for each stage of this process, the state before the update.
+      events: the times of the operations, if they are to be measured; otherwise `None`.
     """
 
-    def __init__(self, step: PipelineTrainStep, parts: Mapping[int, TrainState], batch: Batch, resident: Resident):
-        self.step, self.parts = step, parts
+    def __init__(self, step: PipelineTrainStep, states: Mapping[int, TrainState], batch: Batch, resident: Resident):
+        self.step, self.states = step, states
         self._data = {stage: on_stage(step.layout, stage, (batch, resident)) for stage in step.stages}
         self._params: dict[int, PyTree] = {}
         self._stats: dict[int, PyTree] = {}
-        self._given: dict[int, dict[str, Any]] = {}
+        self._inputs: dict[int, dict[str, Any]] = {}
         self._sums: dict[int, GradientSums] = {}
         self._residuals: dict[tuple[int, int], tuple[Any, ...]] = {}
         ops = [op for ops in step.schedule.ops for op in ops]
@@ -151,7 +200,7 @@ class StepExecution:
         self.events: list[Event] | None = [] if step.trace.is_due() else None
 
     def run(self, executors: StageExecutors) -> list[jax.Array]:
-        """Runs the schedule from its first operation to the measurement of each stage."""
+        """Runs the whole schedule. Returns the result of `StagePrograms.measure` for each stage: float [1, 3]."""
         if not executors.threads:
             for stage in executors.stages:
                 self.begin(stage)
@@ -171,8 +220,8 @@ class StepExecution:
         def work(stage: int) -> jax.Array:
             self.begin(stage)
             for op in self.step.schedule.ops[stage]:
-                # One operation of a stage at a time: XLA:CPU has few threads, and programs that hold them while they
-                # wait for another process would keep those from running that it waits for.
+                # A stage runs one operation at a time. XLA:CPU has few threads: programs that wait for another process
+                # could hold all of them, and the programs that this process waits for would never run.
                 jax.block_until_ready(self.do(op))
             return self.end(stage)
 
@@ -181,42 +230,46 @@ class StepExecution:
                 self.transfer(op)
 
         futures = [executors.submit(stage, guarded, work, stage) for stage in executors.stages]
-        futures.append(executors.submit("transfers", guarded, transfer_all))
+        futures.append(executors.submit(TRANSFERS, guarded, transfer_all))
         return [future.result() for future in futures][:-1]
 
     def begin(self, stage: int) -> None:
-        """Makes the parameters of a stage ready, and its accumulators zero."""
-        state = self.parts[stage]
+        """Prepares the parameters of a stage's chunks, and sets their accumulators to zero."""
+        state = self.states[stage]
         batch, resident = self._data[stage]
-        for k, each in self.step.chunks.items():
-            part = each.chunk
-            if part.stage != stage:
+        for k, programs in self.step.chunks.items():
+            chunk = programs.chunk
+            if chunk.stage != stage:
                 continue
-            params, self._stats[k] = weights_of(part, state.params, state.batch_stats)
-            self._params[k] = each.prepare(params) if each.prepare else params
-            self._given[k] = given_to(part, state, batch, resident, ())
-            self._sums[k] = each.zeros()
+            params, self._stats[k] = weights_of(chunk, state.params, state.batch_stats)
+            self._params[k] = programs.prepare(params) if programs.prepare else params
+            self._inputs[k] = chunk_inputs(chunk, state, batch, resident, ())
+            self._sums[k] = programs.zeros()
 
     def do(self, op: Op) -> Any:
-        """Dispatches one operation, once what it needs has been dispatched; returns what it makes."""
-        each = self.step.chunks[op.chunk]
-        part, k = each.chunk, op.chunk
-        given = self._given[k] | {"index": self.step.microbatches[part.stage][op.microbatch]}
-        needs_none = part.first if op.kind == "F" else part.last
+        """Waits until the operations that `op` needs are dispatched, and dispatches it.
+
+        Returns:
+          The chunk's accumulators and the operation's result: an activation or a gradient.
+        """
+        programs, k = self.step.chunks[op.chunk], op.chunk
+        chunk = programs.chunk
+        inputs = self._inputs[k] | {"index": self.step.microbatches[chunk.stage][op.microbatch]}
+        needs_none = chunk.first if op.kind == "F" else chunk.last
         before = op.chunk - 1 if op.kind == "F" else op.chunk + 1
         arrived = () if needs_none else take(self._arrived, Op(op.kind, before, op.microbatch))
         began = time.time()
         if op.kind == "F":
-            result, aux, residuals = each.forward(self._params[k], self._stats[k], arrived, given)
+            result, aux, residuals = programs.forward(self._params[k], self._stats[k], arrived, inputs)
             self._residuals[k, op.microbatch] = (residuals, result, aux, arrived)
         else:
             residuals, output, aux, x = self._residuals.pop((k, op.microbatch))
-            self._sums[k], result = each.backward(
-                self._sums[k], arrived, residuals, output, aux, self._params[k], self._stats[k], x, given
+            self._sums[k], result = programs.backward(
+                self._sums[k], arrived, residuals, output, aux, self._params[k], self._stats[k], x, inputs
             )
         if self.events is not None:
             jax.block_until_ready((self._sums[k], result))
-            self.events.append(Event(op, part.stage, began, time.time()))
+            self.events.append(Event(op, chunk.stage, began, time.time()))
         self._send(op, result)
         return self._sums[k], result
 
@@ -230,7 +283,7 @@ class StepExecution:
             self._arrived[op].set_result(transfer.copy(array))
 
     def transfer(self, op: Op) -> None:
-        """This process's part in bringing what `op` made to another process; all take part in the same order."""
+        """Sends the result of `op` to another process, if it must go there. All processes call this in the same order."""
         transfer = self.step.transfers.get(edge(op))
         if transfer is None or not (transfer.crosses and transfer.joins):
             return
@@ -240,115 +293,203 @@ class StepExecution:
             self._arrived[op].set_result(array)
 
     def end(self, stage: int) -> jax.Array:
-        """What the update needs to know of a stage."""
-        return self.step.stages[stage].measure(self.parts[stage], self.sums_of(stage))
+        """float [1, 3]: what the decision on the update needs to know of a stage."""
+        return self.step.stages[stage].measure(self.states[stage], self.sums_of(stage))
 
     def sums_of(self, stage: int) -> tuple[GradientSums, ...]:
         """The accumulators of a stage's chunks."""
-        return tuple(self._sums[k] for k, each in self.step.chunks.items() if each.chunk.stage == stage)
+        return tuple(self._sums[k] for k, programs in self.step.chunks.items() if programs.chunk.stage == stage)
 
     def fail(self, error: BaseException) -> None:
-        """Tells whoever still waits for a message."""
+        """Raises `error` in every thread that waits for an activation or a gradient."""
         for future in [*self._made.values(), *self._arrived.values()]:
             with contextlib.suppress(concurrent.futures.InvalidStateError):
                 future.set_exception(error)
 
 
-def take(mailbox: dict[Op, concurrent.futures.Future[Any]], op: Op) -> Any:
-    """Waits for a message and forgets it: an activation lives no longer than it is needed."""
-    value = mailbox[op].result()
-    del mailbox[op]
+def take(futures: dict[Op, concurrent.futures.Future[Any]], op: Op) -> Any:
+    """Waits for the result of `op` and removes it, so that an activation lives no longer than it is needed."""
+    value = futures[op].result()
+    del futures[op]
     return value
+
+
+# ----------------------------------------------------------------------------------------------------------- compiling
+
+
+@dataclasses.dataclass(frozen=True)
+class StageShapes:
+    """What each stage has of the state, the batch and the data set, as shapes with shardings.
+
+    Attributes:
+      layout: of the run.
+      whole: the whole state.
+      states: for each stage, its part of the state, on its devices.
+      indices: for each stage, which leaves of the whole state these are.
+      batch: the global batch.
+      resident: the data set.
+    """
+
+    layout: Layout
+    whole: TrainState
+    states: tuple[TrainState, ...]
+    indices: tuple[tuple[int, ...], ...]
+    batch: Batch
+    resident: Resident
+
+    @classmethod
+    def of(
+        cls, layout: Layout, chunks: Sequence[ModelChunk], state: TrainState, batch: Batch, resident: Resident
+    ) -> StageShapes:
+        """The shapes of `state`, `batch` and `resident`, and of their parts on each stage."""
+        state, batch, resident = shapes_of((state, batch, resident))
+        leaves, structure = jax.tree.flatten(state)
+        numbered, every = structure.unflatten(range(len(leaves))), frozenset(layout.stage_of)
+        states, indices = [], []
+        for stage in range(layout.stages):
+            names = [name for chunk in chunks if chunk.stage == stage for name in chunk.names]
+            states.append(shapes_on_stage(on_layers(state, names, every), layout, stage))
+            indices.append(tuple(jax.tree.leaves(on_layers(numbered, names, every))))
+        return cls(layout, state, tuple(states), tuple(indices), batch, resident)
+
+    def inputs_of(self, chunk: ModelChunk) -> dict[str, Any]:
+        """The shapes of the `inputs` of `forward`, for one chunk."""
+        batch, resident = shapes_on_stage((self.batch, self.resident), self.layout, chunk.stage)
+        index = jax.ShapeDtypeStruct((), np.int32, sharding=self.layout.sharding(P(), chunk.stage))
+        return chunk_inputs(chunk, self.states[chunk.stage], batch, resident, index)
+
+    def run_chunk(self, task: Task, chunk: ModelChunk, x: Any) -> jax.ShapeDtypeStruct:
+        """The shape of what a chunk makes of an activation of shape `x`."""
+        state = self.states[chunk.stage]
+        weights = weights_of(chunk, state.params, state.batch_stats)
+        function = functools.partial(forward, task, self.layout.on_stage(chunk.stage), chunk)
+        return jax.eval_shape(function, *weights, x, self.inputs_of(chunk))[0]
+
+    def after(self, stages: Sequence[StagePrograms]) -> TrainState:
+        """The shardings of the state after an update by the programs of `stages`.
+
+        What every stage has is joined with its old sharding. How other processes' programs leave their stages' leaves is not
+        known here; they are assumed to be where the layout places them.
+        """
+        leaves, structure = jax.tree.flatten(self.whole)
+        shardings = {i: sharding for programs in stages for i, sharding in programs.after.items()}
+        return structure.unflatten(
+            [
+                leaf.sharding if leaf.sharding.mesh == self.layout.mesh else shardings.get(i, leaf.sharding)
+                for i, leaf in enumerate(leaves)
+            ]
+        )
+
+    def accumulator(self, chunks: Sequence[ChunkPrograms]) -> PyTree:
+        """The shardings of the gradients between microbatches: those of the programs of `chunks`, else the layout's."""
+        shardings: dict[str, Any] = {}
+        for stage, state in enumerate(self.states):
+            shardings |= like_params(self.layout.on_stage(stage), "gradients", state.params)
+        for programs in chunks:
+            shardings |= programs.zeros.output_shardings.gradients
+        return shardings
 
 
 def make_pipeline_train_step(
     task: Task, layout: Layout, state: TrainState, batch: Batch, resident: Resident, trace: Path
 ) -> PipelineTrainStep:
-    """Compiles all stages' programs, in parallel; `state`, `batch` and `resident` as for `step.train_step.make_train_step`.
+    """Compiles the programs of this process's stages, in parallel threads.
 
-    trace: the file for `layout.trace_step`.
+    Args:
+      task: what to compute.
+      layout: of the state and the batch; with several stages.
+      state: arrays or shapes with shardings.
+      batch: a global batch, or its shapes with shardings.
+      resident: the data set, if it lives on the devices.
+      trace: the file for `layout.trace_step`.
     """
-    config, stages, here = layout.config, range(layout.stages), local_stages(layout)
+    config, local = layout.config, local_stages(layout)
     schedule = schedules.make_pipeline_schedule(config.schedule, config.stages, config.microbatches, config.chunks)
-    chunks, every = chunks_of(layout), frozenset(layout.stage_of)
-    state, data = shapes_of(state), shapes_of((batch, resident))
-    leaves, structure = jax.tree.flatten(state)
-    numbered = structure.unflatten(range(len(leaves)))
-    names = [[name for part in chunks if part.stage == s for name in part.names] for s in stages]
-    indices = [on_layers(numbered, names[s], every) for s in stages]
-    parts = [shapes_on_stage(on_layers(state, names[s], every), layout, s) for s in stages]
-    shared = frozenset(i for i, leaf in enumerate(leaves) if leaf.sharding.mesh == layout.mesh)
-    scalar = jax.ShapeDtypeStruct((), np.int32)
-
-    def number(i: int, stage: int) -> jax.Array:
-        return jax.make_array_from_callback((), layout.sharding(P(), stage), lambda _: np.int32(i), dtype=np.int32)
-
-    numbers = {s: tuple(number(i, s) for i in range(config.microbatches)) for s in here}
-
-    def given(part: ModelChunk) -> dict[str, Any]:
-        batch, resident = shapes_on_stage(data, layout, part.stage)
-        return given_to(part, parts[part.stage], batch, resident, placed(scalar, layout.sharding(P(), part.stage)))
-
-    inputs = activations(task, layout, chunks, parts, given)
-    own_chunks = [part for part in chunks if part.stage in here]
-    compiled = compile_together(
-        [compile_chunk(task, layout, p, parts[p.stage], inputs[p.index], given(p)) for p in own_chunks]
-    )
-    steps = {step.chunk.index: step for step, _ in compiled}
-    transfers = make_transfers(layout, chunks, inputs, back=True)
-    everywhere = layout.sharding()
-    numbers_of_all = jax.ShapeDtypeStruct((layout.stages, 3), task.sums_dtype, sharding=layout.sharding(P("stage")))
-    deciding, asked = functools.partial(_decide, task), (state.step, state.loss_scale, data[0].step, numbers_of_all)
-    decided = jax.jit(deciding, out_shardings=everywhere).lower(*asked).compile()
-    decision, metrics = outputs_of(decided, jax.eval_shape(deciding, *asked))
-    sums = {s: tuple(each.sums for each in steps.values() if each.chunk.stage == s) for s in here}
-    updates = compile_together(
+    chunks = chunks_of(layout)
+    shapes = StageShapes.of(layout, chunks, state, batch, resident)
+    activations = activation_shapes(layout, chunks, functools.partial(shapes.run_chunk, task))
+    chunk_programs = compile_together(
         [
-            compile_stage(task, layout, s, indices[s], shared, parts[s], shapes_on_stage(decision, layout, s), sums[s])
-            for s in here
+            compile_chunk(
+                task, layout, chunk, shapes.states[chunk.stage], activations[chunk.index], shapes.inputs_of(chunk)
+            )
+            for chunk in chunks
+            if chunk.stage in local
         ]
     )
-    norms = jax.ShapeDtypeStruct((layout.stages, 2), task.sums_dtype, sharding=layout.sharding(P("stage")))
-    finish = jax.jit(_finish, out_shardings=everywhere).lower(norms, metrics).compile()
-    programs = {"decide": decided, "finish": finish}
-    for _, more in (*compiled, *updates):
-        programs |= more
-    accumulators: dict[str, Any] = {}
-    for s, part in enumerate(parts):
-        accumulators |= like_params(layout.on_stage(s), "gradients", part.params)
-    for each in steps.values():
-        accumulators |= each.zeros.output_shardings.gradients
-    # Of what lies in other processes the update is not known here: it lies as it should.
-    own = {i: where for step, _ in updates for i, where in step.after.items()}
-    after = [own.get(i, leaf.sharding) for i, leaf in enumerate(leaves)]
+    decide, finish, decision = _compile_decision(task, shapes)
+    stage_programs = _compile_stages(task, shapes, local, chunk_programs, decision)
+    programs = {"decide": decide, "finish": finish}
+    for compiled in (*chunk_programs, *stage_programs):
+        programs |= compiled.named
     return PipelineTrainStep(
         programs=programs,
-        after=structure.unflatten(after),
-        accumulator=accumulators,
+        after=shapes.after(stage_programs),
+        accumulator=shapes.accumulator(chunk_programs),
         layout=layout,
         schedule=schedule,
         order=schedules.total_order(schedule),
         transfer_order=schedules.transfer_order(schedule),
-        chunks=steps,
-        stages={step.stage: step for step, _ in updates},
-        transfers=transfers,
-        decide=decided,
+        chunks={compiled.chunk.index: compiled for compiled in chunk_programs},
+        stages={compiled.stage: compiled for compiled in stage_programs},
+        transfers=make_transfers(layout, chunks, activations, back=True),
+        decide=decide,
         finish=finish,
-        microbatches=numbers,
+        microbatches={stage: _microbatch_indices(layout, stage) for stage in local},
         executors=make_executors(layout),
-        trace=Trace(config.trace_step, trace, StageExecutors(here, threads=config.trace_step > 0)),
+        trace=Trace(config.trace_step, trace, StageExecutors(local, threads=config.trace_step > 0)),
     )
+
+
+def _compile_stages(
+    task: Task, shapes: StageShapes, stages: Sequence[int], chunks: Sequence[ChunkPrograms], decision: UpdateDecision
+) -> list[StagePrograms]:
+    """The programs of the stages' updates. decision: shapes."""
+    makers = []
+    for stage in stages:
+        sums = tuple(programs.sums for programs in chunks if programs.chunk.stage == stage)
+        on_its_devices = shapes_on_stage(decision, shapes.layout, stage)
+        indices, state = shapes.indices[stage], shapes.states[stage]
+        makers.append(compile_stage(task, shapes.layout, stage, indices, state, on_its_devices, sums))
+    return compile_together(makers)
+
+
+def _compile_decision(task: Task, shapes: StageShapes) -> tuple[Any, Any, UpdateDecision]:
+    """The programs `decide` and `finish`, which run on all devices, and the shapes of the decision."""
+    layout, state = shapes.layout, shapes.whole
+    row = functools.partial(jax.ShapeDtypeStruct, dtype=task.sums_dtype, sharding=layout.sharding(P("stage")))
+    arguments = (state.step, state.loss_scale, shapes.batch.step, row((layout.stages, 3)))
+    function = functools.partial(_decide, task)
+    decide = jax.jit(function, out_shardings=layout.sharding()).lower(*arguments).compile()
+    decision, metrics = outputs_of(decide, jax.eval_shape(function, *arguments))
+    finish = jax.jit(_finish, out_shardings=layout.sharding()).lower(row((layout.stages, 2)), metrics).compile()
+    return decide, finish, decision
+
+
+def _microbatch_indices(layout: Layout, stage: int) -> tuple[jax.Array, ...]:
+    """int32 [] each, on the devices of `stage`."""
+
+    def on_devices(index: int) -> jax.Array:
+        sharding = layout.sharding(P(), stage)
+        return jax.make_array_from_callback((), sharding, lambda _: np.int32(index), dtype=np.int32)
+
+    return tuple(on_devices(index) for index in range(layout.config.microbatches))
 
 
 def _decide(
     task: Task, step: jax.Array, loss_scale: PyTree, batch_step: jax.Array, numbers: jax.Array
 ) -> tuple[UpdateDecision, dict[str, Any]]:
+    """Whether the update is accepted, and the step's metrics.
+
+    numbers: float [stages, 3], each stage's loss, correct answers, and squared norm of the gradients.
+    """
     loss, correct, gradients = jnp.sum(numbers, 0)
     decision = decide_update(step, loss_scale, batch_step, loss, jnp.sqrt(gradients), skips=task.skips)
-    later = jnp.zeros((), numbers.dtype)  # `_finish` knows the norms
-    return decision, step_metrics(task, step, loss_scale, decision, loss, correct, later, later)
+    unknown = jnp.zeros((), numbers.dtype)  # `_finish` fills in the norms
+    return decision, step_metrics(task, step, loss_scale, decision, loss, correct, unknown, unknown)
 
 
 def _finish(squares: jax.Array, metrics: dict[str, Any]) -> StepMetrics:
+    """`metrics` with the norms. squares: float [stages, 2], each stage's squared norms of the parameters and the update."""
     params, updates = jnp.sqrt(jnp.sum(squares, 0))
     return stack_metrics(metrics | {"param_norm": params, "update_norm": updates})

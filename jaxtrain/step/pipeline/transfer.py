@@ -1,4 +1,4 @@
-"""Activations and cotangents on their way between stages, within a process or between processes."""
+"""How activations and their gradients get from one stage to another, within a process or between processes."""
 
 from __future__ import annotations
 
@@ -19,18 +19,32 @@ from jaxtrain.step.pipeline.schedule import Op
 
 
 class StageTransfer:
-    """How activations get from one stage's devices to another's.
+    """Moves arrays from one stage's devices to another's.
 
-    Where both stages touch the same processes, each shard is copied to its counterpart. Otherwise the two stages' buffers are
-    taken for the halves of one array, and a program that both run moves the first half (`ppermute`; NCCL or gloo).
+    If each device and its counterpart belong to the same process, each shard is copied (`copy`). Otherwise the two stages'
+    buffers are the halves of one array, and a program that both stages run moves the first half (`exchange`: `ppermute` with
+    NCCL or gloo).
+
+    Attributes:
+      sharding: of the arrays on the target stage.
+      crosses: whether arrays go from one process to another.
+      joins: whether this process has devices of either stage. If not, it takes no part.
     """
 
     def __init__(self, layout: Layout, source: int, target: int, shape: jax.ShapeDtypeStruct):
+        """A transfer between two stages.
+
+        Args:
+          layout: of the run.
+          source: the stage that has the arrays.
+          target: the stage that needs them.
+          shape: of an array, [B/M, ...], and its dtype.
+        """
         self.sharding = layout.sharding(layout.examples.spec, target)
-        here, there = (layout.on_stage(stage).mesh.devices.ravel().tolist() for stage in (source, target))
-        self._counterpart = dict(zip(here, there, strict=True))
+        sources, targets = (layout.on_stage(stage).mesh.devices.ravel().tolist() for stage in (source, target))
+        self._counterpart = dict(zip(sources, targets, strict=True))
         self.crosses = any(a.process_index != b.process_index for a, b in self._counterpart.items())
-        self.joins = any(d.process_index == jax.process_index() for d in (*here, *there))
+        self.joins = any(d.process_index == jax.process_index() for d in (*sources, *targets))
         self._program: Any = None
         if not (self.crosses and self.joins):
             return
@@ -45,11 +59,11 @@ class StageTransfer:
         both = jax.ShapeDtypeStruct(self._both, shape.dtype, sharding=halves)
         self._halves, self._program = halves, jax.jit(shift, out_shardings=halves).lower(both).compile()
         blank = np.zeros(self.sharding.shard_shape(shape.shape), shape.dtype)
-        mine = [d for d in there if d.process_index == jax.process_index()]
-        self._blank = jax.device_put([blank] * len(mine), mine)
+        local_targets = [d for d in targets if d.process_index == jax.process_index()]
+        self._blank = jax.device_put([blank] * len(local_targets), local_targets)
 
     def copy(self, array: jax.Array) -> jax.Array:
-        """`array` on the target's devices, in the same processes."""
+        """`array` [B/M, ...] on the target's devices; only if the transfer does not cross processes."""
         if array.is_fully_addressable:
             return jax.device_put(array, self.sharding)
         shards = array.addressable_shards
@@ -57,12 +71,18 @@ class StageTransfer:
         return jax.make_array_from_single_device_arrays(array.shape, self.sharding, moved)
 
     def exchange(self, array: jax.Array | None) -> jax.Array | None:
-        """`array` from the source's processes (elsewhere `None`) on the target's (elsewhere `None`). A collective."""
-        own = [shard.data for shard in array.addressable_shards] if array is not None else []
-        whole = jax.make_array_from_single_device_arrays(self._both, self._halves, own + self._blank)
-        arrived = self._program(whole)
-        there = self.sharding.device_set
-        shards = [shard.data for shard in arrived.addressable_shards if shard.device in there]
+        """Sends an array to another process. A collective: every process that `joins` must call it, in the same order.
+
+        Args:
+          array: [B/M, ...], in a process that has devices of the source; otherwise `None`.
+
+        Returns:
+          The array on the target's devices, in a process that has some of them; otherwise `None`.
+        """
+        outgoing = [shard.data for shard in array.addressable_shards] if array is not None else []
+        both = jax.make_array_from_single_device_arrays(self._both, self._halves, outgoing + self._blank)
+        arrived = self._program(both)
+        shards = [shard.data for shard in arrived.addressable_shards if shard.device in self.sharding.device_set]
         if not shards:
             return None
         shape = (self._both[0] // 2, *self._both[1:])
@@ -70,18 +90,25 @@ class StageTransfer:
 
 
 def edge(op: Op) -> tuple[int, int]:
-    """From which chunk to which the result of `op` goes."""
+    """(source, target): from which chunk to which chunk the result of `op` goes."""
     return op.chunk, op.chunk + (1 if op.kind == "F" else -1)
 
 
 def make_transfers(
-    layout: Layout, chunks: Sequence[ModelChunk], inputs: Sequence[Any], *, back: bool
-) -> dict[Any, StageTransfer]:
-    """A transfer for each edge between chunks, forward and, with `back`, backward. inputs: what comes into each chunk."""
+    layout: Layout, chunks: Sequence[ModelChunk], activations: Sequence[Any], *, back: bool
+) -> dict[tuple[int, int], StageTransfer]:
+    """The transfers between neighbouring chunks, by (source, target).
+
+    Args:
+      layout: of the run.
+      chunks: of the model, in order.
+      activations: the shape of what comes into each chunk.
+      back: whether gradients go back too.
+    """
     transfers: dict[tuple[int, int], StageTransfer] = {}
     for before, after in itertools.pairwise(chunks):
         for source, target in ((before, after), (after, before))[: 2 if back else 1]:
             transfers[source.index, target.index] = StageTransfer(
-                layout, source.stage, target.stage, inputs[after.index]
+                layout, source.stage, target.stage, activations[after.index]
             )
     return transfers
