@@ -138,7 +138,10 @@ def test_total_order_is_by_start_then_stage():
 
 
 def test_total_order_is_the_same_in_every_process():
-    code = "from jaxtrain.step.pipeline.schedule import *; print(total_order(make_pipeline_schedule('interleaved_1f1b', 3, 6, 2)))"
+    code = (
+        "from jaxtrain.step.pipeline.schedule import make_pipeline_schedule, total_order; "
+        "print(total_order(make_pipeline_schedule('interleaved_1f1b', 3, 6, 2)))"
+    )
     here = str(total_order(make_pipeline_schedule("interleaved_1f1b", 3, 6, 2)))
     for seed in ("1", "2"):
         env = {"PYTHONHASHSEED": seed, "PYTHONPATH": ":".join(sys.path)}

@@ -1,8 +1,8 @@
-"""Cuts a model's layers into the contiguous chunks that pipeline stages hold, so that no stage waits long for another.
+"""Partitions a model's layers into the contiguous chunks of the pipeline stages, so that all stages cost about the same.
 
-Chunk k of V = stages x chunks lies on stage k % stages. What a layer costs is measured on the layer itself: the floating
-point operations of its forward and backward pass as XLA counts them, the bytes that it must move at least, the bytes that
-it keeps for the backward pass, or, when asked, its time.
+Chunk k of V = stages x chunks lives on stage k % stages. The cost of a layer is measured on the layer itself: the floating point
+operations of its forward and backward pass as XLA counts them, the bytes that it must move at least, the bytes that it stores for
+the backward pass, or, for `balance="time"`, the seconds that it takes.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from jaxtrain.errors import ConfigError
 from jaxtrain.host.backend import on_cpu
 from jaxtrain.trees import PyTree
 
-# How many operations a device does in the time that it moves a byte: an accelerator (H100, bf16: 990 TFLOP/s, 3.35 TB/s),
-# and a core of a CPU.
+# Floating point operations in the time that moving one byte takes: on an accelerator (H100, bf16: 990 TFLOP/s, 3.35 TB/s), and on
+# a core of a CPU.
 FLOPS_PER_BYTE = 300
 CPU_FLOPS_PER_BYTE = 10
 
-# Bytes that a stage keeps for a byte of parameters: itself, its gradient, and two moments.
+# Bytes on a stage for each byte of parameters: the parameter, its gradient, and two moments of the optimizer.
 _STATE_FACTOR = 4
 
 
@@ -37,8 +37,15 @@ _STATE_FACTOR = 4
 class LayerCost:
     """What one layer costs for one microbatch on one device.
 
-    parameters: their number. flops: forward and backward. moved: bytes, at least: parameters, input and output, forward
-    and backward. kept: bytes for the backward pass. output: bytes of its output. seconds: measured, or 0.
+    Attributes:
+      name: of the layer.
+      parameters: how many.
+      parameter_bytes: their bytes.
+      flops: floating point operations, forward and backward.
+      moved: bytes that it must move at least: parameters, input and output, forward and backward.
+      residuals: bytes that it stores for the backward pass.
+      output: bytes of its output.
+      seconds: forward and backward; 0 if not measured.
     """
 
     name: str
@@ -46,22 +53,27 @@ class LayerCost:
     parameter_bytes: int
     flops: float
     moved: int
-    kept: int
+    residuals: int
     output: int
     seconds: float = 0.0
 
     @property
     def cost(self) -> float:
-        """In operations: whichever takes longer, computing or moving (the roofline; Williams 2009)."""
+        """In floating point operations: computing or moving, whichever takes longer (the roofline model; Williams 2009)."""
         per_byte = CPU_FLOPS_PER_BYTE if on_cpu(jax.devices()) else FLOPS_PER_BYTE
         return max(self.flops, float(self.moved) * per_byte)
 
 
 @dataclasses.dataclass(frozen=True)
 class Partition:
-    """Which layers each chunk has. ends: the first layer behind each chunk. costs: of every layer.
+    """Which layers each chunk has.
 
-    weights: of each chunk, in the unit of `balance` (operations, bytes or seconds).
+    Attributes:
+      stages: how many.
+      ends: for each chunk, the number of its last layer plus one.
+      costs: of every layer.
+      balance: `layout.balance`, what was balanced.
+      weights: of each chunk, in the unit of `balance` (operations, bytes or seconds).
     """
 
     stages: int
@@ -73,7 +85,7 @@ class Partition:
     @property
     def chunks(self) -> tuple[range, ...]:
         """The layers of each chunk."""
-        return tuple(range(begin, end) for begin, end in zip((0, *self.ends), self.ends, strict=False))
+        return _ranges(self.ends)
 
     @property
     def stage_of(self) -> dict[str, int]:
@@ -81,21 +93,21 @@ class Partition:
         return {self.costs[i].name: k % self.stages for k, layers in enumerate(self.chunks) for i in layers}
 
     def describe(self) -> list[str]:
-        """A line for each stage, and one on how even they are."""
+        """A line for each stage, and one on how much their costs differ."""
         total, lines, shares = sum(self.weights), [], []
         for stage in range(self.stages):
-            own = [layers for k, layers in enumerate(self.chunks) if k % self.stages == stage]
-            costs = [self.costs[i] for layers in own for i in layers]
+            chunks = [layers for k, layers in enumerate(self.chunks) if k % self.stages == stage]
+            costs = [self.costs[i] for layers in chunks for i in layers]
             names = ", ".join(
-                self.costs[s[0]].name + (f"-{self.costs[s[-1]].name.removeprefix('layers_')}" if len(s) > 1 else "")
-                for s in own
+                self.costs[c[0]].name + (f"-{self.costs[c[-1]].name.removeprefix('layers_')}" if len(c) > 1 else "")
+                for c in chunks
             )
             shares.append(sum(self.weights[stage :: self.stages]) / total)
-            handed = sum(self.costs[layers[-1]].output for layers in own if layers[-1] + 1 < len(self.costs))
+            sent = sum(self.costs[layers[-1]].output for layers in chunks if layers[-1] + 1 < len(self.costs))
             lines.append(
                 f"stage {stage}: {names}, {sum(c.parameters for c in costs):,} parameters, "
                 f"{sum(c.flops for c in costs) / 1e9:.3g} GFLOP a microbatch and device, "
-                f"hands on {handed / 2**20:.3g} MiB, {shares[-1]:.0%} of the {self.balance}"
+                f"hands on {sent / 2**20:.3g} MiB, {shares[-1]:.0%} of the {self.balance}"
             )
         lines.append(
             f"imbalance: the most expensive stage has {max(shares) * self.stages:.2f} times the average {self.balance}"
@@ -104,7 +116,7 @@ class Partition:
 
 
 def check_counts(config: LayoutConfig, layers: int) -> None:
-    """Raises `ConfigError` for more chunks than layers, or boundaries that are not between layers."""
+    """Raises `ConfigError` if there are more chunks than layers, or if `layout.boundaries` does not fit `layers` layers."""
     chunks = config.stages * config.chunks
     if config.schedule == "interleaved_1f1b" and config.chunks == 1:
         raise ConfigError(
@@ -128,33 +140,54 @@ def check_counts(config: LayoutConfig, layers: int) -> None:
 
 
 def make_partition(config: LayoutConfig, costs: Sequence[LayerCost], in_flight: Sequence[int]) -> Partition:
-    """Cuts the layers as `config` says: by hand, or such that the most expensive chunk costs as little as it can.
+    """Cuts the layers at `layout.boundaries`, or else such that the most expensive chunk costs as little as possible.
 
-    in_flight: for each stage, how many microbatches it keeps at once; for `balance="memory"`.
+    Args:
+      config: the section `layout`.
+      costs: of every layer.
+      in_flight: for each stage, how many microbatches' activations it stores at the same time; for `balance="memory"`.
+
+    Raises:
+      ConfigError: see `check_counts`.
     """
     check_counts(config, len(costs))
 
     def weight(k: int, layers: range) -> float:
-        own = [costs[i] for i in layers]
+        """The cost of `layers` as chunk k, in the unit of `balance`."""
+        chunk = [costs[i] for i in layers]
         if config.balance == "time":
-            return sum(c.seconds for c in own)
+            return sum(layer.seconds for layer in chunk)
         if config.balance == "memory":
-            kept = sum(c.kept for c in own) * in_flight[k % config.stages]
-            return float(sum(c.parameter_bytes for c in own) * _STATE_FACTOR + kept)
-        return sum(c.cost for c in own)
+            residuals = sum(layer.residuals for layer in chunk) * in_flight[k % config.stages]
+            return float(sum(layer.parameter_bytes for layer in chunk) * _STATE_FACTOR + residuals)
+        return sum(layer.cost for layer in chunk)
 
     if config.boundaries:
         ends = (*config.boundaries, len(costs))
     else:
         ends = balanced_ends(len(costs), config.stages * config.chunks, weight)
-    weights = tuple(weight(k, range(*span)) for k, span in enumerate(zip((0, *ends), ends, strict=False)))
+    weights = tuple(weight(k, layers) for k, layers in enumerate(_ranges(ends)))
     return Partition(config.stages, ends, tuple(costs), config.balance, weights)
 
 
-def balanced_ends(layers: int, chunks: int, cost: Callable[[int, range], float]) -> tuple[int, ...]:
-    """The ends of `chunks` contiguous, non-empty chunks of `layers` whose most expensive is cheapest; then the most even ones.
+def _ranges(ends: Sequence[int]) -> tuple[range, ...]:
+    """The layers of each chunk, from the chunks' ends."""
+    return tuple(range(begin, end) for begin, end in zip((0, *ends), ends, strict=False))
 
-    cost: of the layers as chunk k. Dynamic programming over (chunk, end), O(chunks x layers^2).
+
+def balanced_ends(layers: int, chunks: int, cost: Callable[[int, range], float]) -> tuple[int, ...]:
+    """Cuts layers into contiguous, non-empty chunks such that the most expensive chunk costs as little as possible.
+
+    Of several such cuts, the one with the smallest sum of squared costs. Dynamic programming over (chunk, end),
+    O(chunks x layers^2).
+
+    Args:
+      layers: how many.
+      chunks: how many.
+      cost: (k, layers) -> the cost of these layers as chunk k.
+
+    Returns:
+      For each chunk, the number of its last layer plus one.
     """
 
     @functools.cache
@@ -163,12 +196,12 @@ def balanced_ends(layers: int, chunks: int, cost: Callable[[int, range], float])
         if k == 0:
             first = cost(0, range(end))
             return first, first**2, (end,)
-        found = []
+        cuts = []
         for begin in range(k, end):
             largest, squares, ends = best(k - 1, begin)
-            own = cost(k, range(begin, end))
-            found.append((max(largest, own), squares + own**2, (*ends, end)))
-        return min(found)
+            last = cost(k, range(begin, end))
+            cuts.append((max(largest, last), squares + last**2, (*ends, end)))
+        return min(cuts)
 
     return best(chunks - 1, layers)[2]
 
@@ -178,10 +211,16 @@ def balanced_ends(layers: int, chunks: int, cost: Callable[[int, range], float])
 
 @dataclasses.dataclass(frozen=True)
 class LayerCall:
-    """One layer as a function `(params, x) -> y` with the shapes of its arguments.
+    """One layer as a function, with the shapes of its arguments.
 
-    key: equal for layers that cost the same. first: whether x are the images, whose gradient nobody needs. share: how much
-    of x a device has of a microbatch, at most 1.
+    Attributes:
+      name: of the layer.
+      function: (params, x) -> y.
+      params: shapes.
+      x: the shape of the input, [B, ...].
+      key: equal for layers that cost the same.
+      first: whether x are the images, which need no gradient.
+      share: the costs are those of x times this; below 1 if x has more examples than a device has of a microbatch.
     """
 
     name: str
@@ -194,7 +233,10 @@ class LayerCall:
 
 
 def measure(calls: Sequence[LayerCall], *, timed: bool) -> list[LayerCost]:
-    """The cost of each layer. Lowers each kind of layer once; with `timed` also compiles and runs it, on process 0."""
+    """The cost of each layer. Layers with the same key are measured once.
+
+    With `timed`, process 0 also compiles and runs the layers, and tells the other processes. That is a collective.
+    """
     known: dict[tuple[Hashable, bool], LayerCost] = {}
     for call in calls:
         if (call.key, call.first) not in known:
@@ -214,8 +256,8 @@ def _measure(call: LayerCall, *, timed: bool) -> LayerCost:
 
     # The cotangent is an argument: XLA would make sums of its products with a constant.
     def both(params: PyTree, x: jax.Array, cotangent: jax.Array) -> PyTree:
-        y, pullback = forward(params, x)
-        return y, pullback(cotangent)
+        y, vjp = forward(params, x)
+        return y, vjp(cotangent)
 
     # Counted before XLA optimizes: on a CPU a convolution becomes a call whose operations are not counted.
     y = jax.eval_shape(call.function, call.params, call.x)
@@ -226,10 +268,10 @@ def _measure(call: LayerCall, *, timed: bool) -> LayerCost:
     weights, leaves = _nbytes(call.params), jax.tree.leaves(call.params)
     output = round(_nbytes(y) * call.share)
     moved = 3 * (weights + round(_nbytes(call.x) * call.share) + output)
-    kept = round(max(_nbytes(residuals) - weights, 0) * call.share)
+    residual_bytes = round(max(_nbytes(residuals) - weights, 0) * call.share)
     seconds = _seconds(forward, shapes) if timed and jax.process_index() == 0 else 0.0
     count = sum(math.prod(leaf.shape) for leaf in leaves)
-    return LayerCost(call.name, count, weights, flops * call.share, moved, kept, output, seconds * call.share)
+    return LayerCost(call.name, count, weights, flops * call.share, moved, residual_bytes, output, seconds * call.share)
 
 
 def _nbytes(tree: PyTree) -> int:
@@ -237,14 +279,14 @@ def _nbytes(tree: PyTree) -> int:
 
 
 def _seconds(forward: Callable[..., Any], shapes: PyTree, repeats: int = 5) -> float:
-    """The fastest of a few runs on one device: the time that other work on the machine disturbed least.
+    """Seconds of the forward and backward pass: the fastest of a few runs on one device, since other work only adds time.
 
-    In two programs, as a stage runs them: the first writes what the second reads and adds to the gradients so far.
+    They are two programs, as on a stage: the first writes residuals, the second reads them and adds to the gradients so far.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)
-    def backward(sums: PyTree, pullback: Callable[..., PyTree], cotangent: jax.Array) -> PyTree:
-        gradients, *cotangents = pullback(cotangent)
+    def backward(sums: PyTree, vjp: Callable[..., PyTree], cotangent: jax.Array) -> PyTree:
+        gradients, *cotangents = vjp(cotangent)
         return jax.tree.map(jnp.add, sums, gradients), cotangents
 
     first = jax.jit(forward)
@@ -252,8 +294,8 @@ def _seconds(forward: Callable[..., Any], shapes: PyTree, repeats: int = 5) -> f
     sums, times = jax.tree.map(jnp.zeros_like, params), []
     for _ in range(repeats + 1):
         began = time.perf_counter()
-        y, pullback = first(params, x)
-        sums, cotangents = backward(sums, pullback, cotangent)
+        y, vjp = first(params, x)
+        sums, cotangents = backward(sums, vjp, cotangent)
         jax.block_until_ready((y, sums, cotangents))
         times.append(time.perf_counter() - began)
     return min(times[1:])

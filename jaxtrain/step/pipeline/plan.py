@@ -1,4 +1,4 @@
-"""Decides a run's pipeline stages: how many microbatches, and which layers each stage holds."""
+"""Plans a pipeline: how many microbatches there are, and which layers each stage has."""
 
 from __future__ import annotations
 
@@ -16,14 +16,19 @@ from jaxtrain.step.pipeline import partition, schedule
 from jaxtrain.step.pipeline.partition import LayerCall, Partition
 from jaxtrain.trees import PyTree
 
-# Microbatches for each stage where `layout.microbatches=0`: the bubble is then a fifth at most, (S - 1) / (4 S + S - 1).
+# Microbatches for each stage where `layout.microbatches=0`. The bubble is then at most a fifth: (S - 1) / (4 S + S - 1).
 MICROBATCHES_PER_STAGE = 4
 
 
 def microbatches(config: LayoutConfig, global_batch: int, ways: int, bn_groups: int, *, even: bool) -> int:
-    """`layout.microbatches`, or for 0 the most (up to four a stage) that the batch and its BatchNorm groups divide into.
+    """The number of microbatches: `layout.microbatches`, or for 0 the largest number (up to four a stage) that fits.
 
-    bn_groups: 0 without BatchNorm. even: whether a microbatch needs an even number of examples.
+    Args:
+      config: the section `layout`.
+      global_batch: examples in a batch.
+      ways: how many shards the batch is split into.
+      bn_groups: BatchNorm groups in a batch, which must divide into whole groups a microbatch; 0 without BatchNorm.
+      even: whether a microbatch needs an even number of examples.
     """
     if config.microbatches:
         return config.microbatches
@@ -40,10 +45,19 @@ def microbatches(config: LayoutConfig, global_batch: int, ways: int, bn_groups: 
 
 
 def sample(share: int, microbatch: int, bn_groups: int) -> tuple[int, int]:
-    """How many examples, in how many BatchNorm groups, a layer is measured on for a device's `share` of a microbatch.
+    """The batch that a layer's cost is measured on, for one device.
 
-    The share itself, where it holds whole groups. A group that spans devices is measured as one group of the share, which
-    costs the same, but never of a single example: it has more, and BatchNorm refuses statistics over one value.
+    Where the device's share of a microbatch holds whole BatchNorm groups, this is the share. A group over several devices is
+    measured as one group of the share, which costs the same. That group has at least two examples: BatchNorm refuses statistics
+    over one value.
+
+    Args:
+      share: examples of a microbatch on one device.
+      microbatch: examples in a microbatch.
+      bn_groups: BatchNorm groups in a microbatch.
+
+    Returns:
+      The number of examples, and of BatchNorm groups in them.
     """
     whole, rest = divmod(share * bn_groups, microbatch)
     return (max(share, 2), 1) if rest else (share, whole)
@@ -59,7 +73,21 @@ def partition_model(
     bn_groups: int,
     ways: int,
 ) -> Partition:
-    """The model's chunks. input_shape: [B, H, W, C] of a microbatch. bn_groups: in it, at least 1. ways: devices it is on."""
+    """Cuts the model's layers into the chunks of the stages.
+
+    Args:
+      config: the section `layout`.
+      model: the layers.
+      params: shapes, keyed by layer.
+      batch_stats: shapes, keyed by layer.
+      input_shape: (B, H, W, C) of the input of a microbatch.
+      dtype: of that input.
+      bn_groups: BatchNorm groups in a microbatch, at least 1.
+      ways: how many shards a microbatch is split into.
+
+    Raises:
+      ConfigError: there are more chunks than layers, or `layout.boundaries` does not fit.
+    """
     partition.check_counts(config, len(model.layers))
     plan = schedule.make_pipeline_schedule(config.schedule, config.stages, config.microbatches, config.chunks)
     share = input_shape[0] // ways
@@ -68,14 +96,14 @@ def partition_model(
     example = jnp.arange(examples, dtype=jnp.int32)
     for index, layer in enumerate(model.layers):
         name = layer_name(index)
-        own, stats = params.get(name, {}), batch_stats.get(name, {})
+        layer_params, stats = params.get(name, {}), batch_stats.get(name, {})
 
         def function(params: PyTree, x: jax.Array, layer: Any = layer, stats: PyTree = stats) -> jax.Array:
             zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), stats)
             context = Context(example=example, train=True, bn_groups=groups)
             return layer_function(layer)(params, zeros, x, context, jax.random.key(0))[0]
 
-        calls.append(LayerCall(name, function, own, x, (layer, x.shape), index == 0, share / examples))
-        x = jax.eval_shape(function, own, x)
+        calls.append(LayerCall(name, function, layer_params, x, (layer, x.shape), index == 0, share / examples))
+        x = jax.eval_shape(function, layer_params, x)
     costs = partition.measure(calls, timed=config.balance == "time")
     return partition.make_partition(config, costs, schedule.in_flight(plan))

@@ -1,4 +1,4 @@
-"""Draws a pipeline's schedule as SVG."""
+"""Draws the timelines of pipeline schedules as SVG."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FONT = "system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-s
 
 _BASE = {"F": (0x00, 0x72, 0xB2), "B": (0xE6, 0x9F, 0x00)}  # blue and orange of Okabe and Ito 2008
 _LIGHTEST = 0.6  # how far towards white a stage's last chunk is
-# Light colours stand in the elements, so that a reader without CSS shows them too; the card is opaque on any page.
+# The elements have the light colours as attributes, for viewers without CSS. The card is opaque on a page of any colour.
 _LIGHT = {
     "card": "#ffffff",
     "edge": "#d5d9de",
@@ -37,10 +37,13 @@ _UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 
 
 def svg(panels: Sequence[tuple[str, Timeline]]) -> str:
-    """A standalone SVG: under each title a row a stage and a box an operation, labelled with its microbatch.
+    """A standalone SVG of titled timelines: a row for each stage, and a box for each operation with its microbatch.
 
-    All panels have one time scale. Blue is forward, orange backward, lighter a stage's later chunk, grey idle. Each box tells
-    its operation and times as a tooltip. The same panels give the same text.
+    All panels have the same time scale. Blue is forward, orange backward, grey idle; a stage's later chunks are lighter. A box has
+    its operation and times as a tooltip. The same panels always give the same text.
+
+    Raises:
+      ValueError: there is no panel.
     """
     if not panels:
         raise ValueError("svg needs at least one panel")

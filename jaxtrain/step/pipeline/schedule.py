@@ -1,12 +1,14 @@
-"""In which order each pipeline stage runs its forwards and backwards: GPipe, 1F1B and interleaved 1F1B. Imports no JAX.
+"""Pipeline schedules: the order in which each stage runs its forwards and backwards. Imports no JAX.
 
-The model is cut into V = S x C contiguous chunks, C on each of S stages; chunk k lives on stage k % S. The batch is cut into M
+There are GPipe, 1F1B and interleaved 1F1B. The orders are those of Megatron-LM (megatron/core/pipeline_parallel/schedules.py).
+
+The model is cut into V = S x C contiguous chunks, C on each of S stages. Chunk k lives on stage k % S. The batch is cut into M
 microbatches. F(k, m) is the forward of chunk k on microbatch m, B(k, m) its backward:
 
     F(k, m) needs F(k-1, m); B(k, m) needs F(k, m) and B(k+1, m).
 
-Under every schedule a chunk runs its forwards, and its backwards, in the order of the microbatches: gradients are summed in one
-order, whatever the schedule. Orders are those of Megatron-LM (megatron/core/pipeline_parallel/schedules.py).
+Under every schedule a chunk runs its forwards, and its backwards, in the order of the microbatches. So gradients are always
+added in the same order.
 """
 
 from __future__ import annotations
@@ -22,11 +24,17 @@ from jaxtrain.errors import ConfigError, JaxtrainError
 
 
 class ScheduleError(JaxtrainError):
-    """A schedule leaves an operation out, runs one twice or on the wrong stage, or would wait forever."""
+    """A schedule omits an operation, runs one twice or on the wrong stage, or its stages would wait forever."""
 
 
 class Op(NamedTuple):
-    """One chunk's forward ("F") or backward ("B") on one microbatch; both are counted from 0."""
+    """One chunk's forward or backward on one microbatch.
+
+    Attributes:
+      kind: "F" (forward) or "B" (backward).
+      chunk: of the model, counted from 0.
+      microbatch: counted from 0.
+    """
 
     kind: str
     chunk: int
@@ -38,7 +46,15 @@ class Op(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class PipelineSchedule:
-    """The work of one step. chunks: on each stage. ops[s]: what stage s runs, in order."""
+    """The operations of one step.
+
+    Attributes:
+      name: one of `SCHEDULES`.
+      stages: S, how many.
+      chunks: C, how many on each stage.
+      microbatches: M, how many.
+      ops: for each stage, its operations in order.
+    """
 
     name: str
     stages: int
@@ -48,26 +64,36 @@ class PipelineSchedule:
 
     @property
     def model_chunks(self) -> int:
-        """V, the chunks that the whole model is cut into."""
+        """V, the number of chunks of the whole model."""
         return self.stages * self.chunks
 
     def stage_of(self, chunk: int) -> int:
-        """Where `chunk` lives."""
+        """The stage that `chunk` lives on."""
         return chunk % self.stages
 
     def needs(self, op: Op) -> tuple[Op, ...]:
-        """The operations whose results `op` takes."""
+        """The operations whose results `op` needs."""
         if op.kind == "F":
             return (Op("F", op.chunk - 1, op.microbatch),) if op.chunk else ()
-        own = Op("F", op.chunk, op.microbatch)
-        return (own, Op("B", op.chunk + 1, op.microbatch)) if op.chunk < self.model_chunks - 1 else (own,)
+        forward = Op("F", op.chunk, op.microbatch)
+        return (forward, Op("B", op.chunk + 1, op.microbatch)) if op.chunk < self.model_chunks - 1 else (forward,)
 
 
 # ---------------------------------------------------------------------------------------------------------- schedules
 
 
 def make_pipeline_schedule(name: str, stages: int, microbatches: int, chunks: int = 1) -> PipelineSchedule:
-    """The schedule `name`, one of `SCHEDULES`. Raises `ConfigError` where the numbers do not fit it."""
+    """The schedule of a run.
+
+    Args:
+      name: one of `SCHEDULES`.
+      stages: S.
+      microbatches: M.
+      chunks: C, on each stage; more than 1 only for interleaved 1F1B.
+
+    Raises:
+      ConfigError: there is no such schedule, or the numbers do not fit it.
+    """
     check_name(name)
     if name == "interleaved_1f1b":
         return interleaved(stages, microbatches, chunks)
@@ -101,9 +127,16 @@ def one_forward_one_backward(stages: int, microbatches: int) -> PipelineSchedule
 def interleaved(stages: int, microbatches: int, chunks: int) -> PipelineSchedule:
     """Interleaved 1F1B (Narayanan 2021, figure 4): S microbatches through a stage's first chunk, then through its next, ...
 
-    Stage s begins with (C - 1) S + 2 (S - s - 1) forwards: those before its last chunk first runs, and one for each hop of that
-    microbatch to the last stage and, as a gradient, back. With one chunk a stage it is 1F1B. Raises `ConfigError` unless S
-    divides M.
+    Stage s begins with (C - 1) S + 2 (S - s - 1) forwards: those before its last chunk runs for the first time, and one for
+    each transfer of that microbatch to the last stage and of its gradient back. With one chunk a stage this is 1F1B.
+
+    Args:
+      stages: S.
+      microbatches: M, a multiple of S.
+      chunks: C, on each stage.
+
+    Raises:
+      ConfigError: S does not divide M, or a number is less than 1.
     """
     _at_least_one(stages=stages, microbatches=microbatches, chunks=chunks)
     if microbatches % stages:
@@ -143,16 +176,24 @@ def _one_stage(stage: int, stages: int, chunks: int, microbatches: int, warmup: 
     return (*forwards[:warmup], *(op for pair in pairs for op in pair), *backwards[len(forwards) - warmup :])
 
 
-# ------------------------------------------------------------------------------------------------------ what they mean
+# ------------------------------------------------------------------------------------------------------- order and time
 
 
 def replay(
     schedule: PipelineSchedule, seconds: Callable[[Op], float], transfer: float = 0.0
 ) -> list[tuple[float, float, int, Op]]:
-    """(start, end, stage, operation) of every operation, when each runs as soon as its stage is free and its inputs are there.
+    """Simulates a schedule: each operation runs as soon as its stage is free and its inputs have arrived.
 
-    seconds: what an operation takes. transfer: seconds between a result and its arrival on another stage; the stages compute
-    meanwhile. The list is sorted by start, then stage. Raises `ScheduleError` where stages wait for each other forever.
+    Args:
+      schedule: the operations.
+      seconds: how long an operation takes.
+      transfer: seconds between a result and its arrival on another stage. The stages can compute meanwhile.
+
+    Returns:
+      (start, end, stage, operation) of every operation, in seconds; sorted by start, then by stage.
+
+    Raises:
+      ScheduleError: stages wait for each other forever.
     """
     ends: dict[Op, float] = {}
     free, position = [0.0] * schedule.stages, [0] * schedule.stages
@@ -175,13 +216,12 @@ def replay(
     if waiting:
         blocked = {stage: op for op, stages in waiting.items() for stage in stages}
         raise ScheduleError(_deadlock(schedule, position, blocked))
-    return sorted(
-        done, key=lambda event: (event[0], event[2])
-    )  # a stable sort: a stage's order holds at zero seconds too
+    # The sort is stable: operations of a stage that start together, since one takes no time, keep their order.
+    return sorted(done, key=lambda event: (event[0], event[2]))
 
 
 def _deadlock(schedule: PipelineSchedule, position: list[int], blocked: Mapping[int, Op]) -> str:
-    """A sentence with the stages that wait in a ring. blocked: by stage, the operation that it waits for."""
+    """A sentence on the stages that wait for each other in a ring. blocked: for each stage, the operation it waits for."""
     ring, stage = [], min(blocked)
     while stage in blocked and stage not in ring:
         ring.append(stage)
@@ -192,7 +232,7 @@ def _deadlock(schedule: PipelineSchedule, position: list[int], blocked: Mapping[
 
 
 def check(schedule: PipelineSchedule) -> None:
-    """Raises `ScheduleError` unless every operation runs once, on its chunk's stage, and the stages' orders can be kept."""
+    """Raises `ScheduleError` unless every operation runs once, on its chunk's stage, and no stage waits forever."""
     name, kinds = f"schedule {schedule.name!r}", ("F", "B")
     if len(schedule.ops) != schedule.stages:
         raise ScheduleError(f"{name} has orders for {len(schedule.ops)} stages, but stages={schedule.stages}.")
@@ -217,10 +257,11 @@ def check(schedule: PipelineSchedule) -> None:
 
 
 def in_flight(schedule: PipelineSchedule) -> tuple[int, ...]:
-    """For each stage, the most (chunk, microbatch) at once whose forward is done and whose backward is not.
+    """For each stage, the largest number of (chunk, microbatch) whose activations it stores at the same time.
 
-    GPipe: M. 1F1B: min(M, S - s). Interleaved with C > 1: min(C M, (C - 1) S + 2 (S - s - 1) + 1), the forwards of the warm-up
-    and the one before the first backward; each of these holds 1 / C of what one of another schedule does.
+    These are the ones whose forward has run and whose backward has not. GPipe: M. 1F1B: min(M, S - s). Interleaved with C > 1:
+    min(C M, (C - 1) S + 2 (S - s - 1) + 1), the forwards of the warm-up and the one before the first backward. With C chunks
+    each of them takes 1 / C of the memory.
     """
     peaks = []
     for ops in schedule.ops:
@@ -233,18 +274,25 @@ def in_flight(schedule: PipelineSchedule) -> tuple[int, ...]:
 
 
 def transfer_order(schedule: PipelineSchedule) -> tuple[Op, ...]:
-    """The order in which what operations make is sent between processes, the same on every process: as they end.
+    """The order in which the operations' results are sent between processes; the same on every process.
 
-    Of operations that end together the forwards come first. (By their starts a long backward would be waited for by the
-    short forwards that end before it.)
+    By the operations' ends, then forwards before backwards, then by stage. (In the order of their starts, the result of a
+    short forward would wait for a long backward that started before it.)
     """
-    found = replay(schedule, lambda op: 1.0 if op.kind == "F" else 2.0)
-    return tuple(op for _, end, stage, op in sorted(found, key=lambda each: (each[1], each[3].kind != "F", each[2])))
+    events = replay(schedule, _typical_seconds)
+    return tuple(
+        op for _, end, stage, op in sorted(events, key=lambda event: (event[1], event[3].kind != "F", event[2]))
+    )
 
 
 def total_order(schedule: PipelineSchedule) -> tuple[Op, ...]:
     """All operations in one order that keeps every stage's order and every dependency; the same on every process.
 
-    By start, where a forward takes one unit of time and a backward two, then by stage. Raises `ScheduleError` on a deadlock.
+    By the operations' starts, then by stage. Raises `ScheduleError` if stages wait for each other forever.
     """
-    return tuple(op for _, _, _, op in replay(schedule, lambda op: 1.0 if op.kind == "F" else 2.0))
+    return tuple(op for _, _, _, op in replay(schedule, _typical_seconds))
+
+
+def _typical_seconds(op: Op) -> float:
+    """A backward takes about twice as long as a forward: it computes the gradients of the weights and of the input."""
+    return 1.0 if op.kind == "F" else 2.0

@@ -1,4 +1,4 @@
-"""When each operation of a pipeline schedule runs, given what it costs; and the drawing of it. Imports no JAX."""
+"""Timelines: when each operation of a pipeline schedule runs, simulated or measured. Imports no JAX."""
 
 from __future__ import annotations
 
@@ -11,7 +11,14 @@ from jaxtrain.step.pipeline.schedule import Op, PipelineSchedule, check_name, re
 
 @dataclasses.dataclass(frozen=True)
 class Event:
-    """An operation on its stage. start, end: in seconds."""
+    """One operation that ran on a stage.
+
+    Attributes:
+      op: which.
+      stage: where.
+      start: in seconds.
+      end: in seconds.
+    """
 
     op: Op
     stage: int
@@ -21,14 +28,19 @@ class Event:
 
 @dataclasses.dataclass(frozen=True)
 class Timeline:
-    """What ran when, simulated or measured. stages: how many."""
+    """The operations of a step with their times, simulated or measured.
+
+    Attributes:
+      stages: how many there are.
+      events: the operations, in any order.
+    """
 
     stages: int
     events: tuple[Event, ...]
 
     @property
     def start(self) -> float:
-        """The first start, in seconds; 0 without events."""
+        """The first start, in seconds; 0 if there are no events."""
         return min((event.start for event in self.events), default=0.0)
 
     @property
@@ -46,7 +58,7 @@ class Timeline:
 
     @property
     def bubble(self) -> float:
-        """The idle share of the stages' time over the makespan, in [0, 1]."""
+        """The share of the stages' time in which they are idle, over the makespan, in [0, 1]."""
         total = self.stages * self.makespan
         return max(0.0, 1.0 - math.fsum(self.busy) / total) if total else 0.0
 
@@ -54,10 +66,17 @@ class Timeline:
 def simulate(
     schedule: PipelineSchedule, forward: Sequence[float], backward: Sequence[float], transfer: float = 0.0
 ) -> Timeline:
-    """Each stage runs its operations in order, each as soon as its inputs are there.
+    """The timeline of a step in which each stage runs its operations in order, as soon as their inputs have arrived.
 
-    forward, backward: seconds of each of the model's S x C chunks. transfer: seconds from one stage to another; sending keeps
-    no stage busy. Raises `ScheduleError` on a deadlock.
+    Args:
+      schedule: the operations.
+      forward: seconds of the forward of each of the model's S x C chunks.
+      backward: seconds of the backward of each chunk.
+      transfer: seconds from one stage to another. The stages can compute meanwhile.
+
+    Raises:
+      ScheduleError: stages wait for each other forever.
+      ValueError: a cost is missing, negative or not finite.
     """
     for name, costs in (("forward", forward), ("backward", backward)):
         if len(costs) != schedule.model_chunks:
@@ -70,9 +89,18 @@ def simulate(
 
 
 def ideal_bubble(name: str, stages: int, microbatches: int, chunks: int = 1) -> float:
-    """The bubble of equal stages and free transfers, as a share of the makespan: (S - 1) / (C M + S - 1).
+    """The bubble if all stages cost the same and transfers cost nothing: (S - 1) / (C M + S - 1) of the makespan.
 
-    C is 1 but for interleaved 1F1B. Narayanan 2021 gives (S - 1) / (C M), the bubble over the time without it.
+    Narayanan 2021 gives (S - 1) / (C M), the ratio of the bubble to the time without it.
+
+    Args:
+      name: of the schedule.
+      stages: S.
+      microbatches: M.
+      chunks: C, on each stage; it counts only for interleaved 1F1B.
+
+    Raises:
+      ConfigError: there is no such schedule.
     """
     check_name(name)
     work = microbatches * (chunks if name == "interleaved_1f1b" else 1)
