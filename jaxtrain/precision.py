@@ -41,8 +41,8 @@ _POLICIES = {
 def resolve_precision(name: str, backend: str) -> str:
     """What `train.precision=name` means on `backend` (`jax.default_backend()`).
 
-    `auto` is `bf16` on a GPU or TPU, which have hardware for it, and `f32` on a CPU. The answer is stored with the run, so
-    that a resumed run keeps its precision on another backend.
+    `auto` is `bf16` on a GPU or TPU, which have hardware for it, and `f32` on a CPU. The answer is stored with the run,
+    so that a resumed run keeps its precision on another backend.
     """
     if name != "auto":
         return name

@@ -19,8 +19,8 @@ def shapes_of(tree: PyTree, shardings: PyTree = None) -> PyTree:
 
     Args:
       tree: arrays or `jax.ShapeDtypeStruct`s.
-      shardings: the sharding of every leaf: one for all of them, or a tree of them with the structure of `tree`. `None`:
-        each leaf keeps its own.
+      shardings: the sharding of every leaf: one for all of them, or a tree of them with the structure of `tree`.
+        `None`: each leaf keeps its own.
     """
     if shardings is None:
         return jax.tree.map(lambda leaf: _shape_of(leaf, leaf.sharding), tree)

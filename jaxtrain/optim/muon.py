@@ -22,10 +22,10 @@ def muon(
 ) -> optax.GradientTransformation:
     """Muon for the kernels of hidden layers, and `others` for every other leaf.
 
-    Every other leaf: all leaves of the first and of the last layer (the stem and the head: the first and last key of the
-    tree), biases, norms, tables, and whatever is not named `kernel`. A Muon update is scaled by
-    0.2 sqrt(max(fan_in, fan_out)). Its size is then AdamW's, so both share one learning rate and weight decay
-    (Liu 2025, arXiv:2502.16982, equation 4). Momentum is corrected for its bias, Nesterov's as in NAdam (Dozat 2016).
+    Every other leaf: all leaves of the first and of the last layer (the stem and the head: the first and last key of
+    the tree), biases, norms, tables, and whatever is not named `kernel`. A Muon update is scaled by
+    0.2 sqrt(max(fan_in, fan_out)). Its size is then AdamW's, so both share one learning rate and weight decay (Liu 2025,
+    arXiv:2502.16982, equation 4). Momentum is corrected for its bias, Nesterov's as in NAdam (Dozat 2016).
 
     Args:
       config: the settings; `momentum`, `nesterov`, `eps` and `weight_decay` are read.

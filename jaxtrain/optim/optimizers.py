@@ -64,9 +64,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The optimizer `config.name`, or what the user's own `package.module:factory` returns.
 
-    A factory is called as `factory(config, rate, mask)`, where `mask(params)` is `decay_mask(params, no_decay)`. The layout
-    and donation need two things of it: each array of its state is a scalar or has the shape of a parameter, and keeps its
-    dtype in an update.
+    A factory is called as `factory(config, rate, mask)`, where `mask(params)` is `decay_mask(params, no_decay)`. The
+    layout and donation need two things of it: each array of its state is a scalar or has the shape of a parameter, and
+    keeps its dtype in an update.
 
     Args:
       config: the section `optim`.

@@ -44,8 +44,8 @@ def learning_rate_schedule(
       global_batch: examples a step, for the peak rate.
 
     Returns:
-      An elementwise function. A JAX array or tracer gives an array of JAX's default float dtype (float64 if x64 is on). A
-      number or a NumPy array is computed by NumPy in float64, and uses no device.
+      An elementwise function. A JAX array or tracer gives an array of JAX's default float dtype (float64 if x64 is on).
+      A number or a NumPy array is computed by NumPy in float64, and uses no device.
     """
     peak = peak_learning_rate(config, global_batch)
     milestones = [math.ceil(share * total_steps - 1e-9) for share in config.step_at]

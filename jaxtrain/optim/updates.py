@@ -25,8 +25,8 @@ def clip_by_global_norm(gradients: PyTree, norm: jax.Array, max_norm: float) -> 
 
     Args:
       gradients: float arrays; they keep their dtypes.
-      norm: float [], their global norm. If it is not finite, the result is not finite either: the caller must refuse that
-        update.
+      norm: float [], their global norm. If it is not finite, the result is not finite either: the caller must refuse
+        that update.
       max_norm: the largest norm allowed.
     """
     scale = jnp.minimum(1.0, max_norm / (norm + 1e-6))
@@ -36,8 +36,8 @@ def clip_by_global_norm(gradients: PyTree, norm: jax.Array, max_norm: float) -> 
 def ema_update(ema: PyTree, params: PyTree, decay: float, step: jax.Array) -> PyTree:
     """d * ema + (1 - d) * params, with d = min(decay, (1 + step) / (10 + step)), computed in at least float32.
 
-    d grows from 0.1 to `decay`, as in tf.train.ExponentialMovingAverage. So the average forgets the random initial weights: a
-    tenth of them is left after the first update, instead of `decay`.
+    d grows from 0.1 to `decay`, as in tf.train.ExponentialMovingAverage. So the average forgets the random initial
+    weights: a tenth of them is left after the first update, instead of `decay`.
 
     Args:
       ema: the average so far; float arrays, which keep their dtypes.

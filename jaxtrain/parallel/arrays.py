@@ -1,7 +1,7 @@
 """Arrays with pipeline stages: between the devices of one stage and those of all stages.
 
-`view` and `join` wrap buffers that are already on the devices; they copy nothing. `to_every_process` copies: Orbax needs
-every process to hold a part of each array that it saves.
+`view` and `join` wrap buffers that are already on the devices; they copy nothing. `to_every_process` copies: Orbax
+needs every process to hold a part of each array that it saves.
 """
 
 from __future__ import annotations

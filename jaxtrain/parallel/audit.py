@@ -1,7 +1,7 @@
 """Checks that the layout's settings had an effect.
 
-Compares what the layout says with what was built: the bytes on the devices, where the compiled programs leave their results,
-and their collectives.
+Compares what the layout says with what was built: the bytes on the devices, where the compiled programs leave their
+results, and their collectives.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def audit(layout: Layout, table: Mapping[str, list[Placement]], state: PyTree, s
       step: the compiled step: `jaxtrain.step.train_step.MeshTrainStep`, or the pipeline's.
 
     Raises:
-      AuditError: a setting had no effect, or a leaf is not where it should be. The message names it. A setting that cannot
-        have an effect here only gives a note.
+      AuditError: a setting had no effect, or a leaf is not where it should be. The message names it. A setting that
+        cannot have an effect here only gives a note.
     """
     trees = {f.name: jax.tree.leaves(getattr(state, f.name)) for f in dataclasses.fields(state)}
     held = {name: _check_tree(name, leaves, table[name]) for name, leaves in trees.items()}

@@ -1,8 +1,8 @@
 """The layout: a sharding for every leaf of the state, decided in one table (`Layout.table`).
 
-A leaf has two PartitionSpecs. *Computing*: what the tensor-parallel rules say. The forward and backward pass see parameters and
-gradients this way. *Storing*: the same, with the `data` axis added to one more dim. Only the trees that ZeRO shards have that
-(Rajbhandari 2020):
+A leaf has two PartitionSpecs. *Computing*: what the tensor-parallel rules say. The forward and backward pass see
+parameters and gradients this way. *Storing*: the same, with the `data` axis added to one more dim. Only the trees that
+ZeRO shards have that (Rajbhandari 2020):
 
     zero   optimizer state, EMA   gradient accumulator   parameters at rest
     0      whole                  whole                  whole
@@ -10,8 +10,8 @@ gradients this way. *Storing*: the same, with the `data` axis added to one more 
     2      data                   data                   whole
     3      data                   data                   data
 
-With pipeline stages, a leaf of a layer lives only on the devices of that layer's stage. What belongs to no layer (the step, an
-optimizer's counts, the loss scale) lives on all devices.
+With pipeline stages, a leaf of a layer lives only on the devices of that layer's stage. What belongs to no layer (the
+step, an optimizer's counts, the loss scale) lives on all devices.
 """
 
 from __future__ import annotations
@@ -118,8 +118,12 @@ class Layout:
 
     @property
     def gathers_params(self) -> bool:
-        """Whether parameters must be gathered before they are used: under ZeRO-3 they rest sharded over `data`."""
-        return self.shards("params")
+        """Whether each layer gathers its parameters where it uses them, in the forward and in the backward pass (ZeRO-3).
+
+        True on a `data` axis of one device too. There is nothing to gather there, but without the wrapper around its layers
+        XLA rounds differently: the numbers of an fp16 run changed.
+        """
+        return self.config.zero >= ZERO_FROM["params"]
 
     def _stage(self, path: str) -> int | None:
         """The stage of the layer that `path` belongs to; `None` for what belongs to no layer and lives on all stages."""
@@ -165,7 +169,8 @@ class Layout:
     def table(self, state: PyTree) -> dict[str, list[Placement]]:
         """The placements of every leaf of `state` (a dataclass of trees, of shapes or of arrays), by tree.
 
-        A leaf of another tree that mirrors a parameter (a momentum, the EMA) is placed by that parameter's path and shape.
+        A leaf of another tree that mirrors a parameter (a momentum, the EMA) is placed by that parameter's path and
+        shape.
 
         Raises:
           ConfigError: a rule of the config matches no parameter, or `layout.tensor` splits none.

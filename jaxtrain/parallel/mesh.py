@@ -1,7 +1,7 @@
 """The device mesh, with the axes `stage`, `replica`, `data` and `tensor`.
 
-`stage`: pipeline stages. `replica`: copies of the state (data parallel). `data`: data parallel, and ZeRO shards the state over
-it. `tensor`: tensor parallel.
+`stage`: pipeline stages. `replica`: copies of the state (data parallel). `data`: data parallel, and ZeRO shards the
+state over it. `tensor`: tensor parallel.
 """
 
 import math
@@ -53,8 +53,8 @@ def _nearest_divisors(value: int, total: int) -> list[int]:
 def make_mesh(config: LayoutConfig, devices: Sequence[Device]) -> Mesh:
     """The mesh over `devices`, in their order: neighbours on `tensor` are next to each other, then `data`, then `replica`.
 
-    `config.stage_placement` decides which devices a pipeline stage has. `spread`: the same share of each process, if that
-    divides, so that activations stay within a process. Otherwise neighbouring devices.
+    `config.stage_placement` decides which devices a pipeline stage has. `spread`: the same share of each process, if
+    that divides, so that activations stay within a process. Otherwise neighbouring devices.
 
     Raises:
       ConfigError: the axes do not fit the number of devices.

@@ -20,8 +20,8 @@ from jaxtrain.trees import PyTree, path_of
 class ReplicaCheck:
     """Compares the copies of every leaf on every device.
 
-    A checksum is the sum of a copy's bits as 32-bit words, modulo 2^32: one flipped bit always changes it. The program is
-    compiled at the first call, once for each mesh.
+    A checksum is the sum of a copy's bits as 32-bit words, modulo 2^32: one flipped bit always changes it. The program
+    is compiled at the first call, once for each mesh.
     """
 
     def __init__(self) -> None:

@@ -22,9 +22,9 @@ from jaxtrain.step.layer_wrap import layer_wrapper
 from jaxtrain.step.task import Task
 from jaxtrain.trees import PyTree, shapes_of
 
-# How many batches the host dispatches ahead of the devices: enough to keep them busy. Without a bound, streamed batches would
-# fill the devices' memory. On simulated devices, XLA:CPU would also run out of threads, and programs that wait for each other's
-# collectives would wait forever.
+# How many batches the host dispatches ahead of the devices: enough to keep them busy. Without a bound, streamed batches
+# would fill the devices' memory. On simulated devices, XLA:CPU would also run out of threads, and programs that wait
+# for each other's collectives would wait forever.
 IN_FLIGHT = 2
 
 
@@ -53,8 +53,8 @@ class PerClass(Average):
         return cls(total=(correct * counted) @ classes, count=counted @ classes)
 
 
-# The metrics, as sums over the examples so far: `merge` adds those of a batch, `compute` gives the means. The mask leaves out
-# padding, also where its loss is NaN.
+# The metrics, as sums over the examples so far: `merge` adds those of a batch, `compute` gives the means. The mask
+# leaves out padding, also where its loss is NaN.
 EvalMetrics = Collection.create(
     loss=Average.from_output("loss"),
     accuracy=Average.from_output("correct"),

@@ -26,7 +26,8 @@ class GradientSums:
     """Sums over the microbatches so far.
 
     Attributes:
-      gradients: of the mean loss over the global batch, times the loss scale; a tree like the parameters, in their dtypes.
+      gradients: of the mean loss over the global batch, times the loss scale; a tree like the parameters, in their
+        dtypes.
       batch_stats: the new running statistics, each microbatch's divided by the number of microbatches.
       loss: [], the mean loss over the global batch, in `Task.sums_dtype`.
       correct: [], how many examples were classified correctly, in `Task.sums_dtype`.
@@ -75,10 +76,10 @@ def like_params(layout: Layout, tree: str, params: PyTree) -> PyTree:
 def constrain_gradients(layout: Layout, gradients: PyTree) -> PyTree:
     """`gradients`, sharded as the layout says that their accumulator is.
 
-    Without the constraint XLA shards them as it likes: 531 all-gathers instead of 160 for a ResNet-50 under ZeRO-1. There are
-    two constraints: first the sharding that they were computed with, then that at rest. This is all-reduce and slice, which
-    XLA:GPU makes a reduce-scatter. (With the second alone XLA:CPU gathers activations: 84 all-gathers instead of 0 for a
-    ResNet-18.)
+    Without the constraint XLA shards them as it likes: 531 all-gathers instead of 160 for a ResNet-50 under ZeRO-1.
+    There are two constraints: first the sharding that they were computed with, then that at rest. This is all-reduce
+    and slice, which XLA:GPU makes a reduce-scatter. (With the second alone XLA:CPU gathers activations: 84 all-gathers
+    instead of 0 for a ResNet-18.)
     """
     gradients = jax.lax.with_sharding_constraint(gradients, like_params(layout, "computing", gradients))
     return jax.lax.with_sharding_constraint(gradients, like_params(layout, "gradients", gradients))
@@ -120,8 +121,8 @@ def scaled_loss(
       loss_scale: `TrainState.loss_scale`.
 
     Returns:
-      The loss times the loss scale, which is differentiated; and the loss and the number of correct answers. All are scalars
-      [] of the loss's dtype.
+      The loss times the loss scale, which is differentiated; and the loss and the number of correct answers. All are
+      scalars [] of the loss's dtype.
     """
     loss = jnp.sum(task.loss(logits, targets)) / (labels.shape[0] * layout.config.microbatches)
     correct = jnp.sum(jnp.argmax(logits, -1) == labels)

@@ -22,8 +22,8 @@ def layer_wrapper(
     Args:
       layout: of the parameters.
       params: arrays or shapes, keyed by layer.
-      remat: `train.remat`: what the forward pass stores for the backward pass. `none`: everything; `dots`: the results of
-        matrix products and convolutions; `full`: nothing but the layer's input.
+      remat: `train.remat`: what the forward pass stores for the backward pass. `none`: everything; `dots`: the results
+        of matrix products and convolutions; `full`: nothing but the layer's input.
       gathered: whether the parameters are gathered already.
 
     Returns:

@@ -31,7 +31,8 @@ class Task:
       seed: of all random numbers.
       bn_groups: BatchNorm groups in a global batch.
       remat: `train.remat`, what the forward pass stores for the backward pass.
-      skips: whether the run goes on after an update that was not finite. The step is then counted, and its batch is used up.
+      skips: whether the run goes on after an update that was not finite. The step is then counted, and its batch is
+        used up.
     """
 
     model: Classifier

@@ -1,11 +1,11 @@
 """The train step: one optimizer update, `step(state, batch, resident) -> (state, metrics)`.
 
-With one microbatch a step is one program. Several steps may be one program too: a loop on the device over their batches. That
-helps models so small that the host cannot dispatch single steps as fast as they run.
+With one microbatch a step is one program. Several steps may be one program too: a loop on the device over their
+batches. That helps models so small that the host cannot dispatch single steps as fast as they run.
 
-With several microbatches the host runs a gradient program for each, which adds to a donated accumulator. Then it runs an update
-program. A loop on the device would be slow: a convolution's gradient inside `lax.scan` takes 20-60 times longer on XLA:CPU
-(jax#12868). The host needs less than a millisecond to dispatch a program.
+With several microbatches the host runs a gradient program for each, which adds to a donated accumulator. Then it runs
+an update program. A loop on the device would be slow: a convolution's gradient inside `lax.scan` takes 20-60 times
+longer on XLA:CPU (jax#12868). The host needs less than a millisecond to dispatch a program.
 """
 
 from __future__ import annotations
@@ -61,7 +61,8 @@ class MeshTrainStep:
     """The compiled step of a model without pipeline stages.
 
     Attributes:
-      programs: the XLA programs by name: `step` and, for several steps in one, `call`; or `zeros`, `gradients` and `update`.
+      programs: the XLA programs by name: `step` and, for several steps in one, `call`; or `zeros`, `gradients` and
+        `update`.
       after: the shardings of the state after a step.
       accumulator: the shardings of the gradients between microbatches, or `None` where there is no accumulator.
       microbatches: the microbatches' indices, int32 [] each, on the devices.
@@ -79,8 +80,8 @@ class MeshTrainStep:
 
         Args:
           state: is donated.
-          batch: of one update; or of `per_call` updates, stacked along a new first dim. `batch.step` tells which: int32 [] or
-            int32 [per_call].
+          batch: of one update; or of `per_call` updates, stacked along a new first dim. `batch.step` tells which: int32
+            [] or int32 [per_call].
           resident: the data set, if it lives on the devices.
 
         Returns:
@@ -107,8 +108,8 @@ def make_train_step(
       state: arrays or shapes with shardings.
       batch: a global batch, or its shapes with shardings.
       resident: the data set, if it lives on the devices.
-      per_call: how many updates one program should make. The result's `per_call` is 1 where that is not possible (the host
-        drives the microbatches) or would be slower (`_slow_in_a_loop`).
+      per_call: how many updates one program should make. The result's `per_call` is 1 where that is not possible (the
+        host drives the microbatches) or would be slower (`_slow_in_a_loop`).
     """
     if layout.config.microbatches == 1:
         return _compile_whole_step(task, layout, state, batch, resident, per_call)

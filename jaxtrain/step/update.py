@@ -124,9 +124,9 @@ def apply_update(
 def _after_norms(accepted: jax.Array, norms: tuple[jax.Array, jax.Array]) -> jax.Array:
     """`accepted` (bool []), and on a CPU only if both norms are finite as well: the new state then waits for the norms.
 
-    XLA updates a leaf in place only where everything that reads the old leaf surely runs before. On a CPU the norms and the
-    new parameters are computed by separate kernels, and all leaves were copied at each step (benchmarks/NOTES.md). On a GPU
-    one kernel should read and write a leaf, and waiting would split it in two.
+    XLA updates a leaf in place only where everything that reads the old leaf surely runs before. On a CPU the norms and
+    the new parameters are computed by separate kernels, and all leaves were copied at each step (benchmarks/NOTES.md).
+    On a GPU one kernel should read and write a leaf, and waiting would split it in two.
 
     Safe: the loop stops or rolls back at a norm that is not finite in any case.
     """

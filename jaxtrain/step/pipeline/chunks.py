@@ -81,8 +81,8 @@ def weights_of(chunk: ModelChunk, params: PyTree, batch_stats: PyTree) -> tuple[
 def on_stage(layout: Layout, stage: int, tree: PyTree) -> PyTree:
     """`tree` with each array that all stages have as an array on the devices of `stage`; other arrays stay as they are.
 
-    Not to be called in a stage's thread: if two threads ask for the shards of one array at the same time, jaxlib 0.10.2 may
-    give each of them all shards twice.
+    Not to be called in a stage's thread: if two threads ask for the shards of one array at the same time, jaxlib 0.10.2
+    may give each of them all shards twice.
     """
 
     def stage_view(leaf: jax.Array) -> jax.Array:
@@ -133,8 +133,8 @@ def forward(
       inputs: from `chunk_inputs`.
 
     Returns:
-      The activation for the next chunk, float [B/M, ...], sharded over the batch axes; or the last chunk's scaled loss, [].
-      Then the new running statistics, and the last chunk's (loss, correct), scalars [] (otherwise `()`).
+      The activation for the next chunk, float [B/M, ...], sharded over the batch axes; or the last chunk's scaled loss,
+      []. Then the new running statistics, and the last chunk's (loss, correct), scalars [] (otherwise `()`).
     """
     if chunk.first:
         images = select_from(inputs["images"], inputs["rows"], inputs["resident_images"], inputs["index"], layout)
@@ -157,16 +157,18 @@ def forward(
 class ForwardBackward:
     """The forward and the backward function of one chunk, made from one trace of `jax.vjp`.
 
-    The backward function needs what the closure of `jax.vjp` holds. If the forward function returned all of that, weights would
-    be copied for each microbatch. So of the closure's leaves, an argument or the output of the forward function is not returned
-    again. What depends only on the parameters (a cast, a reshape) is computed again. The rest are the `residuals`.
+    The backward function needs what the closure of `jax.vjp` holds. If the forward function returned all of that,
+    weights would be copied for each microbatch. So of the closure's leaves, an argument or the output of the forward
+    function is not returned again. What depends only on the parameters (a cast, a reshape) is computed again. The rest
+    are the `residuals`.
 
     Attributes:
       jaxpr: of the traced function.
       traced: the same as a function of flat arguments, which returns output, aux and the closure's leaves in one list.
       outputs: the tree structure of (output, aux).
       closure: the tree structure of the closure.
-      sources: where each leaf of the closure comes from: ("residuals", i), ("argument", i), ("output", 0) or ("weights", i).
+      sources: where each leaf of the closure comes from: ("residuals", i), ("argument", i), ("output", 0) or
+        ("weights", i).
     """
 
     jaxpr: Any

@@ -18,8 +18,8 @@ TRANSFERS = "transfers"
 class StageExecutors:
     """Runs functions that dispatch programs.
 
-    With `threads`, each of this process's stages has a thread, and transfers have one more. Otherwise the caller's thread runs
-    everything at once.
+    With `threads`, each of this process's stages has a thread, and transfers have one more. Otherwise the caller's
+    thread runs everything at once.
     """
 
     def __init__(self, stages: Iterable[int], *, threads: bool):

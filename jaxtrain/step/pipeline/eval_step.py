@@ -38,8 +38,8 @@ class PipelineEvalStep:
       chunks: of the model, in order.
       transfers: between neighbouring chunks, by (source, target).
       zeros: makes the sums of no example, on the last stage.
-      programs: of the chunks on this process's stages, by the chunk's index. (params, batch_stats, x, inputs) -> activation;
-        the last chunk's is (sums, params, batch_stats, x, inputs) -> sums.
+      programs: of the chunks on this process's stages, by the chunk's index. (params, batch_stats, x, inputs) ->
+        activation; the last chunk's is (sums, params, batch_stats, x, inputs) -> sums.
       executors: who dispatches.
     """
 

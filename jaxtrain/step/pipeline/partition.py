@@ -1,8 +1,8 @@
 """Partitions a model's layers into the contiguous chunks of the pipeline stages, so that all stages cost about the same.
 
-Chunk k of V = stages x chunks lives on stage k % stages. The cost of a layer is measured on the layer itself: the floating point
-operations of its forward and backward pass as XLA counts them, the bytes that it must move at least, the bytes that it stores for
-the backward pass, or, for `balance="time"`, the seconds that it takes.
+Chunk k of V = stages x chunks lives on stage k % stages. The cost of a layer is measured on the layer itself: the
+floating point operations of its forward and backward pass as XLA counts them, the bytes that it must move at least, the
+bytes that it stores for the backward pass, or, for `balance="time"`, the seconds that it takes.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from jaxtrain.errors import ConfigError
 from jaxtrain.host.backend import on_cpu
 from jaxtrain.trees import PyTree
 
-# Floating point operations in the time that moving one byte takes: on an accelerator (H100, bf16: 990 TFLOP/s, 3.35 TB/s), and on
-# a core of a CPU.
+# Floating point operations in the time that moving one byte takes: on an accelerator (an H100 in bf16 has 990 TFLOP/s
+# and 3.35 TB/s), and on a core of a CPU.
 FLOPS_PER_BYTE = 300
 CPU_FLOPS_PER_BYTE = 10
 
@@ -281,7 +281,8 @@ def _nbytes(tree: PyTree) -> int:
 def _seconds(forward: Callable[..., Any], shapes: PyTree, repeats: int = 5) -> float:
     """Seconds of the forward and backward pass: the fastest of a few runs on one device, since other work only adds time.
 
-    They are two programs, as on a stage: the first writes residuals, the second reads them and adds to the gradients so far.
+    They are two programs, as on a stage: the first writes residuals, the second reads them and adds to the gradients so
+    far.
     """
 
     @functools.partial(jax.jit, donate_argnums=0)

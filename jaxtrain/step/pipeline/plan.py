@@ -16,7 +16,8 @@ from jaxtrain.step.pipeline import partition, schedule
 from jaxtrain.step.pipeline.partition import LayerCall, Partition
 from jaxtrain.trees import PyTree
 
-# Microbatches for each stage where `layout.microbatches=0`. The bubble is then at most a fifth: (S - 1) / (4 S + S - 1).
+# Microbatches for each stage where `layout.microbatches=0`. The bubble is then at most a fifth,
+# (S - 1) / (4 S + S - 1).
 MICROBATCHES_PER_STAGE = 4
 
 
@@ -47,9 +48,9 @@ def microbatches(config: LayoutConfig, global_batch: int, ways: int, bn_groups: 
 def sample(share: int, microbatch: int, bn_groups: int) -> tuple[int, int]:
     """The batch that a layer's cost is measured on, for one device.
 
-    Where the device's share of a microbatch holds whole BatchNorm groups, this is the share. A group over several devices is
-    measured as one group of the share, which costs the same. That group has at least two examples: BatchNorm refuses statistics
-    over one value.
+    Where the device's share of a microbatch holds whole BatchNorm groups, this is the share. A group over several
+    devices is measured as one group of the share, which costs the same. That group has at least two examples: BatchNorm
+    refuses statistics over one value.
 
     Args:
       share: examples of a microbatch on one device.

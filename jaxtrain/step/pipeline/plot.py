@@ -16,7 +16,8 @@ _FONT = "system-ui,-apple-system,'Segoe UI',Roboto,'Helvetica Neue',Arial,sans-s
 
 _BASE = {"F": (0x00, 0x72, 0xB2), "B": (0xE6, 0x9F, 0x00)}  # blue and orange of Okabe and Ito 2008
 _LIGHTEST = 0.6  # how far towards white a stage's last chunk is
-# The elements have the light colours as attributes, for viewers without CSS. The card is opaque on a page of any colour.
+# The elements have the light colours as attributes, for viewers without CSS. The card is opaque on a page of any
+# colour.
 _LIGHT = {
     "card": "#ffffff",
     "edge": "#d5d9de",
@@ -39,8 +40,8 @@ _UNITS = ((1.0, "s"), (1e-3, "ms"), (1e-6, "µs"), (1e-9, "ns"))
 def svg(panels: Sequence[tuple[str, Timeline]]) -> str:
     """A standalone SVG of titled timelines: a row for each stage, and a box for each operation with its microbatch.
 
-    All panels have the same time scale. Blue is forward, orange backward, grey idle; a stage's later chunks are lighter. A box has
-    its operation and times as a tooltip. The same panels always give the same text.
+    All panels have the same time scale. Blue is forward, orange backward, grey idle; a stage's later chunks are
+    lighter. A box has its operation and times as a tooltip. The same panels always give the same text.
 
     Raises:
       ValueError: there is no panel.

@@ -23,7 +23,8 @@ from jaxtrain.trees import PyTree, shapes_of
 
 T = TypeVar("T")
 
-# A generator that yields lowered programs by name, is sent the compiled ones, and returns the result. See `compile_together`.
+# A generator that yields lowered programs by name, is sent the compiled ones, and returns the result. See
+# `compile_together`.
 Compiling = Generator[dict[str, Any], dict[str, Any], T]
 
 
@@ -36,8 +37,8 @@ class ChunkPrograms:
       prepare: params -> params, cast and gathered, once a step; `None` where parameters are used as they are at rest.
       zeros: () -> the accumulators.
       forward: (params, batch_stats, x, inputs) -> (output, aux, residuals).
-      backward: (sums, cotangent, residuals, output, aux, params, batch_stats, x, inputs) -> (sums, gradient of x); it donates
-        `sums`.
+      backward: (sums, cotangent, residuals, output, aux, params, batch_stats, x, inputs) -> (sums, gradient of x); it
+        donates `sums`.
       sums: the shapes and shardings of the accumulators.
     """
 
@@ -132,8 +133,8 @@ def compile_chunk(
 ) -> Compiling[ChunkPrograms]:
     """Compiles the programs of one chunk; for `compile_together`.
 
-    The backward program is lowered after the forward program is compiled: its arguments have the shardings that the forward
-    program gives its results.
+    The backward program is lowered after the forward program is compiled: its arguments have the shardings that the
+    forward program gives its results.
 
     Args:
       task: what to compute.
@@ -184,21 +185,18 @@ def _trace(
 def _lower_prepare(layout: Layout, passes: ForwardBackward, params: PyTree) -> tuple[jax.stages.Lowered | None, PyTree]:
     """The program that casts and gathers parameters, once a step, and the shapes of its results.
 
-    Without it, each microbatch would cast and gather them again. `None` if there is nothing to do; the shapes are then those
-    of `params`.
+    Without it, each microbatch would cast and gather them again. `None` if it would change neither a dtype nor a sharding.
     """
     dtypes = _cast_dtypes(passes, params)
-    casts = any(
-        dtype != leaf.dtype for dtype, leaf in zip(jax.tree.leaves(dtypes), jax.tree.leaves(params), strict=True)
-    )
-    if not (casts or layout.gathers_params):
-        return None, params
 
     def prepare(params: PyTree) -> PyTree:
         return jax.tree.map(lambda leaf, dtype: leaf.astype(dtype), params, dtypes)
 
     gathered = like_params(layout, "computing", params)
-    return jax.jit(prepare, out_shardings=gathered).lower(params), shapes_of(jax.eval_shape(prepare, params), gathered)
+    prepared = shapes_of(jax.eval_shape(prepare, params), gathered)
+    if jax.tree.leaves(prepared) == jax.tree.leaves(params):
+        return None, params
+    return jax.jit(prepare, out_shardings=gathered).lower(params), prepared
 
 
 def _cast_dtypes(passes: ForwardBackward, params: PyTree) -> PyTree:

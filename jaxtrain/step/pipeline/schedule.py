@@ -1,14 +1,15 @@
 """Pipeline schedules: the order in which each stage runs its forwards and backwards. Imports no JAX.
 
-There are GPipe, 1F1B and interleaved 1F1B. The orders are those of Megatron-LM (megatron/core/pipeline_parallel/schedules.py).
+There are GPipe, 1F1B and interleaved 1F1B. The orders are those of Megatron-LM
+(megatron/core/pipeline_parallel/schedules.py).
 
-The model is cut into V = S x C contiguous chunks, C on each of S stages. Chunk k lives on stage k % S. The batch is cut into M
-microbatches. F(k, m) is the forward of chunk k on microbatch m, B(k, m) its backward:
+The model is cut into V = S x C contiguous chunks, C on each of S stages. Chunk k lives on stage k % S. The batch is cut
+into M microbatches. F(k, m) is the forward of chunk k on microbatch m, B(k, m) its backward:
 
     F(k, m) needs F(k-1, m); B(k, m) needs F(k, m) and B(k+1, m).
 
-Under every schedule a chunk runs its forwards, and its backwards, in the order of the microbatches. So gradients are always
-added in the same order.
+Under every schedule a chunk runs its forwards, and its backwards, in the order of the microbatches. So gradients are
+always added in the same order.
 """
 
 from __future__ import annotations
@@ -127,8 +128,9 @@ def one_forward_one_backward(stages: int, microbatches: int) -> PipelineSchedule
 def interleaved(stages: int, microbatches: int, chunks: int) -> PipelineSchedule:
     """Interleaved 1F1B (Narayanan 2021, figure 4): S microbatches through a stage's first chunk, then through its next, ...
 
-    Stage s begins with (C - 1) S + 2 (S - s - 1) forwards: those before its last chunk runs for the first time, and one for
-    each transfer of that microbatch to the last stage and of its gradient back. With one chunk a stage this is 1F1B.
+    Stage s begins with (C - 1) S + 2 (S - s - 1) forwards: those before its last chunk runs for the first time, and one
+    for each transfer of that microbatch to the last stage and of its gradient back. With one chunk a stage this is
+    1F1B.
 
     Args:
       stages: S.
@@ -259,9 +261,9 @@ def check(schedule: PipelineSchedule) -> None:
 def in_flight(schedule: PipelineSchedule) -> tuple[int, ...]:
     """For each stage, the largest number of (chunk, microbatch) whose activations it stores at the same time.
 
-    These are the ones whose forward has run and whose backward has not. GPipe: M. 1F1B: min(M, S - s). Interleaved with C > 1:
-    min(C M, (C - 1) S + 2 (S - s - 1) + 1), the forwards of the warm-up and the one before the first backward. With C chunks
-    each of them takes 1 / C of the memory.
+    These are the ones whose forward has run and whose backward has not. GPipe: M. 1F1B: min(M, S - s). Interleaved with
+    C > 1: min(C M, (C - 1) S + 2 (S - s - 1) + 1), the forwards of the warm-up and the one before the first backward.
+    With C chunks each of them takes 1 / C of the memory.
     """
     peaks = []
     for ops in schedule.ops:
@@ -276,8 +278,8 @@ def in_flight(schedule: PipelineSchedule) -> tuple[int, ...]:
 def transfer_order(schedule: PipelineSchedule) -> tuple[Op, ...]:
     """The order in which the operations' results are sent between processes; the same on every process.
 
-    By the operations' ends, then forwards before backwards, then by stage. (In the order of their starts, the result of a
-    short forward would wait for a long backward that started before it.)
+    By the operations' ends, then forwards before backwards, then by stage. (In the order of their starts, the result of
+    a short forward would wait for a long backward that started before it.)
     """
     events = replay(schedule, _typical_seconds)
     return tuple(

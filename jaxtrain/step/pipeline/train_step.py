@@ -1,7 +1,7 @@
 """The train step of a model with pipeline stages: the schedule's operations, then the update in two halves.
 
-Each stage measures its share of the loss and of the squared gradient norm. One program over all devices adds these up and
-decides whether the update is accepted. Then each stage applies that decision to its layers.
+Each stage measures its share of the loss and of the squared gradient norm. One program over all devices adds these up
+and decides whether the update is accepted. Then each stage applies that decision to its layers.
 """
 
 from __future__ import annotations
@@ -177,8 +177,8 @@ class Trace:
 class StepExecution:
     """One step while it runs: what each chunk holds, and the activations and gradients between chunks.
 
-    What a chunk holds is touched only by its stage's thread. Activations and gradients are futures: in `_made` until a transfer
-    between processes takes them, in `_arrived` once they are on the devices that need them.
+    What a chunk holds is touched only by its stage's thread. Activations and gradients are futures: in `_made` until a
+    transfer between processes takes them, in `_arrived` once they are on the devices that need them.
 
     Attributes:
       step: whose programs run.
@@ -368,8 +368,8 @@ class StageShapes:
     def after(self, stages: Sequence[StagePrograms]) -> TrainState:
         """The shardings of the state after an update by the programs of `stages`.
 
-        What every stage has is joined with its old sharding. How other processes' programs leave their stages' leaves is not
-        known here; they are assumed to be where the layout places them.
+        What every stage has is joined with its old sharding. How other processes' programs leave their stages' leaves
+        is not known here; they are assumed to be where the layout places them.
         """
         leaves, structure = jax.tree.flatten(self.whole)
         shardings = {i: sharding for programs in stages for i, sharding in programs.after.items()}

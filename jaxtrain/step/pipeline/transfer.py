@@ -21,9 +21,9 @@ from jaxtrain.step.pipeline.schedule import Op
 class StageTransfer:
     """Moves arrays from one stage's devices to another's.
 
-    If each device and its counterpart belong to the same process, each shard is copied (`copy`). Otherwise the two stages'
-    buffers are the halves of one array, and a program that both stages run moves the first half (`exchange`: `ppermute` with
-    NCCL or gloo).
+    If each device and its counterpart belong to the same process, each shard is copied (`copy`). Otherwise the two
+    stages' buffers are the halves of one array, and a program that both stages run moves the first half (`exchange`:
+    `ppermute` with NCCL or gloo).
 
     Attributes:
       sharding: of the arrays on the target stage.
