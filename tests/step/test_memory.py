@@ -335,6 +335,10 @@ def test_a_tensor_setting_without_effect_fails():
     with started(config(tensor=2, data=1), 2) as it, started(config(data=1), 1) as alone:
         bare = dataclasses.replace(it.step, programs=alone.step.programs)
         assert "layout.tensor=2 had no effect" in failure(it, step=bare)
+        # The collectives of a pipeline's update say nothing about its gradients.
+        for name in ("decide", "finish", "stage 0: measure", "stage 1: update"):
+            updating = dataclasses.replace(bare, programs={**bare.programs, name: it.step.programs["step"]})
+            assert "layout.tensor=2 had no effect" in failure(it, step=updating)
 
 
 def test_held_bytes_is_the_most_that_a_device_holds():

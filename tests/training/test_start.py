@@ -56,8 +56,8 @@ config = Config(
 with settings(config):
     run = make_run(config, load_data(config.data), jax.devices()[:1])
     quick = state.create_state(run.init, run.layout)
-    assert state._once_only(run.layout)
-    state._once_only = lambda layout: None
+    assert state._run_once_options(run.layout)
+    state._run_once_options = lambda layout: None
     usual = state.create_state(run.init, run.layout)
 for a, b in zip(jax.tree.leaves(quick), jax.tree.leaves(usual), strict=True):
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), (a, b)
