@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxtrain.config import Config, DataConfig, OptimConfig, flatten, from_dict, plain, to_dict
+from jaxtrain.config import Config, DataConfig, OptimConfig, flatten, from_dict, nested_dicts, to_dict
 from jaxtrain.errors import ConfigError
 from jaxtrain.optim.schedules import peak_learning_rate
 from jaxtrain.recipes import LAYOUTS, change, load_config, recipe, resolve
@@ -92,7 +92,7 @@ NUMBERS = {
 
 def load(spec: str) -> Config:
     name, colon, arg = spec.partition(":")
-    return from_dict(plain(load_config(f"{CONFIGS / name}.py{colon}{arg}")))
+    return from_dict(nested_dicts(load_config(f"{CONFIGS / name}.py{colon}{arg}")))
 
 
 @pytest.mark.parametrize("spec", NUMBERS)
@@ -166,7 +166,7 @@ def test_a_config_is_locked_but_its_fields_can_be_set():
     config.train.steps = 3
     with pytest.raises(AttributeError):
         config.train.step = 3
-    assert from_dict(plain(config)).train.steps == 3
+    assert from_dict(nested_dicts(config)).train.steps == 3
 
 
 @pytest.mark.parametrize(
@@ -182,13 +182,13 @@ def test_a_config_is_locked_but_its_fields_can_be_set():
 def test_every_kind_of_field_can_be_overridden(key, value, text):
     for overrides in ({key: value}, [f"{key}={text}"], [f"--config.{key}={text}"]):
         config = load_config(CONFIGS / "quickstart.py", overrides)
-        assert flatten(to_dict(from_dict(plain(config))))[key] == value
+        assert flatten(to_dict(from_dict(nested_dicts(config))))[key] == value
 
 
 def test_every_field_can_be_overridden_by_its_own_value():
     stored = flatten(to_dict(load("quickstart")))
     overrides = {key: value for key, value in stored.items() if value != ()}
-    assert flatten(to_dict(from_dict(plain(load_config(CONFIGS / "quickstart.py", overrides))))) == stored
+    assert flatten(to_dict(from_dict(nested_dicts(load_config(CONFIGS / "quickstart.py", overrides))))) == stored
     assert len(overrides) > 50
 
 

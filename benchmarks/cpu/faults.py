@@ -25,7 +25,7 @@ EVERY, KILLS, REPEATS = 20, 10, 3  # steps between checkpoints
 # The digits at 50 ms a batch; process 1 fails or stands still once a file says so.
 FAULTY = """
 import dataclasses, pathlib, sys, time
-from jaxtrain.data import sources
+from jaxtrain.data import registry
 
 here = pathlib.Path(__file__).parent
 is_second = "--process-id" in sys.argv and sys.argv[sys.argv.index("--process-id") + 1] == "1"
@@ -46,7 +46,7 @@ class Faulty:
         return self.base.read(indices)
 
 def digits(config, image_size):
-    found = sources.load(dataclasses.replace(config, name="digits"), image_size=image_size)
+    found = registry.load(dataclasses.replace(config, name="digits"), image_size=image_size)
     return dataclasses.replace(found, train=Faulty(found.train))
 """
 FIELDS: dict[str, Any] = {

@@ -243,11 +243,6 @@ class Layout:
         """How many pipeline stages there are."""
         return self.mesh.shape["stage"]
 
-    @property
-    def platform(self) -> str:
-        """What the devices are: `cpu`, `gpu` or `tpu`."""
-        return self.mesh.devices.flat[0].platform
-
     def stage_of_chunk(self, chunk: int) -> int:
         """The stage that chunk number `chunk` of the model lives on."""
         return chunk % self.stages

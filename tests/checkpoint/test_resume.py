@@ -427,7 +427,7 @@ import pathlib
 import time
 
 from jaxtrain.config import DataConfig
-from jaxtrain.data import sources
+from jaxtrain.data import registry
 from jaxtrain.distributed.interrupt import Interrupt
 
 read = []
@@ -446,7 +446,7 @@ class Ledger:
 
 
 def digits(config, image_size):
-    found = sources.load(dataclasses.replace(config, name="digits"), image_size=image_size)
+    found = registry.load(dataclasses.replace(config, name="digits"), image_size=image_size)
     return dataclasses.replace(found, train=Ledger(found.train))
 
 

@@ -21,7 +21,7 @@ import dataclasses
 import os
 import time
 
-from jaxtrain.data import sources
+from jaxtrain.data import registry
 
 class Filling:
     def __init__(self, base, path):
@@ -46,7 +46,7 @@ class Filling:
         return self.base.read(indices)
 
 def digits(config, image_size):
-    found = sources.load(dataclasses.replace(config, name="digits"), image_size=image_size)
+    found = registry.load(dataclasses.replace(config, name="digits"), image_size=image_size)
     return dataclasses.replace(found, train=Filling(found.train, os.environ["FILLER"]))
 """
 

@@ -27,7 +27,7 @@ FAULTY = """
 import dataclasses, ctypes, os, pathlib, time
 
 from jaxtrain.config import DataConfig
-from jaxtrain.data import sources
+from jaxtrain.data import registry
 from jaxtrain.distributed.interrupt import Interrupt
 
 class Faulty:
@@ -56,7 +56,7 @@ Interrupt._stop = heard
 
 def loader(fault=None):
     def load(config, image_size):
-        found = sources.load(dataclasses.replace(config, name="digits"), image_size=image_size)
+        found = registry.load(dataclasses.replace(config, name="digits"), image_size=image_size)
         return dataclasses.replace(found, train=Faulty(found.train, fault))
     return load
 

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtrain.data import sources
+from jaxtrain.data import registry
 
 BAD = 17  # an index in the training set
 
@@ -40,7 +40,7 @@ class Poisoned:
         return images, np.where(np.asarray(indices) == BAD, 10, labels)
 
 def digits(config, image_size):
-    found = sources.load(dataclasses.replace(config, name="digits"), image_size=image_size)
+    found = registry.load(dataclasses.replace(config, name="digits"), image_size=image_size)
     return dataclasses.replace(found, train=Poisoned(found.train))
 
 def loss(logits, targets):

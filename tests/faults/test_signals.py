@@ -14,7 +14,7 @@ from jaxtrain.checkpoint.manifest import read_manifest
 SLOW = """
 import dataclasses, os, pathlib, time
 
-from jaxtrain.data import sources
+from jaxtrain.data import registry
 from jaxtrain.distributed.interrupt import Interrupt
 
 hold = pathlib.Path(__file__).with_name("hold")
@@ -41,7 +41,7 @@ class Slow:
         return self.base.read(indices)
 
 def digits(config, image_size):
-    found = sources.load(dataclasses.replace(config, name="digits"), image_size=image_size)
+    found = registry.load(dataclasses.replace(config, name="digits"), image_size=image_size)
     return dataclasses.replace(found, validation=Slow(found.validation))
 """
 

@@ -29,7 +29,7 @@ NODES = ("n1", "n2")
 SLOW = """
 import dataclasses, time
 
-from jaxtrain.data import sources
+from jaxtrain.data import registry
 
 class Slow:
     def __init__(self, base):
@@ -43,7 +43,7 @@ class Slow:
         return self.base.read(indices)
 
 def digits(config, image_size):
-    found = sources.load(dataclasses.replace(config, name="digits"), image_size=image_size)
+    found = registry.load(dataclasses.replace(config, name="digits"), image_size=image_size)
     return dataclasses.replace(found, train=Slow(found.train))
 """
 SLOW_FIELDS = runs.SMALL | {

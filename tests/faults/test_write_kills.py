@@ -23,8 +23,8 @@ POINTS = [
 KILLER = """
 import dataclasses, os, pathlib, shutil, signal, sys
 import orbax.checkpoint as ocp
-from jaxtrain import checkpoint_files, workdir
-from jaxtrain.data import sources
+from jaxtrain.checkpoint import manifest
+from jaxtrain.data import registry
 
 POINTS = %r
 deaths = pathlib.Path(__file__).with_name("deaths")
@@ -59,14 +59,14 @@ def is_manifest(_, target):
     return pathlib.Path(target).name == "manifest.json" and pathlib.Path(target).parent.name.isdigit()
 
 after(ocp.CheckpointManager, "save", "files are written")
-before(checkpoint_files, "write_manifest", "all files are there and the manifest is not begun")
+before(manifest, "write_manifest", "all files are there and the manifest is not begun")
 before(os, "replace", "the manifest is written and not renamed", is_manifest)
 after(os, "replace", "the manifest is in its place", is_manifest)
 before(shutil, "rmtree", "an old checkpoint lost its manifest and is not deleted",
        lambda path, *_: pathlib.Path(path).parent.name == "checkpoints" and pathlib.Path(path).name.isdigit())
 
 def digits(config, image_size):
-    return sources.load(dataclasses.replace(config, name="digits"), image_size=image_size)
+    return registry.load(dataclasses.replace(config, name="digits"), image_size=image_size)
 """
 
 FIELDS = SMALL | {

@@ -249,7 +249,7 @@ def test_a_users_optimizer_loss_and_data_by_dotted_name(tmp_path, user_code):
         import numpy as np
         import optax
 
-        from jaxtrain.data import sources
+        from jaxtrain.data import registry
 
         CALLS = set()
         ONES = np.ones(10, np.float32)  # a constant of the program, no transfer in the loop
@@ -265,7 +265,7 @@ def test_a_users_optimizer_loss_and_data_by_dotted_name(tmp_path, user_code):
 
         def data(config, *, image_size):
             CALLS.add("data")
-            return sources.load(dataclasses.replace(config, name="digits"), image_size=image_size)
+            return registry.load(dataclasses.replace(config, name="digits"), image_size=image_size)
         """,
     )
     shared = {"weight_decay": 0.01, "momentum": 0.5}
@@ -370,7 +370,7 @@ def test_the_guard_is_on_in_the_loop(tmp_path, user_code):
         import jax.numpy as jnp
         import numpy as np
 
-        from jaxtrain.data import sources
+        from jaxtrain.data import registry
 
         class Source:
             def __init__(self, source):
@@ -382,7 +382,7 @@ def test_the_guard_is_on_in_the_loop(tmp_path, user_code):
                 return np.asarray(jnp.flip(images, 2)), labels
 
         def data(config, *, image_size):
-            digits = sources.load(dataclasses.replace(config, name="digits"), image_size=image_size)
+            digits = registry.load(dataclasses.replace(config, name="digits"), image_size=image_size)
             return dataclasses.replace(digits, train=Source(digits.train))
         """,
     )
@@ -451,13 +451,13 @@ def test_python_and_numpy_are_seeded(tmp_path, user_code):
         """
         import dataclasses, random
         import numpy as np
-        from jaxtrain.data import sources
+        from jaxtrain.data import registry
 
         DRAWN = []
 
         def data(config, *, image_size):
             DRAWN.append((random.random(), np.random.rand()))
-            return sources.load(dataclasses.replace(config, name="digits"), image_size=image_size)
+            return registry.load(dataclasses.replace(config, name="digits"), image_size=image_size)
         """,
     )
     for number, seed in enumerate((5, 5, 6)):

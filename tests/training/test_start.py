@@ -45,16 +45,17 @@ def test_a_state_that_is_made_with_little_optimization_has_the_same_bits():
     """In a process of its own: the tests' own $XLA_FLAGS ask for none at all."""
     code = """
 import jax, numpy as np
-from jaxtrain import state
+from jaxtrain.step import train_state as state
 from jaxtrain.config import Config, DataConfig, ModelConfig, TrainConfig
-from jaxtrain.run import load_data, make_run, settings
+from jaxtrain.training.jax_settings import settings
+from jaxtrain.training.setup import load_data, make_run_spec
 config = Config(
     data=DataConfig(name="digits", global_batch=8),
     model=ModelConfig("tiny:resnet", width=5),
     train=TrainConfig(precision="f32"),
 )
 with settings(config):
-    run = make_run(config, load_data(config.data), jax.devices()[:1])
+    run = make_run_spec(config, load_data(config.data), jax.devices()[:1])
     quick = state.create_state(run.init, run.layout)
     assert state._run_once_options(run.layout)
     state._run_once_options = lambda layout: None
