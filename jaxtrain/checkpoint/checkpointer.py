@@ -202,7 +202,13 @@ class Checkpointer:
         return best_of(readable(self.directory, manifested_steps(self.directory)))
 
     def annotate(self, step: int, val_accuracy: float, position: dict[str, Any]) -> None:
-        """Adds an accuracy that was measured after `step` was saved, and the position. Only process 0 writes."""
+        """Adds what became known after a checkpoint was saved. Only process 0 writes.
+
+        Args:
+          step: of the checkpoint.
+          val_accuracy: in [0, 1].
+          position: how far the run is now.
+        """
         if jax.process_index() == 0:
             manifest.annotate(self.directory / str(step), val_accuracy=val_accuracy, position=position)
 

@@ -26,9 +26,15 @@ log = logging.getLogger("jaxtrain")
 
 
 def refuse_changes(directory: Workdir, resume: ResumePoint, config: Config) -> None:
-    """Raises `WorkdirError` if `config` differs from the stored one in settings that change the run's numbers.
+    """Refuses settings that change the run's numbers. `refuse_length` checks its length, which needs the data set.
 
-    The run's length is checked by `refuse_length`, which needs the data set.
+    Args:
+      directory: the work directory.
+      resume: where the run starts, with the stored config.
+      config: of this run.
+
+    Raises:
+      WorkdirError: `config` differs from the stored one in such a setting.
     """
     if resume.stored is None or config.checkpoint.allow_changes:
         return
@@ -39,7 +45,17 @@ def refuse_changes(directory: Workdir, resume: ResumePoint, config: Config) -> N
 
 
 def refuse_length(directory: Workdir, resume: ResumePoint, config: Config, train_examples: int) -> None:
-    """Raises `WorkdirError` if the run has another length, with which an earlier step would have had another learning rate."""
+    """Refuses another length of the run, with which an earlier step would have had another learning rate.
+
+    Args:
+      directory: the work directory.
+      resume: where the run starts, with the stored config.
+      config: of this run.
+      train_examples: how many the data set has.
+
+    Raises:
+      WorkdirError: the learning rate of an earlier step would differ.
+    """
     if resume.stored is None or config.checkpoint.allow_changes:
         return
     changes = [c for c in config_changes.changes(to_dict(resume.stored), to_dict(config)) if c.kind == "length"]
@@ -57,7 +73,17 @@ def refuse_length(directory: Workdir, resume: ResumePoint, config: Config, train
 
 
 def refuse_other_data(directory: Workdir, resume: ResumePoint, config: Config, dataset: Dataset) -> None:
-    """Raises `DataError` if the data set has changed since the checkpoint was made."""
+    """Refuses a data set that has changed since the checkpoint was made.
+
+    Args:
+      directory: the work directory.
+      resume: where the run starts, with the record of the data set.
+      config: of this run; `checkpoint.allow_changes` allows it.
+      dataset: as it is loaded now.
+
+    Raises:
+      DataError: the data set has changed, or is split by another rule.
+    """
     stored, run = resume.position.dataset, resume.start.directory.parent if resume.start else directory.path
     if not stored:
         return

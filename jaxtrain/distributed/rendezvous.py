@@ -207,7 +207,16 @@ def _receive(
 
 
 def difference(mine: Handshake, other: Handshake, *, allow_version_skew: bool = False) -> str:
-    """How process `other` was started differently from process 0 (`mine`), in a sentence; '' where it was not."""
+    """Compares two handshakes.
+
+    Args:
+      mine: of process 0.
+      other: of another process.
+      allow_version_skew: ignores other versions.
+
+    Returns:
+      A sentence on how the other process was started differently, or ''.
+    """
     for what in mine.fingerprint:
         if what == "versions" and allow_version_skew:
             continue

@@ -123,26 +123,26 @@ def check_devices(machine: Machine, environment: Mapping[str, str]) -> Check:
             else "install jax and jaxlib again, or see the driver with `nvidia-smi`"
         )
         return Check("devices", "problem", f"JAX does not start: {devices.error}", fix)
-    found = ", ".join(f"{count} x {kind}" for kind, count in devices.kinds.items()) + f" ({devices.backend})"
+    summary = ", ".join(f"{count} x {kind}" for kind, count in devices.kinds.items()) + f" ({devices.backend})"
     faulty = [f"{gpu.uuid} ({gpu.fault})" for gpu in gpus if gpu.fault]
     if faulty:
         return Check(
-            "devices", "problem", f"{found}; cannot be used: {', '.join(faulty)}", "have these GPUs reset or replaced"
+            "devices", "problem", f"{summary}; cannot be used: {', '.join(faulty)}", "have these GPUs reset or replaced"
         )
     if gpus and devices.backend != "gpu":
-        text = f"the host has {len(gpus)} x {gpus[0].name} and JAX sees none, only {found}"
+        text = f"the host has {len(gpus)} x {gpus[0].name} and JAX sees none, only {summary}"
         return Check("devices", "problem", text, _why_no_gpu(machine, environment))
     if gpus and devices.count != len(gpus):
-        found += f", of {len(gpus)} GPUs in the host"
+        summary += f", of {len(gpus)} GPUs in the host"
         if not environment.get("CUDA_VISIBLE_DEVICES"):
-            return Check("devices", "problem", found, "look in `nvidia-smi` and dmesg for GPUs that JAX cannot open")
+            return Check("devices", "problem", summary, "look in `nvidia-smi` and dmesg for GPUs that JAX cannot open")
     if devices.backend == "gpu" and not gpus:
         fix = "install NVML for Python, pip install nvidia-ml-py, so that broken GPUs are noticed"
-        return Check("devices", "warning", f"{found}; NVML does not answer, so their health is unknown", fix)
+        return Check("devices", "warning", f"{summary}; NVML does not answer, so their health is unknown", fix)
     if machine.gpu_nodes and devices.backend != "gpu":
-        text = f"{found}, although /dev has {machine.gpu_nodes} NVIDIA GPUs"
+        text = f"{summary}, although /dev has {machine.gpu_nodes} NVIDIA GPUs"
         return Check("devices", "warning", text, _why_no_gpu(machine, environment))
-    return Check("devices", "ok", found)
+    return Check("devices", "ok", summary)
 
 
 def _why_no_gpu(machine: Machine, environment: Mapping[str, str]) -> str:
@@ -160,35 +160,35 @@ def check_driver(machine: Machine) -> Check:
     if not machine.gpus and machine.devices.backend != "gpu":
         return Check("driver", "ok", "no NVIDIA GPU, none needed")
     libraries = [f"{name} {version}" for name, version in machine.versions.items() if GPU_PACKAGE.fullmatch(name)]
-    found = ", ".join([f"NVIDIA driver {machine.driver or 'unknown'}", *libraries, machine.devices.runtime])
+    summary = ", ".join([f"NVIDIA driver {machine.driver or 'unknown'}", *libraries, machine.devices.runtime])
     if not machine.driver:
         fix = "run `nvidia-smi`, and install or load the driver if it does not answer, or nvidia-ml-py if it does"
-        return Check("driver", "warning", found, fix)
+        return Check("driver", "warning", summary, fix)
     for release, oldest in _OLDEST_DRIVER.items():
         if f"jax-cuda{release}-plugin" in machine.versions and _numbers(machine.driver) < (oldest,):
             fix = f"install driver {oldest} or newer, which CUDA {release} needs, or JAX for an older CUDA"
-            return Check("driver", "problem", found, fix)
-    return Check("driver", "ok", found)
+            return Check("driver", "problem", summary, fix)
+    return Check("driver", "ok", summary)
 
 
 def check_memory(machine: Machine) -> Check:
     """There is enough memory to start a run, and enough shared memory for NCCL and the workers that read data."""
-    found = f"{_gib(machine.memory)}, {_gib(machine.memory_free)} free, /dev/shm {_gib(machine.shared_memory)}"
-    found += f", {machine.cores} cores"
+    summary = f"{_gib(machine.memory)}, {_gib(machine.memory_free)} free, /dev/shm {_gib(machine.shared_memory)}"
+    summary += f", {machine.cores} cores"
     if machine.gpus:
-        found += "; GPUs: " + ", ".join(_gib(gpu.memory) for gpu in machine.gpus)
+        summary += "; GPUs: " + ", ".join(_gib(gpu.memory) for gpu in machine.gpus)
     if machine.memory_free < _LOW_MEMORY:
-        return Check("memory", "warning", found, f"end other programs: a run needs about {_gib(_LOW_MEMORY)}")
+        return Check("memory", "warning", summary, f"end other programs: a run needs about {_gib(_LOW_MEMORY)}")
     if machine.shared_memory < _LOW_SHARED and machine.gpus:
         return Check(
-            "memory", "warning", found, "start the container with --shm-size=8g: NCCL and readers use /dev/shm"
+            "memory", "warning", summary, "start the container with --shm-size=8g: NCCL and readers use /dev/shm"
         )
-    return Check("memory", "ok", found)
+    return Check("memory", "ok", summary)
 
 
 def check_versions(versions: Mapping[str, str], required: Mapping[str, str]) -> Check:
     """Every package is installed and new enough. jax, jaxlib and the CUDA plugin have the same version."""
-    found = f"python {platform.python_version()}, " + ", ".join(
+    summary = f"python {platform.python_version()}, " + ", ".join(
         f"{name} {version}" for name, version in versions.items()
     )
     missing = [name for name in PACKAGES if name not in versions]
@@ -198,14 +198,14 @@ def check_versions(versions: Mapping[str, str], required: Mapping[str, str]) -> 
             f"{what}: {', '.join(names)}" for what, names in (("missing", missing), ("too old", old)) if names
         )
         fix = "install jaxtrain's dependencies again: pip install --upgrade -e ."
-        return Check("versions", "problem", f"{text} ({found})", fix)
+        return Check("versions", "problem", f"{text} ({summary})", fix)
     pairs = ["jaxlib", *(name for name in versions if name.startswith("jax-cuda"))]
     other = [name for name in pairs if _numbers(versions[name])[:3] != _numbers(versions["jax"])[:3]]
     if other:
         wanted = " ".join(f"{name}=={versions['jax']}" for name in other)
         text = f"jax {versions['jax']} does not go with " + ", ".join(f"{name} {versions[name]}" for name in other)
         return Check("versions", "problem", text, f"install them in one release: pip install {wanted}")
-    return Check("versions", "ok", found)
+    return Check("versions", "ok", summary)
 
 
 def _numbers(version: str) -> tuple[int, ...]:
@@ -254,10 +254,10 @@ def check_disk(name: str, directory: Path, elsewhere: str) -> Check:
     if why := _unwritable(there := _existing(directory)):
         return Check(name, "problem", f"{directory}: {why}", f"make it writable, or {elsewhere}")
     free = shutil.disk_usage(there).free
-    found = f"{directory}: written, synced and renamed a file; {_gib(free)} free"
+    summary = f"{directory}: written, synced and renamed a file; {_gib(free)} free"
     if free < _LOW_DISK:
-        return Check(name, "problem" if free < _NO_DISK else "warning", found, f"make room there, or {elsewhere}")
-    return Check(name, "ok", found)
+        return Check(name, "problem" if free < _NO_DISK else "warning", summary, f"make room there, or {elsewhere}")
+    return Check(name, "ok", summary)
 
 
 def check_data_directory() -> Check:
@@ -297,7 +297,13 @@ def _unwritable(directory: Path) -> str:
 
 
 def check_tensorflow(machine: Machine, installed: bool, environment: Mapping[str, str]) -> Check:
-    """TensorFlow does not take the GPUs' memory."""
+    """TensorFlow does not take the GPUs' memory.
+
+    Args:
+      machine: the facts.
+      installed: whether TensorFlow is.
+      environment: the environment variables.
+    """
     if not installed:
         return Check("tensorflow", "ok", "not installed, none needed")
     if not machine.gpus and machine.devices.backend != "gpu":
