@@ -46,6 +46,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=rank)
 
 
+gc.set_threshold(
+    50_000
+)  # of what tracing makes most lives: looked at after every 700 objects it takes 5 % more CPU time
+
+
 @pytest.fixture(autouse=True)
 def _flags_of_a_run_end_with_its_test(monkeypatch) -> None:
     """A run adds to $XLA_FLAGS, which every later process would inherit."""

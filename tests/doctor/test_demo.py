@@ -56,6 +56,7 @@ def outcome(capsys, monkeypatch, train) -> tuple[int, list[str], str]:
     return code, said.out.splitlines(), said.err
 
 
+@pytest.mark.parity
 def test_it_trains_for_real_and_all_checks_pass(capsys):
     assert runs.command_line(["demo", "--devices", "2", "--json"]) == 0
     said = json.loads(capsys.readouterr().out)

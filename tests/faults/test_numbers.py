@@ -71,7 +71,13 @@ CALLS = {"train.steps_per_call": 4, "checkpoint.every": "0"}
 
 
 @pytest.mark.parametrize(
-    "layout", [{}, {"layout.stages": 2, "layout.microbatches": 2}, CALLS], ids=["one", "stages", "calls"]
+    "layout",
+    [
+        {},
+        pytest.param({"layout.stages": 2, "layout.microbatches": 2}, marks=pytest.mark.faults),
+        pytest.param(CALLS, marks=pytest.mark.faults),
+    ],
+    ids=["one", "stages", "calls"],
 )
 def test_a_bad_batch_is_passed_over(tmp_path, layout):
     result = here(tmp_path / "run", FIELDS | layout | {"train.nonfinite_skips": 1}, devices=2 if layout else 1)
@@ -89,7 +95,7 @@ def test_a_bad_batch_is_passed_over(tmp_path, layout):
             assert norms[step] == norms[step - 1]
 
 
-@pytest.mark.parametrize("calls", [{}, CALLS], ids=["one", "calls"])
+@pytest.mark.parametrize("calls", [{}, pytest.param(CALLS, marks=pytest.mark.faults)], ids=["one", "calls"])
 def test_without_leave_to_pass_over_the_run_stops_with_its_state(tmp_path, calls):
     with pytest.raises(NumericError, match="is not finite"):
         here(tmp_path / "run", FIELDS | calls, seed=1)  # the bad example comes in step 3
@@ -166,7 +172,7 @@ def altered(array: jax.Array, device: int) -> jax.Array:
     return jax.make_array_from_single_device_arrays(array.shape, array.sharding, parts)
 
 
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.faults), 3])
 def test_one_flipped_bit_names_its_device(tmp_path, zero):
     fields = SMALL | {"layout.zero": zero, "layout.replica": 2, "train.steps": 2, "train.check_replicas_every": 1}
     state = here(tmp_path, fields, devices=4).state

@@ -393,8 +393,10 @@ def test_drop_path_rises_linearly_to_the_configured_rate():
 
 # -------------------------------------------------------------------------------------------------------------- dtypes
 
+WIDER = ("float16", "float32", "float64")
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32", "float64"])
+
+@pytest.mark.parametrize("dtype", ["bfloat16", *(pytest.param(name, marks=pytest.mark.parity) for name in WIDER)])
 @pytest.mark.parametrize("name", TINY)
 def test_dtypes_of_activations_and_leaves(x64, name, dtype):
     config, image_shape = TINY[name]

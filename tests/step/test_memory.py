@@ -103,7 +103,9 @@ def formula(tree, ways: int, sharded: bool) -> tuple[float, int]:
 SHARDED_FROM = {"opt_state": 1, "gradients": 2, "params": 3}
 
 
-@pytest.mark.parametrize("devices", [2, 4, 8])
+@pytest.mark.parametrize(
+    "devices", [pytest.param(2, marks=pytest.mark.parity), pytest.param(4, marks=pytest.mark.parity), 8]
+)
 @pytest.mark.parametrize("zero", [0, 1, 2, 3])
 def test_bytes_per_device_are_the_formulas(zero, devices):
     with started(config(zero=zero, microbatches=2), devices) as it:

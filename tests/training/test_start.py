@@ -41,6 +41,7 @@ def test_a_start_says_what_it_is_and_that_it_compiles_before_it_has_compiled(tmp
     assert "step 1/1" in lines[places[-1] + 1]
 
 
+@pytest.mark.parity
 def test_a_state_that_is_made_with_little_optimization_has_the_same_bits():
     """In a process of its own: the tests' own $XLA_FLAGS ask for none at all."""
     code = """

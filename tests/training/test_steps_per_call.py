@@ -61,6 +61,7 @@ def test_the_run_is_that_of_single_steps_bit_for_bit(tmp_path, calls, more, devi
     assert_same_files(tmp_path / "twos", tmp_path / "ones")
 
 
+@pytest.mark.parity
 def test_the_run_is_that_of_single_steps_when_sharded(tmp_path, monkeypatch):
     """As XLA compiles by itself: what the tests' own $XLA_FLAGS choose rounds otherwise in a loop of sharded steps."""
     monkeypatch.setenv("XLA_FLAGS", "")
