@@ -32,6 +32,16 @@ def test_only_models_know_linen():
     assert knows == {"models"}
 
 
+def test_functions_and_classes_fit_on_a_screen():
+    long = []
+    for path in sorted(PACKAGE.rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text())):
+            most = {ast.FunctionDef: 60, ast.AsyncFunctionDef: 60, ast.ClassDef: 250}.get(type(node))
+            if most and (lines := node.end_lineno - node.lineno + 1) > most:
+                long.append(f"{path.relative_to(ROOT)}: {node.name} has {lines} lines of at most {most}")
+    assert not long
+
+
 # ------------------------------------------------------------------------------------------------------- what is loaded
 
 
