@@ -28,12 +28,30 @@ def _epoch_permutation(n: int, seed: int, epoch: int) -> np.ndarray:
 
 
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """int64 [n], read-only: the order of the `n` examples in `epoch` (0 is the first)."""
+    """The order of the examples in an epoch.
+
+    Args:
+      n: how many examples there are.
+      seed: the run's.
+      epoch: 0 is the first.
+
+    Returns:
+      int64 [n], read-only.
+    """
     return _epoch_permutation(n, seed, epoch)
 
 
 def split_permutation(n: int, split_seed: int, role: int = 0) -> np.ndarray:
-    """int64 [n], read-only: the fixed order from which splits are cut; another `role` gives an independent order."""
+    """The fixed order from which splits are cut.
+
+    Args:
+      n: how many examples there are.
+      split_seed: `data.split_seed`.
+      role: another one gives an independent order.
+
+    Returns:
+      int64 [n], read-only.
+    """
     return _epoch_permutation(n, split_seed, _SPLIT_ROLE + role)
 
 
@@ -57,7 +75,17 @@ def example_indices(n: int, seed: int, numbers: np.ndarray) -> np.ndarray:
 
 
 def batch_indices(n: int, seed: int, start_example: int, count: int) -> np.ndarray:
-    """int64 [count]: the examples at numbers start_example ... start_example + count - 1 of the endless stream."""
+    """The examples of a range of the endless stream.
+
+    Args:
+      n: size of the training set.
+      seed: the run's.
+      start_example: the first number of the range.
+      count: how many.
+
+    Returns:
+      int64 [count]: indices into the training set.
+    """
     return example_indices(n, seed, np.arange(start_example, start_example + count, dtype=np.int64))
 
 

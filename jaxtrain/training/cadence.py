@@ -31,7 +31,13 @@ class Cadence:
         return math.floor(done[self.duration.unit] / value)
 
     def next_after(self, step: int, examples: int, batch: int) -> float:
-        """The first later step that it is due after; infinity if it never is."""
+        """The first later step that it is due after; infinity if it never is.
+
+        Args:
+          step: a step.
+          examples: consumed by then.
+          batch: examples a step.
+        """
         value = Fraction(self.duration.value).limit_denominator(10**6)
         if not value or self.duration.unit == "minutes":
             return math.inf

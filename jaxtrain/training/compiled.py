@@ -56,7 +56,14 @@ def compile_run(
 ) -> tuple[CompiledRun, TrainState]:
     """Makes or restores the state, compiles the step (beside it, in a run of one process) and audits the layout.
 
-    trace: the file of `layout.trace_step`.
+    Args:
+      run: what to compile.
+      resume: where the run goes on from.
+      trace: the file of `layout.trace_step`.
+
+    Raises:
+      AuditError: something lies elsewhere than the layout says.
+      CheckpointError: the checkpoint is damaged, or of another model.
     """
     began = time.perf_counter()
     shapes = state_shapes(run.init, run.layout)
@@ -104,8 +111,8 @@ class Evaluator:
     def begin(self, state: TrainState) -> None:
         """Compiles beside what comes next for the weights of `state`, and for their average.
 
-        Not by stages: what that compiles shares the devices' dispatching threads with the step. Nor with other processes,
-        whom the steps speak to meanwhile.
+        Not with pipeline stages: their evaluation would share the devices' dispatching threads with the step. Not with other
+        processes: the steps communicate with them meanwhile.
         """
         dataset, alone = self._run.dataset, self._run.layout.stages == 1 and jax.process_count() == 1
         if not alone or not (len(dataset.validation) or len(dataset.test)):
@@ -131,7 +138,16 @@ class Evaluator:
     def of_state(
         self, state: TrainState, split: str, before_batch: Callable[[], None] = lambda: None
     ) -> dict[str, EvalResult]:
-        """Results by weights: `raw`, and `ema` where the run keeps a moving average."""
+        """Evaluates the weights of a state, and their moving average where the run keeps one.
+
+        Args:
+          state: on the devices.
+          split: `train`, `validation` or `test`.
+          before_batch: called before every batch.
+
+        Returns:
+          Results by weights: `raw`, and perhaps `ema`.
+        """
         weights = {"raw": (state.params, state.batch_stats)}
         if state.ema:
             weights["ema"] = state.ema["params"], state.ema["batch_stats"]

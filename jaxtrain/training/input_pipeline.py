@@ -37,13 +37,13 @@ class BatchSharder:
         self.positions = (np.arange(parts)[:, None] * size + self._columns).ravel()
 
     def images(self, *rows: np.ndarray) -> jax.Array:
-        """The same for images, which only the first pipeline stage needs."""
+        """The global array [microbatches, size, H, W, C] of images uint8 [positions, H, W, C], on the first pipeline stage."""
         return self._place(rows, self._images)
 
     def batch(self, *rows: np.ndarray) -> jax.Array:
-        """The global array [parts, size, ...] from this process's `rows` [len(positions), ...].
+        """The global array [microbatches, size, ...] from this process's rows [positions, ...].
 
-        From the rows of k steps, the array [k, parts, size, ...].
+        From the rows of k steps, the array [k, microbatches, size, ...].
         """
         return self._place(rows, self._sharding)
 
@@ -63,7 +63,7 @@ class BatchSharder:
         return _place((len(rows), *shape), dtype, over_steps(sharding), shard)
 
     def numbers(self, first: int, count: int = 1) -> jax.Array:
-        """An int32 that every device has, or int32 [count]: it and those that follow."""
+        """Step numbers, replicated: int32 [] for one step, int32 [count] for `first`, `first + 1`, ..."""
         value = np.int32(first) if count == 1 else np.arange(first, first + count, dtype=np.int32)
         return _place(value.shape, np.int32, self._replicated, lambda _: value)
 
@@ -78,8 +78,13 @@ def _place(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding, 
 class InputPipeline:
     """Batches of a data set for one layout.
 
-    resident: every split, one after the other, on every device; `Resident()` when batches are streamed. offsets: the first
-    row of each split in it. workers: reading processes when streaming. threads: that read where there are none.
+    Attributes:
+      dataset: the splits.
+      layout: where batches go.
+      resident: every split, one after the other, on every device; `Resident()` when batches are streamed.
+      offsets: the first row of each split in it; {} when batches are streamed.
+      workers: reading processes when streaming.
+      threads: threads that read where there are no such processes.
     """
 
     dataset: Dataset
@@ -110,7 +115,16 @@ class InputPipeline:
     ) -> Generator[Batch]:
         """Batches for the updates `first_step`, `first_step + 1`, ...; the same ones whether resident or streamed.
 
-        calls: how many of them come stacked as one, each time; without it every one comes alone.
+        Args:
+          seed: the run's; it decides the order of the examples.
+          global_batch: examples an update.
+          first_step: the number of the first update.
+          first_example: examples consumed before it.
+          steps: how many updates.
+          calls: how many batches come stacked as one, each time; without it every batch comes alone.
+
+        Yields:
+          Arrays [microbatches, examples, ...]; stacked, [k, microbatches, examples, ...].
         """
         parts, source = self.layout.config.microbatches, self.dataset.train
         placer = BatchSharder(self.layout, parts, global_batch // parts)

@@ -111,7 +111,15 @@ def draw_schedule(config: Config, num_devices: int = 0, traced: str | Path = "")
     """An SVG of the pipeline's planned step; with `traced`, a work directory, also of its recorded step, beside it.
 
     The plan takes what each chunk costs from the layers' operations at 500 TFLOP/s, or from the recorded step where there
-    is one. Raises `ConfigError` when there are no stages, or no record.
+    is one.
+
+    Args:
+      config: the run's.
+      num_devices: of each host; 0 means all.
+      traced: the work directory of a run that recorded a step (`layout.trace_step`).
+
+    Raises:
+      ConfigError: there are no stages, or no record.
     """
     run, _ = _planned(config, num_devices)
     if run.partition is None:

@@ -66,14 +66,25 @@ def refused_update(step: int, metrics: Mapping[str, float]) -> Anomaly:
 def replicas_differ(step: int, every: int, difference: str) -> Anomaly:
     """The anomaly of copies of a weight that differ after `step`.
 
-    How long they have differed is not known: it concerns all steps since the comparison before, `every` steps ago.
+    How long they have differed is not known: it concerns all steps since the comparison before.
+
+    Args:
+      step: the step after which they were compared.
+      every: steps between two comparisons.
+      difference: which leaf differs on which devices.
     """
     text = f"after step {step} {difference}: a device's memory or arithmetic is at fault"
     return Anomaly(text, "stop", max(step - every, 0) + 1)
 
 
 def not_finite(step: int, metrics: Mapping[str, float], kept: str) -> NumericError:
-    """The error that ends a run at such an update. kept: what of the run is kept, for the sentence."""
+    """The error that ends a run at such an update.
+
+    Args:
+      step: the update's number.
+      metrics: its `loss` and `grad_norm`.
+      kept: what of the run is kept, for the sentence.
+    """
     return NumericError(
         f"The loss ({metrics['loss']:g}) or the gradient norm ({metrics['grad_norm']:g}) of step {step} is not finite; the "
         f"run stopped before that update, and {kept}. Try a lower "

@@ -116,7 +116,14 @@ class Reporter:
         self._tell_process_time()
 
     def evaluation(self, step: int, phase: str, results: Mapping[str, EvalResult], seconds: float) -> None:
-        """The row of an evaluation. phase: `val` or `test`. results: by weights, `raw` and perhaps `ema`."""
+        """The row of an evaluation.
+
+        Args:
+          step: the update that the weights come from.
+          phase: `val` or `test`.
+          results: by weights, `raw` and perhaps `ema`.
+          seconds: how long it took.
+        """
         epoch, raw = self._timetable.epoch_of(step), results["raw"]
         extra = {"top5": raw.top5}
         if ema := results.get("ema"):

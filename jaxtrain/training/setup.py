@@ -80,7 +80,16 @@ def select_devices(count: int) -> list[Device]:
 
 
 def resolve_for_machine(config: Config, stored: Config | None, devices: list[Device]) -> Config:
-    """Fills in what depends on the machine, at the first start; a resumed run keeps what was decided then (`stored`)."""
+    """Fills in what depends on the machine, at the first start; a resumed run keeps what was decided then.
+
+    Args:
+      config: as the user gave it.
+      stored: the config of the run so far; None for a fresh run.
+      devices: those that the run uses.
+
+    Raises:
+      ConfigError: the batch does not divide, or the layout does not fit the devices.
+    """
     ways = batch_ways(make_mesh(config.layout, devices))
     precision, batch = config.train.precision, config.data.global_batch
     if precision == "auto":
@@ -106,7 +115,14 @@ def check_names(config: Config) -> None:
 def load_data(config: DataConfig, needed: str = "", drawn: Sequence[str] | None = None) -> Dataset:
     """The data set, prepared if need be by process 0 while the others wait (by each, with `data.prepare_per_host`).
 
-    needed, drawn: as of `data.registry.load`.
+    Args:
+      config: which data set.
+      needed: the one split that must be there; "" for all (see `data.registry.load`).
+      drawn: the splits that a run had drawn from training.
+
+    Raises:
+      DataError: it is missing or damaged.
+      EnvironmentMismatchError: the processes see different data.
     """
     first_on_process_zero(
         f"prepare the data set {config.name}",
@@ -129,7 +145,18 @@ def load_data(config: DataConfig, needed: str = "", drawn: Sequence[str] | None 
 def make_run_spec(
     config: Config, dataset: Dataset, devices: list[Device], *, start_step: int = 0, start_example: int = 0
 ) -> RunSpec:
-    """Everything that follows from the config and the data set. Raises `ConfigError` for what does not fit together."""
+    """Everything that follows from the config and the data set.
+
+    Args:
+      config: of the run, resolved for this machine.
+      dataset: what is trained on.
+      devices: those that the run uses.
+      start_step: the step that the run goes on from.
+      start_example: the examples consumed by then.
+
+    Raises:
+      ConfigError: settings, model and data do not fit together.
+    """
     mesh = make_mesh(config.layout, devices)
     types = precision_policy(config.train.precision)
     side = config.data.image_size or dataset.train.shape[0]
