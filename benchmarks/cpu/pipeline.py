@@ -212,7 +212,7 @@ def _dispatch(stages: int, parts: int, depth: int) -> dict[str, Any]:
         seconds = block_seconds(run, engine, state, 10, REPEATS)
         step: Any = engine.step
         one = dataclasses.replace(
-            engine, step=dataclasses.replace(step, lanes=StageExecutors(range(stages), threads=False))
+            engine, step=dataclasses.replace(step, executors=StageExecutors(range(stages), threads=False))
         )
         by_one = block_seconds(run, one, create_state(run.init, run.layout), 10, REPEATS)
     return {
