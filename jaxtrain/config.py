@@ -582,7 +582,7 @@ class Config(_Section):
     def _validate(self) -> None:
         batch, parts, groups = self.data.global_batch, self.layout.microbatches, self.model.bn_groups
         if self.data.batch_per_device:
-            return  # the global batch is decided and checked once the devices are known (`run.decide`)
+            return  # the global batch is decided and checked once the devices are known (`training.setup.resolve_for_machine`)
         self.check_batch(batch, parts, groups)
 
     @staticmethod

@@ -75,7 +75,7 @@ class Training:
         types, shape = precision_policy(config.train.precision), (size, size, 3)
         model = registry.build(config.model, shape, classes, types.compute_dtype, types.param_dtype)
         rate = learning_rate_schedule(config.optim, config.train.steps, 0, batch)
-        task = make_task(config, model, rate, side=size, classes=classes, mean=MEAN, std=STD)
+        task = make_task(config, model, rate, side=size, classes=classes, mean=MEAN, std=STD, dtype=types.compute_dtype)
         layout = Layout(make_mesh(config.layout, jax.devices()[:1]), config.layout, model.tensor_rules)
         init = functools.partial(
             initial_state, config.seed, model, task.optimizer, types, shape, ema=config.optim.ema > 0

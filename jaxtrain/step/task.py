@@ -8,13 +8,14 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import optax
+from jax.typing import DTypeLike
 
 from jaxtrain.config import Config, OptimConfig
 from jaxtrain.data.augment import Preprocess
 from jaxtrain.models.classifier import Classifier
 from jaxtrain.optim.losses import loss_fn
 from jaxtrain.optim.optimizers import make_optimizer
-from jaxtrain.precision import at_least_f32, precision_policy
+from jaxtrain.precision import at_least_f32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,6 +62,7 @@ def make_task(
     classes: int,
     mean: tuple[float, ...],
     std: tuple[float, ...],
+    dtype: DTypeLike,
 ) -> Task:
     """The task of a run.
 
@@ -72,6 +74,7 @@ def make_task(
       classes: how many outputs the model has.
       mean: of each channel, of pixels in [0, 1].
       std: the standard deviation of each channel, of pixels in [0, 1].
+      dtype: of the model's input: the type that it computes in.
     """
     preprocess = Preprocess(
         image_size=side,
@@ -83,7 +86,7 @@ def make_task(
         cutmix=config.data.cutmix,
         label_smoothing=config.optim.label_smoothing,
         padding=config.data.crop_padding,
-        dtype=precision_policy(config.train.precision).compute_dtype,
+        dtype=dtype,
     )
     return Task(
         model=model,

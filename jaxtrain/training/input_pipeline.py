@@ -25,51 +25,53 @@ RESIDENT_BYTES = 1 << 30
 
 
 class BatchSharder:
-    """Which part of a batch [parts, size, ...] this process holds, and how it becomes one global array."""
+    """Which examples of a batch [microbatches, size, ...] this process holds, and how it becomes one global array."""
 
-    def __init__(self, layout: Layout, parts: int, size: int):
-        self._shape, self._sharding, self._replicated = (parts, size), layout.batch, layout.sharding()
+    def __init__(self, layout: Layout, microbatches: int, size: int):
+        self._shape, self._sharding, self._replicated = (microbatches, size), layout.batch, layout.sharding()
         self._images = layout.images
         indices: Any = self._sharding.addressable_devices_indices_map(self._shape).values()
         spans = {index[1].indices(size)[:2] for index in indices}
         self._columns = np.concatenate([np.arange(*span) for span in sorted(spans)])
         # Positions in the global batch, in the order in which `batch` wants the rows.
-        self.positions = (np.arange(parts)[:, None] * size + self._columns).ravel()
+        self.positions = (np.arange(microbatches)[:, None] * size + self._columns).ravel()
 
     def images(self, *rows: np.ndarray) -> jax.Array:
         """The global array [microbatches, size, H, W, C] of images uint8 [positions, H, W, C], on the first pipeline stage."""
-        return self._place(rows, self._images)
+        return self._shard(rows, self._images)
 
     def batch(self, *rows: np.ndarray) -> jax.Array:
         """The global array [microbatches, size, ...] from this process's rows [positions, ...].
 
         From the rows of k steps, the array [k, microbatches, size, ...].
         """
-        return self._place(rows, self._sharding)
+        return self._shard(rows, self._sharding)
 
-    def _place(self, rows: Sequence[np.ndarray], sharding: NamedSharding) -> jax.Array:
+    def _shard(self, rows: Sequence[np.ndarray], sharding: NamedSharding) -> jax.Array:
         tail = rows[0].shape[1:]
         local = [each.reshape(self._shape[0], len(self._columns), *tail) for each in rows]
 
         def shard(index: tuple[slice, ...]) -> np.ndarray:
             start, stop, _ = index[len(index) - len(tail) - 1].indices(self._shape[1])
             first = int(np.searchsorted(self._columns, start))
-            parts = [each[:, first : first + stop - start] for each in local]
-            return parts[0] if len(parts) == 1 else np.stack(parts)
+            shards = [each[:, first : first + stop - start] for each in local]
+            return shards[0] if len(shards) == 1 else np.stack(shards)
 
         shape, dtype = (*self._shape, *tail), rows[0].dtype
         if len(rows) == 1:
-            return _place(shape, dtype, sharding, shard)
-        return _place((len(rows), *shape), dtype, over_steps(sharding), shard)
+            return _on_devices(shape, dtype, sharding, shard)
+        return _on_devices((len(rows), *shape), dtype, over_steps(sharding), shard)
 
     def numbers(self, first: int, count: int = 1) -> jax.Array:
         """Step numbers, replicated: int32 [] for one step, int32 [count] for `first`, `first + 1`, ..."""
         value = np.int32(first) if count == 1 else np.arange(first, first + count, dtype=np.int32)
-        return _place(value.shape, np.int32, self._replicated, lambda _: value)
+        return _on_devices(value.shape, np.int32, self._replicated, lambda _: value)
 
 
-def _place(shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding, part: Callable[..., Any]) -> jax.Array:
-    """A global array from its parts on the host: the one transfer to the devices that the loop is meant to make."""
+def _on_devices(
+    shape: tuple[int, ...], dtype: Any, sharding: jax.sharding.Sharding, part: Callable[..., Any]
+) -> jax.Array:
+    """A global array from its shards on the host: the one transfer to the devices that the loop is meant to make."""
     with jax.transfer_guard_host_to_device("allow"):
         return jax.make_array_from_callback(shape, sharding, part, dtype=dtype)
 
@@ -126,23 +128,23 @@ class InputPipeline:
         Yields:
           Arrays [microbatches, examples, ...]; stacked, [k, microbatches, examples, ...].
         """
-        parts, source = self.layout.config.microbatches, self.dataset.train
-        placer = BatchSharder(self.layout, parts, global_batch // parts)
+        microbatches, source = self.layout.config.microbatches, self.dataset.train
+        sharder = BatchSharder(self.layout, microbatches, global_batch // microbatches)
         order: dict[str, Any] = {
-            "seed": seed, "global_batch": global_batch, "positions": placer.positions,
+            "seed": seed, "global_batch": global_batch, "positions": sharder.positions,
             "first_example": first_example, "steps": steps,
         }  # fmt: skip
         calls = itertools.repeat(1, steps) if calls is None else calls
         if self.offsets:
             for number, chunk in _chunks(index_stream(len(source), **order), calls, first_step):
-                rows = placer.batch(*(each + np.int32(self.offsets["train"]) for each in chunk))
-                yield Batch(placer.numbers(number, len(chunk)), rows=rows)
+                rows = sharder.batch(*(each + np.int32(self.offsets["train"]) for each in chunk))
+                yield Batch(sharder.numbers(number, len(chunk)), rows=rows)
             return
         with train_stream(source, workers=self.workers, threads=self.threads, **order) as stream:
             for number, chunk in _chunks(stream, calls, first_step):
                 images, labels = zip(*chunk, strict=True)
                 yield Batch(
-                    placer.numbers(number, len(chunk)), images=placer.images(*images), labels=placer.batch(*labels)
+                    sharder.numbers(number, len(chunk)), images=sharder.images(*images), labels=sharder.batch(*labels)
                 )
 
     def train_shapes(self, global_batch: int) -> Batch:
@@ -154,32 +156,35 @@ class InputPipeline:
         mask = jax.ShapeDtypeStruct((1, batch), np.bool_, sharding=self.layout.batch)
         return EvalBatch(self._shapes(batch, 1), mask)  # type: ignore[arg-type]
 
-    def _shapes(self, global_batch: int, parts: int) -> Batch:
-        shape, layout = functools.partial(jax.ShapeDtypeStruct, (parts, global_batch // parts)), self.layout
+    def _shapes(self, global_batch: int, microbatches: int) -> Batch:
+        shape, layout = (
+            functools.partial(jax.ShapeDtypeStruct, (microbatches, global_batch // microbatches)),
+            self.layout,
+        )
         step: Any = jax.ShapeDtypeStruct((), np.int32, sharding=layout.sharding())
         numbers = shape(np.int32, sharding=layout.batch)
         if self.offsets:
             return Batch(step, rows=numbers)
-        images = (parts, global_batch // parts, *self.dataset.train.shape)
+        images = (microbatches, global_batch // microbatches, *self.dataset.train.shape)
         return Batch(step, images=jax.ShapeDtypeStruct(images, np.uint8, sharding=layout.images), labels=numbers)
 
     def evaluation(self, split: str, batch: int) -> Generator[EvalBatch]:
         """Every example of `split` once, in order, in batches of `batch`; the last is padded and masked."""
-        placer = BatchSharder(self.layout, 1, batch)
-        step, source = placer.numbers(0), getattr(self.dataset, split)
+        sharder = BatchSharder(self.layout, 1, batch)
+        step, source = sharder.numbers(0), getattr(self.dataset, split)
         if not len(source):
             return
-        masks = ((rows[placer.positions], mask[placer.positions]) for rows, mask in eval_batches(len(source), batch))
+        masks = ((rows[sharder.positions], mask[sharder.positions]) for rows, mask in eval_batches(len(source), batch))
         if self.offsets:
             for rows, mask in masks:
                 local = (rows + self.offsets[split]).astype(np.int32)
-                yield EvalBatch(Batch(step, rows=placer.batch(local)), placer.batch(mask))
+                yield EvalBatch(Batch(step, rows=sharder.batch(local)), sharder.batch(mask))
             return
         reading: dict[str, Any] = {"workers": self.workers, "threads": self.threads}
-        with eval_stream(source, global_batch=batch, positions=placer.positions, **reading) as stream:
+        with eval_stream(source, global_batch=batch, positions=sharder.positions, **reading) as stream:
             for (images, labels), (_, mask) in zip(stream, masks, strict=True):
                 yield EvalBatch(
-                    Batch(step, images=placer.images(images), labels=placer.batch(labels)), placer.batch(mask)
+                    Batch(step, images=sharder.images(images), labels=sharder.batch(labels)), sharder.batch(mask)
                 )
 
 
@@ -205,7 +210,7 @@ def make_input_pipeline(dataset: Dataset, layout: Layout, residency: str, worker
     images, labels = zip(*(materialize(source, threads) for source in splits.values()), strict=True)
 
     def place(array: np.ndarray, stage: int | None = None) -> jax.Array:
-        return _place(array.shape, array.dtype, layout.sharding(stage=stage), lambda _: array)
+        return _on_devices(array.shape, array.dtype, layout.sharding(stage=stage), lambda _: array)
 
     offsets = np.cumsum([0, *(len(source) for source in splits.values())])
     resident = Resident(place(np.concatenate(images), 0), place(np.concatenate(labels)))

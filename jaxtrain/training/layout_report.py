@@ -54,13 +54,13 @@ def _planned(config: Config, num_devices: int) -> tuple[RunSpec, dict[str, list[
 
 def _trace(run: RunSpec, state: TrainState) -> None:
     """Traces a microbatch's forward pass, so that what training refuses there is refused here. Computes nothing."""
-    task, parts = run.task, run.config.layout.microbatches
-    size = run.config.data.global_batch // parts
+    task, microbatches = run.task, run.config.layout.microbatches
+    size = run.config.data.global_batch // microbatches
 
     def forward(params: Any, batch_stats: Any, images: jax.Array, labels: jax.Array) -> jax.Array:
         example, key = jnp.arange(size, dtype=jnp.int32), jax.random.key(0)
         inputs, targets = train_inputs(task.preprocess, images, labels, example, key)
-        context = Context(example=example, train=True, bn_groups=max(task.bn_groups // parts, 1))
+        context = Context(example=example, train=True, bn_groups=max(task.bn_groups // microbatches, 1))
         logits, _ = task.model.apply(params, batch_stats, inputs, context, key)
         return task.loss(logits, targets)
 

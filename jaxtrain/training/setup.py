@@ -168,7 +168,16 @@ def make_run_spec(
     model = models.build(config.model, shape, classes, types.compute_dtype, types.param_dtype)
     steps = total_steps(config, len(dataset.train), start_step, start_example)
     rate = make_schedule(config, len(dataset.train), start_step, start_example)
-    task = make_task(config, model, rate, side=side, classes=classes, mean=dataset.mean, std=dataset.std)
+    task = make_task(
+        config,
+        model,
+        rate,
+        side=side,
+        classes=classes,
+        mean=dataset.mean,
+        std=dataset.std,
+        dtype=types.compute_dtype,
+    )
     init = functools.partial(initial_state, config.seed, model, task.optimizer, types, shape, ema=config.optim.ema > 0)
     state = jax.eval_shape(init)
     if not jax.tree.leaves(state.params):
@@ -181,14 +190,14 @@ def make_run_spec(
         config.data.global_batch,
         config.model.bn_groups,
     )
-    parts = microbatches(config.layout, batch, batch_ways(mesh), groups * has_batch_norm, even=task.preprocess.mixes)
-    config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, microbatches=parts))
+    count = microbatches(config.layout, batch, batch_ways(mesh), groups * has_batch_norm, even=task.preprocess.mixes)
+    config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, microbatches=count))
     layout = Layout(mesh, config.layout, config.layout.rules + model.tensor_rules)
     layout.check_batch(batch, groups, has_batch_norm)
-    if task.preprocess.mixes and parts > 1 and batch // parts % 2:
+    if task.preprocess.mixes and count > 1 and batch // count % 2:
         raise ConfigError(
-            f"config.layout.microbatches={parts}: mixup and cutmix mix neighbours, so that a microbatch needs an even number "
-            f"of examples, and config.data.global_batch={batch} gives each {batch // parts}."
+            f"config.layout.microbatches={count}: mixup and cutmix mix neighbours, so that a microbatch needs an even number "
+            f"of examples, and config.data.global_batch={batch} gives each {batch // count}."
         )
     partition = None
     if layout.stages > 1:
@@ -197,9 +206,9 @@ def make_run_spec(
             model,
             state.params,
             state.batch_stats,
-            (batch // parts, *shape),
+            (batch // count, *shape),
             types.compute_dtype,
-            max(groups // parts, 1),
+            max(groups // count, 1),
             batch_ways(mesh),
         )
         names = tuple(tuple(partition.costs[i].name for i in layers) for layers in partition.chunks)

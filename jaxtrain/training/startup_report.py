@@ -28,13 +28,13 @@ def summary(run: RunSpec, table: dict[str, list[Placement]]) -> list[str]:
     held = ", ".join(
         f"{tree} {_size(bytes_per_device(leaves))}" for tree, leaves in table.items() if bytes_per_device(leaves)
     )
-    batch, parts = config.data.global_batch, config.layout.microbatches
+    batch, count = config.data.global_batch, config.layout.microbatches
     ways = mesh.shape["replica"] * mesh.shape["data"]
     lines = [
         f"model: {config.model.name}, {sum(_elements(leaf) for leaf in table['params']):,} parameters, "
         f"{config.train.precision}; {mesh.size} x {mesh.devices.flat[0].device_kind} ({axes}), zero {config.layout.zero}",
         f"batch: {batch} global, {batch // jax.process_count()} a process, {batch // ways} a device, "
-        f"{batch // parts // ways} a device and microbatch ({parts})",
+        f"{batch // count // ways} a device and microbatch ({count})",
         f"memory per device at rest: {held}",
         f"optimizer: {optim.name}, peak learning rate {peak_learning_rate(optim, batch):g} ({optim.learning_rate:g} at a batch "
         f"of {optim.lr_reference_batch}, scaling {optim.lr_scaling}), {optim.schedule}",
@@ -54,13 +54,13 @@ def summary(run: RunSpec, table: dict[str, list[Placement]]) -> list[str]:
 def idle_stages(run: RunSpec, has_batch_norm: bool) -> str:
     """What to say where there are fewer microbatches than stages, or ''."""
     layout, groups, batch = run.layout, run.config.model.bn_groups, run.config.data.global_batch
-    stages, parts = layout.stages, layout.config.microbatches
-    if parts >= stages:
+    stages, count = layout.stages, layout.config.microbatches
+    if count >= stages:
         return ""
-    how = "work one after the other" if parts == 1 else "are idle most of the time"
+    how = "work one after the other" if count == 1 else "are idle most of the time"
     chosen = dataclasses.replace(layout.config, microbatches=0)
     best = microbatches(chosen, batch, batch_ways(layout.mesh), 0, even=run.task.preprocess.mixes)
-    if best <= parts:
+    if best <= count:
         fix = f"config.data.global_batch={batch} does not divide into more"
     elif has_batch_norm and groups % best:
         fix = (
@@ -70,7 +70,7 @@ def idle_stages(run: RunSpec, has_batch_norm: bool) -> str:
         )
     else:
         fix = f"use --config.layout.microbatches={best}"
-    return f"{parts} microbatch{'es' if parts > 1 else ''} for {stages} pipeline stages: the stages {how}; {fix}."
+    return f"{count} microbatch{'es' if count > 1 else ''} for {stages} pipeline stages: the stages {how}; {fix}."
 
 
 def one_step_a_call(config: Config) -> str:
