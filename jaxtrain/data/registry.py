@@ -47,7 +47,8 @@ def find_spec(config: DataConfig) -> DatasetSpec:
 
 
 def check_name(config: DataConfig) -> None:
-    """Raises `ConfigError` where `config.name` can mean no data set; reads no data."""
+    """Raises `ConfigError` where `config.name` can mean no data set, or the data directory is an address; reads no data."""
+    data_dir(config)
     find_spec(config).check()
 
 

@@ -102,6 +102,7 @@ def test_a_roll_back_goes_to_before_the_first_bad_step_and_past_its_examples(tmp
         (tmp_path / str(step)).mkdir()
         position = Position(step=step, examples=30 * step).to_json({})
         others = {
+            "step": step,
             "versions": {},
             "config_sha256": "",
             "epoch": -1,
