@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxtrain.data.record import DatasetRecord
 from jaxtrain.errors import CheckpointError
 from jaxtrain.host.files import atomic_write, sync_directory
 
@@ -197,9 +198,8 @@ def _bests(manifests: Sequence[Manifest]) -> list[int]:
 
 def _validation(position: Mapping[str, Any]) -> str:
     """The fingerprint of the validation examples; '' if an older version did not store it."""
-    data = position.get("dataset", {})
-    of_split = data.get("splits", {}).get("validation", {}).get("fingerprint", "")
-    return of_split or data.get("fingerprint", "")
+    record = DatasetRecord.from_json(position["dataset"]) if "dataset" in position else DatasetRecord()
+    return record.split_fingerprint("validation") or record.fingerprint
 
 
 def delete_old(directory: Path, latest: int) -> list[int]:

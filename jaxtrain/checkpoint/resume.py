@@ -85,12 +85,12 @@ def refuse_other_data(directory: Workdir, resume: ResumePoint, config: Config, d
       DataError: the data set has changed, or is split by another rule.
     """
     stored, run = resume.position.dataset, resume.start.directory.parent if resume.start else directory.path
-    if not stored:
+    if not stored.fingerprint:
         return
     where = f"step {resume.position.step} of {run}"
     if resume.stored is not None and resume.stored.data.name == config.data.name:  # else weights from another data set
         refuse_other_rule(stored, dataset, where)
-    if stored["fingerprint"] == dataset.fingerprint or config.checkpoint.allow_changes:
+    if stored.fingerprint == dataset.fingerprint or config.checkpoint.allow_changes:
         return
     remedy = "bring the old one back, choose another --workdir, or go on with --config.checkpoint.allow_changes=true."
     raise DataError(changed_sentence(config.data.name, stored, dataset, where, remedy))
@@ -115,24 +115,24 @@ def go_on_with(dataset: Dataset, resume: ResumePoint, num_classes: int) -> tuple
     """
     position = resume.position
     stored = position.dataset
-    if not set(stored.get("class_names", ())).isdisjoint(dataset.class_names):
-        followed = follow_classes(dataset, stored["class_names"], extend=True)
+    if not set(stored.class_names).isdisjoint(dataset.class_names):
+        followed = follow_classes(dataset, stored.class_names, extend=True)
         for note in followed.notes[len(dataset.notes) :]:
             log.warning("data %s: %s", dataset.name, note)
         dataset = followed
-        if (outputs := stored["num_classes"]) < dataset.num_classes and not num_classes:
+        if (outputs := stored.num_classes) < dataset.num_classes and not num_classes:
             raise DataError(
                 f"The data set {dataset.name} has {dataset.num_classes} classes and the run {outputs} outputs, one for each "
                 "class that there was; leave out the new ones, or start a fresh run with another --workdir."
             )
     if changed := differences(stored, dataset):
         log.warning("data %s: since step %d %s", dataset.name, position.step, "; ".join(changed))
-    if stored and not same_split(stored, dataset, "train"):
+    if stored.fingerprint and not same_split(stored, dataset, "train"):
         log.warning("the rows of metrics.csv begin anew: its epochs are of other training examples")
         position = dataclasses.replace(
             position, epoch_loss=0.0, epoch_correct=0.0, epoch_examples=0, data_since=position.step
         )
-    if stored and not same_split(stored, dataset, "validation"):
+    if stored.fingerprint and not same_split(stored, dataset, "validation"):
         position = dataclasses.replace(position, best_accuracy=-1.0)
     return dataset, dataclasses.replace(resume, position=position)
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from jaxtrain.checkpoint.manifest import Manifest, best_of, manifested_steps, problems, quarantine, read_manifest
 from jaxtrain.config import Config, from_dict
+from jaxtrain.data.record import DatasetRecord
 from jaxtrain.distributed import coordination
 from jaxtrain.distributed.cluster import job_ids
 from jaxtrain.errors import CheckpointError, ConfigError, WorkdirError
@@ -123,8 +124,8 @@ class Position:
     """Of all validations, -1 before the first."""
     owes_validation: bool = False
     """The run was stopped before the validation that is due after this step."""
-    dataset: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    """The record of the data set (`data.record`); an older version stored only its `fingerprint`."""
+    dataset: DatasetRecord = dataclasses.field(default_factory=DatasetRecord)
+    """What the run has trained on."""
     data_since: int = 0
     """The step after which the run has trained on this data set."""
     jobs: tuple[str, ...] = ()
@@ -166,9 +167,12 @@ class Position:
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Position:
         """The inverse of `to_json`."""
-        if values.get("data"):  # a checkpoint from before `dataset`
-            values = {**values, "dataset": {"fingerprint": values["data"]}}
-        return cls(**{field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values})
+        fields = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}
+        if values.get("data"):  # a checkpoint from before `dataset`: the fingerprint alone
+            fields["dataset"] = {"fingerprint": values["data"]}
+        if "dataset" in fields:
+            fields["dataset"] = DatasetRecord.from_json(fields["dataset"])
+        return cls(**fields)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -68,9 +68,8 @@ class ImageFolder(DatasetSpec):
             recorded = contents.record(folder, names, record_path, progress=progress)
             return f"{len(recorded.files):,} files recorded in {record_path}"
         if len(names) <= _SMALL_FILES and sum(os.stat(folder / name).st_size for name in names) <= _SMALL_BYTES:
-            with contextlib.suppress(
-                OSError, WorkdirError, DataError
-            ):  # the data directory need not be writable for this
+            # The data directory need not be writable for this.
+            with contextlib.suppress(OSError, WorkdirError, DataError):
                 contents.record(folder, names, record_path, known=contents.read_record(record_path))
         return ""
 
@@ -172,10 +171,10 @@ def scan_folder(path: Path, side: int, chosen: Mapping[str, str], needed: str = 
     identities = {split: "".join(f"{file} {size}\n" for file, size in files[split]) for split in files}
     absent = base.Outline(0, (side, side, 3))
     not_wanted = [split for split, name in chosen.items() if name == "none"]
-    by_split: dict[str, base.Source] = {**dict.fromkeys([*not_wanted, *folders], absent), **sources}
+    by_split: dict[str, base.Source] = {**dict.fromkeys(["train", *not_wanted, *folders], absent), **sources}
     mean, std = base.channel_statistics(3)
     return base.RawSplits(
-        train=by_split.get("train", absent),
+        train=by_split["train"],
         validation=by_split.get("validation"),
         test=by_split.get("test"),
         class_names=classes,

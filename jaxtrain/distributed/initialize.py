@@ -76,9 +76,9 @@ def initialize(
       EnvironmentMismatchError: a process is missing or was started with something else, JAX does not start, or the
         all-reduce is wrong.
     """
-    note = threading.Timer(WAITING_NOTE_SECONDS, _print_waiting_note, [process])
-    note.daemon = True
-    note.start()
+    timer = threading.Timer(WAITING_NOTE_SECONDS, _print_waiting_note, [process])
+    timer.daemon = True
+    timer.start()
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.config.update("jax_enable_preemption_service", False)  # it would swallow SIGTERM; see `interrupt`
     set_threads()
@@ -102,7 +102,7 @@ def initialize(
             f"{process} could not join the run at {process.coordinator}: {str(error).splitlines()[0]}"
         ) from error
     finally:
-        note.cancel()
+        timer.cancel()
 
 
 def set_threads() -> None:

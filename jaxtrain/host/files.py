@@ -63,9 +63,8 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        linked = (
-            error.errno == errno.ELOOP
-        )  # from `no_link`; the system's own text is "Too many levels of symbolic links"
+        # From `no_link`; the system's own text is "Too many levels of symbolic links".
+        linked = error.errno == errno.ELOOP
         reason = "it is a link, and is not written through; remove it" if linked else error.strerror
         raise WorkdirError(f"{path} cannot be written ({reason}).") from error
 

@@ -92,7 +92,7 @@ def evaluate(
         batch = -(-config.data.global_batch // ways) * ways
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, global_batch=batch))
         with settings(config):
-            dataset = load_data(config.data, needed=SPLITS[split], drawn=position.dataset.get("drawn"))
+            dataset = load_data(config.data, needed=SPLITS[split], drawn=position.dataset.drawn)
             dataset = _same_data(dataset, position, split, f"step {start.step} of {workdir}", allow_changes)
             run = make_run_spec(*_as_trained(config, dataset, position), devices)
             state = checkpoints.restore_weights(start.step, state_shapes(run.init, run.layout))
@@ -120,7 +120,7 @@ def _same_data(dataset: Dataset, position: Position, split: str, where: str, all
     stored, name = position.dataset, SPLITS[split]
     if not len(getattr(dataset, name)):
         raise ConfigError(f"The data set {dataset.name} has no {split} split.")
-    if not stored:
+    if not stored.fingerprint:
         return dataset.only(name)
     record.refuse_other_rule(stored, dataset, where)
     if not record.same_split(stored, dataset, name) and not allow_changes:
@@ -129,7 +129,7 @@ def _same_data(dataset: Dataset, position: Position, split: str, where: str, all
     if found := record.differences(stored, dataset):
         kept = f"; {name} is as it was" if record.same_split(stored, dataset, name) else ""
         log.warning("data %s: since %s %s%s", dataset.name, where, "; ".join(found), kept)
-    followed = follow_classes(dataset, stored.get("class_names", dataset.class_names), extend=False)
+    followed = follow_classes(dataset, stored.class_names or dataset.class_names, extend=False)
     count, known = len(getattr(dataset, name)), len(getattr(followed, name))
     if known < count:
         left_out = f"{count - known:,} of {count:,} examples of {name} are of classes that the run does not know"
@@ -144,9 +144,9 @@ def _same_data(dataset: Dataset, position: Position, split: str, where: str, all
 def _as_trained(config: Config, dataset: Dataset, position: Position) -> tuple[Config, Dataset]:
     """Both with what the run had from its data set when it trained: image size, number of classes, normalization."""
     stored = position.dataset
-    if "mean" not in stored:
+    if not stored.mean:
         return config, dataset
-    data = dataclasses.replace(config.data, image_size=stored["image_size"])
-    model = dataclasses.replace(config.model, num_classes=stored["num_classes"])
-    dataset = dataclasses.replace(dataset, mean=tuple(stored["mean"]), std=tuple(stored["std"]))
+    data = dataclasses.replace(config.data, image_size=stored.image_size)
+    model = dataclasses.replace(config.model, num_classes=stored.num_classes)
+    dataset = dataclasses.replace(dataset, mean=stored.mean, std=stored.std)
     return dataclasses.replace(config, data=data, model=model), dataset

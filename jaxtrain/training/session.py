@@ -169,6 +169,6 @@ def _take_over(host: Host, resume: ResumePoint, config: Config, run: RunSpec) ->
         for old in directory.logs.glob("pipeline_trace_*.json"):  # of another start, maybe of other stages
             old.unlink()
         directory.write_config(config_lib.to_dict(config))
-        directory.write_dataset(run.data_record)
+        directory.write_dataset(dataclasses.asdict(run.data_record))
         start_record.append_start(directory.manifest, start_record.environment(step))
     barrier("the work directory is this run's")

@@ -7,15 +7,15 @@ import functools
 import logging
 import socket
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import optax
+from jax.sharding import Mesh
 
 from jaxtrain.config import Config, DataConfig, without_effect
 from jaxtrain.data import registry as datasets
 from jaxtrain.data.base import Dataset
-from jaxtrain.data.record import record
+from jaxtrain.data.record import DatasetRecord
 from jaxtrain.distributed import coordination
 from jaxtrain.distributed.coordination import first_on_process_zero
 from jaxtrain.durations import Duration
@@ -52,10 +52,10 @@ class RunSpec:
     partition: Partition | None = None
 
     @property
-    def data_record(self) -> dict[str, Any]:
+    def data_record(self) -> DatasetRecord:
         """What the run remembers of its data set, for those that go on from it or evaluate it."""
         inputs = self.task.preprocess
-        return record(
+        return DatasetRecord.of(
             self.dataset,
             image_size=inputs.image_size,
             num_classes=inputs.num_classes,
@@ -157,7 +157,6 @@ def make_run_spec(
     Raises:
       ConfigError: settings, model and data do not fit together.
     """
-    mesh = make_mesh(config.layout, devices)
     types = precision_policy(config.train.precision)
     side = config.data.image_size or dataset.train.shape[0]
     channels = dataset.train.shape[2]
@@ -185,12 +184,20 @@ def make_run_spec(
             f"config.model.name={config.model.name!r}: none of its layers ({len(model.layers)}) has parameters, so that "
             "there is nothing to train; at least one must."
         )
-    has_batch_norm, batch, groups = (
-        bool(jax.tree.leaves(state.batch_stats)),
-        config.data.global_batch,
-        config.model.bn_groups,
-    )
-    count = microbatches(config.layout, batch, batch_ways(mesh), groups * has_batch_norm, even=task.preprocess.mixes)
+    config, layout, partition = _lay_out(config, make_mesh(config.layout, devices), task, state, shape)
+    return RunSpec(config, dataset, layout, task, init, steps, partition)
+
+
+def _lay_out(
+    config: Config, mesh: Mesh, task: Task, state: TrainState, shape: tuple[int, int, int]
+) -> tuple[Config, Layout, Partition | None]:
+    """The config with the number of microbatches, the layout, and the pipeline stages' layers.
+
+    state: shapes. shape: [H, W, C] of an example.
+    """
+    model, batch, groups, ways = task.model, config.data.global_batch, config.model.bn_groups, batch_ways(mesh)
+    has_batch_norm = bool(jax.tree.leaves(state.batch_stats))
+    count = microbatches(config.layout, batch, ways, groups * has_batch_norm, even=task.preprocess.mixes)
     config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, microbatches=count))
     layout = Layout(mesh, config.layout, config.layout.rules + model.tensor_rules)
     layout.check_batch(batch, groups, has_batch_norm)
@@ -199,21 +206,20 @@ def make_run_spec(
             f"config.layout.microbatches={count}: mixup and cutmix mix neighbours, so that a microbatch needs an even number "
             f"of examples, and config.data.global_batch={batch} gives each {batch // count}."
         )
-    partition = None
-    if layout.stages > 1:
-        partition = partition_model(
-            config.layout,
-            model,
-            state.params,
-            state.batch_stats,
-            (batch // count, *shape),
-            types.compute_dtype,
-            max(groups // count, 1),
-            batch_ways(mesh),
-        )
-        names = tuple(tuple(partition.costs[i].name for i in layers) for layers in partition.chunks)
-        layout = dataclasses.replace(layout, chunks=names)
-    return RunSpec(config, dataset, layout, task, init, steps, partition)
+    if layout.stages == 1:
+        return config, layout, None
+    partition = partition_model(
+        config.layout,
+        model,
+        state.params,
+        state.batch_stats,
+        (batch // count, *shape),
+        task.preprocess.dtype,
+        max(groups // count, 1),
+        ways,
+    )
+    names = tuple(tuple(partition.costs[i].name for i in layers) for layers in partition.chunks)
+    return config, dataclasses.replace(layout, chunks=names), partition
 
 
 def unused_settings(run: RunSpec) -> list[str]:
