@@ -11,6 +11,7 @@ from __future__ import annotations
 import ast
 import dataclasses
 import difflib
+import functools
 import inspect
 import itertools
 import math
@@ -161,6 +162,7 @@ class _Section:
         """Rules that concern several fields, or whose error names a part of the value. Overridden by sections."""
 
 
+@functools.cache  # a config is built anew for each override
 def _annotations(section: type[_Section]) -> dict[str, tuple[type, _Rule | None]]:
     """Each field's type, and the rule beside it in `Annotated[type, rule]`."""
     hints = typing.get_type_hints(section, include_extras=True)
