@@ -56,7 +56,9 @@ def cut(
     rule = draw.rule if drawn else ""
     return base.Dataset(
         name=config.name,
-        **sources,
+        train=sources["train"],
+        validation=sources["validation"],
+        test=sources["test"],
         num_classes=len(parts.class_names),
         class_names=parts.class_names,
         mean=parts.mean,

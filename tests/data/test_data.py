@@ -397,7 +397,7 @@ def test_a_test_without_classes_is_absent(folder, tmp_path):
     write_image(top / "test/0.png")
     dataset = load_folder(top)
     assert [len(getattr(dataset, split)) > 0 for split in base.SPLITS] == [True, True, True]  # drawn from training
-    assert "the split 'test' has images without classes, and is left out" in dataset.notes
+    assert any("the split 'test' has images without classes, and is left out" in note for note in dataset.notes)
     assert len(registry.load(DataConfig(name=f"folder:{top}"), image_size=14, needed="test").test) == len(dataset.test)
     write_image(top / "val/ant/0.png")
     assert len(load_folder(top).test) == 0
@@ -632,7 +632,7 @@ def encoded(name: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("name", ["EPS", "PDF", "TGA", "ICO", "PCX", "SGI", "JPEG2000", "DIB"])
+@pytest.mark.parametrize("name", ["EPS", "PDF", "TGA", "ICO", "PCX", "SGI", "DIB"])
 def test_an_image_of_a_format_that_is_not_promised_is_not_opened(monkeypatch, name):
     """By its content, whatever its name: Pillow hands an EPS file to Ghostscript."""
 
@@ -642,7 +642,8 @@ def test_an_image_of_a_format_that_is_not_promised_is_not_opened(monkeypatch, na
     monkeypatch.setattr("subprocess.Popen", other_program)
     monkeypatch.setattr("shutil.which", lambda program: program)
     with pytest.raises(
-        DataError, match=r"x\.png is not a readable image .*none of JPEG, PNG, BMP, GIF, WEBP, PPM, TIFF"
+        DataError,
+        match=r"x\.png is not a readable image .*none of JPEG, PNG, BMP, GIF, WEBP, PPM, TIFF, AVIF, JPEG2000",
     ):
         images.decode(encoded(name), "x.png", channels=3, side=8)
 
@@ -650,7 +651,7 @@ def test_an_image_of_a_format_that_is_not_promised_is_not_opened(monkeypatch, na
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *((name, {}) for name in ("JPEG", "PNG", "BMP", "PPM")),
+        *((name, {}) for name in ("JPEG", "PNG", "BMP", "PPM", "AVIF", "JPEG2000")),
         *(("TIFF", {"compression": each}) for each in (None, "tiff_lzw", "tiff_deflate", "jpeg", "packbits")),
         *((name, {"save_all": True}) for name in ("GIF", "WEBP", "TIFF", "MPO", "PNG")),
     ],
