@@ -71,15 +71,11 @@ class _LeftOut:
     """Sub-folders of classes, whose images are read."""
 
     def notes(self) -> list[str]:
-        """One sentence for each kind of thing."""
-        found = []
-        if self.kinds:
-            kinds = ", ".join(f"{count:,} {kind}" for kind, count in self.kinds.most_common())
-            found.append(f"{self.kinds.total():,} files are left out, since they have no image's extension: {kinds}")
-        for folder, count in self.beside.items():
-            found.append(f"{count:,} images of {folder} are left out, since they lie in no folder of a class")
-        if self.junk:
-            found.append(f"ignored, since no class is called so: {', '.join(sorted(self.junk))}")
+        """One sentence about what is left out, by kind, and one about sub-folders; [] where there is nothing to say."""
+        parts = [f"{count:,} {kind}" for kind, count in self.kinds.most_common()]
+        parts += [f"{count:,} images beside the classes in {folder}" for folder, count in self.beside.items()]
+        parts += [f"the folder {name}" for name in sorted(self.junk)]
+        found = [f"left out, as no images of a class: {', '.join(parts)}"] if parts else []
         if self.nested:
             more = f" and {len(self.nested) - 1:,} more" * (len(self.nested) > 1)
             found.append(f"the images of sub-folders belong to their class: {self.nested[0]}{more}")

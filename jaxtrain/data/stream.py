@@ -24,6 +24,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 from absl import flags
+from grain.multiprocessing import SharedMemoryArray
 
 from jaxtrain.data import order
 from jaxtrain.data.base import Source
@@ -154,13 +155,25 @@ class Stream:
                 "in the script."
             ) from error
         self._left -= 1
-        return np.asarray(images), np.asarray(labels)  # plain views of Grain's shared-memory arrays
+        return _unlinked(images), _unlinked(labels)
 
     def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _unlinked(array: np.ndarray) -> np.ndarray:
+    """A plain view of what may be an array in shared memory, which is freed with its last view.
+
+    Grain removes the memory's name when the array is deleted. That comes too late where the program ends before, and Python
+    then warns of leaked memory.
+    """
+    if isinstance(array, SharedMemoryArray) and array._unlink_on_del:
+        array._unlink_on_del = False
+        array.shm.unlink()  # type: ignore[union-attr]
+    return np.asarray(array)
 
 
 class _SafePath:
