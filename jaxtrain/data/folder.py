@@ -15,12 +15,13 @@ import numpy as np
 
 from jaxtrain.data import base, contents, image_check, images, splits
 from jaxtrain.data.base import Dataset
-from jaxtrain.data.folder_scan import ImageFile, Scan, scan_folder
+from jaxtrain.data.folder_scan import ImageFile, Scan, check_name, scan_folder
 from jaxtrain.data.spec import DatasetSpec, Progress, data_dir
 from jaxtrain.errors import ConfigError, DataError, WorkdirError
 
 # A run records the contents of a folder up to this size at its first start, in a second or two.
 _SMALL_FILES, _SMALL_BYTES = 50_000, 1 << 30
+_BAD_ADVICE = "`jaxtrain data verify` lists all such images, and --config.data.skip_bad=true leaves them out."
 log = logging.getLogger("jaxtrain")
 
 
@@ -42,6 +43,8 @@ class ImageFolder(DatasetSpec):
     def path(self) -> Path:
         """The folder. Raises `DataError` where there is none."""
         path = Path(self.config.name.removeprefix("folder:")).expanduser()
+        for part in path.resolve().parts:
+            check_name(part, path)
         if path.is_file():
             raise DataError(f"config.data.name={self.config.name!r}: {path} is a file; unpack it, and name the folder.")
         if not path.is_dir():
@@ -163,7 +166,10 @@ class FolderSource(base.DecodedSource):
         pixels = np.empty((len(indices), *self.shape), np.uint8)
         for row, index in enumerate(indices):
             class_name = self.class_names[self.labels[index]]
-            pixels[row] = images.read_file(self.root / self.files[index], class_name, self.side)
+            try:
+                pixels[row] = images.read_file(self.root / self.files[index], class_name, self.side)
+            except DataError as error:
+                raise DataError(f"{error} {_BAD_ADVICE}") from None
         return pixels, self.labels[indices]
 
 
@@ -184,7 +190,7 @@ def _raw_splits(scan: Scan, side: int, chosen: Mapping[str, str], unreadable: Ma
         files[split] = [file for file in found if file.name not in unreadable]
         for file in files[split]:
             if file.broken:
-                raise DataError(f"{scan.root / file.name} {file.broken}.")
+                raise DataError(f"{scan.root / file.name} {file.broken}. {_BAD_ADVICE}")
         if not files[split]:
             raise DataError(f"{scan.root / scan.folders[split]}: none of its {len(found):,} images can be read.")
     sources = {split: _source(scan, found, side) for split, found in files.items()}
@@ -218,7 +224,7 @@ def _skipped_note(scan: Scan, unreadable: Mapping[str, str]) -> list[str]:
     """One sentence about the images that are left out with `data.skip_bad`, [] where none is."""
     if not unreadable:
         return []
-    names = list(unreadable)
+    names = list(map(os.path.normpath, unreadable))
     count = sum(map(len, scan.files.values()))
     return [
         f"{len(names):,} of {count:,} images cannot be read and are left out (config.data.skip_bad): "

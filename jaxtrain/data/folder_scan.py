@@ -73,7 +73,7 @@ class _LeftOut:
     def notes(self) -> list[str]:
         """One sentence about what is left out, by kind, and one about sub-folders; [] where there is nothing to say."""
         parts = [f"{count:,} {kind}" for kind, count in self.kinds.most_common()]
-        parts += [f"{count:,} images beside the classes in {folder}" for folder, count in self.beside.items()]
+        parts += [f"{count:,} beside the folders of classes in {folder}" for folder, count in self.beside.items()]
         parts += [f"the folder {name}" for name in sorted(self.junk)]
         found = [f"left out, as no images of a class: {', '.join(parts)}"] if parts else []
         if self.nested:
@@ -176,7 +176,9 @@ def _meant(alike: Iterable[str]) -> dict[str, str]:
 def _choose(folders: Mapping[str, str]) -> str:
     """What to do where the splits are these folders."""
     pairs = ",".join(f"{split}={name}" for split, name in folders.items())
-    return f"Rename it, or name the splits: --config.data.splits={pairs} (data prepare, data verify: --splits)."
+    return (
+        f"Rename the folders, or name the splits: --config.data.splits={pairs} (data prepare, data verify: --splits)."
+    )
 
 
 def _has_folders(folder: Path, root: Path) -> bool:
@@ -195,7 +197,9 @@ def _too_few_classes(root: Path, train: str, classes: tuple[str, ...]) -> str:
     loose = sum(map(_is_image, _entries(folder, root)))
     wanted = f"{folder}: needs a folder of images for each of at least 2 classes"
     if not classes and loose:
-        return f"{wanted}, and has {loose:,} images without folders; move those of each class into a folder of its own."
+        return (
+            f"{wanted}, and has images without folders ({loose:,}); move those of each class into a folder of its own."
+        )
     if not classes:
         return f"{wanted}, and has no folders."
     inside = [entry.name for entry in _entries(folder / classes[0], root) if entry.is_dir()]
@@ -234,9 +238,14 @@ def _split_files(root: Path, split: str, classes: tuple[str, ...], left_out: _Le
             files.append(_image_file(image, os.path.join(split, name, inside), label))
         left_out.kinds += kinds
         if len(files) == before:
-            has = ", ".join(f"{count:,} {kind}" for kind, count in kinds.most_common(5)) or "nothing"
+            has = (
+                f"but {', '.join(f'{count:,} {kind}' for kind, count in kinds.most_common(5))}"
+                if kinds
+                else "nor other files"
+            )
             raise DataError(
-                f"{root / split / name}: the class has no images ({', '.join(images.EXTENSIONS)}), but {has}."
+                f"{root / split / name}: the class has no images, {has}; remove the folder, or convert what is in it to "
+                f"images of a kind that is read ({', '.join(images.EXTENSIONS)})."
             )
     if not files:
         raise DataError(f"{root / split}: the split has no images.")
@@ -308,25 +317,25 @@ def _entries(folder: Path, root: Path, left_out: _LeftOut | None = None) -> list
             if left_out and entry.is_dir():
                 left_out.junk.add(entry.name)
             continue
-        _check_name(folder, entry.name)
+        check_name(entry.name, folder)
         if entry.is_symlink() and not Path(entry.path).resolve().is_relative_to(root):
             raise DataError(f"{entry.path}: the link leads out of {root}; copy what it points to, or mount it there.")
         wanted.append(entry)
     return wanted
 
 
-def _check_name(folder: Path, name: str) -> None:
-    """Raises `DataError` for a name that is no UTF-8, or that this process's locale does not let it read as such."""
+def check_name(name: str, folder: Path) -> None:
+    """Raises `DataError` for a name in `folder` that is no UTF-8, or that the locale does not let this process read as such."""
     if name.isascii():
         return
     try:
-        os.fsencode(name).decode("utf-8")
+        text = os.fsencode(name).decode("utf-8")
     except UnicodeDecodeError:
         raise DataError(f"{folder}: the name {name!r} is not UTF-8; give it another one.") from None
-    if (encoding := sys.getfilesystemencoding()) != "utf-8":
+    if text != name:
         raise DataError(
-            f"{folder}: the name {name!r} is UTF-8, and this process reads names as {encoding}, by its locale; start it with "
-            "LC_ALL=C.UTF-8 or with PYTHONUTF8=1."
+            f"{folder}: the name {text!r} is UTF-8, and this process reads names as {sys.getfilesystemencoding()}, by its "
+            "locale; start it with LC_ALL=C.UTF-8 or with PYTHONUTF8=1."
         )
 
 

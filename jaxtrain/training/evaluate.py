@@ -163,7 +163,8 @@ def _other_data(dataset: Dataset, position: Position, split: str, where: str, al
         raise ConfigError(f"The data set {dataset.name} has no {split} split; of train, val and test it has {there}.")
     if (channels := getattr(dataset, name).shape[2]) != len(stored.mean):
         raise DataError(
-            f"The data set {dataset.name} has images of {channels} channels, and {where} was trained on {len(stored.mean)}."
+            f"The data set {dataset.name} has images of {channels} channel{'s' * (channels > 1)}, and {where} was trained on "
+            f"images of {len(stored.mean)}."
         )
     unknown = [each for each in dataset.class_names if each not in stored.class_names]
     missing = [each for each in stored.class_names if each not in dataset.class_names]
@@ -173,12 +174,17 @@ def _other_data(dataset: Dataset, position: Position, split: str, where: str, al
             f"{_names(missing)}); they are matched by their names, so rename or remove them"
             + (", or leave them out with --allow-changes." if len(unknown) < len(dataset.class_names) else ".")
         )
+    followed = follow_classes(dataset, stored.class_names, extend=False).only(name)
+    known = len(getattr(followed, name))
     log.warning(
-        "data %s: not the data of %s; evaluated are %s%s", dataset.name, where,
-        f"all its {count:,} images" if whole is not None else f"the {count:,} examples of its {name}",
-        f", none of them of the run's classes {_names(missing)}" if missing else "",
-    )  # fmt: skip
-    return follow_classes(dataset, stored.class_names, extend=False).only(name)
+        "data %s: not the data of %s; evaluated are %s examples of %s%s",
+        dataset.name,
+        where,
+        f"the {count:,}" if known == count else f"{known:,} of the {count:,}",
+        "the whole folder" if whole is not None else f"its {name}",
+        f", which has no class {_names(missing)}" if missing else "",
+    )
+    return followed
 
 
 def _names(classes: Sequence[str]) -> str:
