@@ -236,8 +236,9 @@ class DataConfig(_Section):
     `none` goes without that split. A split that is not named is found by its usual name, or drawn from training."""
 
     skip_bad: bool = False
-    """Whether the images of a folder that cannot be read are left out. They are found by reading all of them, at the first
-    start, and named in `skipped_images.txt` of the work directory. Otherwise the first one ends the run."""
+    """Whether the images of a folder that cannot be read are left out, and named in `skipped_images.txt` of the work
+    directory. They are found by reading all images once: by `jaxtrain data verify`, or at the first start. Otherwise the
+    first one that is met ends the run."""
 
     examples: Annotated[int, _at_least(0)] = 0
     """Use only the first so many training examples. 0 means all. For `synthetic`: how many there are; 0 means 10,000."""

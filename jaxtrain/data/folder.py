@@ -72,7 +72,8 @@ class ImageFolder(DatasetSpec):
 
     def verify(self, progress: Progress = iter) -> dict[str, int]:
         scan = scan_folder(self.path, self.config.chosen_splits)
-        unreadable = image_check.unreadable(scan, self.config.image_size or 32, progress)
+        stored = image_check.stored_path(scan.root, data_dir(self.config))
+        unreadable = image_check.unreadable(scan, self.config.image_size or 32, stored, store=True, progress=progress)
         if unreadable:
             count = sum(map(len, scan.files.values()))
             raise UnreadableImages(
@@ -113,12 +114,17 @@ class ImageFolder(DatasetSpec):
         return recorded.when if recorded else ""
 
     def _unreadable(self, scan: Scan, side: int, *, store: bool = False) -> dict[str, str]:
-        """As `image_check.unreadable`, which takes minutes for a large folder, or what that has found before.
+        """What `image_check.unreadable` finds, or has found before: for a large folder that takes minutes.
 
         store: whether to store what is found, in the data directory.
         """
         stored = image_check.stored_path(scan.root, data_dir(self.config))
-        return image_check.unreadable_once(scan, side, stored, store=store)
+        known = image_check.known_unreadable(scan, side, stored)
+        return (
+            image_check.unreadable(scan, side, stored, store=store, progress=image_check.said)
+            if known is None
+            else known
+        )
 
     @property
     def _record_path(self) -> Path:

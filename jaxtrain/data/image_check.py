@@ -23,18 +23,67 @@ _SAY_EVERY = 10.0  # seconds
 log = logging.getLogger("jaxtrain")
 
 
-def unreadable(scan: Scan, side: int, progress: Callable[[Iterable[str]], Iterable[str]] = iter) -> dict[str, str]:
+def unreadable(
+    scan: Scan, side: int, stored: Path, *, store: bool, progress: Callable[[Iterable[str]], Iterable[str]] = iter
+) -> dict[str, str]:
     """Reads all images of a folder.
 
     Args:
       scan: what is in the folder.
       side: in pixels, of the square that every image is resized and cropped to.
+      stored: where the names of those that cannot be read are stored, for `known_unreadable`.
+      store: whether to store them, if that file can be written.
       progress: wraps the files' names as they are read.
 
     Returns:
       Name below the folder of each image that cannot be read -> a sentence that says why.
     """
-    return _unreadable(scan, [file for found in scan.files.values() for file in found], side, progress)
+    found = _unreadable(scan, [file for files in scan.files.values() for file in files], side, progress)
+    if store:
+        splits = {
+            scan.folders[split]: {
+                "digest": _digest(files, side),
+                "names": [file.name for file in files if file.name in found],
+            }
+            for split, files in scan.files.items()
+        }
+        with contextlib.suppress(WorkdirError):  # the next start then reads all of them
+            with writing(stored):
+                stored.parent.mkdir(parents=True, exist_ok=True)
+            atomic_write(stored, json.dumps(_read(stored) | splits) + "\n")
+    return found
+
+
+def known_unreadable(scan: Scan, side: int, stored: Path) -> dict[str, str] | None:
+    """As `unreadable`, but reads only the images that could not be read: one that was mended is left out no longer.
+
+    None where nothing is stored, or any of the files has changed since.
+    """
+    again: list[ImageFile] = []
+    for split, files in scan.files.items():
+        known = _read(stored).get(scan.folders[split], {})
+        if known.get("digest") != _digest(files, side):
+            return None
+        names = set(known["names"])
+        again += [file for file in files if file.name in names]
+    return _unreadable(scan, again, side, iter)
+
+
+def said(names: Iterable[str]) -> Iterable[str]:
+    """A progress for logs: says at first how many images are read, and every ten seconds how many are done."""
+    names = list(names)
+    log.info("reading %s images once, for config.data.skip_bad", f"{len(names):,}")
+    due = time.monotonic() + _SAY_EVERY
+    for count, name in enumerate(names):
+        if time.monotonic() > due:
+            log.info("read %s of %s images", f"{count:,}", f"{len(names):,}")
+            due = time.monotonic() + _SAY_EVERY
+        yield name
+
+
+def stored_path(folder: Path, data_dir: Path) -> Path:
+    """Where it is stored which images of `folder` cannot be read."""
+    return contents.record_path(folder, data_dir).with_suffix(".unreadable.json")
 
 
 def _unreadable(
@@ -55,46 +104,6 @@ def _unreadable(
         return {name: why for name, why in reasons if why}
 
 
-def stored_path(folder: Path, data_dir: Path) -> Path:
-    """Where `unreadable_once` stores what it has found in `folder`."""
-    return contents.record_path(folder, data_dir).with_suffix(".unreadable.json")
-
-
-def unreadable_once(scan: Scan, side: int, path: Path, *, store: bool) -> dict[str, str]:
-    """As `unreadable`, but reads again only those that were not readable, if no file has changed since.
-
-    So an image that was mended is not left out any longer.
-
-    Args:
-      scan: what is in the folder.
-      side: in pixels, of the square that every image is resized and cropped to.
-      path: where the names of unreadable files are stored.
-      store: whether to store them, where that can be.
-    """
-    stored = _read(path)
-    found: dict[str, str] = {}
-    for split, files in scan.files.items():
-        digest, key = _digest(files, side), f"{scan.folders[split]} {side}"
-        known = stored.get(key, {})
-        if known.get("digest") == digest:
-            names = set(known["names"])
-            again = [file for file in files if file.name in names]
-            found |= _unreadable(scan, again, side, iter)
-            continue
-        log.info(
-            "reading the %s images of %s, for config.data.skip_bad", f"{len(files):,}", scan.root / scan.folders[split]
-        )
-        bad = _unreadable(scan, files, side, _said)
-        found |= bad
-        stored[key] = {"digest": digest, "names": list(bad)}
-        if store:
-            with contextlib.suppress(WorkdirError):  # then each process reads them
-                with writing(path):
-                    path.parent.mkdir(parents=True, exist_ok=True)
-                atomic_write(path, json.dumps(stored) + "\n")
-    return found
-
-
 def _read(path: Path) -> dict[str, dict]:
     """What is stored in `path`; {} where nothing is, or nothing of use."""
     with contextlib.suppress(WorkdirError):
@@ -105,17 +114,6 @@ def _read(path: Path) -> dict[str, dict]:
 
 
 def _digest(files: Sequence[ImageFile], side: int) -> str:
-    """Of all that decides which of the files can be read."""
-    texts = [f"{side} {PIL.__version__}", *(f"{file.name} {file.size} {file.changed}" for file in files)]
+    """Of all that decides which of the files can be read. A smaller side than 512 pixels does not (`images`' limits)."""
+    texts = [f"{max(side, 512)} {PIL.__version__}", *(f"{file.name} {file.size} {file.changed}" for file in files)]
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()
-
-
-def _said(names: Iterable[str]) -> Iterable[str]:
-    """Logs every ten seconds how many are done."""
-    names = list(names)
-    due = time.monotonic() + _SAY_EVERY
-    for count, name in enumerate(names):
-        if time.monotonic() > due:
-            log.info("read %s of %s images", f"{count:,}", f"{len(names):,}")
-            due = time.monotonic() + _SAY_EVERY
-        yield name

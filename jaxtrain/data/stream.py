@@ -15,6 +15,7 @@ import dataclasses
 import gc
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -103,8 +104,9 @@ class _Steps:
             raise
         except Exception as error:  # a user's source may raise anything, also what a worker could not pickle
             shown = ", ".join(str(index) for index in indices[:8])
+            reason = re.sub(r"<_io\.\w+ object at \w+>", "that has no name", str(error))  # Pillow's, of bytes in memory
             raise DataError(
-                f"{type(self.source).__name__} failed to read examples {shown}, ... ({type(error).__name__}: {error})."
+                f"{type(self.source).__name__} failed to read examples {shown}, ... ({type(error).__name__}: {reason})."
             ) from error
 
 

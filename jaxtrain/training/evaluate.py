@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from jaxtrain.checkpoint.checkpointer import Checkpointer
+from jaxtrain.checkpoint.config_changes import may_be_one_data_set
 from jaxtrain.checkpoint.manifest import manifested_steps, problems, read_manifest
 from jaxtrain.checkpoint.resume_point import CheckpointStep, Position, find_checkpoint
 from jaxtrain.config import Config, DataConfig, LayoutConfig, flatten, from_dict, to_dict
@@ -24,7 +25,7 @@ from jaxtrain.training.compiled import Evaluator
 from jaxtrain.training.input_pipeline import make_input_pipeline
 from jaxtrain.training.jax_settings import settings
 from jaxtrain.training.setup import load_data, make_run_spec, select_devices
-from jaxtrain.workdir import named
+from jaxtrain.workdir import Workdir, named
 
 SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 log = logging.getLogger("jaxtrain")
@@ -117,7 +118,17 @@ def _find(workdir: Path, checkpoint: str) -> tuple[CheckpointStep, Position, Con
     if found := problems(folder):
         raise CheckpointError(f"{folder} is damaged ({found[0]}); choose another with --checkpoint.")
     stored = read_manifest(folder).position
-    return start, Position.from_json(stored), from_dict(stored["config"])
+    config = from_dict(stored["config"])
+    return start, Position.from_json(stored), dataclasses.replace(config, data=_where_it_was(config.data, workdir))
+
+
+def _where_it_was(config: DataConfig, workdir: Path) -> DataConfig:
+    """`config` with the place of the data at the run's latest start: the folder may have moved since a checkpoint."""
+    latest = (Workdir(workdir).read_config() or {}).get("data", {})
+    name = latest.get("name", config.name)
+    if not may_be_one_data_set(name, config.name):
+        return config
+    return dataclasses.replace(config, name=name, dir=latest.get("dir", config.dir))
 
 
 def _load(config: DataConfig, position: Position, split: str, data: str, where: str, allow_changes: bool) -> Dataset:
