@@ -31,6 +31,7 @@ SCRIPTS = [".ci/run", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / ".
 MADE = {
     # the work directory of a run
     "config.json", "dataset.json", "metrics.csv", "metrics.jsonl", "result.json", "manifest.json", "bad_batches.jsonl",
+    "skipped_images.txt",
     "checkpoints/", "logs/", "starts/", "corrupt/", "superseded/", "runs/",
     # the data directory
     "downloads/manual/",
@@ -178,7 +179,7 @@ def find(path: str, document: str) -> list[Path]:
 # ------------------------------------------------------------------------------------- rules; each yields what is wrong
 
 PATH = re.compile(  # file.py, file.py:12, recipe.py:zero3, test_file.py::test_name[id], folder/
-    r"(?P<path>[\w.{},-]+(?:/[\w.{},-]+)*\.(?:py|md|toml|ya?ml|sh|sbatch|svg|json|jsonl|csv)|(?:[\w.-]+/)+)"
+    r"(?P<path>[\w.{},-]+(?:/[\w.{},-]+)*\.(?:py|md|toml|ya?ml|sh|sbatch|svg|json|jsonl|csv|txt)|(?:[\w.-]+/)+)"
     r"(?::(?P<line>\d+)|:(?P<recipe>[\w,]+)|::\w+(?:\[.*\])?)?"
 )
 FIELDS = set(flat_keys())

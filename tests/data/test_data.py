@@ -755,6 +755,11 @@ def test_bad_images_are_left_out_by_name(folder, spoilt, tmp_path, monkeypatch):
     (folder / "cat/new.png").write_bytes(encoded("PNG"))  # anything that changed is read
     assert len(registry.load(config, image_size=14).skipped) == 6
     (folder / "cat/new.png").unlink()
+    spoilt_later = folder / "ant/1.png"
+    content = spoilt_later.read_bytes()
+    spoilt_later.write_bytes(bytes(len(content)))
+    assert len(registry.load(config, image_size=14).skipped) == 7
+    spoilt_later.write_bytes(content)
     mended = (folder / "cat/2.jpg").stat()
     (folder / "cat/2.jpg").write_bytes(encoded("JPEG"))
     os.utime(folder / "cat/2.jpg", ns=(mended.st_atime_ns, mended.st_mtime_ns))

@@ -252,6 +252,8 @@ def test_other_data_is_evaluated_by_the_names_of_its_classes(trained, tmp_path, 
     assert found.result.examples == 20
     assert "evaluated are 20 of the 25 examples of the whole folder" in caplog.text
     with pytest.raises(DataError, match=r"has images of 1 channel, and step \d+ of .* was trained on images of 3"):
+        evaluate(trained / "run", "train", data="digits", num_devices=1)
+    with pytest.raises(ConfigError, match="digits has no test split; of train, val and test it has train"):
         evaluate(trained / "run", data="digits", num_devices=1)
     with pytest.raises(DataError, match="there is no such directory"):
         evaluate(trained / "run", data=tmp_path / "nowhere", num_devices=1)
