@@ -30,7 +30,7 @@ AUGMENTATIONS = ("none", "light", "heavy", "resize_crop")
 RESIDENCIES = ("auto", "device", "stream")
 LR_SCALINGS = ("linear", "sqrt", "none")
 SCHEDULES = ("constant", "step", "cosine", "linear", "wsd")
-PRECISIONS = ("auto", "f32", "bf16", "fp16", "f64")
+PRECISIONS = ("auto", "f32", "tf32", "bf16", "fp16", "f64")
 REMATS = ("none", "full", "dots")
 PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
 BALANCES = ("cost", "memory", "time")
@@ -458,7 +458,9 @@ class TrainConfig(_Section):
 
     precision: Annotated[str, _one_of(PRECISIONS)] = "auto"
     """The type that the model computes in. `auto`: bf16 on a GPU and f32 on a CPU, decided at the first start and kept on
-    resume. `f32`. `bf16`. `fp16`: with a dynamic loss scale (Micikevicius 2018). `f64`: for proofs, on a CPU."""
+    resume. `f32`: on a GPU too, where JAX alone would round the factors of products to TF32. `tf32`: f32, but the factors of
+    matrix products and convolutions keep the 10 bits of TF32; for NVIDIA GPUs from Ampere on. `bf16`. `fp16`: with a dynamic
+    loss scale (Micikevicius 2018). `f64`: for proofs, on a CPU."""
 
     remat: Annotated[str, _one_of(REMATS)] = "none"
     """What the backward pass computes again instead of storing it (Chen 2016), to save memory. `none`: nothing. `dots`: all but

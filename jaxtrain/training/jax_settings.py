@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxtrain.config import Config
 from jaxtrain.host.paths import compile_cache
+from jaxtrain.precision import product_precision, resolve_precision
 
 
 @contextlib.contextmanager
@@ -23,8 +24,10 @@ def settings(config: Config) -> Iterator[None]:
     """
     random.seed(config.seed)
     np.random.seed(config.seed)
+    precision = resolve_precision(config.train.precision, jax.default_backend())
     wanted: dict[str, object] = {
-        "jax_enable_x64": config.train.precision == "f64" or _jax_setting("jax_enable_x64"),
+        "jax_enable_x64": precision == "f64" or _jax_setting("jax_enable_x64"),
+        "jax_default_matmul_precision": product_precision(precision),
         "jax_threefry_partitionable": True,  # or a layout would change the random numbers
         "jax_persistent_cache_min_compile_time_secs": 0.0,  # pipelines have many small programs
     }

@@ -33,6 +33,7 @@ from jaxtrain.observability.goodput import NullTimes, TimesFile
 from jaxtrain.observability.text_log import TextLog
 from jaxtrain.optim.schedules import warmup_steps
 from jaxtrain.parallel.mesh import Device
+from jaxtrain.precision import require_hardware
 from jaxtrain.training.compiled import compile_run, explain_out_of_memory
 from jaxtrain.training.jax_settings import no_implicit_transfers, settings
 from jaxtrain.training.loop import Host, TrainLoop
@@ -92,6 +93,7 @@ def train(
         stack.enter_context(contextlib.closing(times))
         resolve = functools.partial(resolve_for_machine, devices=devices)
         resume, config = resume_lib.where_to_start(directory, config, resolve)
+        require_hardware(config.train.precision, devices)
         stack.enter_context(settings(config))
         watchdog.feed("prepare the data", resume.position.step)
         with clock.charge("input"):
