@@ -41,7 +41,7 @@ STEMS = ("auto", "cifar", "imagenet")
 # -------------------------------------------------------------------------------------------------------------- rules
 
 
-def _require(condition: bool, field: str, value: object, wanted: str, hint: str = "") -> None:
+def _require(condition: object, field: str, value: object, wanted: str, hint: str = "") -> None:
     if not condition:
         raise ConfigError(f"config.{field}={value!r}: must be {wanted}.{hint}")
 
@@ -74,9 +74,14 @@ def _between(low: float, high: float) -> _Rule:
     return _must_be(f"at least {low:g} and below {high:g}", lambda value: low <= value < high)
 
 
-def _one_of(allowed: tuple[str, ...]) -> _Rule:
-    words = f"one of {', '.join(allowed)}"
-    return _Rule(words, lambda f, value: _require(value in allowed, f, value, words, did_you_mean(value, allowed)))
+def _one_of(allowed: tuple[str, ...], own: str = "") -> _Rule:
+    """own: the form of a user's own code, where the field may name such code too."""
+    words = f"one of {', '.join(allowed)}" + (f", or your own {own}" if own else "")
+
+    def check(field: str, value: str) -> None:
+        _require(value in allowed or (own and ":" in value), field, value, words, did_you_mean(value, allowed))
+
+    return _Rule(words, check)
 
 
 def _duration(*, minutes: bool = False) -> _Rule:
@@ -206,13 +211,19 @@ class DataConfig(_Section):
     image_size: Annotated[int, _at_least(0)] = 0
     """Side in pixels of the square images that the model sees. 0 keeps the size that the data set has."""
 
-    augmentation: Annotated[str, _one_of(AUGMENTATIONS)] = "none"
+    augmentation: Annotated[str, _one_of(AUGMENTATIONS, own="package.module:function")] = "none"
     """How training images are changed at random. `none`: not at all. `light`: a crop of the padded image, and a horizontal
     flip. `heavy`: `light`, then RandAugment (Cubuk 2020), colour jitter and random erasing (Zhong 2020). `resize_crop`: the
-    image is resized to 8/7 of `data.image_size`, then a random crop and a flip; evaluation takes the centre crop."""
+    image is resized to 8/7 of `data.image_size`, then a random crop and a flip; evaluation takes the centre crop. Or your own
+    `package.module:function`, (images uint8 [B, S, S, C], a random key for each [B]) -> uint8 [B, S, S, C]."""
 
-    crop_padding: Annotated[int, _at_least(0)] = 0
-    """Pixels of padding on each side before `light` and `heavy` crop an image. 0 is an eighth of the image's side: 4 for 32."""
+    flip: bool = True
+    """Whether `light`, `heavy` and `resize_crop` mirror every second image, left to right. `false` for digits, text, and
+    whatever else a mirror makes into something else."""
+
+    crop_padding: Annotated[int, _at_least(-1)] = 0
+    """Pixels of padding on each side before `light` and `heavy` crop an image. 0 is an eighth of the image's side: 4 for 32.
+    -1 does not crop."""
 
     mixup: Annotated[float, _between(0.0, 32.0)] = 0.0
     """Mixup (Zhang 2018): alpha of the distribution Beta(alpha, alpha) from which the share of the second image is drawn. 0
@@ -407,6 +418,30 @@ class OptimConfig(_Section):
 
     loss: str = "cross_entropy"
     """The loss: `cross_entropy`, or your own `package.module:function`, (logits [B, C], targets [B, C]) -> [B]."""
+
+    class_weights: str = ""
+    """Weights of the classes in the loss of training, for uneven data. "": all alike. `balanced`: N / (K N_k) for each of the K
+    classes, of which N_k of the N training examples are. Or a number above 0 for each class, in their order, such as
+    "1,2.5,0.5". The loss is then the weighted mean over the global batch: it is divided by the sum of the weights of the
+    batch's labels, as in PyTorch's CrossEntropyLoss. Evaluation counts all examples alike."""
+
+    def _validate(self) -> None:
+        wanted = "'', 'balanced', or a number above 0 for each class, such as '1,2.5,0.5'"
+        try:
+            good = all(weight > 0 and math.isfinite(weight) for weight in self.numbered_class_weights)
+        except ValueError:
+            good = False
+        _require(good, "optim.class_weights", self.class_weights, wanted)
+        if self.class_weights and ":" in self.loss:
+            raise ConfigError(
+                f"config.optim.class_weights={self.class_weights!r}: only the loss cross_entropy takes class weights; leave "
+                f"it out, and weigh the classes in {self.loss}."
+            )
+
+    @property
+    def numbered_class_weights(self) -> tuple[float, ...]:
+        """The numbers in `class_weights`; () where there are none."""
+        return () if self.class_weights in ("", "balanced") else tuple(map(float, self.class_weights.split(",")))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""A user's own model, optimizer, loss or data set, named in the config as `package.module:attribute`."""
+"""A user's own model, optimizer, loss, augmentation or data set, named in the config as `package.module:attribute`."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxtrain.config import did_you_mean
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.search_path import add_working_directory
 
-OWN_CODE = ("model.name", "data.name", "optim.name", "optim.loss")
+OWN_CODE = ("model.name", "data.name", "data.augmentation", "optim.name", "optim.loss")
 """The fields that may name code."""
 
 

@@ -22,7 +22,11 @@ BATCH = 32
 
 # Each has what the architecture offers of dropout, drop-path and BatchNorm, and mixup on top.
 MODELS: dict[str, dict[str, Any]] = {
-    "mlp": {"model": ModelConfig("mlp", width=32, dropout=0.3)},
+    "mlp": {
+        "model": ModelConfig("mlp", width=32, dropout=0.3),
+        "data.augmentation": "tiny:speckle",
+        "optim.class_weights": "balanced",
+    },
     "resnet": {
         "model": ModelConfig("tiny:resnet18", width=8, dropout=0.1, drop_path=0.2, bn_groups=4),
         "data.image_size": 8,

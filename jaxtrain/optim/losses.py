@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import numpy as np
 import optax
 
 from jaxtrain.config import did_you_mean
@@ -45,3 +46,14 @@ def loss_fn(name: str) -> Loss:
             f"{did_you_mean(name, ['cross_entropy'])}"
         )
     return cross_entropy
+
+
+def balanced_weights(counts: np.ndarray) -> tuple[float, ...]:
+    """A weight for each class, N / (K N_k), so that every class has the same share of the loss (King and Zeng 2001).
+
+    The mean weight of an example is 1. counts: int [classes], the examples N_k of each; N is their sum, and K how many
+    classes have any. A class without examples weighs 1.
+    """
+    present = counts > 0
+    weights = counts.sum() / (present.sum() * np.maximum(counts, 1))
+    return tuple(np.where(present, weights, 1.0).tolist())

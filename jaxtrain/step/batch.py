@@ -70,6 +70,11 @@ def select_microbatch(batch: Batch, resident: Resident, index: Any, layout: Layo
     return images, select_from(batch.labels, batch.rows, resident.labels, index, layout)
 
 
+def all_labels(batch_labels: Any, rows: Any, resident: Any) -> jax.Array:
+    """The labels of the whole global batch, int32 [M, B/M]; the arguments are those of `select_from`."""
+    return batch_labels if isinstance(rows, tuple) else resident[rows]
+
+
 def select_from(streamed: Any, rows: Any, resident: Any, index: Any, layout: Layout) -> jax.Array:
     """The images or the labels of one microbatch, [B/M, ...].
 

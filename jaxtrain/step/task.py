@@ -11,7 +11,7 @@ import optax
 from jax.typing import DTypeLike
 
 from jaxtrain.config import Config, OptimConfig
-from jaxtrain.data.augment import Preprocess
+from jaxtrain.data.augment import Preprocess, own_augmentation
 from jaxtrain.models.classifier import Classifier
 from jaxtrain.optim.losses import loss_fn
 from jaxtrain.optim.optimizers import make_optimizer
@@ -30,6 +30,7 @@ class Task:
       preprocess: from uint8 images to the model's inputs.
       optim: the config's section; clipping and the EMA are read from it.
       seed: of all random numbers.
+      class_weights: in the loss of training, one a class; () are all alike.
       bn_groups: BatchNorm groups in a global batch.
       remat: `train.remat`, what the forward pass stores for the backward pass.
       skips: whether the run goes on after an update that was not finite. The step is then counted, and its batch is
@@ -43,6 +44,7 @@ class Task:
     preprocess: Preprocess
     optim: OptimConfig
     seed: int
+    class_weights: tuple[float, ...]
     bn_groups: int
     remat: str
     skips: bool
@@ -63,6 +65,7 @@ def make_task(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     dtype: DTypeLike,
+    class_weights: tuple[float, ...] = (),
 ) -> Task:
     """The task of a run.
 
@@ -75,6 +78,7 @@ def make_task(
       mean: of each channel, of pixels in [0, 1].
       std: the standard deviation of each channel, of pixels in [0, 1].
       dtype: of the model's input: the type that it computes in.
+      class_weights: in the loss of training, one a class; () are all alike.
     """
     preprocess = Preprocess(
         image_size=side,
@@ -85,6 +89,8 @@ def make_task(
         mixup=config.data.mixup,
         cutmix=config.data.cutmix,
         label_smoothing=config.optim.label_smoothing,
+        own=own_augmentation(config.data.augmentation),
+        flip=config.data.flip,
         padding=config.data.crop_padding,
         dtype=dtype,
     )
@@ -96,6 +102,7 @@ def make_task(
         preprocess=preprocess,
         optim=config.optim,
         seed=config.seed,
+        class_weights=class_weights,
         bn_groups=config.model.bn_groups,
         remat=config.train.remat,
         skips=config.train.nonfinite_skips > 0,

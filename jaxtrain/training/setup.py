@@ -9,12 +9,14 @@ import socket
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from jaxtrain.config import Config, DataConfig, without_effect
 from jaxtrain.data import registry as datasets
-from jaxtrain.data.base import Dataset
+from jaxtrain.data.augment import check_own_augmentation, own_augmentation
+from jaxtrain.data.base import Dataset, Outline, count_classes, underlying
 from jaxtrain.data.record import DatasetRecord
 from jaxtrain.distributed import coordination
 from jaxtrain.distributed.coordination import first_on_process_zero
@@ -22,7 +24,7 @@ from jaxtrain.durations import Duration
 from jaxtrain.errors import ConfigError, EnvironmentMismatchError
 from jaxtrain.models import registry as models
 from jaxtrain.optim import optimizers
-from jaxtrain.optim.losses import loss_fn
+from jaxtrain.optim.losses import balanced_weights, loss_fn
 from jaxtrain.optim.optimizers import make_optimizer
 from jaxtrain.optim.schedules import make_schedule, total_steps
 from jaxtrain.parallel.layout import Layout
@@ -105,9 +107,13 @@ def resolve_for_machine(config: Config, stored: Config | None, devices: list[Dev
 
 
 def check_names(config: Config) -> None:
-    """Raises `ConfigError` for a model, data set, optimizer or loss that there is not; touches no data and no device."""
+    """Raises `ConfigError` for a model, data set, augmentation, optimizer or loss that there is not.
+
+    Touches no data and no device.
+    """
     models.find(config.model.name)
     datasets.check_name(config.data)
+    own_augmentation(config.data.augmentation)
     make_optimizer(config.optim, optax.constant_schedule(0.0))
     loss_fn(config.optim.loss)
 
@@ -176,7 +182,10 @@ def make_run_spec(
         mean=dataset.mean,
         std=dataset.std,
         dtype=types.compute_dtype,
+        class_weights=_class_weights(config, dataset, classes),
     )
+    batch = config.data.global_batch
+    check_own_augmentation(task.preprocess, jax.ShapeDtypeStruct((batch, *dataset.train.shape), np.uint8))
     init = functools.partial(initial_state, config.seed, model, task.optimizer, types, shape, ema=config.optim.ema > 0)
     state = jax.eval_shape(init)
     if not jax.tree.leaves(state.params):
@@ -186,6 +195,27 @@ def make_run_spec(
         )
     config, layout, partition = _lay_out(config, make_mesh(config.layout, devices), task, state, shape)
     return RunSpec(config, dataset, layout, task, init, steps, partition)
+
+
+def _class_weights(config: Config, dataset: Dataset, classes: int) -> tuple[float, ...]:
+    """`optim.class_weights` as a number for each of the model's classes; () where all are alike."""
+    name, numbers = config.optim.class_weights, config.optim.numbered_class_weights
+    if name == "balanced" and isinstance(underlying(dataset.train), Outline):
+        return (1.0,) * classes  # nothing is trained on an outline
+    if name == "balanced":
+        counts = count_classes(dataset.train, classes)
+        if counts is None:
+            raise ConfigError(
+                f"config.optim.class_weights='balanced': the labels of {dataset.name} are only known once all its images are "
+                "read; give a number for each class instead, such as '1,2.5,0.5'."
+            )
+        return balanced_weights(counts)
+    if numbers and len(numbers) != classes:
+        raise ConfigError(
+            f"config.optim.class_weights={name!r}: has {len(numbers)} numbers, and must have one for each of the {classes} "
+            "classes."
+        )
+    return numbers
 
 
 def _lay_out(
@@ -226,8 +256,11 @@ def unused_settings(run: RunSpec) -> list[str]:
     """A sentence for each setting that was changed from its default and can have no effect on this run."""
     config, data, optim, layout = run.config, run.config.data, run.config.optim, run.config.layout
     found = optimizers.unused_settings(optim)
+    augmentation = f"data.augmentation={data.augmentation!r}"
     if data.augmentation not in ("light", "heavy"):
-        found += without_effect("data", data, ["crop_padding"], f"data.augmentation={data.augmentation!r} does not pad")
+        found += without_effect("data", data, ["crop_padding"], f"{augmentation} does not pad")
+    if run.task.preprocess.own is not None or data.augmentation == "none":
+        found += without_effect("data", data, ["flip"], f"{augmentation} does not flip")
     if layout.stages == 1:
         fields = ("schedule", "chunks", "balance", "stage_placement", "trace_step")
         found += without_effect("layout", layout, fields, "there is one stage")

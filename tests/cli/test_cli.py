@@ -686,7 +686,7 @@ def test_a_command_leaves_the_search_path_as_it_was(capsys, monkeypatch):
     assert sys.path == before
 
 
-@pytest.mark.parametrize("field", ["model.name", "data.name", "optim.name", "optim.loss"])
+@pytest.mark.parametrize("field", ["model.name", "data.name", "data.augmentation", "optim.name", "optim.loss"])
 def test_code_that_a_run_directory_names_is_not_run_unless_it_is_trusted(
     capsys, finished, tmp_path, monkeypatch, field
 ):

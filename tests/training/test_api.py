@@ -130,6 +130,7 @@ def test_evaluate_from_python(tmp_path):
     [
         (ConfigError, {"model": {"name": "resnet19"}}),
         (ConfigError, {"optim": {"name": "math:nothing"}}),
+        (ConfigError, {"optim": {"class_weights": "1,2"}}),
         (ConfigError, {"data": {"global_batch": 18}}),
         (DataError, {"data": {"name": "folder:/no/such/folder", "image_size": 8}}),
         (NumericError, {"optim": {"learning_rate": 1e30}, "train": {"steps": 20}}),
@@ -190,6 +191,11 @@ def test_evaluate_raises_typed_errors_too(tmp_path):
         (
             {"data": {"crop_padding": 3}},
             "config.data.crop_padding=3 has no effect: data.augmentation='none' does not pad",
+        ),
+        ({"data": {"flip": False}}, "config.data.flip=False has no effect: data.augmentation='none' does not flip"),
+        (
+            {"data": {"augmentation": "tiny:speckle", "flip": False}},
+            "config.data.flip=False has no effect: data.augmentation='tiny:speckle' does not flip",
         ),
         (
             {"data": {"dir": "elsewhere"}},
@@ -308,6 +314,14 @@ def test_a_users_model_by_dotted_name(tmp_path):
         ("model.name", "wrong:Model", "must return a jaxtrain.models.classifier.Classifier"),
         ("model.name", "wrong:Empty", r"none of its layers \(1\) has parameters"),
         ("optim.loss", "wrong:los", "has no 'los'.*Did you mean 'loss'"),
+        (
+            "data.augmentation",
+            "wrong:floats",
+            r"returned float32 \[16, 8, 8, 1\]; it must return uint8 \[16, 8, 8, 1\]",
+        ),
+        ("data.augmentation", "wrong:cut", r"returned uint8 \[16, 8, 7, 1\]; it must return uint8 \[16, 8, 8, 1\]"),
+        ("data.augmentation", "wrong:nothing", "returned a NoneType; it must return uint8"),
+        ("data.augmentation", "wrong:NUMBER", "is a int; it must be a function"),
     ],
 )
 def test_what_is_wrong_with_a_users_part_is_said(tmp_path, user_code, field, text, said):
@@ -319,6 +333,10 @@ def test_what_is_wrong_with_a_users_part_is_said(tmp_path, user_code, field, tex
         def data(config, *, image_size): return {}
         def Model(config, *, image_shape, num_classes, dtype, param_dtype): return "a model"
         def loss(logits, targets): return logits
+        def floats(images, keys): return images / 255
+        def cut(images, keys): return images[:, :, 1:]
+        def nothing(images, keys): pass
+        NUMBER = 3
 
         from jaxtrain.models.classifier import Classifier
         from jaxtrain.models.layers import Layer

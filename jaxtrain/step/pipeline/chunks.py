@@ -12,7 +12,7 @@ from jax.extend.core import Literal, jaxpr_as_fun
 from jaxtrain.data.augment import train_images, train_targets
 from jaxtrain.parallel.arrays import view
 from jaxtrain.parallel.layout import Layout
-from jaxtrain.step.batch import Batch, Resident, select_from
+from jaxtrain.step.batch import Batch, Resident, all_labels, select_from
 from jaxtrain.step.gradients import scaled_loss, train_context
 from jaxtrain.step.layer_wrap import layer_wrapper
 from jaxtrain.step.task import Task
@@ -147,9 +147,10 @@ def forward(
     new_stats = jax.tree.map(lambda s: s / layout.config.microbatches, new_stats)
     if not chunk.last:
         return jax.lax.with_sharding_constraint(y, layout.examples), (new_stats, ())
-    labels = select_from(inputs["labels"], inputs["rows"], inputs["resident_labels"], inputs["index"], layout)
+    whole = inputs["labels"], inputs["rows"], inputs["resident_labels"]
+    labels = select_from(*whole, inputs["index"], layout)
     targets = train_targets(task.preprocess, labels, augment)
-    scaled, metrics = scaled_loss(task, layout, y, targets, labels, inputs["loss_scale"])
+    scaled, metrics = scaled_loss(task, y, targets, labels, all_labels(*whole), inputs["loss_scale"])
     return scaled, (new_stats, metrics)
 
 
