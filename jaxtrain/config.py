@@ -35,6 +35,7 @@ REMATS = ("none", "full", "dots")
 PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
 BALANCES = ("cost", "memory", "time")
 STAGE_PLACEMENTS = ("spread", "hosts")
+BEST_BY = ("val_accuracy", "val_loss", "val_top5")
 STEMS = ("auto", "cifar", "imagenet")
 
 
@@ -588,12 +589,16 @@ class CheckpointConfig(_Section):
     keep: Annotated[int, _at_least(1)] = 2
     """How many of the latest checkpoints are kept, beside the best one and the milestones."""
 
+    best: Annotated[str, _one_of(BEST_BY)] = "val_accuracy"
+    """Which figure of the validation decides what the best weights are: the highest `val_accuracy` or `val_top5`, or the lowest
+    `val_loss`. It is that of the moving average of the weights, where the run keeps one."""
+
     milestone_every: Annotated[str, _duration()] = "0"
     """Time between two milestones: checkpoints that are kept for good. "0" is off."""
 
     resume: Annotated[str, _must_be("auto, latest, best, a step, epoch:N, a path or none", bool)] = "auto"
     """Where the run starts from. `auto`: the newest checkpoint of the work directory, or nothing if there is none. `latest`:
-    the newest, which must be there. `best`: the one with the best validation accuracy. A number: that step. `epoch:12`: the
+    the newest, which must be there. `best`: the one that is best by `checkpoint.best`. A number: that step. `epoch:12`: the
     end of that epoch, counted from 1. A path: a checkpoint or work directory of another run. `none`: nothing, a fresh run."""
 
     allow_changes: bool = False

@@ -135,6 +135,7 @@ BAD = [
     (LayoutConfig, "rules", (("kernel", ("stage",)),), "made of 'data', 'tensor' and None"),
     (LayoutConfig, "rules", (("kernel", ("tensor", "tensor")),), "each axis at most once"),
     (CheckpointConfig, "every", "soon", "not a duration"),
+    (CheckpointConfig, "best", "loss", "one of val_accuracy, val_loss, val_top5"),
     (CheckpointConfig, "keep", 0, "at least 1"),
     (CheckpointConfig, "milestone_every", "30 minutes", "not a duration"),
     (CheckpointConfig, "resume", "", "auto, latest, best"),
@@ -201,7 +202,7 @@ def test_every_field_has_a_meaning():
 
 def test_every_choice_of_a_field_is_explained_in_its_meaning():
     choices = {key: info for key, info in c.explain().items() if info.allowed.startswith("one of ")}
-    assert len(choices) == 10
+    assert len(choices) == 11
     for key, info in choices.items():
         named = info.allowed.removeprefix("one of ").replace("or your own ", "").split(", ")
         unexplained = [name for name in named if f"`{name}`" not in info.meaning]

@@ -175,7 +175,7 @@ def test_every_field_has_its_kind():
         *("layout.stages", "layout.schedule", "layout.chunks", "layout.boundaries", "layout.balance"),
         *("layout.stage_placement", "layout.trace_step"),
         *("checkpoint.every", "checkpoint.keep", "checkpoint.milestone_every", "checkpoint.resume"),
-        "checkpoint.allow_changes",
+        *("checkpoint.allow_changes", "checkpoint.best"),
     }
     length = {"train.epochs", "train.steps"}
     numbers = {

@@ -23,7 +23,7 @@ from jaxtrain.training.compiled import Evaluator
 from jaxtrain.training.input_pipeline import make_input_pipeline
 from jaxtrain.training.jax_settings import settings
 from jaxtrain.training.setup import load_data, make_run_spec, select_devices
-from jaxtrain.workdir import named
+from jaxtrain.workdir import Workdir, named
 
 SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 log = logging.getLogger("jaxtrain")
@@ -105,7 +105,9 @@ def evaluate(
 def _find(workdir: Path, checkpoint: str) -> tuple[CheckpointStep, Position, Config]:
     """The checkpoint that is meant, whose files are whole; what is stored with it."""
     directory = workdir / "checkpoints"
-    start = find_checkpoint(directory, checkpoint, "checkpoint") if manifested_steps(directory) else None
+    steps = manifested_steps(directory)
+    best_by = _best_by(workdir, directory / str(steps[-1])) if steps and checkpoint == "best" else ""
+    start = find_checkpoint(directory, checkpoint, best_by, "checkpoint") if steps else None
     if start is None:
         raise CheckpointError(f"{workdir} holds no checkpoint.")
     folder = start.directory / str(start.step)
@@ -113,6 +115,12 @@ def _find(workdir: Path, checkpoint: str) -> tuple[CheckpointStep, Position, Con
         raise CheckpointError(f"{folder} is damaged ({found[0]}); choose another with --checkpoint.")
     stored = read_manifest(folder).position
     return start, Position.from_json(stored), from_dict(stored["config"])
+
+
+def _best_by(workdir: Path, newest: Path) -> str:
+    """`checkpoint.best` of the run's last start; of its newest checkpoint, where the directory holds nothing else."""
+    stored = Workdir(workdir).read_config() or read_manifest(newest).position["config"]
+    return flatten(stored).get("checkpoint.best", Config().checkpoint.best)
 
 
 def _same_data(dataset: Dataset, position: Position, split: str, where: str, allow_changes: bool) -> Dataset:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -52,12 +53,29 @@ def figures(results: SplitResults, *, tested: bool) -> dict[str, Any]:
     return summary
 
 
+def deciding_figures(validation: Mapping[str, EvalResult]) -> dict[str, float | None]:
+    """The figures of a validation that `checkpoint.best` may name: of the average of the weights, or else of themselves.
+
+    None for one that is not finite. validation: results by weights, `raw` and perhaps `ema`.
+    """
+    of = validation.get("ema") or validation["raw"]
+    values = {"val_accuracy": of.accuracy, "val_loss": of.loss, "val_top5": of.top5}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
+
+
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """Which weights are the best: those after `step`, chosen by the accuracy of their average (`ema`) or of themselves."""
+    """Which weights are the best: those after `step`, chosen by a figure of their average (`ema`) or of themselves.
+
+    by: the figure (`checkpoint.best`); None where nothing was chosen, so that they are the last ones.
+    """
 
     step: int
     ema: bool
+    by: str | None
+
+
+_WORDS = {"val_accuracy": "accuracy", "val_loss": "loss", "val_top5": "top-5 accuracy"}
 
 
 def on_both_splits(
@@ -92,9 +110,9 @@ def best_weights(checkpoints: Path, best_step: int | None, position: Position, c
       config: the run's.
     """
     if best_step is None:
-        return Best(position.step, ema=config.optim.ema > 0)
+        return Best(position.step, ema=config.optim.ema > 0, by=None)
     stored = read_manifest(checkpoints / str(best_step)).position["config"]
-    return Best(best_step, ema=from_dict(stored).optim.ema > 0)
+    return Best(best_step, ema=from_dict(stored).optim.ema > 0, by=config.checkpoint.best)
 
 
 def final_result(
@@ -124,7 +142,8 @@ def final_result(
         "examples": position.examples,
         "epochs": position.examples / len(run.dataset.train),
         "last": {"step": position.step} | figures(last, tested=tested),
-        "best": {"step": chosen.step, "weights": "ema" if chosen.ema else "raw"} | figures(best, tested=tested),
+        "best": {"step": chosen.step, "weights": "ema" if chosen.ema else "raw", "by": chosen.by}
+        | figures(best, tested=tested),
         "wall_seconds": span.wall,
         "seconds": dict(span.seconds),
         "throughput": span.throughput,
@@ -145,10 +164,11 @@ def closing_lines(
       config: the run's.
       span: this start's time.
       tested: whether there is a test split.
-      has_best: whether a checkpoint was chosen by its validation accuracy.
+      has_best: whether a checkpoint was chosen by its validation.
     """
     chosen = "EMA" if result["best"]["weights"] == "ema" else "raw"
-    why = {"last": "", "best": f", by the validation accuracy of the {chosen} weights"}
+    by = _WORDS.get(result["best"]["by"], "")
+    why = {"last": "", "best": f", by the validation {by} of the {chosen} weights"}
     keys = {"": "", "EMA ": "_ema"} if config.optim.ema else {"": ""}
     for name in ("last", "best") if has_best else ("last",):
         accuracies = [

@@ -128,7 +128,11 @@ def _train_from(
     _take_over(host, resume, config, run)
     host.times.goes_on_from(position.step)
     checkpointer = Checkpointer(
-        directory.checkpoints, config.checkpoint.keep, owner=host.lease.token, still_owner=host.lease.check
+        directory.checkpoints,
+        config.checkpoint.keep,
+        config.checkpoint.best,
+        owner=host.lease.token,
+        still_owner=host.lease.check,
     )
     with contextlib.closing(checkpointer), no_implicit_transfers():
         loop = TrainLoop(run, compiled, checkpointer, host, position, rollbacks_left)

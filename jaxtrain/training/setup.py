@@ -269,4 +269,6 @@ def unused_settings(run: RunSpec) -> list[str]:
     evaluates = Duration.parse(config.train.eval_every, "config.train.eval_every").value > 0
     if evaluates and not len(run.dataset.validation):
         found += without_effect("train", config.train, ["eval_every"], "there is no validation split")
+    if not len(run.dataset.validation):
+        found += without_effect("checkpoint", config.checkpoint, ["best"], "there is no validation split")
     return found

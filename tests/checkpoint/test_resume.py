@@ -273,6 +273,41 @@ def test_the_best_and_the_milestones_stay_beside_the_latest(tmp_path):
     assert found.result.accuracy == max(row["accuracy"] for row in runs.rows(tmp_path, "val"))
 
 
+# At such a rate the loss is lowest at another step than where most answers are right.
+WILD = SMALL | {
+    "optim.learning_rate": 5.0,
+    "optim.ema": 0.5,
+    "train.eval_every": "1",
+    "checkpoint.every": "0",
+    "checkpoint.keep": 1,
+}
+
+
+def test_the_best_may_be_that_of_the_lowest_loss(tmp_path):
+    """On both sides of a stop; and once the accuracy is asked for, it decides among what is there and what comes."""
+    here(tmp_path, WILD, train__steps=6, checkpoint__best="val_loss")
+    result = here(tmp_path, WILD, checkpoint__best="val_loss").result
+    figures = {row["step"]: row for row in runs.rows(tmp_path, "val")}
+    lowest = min(figures, key=lambda step: figures[step]["ema_loss"])
+    assert lowest < 6
+    assert lowest != max(figures, key=lambda step: figures[step]["ema_accuracy"])
+    assert runs.checkpoints(tmp_path) == [lowest, LAST]
+    assert {key: result["best"][key] for key in ("step", "weights", "by")} == {
+        "step": lowest, "weights": "ema", "by": "val_loss"
+    }  # fmt: skip
+    assert evaluate(tmp_path, "val", trust=True).step == lowest
+    said = (tmp_path / "logs/process_0.log").read_text()
+    assert f"best, step {lowest}, by the validation loss of the EMA weights" in said
+    assert "checkpoint.best was" not in said
+
+    result = here(tmp_path, WILD, train__steps=LAST + 3, checkpoint__best="val_accuracy").result
+    assert "checkpoint.best was val_loss and is val_accuracy" in (tmp_path / "logs/process_0.log").read_text()
+    figures = {row["step"]: row["ema_accuracy"] for row in runs.rows(tmp_path, "val")}
+    there = [lowest, LAST, LAST + 1, LAST + 2, LAST + 3]
+    assert result["best"]["step"] == max(there, key=lambda step: figures[step])
+    assert evaluate(tmp_path, "val", trust=True).step == result["best"]["step"]
+
+
 # --------------------------------------------------------------------------------------------------- another layout
 
 

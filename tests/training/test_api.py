@@ -204,6 +204,10 @@ def test_evaluate_raises_typed_errors_too(tmp_path):
         ({"model": {"bn_groups": 2}}, "config.model.bn_groups=2 has no effect: mlp has no BatchNorm"),
         ({"layout": {"balance": "time"}}, "config.layout.balance='time' has no effect: there is one stage"),
         (
+            {"data": {"validation": 0.0}, "checkpoint": {"best": "val_loss"}},
+            "config.checkpoint.best='val_loss' has no effect: there is no validation split",
+        ),
+        (
             {"data": {"validation": 0.0}, "train": {"eval_every": "2 steps"}},
             "config.train.eval_every='2 steps' has no effect",
         ),
@@ -211,8 +215,9 @@ def test_evaluate_raises_typed_errors_too(tmp_path):
 )
 def test_a_setting_without_effect_is_said(fields, said):
     """Of each part that can have one; what has an effect, or its default, is not."""
-    values = config(**{name: part for name, part in fields.items() if name != "layout"})
-    changed = dataclasses.replace(values, layout=LayoutConfig(**fields.get("layout", {})))
+    values = config(**{name: part for name, part in fields.items() if name not in ("layout", "checkpoint")})
+    layout, checkpoint = LayoutConfig(**fields.get("layout", {})), CheckpointConfig(**fields.get("checkpoint", {}))
+    changed = dataclasses.replace(values, layout=layout, checkpoint=checkpoint)
     before, after = (describe_layout(each, 1)["warnings"] for each in (config(), changed))
     assert before == []
     assert [text for text in after if text.startswith(said)] == after
