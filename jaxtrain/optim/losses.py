@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 
@@ -46,6 +47,28 @@ def loss_fn(name: str) -> Loss:
             f"{did_you_mean(name, ['cross_entropy'])}"
         )
     return cross_entropy
+
+
+def check_own_loss(name: str, logits: jax.ShapeDtypeStruct) -> None:
+    """Calls a user's loss with shapes alone: a mean over the batch, or a number for each class, would be summed in silence.
+
+    Args:
+      name: `optim.loss`.
+      logits: float [B, C].
+
+    Raises:
+      ConfigError: it does not return one float for each example.
+    """
+    if ":" not in name:
+        return
+    found = jax.eval_shape(loss_fn(name), logits, logits)
+    shape, dtype = getattr(found, "shape", None), getattr(found, "dtype", np.dtype(bool))
+    if shape != logits.shape[:1] or not jnp.issubdtype(dtype, jnp.floating):
+        returned = f"a {type(found).__name__}" if shape is None else f"{dtype} {list(shape)}"
+        raise ConfigError(
+            f"config.optim.loss={name!r}: returned {returned} for logits of {list(logits.shape)}; it must return a float for "
+            f"each example, {list(logits.shape[:1])}."
+        )
 
 
 def balanced_weights(counts: np.ndarray) -> tuple[float, ...]:

@@ -24,7 +24,7 @@ from jaxtrain.durations import Duration
 from jaxtrain.errors import ConfigError, EnvironmentMismatchError
 from jaxtrain.models import registry as models
 from jaxtrain.optim import optimizers
-from jaxtrain.optim.losses import balanced_weights, loss_fn
+from jaxtrain.optim.losses import balanced_weights, check_own_loss, loss_fn
 from jaxtrain.optim.optimizers import make_optimizer
 from jaxtrain.optim.schedules import make_schedule, total_steps
 from jaxtrain.parallel.layout import Layout
@@ -186,6 +186,7 @@ def make_run_spec(
     )
     batch = config.data.global_batch
     check_own_augmentation(task.preprocess, jax.ShapeDtypeStruct((batch, *dataset.train.shape), np.uint8))
+    check_own_loss(config.optim.loss, jax.ShapeDtypeStruct((batch, classes), task.sums_dtype))
     init = functools.partial(initial_state, config.seed, model, task.optimizer, types, shape, ema=config.optim.ema > 0)
     state = jax.eval_shape(init)
     if not jax.tree.leaves(state.params):

@@ -94,7 +94,7 @@ WRONG = [
     (["--config.seed=-1"], ["config.seed=-1", "at least 0"]),
     (["--config.data.global_batch=0"], ["config.data.global_batch=0", "at least 1"]),
     (["--config.data.augmentation=hevy"], ["config.data.augmentation='hevy'", "Did you mean 'heavy'?"]),
-    (["--config.train.precision=fp32"], ["config.train.precision='fp32'", "auto, f32, bf16, fp16, f64"]),
+    (["--config.train.precision=fp32"], ["config.train.precision='fp32'", "auto, f32, tf32, bf16, fp16, f64"]),
     (["--config.layout.zero=4"], ["config.layout.zero=4", "0, 1, 2 or 3"]),
     (["--config.layout.data=0"], ["config.layout.data=0", "at least 1, or -1"]),
     (["--config.layout.rules=(('(',('tensor',)),)"], ["config.layout.rules", "not a regular expression"]),

@@ -320,6 +320,13 @@ def test_a_users_model_by_dotted_name(tmp_path):
         ("model.name", "wrong:Empty", r"none of its layers \(1\) has parameters"),
         ("optim.loss", "wrong:los", "has no 'los'.*Did you mean 'loss'"),
         (
+            "optim.loss",
+            "wrong:loss",
+            r"returned float32 \[16, 10\] for .*; it must return a float for each example, \[16\]",
+        ),
+        ("optim.loss", "wrong:mean", r"returned float32 \[\] for logits of \[16, 10\]; it must"),
+        ("optim.loss", "wrong:nothing", "returned a NoneType for logits"),
+        (
             "data.augmentation",
             "wrong:floats",
             r"returned float32 \[16, 8, 8, 1\]; it must return uint8 \[16, 8, 8, 1\]",
@@ -338,6 +345,7 @@ def test_what_is_wrong_with_a_users_part_is_said(tmp_path, user_code, field, tex
         def data(config, *, image_size): return {}
         def Model(config, *, image_shape, num_classes, dtype, param_dtype): return "a model"
         def loss(logits, targets): return logits
+        def mean(logits, targets): return (logits * targets).mean()
         def floats(images, keys): return images / 255
         def cut(images, keys): return images[:, :, 1:]
         def nothing(images, keys): pass
