@@ -219,8 +219,8 @@ class DataConfig(_Section):
     `package.module:function`, (images uint8 [B, S, S, C], a random key for each [B]) -> uint8 [B, S, S, C]."""
 
     flip: bool = True
-    """Whether `light`, `heavy` and `resize_crop` mirror every second image, left to right. `false` for digits, text, and
-    whatever else a mirror makes into something else."""
+    """Whether `light`, `heavy` and `resize_crop` mirror an image, left to right, with probability 1/2. `false` for digits,
+    text, and whatever else a mirror makes into something else."""
 
     crop_padding: Annotated[int, _at_least(-1)] = 0
     """Pixels of padding on each side before `light` and `heavy` crop an image. 0 is an eighth of the image's side: 4 for 32.

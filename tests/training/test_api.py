@@ -310,6 +310,34 @@ def test_a_users_model_by_dotted_name(tmp_path):
     assert evaluate(tmp_path, num_devices=1, trust=True).result.examples == 359  # which finds the model by its name too
 
 
+def test_balanced_weights_need_labels_that_are_known(tmp_path, user_code):
+    """Those of a source whose images would have to be decoded are not; those of an outline need not be."""
+    user_code(
+        "opaque",
+        """
+        import dataclasses
+
+        from jaxtrain.data import registry
+
+        class Opaque:
+            def __init__(self, source): self.source, self.shape = source, source.shape
+            def __len__(self): return len(self.source)
+            def read(self, indices): return self.source.read(indices)
+
+        def data(config, *, image_size):
+            found = registry.load(dataclasses.replace(config, name="digits"), image_size=image_size)
+            return dataclasses.replace(found, train=Opaque(found.train))
+        """,
+    )
+    balanced = {"class_weights": "balanced"}
+    with pytest.raises(
+        ConfigError, match=r"class_weights='balanced': the labels of digits are only known once .*'1,2\.5,0\.5'"
+    ):
+        fit(tmp_path / "run", data={"name": "opaque:data"}, optim=balanced)
+    for name in ("cifar10", "synthetic"):
+        assert describe_layout(config(data={"name": name}, optim=balanced), 1)["warnings"] == []
+
+
 @pytest.mark.parametrize(
     ("field", "text", "said"),
     [
