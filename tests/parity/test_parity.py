@@ -249,7 +249,7 @@ def recipe_losses(name: str, argument: str) -> list[float]:
         run = make_run_spec(run_config, load_data(run_config.data), devices)
         engine, state = compile_run(run, ResumePoint(None, Position(), None))
         losses = []
-        for batch in engine.inputs.train(seed=0, global_batch=16, first_step=0, first_example=0, steps=6):
+        for batch in engine.batches(first_step=0, first_example=0, steps=6):
             state, metrics = engine.step(state, batch, engine.inputs.resident)
             losses.append(float(metrics["loss"]))
     return losses

@@ -257,9 +257,8 @@ def started(model: str, where: LayoutConfig, **fields):
         yield run, *compile_run(run, ResumePoint(None, Position(), None))
 
 
-def one_step(run, engine, state):
-    batch = run.config.data.global_batch
-    for data in engine.inputs.train(seed=0, global_batch=batch, first_step=0, first_example=0, steps=1):
+def one_step(engine, state):
+    for data in engine.batches(first_step=0, first_example=0, steps=1):
         state, metrics = engine.step(state, data, engine.inputs.resident)
     return jax.block_until_ready(state), metrics
 
@@ -268,7 +267,7 @@ def one_step(run, engine, state):
 def test_a_stage_holds_its_own_layers_and_nothing_of_the_others(zero):
     with started("mlp", layout(stages=4, data=2, zero=zero), **{"optim.name": "adamw"}) as (run, engine, state):
         for after in (False, True):
-            whole, found = one_step(run, engine, state)[0] if after else state, set()
+            whole, found = one_step(engine, state)[0] if after else state, set()
             for path, leaf in jax.tree_util.tree_leaves_with_path(whole):
                 name = next((part for part in path_of(path).split("/") if part in run.layout.stage_of), None)
                 stage = run.layout.stage_of.get(name)
@@ -296,8 +295,8 @@ def test_activations_in_flight_follow_the_schedule(schedule, monkeypatch):
     monkeypatch.setattr(StepExecution, "do", counted)
     stages, parts = 4, 8
     fields = {"data.global_batch": 32, "model.dropout": 0.3}
-    with started("mlp", layout(schedule, stages, parts=parts), **fields) as (run, engine, state):
-        one_step(run, engine, state)
+    with started("mlp", layout(schedule, stages, parts=parts), **fields) as (_, engine, state):
+        one_step(engine, state)
         plan = engine.step.schedule
     wanted = tuple(parts if schedule == "gpipe" else stages - stage for stage in range(stages))
     assert in_flight(plan) == wanted
@@ -330,11 +329,11 @@ def test_a_microbatch_in_flight_holds_no_parameter(model, precision, zero, monke
     for batch in (32, 64):
         where = layout(data=2, zero=zero, boundaries=(4,))
         fields = {"data.global_batch": batch, "train.precision": precision, "model.width": 64 if model == "mlp" else 32}
-        with started(model, where, **fields) as (run, engine, state):
+        with started(model, where, **fields) as (_, engine, state):
             parameters = [
                 sum(leaf.nbytes for leaf in jax.tree.leaves(p.params)) for p in _stage_states(engine.step, state)
             ]
-            one_step(run, engine, state)
+            one_step(engine, state)
         found.append(dict(sizes))
     for chunk, whole in enumerate(parameters):
         constant = 2 * found[0][chunk] - found[1][chunk]
