@@ -75,8 +75,11 @@ TABLE = {
     "1f1b-2-hybrid": layout("1f1b", 2, 2, 3, replica=2),
     "1f1b-2-tensor2": layout("1f1b", 2, 2, 1, tensor=2),
 }
-# By default all of the table with the cheapest model; `pairs`, below, has BatchNorm.
-CASES = [parity.case(model, name, default=model == "mlp") for model in parity.MODELS for name in TABLE]
+# By default each schedule and each kind of sharding in it, with the cheapest model; `pairs`, below, has BatchNorm.
+DEFAULT = ("gpipe-3-zero1", "1f1b-4-zero2", "interleaved-2-zero2", "1f1b-2-hybrid", "1f1b-2-tensor2")
+CASES = [
+    parity.case(model, name, default=model == "mlp" and name in DEFAULT) for model in parity.MODELS for name in TABLE
+]
 
 
 @pytest.mark.parametrize(("model", "name"), CASES)
@@ -102,7 +105,9 @@ def sparse() -> dict[str, np.ndarray]:
     return parity.numbers(parity.run("mlp", LayoutConfig(data=1), **SPARSE))
 
 
-@pytest.mark.parametrize("which", WITHOUT)
+@pytest.mark.parametrize(
+    "which", [parity.case(which, default="middle" in which or "two" in which) for which in WITHOUT]
+)
 def test_a_slice_may_have_no_parameters(which):
     """Pooling, dropout, a softmax, or what has statistics alone; with EMA, clipping and both evaluations."""
     found = parity.numbers(parity.run("mlp", WITHOUT[which], **SPARSE))
@@ -121,8 +126,10 @@ def pairs() -> dict[str, np.ndarray]:
 
 @pytest.mark.parametrize(
     "where",
-    [layout(data=4, balance="time"), layout(data=2, replica=2, zero=3, parts=0)],
-    ids=["timed", "microbatches chosen"],
+    [
+        pytest.param(layout(data=4, balance="time"), id="timed", marks=pytest.mark.parity),
+        pytest.param(layout(data=2, replica=2, zero=3, parts=0), id="microbatches chosen"),
+    ],
 )
 def test_a_batch_norm_group_may_span_the_devices_of_a_stage(where):
     """A device has one example of a microbatch."""
@@ -182,9 +189,9 @@ def test_a_devices_part_need_not_hold_whole_batch_norm_groups(batch, groups):
 
 
 def clip_by_stage(monkeypatch):
-    def own(task, shardings, updating, state, gradients, batch_stats, decision):
+    def own(task, shardings, updating, state, gradients, batch_stats, decision, *more):
         decision = decision.replace(norm=global_norm(gradients))
-        return update.apply_update(task, shardings, updating, state, gradients, batch_stats, decision)
+        return update.apply_update(task, shardings, updating, state, gradients, batch_stats, decision, *more)
 
     monkeypatch.setattr(programs, "apply_update", own)
 
@@ -236,7 +243,7 @@ def clipped(where: str) -> dict[str, np.ndarray]:
     return parity.numbers(parity.run("mlp", layouts[where], **{"optim.clip_norm": 0.05} | DEEP["mlp"]))
 
 
-@pytest.mark.parametrize("fault", FAULTS, ids=lambda fault: fault.__name__)
+@pytest.mark.parametrize("fault", parity.planted(FAULTS, default=clip_by_stage))
 def test_a_planted_fault_shows(fault, monkeypatch):
     wanted = clipped("one")
     parity.assert_equal(clipped("stages"), wanted, 1e-12)
@@ -263,7 +270,7 @@ def one_step(engine, state):
     return jax.block_until_ready(state), metrics
 
 
-@pytest.mark.parametrize("zero", [0, 3])
+@pytest.mark.parametrize("zero", [parity.case(0, default=False), 3])
 def test_a_stage_holds_its_own_layers_and_nothing_of_the_others(zero):
     with started("mlp", layout(stages=4, data=2, zero=zero), **{"optim.name": "adamw"}) as (run, engine, state):
         for after in (False, True):
@@ -306,10 +313,8 @@ def test_activations_in_flight_follow_the_schedule(schedule, monkeypatch):
 @pytest.mark.parametrize(
     ("model", "precision", "zero"),
     [
-        ("mlp", "f32", 0),
-        ("mlp", "f32", 3),
-        ("mlp", "bf16", 0),
         ("mlp", "bf16", 3),
+        *(parity.case("mlp", *others, default=False) for others in (("f32", 0), ("f32", 3), ("bf16", 0))),
         parity.case("swin", "bf16", 3, default=False),
     ],
 )
