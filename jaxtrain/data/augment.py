@@ -229,8 +229,8 @@ def check_own_augmentation(pre: Preprocess, images: jax.ShapeDtypeStruct) -> Non
     images: uint8 [B, H, W, C], as they are stored. Raises `ConfigError` where the result has another shape or type.
     """
     if pre.own is not None:
-        example = jnp.arange(images.shape[0], dtype=jnp.int32)
-        jax.eval_shape(lambda images: train_images(pre, images, example, jax.random.key(0)), images)
+        example = jax.ShapeDtypeStruct(images.shape[:1], np.int32)
+        jax.eval_shape(lambda images, example: train_images(pre, images, example, jax.random.key(0)), images, example)
 
 
 def _augment_by_own(pre: Preprocess, images: jax.Array, keys: jax.Array) -> jax.Array:
