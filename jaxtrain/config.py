@@ -197,7 +197,8 @@ class DataConfig(_Section):
 
     name: Annotated[str, _must_be("the name of a data set", bool)] = "digits"
     """The data set: `digits` (in scikit-learn), `synthetic` (made as it is read), `cifar10`, `cifar100`, `folder:PATH` (a
-    folder of images for each class), the name of a prepared TFDS data set, or your own `package.module:factory`."""
+    folder of images for each class), the name of a prepared TFDS data set, or your own `package.module:factory`. A run goes
+    on from another PATH if the images there are the same."""
 
     dir: str = ""
     """The data directory. "" means `$JAXTRAIN_DATA_DIR`, and where that is not set, `~/.cache/jaxtrain/data`."""
@@ -245,6 +246,11 @@ class DataConfig(_Section):
     splits: str = ""
     """Which splits of a folder or a TFDS data set are used: pairs such as "train=train,validation=val,test=none", in which
     `none` goes without that split. A split that is not named is found by its usual name, or drawn from training."""
+
+    skip_bad: bool = False
+    """Whether the images of a folder that cannot be read are left out, and named in `skipped_images.txt` of the work
+    directory. They are found by reading all images once: by `jaxtrain data verify`, or at the first start. Otherwise the
+    first one that is met ends the run."""
 
     examples: Annotated[int, _at_least(0)] = 0
     """Use only the first so many training examples. 0 means all. For `synthetic`: how many there are; 0 means 10,000."""

@@ -46,6 +46,7 @@ BAD = [
     (DataConfig, "cutmix", INF, "a finite number"),
     (DataConfig, "mean", (0.5,), "as long as"),
     (DataConfig, "std", (0.5,), "as long as"),
+    (DataConfig, "skip_bad", 1, "true or false"),
     (DataConfig, "examples", -5, "at least 0"),
     (DataConfig, "validation", 1.0, "at least 0 and below 1"),
     (DataConfig, "validation", -0.1, "at least 0 and below 1"),

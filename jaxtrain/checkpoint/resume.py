@@ -88,7 +88,8 @@ def refuse_other_data(directory: Workdir, resume: ResumePoint, config: Config, d
     if not stored.fingerprint:
         return
     where = f"step {resume.position.step} of {run}"
-    if resume.stored is not None and resume.stored.data.name == config.data.name:  # else weights from another data set
+    # Else the weights are from another data set.
+    if resume.stored is not None and config_changes.may_be_one_data_set(resume.stored.data.name, config.data.name):
         refuse_other_rule(stored, dataset, where)
     if stored.fingerprint == dataset.fingerprint or config.checkpoint.allow_changes:
         return

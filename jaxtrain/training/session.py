@@ -178,5 +178,6 @@ def _take_over(host: Host, resume: ResumePoint, config: Config, run: RunSpec) ->
             old.unlink()
         directory.write_config(config_lib.to_dict(config))
         directory.write_dataset(dataclasses.asdict(run.data_record))
+        directory.write_skipped_images(run.dataset.skipped)
         start_record.append_start(directory.manifest, start_record.environment(step))
     barrier("the work directory is this run's")

@@ -102,7 +102,7 @@ def resolve_for_machine(config: Config, stored: Config | None, devices: list[Dev
     return dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, precision=precision),
-        data=dataclasses.replace(config.data, global_batch=batch),
+        data=dataclasses.replace(datasets.absolute(config.data), global_batch=batch),
     )
 
 

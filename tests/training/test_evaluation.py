@@ -211,6 +211,70 @@ def test_a_run_that_was_split_by_another_rule_is_refused_by_name(trained):
         fit(run, trained / "data", steps=40, allow_changes=True)
 
 
+# -------------------------------------------------------------------------------------------------- where the data is
+
+
+def test_a_folder_may_move(trained, monkeypatch):
+    """Its path says where it is: named by a link, with a slash, or from another directory; and not what it holds."""
+    wanted = evaluate(trained / "run", num_devices=1)
+    (trained / "data").rename(trained / "moved")
+    with pytest.raises(DataError, match=r"there is no such folder; if it was moved, .*--data"):
+        evaluate(trained / "run", num_devices=1)
+    monkeypatch.chdir(trained / "moved")
+    assert evaluate(trained / "run", data="../moved/", num_devices=1) == wanted
+    (trained / "link").symlink_to("moved")
+    assert fit(trained / "run", "../link/", steps=40).result["last"]["step"] == 40
+    monkeypatch.chdir(trained)
+    assert evaluate(trained / "run", num_devices=1).result.examples == wanted.result.examples  # the last place is known
+    draw_folder(trained / "moved", "a", 60, 70)
+    with pytest.raises(DataError, match=r"folder:.*/moved is not the one of step 40 of .*/run, folder:.*/link \("):
+        fit(trained / "run", "moved", steps=50)
+    with pytest.raises(DataError, match=r"is not the one of step .* or evaluate what is there with --allow-changes"):
+        evaluate(trained / "run", "train", data="moved", num_devices=1)
+
+
+def test_other_data_is_evaluated_by_the_names_of_its_classes(trained, tmp_path, caplog):
+    own = evaluate(trained / "run", num_devices=1)
+    new = draw_folder(tmp_path / "new", "ca", 100, 110)  # the run's, and one of them is lacking
+    found = evaluate(trained / "run", data=new, num_devices=1)
+    assert found.class_names == ("a", "b", "c")
+    assert (found.result.examples, found.result.accuracy > 0.9) == (20, True)
+    assert np.isnan(found.result.per_class).tolist() == [False, True, False]
+    assert "evaluated are the 20 examples of the whole folder, which has no class 'b'" in caplog.text
+    draw_folder(tmp_path / "split/test", "abc", 100, 105)
+    assert evaluate(trained / "run", data=tmp_path / "split", num_devices=1).result.examples == 15
+    with pytest.raises(DataError, match=r"has test but no train"):
+        evaluate(trained / "run", "val", data=tmp_path / "split", num_devices=1)
+    draw_folder(new, "d", 0, 5)
+    with pytest.raises(DataError, match=r"does not know: 'd' \(of the run's, it lacks 'b'\); .*--allow-changes"):
+        evaluate(trained / "run", data=new, num_devices=1)
+    found = evaluate(trained / "run", data=new, allow_changes=True, num_devices=1)
+    assert found.result.examples == 20
+    assert "evaluated are 20 of the 25 examples of the whole folder" in caplog.text
+    with pytest.raises(DataError, match=r"has images of 1 channel, and step \d+ of .* was trained on images of 3"):
+        evaluate(trained / "run", data="digits", num_devices=1)
+    with pytest.raises(DataError, match="there is no such directory"):
+        evaluate(trained / "run", data=tmp_path / "nowhere", num_devices=1)
+    assert evaluate(trained / "run", num_devices=1) == own
+
+
+def test_bad_images_are_left_out_of_a_run_and_listed_in_it(tmp_path):
+    data = draw_folder(tmp_path / "data", "abc", 0, 60)
+    (data / "b/003.png").write_bytes(b"")
+    config = Config(
+        data=DataConfig(
+            name=f"folder:{data}", global_batch=32, image_size=SIDE, skip_bad=True, dir=str(tmp_path / "d")
+        ),
+        model=ModelConfig(name="mlp", width=8),
+        train=TrainConfig(steps=1),
+    )
+    train(config, tmp_path / "run", num_devices=1, quiet=True)
+    assert (tmp_path / "run/skipped_images.txt").read_text() == f"{data / 'b/003.png'} (class 'b') is empty.\n"
+    record = json.loads((tmp_path / "run/dataset.json").read_text())
+    assert sum(split["examples"] for split in record["splits"].values()) == 179
+    assert "1 of 180 images cannot be read and are left out" in (tmp_path / "run/logs/process_0.log").read_text()
+
+
 # ---------------------------------------------------------------------------------------------------------- the figures
 
 
