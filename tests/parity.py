@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import conftest
@@ -54,6 +55,14 @@ MODELS: dict[str, dict[str, Any]] = {
 def case(*values: Any, default: bool) -> Any:
     """A test's parameters. Without `default` it is in the group `parity`, which is not part of the default suite."""
     return pytest.param(*values, marks=[] if default else [pytest.mark.parity])
+
+
+def planted(faults: Sequence[Callable[..., None]], default: Callable[..., None]) -> list[Any]:
+    """A test's parameters: of the planted faults, `default` alone is part of the default suite."""
+    return [
+        pytest.param(fault, id=fault.__name__, marks=[] if fault is default else [pytest.mark.parity])
+        for fault in faults
+    ]
 
 
 def config(name: str, layout: LayoutConfig, *, seed: int = 0, **fields: Any) -> Config:

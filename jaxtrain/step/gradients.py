@@ -86,13 +86,14 @@ def constrain_gradients(layout: Layout, gradients: PyTree) -> PyTree:
 
 
 def train_context(
-    task: Task, layout: Layout, step: jax.Array, index: Any, size: int
+    task: Task, layout: Layout, seed: jax.Array, step: jax.Array, index: Any, size: int
 ) -> tuple[Context, jax.Array, jax.Array]:
     """What the layers know about a microbatch, and its random keys.
 
     Args:
-      task: gives the seed and the BatchNorm groups of the global batch.
+      task: gives the BatchNorm groups of the global batch.
       layout: gives the number of microbatches.
+      seed: int32 [], of the run.
       step: int32 [], updates done so far.
       index: int32 [] or a Python int, the microbatch.
       size: how many examples it has.
@@ -103,7 +104,7 @@ def train_context(
     # A random number belongs to an example of the global batch, whichever microbatch, stage or device it is on.
     example = index * size + jnp.arange(size, dtype=jnp.int32)
     groups = max(task.bn_groups // layout.config.microbatches, 1)
-    augment, dropout = (jax.random.fold_in(role_key(task.seed, role), step) for role in (AUGMENT, DROPOUT))
+    augment, dropout = (jax.random.fold_in(role_key(seed, role), step) for role in (AUGMENT, DROPOUT))
     return Context(example=example, train=True, bn_groups=groups), augment, dropout
 
 
@@ -143,7 +144,7 @@ def microbatch_gradients(
       index: int32 [] or a Python int, the microbatch.
     """
     images, labels = select_microbatch(batch, resident, index, layout)
-    context, augment, dropout = train_context(task, layout, state.step, index, labels.shape[0])
+    context, augment, dropout = train_context(task, layout, batch.hyperparams.seed, state.step, index, labels.shape[0])
     inputs, targets = train_inputs(task.preprocess, images, labels, context.example, augment)
 
     def loss_fn(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, jax.Array, PyTree]]:

@@ -14,7 +14,7 @@ from jaxtrain.config import Config, OptimConfig
 from jaxtrain.data.augment import Preprocess
 from jaxtrain.models.classifier import Classifier
 from jaxtrain.optim.losses import loss_fn
-from jaxtrain.optim.optimizers import make_optimizer
+from jaxtrain.optim.optimizers import is_own, make_optimizer
 from jaxtrain.precision import at_least_f32
 
 
@@ -24,12 +24,10 @@ class Task:
 
     Attributes:
       model: the layers.
-      optimizer: of the whole tree of parameters, or of some of its layers.
       schedule: the learning rate of each step.
       loss: (logits float [B, C], targets float [B, C]) -> float [B].
       preprocess: from uint8 images to the model's inputs.
-      optim: the config's section; clipping and the EMA are read from it.
-      seed: of all random numbers.
+      optim: the config's section.
       bn_groups: BatchNorm groups in a global batch.
       remat: `train.remat`, what the forward pass stores for the backward pass.
       skips: whether the run goes on after an update that was not finite. The step is then counted, and its batch is
@@ -37,15 +35,25 @@ class Task:
     """
 
     model: Classifier
-    optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     loss: Callable[[jax.Array, jax.Array], jax.Array]
     preprocess: Preprocess
     optim: OptimConfig
-    seed: int
     bn_groups: int
     remat: str
     skips: bool
+
+    def optimizer(
+        self, learning_rate: float | jax.Array = 0.0, weight_decay: float | jax.Array = 0.0
+    ) -> optax.GradientTransformation:
+        """The optimizer, of the whole tree of parameters or of some of its layers. Its state does not depend on the numbers.
+
+        Args:
+          learning_rate: float [], of one update. An optimizer of the user's own has the whole schedule instead.
+          weight_decay: float [].
+        """
+        rate = self.schedule if is_own(self.optim.name) else lambda _: learning_rate
+        return make_optimizer(self.optim, rate, self.model.no_decay, weight_decay=weight_decay)
 
     @property
     def sums_dtype(self) -> jnp.dtype:
@@ -90,12 +98,10 @@ def make_task(
     )
     return Task(
         model=model,
-        optimizer=make_optimizer(config.optim, rate, model.no_decay),
         schedule=rate,
         loss=loss_fn(config.optim.loss),
         preprocess=preprocess,
         optim=config.optim,
-        seed=config.seed,
         bn_groups=config.model.bn_groups,
         remat=config.train.remat,
         skips=config.train.nonfinite_skips > 0,

@@ -94,7 +94,7 @@ class MeshTrainStep:
         sums = self.programs["zeros"]()
         for index in self.microbatches:
             sums = self.programs["gradients"](sums, state, batch, resident, index)
-        return self.programs["update"](state, sums, batch.step)
+        return self.programs["update"](state, sums, batch.step, batch.hyperparams)
 
 
 def make_train_step(
@@ -123,7 +123,8 @@ def _compile_whole_step(
     update, shardings = _update_function(task, layout, state)
 
     def step(state: TrainState, batch: Batch, resident: Resident) -> tuple[TrainState, StepMetrics]:
-        return update(state, microbatch_gradients(task, layout, state, batch, resident, 0), batch.step)
+        sums = microbatch_gradients(task, layout, state, batch, resident, 0)
+        return update(state, sums, batch.step, batch.hyperparams)
 
     def call(state: TrainState, batches: Batch, resident: Resident) -> tuple[TrainState, StepMetrics]:
         def one(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -163,7 +164,7 @@ def _compile_accumulating_step(
     lowered = {
         "zeros": zeros.lower(),
         "gradients": adding.lower(sums, state, batch, resident, indices[0]),
-        "update": updating.lower(state, sums, batch.step),
+        "update": updating.lower(state, sums, batch.step, batch.hyperparams),
     }
     programs = {name: program.compile() for name, program in lowered.items()}
     accumulator = programs["zeros"].output_shardings.gradients
@@ -171,7 +172,7 @@ def _compile_accumulating_step(
 
 
 def _update_function(task: Task, layout: Layout, state: TrainState) -> tuple[Callable[..., Any], TrainState]:
-    """`update_state` as a function (state, sums, step), and the shardings of the state."""
+    """`update_state` as a function (state, sums, step, hyperparams), and the shardings of the state."""
     shardings = layout.shardings(state)
     return functools.partial(update_state, task, shardings, like_params(layout, "opt_state", state.params)), shardings
 

@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.resume_point import ResumePoint
 from jaxtrain.errors import DeviceMemoryError
 from jaxtrain.parallel.audit import audit
-from jaxtrain.step.batch import EvalBatch
+from jaxtrain.step.batch import Batch, EvalBatch
 from jaxtrain.step.eval_step import EvalResult, EvalStep, make_eval_step
 from jaxtrain.step.pipeline.eval_step import PipelineEvalStep, make_pipeline_eval_step
 from jaxtrain.step.pipeline.train_step import make_pipeline_train_step
@@ -36,11 +36,13 @@ class CompiledRun:
     """A run on its devices.
 
     Attributes:
+      run: what is computed.
       step: one update, or several as one program.
       evaluate: weights, on a split.
       inputs: batches.
     """
 
+    run: RunSpec
     step: TrainStep
     evaluate: Evaluator
     inputs: InputPipeline
@@ -49,6 +51,22 @@ class CompiledRun:
     def steps_per_call(self) -> int:
         """How many updates one call of `step` makes, of as many batches stacked."""
         return self.step.per_call
+
+    def batches(
+        self, *, first_step: int, first_example: int, steps: int, calls: Iterable[int] | None = None
+    ) -> Generator[Batch]:
+        """The batches of `steps` updates from `first_step` on; see `InputPipeline.train`."""
+        config = self.run.config
+        return self.inputs.train(
+            seed=config.seed,
+            schedule=self.run.task.schedule,
+            weight_decay=config.optim.weight_decay,
+            global_batch=config.data.global_batch,
+            first_step=first_step,
+            first_example=first_example,
+            steps=steps,
+            calls=calls,
+        )
 
 
 def compile_run(
@@ -80,19 +98,19 @@ def compile_run(
         log.warning("%s", text)
     log.info("data %s; compiling the step (the next start finds it in the compile cache)", inputs.where)
     if state is None:
-        state = create_state(run.init, run.layout)
+        state = create_state(run.init, run.layout, run.config.seed)
     step = compiling.result()
     for note in audit(run.layout, table, state, step).notes:
         log.info("%s", note)
     log.info("compiled in %.1f s", time.perf_counter() - began)
-    return CompiledRun(step, Evaluator(run, inputs, compiler), inputs), state
+    return CompiledRun(run, step, Evaluator(run, inputs, compiler), inputs), state
 
 
 def _restored(run: RunSpec, resume: ResumePoint, shapes: TrainState) -> TrainState:
     """The state that the run goes on from."""
     assert resume.start is not None
     changes = run.config.checkpoint.allow_changes  # then a tree may stay as it is in a fresh state
-    template = create_state(run.init, run.layout) if changes else shapes
+    template = create_state(run.init, run.layout, run.config.seed) if changes else shapes
     with contextlib.closing(Checkpointer(resume.start.directory, read_only=True)) as checkpoints:
         state = checkpoints.restore(resume.start.step, template, allow_changes=changes)
     log.info("resumed from %s", resume.start.directory / str(resume.start.step))

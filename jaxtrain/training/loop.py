@@ -98,9 +98,7 @@ class TrainLoop:
         """
         self.timetable.log_start(self.compiled.steps_per_call)
         first = self.timetable.first_step
-        batches = self.compiled.inputs.train(
-            seed=self.config.seed,
-            global_batch=self.config.data.global_batch,
+        batches = self.compiled.batches(
             first_step=first,
             first_example=self.position.examples,
             steps=max(self.run_spec.steps - first, 0),

@@ -118,7 +118,9 @@ def _train_from(
     position = dataclasses.replace(start, dataset=run.data_record, jobs=tuple(sorted(cluster.job_ids())))
     _warn_of_settings(run)
     # It may be a link to another disk; a new run makes it later.
-    check_space(directory.checkpoints if directory.checkpoints.exists() else directory.path, jax.eval_shape(run.init))
+    check_space(
+        directory.checkpoints if directory.checkpoints.exists() else directory.path, jax.eval_shape(run.init, 0)
+    )
     host.watchdog.feed("compile")
     with host.clock.charge("compile"):
         compiled, state = compile_run(run, resume, directory.trace(jax.process_index()))

@@ -40,14 +40,14 @@ log = logging.getLogger("jaxtrain")
 class RunSpec:
     """What a run computes and where.
 
-    init: makes the fresh state; pure, of no arguments. steps: where the run ends. partition: the pipeline stages' layers.
+    init: makes the fresh state from a seed, int32 []; pure. steps: where the run ends. partition: the pipeline stages' layers.
     """
 
     config: Config
     dataset: Dataset
     layout: Layout
     task: Task
-    init: Callable[[], TrainState]
+    init: Callable[[int | jax.Array], TrainState]
     steps: int
     partition: Partition | None = None
 
@@ -177,8 +177,15 @@ def make_run_spec(
         std=dataset.std,
         dtype=types.compute_dtype,
     )
-    init = functools.partial(initial_state, config.seed, model, task.optimizer, types, shape, ema=config.optim.ema > 0)
-    state = jax.eval_shape(init)
+    init = functools.partial(
+        initial_state,
+        model=model,
+        optimizer=task.optimizer(),
+        policy=types,
+        input_shape=shape,
+        ema=config.optim.ema > 0,
+    )
+    state = jax.eval_shape(init, 0)
     if not jax.tree.leaves(state.params):
         raise ConfigError(
             f"config.model.name={config.model.name!r}: none of its layers ({len(model.layers)}) has parameters, so that "
@@ -231,7 +238,7 @@ def unused_settings(run: RunSpec) -> list[str]:
     if layout.stages == 1:
         fields = ("schedule", "chunks", "balance", "stage_placement", "trace_step")
         found += without_effect("layout", layout, fields, "there is one stage")
-    if not jax.tree.leaves(jax.eval_shape(run.init).batch_stats):
+    if not jax.tree.leaves(jax.eval_shape(run.init, 0).batch_stats):
         found += without_effect("model", config.model, ["bn_groups"], f"{config.model.name} has no BatchNorm")
     evaluates = Duration.parse(config.train.eval_every, "config.train.eval_every").value > 0
     if evaluates and not len(run.dataset.validation):

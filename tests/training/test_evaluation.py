@@ -285,7 +285,7 @@ def test_the_figures_are_those_of_every_example_once(layout, residency):
     with settings(config):
         dataset = load_data(config.data)
         run = make_run_spec(config, dataset, jax.devices()[: layout.stages * max(layout.data, 1)])
-        state = create_state(run.init, run.layout)
+        state = create_state(run.init, run.layout, run.config.seed)
         feed = make_input_pipeline(dataset, run.layout, residency, 0)
         found = Evaluator(run, feed)("test", state.params, state.batch_stats)
         part = change(config, **{"train.eval_examples": 17})

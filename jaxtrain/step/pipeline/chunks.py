@@ -102,7 +102,7 @@ def chunk_inputs(chunk: ModelChunk, state: TrainState, batch: Batch, resident: R
       resident: the data set, on the stage's devices.
       index: int32 [], the microbatch.
     """
-    inputs: dict[str, Any] = {"step": state.step, "index": index}
+    inputs: dict[str, Any] = {"seed": batch.hyperparams.seed, "step": state.step, "index": index}
     if chunk.first or chunk.last:
         inputs["rows"] = batch.rows
     if chunk.first:
@@ -139,7 +139,7 @@ def forward(
     if chunk.first:
         images = select_from(inputs["images"], inputs["rows"], inputs["resident_images"], inputs["index"], layout)
     size = images.shape[0] if chunk.first else x.shape[0]
-    context, augment, dropout = train_context(task, layout, inputs["step"], inputs["index"], size)
+    context, augment, dropout = train_context(task, layout, inputs["seed"], inputs["step"], inputs["index"], size)
     if chunk.first:
         x = train_images(task.preprocess, images, context.example, augment)
     wrap = layer_wrapper(layout, params, task.remat, gathered=True)
