@@ -155,14 +155,7 @@ class _Trial:
     def _steps(self, compiled: CompiledRun, state: TrainState) -> tuple[TrainState, float]:
         """The state after two calls of the step, and the seconds of a step in the second one."""
         count = compiled.steps_per_call
-        batches = compiled.inputs.train(
-            seed=self._run.config.seed,
-            global_batch=self._batch,
-            first_step=0,
-            first_example=0,
-            steps=CALLS * count,
-            calls=[count] * CALLS,
-        )
+        batches = compiled.batches(first_step=0, first_example=0, steps=CALLS * count, calls=[count] * CALLS)
         seconds, made = 0.0, 0
         with contextlib.closing(batches):
             for _ in range(CALLS):
@@ -294,7 +287,7 @@ def forward_operations(run: RunSpec) -> float:
     """Floating point operations of the model's forward pass over a global batch, by XLA's count."""
     inputs, batch = run.task.preprocess, run.config.data.global_batch
     shape = (batch, inputs.image_size, inputs.image_size, run.dataset.train.shape[2])
-    state = jax.eval_shape(run.init)
+    state = jax.eval_shape(run.init, 0)
 
     def forward(params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
         context = Context(example=jnp.arange(batch, dtype=jnp.int32), train=False)
