@@ -107,6 +107,7 @@ BAD = [
     (TrainConfig, "log_every", 0, "at least 1"),
     (TrainConfig, "steps_per_call", 0, "at least 1"),
     (TrainConfig, "eval_every", "30 minutes", "not a duration"),
+    (TrainConfig, "eval_examples", -1, "at least 0"),
     (TrainConfig, "hang_seconds", -1.0, "at least 0"),
     (TrainConfig, "nonfinite_skips", -1, "at least 0"),
     (TrainConfig, "rollbacks", -1, "at least 0"),

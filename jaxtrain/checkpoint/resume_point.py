@@ -100,6 +100,13 @@ def readable(directory: Path, steps: list[int]) -> list[Manifest]:
 def _start_at_path(path: Path, setting: str) -> CheckpointStep:
     if path.name.isdigit() and manifested_steps(path.parent).count(int(path.name)):
         return CheckpointStep(path.parent, int(path.name))
+    if path.name in ("latest", "best") and (steps := manifested_steps(path.parent)):
+        return CheckpointStep(path.parent, _named_step(path.parent, steps, path.name, setting))
+    if path.is_file():
+        raise ConfigError(
+            f"{setting}={str(path)!r}: is a file, and a checkpoint of jaxtrain is a directory; those of other programs "
+            "cannot be read."
+        )
     for directory in (path, path / "checkpoints"):
         if steps := manifested_steps(directory):
             return CheckpointStep(directory, steps[-1])

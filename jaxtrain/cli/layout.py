@@ -31,6 +31,7 @@ def run(arguments: argparse.Namespace) -> None:
         path = getattr(arguments, option)
         require_local(path, f"--{option.replace('_', '-')} {path}", ConfigError)
     resolved = start.resolved(arguments)
+    start.say_what_flags_are(arguments)
     start.start_devices(arguments)
     from jaxtrain.training.layout_report import describe_layout, draw_schedule  # noqa: PLC0415
 

@@ -123,6 +123,7 @@ class Evaluator:
     def __init__(self, run: RunSpec, inputs: InputPipeline, compiler: concurrent.futures.Executor | None = None):
         self._run, self._inputs = run, inputs
         self._batch = run.config.data.global_batch // run.layout.config.microbatches
+        self._examples = run.config.train.eval_examples
         self._compiler = compiler or concurrent.futures.ThreadPoolExecutor(1, "compile")
         self._compiled: dict[Any, concurrent.futures.Future[EvalStep | PipelineEvalStep]] = {}
 
@@ -150,7 +151,7 @@ class Evaluator:
                 yield batch
 
         program = self._program(params, batch_stats).result()
-        with contextlib.closing(self._inputs.evaluation(split, self._batch)) as batches:
+        with contextlib.closing(self._inputs.evaluation(split, self._batch, self._examples)) as batches:
             return program(params, batch_stats, watched(batches), self._inputs.resident)
 
     def of_state(

@@ -92,7 +92,10 @@ def evaluate(
         devices = select_devices(num_devices)
         # Numbers do not depend on the layout: weights shared out among the devices, and a batch that they divide.
         config = dataclasses.replace(
-            config, layout=LayoutConfig(zero=3), model=dataclasses.replace(config.model, bn_groups=1)
+            config,
+            layout=LayoutConfig(zero=3),
+            model=dataclasses.replace(config.model, bn_groups=1),
+            train=dataclasses.replace(config.train, eval_examples=0),  # the whole split, whatever the run took
         )
         ways = batch_ways(make_mesh(config.layout, devices))
         batch = -(-config.data.global_batch // ways) * ways

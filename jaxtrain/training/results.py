@@ -11,7 +11,7 @@ from typing import Any
 from jaxtrain.checkpoint.manifest import read_manifest
 from jaxtrain.checkpoint.resume_point import Position
 from jaxtrain.config import Config, from_dict
-from jaxtrain.data.base import Dataset
+from jaxtrain.data.base import SPLITS, Dataset
 from jaxtrain.observability.clock import Span, explain
 from jaxtrain.observability.goodput import Goodput
 from jaxtrain.step.eval_step import EvalResult
@@ -41,7 +41,9 @@ class TrainResult:
 
 
 def figures(results: SplitResults, *, tested: bool) -> dict[str, Any]:
-    """What `result.json` says of one set of weights: loss, accuracy and top-5 under `test`, `test_ema`, `validation`, ...
+    """What `result.json` says of one set of weights: loss, accuracy, top-5 and of how many examples they are.
+
+    They stand under `test`, `test_ema`, `validation` and so on.
 
     tested: whether there is a test split; where there is none, `test` is null.
     """
@@ -49,7 +51,7 @@ def figures(results: SplitResults, *, tested: bool) -> dict[str, Any]:
     for split, by_weights in results.items():
         for weights, result in by_weights.items():
             key = split if weights == "raw" else f"{split}_{weights}"
-            summary[key] = {"loss": result.loss, "accuracy": result.accuracy, "top5": result.top5}
+            summary[key] = {name: getattr(result, name) for name in ("loss", "accuracy", "top5", "examples")}
     return summary
 
 
@@ -141,6 +143,7 @@ def final_result(
         "steps": position.step,
         "examples": position.examples,
         "epochs": position.examples / len(run.dataset.train),
+        "splits": {split: len(getattr(run.dataset, split)) for split in SPLITS},
         "last": {"step": position.step} | figures(last, tested=tested),
         "best": {"step": chosen.step, "weights": "ema" if chosen.ema else "raw", "by": chosen.by}
         | figures(best, tested=tested),
@@ -152,6 +155,21 @@ def final_result(
         "precision": run.config.train.precision,
         **of_all_starts,
     }
+
+
+def parts_evaluated(examples: int, splits: Mapping[str, int]) -> str:
+    """Says of which splits the run evaluates a part, and how large it is; "" where it evaluates the whole of each.
+
+    Args:
+      examples: `train.eval_examples`.
+      splits: how many examples each split has.
+    """
+    parts = [
+        f"{examples:,} of {splits[split]:,} {split} examples"
+        for split in ("validation", "test")
+        if 0 < examples < splits[split]
+    ]
+    return f"evaluated on {' and '.join(parts)}" if parts else ""
 
 
 def closing_lines(
@@ -179,6 +197,8 @@ def closing_lines(
         ]
         if accuracies:
             yield f"{name}, step {result[name]['step']}{why[name]}: {', '.join(accuracies)}"
+    if parts := parts_evaluated(config.train.eval_examples, result["splits"]):
+        yield f"{parts} (config.train.eval_examples); jaxtrain evaluate takes the whole split"
     if not tested:
         yield f"nothing was tested: {config.data.name} has no test examples"
     yield explain(span, "this run")

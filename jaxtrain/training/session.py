@@ -21,7 +21,7 @@ from jaxtrain.checkpoint.lease import LEASE_SECONDS, Lease, NoLease, held, wait_
 from jaxtrain.checkpoint.resume_point import ResumePoint
 from jaxtrain.config import Config
 from jaxtrain.data import registry
-from jaxtrain.data.base import Dataset
+from jaxtrain.data.base import SPLITS, Dataset
 from jaxtrain.distributed import cluster, coordination
 from jaxtrain.distributed.coordination import barrier, broadcast_str, first_on_process_zero
 from jaxtrain.distributed.interrupt import Interrupt, catch_signals
@@ -38,7 +38,7 @@ from jaxtrain.training.compiled import compile_run, explain_out_of_memory
 from jaxtrain.training.jax_settings import no_implicit_transfers, settings
 from jaxtrain.training.loop import Host, TrainLoop
 from jaxtrain.training.recovery import RollBack
-from jaxtrain.training.results import TrainResult
+from jaxtrain.training.results import TrainResult, parts_evaluated
 from jaxtrain.training.setup import (
     RunSpec,
     check_names,
@@ -143,11 +143,14 @@ def _train_from(
 
 
 def _warn_of_settings(run: RunSpec) -> None:
-    """Process 0 says which settings have no effect, or hardly the one that was meant."""
+    """Process 0 says which settings have no effect, or hardly the one that was meant, and which make less of the run."""
     if jax.process_index() > 0:
         return
     for text in unused_settings(run):
         log.warning("%s", text)
+    splits = {split: len(getattr(run.dataset, split)) for split in SPLITS}
+    if parts := parts_evaluated(run.config.train.eval_examples, splits):
+        log.info("%s (config.train.eval_examples)", parts)
     if (warmup := warmup_steps(run.config, len(run.dataset.train))) > run.steps:
         text = "config.optim.warmup=%r is %d steps, longer than the run's %d."
         log.warning(text, run.config.optim.warmup, warmup, run.steps)

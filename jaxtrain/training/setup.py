@@ -279,4 +279,7 @@ def unused_settings(run: RunSpec) -> list[str]:
         found += without_effect("train", config.train, ["eval_every"], "there is no validation split")
     if not len(run.dataset.validation):
         found += without_effect("checkpoint", config.checkpoint, ["best"], "there is no validation split")
+    if not (len(run.dataset.validation) or len(run.dataset.test)):
+        why = "there is neither a validation nor a test split"
+        found += without_effect("train", config.train, ["eval_examples"], why)
     return found

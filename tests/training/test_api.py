@@ -18,11 +18,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.array import ArrayImpl
+from runs import SMALL, command_line
+from runs import arguments as words_of
 
 import jaxtrain
 from jaxtrain import evaluate, load_config, train
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
-from jaxtrain.errors import CheckpointError, ConfigError, DataError, JaxtrainError, NumericError, WorkdirError
+from jaxtrain.errors import (
+    REPORT_THIS,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    JaxtrainError,
+    NumericError,
+    WorkdirError,
+)
 from jaxtrain.recipes import resolve
 from jaxtrain.training.jax_settings import no_implicit_transfers
 from jaxtrain.training.layout_report import describe_layout
@@ -293,6 +303,51 @@ def test_a_users_optimizer_loss_and_data_by_dotted_name(tmp_path, user_code):
     losses = [[row["loss"] for row in each.history] for each in (own, built_in)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert len(losses[0]) == 4
+
+
+FAILING = """
+    import dataclasses, numpy as np
+    from own_helper import fail
+    from jaxtrain.data import registry
+    from jaxtrain.data.base import Subset
+    from jaxtrain.models.classifier import Classifier
+    from jaxtrain.models.layers import Layer
+
+    class Net(Layer):
+        def __call__(self, x, context): return fail()
+
+    def model(config, *, image_shape, num_classes, dtype, param_dtype): return Classifier((Net(dtype, param_dtype),))
+    def build(config, **kinds): return fail()
+    def loss(logits, targets): return fail()
+    def optimizer(config, rate, mask): return fail()
+    def data(config, *, image_size): return fail()
+
+    class Source(Subset):
+        def read(self, indices): return fail()
+
+    def source(config, *, image_size):
+        found = registry.load(dataclasses.replace(config, name="digits"), image_size=image_size)
+        return dataclasses.replace(found, train=Source(found.train, np.arange(len(found.train))))
+"""
+
+
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [
+        ("model.name", "model"), ("model.name", "build"), ("optim.loss", "loss"), ("optim.name", "optimizer"),
+        ("data.name", "data"), ("data.name", "source"),
+    ],
+)  # fmt: skip
+def test_an_error_in_a_users_own_code_is_said_to_be_theirs(tmp_path, user_code, capfd, field, name):
+    user_code("own_helper", "def fail(): raise KeyError('mine')")
+    user_code("own_failing", FAILING)
+    fields = SMALL | {"train.steps": 1, field: f"own_failing:{name}"}
+    assert command_line(["train", *words_of(tmp_path / "run", fields, "--devices", "1")]) == 70
+    said = capfd.readouterr().err
+    assert REPORT_THIS not in said
+    assert "jaxtrain: Your own code failed (KeyError: 'mine'), at " in said
+    assert "own_helper.py:1, in fail; this is its traceback." in said
+    assert "Traceback" in said
 
 
 def test_a_users_model_by_dotted_name(tmp_path):

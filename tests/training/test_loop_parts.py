@@ -48,6 +48,17 @@ def test_what_is_due_after_which_step():
     assert table.due(1) == Due()
 
 
+@pytest.mark.parametrize("every", ["0", "4 steps", "2 epochs", "70 examples"])
+def test_the_totals_are_those_of_counting_every_step(every):
+    train, checkpoint = (dataclasses.replace(CONFIG.train, eval_every=every), CheckpointConfig(every=every))
+    for position in (START, Position(step=6, examples=180)):
+        table = timetable(position, dataclasses.replace(CONFIG, train=train, checkpoint=checkpoint))
+        left = range(position.step + 1, 15)
+        validations = sum(table.due(step).validation for step in left)
+        assert table.totals() == (validations, sum(table.due(step).save or table.due(step).last for step in left))
+    assert timetable(validates=False).totals()[0] == 0
+
+
 def test_the_last_step_is_validated_whenever_there_is_something_to_validate_on():
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, eval_every="0"))
     assert steps_with("validation", timetable(config=config)) == [14]
@@ -149,8 +160,8 @@ def test_figures_of_a_result_are_those_of_each_split_and_weights():
     both = {"raw": RESULT, "ema": dataclasses.replace(RESULT, accuracy=0.8)}
     assert figures({"validation": both}, tested=False) == {
         "test": None,
-        "validation": {"loss": 0.5, "accuracy": 0.75, "top5": 1.0},
-        "validation_ema": {"loss": 0.5, "accuracy": 0.8, "top5": 1.0},
+        "validation": {"loss": 0.5, "accuracy": 0.75, "top5": 1.0, "examples": 4},
+        "validation_ema": {"loss": 0.5, "accuracy": 0.8, "top5": 1.0, "examples": 4},
     }
     assert list(figures({"validation": both, "test": both}, tested=True)) == [
         "validation",
@@ -164,6 +175,7 @@ def test_the_closing_lines_say_what_was_tested_and_by_which_weights():
     tested = figures({"validation": {"raw": RESULT}, "test": {"raw": RESULT}}, tested=True)
     best = {"step": 4, "weights": "raw", "by": "val_accuracy"} | tested
     result = {"last": {"step": 9} | tested, "best": best, "goodput": 0.5, "starts": 2}
+    result["splits"] = {"train": 8, "validation": 4, "test": 4}
     lines = list(closing_lines(result, Config(), StepClock().now(), tested=True, has_best=True))
     assert lines[0] == "last, step 9: validation accuracy 0.7500, test accuracy 0.7500"
     assert lines[1].startswith(
