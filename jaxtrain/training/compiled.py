@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import jax
 from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.resume_point import ResumePoint
 from jaxtrain.errors import DeviceMemoryError
+from jaxtrain.observability.text_log import FILE_ONLY, NOT_LIVE, to_screen
 from jaxtrain.parallel.audit import audit
 from jaxtrain.step.batch import EvalBatch
 from jaxtrain.step.eval_step import EvalResult, EvalStep, make_eval_step
@@ -24,8 +26,9 @@ from jaxtrain.step.pipeline.train_step import make_pipeline_train_step
 from jaxtrain.step.train_state import TrainState, create_state, state_shapes
 from jaxtrain.step.train_step import TrainStep, make_train_step
 from jaxtrain.training.input_pipeline import InputPipeline, make_input_pipeline
+from jaxtrain.training.jax_settings import compile_cache_note
 from jaxtrain.training.setup import RunSpec
-from jaxtrain.training.startup_report import idle_stages, layout_table, one_step_a_call, summary
+from jaxtrain.training.startup_report import headlines, idle_stages, layout_table, one_step_a_call, summary
 from jaxtrain.trees import PyTree
 
 log = logging.getLogger("jaxtrain")
@@ -74,11 +77,13 @@ def compile_run(
     if jax.process_count() > 1:
         compiling.result()  # both ask the other processes (Orbax, arrays over all devices): one after the other on each
     state = _restored(run, resume, shapes) if resume.start is not None else None
+    for line in headlines(run, table):
+        to_screen(line)
     for line in summary(run, table):
-        log.info("%s", line)
+        log.info("%s", line, extra=FILE_ONLY)
     if text := idle_stages(run, bool(table["batch_stats"])):
         log.warning("%s", text)
-    log.info("data %s; compiling the step (the next start finds it in the compile cache)", inputs.where)
+    log.info("data %s; compiling the step (%s)", inputs.where, compile_cache_note(), extra=NOT_LIVE)
     if state is None:
         state = create_state(run.init, run.layout)
     step = compiling.result()
@@ -152,6 +157,10 @@ class Evaluator:
         if state.ema:
             weights["ema"] = state.ema["params"], state.ema["batch_stats"]
         return {name: self(split, *trees, before_batch) for name, trees in weights.items()}
+
+    def batches(self, split: str) -> int:
+        """How many batches an evaluation of `split` has."""
+        return math.ceil(len(getattr(self._run.dataset, split)) / self._batch)
 
     def _program(self, *weights: PyTree) -> concurrent.futures.Future[EvalStep | PipelineEvalStep]:
         leaves, structure = jax.tree.flatten(weights)

@@ -11,8 +11,6 @@ import time
 from collections.abc import Mapping
 from typing import NoReturn
 
-from rich.console import Console
-
 from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.lease import Lease, NoLease
 from jaxtrain.checkpoint.resume_point import Position, how_to_go_on
@@ -24,6 +22,8 @@ from jaxtrain.observability import diagnostics
 from jaxtrain.observability.anomaly import Anomaly, AnomalyDetector
 from jaxtrain.observability.clock import StepClock
 from jaxtrain.observability.goodput import NullTimes
+from jaxtrain.observability.progress import Progress
+from jaxtrain.observability.text_log import FILE_ONLY, to_screen
 from jaxtrain.parallel.replicas import ReplicaCheck
 from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.step.metrics import StepMetrics
@@ -32,7 +32,7 @@ from jaxtrain.training import recovery
 from jaxtrain.training.cadence import Timetable
 from jaxtrain.training.compiled import CompiledRun
 from jaxtrain.training.reporter import Reporter
-from jaxtrain.training.results import TrainResult, best_weights, closing_lines, final_result, on_both_splits
+from jaxtrain.training.results import TrainResult, best_weights, closing_lines, done_lines, final_result, on_both_splits
 from jaxtrain.training.saving import Saver
 from jaxtrain.training.setup import RunSpec
 from jaxtrain.workdir import Workdir
@@ -53,7 +53,7 @@ class Host:
     interrupt: Interrupt
     watchdog: Watchdog
     clock: StepClock
-    console: Console
+    progress: Progress
     lease: Lease | NoLease
     times: NullTimes
 
@@ -79,7 +79,8 @@ class TrainLoop:
         self.clock, self.watchdog = host.clock, host.watchdog
         validates = len(run.dataset.validation) > 0
         self.timetable = Timetable(run.config, len(run.dataset.train), run.steps, position, validates=validates)
-        self.reporter = Reporter(run, self.timetable, position, host.directory, host.clock, host.console)
+        batches = {split: compiled.evaluate.batches(split) for split in ("validation", "test")}
+        self.reporter = Reporter(run, self.timetable, position, host.directory, host.clock, host.progress, batches)
         self.anomalies = AnomalyDetector(self.config.train.nonfinite_skips, self.config.train.spike_threshold)
         self.replica_check = ReplicaCheck()
         self.validated: tuple[int, dict[str, EvalResult]] = (-1, {})  # the last step that was, and its results
@@ -124,7 +125,6 @@ class TrainLoop:
                     while len(unread) > (0 if pause else READ_BEHIND):
                         self._read(*unread.popleft(), state)
                 self.clock.step_done(self.config.data.global_batch, len(steps))
-                self.reporter.advance(steps[-1])
                 if pause:
                     self._between_steps(state)
         return self._finish(state)
@@ -157,7 +157,7 @@ class TrainLoop:
             anomaly = self.anomalies.observe(step, metrics["loss"], *norms, skipped=skipped)
         correct, batch = metrics.pop("correct"), self.config.data.global_batch
         self.position = self.position.after_step(step, batch, metrics["loss"], correct, skipped=skipped)
-        self.reporter.step(step, metrics, correct)
+        self.reporter.step(self.position, metrics, correct)
         if anomaly.text:
             self._handle_anomaly(anomaly, step)
 
@@ -216,6 +216,8 @@ class TrainLoop:
         if due.epoch_end:
             self.position = self.position.at_new_epoch()
         accuracy, is_best = self._validate(state) if due.validation else (None, False)
+        if due.epoch_end or due.last or due.validation:
+            self.reporter.view.row(step, is_best=is_best)
         self.position = dataclasses.replace(self.position, owes_validation=due.validation and accuracy is None)
         if is_best or due.last or due.milestone or due.save or self.stopping or self.time_to_save:
             self._save(state, accuracy)
@@ -226,9 +228,10 @@ class TrainLoop:
         """The validation that an earlier start was stopped before; the checkpoint that it left learns the accuracy."""
         step = self.position.step
         self.watchdog.feed("save", step)
-        accuracy, _ = self._validate(state)
+        accuracy, is_best = self._validate(state)
         self.position = dataclasses.replace(self.position, owes_validation=accuracy is None)
         if accuracy is not None:
+            self.reporter.view.row(step, is_best=is_best)
             self.saver.annotate(self.position, accuracy)
         if self.stopping and step != self.run_spec.steps:
             self._stop()
@@ -264,17 +267,19 @@ class TrainLoop:
     def _evaluate(self, state: TrainState, split: str) -> dict[str, EvalResult]:
         """Results on a split by weights: `raw`, and `ema` where the run keeps an average. Raises `_StopEvaluation`."""
         self.watchdog.feed("evaluation")  # the first one compiles
-        return self.compiled.evaluate.of_state(state, split, self._before_batch)
+        with self.reporter.view.evaluating(split):
+            return self.compiled.evaluate.of_state(state, split, self._before_batch)
 
     def _before_batch(self) -> None:
         self.watchdog.feed("evaluation")
         self.stopping = self.stopping or self.host.interrupt.poll()
         if self.stopping:
             raise _StopEvaluation
+        self.reporter.view.next_batch()
 
     def _save(self, state: TrainState, accuracy: float | None = None) -> None:
         self.watchdog.feed("save")
-        with self.clock.charge("checkpoint"):
+        with self.clock.charge("checkpoint"), self.reporter.view.saving(self.position.step):
             self.saver.save(state, self.position, accuracy)
 
     # ---------------------------------------------------------------------------------------------------------- the end
@@ -308,6 +313,8 @@ class TrainLoop:
         for line in closing_lines(
             result, self.config, time_so_far, tested="test" in last, has_best=best_step is not None
         ):
-            self.reporter.message(line)
-        log.info("result: %s", self.host.directory.result)
+            log.info("%s", line, extra=FILE_ONLY)
+        log.info("result: %s", self.host.directory.result, extra=FILE_ONLY)
+        for line in done_lines(result, time_so_far, self.timetable.epoch_shown, self.host.directory.result):
+            to_screen(line)
         return TrainResult(state, self.reporter.history, result, self.host.directory)

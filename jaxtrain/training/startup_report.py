@@ -42,13 +42,39 @@ def summary(run: RunSpec, table: dict[str, list[Placement]]) -> list[str]:
         f"data: {config.data.name}, {len(run.dataset.train)} train, {len(run.dataset.validation)} validation, "
         f"{len(run.dataset.test)} test; {run.steps} steps",
     ]
-    lines += [
-        f"{tree}/{leaf.path}: {leaf.note}"
-        for tree, leaves in table.items()
-        for leaf in leaves
-        if leaf.note and tree != "gradients"
+    return lines + notes(table)
+
+
+def headlines(run: RunSpec, table: dict[str, list[Placement]]) -> list[str]:
+    """What a run is, in the lines that a screen has for it; the log has those of `summary`."""
+    mesh, config, data = run.layout.mesh, run.config, run.dataset
+    axes = "".join(f", {name} {size}" for name, size in mesh.shape.items() if size > 1)
+    held = sum(bytes_per_device(leaves) for leaves in table.values())
+    width = f" width {config.model.width}" if config.model.width else ""
+    return [
+        f"{config.model.name}{width}, {sum(_elements(leaf) for leaf in table['params']):,} parameters, "
+        f"{config.train.precision}; {config.optim.name}, learning rate "
+        f"{peak_learning_rate(config.optim, config.data.global_batch):g}, {config.optim.schedule}",
+        f"{config.data.name}: {len(data.train):,} train, {len(data.validation):,} validation, {len(data.test):,} test; "
+        f"{run.steps:,} steps of {config.data.global_batch}",
+        f"{mesh.size} x {mesh.devices.flat[0].device_kind}{axes}, zero {config.layout.zero}; "
+        f"{_size(held)} a device at rest",
+        *(run.partition.describe() if run.partition else []),
+        *notes(table),
     ]
-    return lines
+
+
+def notes(table: dict[str, list[Placement]]) -> list[str]:
+    """What is worth saying of leaves: a line for each note, with the first leaf that it concerns and how many there are."""
+    found: dict[str, list[str]] = {}
+    for tree, leaves in table.items():
+        for leaf in leaves:
+            if leaf.note and tree != "gradients":
+                found.setdefault(leaf.note, []).append(f"{tree}/{leaf.path}")
+    return [
+        f"{paths[0]}{f' and {len(paths) - 1} other leaves' if len(paths) > 1 else ''}: {note}"
+        for note, paths in found.items()
+    ]
 
 
 def idle_stages(run: RunSpec, has_batch_norm: bool) -> str:
