@@ -17,6 +17,7 @@ from jaxtrain.cli import checkpoint, config, data, demo, doctor, evaluate, goodp
 from jaxtrain.config import did_you_mean
 from jaxtrain.distributed.exit_report import ExitReport
 from jaxtrain.errors import REPORT_THIS, ConfigError, JaxtrainError
+from jaxtrain.host import xla_flags
 from jaxtrain.host.text import escape_message, printable
 from jaxtrain.recipes import split_override
 
@@ -39,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("jaxtrain").addFilter(escape_message)
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
+        xla_flags.hide_alarms(always=arguments.command in ("demo", "layout"))
         return COMMANDS[arguments.command].run(arguments) or 0
     except JaxtrainError as error:
         ExitReport.of(error, 0).write()  # `jaxtrain launch` does not restart what cannot succeed

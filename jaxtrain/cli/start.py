@@ -18,6 +18,8 @@ from jaxtrain.distributed.cluster import detect_process
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.search_path import add_working_directory
 from jaxtrain.host.text import printable
+from jaxtrain.observability.progress import Progress
+from jaxtrain.observability.text_log import make_console
 from jaxtrain.plugins import code_in
 from jaxtrain.recipes import Resolved, resolve
 
@@ -33,6 +35,11 @@ def console() -> Console:
     """Standard output. Where it is a file or a pipe, lines are not cut to the width of a screen."""
     width = None if sys.stdout.isatty() else 1_000_000
     return _Printable(width=width, highlight=False, markup=False, emoji=False)
+
+
+def progress() -> Progress:
+    """The line of what a command does now."""
+    return Progress(make_console())
 
 
 @contextlib.contextmanager

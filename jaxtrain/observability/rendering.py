@@ -11,7 +11,7 @@ from rich.text import Text
 
 _SPINNER = "⠋⠙⠹⠸⠼⠴⠦⠧⠇⠏"
 _PLAIN_SPINNER = "|/-\\"
-_BAR = (10, 40)  # columns, at least and at most
+_BAR = (8, 40)  # columns, at least and at most
 _GAP = "  "
 
 # ------------------------------------------------------------------------------------------------------------- numbers

@@ -197,11 +197,19 @@ def done_lines(result: Mapping[str, Any], span: Span, epoch_of: Callable[[int], 
         yield f"last step {last['step']}: {accuracies}"
     if "test" in last and last["test"] is None:
         yield "nothing was tested: the data set has no test examples"
-    names = {"compile": "compile", "step": "steps", "input": "input", "evaluation": "evaluation", "checkpoint": "saves"}
+    names = {
+        "compile": "compile",
+        "step": "steps",
+        "input": "input",
+        "evaluation": "evaluation",
+        "checkpoint": "saves",
+        "other": "other",
+    }
     shown = [
         f"{name} {short_duration(span.seconds[key], 1)}" for key, name in names.items() if span.seconds[key] >= 0.05
     ]
-    yield f"{', '.join(shown)}; {explain(span, 'this run')}"
+    yield ", ".join(shown)
+    yield explain(span, "this run")
     if result.get("starts", 1) > 1:
         yield f"goodput {result['goodput']:.1%} over {result['starts']} starts (jaxtrain goodput)"
     yield str(path)

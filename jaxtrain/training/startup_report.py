@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 
 import jax
 
@@ -65,15 +66,24 @@ def headlines(run: RunSpec, table: dict[str, list[Placement]]) -> list[str]:
 
 
 def notes(table: dict[str, list[Placement]]) -> list[str]:
-    """What is worth saying of leaves: a line for each note, with the first leaf that it concerns and how many there are."""
+    """What is worth saying of leaves, each once; gradients are as their parameters."""
+    return once_each(
+        (f"{tree}/{leaf.path}", leaf.note) for tree, leaves in table.items() if tree != "gradients" for leaf in leaves
+    )
+
+
+def once_each(notes_of: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each note but '', with the first leaf that it concerns and how many more there are.
+
+    notes_of: pairs of a leaf's path and its note.
+    """
     found: dict[str, list[str]] = {}
-    for tree, leaves in table.items():
-        for leaf in leaves:
-            if leaf.note and tree != "gradients":
-                found.setdefault(leaf.note, []).append(f"{tree}/{leaf.path}")
+    for path, note in notes_of:
+        if note:
+            found.setdefault(note, []).append(path)
+    more = {note: len(paths) - 1 for note, paths in found.items()}
     return [
-        f"{paths[0]}{f' and {len(paths) - 1} other leaves' if len(paths) > 1 else ''}: {note}"
-        for note, paths in found.items()
+        f"{paths[0]}{f' and {more[note]} other leaves' if more[note] else ''}: {note}" for note, paths in found.items()
     ]
 
 
