@@ -139,4 +139,4 @@ def _axes(leaves: Sequence[Mapping[str, Any]]) -> str:
 
 
 def _mib(count: int) -> str:
-    return f"{count / 2**20:,.1f}"
+    return f"{count / 2**20:,.2f}"

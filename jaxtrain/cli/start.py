@@ -38,8 +38,8 @@ def console() -> Console:
 
 
 def progress() -> Progress:
-    """The line of what a command does now."""
-    return Progress(make_console())
+    """The line of what a command does now; where it cannot be drawn, a line when that takes long."""
+    return Progress(make_console(), speaks=True)
 
 
 @contextlib.contextmanager

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import itertools
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from rich.console import Console, ConsoleRenderable
@@ -16,10 +17,12 @@ from rich.live import Live
 from rich.segment import ControlType
 from rich.text import Text
 
-from jaxtrain.observability.rendering import Activity, live_line
+from jaxtrain.observability.rendering import Activity, live_line, short_duration
 from jaxtrain.observability.text_log import in_notebook, is_live
 
-_TERMINAL_RATE, _NOTEBOOK_SECONDS = 8, 0.5  # redraws a second on a terminal; between redraws in a notebook
+_TERMINAL_RATE = 8  # redraws a second
+_NOTEBOOK_SECONDS, _NOTEBOOK_WIDTH = 0.5, 100  # between redraws; columns
+_SPOKEN_SECONDS = 8.0
 
 _NO_SCREEN = 120  # columns of a line that goes to a file
 
@@ -27,11 +30,16 @@ _NO_SCREEN = 120  # columns of a line that goes to a file
 class Progress:
     """Shows the innermost of the activities that a run is in. Log lines of the same console stay above it."""
 
-    def __init__(self, console: Console | None = None):
-        """console: that of the `TextLog`; None shows nothing (every process but the first)."""
-        self._console = console
+    def __init__(self, console: Console | None = None, *, speaks: bool = False):
+        """Shows nothing yet.
+
+        Args:
+          console: that of the `TextLog`; None shows nothing at all (every process but the first).
+          speaks: where nothing can be drawn again, say now and then what takes long; for commands that have no log.
+        """
+        self._console, self._speaks = console, speaks
         self._activities: list[Activity] = []
-        self._display: Live | _NotebookLine | None = None
+        self._display: Live | _Redrawn | None = None
 
     @contextlib.contextmanager
     def activity(self, what: str, total: int = 0, note: str = "") -> Iterator[Activity]:
@@ -73,6 +81,14 @@ class Progress:
             self._display = _TerminalLine(self, self._console)
             self._display.start(refresh=True)
             self._console.show_cursor(True)  # a process that is killed could not give it back
+        elif self._speaks:
+            self._display = _SpokenLines(self, self._console)
+
+    def spoken(self) -> str:
+        """What is done now and for how long, in words."""
+        return "; ".join(
+            f"{each.what}, {short_duration(time.monotonic() - each.began)}" for each in self._activities[-1:]
+        )
 
     def line(self, width: int, *, ascii_only: bool = False) -> Text:
         """What is shown now, in fewer than `width` columns."""
@@ -109,24 +125,40 @@ class _TerminalLine(Live):
         return [clear, *drawn] if wrapped else drawn
 
 
-class _NotebookLine:
-    """One output of a notebook's cell, which is replaced. It needs IPython alone, no widgets."""
+class _Redrawn:
+    """Calls `draw` from a thread, after each of some waits, until it is stopped."""
 
-    def __init__(self, progress: Progress):
-        display: Any = importlib.import_module("IPython.display").display
-        self._progress, self._stopped = progress, threading.Event()
-        self._handle = display(self._bundle(), raw=True, display_id=True)
-        self._thread = threading.Thread(target=self._redraw, name="notebook progress", daemon=True)
+    def __init__(self, draw: Callable[[], object], waits: Iterator[float]):
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(draw, waits), name="progress", daemon=True)
         self._thread.start()
 
-    def _bundle(self) -> dict[str, str]:
-        return {"text/plain": self._progress.line(80).plain}
-
-    def _redraw(self) -> None:
-        while not self._stopped.wait(_NOTEBOOK_SECONDS):
-            self._handle.update(self._bundle(), raw=True)
+    def _run(self, draw: Callable[[], object], waits: Iterator[float]) -> None:
+        while not self._stopped.wait(next(waits)):
+            draw()
 
     def stop(self) -> None:
         self._stopped.set()
         self._thread.join()
+
+
+class _NotebookLine(_Redrawn):
+    """One output of a notebook's cell, which is replaced. It needs IPython alone, no widgets."""
+
+    def __init__(self, progress: Progress):
+        display: Any = importlib.import_module("IPython.display").display
+        bundle: Callable[[], dict[str, str]] = lambda: {"text/plain": progress.line(_NOTEBOOK_WIDTH).plain}  # noqa: E731
+        self._handle = display(bundle(), raw=True, display_id=True)
+        super().__init__(lambda: self._handle.update(bundle(), raw=True), itertools.repeat(_NOTEBOOK_SECONDS))
+
+    def stop(self) -> None:
+        super().stop()
         self._handle.update({"text/plain": ""}, raw=True)
+
+
+class _SpokenLines(_Redrawn):
+    """A line after some seconds, and each time that these have doubled."""
+
+    def __init__(self, progress: Progress, console: Console):
+        waits = (_SPOKEN_SECONDS * 2 ** max(count - 1, 0) for count in itertools.count())
+        super().__init__(lambda: console.print(f"jaxtrain: {progress.spoken()}", markup=False, soft_wrap=True), waits)

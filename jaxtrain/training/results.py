@@ -197,6 +197,31 @@ def done_lines(result: Mapping[str, Any], span: Span, epoch_of: Callable[[int], 
         yield f"last step {last['step']}: {accuracies}"
     if "test" in last and last["test"] is None:
         yield "nothing was tested: the data set has no test examples"
+    names = {"step": "steps", "checkpoint": "saves"}
+    seconds = {names.get(key, key): each for key, each in span.seconds.items() if each >= 0.05}
+    yield ", ".join(f"{name} {short_duration(each, 1)}" for name, each in seconds.items())
+    yield explain(span, "this run")
+    if result.get("starts", 1) > 1:
+        yield f"goodput {result['goodput']:.1%} over {result['starts']} starts (jaxtrain goodput)"
+
+
+def done_lines(result: Mapping[str, Any], span: Span, epoch_of: Callable[[int], int], path: Path) -> Iterator[str]:
+    """The end as it is shown on a screen: the best weights, where the time went, where the result is.
+
+    Args:
+      result: what `result.json` holds.
+      span: this start's time.
+      epoch_of: the epoch of a step, as people count.
+      path: of `result.json`.
+    """
+    best, last = result["best"], result["last"]
+    average = "the average of the weights in " if best["weights"] == "ema" else ""
+    which = [f"best {average}epoch {epoch_of(best['step'])} (step {best['step']})", _accuracies(best)]
+    yield f"done in {short_duration(span.wall, 1)}: {', '.join(filter(None, which))}"
+    if best["step"] != last["step"] and (accuracies := _accuracies({"weights": best["weights"]} | last)):
+        yield f"last step {last['step']}: {accuracies}"
+    if "test" in last and last["test"] is None:
+        yield "nothing was tested: the data set has no test examples"
     names = {
         "compile": "compile",
         "step": "steps",
