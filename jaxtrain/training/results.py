@@ -190,50 +190,17 @@ def done_lines(result: Mapping[str, Any], span: Span, epoch_of: Callable[[int], 
       path: of `result.json`.
     """
     best, last = result["best"], result["last"]
-    average = "the average of the weights in " if best["weights"] == "ema" else ""
-    which = [f"best {average}epoch {epoch_of(best['step'])} (step {best['step']})", _accuracies(best)]
+    chosen = "best" if {"validation", "validation_ema"} & best.keys() else "last"
+    average = "average of the weights, " if best["weights"] == "ema" else ""
+    which = [f"{chosen} {average}epoch {epoch_of(best['step'])} (step {best['step']})", _accuracies(best)]
     yield f"done in {short_duration(span.wall, 1)}: {', '.join(filter(None, which))}"
-    if best["step"] != last["step"] and (accuracies := _accuracies({"weights": best["weights"]} | last)):
+    if best["step"] != last["step"] and (accuracies := _accuracies(last | {"weights": best["weights"]})):
         yield f"last step {last['step']}: {accuracies}"
     if "test" in last and last["test"] is None:
         yield "nothing was tested: the data set has no test examples"
     names = {"step": "steps", "checkpoint": "saves"}
     seconds = {names.get(key, key): each for key, each in span.seconds.items() if each >= 0.05}
     yield ", ".join(f"{name} {short_duration(each, 1)}" for name, each in seconds.items())
-    yield explain(span, "this run")
-    if result.get("starts", 1) > 1:
-        yield f"goodput {result['goodput']:.1%} over {result['starts']} starts (jaxtrain goodput)"
-
-
-def done_lines(result: Mapping[str, Any], span: Span, epoch_of: Callable[[int], int], path: Path) -> Iterator[str]:
-    """The end as it is shown on a screen: the best weights, where the time went, where the result is.
-
-    Args:
-      result: what `result.json` holds.
-      span: this start's time.
-      epoch_of: the epoch of a step, as people count.
-      path: of `result.json`.
-    """
-    best, last = result["best"], result["last"]
-    average = "the average of the weights in " if best["weights"] == "ema" else ""
-    which = [f"best {average}epoch {epoch_of(best['step'])} (step {best['step']})", _accuracies(best)]
-    yield f"done in {short_duration(span.wall, 1)}: {', '.join(filter(None, which))}"
-    if best["step"] != last["step"] and (accuracies := _accuracies({"weights": best["weights"]} | last)):
-        yield f"last step {last['step']}: {accuracies}"
-    if "test" in last and last["test"] is None:
-        yield "nothing was tested: the data set has no test examples"
-    names = {
-        "compile": "compile",
-        "step": "steps",
-        "input": "input",
-        "evaluation": "evaluation",
-        "checkpoint": "saves",
-        "other": "other",
-    }
-    shown = [
-        f"{name} {short_duration(span.seconds[key], 1)}" for key, name in names.items() if span.seconds[key] >= 0.05
-    ]
-    yield ", ".join(shown)
     yield explain(span, "this run")
     if result.get("starts", 1) > 1:
         yield f"goodput {result['goodput']:.1%} over {result['starts']} starts (jaxtrain goodput)"
