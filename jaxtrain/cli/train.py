@@ -9,6 +9,7 @@ from jaxtrain.distributed.exit_report import ExitReport, as_peer_error
 from jaxtrain.errors import REPORT_THIS, InterruptedRunError, JaxtrainError, PreemptedError
 from jaxtrain.host import xla_flags
 from jaxtrain.host.text import printable
+from jaxtrain.observability import progress
 from jaxtrain.workdir import named
 
 
@@ -58,6 +59,7 @@ def leave(error: BaseException) -> None:
 
     report = ExitReport.of(error, coordination.index())
     report.write()
+    progress.erase_line()
     known = isinstance(error, JaxtrainError)
     text = report.message if known else f"{REPORT_THIS}\n{report.trace}"
     print(f"jaxtrain: {printable(text, lines=not known)}", file=sys.stderr, flush=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import itertools
+import os
 import sys
 import threading
 import time
@@ -23,6 +24,16 @@ from jaxtrain.observability.text_log import in_notebook, is_live
 _TERMINAL_RATE = 8  # redraws a second
 _NOTEBOOK_SECONDS, _NOTEBOOK_WIDTH = 0.5, 100  # between redraws; columns
 _SPOKEN_SECONDS = 8.0
+
+_erased = threading.Event()
+
+
+def erase_line() -> None:
+    """Takes the line off a terminal for good, from any thread and without a lock, since the process ends at once."""
+    _erased.set()
+    if sys.stderr.isatty():
+        os.write(sys.stderr.fileno(), b"\r\x1b[2K")
+
 
 _NO_SCREEN = 120  # columns of a line that goes to a file
 
@@ -92,7 +103,7 @@ class Progress:
 
     def line(self, width: int, *, ascii_only: bool = False) -> Text:
         """What is shown now, in fewer than `width` columns."""
-        activities = self._activities[-1:]
+        activities = [] if _erased.is_set() else self._activities[-1:]
         return live_line(activities[0], width, time.monotonic(), ascii_only=ascii_only) if activities else Text()
 
 

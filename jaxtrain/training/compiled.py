@@ -113,6 +113,11 @@ class Evaluator:
         self._compiler = compiler or concurrent.futures.ThreadPoolExecutor(1, "compile")
         self._compiled: dict[Any, concurrent.futures.Future[EvalStep | PipelineEvalStep]] = {}
 
+    def wait(self, state: TrainState) -> None:
+        """Returns when the programs for the weights of `state`, and for their average, are compiled."""
+        for weights in _weights(state).values():
+            self._program(*weights).result()
+
     def begin(self, state: TrainState) -> None:
         """Compiles beside what comes next for the weights of `state`, and for their average.
 
@@ -122,9 +127,8 @@ class Evaluator:
         dataset, alone = self._run.dataset, self._run.layout.stages == 1 and jax.process_count() == 1
         if not alone or not (len(dataset.validation) or len(dataset.test)):
             return
-        self._program(state.params, state.batch_stats)
-        if state.ema:
-            self._program(state.ema["params"], state.ema["batch_stats"])
+        for weights in _weights(state).values():
+            self._program(*weights)
 
     def __call__(
         self, split: str, params: PyTree, batch_stats: PyTree, before_batch: Callable[[], None] = lambda: None
@@ -153,10 +157,7 @@ class Evaluator:
         Returns:
           Results by weights: `raw`, and perhaps `ema`.
         """
-        weights = {"raw": (state.params, state.batch_stats)}
-        if state.ema:
-            weights["ema"] = state.ema["params"], state.ema["batch_stats"]
-        return {name: self(split, *trees, before_batch) for name, trees in weights.items()}
+        return {name: self(split, *trees, before_batch) for name, trees in _weights(state).items()}
 
     def batches(self, split: str) -> int:
         """How many batches an evaluation of `split` has."""
@@ -175,6 +176,14 @@ class Evaluator:
             task, layout = self._run.task, self._run.layout
             self._compiled[where] = self._compiler.submit(make, task, layout, params, batch_stats, batch, resident)
         return self._compiled[where]
+
+
+def _weights(state: TrainState) -> dict[str, tuple[PyTree, PyTree]]:
+    """The parameters and running statistics that are evaluated: `raw`, and `ema` where the run keeps an average."""
+    weights = {"raw": (state.params, state.batch_stats)}
+    if state.ema:
+        weights["ema"] = state.ema["params"], state.ema["batch_stats"]
+    return weights
 
 
 def compile_train_step(run: RunSpec, inputs: InputPipeline, state: TrainState, trace: Path) -> TrainStep:

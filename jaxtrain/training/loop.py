@@ -268,6 +268,8 @@ class TrainLoop:
         """Results on a split by weights: `raw`, and `ema` where the run keeps an average. Raises `_StopEvaluation`."""
         self.watchdog.feed("evaluation")  # the first one compiles
         with self.reporter.view.evaluating(split):
+            with self.clock.charge("compile"):
+                self.compiled.evaluate.wait(state)
             return self.compiled.evaluate.of_state(state, split, self._before_batch)
 
     def _before_batch(self) -> None:

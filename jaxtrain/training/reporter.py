@@ -130,12 +130,13 @@ class Reporter:
         self._said_at = time.monotonic()  # a row of the table follows
         where = self._where(position.step)
         log.info("%s train: loss %.4f, accuracy %.4f; %s", where, loss, accuracy, explain(span, "it"), extra=FILE_ONLY)
-        if span.bound != self._bound:
+        bound = self._bound if span.bound == "compile" else span.bound  # compiling is over
+        if bound != self._bound:
             to_screen(explain(span, where))
         warning = diagnostics.slow_data(span)
         if warning:
             log.warning("%s", warning, extra=FILE_ONLY if self._slow else None)
-        self._bound, self._slow = span.bound, bool(warning)
+        self._bound, self._slow = bound, bool(warning)
         self._tell_process_time()
 
     def evaluation(self, step: int, phase: str, results: Mapping[str, EvalResult], seconds: float) -> None:
