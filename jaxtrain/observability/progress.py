@@ -24,6 +24,7 @@ from jaxtrain.observability.text_log import in_notebook, is_live
 _TERMINAL_RATE = 8  # redraws a second
 _NOTEBOOK_SECONDS, _NOTEBOOK_WIDTH = 0.5, 100  # between redraws; columns
 _SPOKEN_SECONDS = 8.0
+_ECHO = 2  # columns that are left for the terminal's ^C, which would wrap the line
 
 _erased = threading.Event()
 
@@ -84,6 +85,8 @@ class Progress:
             display.stop()
 
     def _show(self) -> None:
+        if isinstance(self._display, Live):
+            self._display.refresh()
         if self._display is not None or self._console is None or self._console.quiet:
             return
         if in_notebook():
@@ -124,13 +127,16 @@ class _TerminalLine(Live):
         )
 
     def _line(self) -> Text:
-        line = self._progress.line(self.console.width, ascii_only=self.console.options.ascii_only)
+        width = self.console.width - _ECHO
+        line = self._progress.line(width, ascii_only=self.console.options.ascii_only)
         line.no_wrap, line.overflow = True, "crop"
         return line
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         wrapped = max(self._drawn - 1, 0) // self.console.width  # rows that the last line was wrapped into, but one
         clear = Control(*[(ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)] * wrapped)
+        if _erased.is_set():
+            self._live_render.set_renderable(Text())
         drawn = super().process_renderables(renderables)
         self._drawn = self._line().cell_len
         return [clear, *drawn] if wrapped else drawn

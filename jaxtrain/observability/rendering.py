@@ -77,11 +77,11 @@ def columns(epochs: int, *, parts: bool = False, validates: bool = True, ema: bo
     whole = 2 * len(str(epochs)) + 1
     found = [
         Column("epoch", "epoch", max(whole + 3 * parts, 5), 0),
-        Column("loss", "train loss", 10, 1),
+        Column("loss", "loss", 8, 1),
         Column("accuracy", "acc %", 5, 3),
         Column("val_loss", "val loss", 8, 2),
-        Column("val_accuracy", "acc %", 5, 0),
-        Column("ema_accuracy", "EMA %", 5, 0),
+        Column("val_accuracy", "val acc %", 9, 0),
+        Column("ema_accuracy", "EMA acc %", 9, 0),
         Column("throughput", "images/s", 8, 5),
         Column("learning_rate", "lr", 7, 6),
         Column("seconds", "time", 7, 4),
