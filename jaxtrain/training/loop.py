@@ -23,7 +23,6 @@ from jaxtrain.observability.anomaly import Anomaly, AnomalyDetector
 from jaxtrain.observability.clock import StepClock
 from jaxtrain.observability.goodput import NullTimes
 from jaxtrain.observability.progress import Progress
-from jaxtrain.observability.text_log import FILE_ONLY, to_screen
 from jaxtrain.parallel.replicas import ReplicaCheck
 from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.step.metrics import StepMetrics
@@ -32,7 +31,7 @@ from jaxtrain.training import recovery
 from jaxtrain.training.cadence import Timetable
 from jaxtrain.training.compiled import CompiledRun
 from jaxtrain.training.reporter import Reporter
-from jaxtrain.training.results import TrainResult, best_weights, closing_lines, done_lines, final_result, on_both_splits
+from jaxtrain.training.results import TrainResult, best_weights, final_result, on_both_splits
 from jaxtrain.training.saving import Saver
 from jaxtrain.training.setup import RunSpec
 from jaxtrain.workdir import Workdir
@@ -79,7 +78,7 @@ class TrainLoop:
         self.clock, self.watchdog = host.clock, host.watchdog
         validates = len(run.dataset.validation) > 0
         self.timetable = Timetable(run.config, len(run.dataset.train), run.steps, position, validates=validates)
-        batches = {split: compiled.evaluate.batches(split) for split in ("validation", "test")}
+        batches = compiled.evaluate.batches
         self.reporter = Reporter(run, self.timetable, position, host.directory, host.clock, host.progress, batches)
         self.anomalies = AnomalyDetector(self.config.train.nonfinite_skips, self.config.train.spike_threshold)
         self.replica_check = ReplicaCheck()
@@ -311,12 +310,5 @@ class TrainLoop:
         chosen = best_weights(self.host.directory.checkpoints, best_step, self.position, self.config)
         time_so_far, goodput = self.clock.now(), self.host.times.summary()
         result = final_result(self.run_spec, self.position, time_so_far, last, best, chosen, goodput)
-        self.reporter.result(result)
-        for line in closing_lines(
-            result, self.config, time_so_far, tested="test" in last, has_best=best_step is not None
-        ):
-            log.info("%s", line, extra=FILE_ONLY)
-        log.info("result: %s", self.host.directory.result, extra=FILE_ONLY)
-        for line in done_lines(result, time_so_far, self.timetable.epoch_shown, self.host.directory.result):
-            to_screen(line)
+        self.reporter.finish(result, time_so_far, tested="test" in last, has_best=best_step is not None)
         return TrainResult(state, self.reporter.history, result, self.host.directory)

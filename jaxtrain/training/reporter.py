@@ -6,7 +6,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -22,6 +22,7 @@ from jaxtrain.observability.rendering import duration
 from jaxtrain.observability.text_log import FILE_ONLY, NOT_LIVE, to_screen
 from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.training.cadence import Timetable
+from jaxtrain.training.results import closing_lines, done_lines
 from jaxtrain.training.run_view import RunView
 from jaxtrain.training.setup import RunSpec
 from jaxtrain.workdir import Workdir
@@ -47,7 +48,7 @@ class Reporter:
         directory: Workdir,
         clock: StepClock,
         progress: Progress,
-        batches: Mapping[str, int],
+        batches: Callable[[str], int],
     ):
         """Opens the files of metrics.
 
@@ -58,9 +59,9 @@ class Reporter:
           directory: of the run.
           clock: of the run.
           progress: the line of what is done now.
-          batches: how many an evaluation of each split has.
+          batches: how many an evaluation of a split has.
         """
-        self._config, self._timetable, self._clock = run.config, timetable, clock
+        self._config, self._timetable, self._clock, self._directory = run.config, timetable, clock, directory
         self._devices, self._batch = run.layout.mesh.size, run.config.data.global_batch
         self.history: list[dict[str, Any]] = []
         self._unlogged = {"loss"} if run.config.train.precision == "fp16" else {"loss", "loss_scale"}
@@ -70,8 +71,8 @@ class Reporter:
             rounded = math.floor if position.step < run.steps else math.ceil
             epochs_done = rounded(Fraction(position.examples, timetable.train_examples))
             self._writer = MetricsWriter(directory, position.step, epochs_done, since=position.data_since)
-        ema = run.config.optim.ema > 0
-        self.view = RunView(timetable, clock, progress, self._batch, batches=batches, ema=ema)
+        ema, counts = run.config.optim.ema > 0, {split: batches(split) for split in ("validation", "test")}
+        self.view = RunView(timetable, clock, progress, self._batch, batches=counts, ema=ema)
         self._marks: dict[str, Span] = dict.fromkeys(("log", "epoch", "process"), clock.now())
         self._process_times, self._spread = straggler.ProcessTimes(), 1.0
         self._data_wait = 0.0  # of the last logged row, seconds
@@ -186,9 +187,21 @@ class Reporter:
         """Notes which examples a step had whose numbers were not as they should be."""
         self._writer.bad_batch({"step": step, "text": text, "examples": examples})
 
-    def result(self, result: Mapping[str, Any]) -> None:
-        """Writes `result.json`."""
+    def finish(self, result: Mapping[str, Any], span: Span, *, tested: bool, has_best: bool) -> None:
+        """Writes `result.json`, and says what it holds.
+
+        Args:
+          result: what it holds.
+          span: this start's time.
+          tested: whether there is a test split.
+          has_best: whether a checkpoint was chosen by its validation accuracy.
+        """
         self._writer.result(result)
+        for line in closing_lines(result, self._config, span, tested=tested, has_best=has_best):
+            log.info("%s", line, extra=FILE_ONLY)
+        log.info("result: %s", self._directory.result, extra=FILE_ONLY)
+        for line in done_lines(result, span, self._timetable.epoch_shown, self._directory.result):
+            to_screen(line)
 
     def _tell_process_time(self) -> None:
         """Tells how long this process takes for its own part of a step; process 0 warns of one that is slow."""
