@@ -77,7 +77,7 @@ def compile_run(
     if jax.process_count() > 1:
         compiling.result()  # both ask the other processes (Orbax, arrays over all devices): one after the other on each
     state = _restored(run, resume, shapes) if resume.start is not None else None
-    for line in headlines(run, table):
+    for line in headlines(run, table, inputs.where):
         to_screen(line)
     for line in summary(run, table):
         log.info("%s", line, extra=FILE_ONLY)

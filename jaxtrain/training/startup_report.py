@@ -46,9 +46,15 @@ def summary(run: RunSpec, table: dict[str, list[Placement]]) -> list[str]:
     return lines + notes(table)
 
 
-def headlines(run: RunSpec, table: dict[str, list[Placement]]) -> list[str]:
-    """What a run is, in the lines that a screen has for it; the log has those of `summary`."""
-    mesh, config, data = run.layout.mesh, run.config, run.dataset
+def headlines(run: RunSpec, table: dict[str, list[Placement]], where: str) -> list[str]:
+    """What a run is, in the lines that a screen has for it; the log has those of `summary`.
+
+    Args:
+      run: what is trained.
+      table: of `layout_table`.
+      where: where batches come from.
+    """
+    mesh, config, data, count = run.layout.mesh, run.config, run.dataset, run.config.layout.microbatches
     axes = "".join(f", {name} {size}" for name, size in mesh.shape.items() if size > 1)
     held = sum(bytes_per_device(leaves) for leaves in table.values())
     width = f" width {config.model.width}" if config.model.width else ""
@@ -57,9 +63,9 @@ def headlines(run: RunSpec, table: dict[str, list[Placement]]) -> list[str]:
         f"{config.train.precision}; {config.optim.name}, learning rate "
         f"{peak_learning_rate(config.optim, config.data.global_batch):g}, {config.optim.schedule}",
         f"{config.data.name}: {len(data.train):,} train, {len(data.validation):,} validation, {len(data.test):,} test; "
-        f"{run.steps:,} steps of {config.data.global_batch}",
+        f"{run.steps:,} steps of {config.data.global_batch}{f' in {count} microbatches' if count > 1 else ''}",
         f"{mesh.size} x {mesh.devices.flat[0].device_kind}{axes}, zero {config.layout.zero}; "
-        f"{_size(held)} a device at rest",
+        f"{_size(held)} a device at rest; data {where}",
         *(run.partition.describe() if run.partition else []),
         *notes(table),
     ]
