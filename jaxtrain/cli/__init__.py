@@ -19,6 +19,7 @@ import jaxtrain
 from jaxtrain.cli import checkpoint, config, data, demo, doctor, evaluate, flags, goodput, launch, layout, logs, train
 from jaxtrain.distributed.exit_report import ExitReport
 from jaxtrain.errors import ConfigError, JaxtrainError
+from jaxtrain.host import xla_flags
 from jaxtrain.host.text import escape_message, printable
 from jaxtrain.plugins import whose_fault
 from jaxtrain.recipes import split_override
@@ -44,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("jaxtrain").addFilter(escape_message)
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
+        xla_flags.hide_alarms(always=arguments.command in ("demo", "layout"))
         return COMMANDS[arguments.command].run(arguments) or 0
     except JaxtrainError as error:
         ExitReport.of(error, 0).write()  # `jaxtrain launch` does not restart what cannot succeed

@@ -20,6 +20,8 @@ from jaxtrain.distributed.cluster import detect_process
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.search_path import add_working_directory
 from jaxtrain.host.text import note, printable
+from jaxtrain.observability.progress import Progress
+from jaxtrain.observability.text_log import make_console
 from jaxtrain.plugins import code_in
 from jaxtrain.recipes import Resolved, resolve
 
@@ -35,6 +37,11 @@ def console() -> Console:
     """Standard output. Where it is a file or a pipe, lines are not cut to the width of a screen."""
     width = None if sys.stdout.isatty() else 1_000_000
     return _Printable(width=width, highlight=False, markup=False, emoji=False)
+
+
+def progress() -> Progress:
+    """The line of what a command does now; where it cannot be drawn, a line when that takes long."""
+    return Progress(make_console(), speaks=True)
 
 
 @contextlib.contextmanager

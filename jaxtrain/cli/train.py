@@ -9,6 +9,7 @@ from jaxtrain.distributed.exit_report import ExitReport, as_peer_error
 from jaxtrain.errors import InterruptedRunError, JaxtrainError, PreemptedError
 from jaxtrain.host import xla_flags
 from jaxtrain.host.text import printable
+from jaxtrain.observability import progress
 from jaxtrain.plugins import whose_fault
 from jaxtrain.workdir import named
 
@@ -72,6 +73,7 @@ def leave(error: BaseException) -> None:
 
     report = ExitReport.of(error, coordination.index())
     report.write()
+    progress.erase_line()
     known = isinstance(error, JaxtrainError)
     text = report.message if known else f"{whose_fault(error)}\n{report.trace}"
     print(f"jaxtrain: {printable(text, lines=not known)}", file=sys.stderr, flush=True)

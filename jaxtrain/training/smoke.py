@@ -39,7 +39,7 @@ from jaxtrain.host import xla_flags
 from jaxtrain.host.backend import on_cpu
 from jaxtrain.models.layers import Context
 from jaxtrain.observability.anomaly import AnomalyDetector
-from jaxtrain.observability.progress import duration
+from jaxtrain.observability.rendering import duration
 from jaxtrain.observability.text_log import TextLog
 from jaxtrain.parallel.mesh import Device
 from jaxtrain.step.train_state import TrainState, state_shapes

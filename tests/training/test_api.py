@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import random
+import re
 import signal
 import textwrap
 import threading
@@ -83,7 +84,12 @@ def test_train_returns_state_history_result_and_paths(tmp_path):
     assert found.result["devices"] == 2
     assert {leaf.sharding.num_devices for leaf in jax.tree.leaves(found.state)} == {2}
 
+    assert re.fullmatch(
+        rf"TrainResult\({found.result['steps']} steps, best step \d+: validation [\d.]+ %, test [\d.]+ %; {tmp_path}.*\)",
+        repr(found),
+    )
     steps = [row for row in found.history if row["phase"] == "train"]
+    assert "loss_scale" not in steps[0], "only fp16 has one"
     assert [row["step"] for row in steps] == [1, 2, 3]
     assert {"loss", "accuracy", "learning_rate", "grad_norm", "throughput", "data_wait", "epoch"} <= set(steps[0])
     assert [row["phase"] for row in found.history[3:]] == ["val", "test"]
@@ -557,6 +563,11 @@ def test_quiet_prints_nothing(tmp_path, capfd):
     said = capfd.readouterr()
     assert said.out == ""
     assert f"work directory: {tmp_path / 'loud'}" in said.err.replace("\n", "")
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", said.err), "a pipe gets lines"
+    lines = said.err.splitlines()
+    header = next(i for i, line in enumerate(lines) if "val acc %" in line)
+    assert re.match(r"[\d:]{8} +1/1 +\d\.\d{4} .* s  best$", lines[header + 1])
+    assert "done in " in lines[header + 2]
 
 
 def test_python_and_numpy_are_seeded(tmp_path, user_code):
