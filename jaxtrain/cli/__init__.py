@@ -13,7 +13,7 @@ import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jaxtrain.cli import checkpoint, config, data, demo, doctor, evaluate, goodput, launch, layout, logs, train
+from jaxtrain.cli import checkpoint, compile, config, data, demo, doctor, evaluate, goodput, launch, layout, logs, train
 from jaxtrain.config import did_you_mean
 from jaxtrain.distributed.exit_report import ExitReport
 from jaxtrain.errors import REPORT_THIS, ConfigError, JaxtrainError
@@ -22,7 +22,7 @@ from jaxtrain.recipes import split_override
 
 COMMANDS = {
     "train": train, "launch": launch, "evaluate": evaluate, "checkpoint": checkpoint, "data": data, "config": config,
-    "layout": layout, "logs": logs, "goodput": goodput, "demo": demo, "doctor": doctor,
+    "layout": layout, "compile": compile, "logs": logs, "goodput": goodput, "demo": demo, "doctor": doctor,
 }  # fmt: skip
 
 
