@@ -16,7 +16,21 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 import jaxtrain
-from jaxtrain.cli import checkpoint, config, data, demo, doctor, evaluate, flags, goodput, launch, layout, logs, train
+from jaxtrain.cli import (
+    checkpoint,
+    compile,
+    config,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    flags,
+    goodput,
+    launch,
+    layout,
+    logs,
+    train,
+)  # fmt: skip
 from jaxtrain.distributed.exit_report import ExitReport
 from jaxtrain.errors import ConfigError, JaxtrainError
 from jaxtrain.host import xla_flags
@@ -26,10 +40,10 @@ from jaxtrain.recipes import split_override
 
 COMMANDS = {
     "train": train, "launch": launch, "evaluate": evaluate, "checkpoint": checkpoint, "data": data, "config": config,
-    "layout": layout, "logs": logs, "goodput": goodput, "demo": demo, "doctor": doctor,
+    "layout": layout, "compile": compile, "logs": logs, "goodput": goodput, "demo": demo, "doctor": doctor,
 }  # fmt: skip
 
-_WITH_CONFIG = ("train", "layout", "config")
+_WITH_CONFIG = ("train", "layout", "compile", "config")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -18,6 +18,7 @@ from jaxtrain.cli import flags
 from jaxtrain.config import flatten, to_dict
 from jaxtrain.distributed.cluster import detect_process
 from jaxtrain.errors import ConfigError
+from jaxtrain.host.native import native_stderr_dropped
 from jaxtrain.host.search_path import add_working_directory
 from jaxtrain.host.text import note, printable
 from jaxtrain.observability.progress import Progress
@@ -134,6 +135,14 @@ def start_devices(arguments: argparse.Namespace) -> None:
     if arguments.simulate_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", arguments.simulate_devices)
+
+
+def without_devices() -> None:
+    """Configures JAX for a command that runs nothing on an accelerator: its devices stay free for a run."""
+    with native_stderr_dropped():  # CUDA's plugin says at the import that there is no driver
+        import jax  # noqa: PLC0415  wrong arguments are refused before JAX is loaded
+
+    jax.config.update("jax_platforms", "cpu")
 
 
 def start_processes(arguments: argparse.Namespace, resolved: Resolved, workdir: str) -> None:

@@ -46,6 +46,13 @@ def compile_cache_note() -> str:
 
 
 @contextlib.contextmanager
+def no_compile_cache() -> Iterator[None]:
+    """Inside, compiled programs are neither kept nor looked for: those for devices that are not there cannot be loaded."""
+    with _jax_config({"jax_enable_compilation_cache": False}):
+        yield
+
+
+@contextlib.contextmanager
 def no_implicit_transfers() -> Iterator[None]:
     """Inside, an implicit transfer from host to device or between devices raises, on every thread."""
     with _jax_config({f"jax_transfer_guard_{way}": "disallow" for way in ("host_to_device", "device_to_device")}):

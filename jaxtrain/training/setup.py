@@ -95,7 +95,7 @@ def resolve_for_machine(config: Config, stored: Config | None, devices: list[Dev
     ways = batch_ways(make_mesh(config.layout, devices))
     precision, batch = config.train.precision, config.data.global_batch
     if precision == "auto":
-        precision = stored.train.precision if stored else resolve_precision("auto", jax.default_backend())
+        precision = stored.train.precision if stored else resolve_precision("auto", devices[0].platform)
     if config.data.batch_per_device:
         batch = stored.data.global_batch if stored else config.data.batch_per_device * ways
     Config.check_batch(batch, config.layout.microbatches, config.model.bn_groups)
