@@ -462,6 +462,7 @@ def shown_below(document: str, line: int) -> list[str]:
 
 
 @pytest.mark.parity
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("document", [document for document in DOCUMENTS if run_by_a_test(document)])
 def test_the_commands_do_what_they_say(document, tmp_path):
     """Each in turn, as a user would, in a directory that has what a checkout has."""

@@ -15,6 +15,7 @@ import pytest
 from runs import SMALL, draw_folder, here
 
 from jaxtrain import cli, evaluate, train
+from jaxtrain.checkpoint.manifest import read_manifest
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.data import registry
 from jaxtrain.data.augment import eval_inputs
@@ -204,7 +205,9 @@ def test_another_part_may_be_evaluated_on_resume_and_its_best_is_its_own(tmp_pat
     assert first.result["best"]["validation"]["accuracy"] == 1.0  # that one is easy
     again = here(tmp_path, fields, train__steps=10)
     assert again.result["best"]["step"] > 6
-    assert again.result["best"]["validation"]["examples"] == 144
+    best = again.result["best"]["validation"]
+    assert best["examples"] == 144
+    assert read_manifest(tmp_path / "checkpoints" / "10").position["best_accuracy"] == best["accuracy"] < 1
 
 
 def test_what_is_remembered_of_the_data(trained):

@@ -13,7 +13,8 @@ import pytest
 from runs import RECIPE, SMALL, arguments, command_line, here
 
 from jaxtrain.config import from_dict, nested_dicts
-from jaxtrain.errors import CheckpointError, EnvironmentMismatchError
+from jaxtrain.distributed.interrupt import Interrupt
+from jaxtrain.errors import CheckpointError, EnvironmentMismatchError, InterruptedRunError
 from jaxtrain.recipes import load_config
 from jaxtrain.training import smoke as smoke_module
 from jaxtrain.training.smoke import Measured, smoke
@@ -105,6 +106,20 @@ def test_a_state_that_comes_back_as_another_is_found(monkeypatch):
     monkeypatch.setattr(smoke_module.Checkpointer, "restore", restore)
     with pytest.raises(CheckpointError, match="not what was saved"):
         smoke(from_dict(nested_dicts(load_config(RECIPE, SMALL))), num_devices=1, quiet=True)
+
+
+def test_a_signal_while_it_compiles_leaves_nothing_either(monkeypatch, temporary):
+    left = []
+    interrupt = Interrupt(lambda error: left.append((str(error), list(temporary.iterdir()))))
+
+    def compile_run(*_):
+        interrupt.leave(InterruptedRunError("stopped"))  # ends the process
+        raise LookupError
+
+    monkeypatch.setattr(smoke_module, "compile_run", compile_run)
+    with pytest.raises(LookupError):
+        smoke(from_dict(nested_dicts(load_config(RECIPE, SMALL))), num_devices=1, quiet=True, interrupt=interrupt)
+    assert left == [("stopped", [])]
 
 
 def test_hosts_that_share_no_temporary_directory_are_refused(monkeypatch):
