@@ -197,7 +197,8 @@ class DataConfig(_Section):
 
     name: Annotated[str, _must_be("the name of a data set", bool)] = "digits"
     """The data set: `digits` (in scikit-learn), `synthetic` (made as it is read), `cifar10`, `cifar100`, `folder:PATH` (a
-    folder of images for each class), the name of a prepared TFDS data set, or your own `package.module:factory`."""
+    folder of images for each class), the name of a prepared TFDS data set, or your own `package.module:factory`. A run goes
+    on from another PATH if the images there are the same."""
 
     dir: str = ""
     """The data directory. "" means `$JAXTRAIN_DATA_DIR`, and where that is not set, `~/.cache/jaxtrain/data`."""
@@ -245,6 +246,11 @@ class DataConfig(_Section):
     splits: str = ""
     """Which splits of a folder or a TFDS data set are used: pairs such as "train=train,validation=val,test=none", in which
     `none` goes without that split. A split that is not named is found by its usual name, or drawn from training."""
+
+    skip_bad: bool = False
+    """Whether the images of a folder that cannot be read are left out, and named in `skipped_images.txt` of the work
+    directory. They are found by reading all images once: by `jaxtrain data verify`, or at the first start. Otherwise the
+    first one that is met ends the run."""
 
     examples: Annotated[int, _at_least(0)] = 0
     """Use only the first so many training examples. 0 means all. For `synthetic`: how many there are; 0 means 10,000."""
@@ -463,6 +469,11 @@ class TrainConfig(_Section):
     eval_every: Annotated[str, _duration()] = "1 epoch"
     """Time between two validations. "0" validates at the end only."""
 
+    eval_examples: Annotated[int, _at_least(0)] = 0
+    """Examples of a split that each of the run's evaluations takes, the final test too: a part that is drawn by a fixed rule,
+    the same one in every run and on every layout. `result.json` says how many of how many. `jaxtrain evaluate` takes the
+    whole split all the same. 0 is all."""
+
     steps_per_call: Annotated[int, _at_least(1)] = 1
     """Optimizer steps that one program makes before the host hears of them, for models so small that a GPU waits for the host
     between steps. Numbers, rows and checkpoints are those of 1, and a call is cut short where something is due. With pipeline
@@ -599,7 +610,8 @@ class CheckpointConfig(_Section):
     resume: Annotated[str, _must_be("auto, latest, best, a step, epoch:N, a path or none", bool)] = "auto"
     """Where the run starts from. `auto`: the newest checkpoint of the work directory, or nothing if there is none. `latest`:
     the newest, which must be there. `best`: the one that is best by `checkpoint.best`. A number: that step. `epoch:12`: the
-    end of that epoch, counted from 1. A path: a checkpoint or work directory of another run. `none`: nothing, a fresh run."""
+    end of that epoch, counted from 1. A path: a checkpoint or work directory of another run, or RUN/checkpoints/best for
+    its best one. `none`: nothing, a fresh run."""
 
     allow_changes: bool = False
     """Lets a run go on although settings that change its numbers differ from the stored ones."""

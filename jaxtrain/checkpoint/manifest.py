@@ -215,9 +215,11 @@ def _bests(manifests: Sequence[Manifest], by: str) -> list[int]:
 
 
 def _validation(position: Mapping[str, Any]) -> str:
-    """The fingerprint of the validation examples; '' if an older version did not store it."""
+    """Identifies the validation examples that were evaluated; '' if an older version did not store it."""
     record = DatasetRecord.from_json(position["dataset"]) if "dataset" in position else DatasetRecord()
-    return record.split_fingerprint("validation") or record.fingerprint
+    found = record.split_fingerprint("validation") or record.fingerprint
+    part = position.get("config", {}).get("train", {}).get("eval_examples", 0)
+    return f"{found}, {part} of them" if found and part else found
 
 
 def delete_old(directory: Path, latest: int, by: str) -> list[int]:

@@ -62,7 +62,7 @@ def find_checkpoint(
             raise CheckpointError(f"{setting}={resume!r}: {directory} holds no checkpoint.")
         return CheckpointStep(directory, _named_step(directory, steps, resume, best_by, setting))
     require_local(resume, f"{setting}={resume!r}", ConfigError)
-    return _start_at_path(Path(resume).absolute(), setting)
+    return _start_at_path(Path(resume).absolute(), best_by, setting)
 
 
 def _named_step(directory: Path, steps: list[int], resume: str, best_by: str, setting: str) -> int:
@@ -97,9 +97,16 @@ def readable(directory: Path, steps: list[int]) -> list[Manifest]:
     return manifests
 
 
-def _start_at_path(path: Path, setting: str) -> CheckpointStep:
+def _start_at_path(path: Path, best_by: str, setting: str) -> CheckpointStep:
     if path.name.isdigit() and manifested_steps(path.parent).count(int(path.name)):
         return CheckpointStep(path.parent, int(path.name))
+    if path.name in ("latest", "best") and (steps := manifested_steps(path.parent)):
+        return CheckpointStep(path.parent, _named_step(path.parent, steps, path.name, best_by, setting))
+    if path.is_file():
+        raise ConfigError(
+            f"{setting}={str(path)!r}: is a file, and a checkpoint of jaxtrain is a directory; those of other programs "
+            "cannot be read."
+        )
     for directory in (path, path / "checkpoints"):
         if steps := manifested_steps(directory):
             return CheckpointStep(directory, steps[-1])

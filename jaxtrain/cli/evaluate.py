@@ -4,15 +4,21 @@ import argparse
 import json
 import math
 
-from rich.table import Table
+from rich.table import Column, Table
 
 from jaxtrain.cli import start
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN, --split, --checkpoint, --ema, --allow-changes, --json, --trust, devices."""
+    """RUN, --split, --data, --checkpoint, --ema, --allow-changes, --json, --trust, devices."""
     parser.add_argument("workdir", metavar="RUN", help="the work directory of a run")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test")
+    parser.add_argument(
+        "--data",
+        default="",
+        metavar="DIR|NAME",
+        help="where the run's data is now; or other data with the same classes: a folder of images, or a name as data.name",
+    )
     parser.add_argument("--checkpoint", default="best", help="best, latest, a step, or epoch:N (default: best)")
     parser.add_argument(
         "--ema",
@@ -33,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints the loss, the accuracies, and a row for each class."""
+    """Prints the loss, the accuracies, and a row for each class, the worst first."""
     start.start_devices(arguments)
     from jaxtrain.training.evaluate import evaluate  # noqa: PLC0415
 
@@ -41,6 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         found = evaluate(
             arguments.workdir,
             split=arguments.split,
+            data=arguments.data,
             checkpoint=arguments.checkpoint,
             ema=arguments.ema,
             num_devices=arguments.devices,
@@ -58,11 +65,17 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps({**what, **numbers, "per_class": classes}, indent=2))
         return
     console = start.console()
-    console.print(
-        f"step {found.step}, {arguments.split}: accuracy {result.accuracy:.4f}, top-5 {result.top5:.4f}, "
-        f"loss {result.loss:.4f} ({result.examples} examples, {'EMA' if found.weights == 'ema' else 'raw'} weights)"
-    )
-    table = Table("class", "accuracy", box=None, pad_edge=False)
-    for name, accuracy in zip(names, result.per_class, strict=True):
+    which = f"step {found.step}{f' ({arguments.checkpoint})' if arguments.checkpoint in ('best', 'latest') else ''}"
+    weights = "the average of the weights (EMA)" if found.weights == "ema" else "raw weights"
+    console.print(f"{which}, {weights}, {arguments.split}: {result.examples:,} examples")
+    console.print(f"accuracy {result.accuracy:.4f}, top-5 {result.top5:.4f}, loss {result.loss:.4f}")
+    console.print()
+    table = Table("class, the worst first", Column("accuracy", justify="right"), box=None, pad_edge=False)
+    for name, accuracy in sorted(zip(names, result.per_class, strict=True), key=_worst_first):
         table.add_row(name, "-" if math.isnan(accuracy) else f"{accuracy:.4f}")
     console.print(table)
+
+
+def _worst_first(row: tuple[str, float]) -> float:
+    """The key of a class's name and accuracy; classes without examples come last."""
+    return math.inf if math.isnan(row[1]) else row[1]

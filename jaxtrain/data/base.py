@@ -68,6 +68,8 @@ class Dataset:
     """The rule by which splits were drawn by file names; "" where they were not. A run cannot go on under another rule."""
     notes: tuple[str, ...] = ()
     """What a user should know about it, one sentence each."""
+    skipped: tuple[str, ...] = ()
+    """The images that `data.skip_bad` has left out, and why: one sentence each."""
 
     def only(self, split: str) -> Dataset:
         """This data set with the other splits empty."""

@@ -153,7 +153,8 @@ def microbatch_gradients(
     """
     images, labels = select_microbatch(batch, resident, index, layout)
     context, augment, dropout = train_context(task, layout, batch.hyperparams.seed, state.step, index, labels.shape[0])
-    inputs, targets = train_inputs(task.preprocess, images, labels, context.example, augment)
+    with jax.named_scope("augmentation"):
+        inputs, targets = train_inputs(task.preprocess, images, labels, context.example, augment)
     whole = all_labels(batch.labels, batch.rows, resident.labels)
 
     def loss_fn(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, jax.Array, PyTree]]:

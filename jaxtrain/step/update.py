@@ -78,6 +78,7 @@ def unscale_gradients(loss_scale: PyTree, gradients: PyTree, updating: PyTree) -
     return jax.lax.with_sharding_constraint(gradients, updating)
 
 
+@jax.named_scope("update")
 def apply_update(
     task: Task,
     shardings: TrainState,

@@ -6,6 +6,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging
+import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
@@ -16,6 +17,7 @@ import jax
 from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.resume_point import ResumePoint
 from jaxtrain.errors import DeviceMemoryError
+from jaxtrain.observability.text_log import FILE_ONLY, NOT_LIVE, to_screen
 from jaxtrain.parallel.audit import audit
 from jaxtrain.step.batch import Batch, EvalBatch
 from jaxtrain.step.eval_step import EvalResult, EvalStep, make_eval_step
@@ -24,8 +26,9 @@ from jaxtrain.step.pipeline.train_step import make_pipeline_train_step
 from jaxtrain.step.train_state import TrainState, create_state, state_shapes
 from jaxtrain.step.train_step import TrainStep, make_train_step
 from jaxtrain.training.input_pipeline import InputPipeline, make_input_pipeline
+from jaxtrain.training.jax_settings import compile_cache_note
 from jaxtrain.training.setup import RunSpec
-from jaxtrain.training.startup_report import idle_stages, layout_table, one_step_a_call, summary
+from jaxtrain.training.startup_report import headlines, idle_stages, layout_table, one_step_a_call, summary
 from jaxtrain.trees import PyTree
 
 log = logging.getLogger("jaxtrain")
@@ -92,11 +95,13 @@ def compile_run(
     if jax.process_count() > 1:
         compiling.result()  # both ask the other processes (Orbax, arrays over all devices): one after the other on each
     state = _restored(run, resume, shapes) if resume.start is not None else None
+    for line in headlines(run, table, inputs.where):
+        to_screen(line)
     for line in summary(run, table):
-        log.info("%s", line)
+        log.info("%s", line, extra=FILE_ONLY)
     if text := idle_stages(run, bool(table["batch_stats"])):
         log.warning("%s", text)
-    log.info("data %s; compiling the step (the next start finds it in the compile cache)", inputs.where)
+    log.info("data %s; compiling the step (%s)", inputs.where, compile_cache_note(), extra=NOT_LIVE)
     if state is None:
         state = create_state(run.init, run.layout, run.config.seed)
     step = compiling.result()
@@ -123,8 +128,14 @@ class Evaluator:
     def __init__(self, run: RunSpec, inputs: InputPipeline, compiler: concurrent.futures.Executor | None = None):
         self._run, self._inputs = run, inputs
         self._batch = run.config.data.global_batch // run.layout.config.microbatches
+        self._examples = run.config.train.eval_examples
         self._compiler = compiler or concurrent.futures.ThreadPoolExecutor(1, "compile")
         self._compiled: dict[Any, concurrent.futures.Future[EvalStep | PipelineEvalStep]] = {}
+
+    def wait(self, state: TrainState) -> None:
+        """Returns when the programs for the weights of `state`, and for their average, are compiled."""
+        for weights in _weights(state).values():
+            self._program(*weights).result()
 
     def begin(self, state: TrainState) -> None:
         """Compiles beside what comes next for the weights of `state`, and for their average.
@@ -135,9 +146,8 @@ class Evaluator:
         dataset, alone = self._run.dataset, self._run.layout.stages == 1 and jax.process_count() == 1
         if not alone or not (len(dataset.validation) or len(dataset.test)):
             return
-        self._program(state.params, state.batch_stats)
-        if state.ema:
-            self._program(state.ema["params"], state.ema["batch_stats"])
+        for weights in _weights(state).values():
+            self._program(*weights)
 
     def __call__(
         self, split: str, params: PyTree, batch_stats: PyTree, before_batch: Callable[[], None] = lambda: None
@@ -150,7 +160,7 @@ class Evaluator:
                 yield batch
 
         program = self._program(params, batch_stats).result()
-        with contextlib.closing(self._inputs.evaluation(split, self._batch)) as batches:
+        with contextlib.closing(self._inputs.evaluation(split, self._batch, self._examples)) as batches:
             return program(params, batch_stats, watched(batches), self._inputs.resident)
 
     def of_state(
@@ -166,10 +176,11 @@ class Evaluator:
         Returns:
           Results by weights: `raw`, and perhaps `ema`.
         """
-        weights = {"raw": (state.params, state.batch_stats)}
-        if state.ema:
-            weights["ema"] = state.ema["params"], state.ema["batch_stats"]
-        return {name: self(split, *trees, before_batch) for name, trees in weights.items()}
+        return {name: self(split, *trees, before_batch) for name, trees in _weights(state).items()}
+
+    def batches(self, split: str) -> int:
+        """How many batches an evaluation of `split` has."""
+        return math.ceil(len(getattr(self._run.dataset, split)) / self._batch)
 
     def _program(self, *weights: PyTree) -> concurrent.futures.Future[EvalStep | PipelineEvalStep]:
         leaves, structure = jax.tree.flatten(weights)
@@ -184,6 +195,14 @@ class Evaluator:
             task, layout = self._run.task, self._run.layout
             self._compiled[where] = self._compiler.submit(make, task, layout, params, batch_stats, batch, resident)
         return self._compiled[where]
+
+
+def _weights(state: TrainState) -> dict[str, tuple[PyTree, PyTree]]:
+    """The parameters and running statistics that are evaluated: `raw`, and `ema` where the run keeps an average."""
+    weights = {"raw": (state.params, state.batch_stats)}
+    if state.ema:
+        weights["ema"] = state.ema["params"], state.ema["batch_stats"]
+    return weights
 
 
 def compile_train_step(run: RunSpec, inputs: InputPipeline, state: TrainState, trace: Path) -> TrainStep:

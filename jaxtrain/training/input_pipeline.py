@@ -14,8 +14,8 @@ import numpy as np
 import optax
 from jax.sharding import NamedSharding
 
-from jaxtrain.data.base import Dataset, Source, decodes_images, is_cheap, materialize, nbytes
-from jaxtrain.data.order import eval_batches, index_stream
+from jaxtrain.data.base import Dataset, Source, Subset, decodes_images, is_cheap, materialize, nbytes
+from jaxtrain.data.order import eval_batches, eval_subset, index_stream
 from jaxtrain.data.stream import default_threads, default_workers, eval_stream, train_stream
 from jaxtrain.distributed.coordination import on_this_host
 from jaxtrain.parallel.layout import Layout, over_steps
@@ -177,20 +177,30 @@ class InputPipeline:
         images = (microbatches, global_batch // microbatches, *self.dataset.train.shape)
         return Batch(step, images=jax.ShapeDtypeStruct(images, np.uint8, sharding=layout.images), labels=numbers)
 
-    def evaluation(self, split: str, batch: int) -> Generator[EvalBatch]:
-        """Every example of `split` once, in order, in batches of `batch`; the last is padded and masked."""
+    def evaluation(self, split: str, batch: int, examples: int = 0) -> Generator[EvalBatch]:
+        """Examples of a split, each once and in order; the last batch is padded and masked.
+
+        Args:
+          split: `train`, `validation` or `test`.
+          batch: examples of a batch.
+          examples: how many of the split (`data.order.eval_subset`); 0 is all.
+
+        Yields:
+          Batches, the same whether resident or streamed.
+        """
         sharder = BatchSharder(self.layout, 1, batch)
         step, source = sharder.numbers(np.zeros(1, np.int32)), getattr(self.dataset, split)
         if not len(source):
             return
-        masks = ((rows[sharder.positions], mask[sharder.positions]) for rows, mask in eval_batches(len(source), batch))
+        chosen = eval_subset(len(source), examples)
+        masks = ((rows[sharder.positions], mask[sharder.positions]) for rows, mask in eval_batches(len(chosen), batch))
         if self.offsets:
             for rows, mask in masks:
-                local = (rows + self.offsets[split]).astype(np.int32)
+                local = (chosen[rows] + self.offsets[split]).astype(np.int32)
                 yield EvalBatch(Batch(step, rows=sharder.batch(local)), sharder.batch(mask))
             return
         reading: dict[str, Any] = {"workers": self.workers, "threads": self.threads}
-        with eval_stream(source, global_batch=batch, positions=sharder.positions, **reading) as stream:
+        with eval_stream(Subset(source, chosen), global_batch=batch, positions=sharder.positions, **reading) as stream:
             for (images, labels), (_, mask) in zip(stream, masks, strict=True):
                 yield EvalBatch(
                     Batch(step, images=sharder.images(images), labels=sharder.batch(labels)), sharder.batch(mask)

@@ -11,8 +11,6 @@ import time
 from collections.abc import Mapping
 from typing import NoReturn
 
-from rich.console import Console
-
 from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.lease import Lease, NoLease
 from jaxtrain.checkpoint.manifest import is_better
@@ -25,6 +23,7 @@ from jaxtrain.observability import diagnostics
 from jaxtrain.observability.anomaly import Anomaly, AnomalyDetector
 from jaxtrain.observability.clock import StepClock
 from jaxtrain.observability.goodput import NullTimes
+from jaxtrain.observability.progress import Progress
 from jaxtrain.parallel.replicas import ReplicaCheck
 from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.step.metrics import StepMetrics
@@ -36,7 +35,6 @@ from jaxtrain.training.reporter import Reporter
 from jaxtrain.training.results import (
     TrainResult,
     best_weights,
-    closing_lines,
     deciding_figures,
     final_result,
     on_both_splits,
@@ -61,7 +59,7 @@ class Host:
     interrupt: Interrupt
     watchdog: Watchdog
     clock: StepClock
-    console: Console
+    progress: Progress
     lease: Lease | NoLease
     times: NullTimes
 
@@ -87,7 +85,8 @@ class TrainLoop:
         self.clock, self.watchdog = host.clock, host.watchdog
         validates = len(run.dataset.validation) > 0
         self.timetable = Timetable(run.config, len(run.dataset.train), run.steps, position, validates=validates)
-        self.reporter = Reporter(run, self.timetable, position, host.directory, host.clock, host.console)
+        batches = compiled.evaluate.batches
+        self.reporter = Reporter(run, self.timetable, position, host.directory, host.clock, host.progress, batches)
         self.anomalies = AnomalyDetector(self.config.train.nonfinite_skips, self.config.train.spike_threshold)
         self.replica_check = ReplicaCheck()
         self.validated: tuple[int, dict[str, EvalResult]] = (-1, {})  # the last step that was, and its results
@@ -130,7 +129,6 @@ class TrainLoop:
                     while len(unread) > (0 if pause else READ_BEHIND):
                         self._read(*unread.popleft(), state)
                 self.clock.step_done(self.config.data.global_batch, len(steps))
-                self.reporter.advance(steps[-1])
                 if pause:
                     self._between_steps(state)
         return self._finish(state)
@@ -163,7 +161,7 @@ class TrainLoop:
             anomaly = self.anomalies.observe(step, metrics["loss"], *norms, skipped=skipped)
         correct, batch = metrics.pop("correct"), self.config.data.global_batch
         self.position = self.position.after_step(step, batch, metrics["loss"], correct, skipped=skipped)
-        self.reporter.step(step, metrics, correct)
+        self.reporter.step(self.position, metrics, correct)
         if anomaly.text:
             self._handle_anomaly(anomaly, step)
 
@@ -222,6 +220,8 @@ class TrainLoop:
         if due.epoch_end:
             self.position = self.position.at_new_epoch()
         figures, is_best = self._validate(state) if due.validation else (None, False)
+        if due.epoch_end or due.last or due.validation:
+            self.reporter.view.row(step, is_best=is_best)
         self.position = dataclasses.replace(self.position, owes_validation=due.validation and figures is None)
         if is_best or due.last or due.milestone or due.save or self.stopping or self.time_to_save:
             self._save(state, figures)
@@ -232,9 +232,10 @@ class TrainLoop:
         """The validation that an earlier start was stopped before; the checkpoint that it left learns the figures."""
         step = self.position.step
         self.watchdog.feed("save", step)
-        figures, _ = self._validate(state)
+        figures, is_best = self._validate(state)
         self.position = dataclasses.replace(self.position, owes_validation=figures is None)
         if figures is not None:
+            self.reporter.view.row(step, is_best=is_best)
             self.saver.annotate(self.position, figures)
         if self.stopping and step != self.run_spec.steps:
             self._stop()
@@ -270,17 +271,21 @@ class TrainLoop:
     def _evaluate(self, state: TrainState, split: str) -> dict[str, EvalResult]:
         """Results on a split by weights: `raw`, and `ema` where the run keeps an average. Raises `_StopEvaluation`."""
         self.watchdog.feed("evaluation")  # the first one compiles
-        return self.compiled.evaluate.of_state(state, split, self._before_batch)
+        with self.reporter.view.evaluating(split):
+            with self.clock.charge("compile"):
+                self.compiled.evaluate.wait(state)
+            return self.compiled.evaluate.of_state(state, split, self._before_batch)
 
     def _before_batch(self) -> None:
         self.watchdog.feed("evaluation")
         self.stopping = self.stopping or self.host.interrupt.poll()
         if self.stopping:
             raise _StopEvaluation
+        self.reporter.view.next_batch()
 
     def _save(self, state: TrainState, figures: Mapping[str, float | None] | None = None) -> None:
         self.watchdog.feed("save")
-        with self.clock.charge("checkpoint"):
+        with self.clock.charge("checkpoint"), self.reporter.view.saving(self.position.step):
             self.saver.save(state, self.position, figures)
 
     # ---------------------------------------------------------------------------------------------------------- the end
@@ -310,10 +315,5 @@ class TrainLoop:
         chosen = best_weights(self.host.directory.checkpoints, best_step, self.position, self.config)
         time_so_far, goodput = self.clock.now(), self.host.times.summary()
         result = final_result(self.run_spec, self.position, time_so_far, last, best, chosen, goodput)
-        self.reporter.result(result)
-        for line in closing_lines(
-            result, self.config, time_so_far, tested="test" in last, has_best=best_step is not None
-        ):
-            self.reporter.message(line)
-        log.info("result: %s", self.host.directory.result)
+        self.reporter.finish(result, time_so_far, tested="test" in last, has_best=best_step is not None)
         return TrainResult(state, self.reporter.history, result, self.host.directory)

@@ -95,14 +95,14 @@ def resolve_for_machine(config: Config, stored: Config | None, devices: list[Dev
     ways = batch_ways(make_mesh(config.layout, devices))
     precision, batch = config.train.precision, config.data.global_batch
     if precision == "auto":
-        precision = stored.train.precision if stored else resolve_precision("auto", jax.default_backend())
+        precision = stored.train.precision if stored else resolve_precision("auto", devices[0].platform)
     if config.data.batch_per_device:
         batch = stored.data.global_batch if stored else config.data.batch_per_device * ways
     Config.check_batch(batch, config.layout.microbatches, config.model.bn_groups)
     return dataclasses.replace(
         config,
         train=dataclasses.replace(config.train, precision=precision),
-        data=dataclasses.replace(config.data, global_batch=batch),
+        data=dataclasses.replace(datasets.absolute(config.data), global_batch=batch),
     )
 
 
@@ -279,4 +279,7 @@ def unused_settings(run: RunSpec) -> list[str]:
         found += without_effect("train", config.train, ["eval_every"], "there is no validation split")
     if not len(run.dataset.validation):
         found += without_effect("checkpoint", config.checkpoint, ["best"], "there is no validation split")
+    if not (len(run.dataset.validation) or len(run.dataset.test)):
+        why = "there is neither a validation nor a test split"
+        found += without_effect("train", config.train, ["eval_examples"], why)
     return found

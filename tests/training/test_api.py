@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import random
+import re
 import signal
 import textwrap
 import threading
@@ -18,11 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.array import ArrayImpl
+from runs import SMALL, command_line
+from runs import arguments as words_of
 
 import jaxtrain
 from jaxtrain import evaluate, load_config, train
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
-from jaxtrain.errors import CheckpointError, ConfigError, DataError, JaxtrainError, NumericError, WorkdirError
+from jaxtrain.errors import (
+    REPORT_THIS,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    JaxtrainError,
+    NumericError,
+    WorkdirError,
+)
 from jaxtrain.recipes import resolve
 from jaxtrain.training.jax_settings import no_implicit_transfers
 from jaxtrain.training.layout_report import describe_layout
@@ -73,7 +84,12 @@ def test_train_returns_state_history_result_and_paths(tmp_path):
     assert found.result["devices"] == 2
     assert {leaf.sharding.num_devices for leaf in jax.tree.leaves(found.state)} == {2}
 
+    assert re.fullmatch(
+        rf"TrainResult\({found.result['steps']} steps, best step \d+: validation [\d.]+ %, test [\d.]+ %; {tmp_path}.*\)",
+        repr(found),
+    )
     steps = [row for row in found.history if row["phase"] == "train"]
+    assert "loss_scale" not in steps[0], "only fp16 has one"
     assert [row["step"] for row in steps] == [1, 2, 3]
     assert {"loss", "accuracy", "learning_rate", "grad_norm", "throughput", "data_wait", "epoch"} <= set(steps[0])
     assert [row["phase"] for row in found.history[3:]] == ["val", "test"]
@@ -300,6 +316,51 @@ def test_a_users_optimizer_loss_augmentation_and_data_by_dotted_name(tmp_path, u
     assert len(losses[0]) == 4
 
 
+FAILING = """
+    import dataclasses, numpy as np
+    from own_helper import fail
+    from jaxtrain.data import registry
+    from jaxtrain.data.base import Subset
+    from jaxtrain.models.classifier import Classifier
+    from jaxtrain.models.layers import Layer
+
+    class Net(Layer):
+        def __call__(self, x, context): return fail()
+
+    def model(config, *, image_shape, num_classes, dtype, param_dtype): return Classifier((Net(dtype, param_dtype),))
+    def build(config, **kinds): return fail()
+    def loss(logits, targets): return fail()
+    def optimizer(config, rate, mask): return fail()
+    def data(config, *, image_size): return fail()
+
+    class Source(Subset):
+        def read(self, indices): return fail()
+
+    def source(config, *, image_size):
+        found = registry.load(dataclasses.replace(config, name="digits"), image_size=image_size)
+        return dataclasses.replace(found, train=Source(found.train, np.arange(len(found.train))))
+"""
+
+
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [
+        ("model.name", "model"), ("model.name", "build"), ("optim.loss", "loss"), ("optim.name", "optimizer"),
+        ("data.name", "data"), ("data.name", "source"),
+    ],
+)  # fmt: skip
+def test_an_error_in_a_users_own_code_is_said_to_be_theirs(tmp_path, user_code, capfd, field, name):
+    user_code("own_helper", "def fail(): raise KeyError('mine')")
+    user_code("own_failing", FAILING)
+    fields = SMALL | {"train.steps": 1, field: f"own_failing:{name}"}
+    assert command_line(["train", *words_of(tmp_path / "run", fields, "--devices", "1")]) == 70
+    said = capfd.readouterr().err
+    assert REPORT_THIS not in said
+    assert "jaxtrain: Your own code failed (KeyError: 'mine'), at " in said
+    assert "own_helper.py:1, in fail; this is its traceback." in said
+    assert "Traceback" in said
+
+
 def test_a_users_model_by_dotted_name(tmp_path):
     found = train(
         dataclasses.replace(
@@ -507,6 +568,11 @@ def test_quiet_prints_nothing(tmp_path, capfd):
     said = capfd.readouterr()
     assert said.out == ""
     assert f"work directory: {tmp_path / 'loud'}" in said.err.replace("\n", "")
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", said.err), "a pipe gets lines"
+    lines = said.err.splitlines()
+    header = next(i for i, line in enumerate(lines) if "val acc %" in line)
+    assert re.match(r"[\d:]{8} +1/1 +\d\.\d{4} .* s  best$", lines[header + 1])
+    assert "done in " in lines[header + 2]
 
 
 def test_python_and_numpy_are_seeded(tmp_path, user_code):

@@ -141,7 +141,8 @@ def forward(
     size = images.shape[0] if chunk.first else x.shape[0]
     context, augment, dropout = train_context(task, layout, inputs["seed"], inputs["step"], inputs["index"], size)
     if chunk.first:
-        x = train_images(task.preprocess, images, context.example, augment)
+        with jax.named_scope("augmentation"):
+            x = train_images(task.preprocess, images, context.example, augment)
     wrap = layer_wrapper(layout, params, task.remat, gathered=True)
     y, new_stats = task.model.apply(params, batch_stats, x, context, dropout, wrap=wrap, layers=chunk.layers)
     new_stats = jax.tree.map(lambda s: s / layout.config.microbatches, new_stats)

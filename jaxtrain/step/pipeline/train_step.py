@@ -75,7 +75,6 @@ class PipelineTrainStep:
       transfers: between neighbouring chunks, by (source, target).
       decide: (step, loss_scale, batch's step, learning rate, float [stages, 3]) -> (`UpdateDecision`, metrics).
       finish: (float [stages, 2], metrics) -> `StepMetrics`.
-      microbatches: for each stage the indices of the microbatches, int32 [] each, on its devices.
       executors: who dispatches.
       trace: whether and where to record the operations' times.
     """
@@ -92,10 +91,14 @@ class PipelineTrainStep:
     transfers: Mapping[tuple[int, int], StageTransfer]
     decide: Any
     finish: Any
-    microbatches: Mapping[int, tuple[jax.Array, ...]]
     executors: StageExecutors
     trace: Trace
     per_call: int = 1
+
+    @functools.cached_property
+    def microbatches(self) -> dict[int, tuple[jax.Array, ...]]:
+        """For each stage the indices of the microbatches, int32 [] each, put on its devices at the first step."""
+        return {stage: _microbatch_indices(self.layout, stage) for stage in self.stages}
 
     def __call__(self, state: TrainState, batch: Batch, resident: Resident) -> tuple[TrainState, StepMetrics]:
         """Makes one update. Does not wait for the devices.
@@ -438,7 +441,6 @@ def make_pipeline_train_step(
         transfers=make_transfers(layout, chunks, activations, back=True),
         decide=decide,
         finish=finish,
-        microbatches={stage: _microbatch_indices(layout, stage) for stage in local},
         executors=make_executors(layout),
         trace=Trace(config.trace_step, trace, StageExecutors(local, threads=config.trace_step > 0)),
     )
@@ -475,7 +477,8 @@ def _microbatch_indices(layout: Layout, stage: int) -> tuple[jax.Array, ...]:
 
     def on_devices(index: int) -> jax.Array:
         sharding = layout.sharding(P(), stage)
-        return jax.make_array_from_callback((), sharding, lambda _: np.int32(index), dtype=np.int32)
+        with jax.transfer_guard_host_to_device("allow"):
+            return jax.make_array_from_callback((), sharding, lambda _: np.int32(index), dtype=np.int32)
 
     return tuple(on_devices(index) for index in range(layout.config.microbatches))
 
