@@ -6,15 +6,17 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from runs import EXACT, here
+from runs import EXACT, RECIPE, here
 
 from jaxtrain import precision
-from jaxtrain.config import ModelConfig
+from jaxtrain.config import ModelConfig, from_dict, nested_dicts
 from jaxtrain.errors import ConfigError
 from jaxtrain.models import registry
 from jaxtrain.models.layers import Context, normalize
 from jaxtrain.precision import LossScale
+from jaxtrain.recipes import load_config
 from jaxtrain.training import session
+from jaxtrain.training.smoke import smoke
 
 
 @pytest.mark.parametrize(
@@ -83,6 +85,12 @@ def test_tf32_needs_hardware_that_has_it():
 def test_tf32_is_refused_on_a_cpu(tmp_path):
     with pytest.raises(ConfigError, match=r"config\.train\.precision='tf32': needs NVIDIA GPUs .* is on cpu;"):
         here(tmp_path, EXACT, train__precision="tf32")
+    with pytest.raises(ConfigError, match="'tf32': needs"):
+        smoke(
+            from_dict(nested_dicts(load_config(RECIPE, EXACT | {"train.precision": "tf32"}))),
+            "quickstart",
+            num_devices=1,
+        )
     assert jax.config.jax_default_matmul_precision is None
 
 

@@ -258,6 +258,6 @@ def may_go_on(directory: Workdir, resume: ResumePoint, config: Config, dataset: 
     refuse_length(directory, resume, config, len(dataset.train))
     refuse_other_data(directory, resume, config, dataset)
     if resume.stored is not None and resume.stored.train.eval_examples != config.train.eval_examples:
-        # The best accuracy so far is of another part of the validation split.
-        resume = dataclasses.replace(resume, position=dataclasses.replace(resume.position, best_accuracy=-1.0))
+        # The best figure so far is of another part of the validation split.
+        resume = dataclasses.replace(resume, position=dataclasses.replace(resume.position, best=None))
     return go_on_with(dataset, resume, config.model.num_classes)

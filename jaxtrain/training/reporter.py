@@ -194,7 +194,7 @@ class Reporter:
           result: what it holds.
           span: this start's time.
           tested: whether there is a test split.
-          has_best: whether a checkpoint was chosen by its validation accuracy.
+          has_best: whether a checkpoint was chosen by its validation.
         """
         self._writer.result(result)
         for line in closing_lines(result, self._config, span, tested=tested, has_best=has_best):

@@ -42,6 +42,7 @@ from jaxtrain.observability.anomaly import AnomalyDetector
 from jaxtrain.observability.rendering import duration
 from jaxtrain.observability.text_log import TextLog
 from jaxtrain.parallel.mesh import Device
+from jaxtrain.precision import require_hardware
 from jaxtrain.step.train_state import TrainState, state_shapes
 from jaxtrain.training.cadence import Timetable
 from jaxtrain.training.compiled import CompiledRun, compile_run, explain_out_of_memory
@@ -111,6 +112,7 @@ def smoke(
         log.info("smoke: %s in %s, which is deleted at the end; no work directory is touched", recipe, directory.path)
         devices = select_devices(num_devices)
         config = resolve_for_machine(config, None, devices)
+        require_hardware(config.train.precision, devices)
         stack.enter_context(settings(config))
         watchdog.feed("prepare the data")
         run = make_run_spec(config, load_data(config.data), devices)

@@ -264,7 +264,7 @@ def user_code(tmp_path, monkeypatch):
     return write
 
 
-def test_a_users_optimizer_loss_and_data_by_dotted_name(tmp_path, user_code):
+def test_a_users_optimizer_loss_augmentation_and_data_by_dotted_name(tmp_path, user_code):
     """The same as jaxtrain's own, so that the numbers are."""
     user_code(
         "own_parts",
@@ -290,6 +290,11 @@ def test_a_users_optimizer_loss_and_data_by_dotted_name(tmp_path, user_code):
             CALLS.add("loss")
             return -jnp.sum(ONES * targets * jax.nn.log_softmax(logits), -1)
 
+        def augmentation(images, keys):
+            CALLS.add("augmentation")
+            assert keys.shape == images.shape[:1]
+            return images
+
         def data(config, *, image_size):
             CALLS.add("data")
             return registry.load(dataclasses.replace(config, name="digits"), image_size=image_size)
@@ -299,13 +304,13 @@ def test_a_users_optimizer_loss_and_data_by_dotted_name(tmp_path, user_code):
     own = fit(
         tmp_path / "own",
         devices=2,
-        data={"name": "own_parts:data"},
+        data={"name": "own_parts:data", "augmentation": "own_parts:augmentation"},
         optim=shared | {"name": "own_parts:optimizer", "loss": "own_parts:loss"},
     )
     built_in = fit(tmp_path / "built-in", devices=2, optim=shared)
     import own_parts  # noqa: PLC0415
 
-    assert sorted(own_parts.CALLS) == ["data", "loss", "optimizer"]
+    assert sorted(own_parts.CALLS) == ["augmentation", "data", "loss", "optimizer"]
     losses = [[row["loss"] for row in each.history] for each in (own, built_in)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert len(losses[0]) == 4
