@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import itertools
 import json
 import logging
 import time
@@ -20,6 +21,7 @@ from jaxtrain.host.cpus import usable_cpus
 from jaxtrain.host.files import atomic_write, read_json, writing
 
 _SAY_EVERY = 10.0  # seconds
+_CHUNK = 16  # files that a thread reads at once
 log = logging.getLogger("jaxtrain")
 
 
@@ -99,9 +101,14 @@ def _unreadable(
             return str(error)
         return ""
 
-    with ThreadPoolExecutor(usable_cpus()) as pool:
-        reasons = zip(progress([file.name for file in files]), pool.map(reason, files), strict=True)
-        return {name: why for name, why in reasons if why}
+    chunks = [files[start : start + _CHUNK] for start in range(0, len(files), _CHUNK)]
+    pool = ThreadPoolExecutor(usable_cpus())
+    try:
+        reasons = itertools.chain.from_iterable(pool.map(lambda chunk: list(map(reason, chunk)), chunks))
+        named = zip(progress([file.name for file in files]), reasons, strict=True)
+        return {name: why for name, why in named if why}
+    finally:
+        pool.shutdown(cancel_futures=True)  # Ctrl-C does not wait for all the others
 
 
 def _read(path: Path) -> dict[str, dict]:

@@ -50,6 +50,10 @@ def fingerprint_of(config: Mapping[str, Any], workdir: str, modules: Iterable[st
             if (spec := importlib.util.find_spec(module)) and spec.origin:
                 must_match[f"code of {module}"] = _hash(Path(spec.origin))
     settings = {f"config.{key}": tuples_to_lists(value) for key, value in config.items() if key not in OF_ONE_HOST}
+    if settings.get("config.data.name", "").startswith(
+        "folder:"
+    ):  # its path is of one host; what it holds is compared later
+        settings["config.data.name"] = "folder:"
     return {"versions": must_match, "config": settings | {"--workdir": workdir}}
 
 

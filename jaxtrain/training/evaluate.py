@@ -172,10 +172,14 @@ def _load(config: DataConfig, position: Position, split: str, data: str, where: 
     except ConfigError:
         if not config.splits:
             raise
-        dataset = load_data(dataclasses.replace(config, splits=""), name, stored.drawn)  # another's have other names
+        config = dataclasses.replace(config, splits="")  # another's have other names
+        dataset = load_data(config, name, stored.drawn)
     known = not stored.fingerprint or any(record.same_split(stored, dataset, each) for each in SPLITS.values())
-    check = _same_data if known else _other_data
-    return check(dataset, position, split, where, allow_changes)
+    if known:
+        return _same_data(dataset, position, split, where, allow_changes)
+    if dataset.drawn and registry.undivided(dataset) is None:
+        dataset = load_data(config, name, ())  # only the run's own data is split as the run has split it
+    return _other_data(dataset, position, split, where, allow_changes)
 
 
 def _other_data(dataset: Dataset, position: Position, split: str, where: str, allow_changes: bool) -> Dataset:

@@ -19,6 +19,8 @@ import pytest
 import runs
 from runs import EXACT, SMALL, here
 
+from jaxtrain.distributed.initialize import fingerprint_of
+
 LAST = 12  # the last step of `EXACT`
 HALF = 6
 TOLERANCE = 1e-12  # relative, in f64: a wrong scale, order or random key shows at 1e-3 and above
@@ -250,6 +252,12 @@ def test_processes_that_do_not_fit_together_say_why(tmp_path, numbers, counts, s
 
 
 @pytest.mark.faults
+def test_a_folder_may_lie_elsewhere_on_each_host():
+    """What it holds is compared once it is read."""
+    places = [fingerprint_of({"data.name": name}, "run") for name in ("folder:/a", "folder:/b", "digits")]
+    assert places[0] == places[1] != places[2]
+
+
 def test_the_next_port_is_taken_where_another_program_has_the_first(tmp_path):
     command = ["-m", "jaxtrain.main", *runs.arguments(tmp_path / "run", SMALL | {"train.steps": 1})]
     with socket.create_server(("127.0.0.1", 0)) as server:
