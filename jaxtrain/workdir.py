@@ -7,13 +7,14 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxtrain.errors import WorkdirError
 from jaxtrain.host.files import ELSEWHERE, atomic_write, read_json, write_synced
 from jaxtrain.host.paths import require_local
+from jaxtrain.host.text import printable
 
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
@@ -33,6 +34,11 @@ class Workdir:
     def dataset(self) -> Path:
         """What the run has recorded of its data set (`data.record`)."""
         return self.path / "dataset.json"
+
+    @property
+    def skipped_images(self) -> Path:
+        """The images that the latest start has left out (`data.skip_bad`), and why: one a line."""
+        return self.path / "skipped_images.txt"
 
     @property
     def metrics_csv(self) -> Path:
@@ -103,6 +109,13 @@ class Workdir:
     def write_dataset(self, record: Mapping[str, Any]) -> None:
         """Stores the record of the data set (`data.record`)."""
         atomic_write(self.dataset, json.dumps(record, indent=2, allow_nan=False) + "\n")
+
+    def write_skipped_images(self, sentences: Sequence[str]) -> None:
+        """Stores what was left out; removes the file where nothing was."""
+        if sentences:
+            atomic_write(self.skipped_images, "".join(f"{printable(sentence)}\n" for sentence in sentences))
+        else:
+            self.skipped_images.unlink(missing_ok=True)
 
 
 def named(path: str | Path) -> Path:

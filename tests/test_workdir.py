@@ -166,7 +166,7 @@ def changed(**values):
 def test_every_field_has_its_kind():
     """A new field must be put in one of the three lists here by hand: a wrong `free` would move numbers in silence."""
     free = {
-        *("data.dir", "data.batch_per_device", "data.residency", "data.workers"),
+        *("data.dir", "data.batch_per_device", "data.residency", "data.workers", "data.skip_bad"),
         *("data.prepare_per_host", "data.prepare_timeout"),
         *("train.log_every", "train.eval_every", "train.deterministic", "train.remat", "train.hang_seconds"),
         *("train.steps_per_call", "train.nonfinite_skips", "train.rollbacks", "train.spike_threshold"),
@@ -175,13 +175,13 @@ def test_every_field_has_its_kind():
         *("layout.stages", "layout.schedule", "layout.chunks", "layout.boundaries", "layout.balance"),
         *("layout.stage_placement", "layout.trace_step"),
         *("checkpoint.every", "checkpoint.keep", "checkpoint.milestone_every", "checkpoint.resume"),
-        "checkpoint.allow_changes",
+        *("checkpoint.allow_changes", "checkpoint.best"),
     }
     length = {"train.epochs", "train.steps"}
     numbers = {
         "seed",
         *("data.name", "data.global_batch", "data.image_size", "data.augmentation", "data.crop_padding", "data.mixup"),
-        "data.cutmix",
+        *("data.cutmix", "data.flip"),
         *("data.mean", "data.std", "data.splits", "data.examples", "data.validation", "data.split_seed"),
         *(key for key in flat_keys() if key.startswith(("model.", "optim."))),
         "train.precision",

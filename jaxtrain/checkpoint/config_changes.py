@@ -11,10 +11,11 @@ from typing import Any, Literal
 from jaxtrain.config import Config, flatten, to_dict, tuples_to_lists
 
 _FREE = re.compile(
-    r"layout\..*|checkpoint\..*|train\.(log_every|eval_every|steps_per_call|remat|deterministic|hang_seconds|nonfinite_skips|rollbacks)"
+    r"layout\..*|checkpoint\..*|train\.(log_every|eval_every|eval_examples|steps_per_call|remat|deterministic|hang_seconds|nonfinite_skips|rollbacks)"
     r"|train\.(spike_threshold|check_replicas_every)"
     # batch_per_device only ever set the global batch at the first start; the stored global batch is what counts
-    r"|data\.(dir|workers|residency|prepare_.*|batch_per_device)"
+    # what skip_bad leaves out is seen in the data set's fingerprint
+    r"|data\.(dir|workers|residency|prepare_.*|batch_per_device|skip_bad)"
 )
 _LENGTH = re.compile(r"train\.(epochs|steps)")
 Kind = Literal["free", "length", "numbers"]
@@ -46,8 +47,14 @@ def changes(stored: Mapping[str, Any], new: Mapping[str, Any]) -> list[Change]:
     for key in dict.fromkeys([*defaults, *before, *after]):
         pair = before.get(key), after.get(key)
         if tuples_to_lists(pair[0]) != tuples_to_lists(pair[1]):
-            differing.append(Change(key, *pair, kind_of(key)))
+            kind = "free" if key == "data.name" and may_be_one_data_set(*pair) else kind_of(key)
+            differing.append(Change(key, *pair, kind))
     return differing
+
+
+def may_be_one_data_set(name: Any, other: Any) -> bool:
+    """Whether two values of `data.name` may mean the same data: a folder may have moved. Its fingerprint then tells."""
+    return name == other or all(str(value).startswith("folder:") for value in (name, other))
 
 
 def kind_of(key: str) -> Kind:

@@ -8,6 +8,7 @@ from collections.abc import Iterable
 from rich.console import Console
 from rich.progress import track
 
+from jaxtrain.cli import start
 from jaxtrain.config import DataConfig
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.paths import require_local
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prints where the data set is, or how many examples of each split were read and are as recorded."""
     from jaxtrain.data import registry  # noqa: PLC0415
+    from jaxtrain.data.folder import UnreadableImages  # noqa: PLC0415
 
     require_local(arguments.dir, f"--dir {arguments.dir}", ConfigError)
     config = dataclasses.replace(DataConfig(), name=arguments.name, dir=arguments.dir, splits=arguments.splits)
@@ -37,10 +39,18 @@ def run(arguments: argparse.Namespace) -> None:
         print(printable(f"{arguments.name}: {path or 'made as it is read, nothing on disk'}"))
         if arguments.name.startswith("folder:"):
             dataset = registry.load(config, image_size=32)
+            for note in dataset.notes:
+                print(printable(f"{arguments.name}: {note}"))
             print(printable(registry.record_contents(config, dataset, afresh=True, progress=_progress)))
         return
     recorded = registry.recorded_on(config)
-    counts = registry.verify(config, _progress)
+    try:
+        with start.warnings_shown():
+            counts = registry.verify(config, _progress)
+    except UnreadableImages as error:
+        for sentence in error.images:
+            print(printable(sentence))
+        raise
     print(printable(f"{arguments.name}: sound; " + ", ".join(f"{count} {split}" for split, count in counts.items())))
     if arguments.name.startswith("folder:"):
         now = "recorded now, to be compared with from now on" if registry.recorded_on(config) else "not recorded"

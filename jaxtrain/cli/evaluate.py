@@ -10,9 +10,15 @@ from jaxtrain.cli import start
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN, --split, --checkpoint, --ema, --allow-changes, --json, --trust, devices."""
+    """RUN, --split, --data, --checkpoint, --ema, --allow-changes, --json, --trust, devices."""
     parser.add_argument("workdir", metavar="RUN", help="the work directory of a run")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test")
+    parser.add_argument(
+        "--data",
+        default="",
+        metavar="DIR|NAME",
+        help="where the run's data is now; or other data with the same classes: a folder of images, or a name as data.name",
+    )
     parser.add_argument("--checkpoint", default="best", help="best, latest, a step, or epoch:N (default: best)")
     parser.add_argument(
         "--ema",
@@ -41,6 +47,7 @@ def run(arguments: argparse.Namespace) -> None:
         found = evaluate(
             arguments.workdir,
             split=arguments.split,
+            data=arguments.data,
             checkpoint=arguments.checkpoint,
             ema=arguments.ema,
             num_devices=arguments.devices,

@@ -41,6 +41,7 @@ def run(arguments: argparse.Namespace) -> None:
     resolved = start.resolved(arguments)
     if arguments.trace and not arguments.schedule_plot:
         raise ConfigError("--trace needs --schedule-plot SVG.")
+    start.say_what_flags_are(arguments)
     with start.progress().activity("tracing the model"):
         start.start_devices(arguments)
         from jaxtrain.training.layout_report import describe_layout, draw_schedule  # noqa: PLC0415

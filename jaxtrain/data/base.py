@@ -68,6 +68,8 @@ class Dataset:
     """The rule by which splits were drawn by file names; "" where they were not. A run cannot go on under another rule."""
     notes: tuple[str, ...] = ()
     """What a user should know about it, one sentence each."""
+    skipped: tuple[str, ...] = ()
+    """The images that `data.skip_bad` has left out, and why: one sentence each."""
 
     def only(self, split: str) -> Dataset:
         """This data set with the other splits empty."""
@@ -245,6 +247,14 @@ def labels_of(source: Source) -> np.ndarray | None:
         return None if whole is None else source.labels[whole]
     labels: Any = getattr(source, "labels", None)
     return labels if isinstance(labels, np.ndarray) else None
+
+
+def count_classes(source: Source, classes: int) -> np.ndarray | None:
+    """int64 [classes]: the examples of each class; None where all images would have to be decoded for it."""
+    labels = labels_of(source)
+    if labels is None and is_cheap(source):
+        labels = np.concatenate([part for _, _, part in chunks(source)])
+    return None if labels is None else np.bincount(labels, minlength=classes)
 
 
 # -------------------------------------------------------------------------------------------------------- class names

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import io
+import logging
+import warnings
+from pathlib import Path
 
 import numpy as np
 from PIL import (
+    AvifImagePlugin,
     BmpImagePlugin,
     GifImagePlugin,
     Image,
     ImageFile,
+    Jpeg2KImagePlugin,
     JpegImagePlugin,
     PngImagePlugin,
     PpmImagePlugin,
@@ -19,8 +24,7 @@ from PIL import (
 
 from jaxtrain.errors import DataError
 
-EXTENSIONS = (".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".ppm", ".pgm", ".tif", ".tiff")
-# Pillow would recognize forty other formats. They are left out: it gives some to other programs (EPS to Ghostscript).
+# Pillow would recognize thirty other formats. They are left out: it gives some to other programs (EPS to Ghostscript).
 _PLUGINS = (  # importing these has registered their extensions
     JpegImagePlugin,
     PngImagePlugin,
@@ -29,14 +33,46 @@ _PLUGINS = (  # importing these has registered their extensions
     WebPImagePlugin,
     PpmImagePlugin,
     TiffImagePlugin,
+    AvifImagePlugin,
+    Jpeg2KImagePlugin,
 )
-_FORMATS = tuple(dict.fromkeys(Image.EXTENSION[extension] for extension in EXTENSIONS))
+_FORMATS = ("JPEG", "PNG", "BMP", "GIF", "WEBP", "PPM", "TIFF", "AVIF", "JPEG2000")
+EXTENSIONS = (
+    ".jpg", ".jpeg", ".jpe", ".jfif", ".mpo", ".png", ".apng", ".bmp", ".gif", ".webp", ".avif", ".ppm", ".pgm", ".pbm",
+    ".pnm", ".tif", ".tiff", ".jp2", ".j2k", ".j2c", ".jpc", ".jpf", ".jpx",
+)  # fmt: skip
+"""What a name of a file of these formats ends with, in lower case."""
+# Its warnings are about metadata, or about pixels that a run does not use; an image that cannot be read is an error here.
+warnings.filterwarnings("ignore", module=r"PIL\.")
+logging.getLogger("PIL").addHandler(logging.NullHandler())
 _MODES = {1: "L", 3: "RGB", 4: "RGBA"}
 # A larger image is treated as a decompression bomb: 2**26 pixels are 200 MB of RGB, a file of a few kB can claim as many, and
 # 2**26 rows of one pixel take a minute. Decoded pixels count: of a JPEG that is read at an eighth, a 64th of its pixels.
 _MAX_SIDE, _MAX_PIXELS = 1 << 16, 1 << 26
 # All pixels of a JPEG, also those that are not decoded. A progressive one is kept in memory, in up to 6 bytes a pixel.
 _MAX_STORED, _MAX_PROGRESSIVE = 1 << 28, 1 << 27
+
+
+def read_file(path: Path, class_name: str, side: int) -> np.ndarray:
+    """The colours of an image file, cut to a square.
+
+    Args:
+      path: the file.
+      class_name: its class, for errors.
+      side: in pixels, of the square.
+
+    Returns:
+      uint8 [side, side, 3].
+
+    Raises:
+      DataError: the file cannot be read, or `decode` cannot decode it.
+    """
+    where = f"{path} (class {class_name!r})"
+    try:
+        data = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"{where} cannot be read ({error.strerror}).") from None
+    return decode(data, where, channels=3, side=side)
 
 
 def decode(data: bytes, where: str, *, channels: int, side: int = 0) -> np.ndarray:

@@ -19,6 +19,7 @@ class Plugin(DatasetSpec):
     """A user's factory, called as `factory(config, image_size=...)`. It returns a `Dataset`."""
 
     named_splits = True
+    reads_skip_bad = True
 
     def check(self) -> None:
         load_dotted(self.config.name, "data.name")
@@ -33,7 +34,9 @@ class Plugin(DatasetSpec):
         _check_dataset(name, dataset)
         for split in base.SPLITS:
             _check_split(name, dataset, split)
-        unread = [f for f in ("dir", "splits", "examples", "validation", "split_seed") if f not in fields_read]
+        unread = [
+            f for f in ("dir", "splits", "skip_bad", "examples", "validation", "split_seed") if f not in fields_read
+        ]
         notes = without_effect("data", config, unread, f"{name} does not read it")
         return dataclasses.replace(dataset, num_classes=int(dataset.num_classes), notes=(*dataset.notes, *notes))
 

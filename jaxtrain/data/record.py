@@ -135,4 +135,6 @@ def changed_sentence(name: str, stored: DatasetRecord, dataset: Dataset, where: 
     """
     fingerprints = f"its fingerprint was {stored.fingerprint[:12]} and is {dataset.fingerprint[:12]}"
     changes = "; ".join([fingerprints, *differences(stored, dataset)])
+    if stored.name not in ("", name):
+        return f"The data set {name} is not the one of {where}, {stored.name} ({changes}); {remedy}"
     return f"The data set {name} has changed since {where} ({changes}); {remedy}"

@@ -5,18 +5,20 @@
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from jaxtrain.config import DataConfig, did_you_mean
-from jaxtrain.data import cifar, tfds_specs
-from jaxtrain.data.base import Dataset
+from jaxtrain.data import base, cifar, tfds_specs
+from jaxtrain.data.base import Dataset, Source
 from jaxtrain.data.digits import Digits
-from jaxtrain.data.folder import ImageFolder
+from jaxtrain.data.folder import FolderSource, ImageFolder
 from jaxtrain.data.plugin import Plugin
 from jaxtrain.data.spec import DatasetSpec, Progress, data_dir
 from jaxtrain.data.synthetic import Synthetic
-from jaxtrain.errors import ConfigError
+from jaxtrain.errors import ConfigError, DataError
 from jaxtrain.plugins import is_factory
 
 _SPECS: dict[str, type[DatasetSpec]] = {
@@ -44,6 +46,49 @@ def find_spec(config: DataConfig) -> DatasetSpec:
             f"data set that TFDS has prepared in {root}.{hint}"
         )
     return tfds_specs.TfdsDataset(config)
+
+
+def absolute(config: DataConfig) -> DataConfig:
+    """`config` with paths that mean the same in every current directory."""
+
+    def path(text: str) -> str:
+        return os.path.abspath(os.path.expanduser(text))
+
+    name = f"folder:{path(folder)}" if (folder := _folder(config.name)) else config.name
+    return dataclasses.replace(config, name=name, dir=path(config.dir) if config.dir else "")
+
+
+def found_at(config: DataConfig, data: str) -> DataConfig:
+    """`config` with the data set that a user has named in place of its own.
+
+    Args:
+      config: the data section.
+      data: a name, as `config.name`; or a directory: one in which TFDS has prepared data becomes the data directory, and
+        any other is a folder of images.
+
+    Raises:
+      DataError: it is a path, and there is no such directory.
+    """
+    path = Path(data).expanduser()
+    if data in NAMES or (not path.is_dir() and data[:1] not in ("/", ".", "~")):
+        return absolute(dataclasses.replace(config, name=data))
+    if not path.is_dir():
+        raise DataError(f"{data}: there is no such directory.")
+    is_data_dir = any(any(path.glob(f"{levels}/features.json")) for levels in ("*/*", "*/*/*"))
+    if is_data_dir and not _folder(config.name):
+        return absolute(dataclasses.replace(config, dir=str(path)))
+    return absolute(dataclasses.replace(config, name=f"folder:{path}"))
+
+
+def _folder(name: str) -> str:
+    """The path in `folder:PATH`, "" in other names."""
+    return name.removeprefix("folder:") if name.startswith("folder:") else ""
+
+
+def undivided(dataset: Dataset) -> Source | None:
+    """All images of a folder that has no splits, whatever was drawn from them; None for other data sets."""
+    sources = [base.underlying(getattr(dataset, split)) for split in base.SPLITS]
+    return next((s for s in sources if isinstance(s, FolderSource) and s.is_whole_folder), None)
 
 
 def check_name(config: DataConfig) -> None:

@@ -39,6 +39,9 @@ class DatasetSpec(abc.ABC):
     in_data_dir: ClassVar[bool] = True
     """Whether it reads `config.dir`."""
 
+    reads_skip_bad: ClassVar[bool] = False
+    """Whether it reads `config.skip_bad`."""
+
     @abc.abstractmethod
     def read(self, image_size: int, needed: str, drawn: Sequence[str] | None) -> Dataset:
         """The data set as it is stored; the arguments are those of `load`. Usually `splits.cut` of its `RawSplits`."""
@@ -100,6 +103,9 @@ class DatasetSpec(abc.ABC):
         config, channels = self.config, dataset.train.shape[2]
         if not self.in_data_dir:
             notes = without_effect("data", config, ["dir"], f"{config.name} is not in the data directory")
+            dataset = dataclasses.replace(dataset, notes=(*dataset.notes, *notes))
+        if not self.reads_skip_bad:
+            notes = without_effect("data", config, ["skip_bad"], f"{config.name} is not a folder of images")
             dataset = dataclasses.replace(dataset, notes=(*dataset.notes, *notes))
         if not config.mean:
             return dataset

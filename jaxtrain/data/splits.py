@@ -56,7 +56,9 @@ def cut(
     rule = draw.rule if drawn else ""
     return base.Dataset(
         name=config.name,
-        **sources,
+        train=sources["train"],
+        validation=sources["validation"],
+        test=sources["test"],
         num_classes=len(parts.class_names),
         class_names=parts.class_names,
         mean=parts.mean,
@@ -192,7 +194,7 @@ def _notes(
     if parts.test is None and "test" not in drawn:
         notes.append("it has no test split, and none is drawn: its validation split chooses the best weights")
     for split in drawn:
-        if not len(sources[split]) and (split == "test" or config.validation):
+        if not len(sources[split]) and needed in ("", split) and (split == "test" or config.validation):
             notes.append(f"no example was drawn for {split}: there are too few")
     if "validation" not in drawn and config.name != "synthetic":  # it makes as many as `validation` says
         notes += without_effect("data", config, ["validation"], "no validation is drawn from training")

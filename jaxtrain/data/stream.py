@@ -15,6 +15,7 @@ import dataclasses
 import gc
 import multiprocessing
 import os
+import re
 import signal
 import threading
 import time
@@ -24,6 +25,7 @@ from typing import Any, Protocol
 import grain
 import numpy as np
 from absl import flags
+from grain.multiprocessing import SharedMemoryArray
 
 from jaxtrain.data import order
 from jaxtrain.data.base import Source
@@ -102,8 +104,9 @@ class _Steps:
             raise
         except Exception as error:  # a user's source may raise anything, also what a worker could not pickle
             shown = ", ".join(str(index) for index in indices[:8])
+            reason = re.sub(r"<_io\.\w+ object at \w+>", "that has no name", str(error))  # Pillow's, of bytes in memory
             raise DataError(
-                f"{type(self.source).__name__} failed to read examples {shown}, ... ({type(error).__name__}: {error})."
+                f"{type(self.source).__name__} failed to read examples {shown}, ... ({type(error).__name__}: {reason})."
             ) from error
 
 
@@ -154,13 +157,25 @@ class Stream:
                 "in the script."
             ) from error
         self._left -= 1
-        return np.asarray(images), np.asarray(labels)  # plain views of Grain's shared-memory arrays
+        return _unlinked(images), _unlinked(labels)
 
     def __enter__(self) -> Stream:
         return self
 
     def __exit__(self, *exception: object) -> None:
         self.close()
+
+
+def _unlinked(array: np.ndarray) -> np.ndarray:
+    """A plain view of what may be an array in shared memory, which is freed with its last view.
+
+    Grain removes the memory's name when the array is deleted. That comes too late where the program ends before, and Python
+    then warns of leaked memory.
+    """
+    if isinstance(array, SharedMemoryArray) and array._unlink_on_del:
+        array._unlink_on_del = False
+        array.shm.unlink()  # type: ignore[union-attr]
+    return np.asarray(array)
 
 
 class _SafePath:

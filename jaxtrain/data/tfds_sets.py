@@ -31,6 +31,7 @@ from tensorflow_datasets.core import constants, utils
 from tensorflow_datasets.core.download import checksums
 from tensorflow_datasets.proto import tf_example_pb2
 
+from jaxtrain.config import did_you_mean
 from jaxtrain.data import base, cifar, images
 from jaxtrain.errors import ConfigError, DataError
 from jaxtrain.host.files import create, no_link
@@ -523,10 +524,26 @@ def find(name: str, root: Path) -> Path:
     configs = sorted({str(p.parents[1].relative_to(root)) for p in top.glob("*/*/features.json")})
     if configs and match["config"] is None:
         raise DataError(f"config.data.name={name!r}: choose one of its configs: {', '.join(configs)}.")
+    configs = _configs(match["name"])
+    if configs and match["config"] not in configs:
+        chosen = f"has no config {match['config']!r}" if match["config"] else "has configs"
+        raise ConfigError(
+            f"config.data.name={name!r}: {match['name']} {chosen}; choose one, as {match['name']}/{configs[0]}, of "
+            f"{', '.join(configs[:12])}{', ...' * (len(configs) > 12)}.{did_you_mean(match['config'] or '', configs)}"
+        )
+    built = "/".join(filter(None, (match["name"], match["config"])))
     raise DataError(
-        f"{name} is not prepared in {root} (no {top}/{match['version'] or '*.*.*'}): run `tfds build {match['name']} "
+        f"{name} is not prepared in {root} (no {top}/{match['version'] or '*.*.*'}): run `tfds build {built} "
         f"--data_dir={root} --file_format=array_record`, where TensorFlow is installed."
     )
+
+
+def _configs(name: str) -> list[str]:
+    """The configs of TFDS's data set `name`, [] where it has none or TFDS does not know it."""
+    try:
+        return list(tfds.builder_cls(name).builder_configs)
+    except Exception:  # an unknown name, or a module that imports what is not installed
+        return []
 
 
 def load_prepared(directory: Path, root: Path, side: int, chosen: Mapping[str, str], needed: str) -> base.RawSplits:

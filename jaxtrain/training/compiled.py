@@ -8,7 +8,7 @@ import dataclasses
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from jaxtrain.checkpoint.resume_point import ResumePoint
 from jaxtrain.errors import DeviceMemoryError
 from jaxtrain.observability.text_log import FILE_ONLY, NOT_LIVE, to_screen
 from jaxtrain.parallel.audit import audit
-from jaxtrain.step.batch import EvalBatch
+from jaxtrain.step.batch import Batch, EvalBatch
 from jaxtrain.step.eval_step import EvalResult, EvalStep, make_eval_step
 from jaxtrain.step.pipeline.eval_step import PipelineEvalStep, make_pipeline_eval_step
 from jaxtrain.step.pipeline.train_step import make_pipeline_train_step
@@ -39,11 +39,13 @@ class CompiledRun:
     """A run on its devices.
 
     Attributes:
+      run: what is computed.
       step: one update, or several as one program.
       evaluate: weights, on a split.
       inputs: batches.
     """
 
+    run: RunSpec
     step: TrainStep
     evaluate: Evaluator
     inputs: InputPipeline
@@ -52,6 +54,22 @@ class CompiledRun:
     def steps_per_call(self) -> int:
         """How many updates one call of `step` makes, of as many batches stacked."""
         return self.step.per_call
+
+    def batches(
+        self, *, first_step: int, first_example: int, steps: int, calls: Iterable[int] | None = None
+    ) -> Generator[Batch]:
+        """The batches of `steps` updates from `first_step` on; see `InputPipeline.train`."""
+        config = self.run.config
+        return self.inputs.train(
+            seed=config.seed,
+            schedule=self.run.task.schedule,
+            weight_decay=config.optim.weight_decay,
+            global_batch=config.data.global_batch,
+            first_step=first_step,
+            first_example=first_example,
+            steps=steps,
+            calls=calls,
+        )
 
 
 def compile_run(
@@ -85,19 +103,19 @@ def compile_run(
         log.warning("%s", text)
     log.info("data %s; compiling the step (%s)", inputs.where, compile_cache_note(), extra=NOT_LIVE)
     if state is None:
-        state = create_state(run.init, run.layout)
+        state = create_state(run.init, run.layout, run.config.seed)
     step = compiling.result()
     for note in audit(run.layout, table, state, step).notes:
         log.info("%s", note)
     log.info("compiled in %.1f s", time.perf_counter() - began)
-    return CompiledRun(step, Evaluator(run, inputs, compiler), inputs), state
+    return CompiledRun(run, step, Evaluator(run, inputs, compiler), inputs), state
 
 
 def _restored(run: RunSpec, resume: ResumePoint, shapes: TrainState) -> TrainState:
     """The state that the run goes on from."""
     assert resume.start is not None
     changes = run.config.checkpoint.allow_changes  # then a tree may stay as it is in a fresh state
-    template = create_state(run.init, run.layout) if changes else shapes
+    template = create_state(run.init, run.layout, run.config.seed) if changes else shapes
     with contextlib.closing(Checkpointer(resume.start.directory, read_only=True)) as checkpoints:
         state = checkpoints.restore(resume.start.step, template, allow_changes=changes)
     log.info("resumed from %s", resume.start.directory / str(resume.start.step))
@@ -110,6 +128,7 @@ class Evaluator:
     def __init__(self, run: RunSpec, inputs: InputPipeline, compiler: concurrent.futures.Executor | None = None):
         self._run, self._inputs = run, inputs
         self._batch = run.config.data.global_batch // run.layout.config.microbatches
+        self._examples = run.config.train.eval_examples
         self._compiler = compiler or concurrent.futures.ThreadPoolExecutor(1, "compile")
         self._compiled: dict[Any, concurrent.futures.Future[EvalStep | PipelineEvalStep]] = {}
 
@@ -141,7 +160,7 @@ class Evaluator:
                 yield batch
 
         program = self._program(params, batch_stats).result()
-        with contextlib.closing(self._inputs.evaluation(split, self._batch)) as batches:
+        with contextlib.closing(self._inputs.evaluation(split, self._batch, self._examples)) as batches:
             return program(params, batch_stats, watched(batches), self._inputs.resident)
 
     def of_state(

@@ -6,13 +6,15 @@ import contextlib
 import dataclasses
 import logging
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from jaxtrain.checkpoint.checkpointer import Checkpointer
+from jaxtrain.checkpoint.config_changes import may_be_one_data_set
 from jaxtrain.checkpoint.manifest import manifested_steps, problems, read_manifest
 from jaxtrain.checkpoint.resume_point import CheckpointStep, Position, find_checkpoint
-from jaxtrain.config import Config, LayoutConfig, flatten, from_dict, to_dict
-from jaxtrain.data import record
+from jaxtrain.config import Config, DataConfig, LayoutConfig, flatten, from_dict, to_dict
+from jaxtrain.data import record, registry
 from jaxtrain.data.base import Dataset, follow_classes
 from jaxtrain.errors import CheckpointError, ConfigError, DataError
 from jaxtrain.host import xla_flags
@@ -27,7 +29,7 @@ from jaxtrain.training.input_pipeline import make_input_pipeline
 from jaxtrain.training.jax_settings import compile_cache_note, settings
 from jaxtrain.training.setup import load_data, make_run_spec, select_devices
 from jaxtrain.trees import PyTree
-from jaxtrain.workdir import named
+from jaxtrain.workdir import Workdir, named
 
 SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 log = logging.getLogger("jaxtrain")
@@ -57,6 +59,7 @@ def evaluate(
     workdir: str | Path,
     split: str = "test",
     *,
+    data: str | Path = "",
     checkpoint: str = "best",
     ema: bool | None = None,
     num_devices: int = 0,
@@ -71,6 +74,8 @@ def evaluate(
     Args:
       workdir: the run's work directory.
       split: `train`, `val` or `test`.
+      data: the directory where the run's data is now; or another data set with the same classes: a directory of images,
+        or a name as `data.name`. A folder without splits is then evaluated as a whole. "" is where it was.
       checkpoint: `best`, `latest`, a step, `epoch:N` or a path.
       ema: whether to take the moving average of the weights; None: where the run keeps one, since the best checkpoint is
         chosen by it.
@@ -82,13 +87,14 @@ def evaluate(
     Raises:
       CheckpointError: the run has no such checkpoint. ConfigError: no such split, the run keeps no average, or its config names
         code and `trust` is not set.
-      DataError: the split does not hold what it held when the checkpoint was made.
+      DataError: the split does not hold what it held when the checkpoint was made, or `data` has other classes.
     """
     if split not in SPLITS:
         raise ConfigError(f"split={split!r}: must be one of train, val, test.")
     start, position, config = _find(named(workdir), checkpoint)
     if not trust:
-        refuse_code(flatten(to_dict(config)), start.directory / str(start.step))
+        named_by_run = flatten(to_dict(config)) | ({"data.name": ""} if data else {})
+        refuse_code(named_by_run, start.directory / str(start.step))
     if ema and not config.optim.ema:
         raise ConfigError(f"{workdir} keeps no moving average of the weights (config.optim.ema=0).")
     ema = bool(config.optim.ema) if ema is None else ema
@@ -98,15 +104,18 @@ def evaluate(
         devices = select_devices(num_devices)
         # Numbers do not depend on the layout: weights shared out among the devices, and a batch that they divide.
         config = dataclasses.replace(
-            config, layout=LayoutConfig(zero=3), model=dataclasses.replace(config.model, bn_groups=1)
+            config,
+            layout=LayoutConfig(zero=3),
+            model=dataclasses.replace(config.model, bn_groups=1),
+            train=dataclasses.replace(config.train, eval_examples=0),  # the whole split, whatever the run took
         )
         ways = batch_ways(make_mesh(config.layout, devices))
         batch = -(-config.data.global_batch // ways) * ways
         config = dataclasses.replace(config, data=dataclasses.replace(config.data, global_batch=batch))
         with settings(config):
+            where = f"step {start.step} of {workdir}"
             with progress.activity(f"reading the data set {config.data.name}"):
-                dataset = load_data(config.data, needed=SPLITS[split], drawn=position.dataset.drawn)
-            dataset = _same_data(dataset, position, split, f"step {start.step} of {workdir}", allow_changes)
+                dataset = _load(config.data, position, split, str(data), where, allow_changes)
             run = make_run_spec(*_as_trained(config, dataset, position), devices)
             state = checkpoints.restore_weights(start.step, state_shapes(run.init, run.layout))
             feed = make_input_pipeline(dataset, run.layout, config.data.residency, config.data.workers)
@@ -130,14 +139,103 @@ def _shown(evaluator: Evaluator, split: str, params: PyTree, batch_stats: PyTree
 def _find(workdir: Path, checkpoint: str) -> tuple[CheckpointStep, Position, Config]:
     """The checkpoint that is meant, whose files are whole; what is stored with it."""
     directory = workdir / "checkpoints"
-    start = find_checkpoint(directory, checkpoint, "checkpoint") if manifested_steps(directory) else None
+    steps = manifested_steps(directory)
+    best_by = _best_by(workdir, directory / str(steps[-1])) if steps and checkpoint == "best" else ""
+    start = find_checkpoint(directory, checkpoint, best_by, "checkpoint") if steps else None
     if start is None:
         raise CheckpointError(f"{workdir} holds no checkpoint.")
     folder = start.directory / str(start.step)
     if found := problems(folder):
         raise CheckpointError(f"{folder} is damaged ({found[0]}); choose another with --checkpoint.")
     stored = read_manifest(folder).position
-    return start, Position.from_json(stored), from_dict(stored["config"])
+    config = from_dict(stored["config"])
+    return start, Position.from_json(stored), dataclasses.replace(config, data=_where_it_was(config.data, workdir))
+
+
+def _where_it_was(config: DataConfig, workdir: Path) -> DataConfig:
+    """`config` with the place of the data at the run's latest start: the folder may have moved since a checkpoint."""
+    latest = (Workdir(workdir).read_config() or {}).get("data", {})
+    name = latest.get("name", config.name)
+    if not may_be_one_data_set(name, config.name):
+        return config
+    return dataclasses.replace(config, name=name, dir=latest.get("dir", config.dir))
+
+
+def _load(config: DataConfig, position: Position, split: str, data: str, where: str, allow_changes: bool) -> Dataset:
+    """The split of the run's data set, or of the one that `data` names; the other arguments are those of `_same_data`."""
+    stored, name = position.dataset, SPLITS[split]
+    if not data:
+        return _same_data(load_data(config, name, stored.drawn), position, split, where, allow_changes)
+    config = dataclasses.replace(registry.found_at(config, data), image_size=stored.image_size or config.image_size)
+    try:
+        dataset = load_data(config, name, stored.drawn)
+    except ConfigError:
+        if not config.splits:
+            raise
+        dataset = load_data(dataclasses.replace(config, splits=""), name, stored.drawn)  # another's have other names
+    known = not stored.fingerprint or any(record.same_split(stored, dataset, each) for each in SPLITS.values())
+    check = _same_data if known else _other_data
+    return check(dataset, position, split, where, allow_changes)
+
+
+def _other_data(dataset: Dataset, position: Position, split: str, where: str, allow_changes: bool) -> Dataset:
+    """The split of a data set that is not the run's, with the classes as the run knows them.
+
+    Args:
+      dataset: another data set than the run's.
+      position: the run's.
+      split: `train`, `val` or `test`.
+      where: names the run in errors.
+      allow_changes: whether to leave out the examples of classes that the run does not know.
+
+    Raises:
+      ConfigError: there is no such split.
+      DataError: it has classes that the run does not know, or images of another kind.
+    """
+    stored, name = position.dataset, SPLITS[split]
+    whole = registry.undivided(dataset)
+    if whole is not None:
+        dataset = dataclasses.replace(dataset, **{name: whole})
+    count = len(getattr(dataset, name))
+    if not count:
+        there = (
+            ", ".join(each for each in SPLITS if each != "validation" and len(getattr(dataset, SPLITS[each]))) or "none"
+        )
+        raise ConfigError(f"The data set {dataset.name} has no {split} split; of train, val and test it has {there}.")
+    if (channels := getattr(dataset, name).shape[2]) != len(stored.mean):
+        raise DataError(
+            f"The data set {dataset.name} has images of {channels} channel{'s' * (channels > 1)}, and {where} was trained on "
+            f"images of {len(stored.mean)}."
+        )
+    unknown = [each for each in dataset.class_names if each not in stored.class_names]
+    missing = [each for each in stored.class_names if each not in dataset.class_names]
+    if not dataset.class_names or len(unknown) == len(dataset.class_names) or (unknown and not allow_changes):
+        raise DataError(
+            f"The data set {dataset.name} has classes that {where} does not know: {_names(unknown)} (of the run's, it lacks "
+            f"{_names(missing)}); they are matched by their names, so rename or remove them"
+            + (", or leave them out with --allow-changes." if len(unknown) < len(dataset.class_names) else ".")
+        )
+    followed = follow_classes(dataset, stored.class_names, extend=False).only(name)
+    known = len(getattr(followed, name))
+    log.warning(
+        "data %s: not the data of %s; evaluated are %s examples of %s%s",
+        dataset.name,
+        where,
+        f"the {count:,}" if known == count else f"{known:,} of the {count:,}",
+        "the whole folder" if whole is not None else f"its {name}",
+        f", which has no class {_names(missing)}" if missing else "",
+    )
+    return followed
+
+
+def _names(classes: Sequence[str]) -> str:
+    return (", ".join(map(repr, classes[:5])) + f" and {len(classes) - 5} more" * (len(classes) > 5)) or "none"
+
+
+def _best_by(workdir: Path, newest: Path) -> str:
+    """`checkpoint.best` of the run's last start; of its newest checkpoint, where the directory holds nothing else."""
+    stored = Workdir(workdir).read_config() or read_manifest(newest).position["config"]
+    return flatten(stored).get("checkpoint.best", Config().checkpoint.best)
 
 
 def _same_data(dataset: Dataset, position: Position, split: str, where: str, allow_changes: bool) -> Dataset:

@@ -13,6 +13,7 @@ from typing import NoReturn
 
 from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.lease import Lease, NoLease
+from jaxtrain.checkpoint.manifest import is_better
 from jaxtrain.checkpoint.resume_point import Position, how_to_go_on
 from jaxtrain.data.order import batch_indices
 from jaxtrain.distributed import coordination
@@ -31,7 +32,13 @@ from jaxtrain.training import recovery
 from jaxtrain.training.cadence import Timetable
 from jaxtrain.training.compiled import CompiledRun
 from jaxtrain.training.reporter import Reporter
-from jaxtrain.training.results import TrainResult, best_weights, final_result, on_both_splits
+from jaxtrain.training.results import (
+    TrainResult,
+    best_weights,
+    deciding_figures,
+    final_result,
+    on_both_splits,
+)
 from jaxtrain.training.saving import Saver
 from jaxtrain.training.setup import RunSpec
 from jaxtrain.workdir import Workdir
@@ -98,9 +105,7 @@ class TrainLoop:
         """
         self.timetable.log_start(self.compiled.steps_per_call)
         first = self.timetable.first_step
-        batches = self.compiled.inputs.train(
-            seed=self.config.seed,
-            global_batch=self.config.data.global_batch,
+        batches = self.compiled.batches(
             first_step=first,
             first_example=self.position.examples,
             steps=max(self.run_spec.steps - first, 0),
@@ -203,8 +208,8 @@ class TrainLoop:
         """Whatever is due after the step that was read last.
 
         The order matters. Copies that differ are found before their weights are evaluated or saved. The epoch's row comes
-        before that of its validation. The validation comes before the save, since a checkpoint holds the accuracy that
-        decides whether it is the best. The stop comes last, when all of it is on disk.
+        before that of its validation. The validation comes before the save, since a checkpoint holds the figures that
+        decide whether it is the best. The stop comes last, when all of it is on disk.
         """
         step, due = self.position.step, self.timetable.due(self.position.step)
         self.watchdog.feed("save", step)
@@ -214,23 +219,23 @@ class TrainLoop:
             self.reporter.epoch(self.timetable.epoch_of(step), self.position)
         if due.epoch_end:
             self.position = self.position.at_new_epoch()
-        accuracy, is_best = self._validate(state) if due.validation else (None, False)
+        figures, is_best = self._validate(state) if due.validation else (None, False)
         self.reporter.view.row(step, is_best=is_best)
-        self.position = dataclasses.replace(self.position, owes_validation=due.validation and accuracy is None)
+        self.position = dataclasses.replace(self.position, owes_validation=due.validation and figures is None)
         if is_best or due.last or due.milestone or due.save or self.stopping or self.time_to_save:
-            self._save(state, accuracy)
+            self._save(state, figures)
         if self.stopping and not due.last:
             self._stop()
 
     def _validate_late(self, state: TrainState) -> None:
-        """The validation that an earlier start was stopped before; the checkpoint that it left learns the accuracy."""
+        """The validation that an earlier start was stopped before; the checkpoint that it left learns the figures."""
         step = self.position.step
         self.watchdog.feed("save", step)
-        accuracy, is_best = self._validate(state)
-        self.position = dataclasses.replace(self.position, owes_validation=accuracy is None)
-        if accuracy is not None:
+        figures, is_best = self._validate(state)
+        self.position = dataclasses.replace(self.position, owes_validation=figures is None)
+        if figures is not None:
             self.reporter.view.row(step, is_best=is_best)
-            self.saver.annotate(self.position, accuracy)
+            self.saver.annotate(self.position, figures)
         if self.stopping and step != self.run_spec.steps:
             self._stop()
 
@@ -241,12 +246,12 @@ class TrainLoop:
             f"Stopped after step {self.position.step} and saved it; {how_to_go_on(self.config)}."
         )
 
-    def _validate(self, state: TrainState) -> tuple[float | None, bool]:
+    def _validate(self, state: TrainState) -> tuple[Mapping[str, float | None] | None, bool]:
         """Evaluates the weights, and their average where there is one.
 
         Returns:
-          The accuracy that decides which weights are best, and whether it is the best so far. None when the run is told to
-          stop before or meanwhile: the next start will do it.
+          The figures, of which one decides what the best weights are, and whether it is the best so far. None when the run is
+          told to stop before or meanwhile: the next start will do it.
         """
         began = time.perf_counter()
         try:
@@ -256,11 +261,11 @@ class TrainLoop:
             return None, False
         self.validated = (self.position.step, results)
         self.reporter.evaluation(self.position.step, "val", results, time.perf_counter() - began)
-        accuracy = (results.get("ema") or results["raw"]).accuracy
-        is_best = accuracy > self.position.best_accuracy
+        figures, by = deciding_figures(results), self.config.checkpoint.best
+        is_best = is_better(by, figures[by], self.position.best_so_far(by))
         if is_best:
-            self.position = dataclasses.replace(self.position, best_accuracy=accuracy)
-        return accuracy, is_best
+            self.position = dataclasses.replace(self.position, best=figures[by], best_by=by)
+        return figures, is_best
 
     def _evaluate(self, state: TrainState, split: str) -> dict[str, EvalResult]:
         """Results on a split by weights: `raw`, and `ema` where the run keeps an average. Raises `_StopEvaluation`."""
@@ -277,10 +282,10 @@ class TrainLoop:
             raise _StopEvaluation
         self.reporter.view.next_batch()
 
-    def _save(self, state: TrainState, accuracy: float | None = None) -> None:
+    def _save(self, state: TrainState, figures: Mapping[str, float | None] | None = None) -> None:
         self.watchdog.feed("save")
         with self.clock.charge("checkpoint"), self.reporter.view.saving(self.position.step):
-            self.saver.save(state, self.position, accuracy)
+            self.saver.save(state, self.position, figures)
 
     # ---------------------------------------------------------------------------------------------------------- the end
 

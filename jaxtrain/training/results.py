@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from jaxtrain.checkpoint.manifest import read_manifest
 from jaxtrain.checkpoint.resume_point import Position
 from jaxtrain.config import Config, from_dict
-from jaxtrain.data.base import Dataset
+from jaxtrain.data.base import SPLITS, Dataset
 from jaxtrain.observability.clock import Span, explain
 from jaxtrain.observability.goodput import Goodput
 from jaxtrain.observability.rendering import percent, short_duration
@@ -54,7 +55,9 @@ def _accuracies(figures: Mapping[str, Any]) -> str:
 
 
 def figures(results: SplitResults, *, tested: bool) -> dict[str, Any]:
-    """What `result.json` says of one set of weights: loss, accuracy and top-5 under `test`, `test_ema`, `validation`, ...
+    """What `result.json` says of one set of weights: loss, accuracy, top-5 and of how many examples they are.
+
+    They stand under `test`, `test_ema`, `validation` and so on.
 
     tested: whether there is a test split; where there is none, `test` is null.
     """
@@ -62,16 +65,33 @@ def figures(results: SplitResults, *, tested: bool) -> dict[str, Any]:
     for split, by_weights in results.items():
         for weights, result in by_weights.items():
             key = split if weights == "raw" else f"{split}_{weights}"
-            summary[key] = {"loss": result.loss, "accuracy": result.accuracy, "top5": result.top5}
+            summary[key] = {name: getattr(result, name) for name in ("loss", "accuracy", "top5", "examples")}
     return summary
+
+
+def deciding_figures(validation: Mapping[str, EvalResult]) -> dict[str, float | None]:
+    """The figures of a validation that `checkpoint.best` may name: of the average of the weights, or else of themselves.
+
+    None for one that is not finite. validation: results by weights, `raw` and perhaps `ema`.
+    """
+    of = validation.get("ema") or validation["raw"]
+    values = {"val_accuracy": of.accuracy, "val_loss": of.loss, "val_top5": of.top5}
+    return {name: value if math.isfinite(value) else None for name, value in values.items()}
 
 
 @dataclasses.dataclass(frozen=True)
 class Best:
-    """Which weights are the best: those after `step`, chosen by the accuracy of their average (`ema`) or of themselves."""
+    """Which weights are the best: those after `step`, chosen by a figure of their average (`ema`) or of themselves.
+
+    by: the figure (`checkpoint.best`); None where nothing was chosen, so that they are the last ones.
+    """
 
     step: int
     ema: bool
+    by: str | None
+
+
+_WORDS = {"val_accuracy": "accuracy", "val_loss": "loss", "val_top5": "top-5 accuracy"}
 
 
 def on_both_splits(
@@ -106,9 +126,9 @@ def best_weights(checkpoints: Path, best_step: int | None, position: Position, c
       config: the run's.
     """
     if best_step is None:
-        return Best(position.step, ema=config.optim.ema > 0)
+        return Best(position.step, ema=config.optim.ema > 0, by=None)
     stored = read_manifest(checkpoints / str(best_step)).position["config"]
-    return Best(best_step, ema=from_dict(stored).optim.ema > 0)
+    return Best(best_step, ema=from_dict(stored).optim.ema > 0, by=config.checkpoint.best)
 
 
 def final_result(
@@ -137,8 +157,10 @@ def final_result(
         "steps": position.step,
         "examples": position.examples,
         "epochs": position.examples / len(run.dataset.train),
+        "splits": {split: len(getattr(run.dataset, split)) for split in SPLITS},
         "last": {"step": position.step} | figures(last, tested=tested),
-        "best": {"step": chosen.step, "weights": "ema" if chosen.ema else "raw"} | figures(best, tested=tested),
+        "best": {"step": chosen.step, "weights": "ema" if chosen.ema else "raw", "by": chosen.by}
+        | figures(best, tested=tested),
         "wall_seconds": span.wall,
         "seconds": dict(span.seconds),
         "throughput": span.throughput,
@@ -147,6 +169,21 @@ def final_result(
         "precision": run.config.train.precision,
         **of_all_starts,
     }
+
+
+def parts_evaluated(examples: int, splits: Mapping[str, int]) -> str:
+    """Says of which splits the run evaluates a part, and how large it is; "" where it evaluates the whole of each.
+
+    Args:
+      examples: `train.eval_examples`.
+      splits: how many examples each split has.
+    """
+    parts = [
+        f"{examples:,} of {splits[split]:,} {split} examples"
+        for split in ("validation", "test")
+        if 0 < examples < splits[split]
+    ]
+    return f"evaluated on {' and '.join(parts)}" if parts else ""
 
 
 def closing_lines(
@@ -159,10 +196,11 @@ def closing_lines(
       config: the run's.
       span: this start's time.
       tested: whether there is a test split.
-      has_best: whether a checkpoint was chosen by its validation accuracy.
+      has_best: whether a checkpoint was chosen by its validation.
     """
     chosen = "EMA" if result["best"]["weights"] == "ema" else "raw"
-    why = {"last": "", "best": f", by the validation accuracy of the {chosen} weights"}
+    by = _WORDS.get(result["best"]["by"], "")
+    why = {"last": "", "best": f", by the validation {by} of the {chosen} weights"}
     keys = {"": "", "EMA ": "_ema"} if config.optim.ema else {"": ""}
     for name in ("last", "best") if has_best else ("last",):
         accuracies = [
@@ -173,6 +211,8 @@ def closing_lines(
         ]
         if accuracies:
             yield f"{name}, step {result[name]['step']}{why[name]}: {', '.join(accuracies)}"
+    if parts := parts_evaluated(config.train.eval_examples, result["splits"]):
+        yield f"{parts} (config.train.eval_examples); jaxtrain evaluate takes the whole split"
     if not tested:
         yield f"nothing was tested: {config.data.name} has no test examples"
     yield explain(span, "this run")

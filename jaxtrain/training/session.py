@@ -20,7 +20,7 @@ from jaxtrain.checkpoint.lease import LEASE_SECONDS, Lease, NoLease, held, wait_
 from jaxtrain.checkpoint.resume_point import ResumePoint
 from jaxtrain.config import Config
 from jaxtrain.data import registry
-from jaxtrain.data.base import Dataset
+from jaxtrain.data.base import SPLITS, Dataset
 from jaxtrain.distributed import cluster, coordination
 from jaxtrain.distributed.coordination import barrier, broadcast_str, first_on_process_zero
 from jaxtrain.distributed.interrupt import Interrupt, catch_signals
@@ -33,11 +33,12 @@ from jaxtrain.observability.progress import Progress
 from jaxtrain.observability.text_log import TextLog, make_console
 from jaxtrain.optim.schedules import warmup_steps
 from jaxtrain.parallel.mesh import Device
+from jaxtrain.precision import require_hardware
 from jaxtrain.training.compiled import compile_run, explain_out_of_memory
 from jaxtrain.training.jax_settings import compile_cache_note, no_implicit_transfers, settings
 from jaxtrain.training.loop import Host, TrainLoop
 from jaxtrain.training.recovery import RollBack
-from jaxtrain.training.results import TrainResult
+from jaxtrain.training.results import TrainResult, parts_evaluated
 from jaxtrain.training.setup import (
     RunSpec,
     check_names,
@@ -93,6 +94,7 @@ def train(
         stack.enter_context(contextlib.closing(times))
         resolve = functools.partial(resolve_for_machine, devices=devices)
         resume, config = resume_lib.where_to_start(directory, config, resolve)
+        require_hardware(config.train.precision, devices)
         stack.enter_context(settings(config))
         watchdog.feed("prepare the data", resume.position.step)
         with clock.charge("input"), progress.activity(f"reading the data set {config.data.name}"):
@@ -119,7 +121,9 @@ def _train_from(
     position = dataclasses.replace(start, dataset=run.data_record, jobs=tuple(sorted(cluster.job_ids())))
     _warn_of_settings(run)
     # It may be a link to another disk; a new run makes it later.
-    check_space(directory.checkpoints if directory.checkpoints.exists() else directory.path, jax.eval_shape(run.init))
+    check_space(
+        directory.checkpoints if directory.checkpoints.exists() else directory.path, jax.eval_shape(run.init, 0)
+    )
     host.watchdog.feed("compile")
     compiling = f"{f'reading step {position.step}, ' if resume.start else ''}compiling the step"
     with host.clock.charge("compile"), host.progress.activity(compiling, note=compile_cache_note()):
@@ -128,7 +132,11 @@ def _train_from(
     _take_over(host, resume, config, run)
     host.times.goes_on_from(position.step)
     checkpointer = Checkpointer(
-        directory.checkpoints, config.checkpoint.keep, owner=host.lease.token, still_owner=host.lease.check
+        directory.checkpoints,
+        config.checkpoint.keep,
+        config.checkpoint.best,
+        owner=host.lease.token,
+        still_owner=host.lease.check,
     )
     with contextlib.closing(checkpointer), no_implicit_transfers():
         loop = TrainLoop(run, compiled, checkpointer, host, position, rollbacks_left)
@@ -137,11 +145,14 @@ def _train_from(
 
 
 def _warn_of_settings(run: RunSpec) -> None:
-    """Process 0 says which settings have no effect, or hardly the one that was meant."""
+    """Process 0 says which settings have no effect, or hardly the one that was meant, and which make less of the run."""
     if jax.process_index() > 0:
         return
     for text in unused_settings(run):
         log.warning("%s", text)
+    splits = {split: len(getattr(run.dataset, split)) for split in SPLITS}
+    if parts := parts_evaluated(run.config.train.eval_examples, splits):
+        log.info("%s (config.train.eval_examples)", parts)
     if (warmup := warmup_steps(run.config, len(run.dataset.train))) > run.steps:
         text = "config.optim.warmup=%r is %d steps, longer than the run's %d."
         log.warning(text, run.config.optim.warmup, warmup, run.steps)
@@ -172,5 +183,6 @@ def _take_over(host: Host, resume: ResumePoint, config: Config, run: RunSpec) ->
             old.unlink()
         directory.write_config(config_lib.to_dict(config))
         directory.write_dataset(dataclasses.asdict(run.data_record))
+        directory.write_skipped_images(run.dataset.skipped)
         start_record.append_start(directory.manifest, start_record.environment(step))
     barrier("the work directory is this run's")

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
+import jaxtrain
 from jaxtrain import cli
 from jaxtrain.checkpoint import manifest
 from jaxtrain.config import (
@@ -21,6 +23,7 @@ from jaxtrain.config import (
     TrainConfig,
     explain,
     explain_sections,
+    flatten,
 )
 from jaxtrain.data import registry as datasets
 from jaxtrain.errors import DataError
@@ -94,7 +97,7 @@ WRONG = [
     (["--config.seed=-1"], ["config.seed=-1", "at least 0"]),
     (["--config.data.global_batch=0"], ["config.data.global_batch=0", "at least 1"]),
     (["--config.data.augmentation=hevy"], ["config.data.augmentation='hevy'", "Did you mean 'heavy'?"]),
-    (["--config.train.precision=fp32"], ["config.train.precision='fp32'", "auto, f32, bf16, fp16, f64"]),
+    (["--config.train.precision=fp32"], ["config.train.precision='fp32'", "auto, f32, tf32, bf16, fp16, f64"]),
     (["--config.layout.zero=4"], ["config.layout.zero=4", "0, 1, 2 or 3"]),
     (["--config.layout.data=0"], ["config.layout.data=0", "at least 1, or -1"]),
     (["--config.layout.rules=(('(',('tensor',)),)"], ["config.layout.rules", "not a regular expression"]),
@@ -217,7 +220,6 @@ BROKEN = {
         None,
         "config.optim.lr does not exist",
     ),
-    "no-argument": (f"{HEAD}def get_config():\n    return recipe(Config())\n".encode(), None, "get_config()"),
     "returns-a-dict": (b"def get_config(arg=''):\n    return {'seed': 1}\n", None, "returned dict"),
     "returns-nothing": (b"def get_config(arg=''):\n    pass\n", None, "returned NoneType"),
     "nothing": (b"", None, "must define get_config"),
@@ -392,6 +394,36 @@ def test_config_shows_every_value_and_where_it_came_from(capsys):
     assert rows["config.layout.zero"][-1] == "argument"
     assert rows["config.model.name"] == ["config.model.name", "'resnet50'", "recipe"]
     assert rows["config.optim.ema"] == ["config.optim.ema", "0.0", "default"]
+
+
+def test_config_takes_the_recipe_as_other_commands_do(capsys):
+    printed = []
+    for words in ([QUICKSTART], ["--config", QUICKSTART], ["--config", "quickstart"]):
+        assert cli.main(["config", *words]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] == printed[2]
+    (paragraph,) = explained(capsys, "--explain", "seed", "--config", QUICKSTART)  # in any order
+    assert "  value      0 (from: default)" in paragraph
+    assert "takes one recipe" in sentence(capsys, ["config", QUICKSTART, "--config", RESNET])
+
+
+def test_config_as_json_is_what_a_run_stores(capsys, finished):
+    stored = json.loads((finished / "config.json").read_text())
+    assert cli.main(["config", *tiny("--json")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name: type(value) for name, value in flatten(found).items()} == {
+        name: type(value) for name, value in flatten(stored).items()
+    }
+    assert found["model"]["width"] == 16
+    assert "--json prints values" in sentence(capsys, ["config", "--explain", "seed", "--json"])
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    python = ".".join(map(str, sys.version_info[:3]))
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"jaxtrain {jaxtrain.__version__}, jax {jax.__version__}, Python {python}\n"
 
 
 def explained(capsys, *words) -> list[str]:
@@ -709,7 +741,7 @@ def test_a_command_leaves_the_search_path_as_it_was(capsys, monkeypatch):
     assert sys.path == before
 
 
-@pytest.mark.parametrize("field", ["model.name", "data.name", "optim.name", "optim.loss"])
+@pytest.mark.parametrize("field", ["model.name", "data.name", "data.augmentation", "optim.name", "optim.loss"])
 def test_code_that_a_run_directory_names_is_not_run_unless_it_is_trusted(
     capsys, finished, tmp_path, monkeypatch, field
 ):

@@ -5,10 +5,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import importlib
 import io
 import multiprocessing
 import os
 import pickle
+import re
+import shutil
 import signal
 import struct
 import subprocess
@@ -16,6 +19,7 @@ import sys
 import textwrap
 import threading
 import time
+import warnings
 import zlib
 from pathlib import Path
 
@@ -24,8 +28,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from jaxtrain import cli
 from jaxtrain.config import DataConfig, LayoutConfig
-from jaxtrain.data import base, images, order, registry, stream
+from jaxtrain.data import base, folder_scan, images, order, registry, stream
 from jaxtrain.data.folder import FolderSource
 from jaxtrain.distributed import coordination
 from jaxtrain.errors import ConfigError, DataError, JaxtrainError
@@ -98,6 +103,17 @@ def test_evaluation_counts_each_example_once(n, batch):
         assert indices.max() < n
         np.add.at(counted, indices[mask], 1)
     assert (counted == 1).all()
+
+
+def test_a_part_of_an_evaluation_is_of_every_class_and_always_the_same():
+    labels = np.repeat(np.arange(10), 100)  # sorted by class, as the files of a folder are
+    part = order.eval_subset(1000, 200)
+    assert (np.diff(part) > 0).all()
+    assert np.bincount(labels[part]).min() >= 10
+    assert set(order.eval_subset(1000, 50)) < set(part)
+    np.testing.assert_array_equal(order.eval_subset(1000, 5), [403, 606, 656, 811, 931])
+    for count in (0, 1000, 2000):
+        np.testing.assert_array_equal(order.eval_subset(1000, count), np.arange(1000))
 
 
 # -------------------------------------------------------------------------------------------------------------- splits
@@ -397,7 +413,7 @@ def test_a_test_without_classes_is_absent(folder, tmp_path):
     write_image(top / "test/0.png")
     dataset = load_folder(top)
     assert [len(getattr(dataset, split)) > 0 for split in base.SPLITS] == [True, True, True]  # drawn from training
-    assert "the split 'test' has images without classes, and is left out" in dataset.notes
+    assert any("the split 'test' has images without classes, and is left out" in note for note in dataset.notes)
     assert len(registry.load(DataConfig(name=f"folder:{top}"), image_size=14, needed="test").test) == len(dataset.test)
     write_image(top / "val/ant/0.png")
     assert len(load_folder(top).test) == 0
@@ -632,7 +648,7 @@ def encoded(name: str, **options) -> bytes:
     return buffer.getvalue()
 
 
-@pytest.mark.parametrize("name", ["EPS", "PDF", "TGA", "ICO", "PCX", "SGI", "JPEG2000", "DIB"])
+@pytest.mark.parametrize("name", ["EPS", "PDF", "TGA", "ICO", "PCX", "SGI", "DIB"])
 def test_an_image_of_a_format_that_is_not_promised_is_not_opened(monkeypatch, name):
     """By its content, whatever its name: Pillow hands an EPS file to Ghostscript."""
 
@@ -642,7 +658,8 @@ def test_an_image_of_a_format_that_is_not_promised_is_not_opened(monkeypatch, na
     monkeypatch.setattr("subprocess.Popen", other_program)
     monkeypatch.setattr("shutil.which", lambda program: program)
     with pytest.raises(
-        DataError, match=r"x\.png is not a readable image .*none of JPEG, PNG, BMP, GIF, WEBP, PPM, TIFF"
+        DataError,
+        match=r"x\.png is not a readable image .*none of JPEG, PNG, BMP, GIF, WEBP, PPM, TIFF, AVIF, JPEG2000",
     ):
         images.decode(encoded(name), "x.png", channels=3, side=8)
 
@@ -650,7 +667,7 @@ def test_an_image_of_a_format_that_is_not_promised_is_not_opened(monkeypatch, na
 @pytest.mark.parametrize(
     ("name", "options"),
     [
-        *((name, {}) for name in ("JPEG", "PNG", "BMP", "PPM")),
+        *((name, {}) for name in ("JPEG", "PNG", "BMP", "PPM", "AVIF", "JPEG2000")),
         *(("TIFF", {"compression": each}) for each in (None, "tiff_lzw", "tiff_deflate", "jpeg", "packbits")),
         *((name, {"save_all": True}) for name in ("GIF", "WEBP", "TIFF", "MPO", "PNG")),
     ],
@@ -659,6 +676,173 @@ def test_an_image_of_a_format_that_is_not_promised_is_not_opened(monkeypatch, na
 def test_the_first_frame_of_each_promised_format_is_read(name, options):
     found = images.decode(encoded(name, **options), "it", channels=3, side=8)
     assert np.abs(found.astype(int) - [200, 0, 0]).max() <= 3
+
+
+FORMATS = {".avif": "AVIF", ".jfif": "JPEG", ".jpe": "JPEG", ".JP2": "JPEG2000", ".webp": "WEBP", ".apng": "PNG"}
+
+
+def test_files_by_other_names_and_in_sub_folders_are_read_and_others_counted(tmp_path):
+    for k, (extension, name) in enumerate(FORMATS.items()):
+        (tmp_path / "ant/deep/er").mkdir(parents=True, exist_ok=True)
+        (tmp_path / ("ant", "ant/deep", "ant/deep/er")[k % 3] / f"{k}{extension}").write_bytes(encoded(name))
+    write_image(tmp_path / "bee/0.png", value=50)
+    for name in ("ant/a.heic", "ant/deep/b.HEIC", "bee/label", "bee/Thumbs.db", "README.md", "loose.png"):
+        (tmp_path / name).touch()
+    for name in ("__MACOSX/ant", "lost+found", "bee/@eaDir"):
+        (tmp_path / name).mkdir(parents=True)
+    dataset = load_folder(tmp_path, validation=0.0)
+    source = base.underlying(dataset.train)
+    assert isinstance(source, FolderSource)
+    assert dataset.class_names == ("ant", "bee")
+    assert sorted(Path(file).suffix for file in source.files) == sorted([*FORMATS, ".png"])
+    pixels, labels = base.materialize(source)
+    assert labels.tolist() == [0] * 6 + [1]
+    assert np.abs(pixels[labels == 0].astype(int) - [200, 0, 0]).max() <= 3
+    (left_out,) = [note for note in dataset.notes if note.startswith("left out")]
+    for part in ("2 .heic", "1 without an extension", f"1 beside the folders of classes in {tmp_path}", "__MACOSX"):
+        assert part in left_out
+    assert "README" not in left_out
+    assert "the images of sub-folders belong to their class: ant/deep and 1 more" in dataset.notes
+    (tmp_path / "ant/deep/loop").symlink_to(tmp_path / "ant")
+    with pytest.raises(DataError, match=r"deep/loop: the link leads to a folder above it"):
+        load_folder(tmp_path)
+
+
+def test_a_fingerprint_of_a_folder_is_that_of_every_version(tmp_path):
+    """A run that was started before goes on: these are of the version that read no sub-folders."""
+    for top in ("flat", "split/train", "split/val"):
+        for name in "ab":
+            (tmp_path / top / name).mkdir(parents=True)
+            for k in range(20):
+                (tmp_path / top / name / f"{k:02d}.{'png' if k % 2 else 'JPG'}").write_bytes(b"x" * (k + ord(name)))
+            (tmp_path / top / name / "notes.txt").touch()
+    found = [registry.load(DataConfig(name=f"folder:{tmp_path / top}"), image_size=16) for top in ("flat", "split")]
+    assert [dataset.fingerprint[:12] for dataset in found] == ["0c8cf9f694bf", "bd95cdc6e96a"]
+    assert [print_[:10] for print_ in found[0].split_fingerprints.values()] == [
+        "543038b823",
+        "4f53cda18c",
+        "64e19c11fc",
+    ]
+
+
+@pytest.fixture
+def spoilt(folder) -> dict[str, str]:
+    """Files of `folder` that cannot be read -> why."""
+    (folder / "bee/0.jpg").write_bytes(b"")
+    (folder / "cat/1.png").write_bytes((folder / "cat/1.png").read_bytes()[:60])
+    (folder / "cat/2.jpg").write_text("<html>404</html>")
+    (folder / "dog/3.png").write_bytes(bomb())
+    (folder / "dog/gone.png").symlink_to(folder / "nowhere")
+    os.mkfifo(folder / "dog/pipe.png")
+    why = ("is empty", "truncated|broken", "its content is none of", "pixels; at most", "No such file", "a pipe")
+    return dict(
+        zip(("bee/0.jpg", "cat/1.png", "cat/2.jpg", "dog/3.png", "dog/gone.png", "dog/pipe.png"), why, strict=True)
+    )
+
+
+def test_every_image_that_cannot_be_read_is_listed(folder, spoilt, tmp_path, capsys):
+    assert cli.main(["data", "verify", f"folder:{folder}", "--dir", str(tmp_path / "data")]) == 65
+    said = capsys.readouterr()
+    for line, (name, why) in zip(said.out.splitlines(), spoilt.items(), strict=True):
+        assert re.search(rf"{name}.* .*({why})", line)
+    assert "6 of 35 images of" in said.err
+    assert "skip_bad=true" in said.err
+
+
+def test_bad_images_are_left_out_by_name(folder, spoilt, tmp_path, monkeypatch):
+    """As if they were not there, at every start the same, and found by reading every image once."""
+    config = DataConfig(name=f"folder:{folder}", dir=str(tmp_path / "data"), skip_bad=True, image_size=14)
+    with pytest.raises(DataError, match=r"dog/gone.png cannot be read .*skip_bad=true leaves them out"):
+        registry.load(dataclasses.replace(config, skip_bad=False), image_size=14)
+    registry.prepare(config)
+    read: list[Path] = []
+    monkeypatch.setattr(
+        images, "read_file", lambda path, *rest, before=images.read_file: read.append(path) or before(path, *rest)
+    )
+    dataset = registry.load(config, image_size=14)
+    assert {str(path.relative_to(folder)) for path in read} == set(spoilt) - {"dog/gone.png", "dog/pipe.png"}
+    assert [sentence.split()[0] for sentence in dataset.skipped] == [str(folder / name) for name in spoilt]
+    assert any("6 of 35 images cannot be read and are left out" in note for note in dataset.notes)
+    (folder / "cat/new.png").write_bytes(encoded("PNG"))  # anything that changed is read
+    assert len(registry.load(config, image_size=14).skipped) == 6
+    (folder / "cat/new.png").unlink()
+    mended = (folder / "cat/2.jpg").stat()
+    (folder / "cat/2.jpg").write_bytes(encoded("JPEG"))
+    os.utime(folder / "cat/2.jpg", ns=(mended.st_atime_ns, mended.st_mtime_ns))
+    assert len(registry.load(config, image_size=14).skipped) == 5
+    for name in spoilt.keys() - {"cat/2.jpg"}:
+        (folder / name).unlink()
+    without = load_folder(folder)
+    assert registry.load(config, image_size=14).fingerprint == without.fingerprint
+    assert without.fingerprint != dataset.fingerprint
+    assert any("skip_bad=True has no effect" in note for note in registry.load(DataConfig(skip_bad=True)).notes)
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        (("Train", "Test"), r"splits=test=Test,train=Train"),
+        (("TRAIN", "VAL"), r"splits=train=TRAIN,validation=VAL"),
+        (("Training", "other"), r"splits=train=Training"),
+        (("train", "Test"), r"splits=train=train,test=Test"),
+    ],
+)
+def test_folders_named_almost_as_splits_are_not_taken_for_classes(folder, tmp_path, names, said):
+    for name in names:
+        shutil.copytree(folder, tmp_path / "top" / name)
+    with pytest.raises(DataError, match=f"Rename the folders, or name the splits: --config.data.{said}"):
+        load_folder(tmp_path / "top")
+
+
+def test_classes_may_be_named_almost_as_splits(tmp_path):
+    for name in ("Train", "Tram"):
+        write_image(tmp_path / name / "0.png")
+    assert load_folder(tmp_path, validation=0.0).class_names == ("Train", "Tram")
+
+
+def test_what_is_no_data_set_gets_told_what_to_do(folder, tmp_path):
+    write_image(tmp_path / "loose/0.png")
+    (tmp_path / "file.zip").touch()
+    (tmp_path / "wrapped").mkdir()
+    shutil.copytree(folder, tmp_path / "wrapped/inner")
+    shutil.copytree(folder, tmp_path / "unlabelled/train")
+    write_image(tmp_path / "unlabelled/test/all/0.png")
+    (folder / "bee/x.heic").touch()
+    for path in (folder / "bee").glob("*.[pj]*"):
+        path.unlink()
+    for where, said in {
+        tmp_path / "loose": r"has images without folders \(1\); move those of each class",
+        tmp_path / "file.zip": "is a file; unpack it",
+        tmp_path / "wrapped": r"has one, 'inner'; was folder:.*wrapped/inner meant, which has ant, bee, cat, ...",
+        tmp_path / "unlabelled": r"no class 'all'.* is left out with --config.data.splits=test=none",
+        folder: r"bee: the class has no images, but 1 .heic; remove the folder",
+    }.items():
+        with pytest.raises(DataError, match=said):
+            load_folder(where)
+
+
+def test_a_name_that_the_locale_cannot_read_is_blamed_on_the_locale(monkeypatch):
+    """As `LC_ALL=C` with `PYTHONUTF8=0` gives the bytes of 'kätzchen'."""
+    monkeypatch.setattr("sys.getfilesystemencoding", lambda: "ascii")
+    with pytest.raises(DataError, match=r"the name 'kätzchen' is UTF-8, .* as ascii, by its locale; .*PYTHONUTF8=1"):
+        folder_scan.check_name("k\udcc3\udca4tzchen", Path("/data"))
+
+
+def test_warnings_of_the_decoder_are_not_shown():
+    exif = Image.Exif()
+    exif[0x010E] = "a description"
+    data = encoded("JPEG", exif=exif)
+    tag = b"\x01\x0e\x00\x02\x00\x00\x00"  # text of so many bytes, and now of more than there are
+    assert tag in data
+    data = data.replace(tag, tag[:-2] + b"\x0f\x00")
+    with warnings.catch_warnings(record=True) as shown:
+        warnings.simplefilter("always")
+        images.decode(data, "it", channels=3, side=8)
+        assert shown
+        shown.clear()
+        importlib.reload(images)
+        images.decode(data, "it", channels=3, side=8)
+    assert not shown
 
 
 def test_links_that_leave_the_folder_are_refused(folder, tmp_path):
@@ -832,6 +1016,9 @@ def test_stream_gives_the_bytes_of_direct_reads(workers):
         np.testing.assert_array_equal(labels, wanted[1])
         assert (pixels.dtype, labels.dtype, type(pixels)) == (np.uint8, np.int32, np.ndarray)
     assert not children()
+    shared = [array.base.shm.name for pair in got for array in pair if hasattr(array.base, "shm")]
+    assert len(shared) == (2 * 9 if workers else 0)
+    assert not any(Path("/dev/shm", name).exists() for name in shared)  # nothing is left if the program ends here
 
 
 @pytest.mark.parametrize("read", ["train", "eval"])

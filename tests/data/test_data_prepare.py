@@ -669,6 +669,12 @@ def test_what_is_not_prepared_or_not_usable(tmp_path):
         DataError, match=r"mnist is not prepared in .*: run `tfds build mnist --data_dir=.*array_record`"
     ):
         registry.load(config(tmp_path, "mnist"))
+    with pytest.raises(ConfigError, match=r"imagenet_resized has configs; choose one, .* of 8x8, 16x16, 32x32, 64x64"):
+        registry.load(config(tmp_path, "imagenet_resized"))
+    with pytest.raises(ConfigError, match=r"imagenet_resized has no config '32'; choose one, .* of 8x8, 16x16"):
+        registry.load(config(tmp_path, "imagenet_resized/32"))
+    with pytest.raises(DataError, match=r"run `tfds build imagenet_resized/32x32 --data_dir="):
+        registry.load(config(tmp_path, "imagenet_resized/32x32"))
     with pytest.raises(DataError, match=r"my_set:2.0.0 is not prepared"):
         registry.prepare(config(tmp_path, "my_set:2.0.0"))
     with pytest.raises(ConfigError, match=r"digits, synthetic, cifar10, cifar100, folder:PATH.* Did you mean 'mnist'"):

@@ -19,11 +19,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
 from jaxtrain import workdir as wd
 from jaxtrain.cli import main as command_line
+from jaxtrain.config import Config, DataConfig, flat_keys, to_dict
 from jaxtrain.distributed import straggler
 from jaxtrain.distributed.straggler import ProcessTime
 from jaxtrain.distributed.watchdog import Beat, dump_stacks, read_beat, write_beat
@@ -342,6 +344,26 @@ def test_tensorboards_own_reader_sees_each_step_once(run):
     assert seen.Scalars("loss")[8].value == np.float32(1 / 9)
     seen = EventAccumulator(str(run.tensorboard / "val")).Reload()
     assert [event.step for event in seen.Scalars("loss")] == [4, 8]
+
+
+def test_tensorboards_own_reader_sees_the_config(run):
+    values = to_dict(Config(data=DataConfig(mean=(0.5,), std=(0.25,))))
+    run.write_config(values)
+    MetricsWriter(run).close()
+    seen = EventAccumulator(str(run.tensorboard)).Reload()
+    (shown,) = seen.Tensors("config")
+    lines = shown.tensor_proto.string_val[0].decode().splitlines()
+    assert seen.SummaryMetadata("config").plugin_data.plugin_name == "text"
+    assert len(lines) == 2 + len(flat_keys())
+    assert "| `optim.learning_rate` | `0.1` |" in lines
+    content = seen.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    hparams = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert hparams["optim.learning_rate"].number_value == 0.1
+    assert hparams["data.global_batch"].number_value == 128
+    assert hparams["model.name"].string_value == "resnet18"
+    assert hparams["data.mean"].string_value == "[0.5]"
+    assert hparams["train.deterministic"].WhichOneof("kind") == "bool_value"
+    assert set(hparams) == set(flat_keys())
 
 
 # --------------------------------------------------------------------------------------------------------- text log

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -11,14 +12,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import draw_folder
+from runs import SMALL, draw_folder, here
 
 from jaxtrain import cli, evaluate, train
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.data import registry
 from jaxtrain.data.augment import eval_inputs
+from jaxtrain.data.order import eval_subset
 from jaxtrain.errors import ConfigError, DataError
 from jaxtrain.models.layers import Context
+from jaxtrain.recipes import change
 from jaxtrain.step.eval_step import add_to_sums, summarize, zero_sums_of
 from jaxtrain.step.task import Task
 from jaxtrain.step.train_state import create_state
@@ -182,6 +185,28 @@ def test_the_end_of_a_run_says_what_each_figure_is_of(tmp_path):
     assert best["test_ema"]["loss"] != pytest.approx(best["test"]["loss"], rel=1e-3)
 
 
+def test_a_part_of_each_split_is_evaluated_and_said_to_be_one(tmp_path):
+    run = here(tmp_path, SMALL | {"data.name": "digits", "train.steps": 4}, train__eval_examples=50)
+    assert run.result["splits"] == {"train": 128, "validation": 144, "test": 359}
+    for split, size in (("validation", 144), ("test", 359)):
+        assert run.result["last"][split]["examples"] == run.result["best"][split]["examples"] == 50
+        whole = evaluate(tmp_path, split.removesuffix("idation"), checkpoint="latest", num_devices=1)
+        assert whole.result.examples == size
+    said = (tmp_path / "logs/process_0.log").read_text()
+    part = "evaluated on 50 of 144 validation examples and 50 of 359 test examples (config.train.eval_examples)"
+    assert said.count(part) == 2
+    assert f"{part}; jaxtrain evaluate takes the whole split" in said
+
+
+def test_another_part_may_be_evaluated_on_resume_and_its_best_is_its_own(tmp_path):
+    fields = SMALL | {"data.name": "digits", "train.eval_every": "2 steps", "train.steps": 6}
+    first = here(tmp_path, fields, train__eval_examples=1)
+    assert first.result["best"]["validation"]["accuracy"] == 1.0  # that one is easy
+    again = here(tmp_path, fields, train__steps=10)
+    assert again.result["best"]["step"] > 6
+    assert again.result["best"]["validation"]["examples"] == 144
+
+
 def test_what_is_remembered_of_the_data(trained):
     record = json.loads((trained / "run/dataset.json").read_text())
     (manifest,) = (trained / "run/checkpoints").glob("30/manifest.json")
@@ -209,6 +234,70 @@ def test_a_run_that_was_split_by_another_rule_is_refused_by_name(trained):
             evaluate(run, num_devices=1, allow_changes=allow)
     with pytest.raises(DataError, match=said):
         fit(run, trained / "data", steps=40, allow_changes=True)
+
+
+# -------------------------------------------------------------------------------------------------- where the data is
+
+
+def test_a_folder_may_move(trained, monkeypatch):
+    """Its path says where it is: named by a link, with a slash, or from another directory; and not what it holds."""
+    wanted = evaluate(trained / "run", num_devices=1)
+    (trained / "data").rename(trained / "moved")
+    with pytest.raises(DataError, match=r"there is no such folder; if it was moved, .*--data"):
+        evaluate(trained / "run", num_devices=1)
+    monkeypatch.chdir(trained / "moved")
+    assert evaluate(trained / "run", data="../moved/", num_devices=1) == wanted
+    (trained / "link").symlink_to("moved")
+    assert fit(trained / "run", "../link/", steps=40).result["last"]["step"] == 40
+    monkeypatch.chdir(trained)
+    assert evaluate(trained / "run", num_devices=1).result.examples == wanted.result.examples  # the last place is known
+    draw_folder(trained / "moved", "a", 60, 70)
+    with pytest.raises(DataError, match=r"folder:.*/moved is not the one of step 40 of .*/run, folder:.*/link \("):
+        fit(trained / "run", "moved", steps=50)
+    with pytest.raises(DataError, match=r"is not the one of step .* or evaluate what is there with --allow-changes"):
+        evaluate(trained / "run", "train", data="moved", num_devices=1)
+
+
+def test_other_data_is_evaluated_by_the_names_of_its_classes(trained, tmp_path, caplog):
+    own = evaluate(trained / "run", num_devices=1)
+    new = draw_folder(tmp_path / "new", "ca", 100, 110)  # the run's, and one of them is lacking
+    found = evaluate(trained / "run", data=new, num_devices=1)
+    assert found.class_names == ("a", "b", "c")
+    assert (found.result.examples, found.result.accuracy > 0.9) == (20, True)
+    assert np.isnan(found.result.per_class).tolist() == [False, True, False]
+    assert "evaluated are the 20 examples of the whole folder, which has no class 'b'" in caplog.text
+    draw_folder(tmp_path / "split/test", "abc", 100, 105)
+    assert evaluate(trained / "run", data=tmp_path / "split", num_devices=1).result.examples == 15
+    with pytest.raises(DataError, match=r"has test but no train"):
+        evaluate(trained / "run", "val", data=tmp_path / "split", num_devices=1)
+    draw_folder(new, "d", 0, 5)
+    with pytest.raises(DataError, match=r"does not know: 'd' \(of the run's, it lacks 'b'\); .*--allow-changes"):
+        evaluate(trained / "run", data=new, num_devices=1)
+    found = evaluate(trained / "run", data=new, allow_changes=True, num_devices=1)
+    assert found.result.examples == 20
+    assert "evaluated are 20 of the 25 examples of the whole folder" in caplog.text
+    with pytest.raises(DataError, match=r"has images of 1 channel, and step \d+ of .* was trained on images of 3"):
+        evaluate(trained / "run", data="digits", num_devices=1)
+    with pytest.raises(DataError, match="there is no such directory"):
+        evaluate(trained / "run", data=tmp_path / "nowhere", num_devices=1)
+    assert evaluate(trained / "run", num_devices=1) == own
+
+
+def test_bad_images_are_left_out_of_a_run_and_listed_in_it(tmp_path):
+    data = draw_folder(tmp_path / "data", "abc", 0, 60)
+    (data / "b/003.png").write_bytes(b"")
+    config = Config(
+        data=DataConfig(
+            name=f"folder:{data}", global_batch=32, image_size=SIDE, skip_bad=True, dir=str(tmp_path / "d")
+        ),
+        model=ModelConfig(name="mlp", width=8),
+        train=TrainConfig(steps=1),
+    )
+    train(config, tmp_path / "run", num_devices=1, quiet=True)
+    assert (tmp_path / "run/skipped_images.txt").read_text() == f"{data / 'b/003.png'} (class 'b') is empty.\n"
+    record = json.loads((tmp_path / "run/dataset.json").read_text())
+    assert sum(split["examples"] for split in record["splits"].values()) == 179
+    assert "1 of 180 images cannot be read and are left out" in (tmp_path / "run/logs/process_0.log").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------------- the figures
@@ -260,13 +349,17 @@ def test_the_figures_are_those_of_every_example_once(layout, residency):
     with settings(config):
         dataset = load_data(config.data)
         run = make_run_spec(config, dataset, jax.devices()[: layout.stages * max(layout.data, 1)])
-        state = create_state(run.init, run.layout)
+        state = create_state(run.init, run.layout, run.config.seed)
         feed = make_input_pipeline(dataset, run.layout, residency, 0)
         found = Evaluator(run, feed)("test", state.params, state.batch_stats)
+        part = change(config, **{"train.eval_examples": 17})
+        found_in_part = Evaluator(dataclasses.replace(run, config=part), feed)("test", state.params, state.batch_stats)
         images, labels = dataset.test.read(np.arange(40))
         inputs, context = eval_inputs(run.task.preprocess, jnp.asarray(images)), Context(jnp.arange(40))
         logits, _ = run.task.model.apply(jax.device_get(state.params), {}, inputs, context)
     assert_figures(found, figures(np.asarray(logits), labels))
+    chosen = eval_subset(40, 17)
+    assert_figures(found_in_part, figures(np.asarray(logits)[chosen], labels[chosen]))
     assert np.isnan(found.per_class).tolist() == 10 * [False] + 2 * [True]
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jaxtrain.checkpoint.manifest import write_manifest
+from jaxtrain.checkpoint.manifest import is_better, write_manifest
 from jaxtrain.checkpoint.resume_point import Position
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, TrainConfig
 from jaxtrain.errors import NumericError
@@ -17,7 +17,7 @@ from jaxtrain.observability.clock import CATEGORIES, Span, StepClock
 from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.training import recovery
 from jaxtrain.training.cadence import Due, Timetable
-from jaxtrain.training.results import closing_lines, done_lines, figures
+from jaxtrain.training.results import closing_lines, deciding_figures, done_lines, figures
 from jaxtrain.training.run_view import Pace, seconds_left
 
 # Epochs of 100 examples in batches of 30: they end with the steps 4, 7, 10, 14, ...
@@ -48,6 +48,17 @@ def test_what_is_due_after_which_step():
     assert steps_with("replica_check", table) == [5, 10]
     assert steps_with("last", table) == [14]
     assert table.due(1) == Due()
+
+
+@pytest.mark.parametrize("every", ["0", "4 steps", "2 epochs", "70 examples"])
+def test_the_totals_are_those_of_counting_every_step(every):
+    train, checkpoint = (dataclasses.replace(CONFIG.train, eval_every=every), CheckpointConfig(every=every))
+    for position in (START, Position(step=6, examples=180)):
+        table = timetable(position, dataclasses.replace(CONFIG, train=train, checkpoint=checkpoint))
+        left = range(position.step + 1, 15)
+        validations = sum(table.due(step).validation for step in left)
+        assert table.totals() == (validations, sum(table.due(step).save or table.due(step).last for step in left))
+    assert timetable(validates=False).totals()[0] == 0
 
 
 def test_the_last_step_is_validated_whenever_there_is_something_to_validate_on():
@@ -155,12 +166,30 @@ def test_copies_that_differ_concern_all_steps_since_the_comparison_before():
 RESULT = EvalResult(loss=0.5, accuracy=0.75, top5=1.0, examples=4, per_class=(1.0, 0.5))
 
 
+def test_a_figure_that_is_not_finite_is_never_the_best():
+    wild = dataclasses.replace(RESULT, loss=math.nan, accuracy=0.5)
+    assert deciding_figures({"raw": wild}) == {"val_accuracy": 0.5, "val_loss": None, "val_top5": 1.0}
+    assert deciding_figures({"raw": wild, "ema": RESULT})["val_loss"] == 0.5
+    assert not is_better("val_loss", None, None)
+    assert is_better("val_loss", 0.5, None)
+    assert is_better("val_loss", 0.4, 0.5)
+    assert not is_better("val_loss", 0.5, 0.5)
+    assert is_better("val_top5", 0.6, 0.5)
+    assert not is_better("val_accuracy", 0.4, 0.5)
+
+
+def test_the_best_so_far_of_an_older_version_is_an_accuracy():
+    position = Position.from_json({"step": 4, "best_accuracy": 0.175})
+    assert (position.best_so_far("val_accuracy"), position.best_so_far("val_loss")) == (0.175, None)
+    assert Position.from_json({"step": 4, "best_accuracy": -1.0}).best is None
+
+
 def test_figures_of_a_result_are_those_of_each_split_and_weights():
     both = {"raw": RESULT, "ema": dataclasses.replace(RESULT, accuracy=0.8)}
     assert figures({"validation": both}, tested=False) == {
         "test": None,
-        "validation": {"loss": 0.5, "accuracy": 0.75, "top5": 1.0},
-        "validation_ema": {"loss": 0.5, "accuracy": 0.8, "top5": 1.0},
+        "validation": {"loss": 0.5, "accuracy": 0.75, "top5": 1.0, "examples": 4},
+        "validation_ema": {"loss": 0.5, "accuracy": 0.8, "top5": 1.0, "examples": 4},
     }
     assert list(figures({"validation": both, "test": both}, tested=True)) == [
         "validation",
@@ -172,7 +201,9 @@ def test_figures_of_a_result_are_those_of_each_split_and_weights():
 
 def test_the_closing_lines_say_what_was_tested_and_by_which_weights():
     tested = figures({"validation": {"raw": RESULT}, "test": {"raw": RESULT}}, tested=True)
-    result = {"last": {"step": 9} | tested, "best": {"step": 4, "weights": "raw"} | tested, "goodput": 0.5, "starts": 2}
+    best = {"step": 4, "weights": "raw", "by": "val_accuracy"} | tested
+    result = {"last": {"step": 9} | tested, "best": best, "goodput": 0.5, "starts": 2}
+    result["splits"] = {"train": 8, "validation": 4, "test": 4}
     lines = list(closing_lines(result, Config(), StepClock().now(), tested=True, has_best=True))
     assert lines[0] == "last, step 9: validation accuracy 0.7500, test accuracy 0.7500"
     assert lines[1].startswith(
