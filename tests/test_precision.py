@@ -6,7 +6,6 @@ import types
 import jax
 import jax.numpy as jnp
 import pytest
-from runs import EXACT, here
 
 from jaxtrain import precision
 from jaxtrain.config import ModelConfig
@@ -15,6 +14,7 @@ from jaxtrain.models import registry
 from jaxtrain.models.layers import Context, normalize
 from jaxtrain.precision import LossScale
 from jaxtrain.training import session
+from runs import EXACT, here
 
 
 @pytest.mark.parametrize(

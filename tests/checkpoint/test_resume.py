@@ -15,11 +15,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import runs
-from runs import EXACT, SMALL, here
 
+import runs
 from jaxtrain import evaluate
 from jaxtrain.errors import CheckpointError, ConfigError, NumericError, WorkdirError
+from runs import EXACT, SMALL, here
 
 LAST = 12  # the last step of `SMALL` and `EXACT`
 

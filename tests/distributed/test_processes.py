@@ -16,6 +16,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+
 import runs
 from runs import EXACT, SMALL, here
 

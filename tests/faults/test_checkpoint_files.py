@@ -9,12 +9,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-import runs
-from runs import SMALL, here
 
+import runs
 from jaxtrain.checkpoint import manifest
 from jaxtrain.checkpoint.manifest import SCHEMA, best_of, delete_old, manifested_steps, problems, read_manifest
 from jaxtrain.errors import CheckpointError
+from runs import SMALL, here
 
 EVERY = {"checkpoint.every": "2", "checkpoint.keep": 100, "train.steps": 6, "train.eval_every": "0"}
 

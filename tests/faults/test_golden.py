@@ -4,10 +4,10 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import SMALL, here
 
 from jaxtrain import evaluate
 from jaxtrain.checkpoint.manifest import problems, read_manifest
+from runs import SMALL, here
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 

@@ -8,11 +8,11 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from runs import command_line
 
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.targets import GPUS, parse_target
 from jaxtrain.parallel.gpu_program import Collective, read_program
+from runs import command_line
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 

@@ -13,8 +13,8 @@ import jax
 import numpy as np
 import parity
 import pytest
-import runs
 
+import runs
 from jaxtrain import evaluate, load_config
 from jaxtrain.checkpoint.resume_point import Position, ResumePoint
 from jaxtrain.config import LayoutConfig, from_dict, nested_dicts

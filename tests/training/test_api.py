@@ -19,8 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.array import ArrayImpl
-from runs import SMALL, command_line
-from runs import arguments as words_of
 
 import jaxtrain
 from jaxtrain import evaluate, load_config, train
@@ -37,6 +35,8 @@ from jaxtrain.errors import (
 from jaxtrain.recipes import resolve
 from jaxtrain.training.jax_settings import no_implicit_transfers
 from jaxtrain.training.layout_report import describe_layout
+from runs import SMALL, command_line
+from runs import arguments as words_of
 
 ROOT = Path(__file__).parents[2]
 

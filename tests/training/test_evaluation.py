@@ -12,7 +12,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import SMALL, draw_folder, here
 
 from jaxtrain import cli, evaluate, train
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
@@ -30,6 +29,7 @@ from jaxtrain.training.input_pipeline import make_input_pipeline
 from jaxtrain.training.jax_settings import settings
 from jaxtrain.training.results import TrainResult
 from jaxtrain.training.setup import load_data, make_run_spec
+from runs import SMALL, draw_folder, here
 
 SIDE = 8
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 import pytest
-from runs import RECIPE, SMALL, arguments, command_line, here
 
 from jaxtrain.config import from_dict, nested_dicts
 from jaxtrain.errors import CheckpointError, EnvironmentMismatchError
 from jaxtrain.recipes import load_config
 from jaxtrain.training import smoke as smoke_module
 from jaxtrain.training.smoke import Measured, smoke
+from runs import RECIPE, SMALL, arguments, command_line, here
 
 FIELDS = SMALL | {"optim.ema": 0.9, "train.eval_every": "2 steps"}
 

@@ -7,11 +7,11 @@ import sys
 import jax
 import numpy as np
 import pytest
-from runs import RECIPE, ROOT, SMALL, here
 
 from jaxtrain import load_config
 from jaxtrain.optim.schedules import make_schedule
 from jaxtrain.training import compiled
+from runs import RECIPE, ROOT, SMALL, here
 
 
 @pytest.fixture
