@@ -99,8 +99,8 @@ def evaluate(
         raise ConfigError(f"{workdir} keeps no moving average of the weights (config.optim.ema=0).")
     ema = bool(config.optim.ema) if ema is None else ema
     xla_flags.set_flags(xla_flags.for_run(config.train.precision))
-    progress = Progress(make_console(quiet=quiet))
-    with contextlib.closing(Checkpointer(start.directory, read_only=True)) as checkpoints:
+    showing = contextlib.closing(Progress(make_console(quiet=quiet)))
+    with showing as progress, contextlib.closing(Checkpointer(start.directory, read_only=True)) as checkpoints:
         devices = select_devices(num_devices)
         # Numbers do not depend on the layout: weights shared out among the devices, and a batch that they divide.
         config = dataclasses.replace(
