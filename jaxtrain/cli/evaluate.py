@@ -4,7 +4,7 @@ import argparse
 import json
 import math
 
-from rich.table import Column, Table
+from rich.table import Table
 
 from jaxtrain.cli import start
 
@@ -70,7 +70,7 @@ def run(arguments: argparse.Namespace) -> None:
     console.print(f"{which}, {weights}, {arguments.split}: {result.examples:,} examples")
     console.print(f"accuracy {result.accuracy:.4f}, top-5 {result.top5:.4f}, loss {result.loss:.4f}")
     console.print()
-    table = Table("class, the worst first", Column("accuracy", justify="right"), box=None, pad_edge=False)
+    table = Table("class, the worst first", "accuracy", box=None, pad_edge=False)
     for name, accuracy in sorted(zip(names, result.per_class, strict=True), key=_worst_first):
         table.add_row(name, "-" if math.isnan(accuracy) else f"{accuracy:.4f}")
     console.print(table)

@@ -69,7 +69,7 @@ class Progress:
             yield activity
         finally:
             self._activities.remove(activity)
-            if not self._activities:
+            if not self._activities and not isinstance(self._display, _NotebookLine):  # whose output is used again
                 self.close()
 
     @property

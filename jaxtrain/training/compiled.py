@@ -180,7 +180,7 @@ class Evaluator:
 
     def batches(self, split: str) -> int:
         """How many batches an evaluation of `split` has."""
-        return math.ceil(len(getattr(self._run.dataset, split)) / self._batch)
+        return math.ceil(min(len(getattr(self._run.dataset, split)), self._examples or math.inf) / self._batch)
 
     def _program(self, *weights: PyTree) -> concurrent.futures.Future[EvalStep | PipelineEvalStep]:
         leaves, structure = jax.tree.flatten(weights)

@@ -20,7 +20,7 @@ from jaxtrain.errors import CheckpointError, ConfigError, DataError
 from jaxtrain.host import xla_flags
 from jaxtrain.observability.progress import Progress
 from jaxtrain.observability.text_log import make_console
-from jaxtrain.parallel.mesh import batch_ways, make_mesh
+from jaxtrain.parallel.mesh import Device, batch_ways, make_mesh
 from jaxtrain.plugins import refuse_code
 from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.step.train_state import state_shapes
@@ -99,19 +99,10 @@ def evaluate(
         raise ConfigError(f"{workdir} keeps no moving average of the weights (config.optim.ema=0).")
     ema = bool(config.optim.ema) if ema is None else ema
     xla_flags.set_flags(xla_flags.for_run(config.train.precision))
-    progress = Progress(make_console(quiet=quiet))
-    with contextlib.closing(Checkpointer(start.directory, read_only=True)) as checkpoints:
+    showing = contextlib.closing(Progress(make_console(quiet=quiet)))
+    with showing as progress, contextlib.closing(Checkpointer(start.directory, read_only=True)) as checkpoints:
         devices = select_devices(num_devices)
-        # Numbers do not depend on the layout: weights shared out among the devices, and a batch that they divide.
-        config = dataclasses.replace(
-            config,
-            layout=LayoutConfig(zero=3),
-            model=dataclasses.replace(config.model, bn_groups=1),
-            train=dataclasses.replace(config.train, eval_examples=0),  # the whole split, whatever the run took
-        )
-        ways = batch_ways(make_mesh(config.layout, devices))
-        batch = -(-config.data.global_batch // ways) * ways
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, global_batch=batch))
+        config = _on_these(devices, config)
         with settings(config):
             where = f"step {start.step} of {workdir}"
             with progress.activity(f"reading the data set {config.data.name}"):
@@ -122,6 +113,22 @@ def evaluate(
             weights = state.ema if ema else {"params": state.params, "batch_stats": state.batch_stats}
             result = _shown(Evaluator(run, feed), SPLITS[split], weights["params"], weights["batch_stats"], progress)
     return Evaluated(result, start.step, SPLITS[split], "ema" if ema else "raw", dataset.class_names)
+
+
+def _on_these(devices: Sequence[Device], config: Config) -> Config:
+    """The run's config for an evaluation: weights shared out among the devices, and a batch that they divide.
+
+    Numbers do not depend on the layout.
+    """
+    layout = LayoutConfig(zero=3)
+    ways = batch_ways(make_mesh(layout, devices))
+    return dataclasses.replace(
+        config,
+        layout=layout,
+        model=dataclasses.replace(config.model, bn_groups=1),
+        train=dataclasses.replace(config.train, eval_examples=0),  # the whole split, whatever the run took
+        data=dataclasses.replace(config.data, global_batch=-(-config.data.global_batch // ways) * ways),
+    )
 
 
 def _shown(evaluator: Evaluator, split: str, params: PyTree, batch_stats: PyTree, progress: Progress) -> EvalResult:

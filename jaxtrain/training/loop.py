@@ -220,8 +220,7 @@ class TrainLoop:
         if due.epoch_end:
             self.position = self.position.at_new_epoch()
         figures, is_best = self._validate(state) if due.validation else (None, False)
-        if due.epoch_end or due.last or due.validation:
-            self.reporter.view.row(step, is_best=is_best)
+        self.reporter.view.row(step, is_best=is_best)
         self.position = dataclasses.replace(self.position, owes_validation=due.validation and figures is None)
         if is_best or due.last or due.milestone or due.save or self.stopping or self.time_to_save:
             self._save(state, figures)

@@ -187,15 +187,17 @@ class RunView:
             self._row |= {"ema_accuracy": ema.accuracy}
 
     def row(self, step: int, *, is_best: bool) -> None:
-        """Prints the row of what was noted since the one before, and begins the next.
+        """Prints the row of what was noted since the one before, where an epoch, a validation or the run ends.
 
         Args:
           step: the last one.
           is_best: whether these weights are the best so far.
         """
-        now, whole = time.monotonic(), self._timetable.due(step).epoch_end
+        now, due = time.monotonic(), self._timetable.due(step)
+        if not (due.epoch_end or due.validation or due.last):
+            return
         done = self._timetable.examples_at(step) / self._timetable.train_examples
-        done = self._timetable.epoch_shown(step) if whole else math.floor(100 * done) / 100
+        done = self._timetable.epoch_shown(step) if due.epoch_end else math.floor(100 * done) / 100
         self._row |= {"epochs_done": done, "epochs": self.epochs, "seconds": now - self._row_began}
         width = self._progress.width
         header = rendering.table_line(self._columns, None, width)

@@ -23,7 +23,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from rich.console import Console
 
 from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.manifest import manifested_steps
@@ -39,14 +38,15 @@ from jaxtrain.host import xla_flags
 from jaxtrain.host.backend import on_cpu
 from jaxtrain.models.layers import Context
 from jaxtrain.observability.anomaly import AnomalyDetector
+from jaxtrain.observability.progress import Progress
 from jaxtrain.observability.rendering import duration
-from jaxtrain.observability.text_log import TextLog
+from jaxtrain.observability.text_log import TextLog, make_console
 from jaxtrain.parallel.mesh import Device
 from jaxtrain.precision import require_hardware
 from jaxtrain.step.train_state import TrainState, state_shapes
 from jaxtrain.training.cadence import Timetable
 from jaxtrain.training.compiled import CompiledRun, compile_run, explain_out_of_memory
-from jaxtrain.training.jax_settings import no_implicit_transfers, settings
+from jaxtrain.training.jax_settings import compile_cache_note, no_implicit_transfers, settings
 from jaxtrain.training.recovery import not_finite
 from jaxtrain.training.setup import (
     RunSpec,
@@ -106,7 +106,9 @@ def smoke(
         interrupt.connect()
         directory = Workdir(stack.enter_context(_temporary_directory(interrupt)))
         process = jax.process_index()
-        stack.enter_context(TextLog(directory.log(process), process, Console(stderr=True, quiet=quiet)))
+        console = make_console(quiet=quiet)
+        stack.enter_context(TextLog(directory.log(process), process, console))
+        progress = stack.enter_context(contextlib.closing(Progress(console if process == 0 else None)))
         watchdog = Watchdog(config.train.hang_seconds)
         stack.enter_context(watching(watchdog, interrupt.leave, directory.log(process)))
         log.info("smoke: %s in %s, which is deleted at the end; no work directory is touched", recipe, directory.path)
@@ -119,7 +121,7 @@ def smoke(
         for text in unused_settings(run):
             log.warning("%s", text)
         stack.enter_context(explain_out_of_memory())
-        whole = _Trial(run, directory, watchdog, interrupt).run()
+        whole = _Trial(run, directory, watchdog, interrupt).run(progress)
         barrier("the smoke test is over")
     return whole
 
@@ -132,15 +134,16 @@ class _Trial:
         self._batch = run.config.data.global_batch
         self._split = next((split for split in ("validation", "test") if len(getattr(run.dataset, split))), "")
 
-    def run(self) -> float:
-        """The seconds that the whole run should take."""
+    def run(self, progress: Progress) -> float:
+        """The seconds that the whole run should take. progress: shows what is done."""
         self._watchdog.feed("compile")  # a signal meanwhile ends the process at once
         log.info("smoke: %s", expectation(self._run))
         few = dataclasses.replace(self._run.config.train, eval_examples=CALLS * evaluation_batch(self._run))
         run = dataclasses.replace(self._run, config=dataclasses.replace(self._run.config, train=few))
         trace = self._directory.trace(jax.process_index())
-        compiled, state = compile_run(run, ResumePoint(None, Position(), None), trace)
-        with no_implicit_transfers():
+        with progress.activity("compiling the step", note=compile_cache_note()):
+            compiled, state = compile_run(run, ResumePoint(None, Position(), None), trace)
+        with no_implicit_transfers(), progress.activity("steps, evaluation, save and restore"):
             state, step = self._steps(compiled, state)
             evaluation = self._evaluation(compiled, state) if self._split else 0.0
             save, restore = self._save_and_restore(state, CALLS * compiled.steps_per_call)

@@ -529,7 +529,7 @@ def test_layout_has_totals_first_and_a_row_a_layer(capsys):
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "12,786 parameters; mesh stage 1 x replica 1 x data 2 x tensor 1"
     assert all(len(line) < 80 for line in lines)
-    held = {"params": 12786 * 4, "opt_state": 12786 * 4 // 2, "gradients": 12786 * 4}
+    held = {"params": 12786 * 4, "opt_state": 2 * 12786 * 4 // 2, "gradients": 12786 * 4}
     mib = {line.split()[0]: line.split()[-1] for line in lines if line}
     assert [name for name in mib if name in (*held, "sum")] == [*held, "sum"]
     assert {name: mib[name] for name in held} == {name: f"{count / 2**20:.2f}" for name, count in held.items()}
@@ -548,8 +548,8 @@ def test_layout_with_leaves_has_a_row_for_each(capsys):
 
 def test_a_layout_says_what_concerns_many_leaves_once(capsys):
     swin = str(ROOT / "configs" / "swin_tiny_cifar10.py")
-    narrow = ["--config.model.width=12", "--config.model.depths=(1,1,1,1)"]
-    assert cli.main(["layout", "--config", f"{swin}:tensor2", "--devices", "2", *narrow]) == 0
+    words = ["--devices", "2", "--config.model.depths=(1,1,1,1)"]
+    assert cli.main(["layout", "--config", f"{swin}:tensor2", *words]) == 0
     said = [line for line in capsys.readouterr().out.splitlines() if "does not divide by tensor=2" in line]
     assert said == ["params/layers_01/attn/bias_table and 11 other leaves: 3 does not divide by tensor=2: kept whole"]
 
@@ -770,7 +770,7 @@ def test_a_class_name_is_shown_as_letters(capsys, monkeypatch):
     found = Evaluated(result, step=3, split="test", weights="raw", class_names=(HOSTILE, "[red]Katze"))
     monkeypatch.setattr("jaxtrain.training.evaluate.evaluate", lambda *_, **__: found)
     assert cli.main(["evaluate", "run"]) == 0
-    rows = capsys.readouterr().out.splitlines()[2:]
+    rows = capsys.readouterr().out.splitlines()[4:]
     assert [row.rstrip() for row in rows] == [f"{SHOWN}  0.2500", f"{'[red]Katze'.ljust(len(SHOWN))}  0.7500"]
     assert cli.main(["evaluate", "run", "--json"]) == 0
     said = capsys.readouterr().out

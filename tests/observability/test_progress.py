@@ -249,10 +249,14 @@ def notebook(monkeypatch):
 
 def test_a_notebook_gets_one_output_that_is_replaced(notebook, tmp_path, capsys):
     console = make_console()
-    with TextLog(tmp_path / "log", console=console), Progress(console).activity("training", 4) as activity:
-        say_it_all()
-        activity.done = 4
+    progress = Progress(console)
+    with TextLog(tmp_path / "log", console=console):
+        with progress.activity("compiling"):
+            say_it_all()
+        with progress.activity("training", 4):
+            pass
+    progress.close()
     assert len(notebook) == 1
-    assert notebook[0][0].startswith("training ─")
+    assert "compiling  0 s" in notebook[0][0]
     assert notebook[0][-1] == ""
     assert capsys.readouterr().out.splitlines() == ["for all", "WARNING: beware", r"for the screen\x1b[31m"]

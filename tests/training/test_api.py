@@ -571,7 +571,7 @@ def test_quiet_prints_nothing(tmp_path, capfd):
     assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", said.err), "a pipe gets lines"
     lines = said.err.splitlines()
     header = next(i for i, line in enumerate(lines) if "val acc %" in line)
-    assert re.match(r"[\d:]{8} +1/1 +\d\.\d{4} .* s  best$", lines[header + 1])
+    assert re.match(r"[\d:]{8} +[\d.]+/1 +\d\.\d{4} .* s  best$", lines[header + 1])
     assert "done in " in lines[header + 2]
 
 

@@ -10,8 +10,11 @@ import pytest
 from runs import RECIPE, ROOT, SMALL, here
 
 from jaxtrain import load_config
+from jaxtrain.config import Config
+from jaxtrain.host import xla_flags
 from jaxtrain.optim.schedules import make_schedule
 from jaxtrain.training import compiled
+from jaxtrain.training.jax_settings import compile_cache_note, settings
 
 
 @pytest.fixture
@@ -86,6 +89,25 @@ def test_the_update_has_the_rate_of_its_step(tmp_path):
     rates = make_schedule(config, 128)(np.arange(12)).astype(np.float32)
     assert [row["learning_rate"] for row in rows] == rates.tolist()
     assert [row["update_norm"] / row["grad_norm"] for row in rows] == pytest.approx(rates.tolist(), rel=1e-5)
+
+
+def test_the_next_start_is_promised_the_programs_only_where_they_can_be_kept(tmp_path):
+    (tmp_path / "file").touch()
+    for folder, said in (("new/cache", "the next start finds it"), ("file/cache", "file/cache cannot be written")):
+        with settings(Config()):
+            jax.config.update("jax_compilation_cache_dir", str(tmp_path / folder))
+            assert said in compile_cache_note()
+
+
+def test_xlas_alarms_are_hidden_on_a_cpu_and_where_nothing_is_trained(monkeypatch):
+    for gpus, always, level in ((0, False, "3"), (8, False, None), (8, True, "3")):
+        monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+        monkeypatch.setattr(xla_flags, "device_files", lambda gpus=gpus: gpus)
+        xla_flags.hide_alarms(always=always)
+        assert os.environ.get("TF_CPP_MIN_LOG_LEVEL") == level
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")
+    xla_flags.hide_alarms(always=True)
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0", "the user's own is kept"
 
 
 @pytest.mark.parity
