@@ -113,9 +113,7 @@ def block_seconds(run: RunSpec, engine: CompiledRun, state: TrainState, steps: i
 def batches(run: RunSpec, engine: CompiledRun, first_step: int, steps: int) -> Iterator[Batch]:
     """The training batches of `steps` updates."""
     batch = run.config.data.global_batch
-    return engine.inputs.train(
-        seed=run.config.seed, global_batch=batch, first_step=first_step, first_example=first_step * batch, steps=steps
-    )
+    return engine.batches(first_step=first_step, first_example=first_step * batch, steps=steps)
 
 
 __all__ = [

@@ -30,18 +30,19 @@ AUGMENTATIONS = ("none", "light", "heavy", "resize_crop")
 RESIDENCIES = ("auto", "device", "stream")
 LR_SCALINGS = ("linear", "sqrt", "none")
 SCHEDULES = ("constant", "step", "cosine", "linear", "wsd")
-PRECISIONS = ("auto", "f32", "bf16", "fp16", "f64")
+PRECISIONS = ("auto", "f32", "tf32", "bf16", "fp16", "f64")
 REMATS = ("none", "full", "dots")
 PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
 BALANCES = ("cost", "memory", "time")
 STAGE_PLACEMENTS = ("spread", "hosts")
+BEST_BY = ("val_accuracy", "val_loss", "val_top5")
 STEMS = ("auto", "cifar", "imagenet")
 
 
 # -------------------------------------------------------------------------------------------------------------- rules
 
 
-def _require(condition: bool, field: str, value: object, wanted: str, hint: str = "") -> None:
+def _require(condition: object, field: str, value: object, wanted: str, hint: str = "") -> None:
     if not condition:
         raise ConfigError(f"config.{field}={value!r}: must be {wanted}.{hint}")
 
@@ -74,9 +75,14 @@ def _between(low: float, high: float) -> _Rule:
     return _must_be(f"at least {low:g} and below {high:g}", lambda value: low <= value < high)
 
 
-def _one_of(allowed: tuple[str, ...]) -> _Rule:
-    words = f"one of {', '.join(allowed)}"
-    return _Rule(words, lambda f, value: _require(value in allowed, f, value, words, did_you_mean(value, allowed)))
+def _one_of(allowed: tuple[str, ...], own: str = "") -> _Rule:
+    """own: the form of a user's own code, where the field may name such code too."""
+    words = f"one of {', '.join(allowed)}" + (f", or your own {own}" if own else "")
+
+    def check(field: str, value: str) -> None:
+        _require(value in allowed or (own and ":" in value), field, value, words, did_you_mean(value, allowed))
+
+    return _Rule(words, check)
 
 
 def _duration(*, minutes: bool = False) -> _Rule:
@@ -207,13 +213,19 @@ class DataConfig(_Section):
     image_size: Annotated[int, _at_least(0)] = 0
     """Side in pixels of the square images that the model sees. 0 keeps the size that the data set has."""
 
-    augmentation: Annotated[str, _one_of(AUGMENTATIONS)] = "none"
+    augmentation: Annotated[str, _one_of(AUGMENTATIONS, own="package.module:function")] = "none"
     """How training images are changed at random. `none`: not at all. `light`: a crop of the padded image, and a horizontal
     flip. `heavy`: `light`, then RandAugment (Cubuk 2020), colour jitter and random erasing (Zhong 2020). `resize_crop`: the
-    image is resized to 8/7 of `data.image_size`, then a random crop and a flip; evaluation takes the centre crop."""
+    image is resized to 8/7 of `data.image_size`, then a random crop and a flip; evaluation takes the centre crop. Or your own
+    `package.module:function`, (images uint8 [B, S, S, C], a random key for each [B]) -> uint8 [B, S, S, C]."""
 
-    crop_padding: Annotated[int, _at_least(0)] = 0
-    """Pixels of padding on each side before `light` and `heavy` crop an image. 0 is an eighth of the image's side: 4 for 32."""
+    flip: bool = True
+    """Whether `light`, `heavy` and `resize_crop` mirror an image, left to right, with probability 1/2. `false` for digits,
+    text, and whatever else a mirror makes into something else."""
+
+    crop_padding: Annotated[int, _at_least(-1)] = 0
+    """Pixels of padding on each side before `light` and `heavy` crop an image. 0 is an eighth of the image's side: 4 for 32.
+    -1 does not crop."""
 
     mixup: Annotated[float, _between(0.0, 32.0)] = 0.0
     """Mixup (Zhang 2018): alpha of the distribution Beta(alpha, alpha) from which the share of the second image is drawn. 0
@@ -414,6 +426,30 @@ class OptimConfig(_Section):
     loss: str = "cross_entropy"
     """The loss: `cross_entropy`, or your own `package.module:function`, (logits [B, C], targets [B, C]) -> [B]."""
 
+    class_weights: str = ""
+    """Weights of the classes in the loss of training, for uneven data. "": all alike. `balanced`: N / (K N_k) for each of the K
+    classes, of which N_k of the N training examples are. Or a number above 0 for each class, in their order, such as
+    "1,2.5,0.5". The loss is then the weighted mean over the global batch: it is divided by the sum of the weights of the
+    batch's labels, as in PyTorch's CrossEntropyLoss. Evaluation counts all examples alike."""
+
+    def _validate(self) -> None:
+        wanted = "'', 'balanced', or a number above 0 for each class, such as '1,2.5,0.5'"
+        try:
+            good = all(weight > 0 and math.isfinite(weight) for weight in self.numbered_class_weights)
+        except ValueError:
+            good = False
+        _require(good, "optim.class_weights", self.class_weights, wanted)
+        if self.class_weights and ":" in self.loss:
+            raise ConfigError(
+                f"config.optim.class_weights={self.class_weights!r}: only the loss cross_entropy takes class weights; leave "
+                f"it out, and weigh the classes in {self.loss}."
+            )
+
+    @property
+    def numbered_class_weights(self) -> tuple[float, ...]:
+        """The numbers in `class_weights`; () where there are none."""
+        return () if self.class_weights in ("", "balanced") else tuple(map(float, self.class_weights.split(",")))
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig(_Section):
@@ -432,6 +468,11 @@ class TrainConfig(_Section):
 
     eval_every: Annotated[str, _duration()] = "1 epoch"
     """Time between two validations. "0" validates at the end only."""
+
+    eval_examples: Annotated[int, _at_least(0)] = 0
+    """Examples of a split that each of the run's evaluations takes, the final test too: a part that is drawn by a fixed rule,
+    the same one in every run and on every layout. `result.json` says how many of how many. `jaxtrain evaluate` takes the
+    whole split all the same. 0 is all."""
 
     steps_per_call: Annotated[int, _at_least(1)] = 1
     """Optimizer steps that one program makes before the host hears of them, for models so small that a GPU waits for the host
@@ -464,7 +505,9 @@ class TrainConfig(_Section):
 
     precision: Annotated[str, _one_of(PRECISIONS)] = "auto"
     """The type that the model computes in. `auto`: bf16 on a GPU and f32 on a CPU, decided at the first start and kept on
-    resume. `f32`. `bf16`. `fp16`: with a dynamic loss scale (Micikevicius 2018). `f64`: for proofs, on a CPU."""
+    resume. `f32`: on a GPU too, where JAX alone would round the factors of products to TF32. `tf32`: f32, but the factors of
+    matrix products and convolutions keep the 10 bits of TF32; for NVIDIA GPUs from Ampere on. `bf16`. `fp16`: with a dynamic
+    loss scale (Micikevicius 2018). `f64`: for proofs, on a CPU."""
 
     remat: Annotated[str, _one_of(REMATS)] = "none"
     """What the backward pass computes again instead of storing it (Chen 2016), to save memory. `none`: nothing. `dots`: all but
@@ -557,13 +600,18 @@ class CheckpointConfig(_Section):
     keep: Annotated[int, _at_least(1)] = 2
     """How many of the latest checkpoints are kept, beside the best one and the milestones."""
 
+    best: Annotated[str, _one_of(BEST_BY)] = "val_accuracy"
+    """Which figure of the validation decides what the best weights are: the highest `val_accuracy` or `val_top5`, or the lowest
+    `val_loss`. It is that of the moving average of the weights, where the run keeps one."""
+
     milestone_every: Annotated[str, _duration()] = "0"
     """Time between two milestones: checkpoints that are kept for good. "0" is off."""
 
     resume: Annotated[str, _must_be("auto, latest, best, a step, epoch:N, a path or none", bool)] = "auto"
     """Where the run starts from. `auto`: the newest checkpoint of the work directory, or nothing if there is none. `latest`:
-    the newest, which must be there. `best`: the one with the best validation accuracy. A number: that step. `epoch:12`: the
-    end of that epoch, counted from 1. A path: a checkpoint or work directory of another run. `none`: nothing, a fresh run."""
+    the newest, which must be there. `best`: the one that is best by `checkpoint.best`. A number: that step. `epoch:12`: the
+    end of that epoch, counted from 1. A path: a checkpoint or work directory of another run, or RUN/checkpoints/best for
+    its best one. `none`: nothing, a fresh run."""
 
     allow_changes: bool = False
     """Lets a run go on although settings that change its numbers differ from the stored ones."""

@@ -1,4 +1,4 @@
-"""A user's own model, optimizer, loss or data set, named in the config as `package.module:attribute`."""
+"""A user's own model, optimizer, loss, augmentation or data set, named in the config as `package.module:attribute`."""
 
 from __future__ import annotations
 
@@ -7,16 +7,24 @@ import functools
 import importlib
 import os
 import re
+import sys
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from jaxtrain.config import did_you_mean
-from jaxtrain.errors import ConfigError
+from jaxtrain.errors import REPORT_THIS, ConfigError
 from jaxtrain.host.search_path import add_working_directory
 
-OWN_CODE = ("model.name", "data.name", "optim.name", "optim.loss")
+OWN_CODE = ("model.name", "data.name", "data.augmentation", "optim.name", "optim.loss")
 """The fields that may name code."""
+
+
+# Where a user's code was loaded from. Of a folder with installed packages only the package itself counts.
+_own_packages: set[str] = set()
+_own_folders: set[str] = set()
+_LIBRARIES = ("jaxtrain", "jax", "jaxlib", "flax", "optax", "numpy")  # a config may name code of these too
 
 
 def is_factory(name: str) -> bool:
@@ -68,6 +76,9 @@ def load_dotted(name: str, field: str) -> Any:
         raise ConfigError(
             f"{where}: importing {module_name!r} (from {os.getcwd()} or sys.path) failed with {cause}."
         ) from error
+    if parts[0] not in (*_LIBRARIES, *sys.stdlib_module_names):
+        _own_packages.add(parts[0])
+        _own_folders.add(os.path.dirname(os.path.abspath(getattr(module, "__file__", None) or "")))
     try:
         return functools.reduce(getattr, attribute.split("."), module)
     except AttributeError:
@@ -92,6 +103,29 @@ def _found_in(module: Any) -> str:
         if file.startswith(os.getcwd() + os.sep)
         else f" The module is {file}; the current directory is searched last."
     )
+
+
+def whose_fault(error: BaseException) -> str:
+    """The line above the traceback of an error that jaxtrain did not raise on purpose.
+
+    Where code that the config names was running, the error is most likely that code's, and the line says where it was.
+    """
+    cause: BaseException | None = error
+    while cause is not None:
+        for frame, line in reversed(list(traceback.walk_tb(cause.__traceback__))):
+            package, file = frame.f_globals.get("__name__", "").partition(".")[0], frame.f_code.co_filename
+            if _is_own(package, file):
+                what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+                return f"Your own code failed ({what}), at {file}:{line}, in {frame.f_code.co_name}; this is its traceback."
+        cause = cause.__cause__ or cause.__context__
+    return REPORT_THIS
+
+
+def _is_own(package: str, file: str) -> bool:
+    if package in _own_packages:
+        return True
+    installed = f"{os.sep}site-packages{os.sep}" in file or package in _LIBRARIES
+    return not installed and os.path.dirname(os.path.abspath(file)) in _own_folders
 
 
 def watch(section: Any) -> tuple[Any, set[str]]:

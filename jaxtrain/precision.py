@@ -1,4 +1,4 @@
-"""Mixed precision: which dtypes a run stores and computes in, and fp16's dynamic loss scale.
+"""Precision: which dtypes a run stores and computes in, how its products are rounded, and fp16's dynamic loss scale.
 
 Parameters, optimizer state and running statistics are always stored in at least float32. Only the layers compute in
 `compute_dtype`. Losses, norms and batch statistics are computed in at least float32 (`at_least_f32`).
@@ -7,6 +7,7 @@ Parameters, optimizer state and running statistics are always stored in at least
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any
 
 import flax.struct
@@ -24,18 +25,26 @@ class Policy:
     Attributes:
       param_dtype: what parameters are stored in.
       compute_dtype: what layers compute in.
+      products: how matrix products and convolutions of f32 treat their factors on an accelerator, as a value of
+        `jax_default_matmul_precision`. By default a GPU rounds them to TF32. Factors of 16 or 64 bits are never rounded,
+        and a CPU rounds none.
     """
 
     param_dtype: Any
     compute_dtype: Any
+    products: str
 
 
+# The default in bf16 and fp16: what is left in f32 there (the last linear map, Muon's iterations) follows values that 16
+# bits have rounded, and TF32 keeps at least as many.
 _POLICIES = {
-    "f32": Policy(jnp.float32, jnp.float32),
-    "bf16": Policy(jnp.float32, jnp.bfloat16),
-    "fp16": Policy(jnp.float32, jnp.float16),
-    "f64": Policy(jnp.float64, jnp.float64),
+    "f32": Policy(jnp.float32, jnp.float32, "highest"),
+    "tf32": Policy(jnp.float32, jnp.float32, "tensorfloat32"),
+    "bf16": Policy(jnp.float32, jnp.bfloat16, "default"),
+    "fp16": Policy(jnp.float32, jnp.float16, "default"),
+    "f64": Policy(jnp.float64, jnp.float64, "highest"),
 }
+_AMPERE = 8.0  # the compute capability from which on a GPU has TF32
 
 
 def resolve_precision(name: str, backend: str) -> str:
@@ -61,6 +70,26 @@ def precision_policy(name: str) -> Policy:
             "or call jax.config.update('jax_enable_x64', True) before the first array is made."
         )
     return _POLICIES[name]
+
+
+def product_precision(name: str) -> str:
+    """`Policy.products` of `name`, a precision that is not `auto`; also while JAX's 64-bit types are off."""
+    return _POLICIES[name].products
+
+
+def require_hardware(name: str, devices: Iterable[Any]) -> None:
+    """Raises `ConfigError` where a device of a run cannot compute as `name`, a precision that is not `auto`, says.
+
+    Only `tf32` needs a certain device: without TF32 it would be f32 by another name.
+    """
+    for device in devices if name == "tf32" else ():
+        capability = getattr(device, "compute_capability", "")  # "9.0"; "gfx942" of an AMD GPU; a CPU has none
+        if not capability[:1].isdigit() or float(capability) < _AMPERE:
+            which = f"{device.device_kind}, compute capability {capability}" if capability else device.device_kind
+            raise ConfigError(
+                "config.train.precision='tf32': needs NVIDIA GPUs of compute capability 8.0 (Ampere) or newer, and the run "
+                f"is on {which}; use --config.train.precision=f32, or bf16."
+            )
 
 
 def at_least_f32(dtype: Any) -> jnp.dtype:

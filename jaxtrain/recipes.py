@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib.util
+import inspect
 import traceback
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -21,7 +22,7 @@ from ml_collections import config_flags
 from jaxtrain.config import SECTIONS, Config, did_you_mean, flat_keys, flatten, from_dict, nested_dicts, to_dict
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.paths import require_local
-from jaxtrain.host.search_path import WorkingDirectoryImportable
+from jaxtrain.host.search_path import Importable
 
 # Every recipe takes these arguments. They change only where arrays live, never a number of the run.
 LAYOUTS: Mapping[str, Mapping[str, int]] = MappingProxyType(
@@ -84,7 +85,7 @@ class Resolved:
 
     config: Config
     origins: Mapping[str, str]
-    """By dotted name: `default`, `recipe`, `argument` (of the recipe) or `flag`."""
+    """By dotted name: `default`, `recipe`, `argument` (of the recipe), `file` (of settings) or `flag`."""
     name: str
     """The recipe's file name without ".py"."""
 
@@ -93,7 +94,8 @@ def load_config(spec: str | Path, overrides: Sequence[str] | Mapping[str, Any] =
     """The checked config of a recipe.
 
     Args:
-      spec: the file and its arguments, such as "configs/resnet50_cifar100.py:production,zero3".
+      spec: the file and its arguments, such as "configs/resnet50_cifar100.py:production,zero3", or the name of a recipe that
+        comes with jaxtrain in place of the file.
       overrides: {"train.steps": 20} or ["train.steps=20"]; a leading "--config." is accepted.
 
     Returns:
@@ -117,36 +119,77 @@ def split_override(text: str) -> tuple[str, str]:
     return key, value
 
 
-def resolve(spec: str, overrides: Iterable[tuple[str, str]] = ()) -> Resolved:
-    """Runs the recipe `spec` (FILE:ARGUMENTS), then applies the overrides (dotted name, text); of two the later wins."""
-    overrides = list(overrides)
+def resolve(spec: str, overrides: Iterable[tuple[str, str]] = (), settings: Iterable[tuple[str, str]] = ()) -> Resolved:
+    """Runs a recipe, then applies settings and overrides; of two that name the same field the later wins.
+
+    Args:
+      spec: the recipe and its arguments: FILE:ARGUMENTS, or NAME:ARGUMENTS for one that comes with jaxtrain; "" is every
+        field's default.
+      overrides: pairs (dotted name, text).
+      settings: the same, from a file; they come before the overrides.
+
+    Raises:
+      ConfigError: the recipe, an argument or an override is wrong; in one sentence.
+    """
+    overrides, settings = list(overrides), list(settings)
     path, _, arg = spec.partition(":")
     if arg:
         require_local(spec, f"--config {spec}", ConfigError)
-    with WorkingDirectoryImportable():
-        get_config = _load_recipe(Path(path))
-        plain_recipe, with_arg = (_call(get_config, path, each) for each in ("", arg))
-    values = _override(with_arg, overrides)
+    file = _find_recipe(path)
+    with Importable(str(file.parent)):
+        get_config = _load_recipe(file) if path else recipe_of_defaults
+        plain_recipe, with_arg = (_call(get_config, file, each) for each in ("", arg))
+    values = _override(with_arg, [*settings, *overrides])
     config = from_dict(nested_dicts(values))
     default, base, variant, final = (
         flatten(nested_dicts(c)) for c in (to_dict(Config()), plain_recipe, with_arg, to_dict(config))
     )
-    flagged = {key for key, _ in overrides}
+    flagged, filed = ({key for key, _ in pairs} for pairs in (overrides, settings))
     origins = {
         key: "flag" if key in flagged
+        else "file" if key in filed
         else "argument" if variant[key] != base[key]
         else "recipe" if base[key] != default[key]
         else "default"
         for key in final
     }  # fmt: skip
-    return Resolved(config, origins, Path(path).stem)
+    return Resolved(config, origins, file.stem)
+
+
+def packaged_recipes() -> dict[str, Path]:
+    """The recipes that come with jaxtrain, by name: in an installed package, or in the checkout that it is run from."""
+    package = Path(__file__).resolve().parent
+    folders = (package / "configs", package.parent / "configs")
+    folder = next((folder for folder in folders if (folder / "quickstart.py").is_file()), None)
+    return {path.stem: path for path in sorted(folder.glob("*.py"))} if folder else {}
+
+
+def recipe_of_defaults(arg: str) -> ml_collections.ConfigDict:
+    """The recipe where none is named: every field has its default."""
+    return recipe(Config(), arg)
+
+
+def _find_recipe(path: str) -> Path:
+    """The file that is meant: `path` itself, or the recipe of that name that comes with jaxtrain."""
+    if not path or Path(path).is_file():
+        return Path(path)
+    names = packaged_recipes()
+    if path in names:
+        return names[path]
+    folder = Path(path) if Path(path).is_dir() else Path(path).parent
+    there = sorted(p.name for p in folder.glob("*.py"))
+    text = f"--config {path}: there is no such file."
+    if len(Path(path).parts) > 1 or path.endswith(".py") or Path(path).is_dir():
+        text += f" {folder} has {', '.join(there)}." if there else ""
+        near = did_you_mean(Path(path).name, there) or did_you_mean(Path(path).stem, names)
+    else:
+        near = did_you_mean(path, names)
+    raise ConfigError(f"{text} Recipes that come with jaxtrain, by name: {', '.join(names)}.{near}")
 
 
 def _load_recipe(path: Path) -> Callable[[str], Any]:
-    if not path.is_file():
-        folder = path if path.is_dir() else path.parent
-        there = ", ".join(sorted(p.name for p in folder.glob("*.py")))
-        raise ConfigError(f"--config {path}: there is no such file." + (f" {folder} has {there}." if there else ""))
+    if path.suffix in (".yaml", ".yml"):
+        raise ConfigError(f"--config {path}: a recipe is a Python file; a YAML file is given with --yaml {path}.")
     spec = importlib.util.spec_from_file_location(f"jaxtrain_recipe_{path.stem}", path.absolute())
     if spec is None or spec.loader is None:
         raise ConfigError(f"--config {path}: a recipe is a Python file, with a name that ends in .py.")
@@ -161,18 +204,34 @@ def _load_recipe(path: Path) -> Callable[[str], Any]:
     return get_config
 
 
-def _call(get_config: Callable[[str], Any], path: str, arg: str) -> ml_collections.ConfigDict:
+def _call(get_config: Callable[..., Any], path: Path, arg: str) -> ml_collections.ConfigDict:
+    takes_argument = _takes_argument(get_config)
+    if arg and not takes_argument:
+        raise ConfigError(
+            f"--config {path}:{arg}: its get_config takes no argument; write get_config(arg='') there, and return "
+            "recipe(config, arg), or leave the argument out."
+        )
     try:
-        values = get_config(arg)
+        values = get_config(arg) if takes_argument else get_config()
     except ConfigError as error:
         raise ConfigError(f"--config {path}{':' if arg else ''}{arg}: {error}") from error
     except (Exception, SystemExit) as error:
-        raise ConfigError(_explain(error, Path(path))) from error
+        raise ConfigError(_explain(error, path)) from error
     if not isinstance(values, ml_collections.ConfigDict):
         raise ConfigError(
             f"--config {path}: get_config returned {type(values).__name__}; return jaxtrain.recipes.recipe(...)."
         )
     return values
+
+
+def _takes_argument(get_config: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(get_config).bind("")
+    except TypeError:
+        return False
+    except ValueError:  # of a built-in, which has no signature
+        return True
+    return True
 
 
 def _explain(error: BaseException, path: Path) -> str:

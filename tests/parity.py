@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import conftest
@@ -22,7 +23,11 @@ BATCH = 32
 
 # Each has what the architecture offers of dropout, drop-path and BatchNorm, and mixup on top.
 MODELS: dict[str, dict[str, Any]] = {
-    "mlp": {"model": ModelConfig("mlp", width=32, dropout=0.3)},
+    "mlp": {
+        "model": ModelConfig("mlp", width=32, dropout=0.3),
+        "data.augmentation": "tiny:speckle",
+        "optim.class_weights": "balanced",
+    },
     "resnet": {
         "model": ModelConfig("tiny:resnet18", width=8, dropout=0.1, drop_path=0.2, bn_groups=4),
         "data.image_size": 8,
@@ -54,6 +59,14 @@ MODELS: dict[str, dict[str, Any]] = {
 def case(*values: Any, default: bool) -> Any:
     """A test's parameters. Without `default` it is in the group `parity`, which is not part of the default suite."""
     return pytest.param(*values, marks=[] if default else [pytest.mark.parity])
+
+
+def planted(faults: Sequence[Callable[..., None]], default: Callable[..., None]) -> list[Any]:
+    """A test's parameters: of the planted faults, `default` alone is part of the default suite."""
+    return [
+        pytest.param(fault, id=fault.__name__, marks=[] if fault is default else [pytest.mark.parity])
+        for fault in faults
+    ]
 
 
 def config(name: str, layout: LayoutConfig, *, seed: int = 0, **fields: Any) -> Config:

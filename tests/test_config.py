@@ -38,8 +38,9 @@ BAD = [
     (DataConfig, "global_batch", 0, "at least 1"),
     (DataConfig, "batch_per_device", -1, "at least 0"),
     (DataConfig, "image_size", -32, "at least 0"),
-    (DataConfig, "crop_padding", -1, "at least 0"),
-    (DataConfig, "augmentation", "hevy", "one of none, light, heavy, resize_crop. Did you mean 'heavy'?"),
+    (DataConfig, "crop_padding", -2, "at least -1"),
+    (DataConfig, "flip", "yes", "true or false"),
+    (DataConfig, "augmentation", "hevy", "resize_crop, or your own package.module:function. Did you mean 'heavy'?"),
     (DataConfig, "mixup", -0.1, "at least 0"),
     (DataConfig, "mixup", NAN, "a finite number"),
     (DataConfig, "cutmix", INF, "a finite number"),
@@ -98,18 +99,22 @@ BAD = [
     (OptimConfig, "clip_norm", INF, "a finite number"),
     (OptimConfig, "label_smoothing", 1.0, "below 1"),
     (OptimConfig, "ema", 1.0, "below 1"),
+    (OptimConfig, "class_weights", "1,-2", "a number above 0 for each class"),
+    (OptimConfig, "class_weights", "1,nan", "a number above 0 for each class"),
+    (OptimConfig, "class_weights", "balance", "'balanced', or a number"),
     (TrainConfig, "epochs", 0, "at least 1"),
     (TrainConfig, "steps", -1, "at least 0"),
     (TrainConfig, "log_every", 0, "at least 1"),
     (TrainConfig, "steps_per_call", 0, "at least 1"),
     (TrainConfig, "eval_every", "30 minutes", "not a duration"),
+    (TrainConfig, "eval_examples", -1, "at least 0"),
     (TrainConfig, "hang_seconds", -1.0, "at least 0"),
     (TrainConfig, "nonfinite_skips", -1, "at least 0"),
     (TrainConfig, "rollbacks", -1, "at least 0"),
     (TrainConfig, "spike_threshold", -0.5, "at least 0"),
     (TrainConfig, "check_replicas_every", -1, "at least 0"),
     (TrainConfig, "deterministic", "yes", "true or false"),
-    (TrainConfig, "precision", "fp8", "one of auto, f32, bf16, fp16, f64"),
+    (TrainConfig, "precision", "fp8", "one of auto, f32, tf32, bf16, fp16, f64"),
     (TrainConfig, "remat", "all", "one of none, full, dots"),
     (LayoutConfig, "data", 0, "at least 1, or -1"),
     (LayoutConfig, "data", -2, "at least 1, or -1"),
@@ -132,6 +137,7 @@ BAD = [
     (LayoutConfig, "rules", (("kernel", ("stage",)),), "made of 'data', 'tensor' and None"),
     (LayoutConfig, "rules", (("kernel", ("tensor", "tensor")),), "each axis at most once"),
     (CheckpointConfig, "every", "soon", "not a duration"),
+    (CheckpointConfig, "best", "loss", "one of val_accuracy, val_loss, val_top5"),
     (CheckpointConfig, "keep", 0, "at least 1"),
     (CheckpointConfig, "milestone_every", "30 minutes", "not a duration"),
     (CheckpointConfig, "resume", "", "auto, latest, best"),
@@ -155,6 +161,12 @@ def test_every_field_has_a_bad_value_in_the_table():
     sections = {f"{name}." if name else "": s for name, s in {"": Config, **c.SECTIONS}.items()}
     tested = {prefix + field for section, field, *_ in BAD for prefix, s in sections.items() if s is section}
     assert set(c.flat_keys()) - tested == anything
+
+
+def test_class_weights_are_not_for_a_loss_of_ones_own():
+    text = refusal(OptimConfig, class_weights="balanced", loss="mine:focal")
+    assert "config.optim.class_weights='balanced': only the loss cross_entropy" in text
+    assert "in mine:focal" in text
 
 
 def test_values_that_are_not_finite_numbers_in_a_tuple():
@@ -192,11 +204,10 @@ def test_every_field_has_a_meaning():
 
 def test_every_choice_of_a_field_is_explained_in_its_meaning():
     choices = {key: info for key, info in c.explain().items() if info.allowed.startswith("one of ")}
-    assert len(choices) == 10
+    assert len(choices) == 11
     for key, info in choices.items():
-        unexplained = [
-            name for name in info.allowed.removeprefix("one of ").split(", ") if f"`{name}`" not in info.meaning
-        ]
+        named = info.allowed.removeprefix("one of ").replace("or your own ", "").split(", ")
+        unexplained = [name for name in named if f"`{name}`" not in info.meaning]
         assert not unexplained, key
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import ast
 import functools
+import importlib.metadata
+import os
 import re
 import runpy
 import shlex
@@ -31,8 +33,7 @@ SCRIPTS = [".ci/run", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / ".
 MADE = {
     # the work directory of a run
     "config.json", "dataset.json", "metrics.csv", "metrics.jsonl", "result.json", "manifest.json", "bad_batches.jsonl",
-    "skipped_images.txt",
-    "checkpoints/", "logs/", "starts/", "corrupt/", "superseded/", "runs/",
+    "skipped_images.txt", "checkpoints/", "logs/", "starts/", "tensorboard/", "corrupt/", "superseded/", "runs/",
     # the data directory
     "downloads/manual/",
     # what the documents' own commands and examples write
@@ -165,7 +166,7 @@ def options() -> dict[str, set[str]]:
 def every_option() -> set[str]:
     """The options of all commands, benchmarks and scripts, and of the programs that they call."""
     text = "\n".join(text for path, text in sources().items() if path.startswith(("benchmarks/", "launch/", "docs/")))
-    return set(re.findall(r"--[\w-]+", text)).union(*options().values())
+    return set(re.findall(r"--[\w-]+", text)).union({"--version"}, *options().values())
 
 
 def find(path: str, document: str) -> list[Path]:
@@ -411,6 +412,87 @@ def test_commands_in_blocks_are_understood(document, monkeypatch):
     """Their files and modules exist; a `jaxtrain` command is parsed and its config made."""
     monkeypatch.chdir(ROOT)
     report(document, ((line, why) for line, text in commands(document) for why in check_line(text, document)))
+
+
+PROGRAMS = "python3? jaxtrain pip sbatch qsub docker kubectl sky aws gcloud git ruff tensorboard"
+COMMAND = re.compile(rf"([A-Z_]+=\S* )*(({PROGRAMS.replace(' ', '|')}) (?!launch:)|launch/)")
+NOT_RUN = "not run by a test"
+
+
+def run_by_a_test(document: str) -> list[Piece]:
+    """The commands in the blocks of a document that say nothing else, and its Python blocks.
+
+    `NOT_RUN` stands in the line, in a comment at the top of the block, or in the text of the section.
+    """
+    lines, prose = read(document).split("\n"), prose_and_blocks(document)[0].split("\n")
+    found = []
+    for block in prose_and_blocks(document)[1]:
+        heading = next((n for n in range(block.line - 1, 0, -1) if re.match(r"#+ ", prose[n - 1])), 1)
+        end = next((n for n in range(block.line, len(prose) + 1) if re.match(r"#+ ", prose[n - 1])), len(prose) + 1)
+        first = block.text.split("\n")[0]
+        if f"section are {NOT_RUN}" in " ".join(prose[heading - 1 : end]) or (NOT_RUN in first and first[0] == "#"):
+            continue
+        if lines[block.line - 2].strip() == "```python":
+            found.append(block)
+            continue
+        mine = (piece for piece in commands(document) if 0 <= piece.line - block.line < block.text.count("\n"))
+        found += [piece for piece in mine if COMMAND.match(piece.text) and NOT_RUN not in piece.text]
+    return found
+
+
+@pytest.mark.parametrize("document", DOCUMENTS)
+def test_every_command_is_run_by_a_test_or_says_that_it_is_not(document):
+    """`test_the_commands_do_what_they_say` runs the others, so they must be of jaxtrain, and need no host but this one."""
+
+    def wrong() -> Iterator[tuple[int, str]]:
+        for line, text in run_by_a_test(document):
+            if "\n" not in text and not re.match(
+                r"python -m jaxtrain\.main |jaxtrain |launch/local\.sh |python docs/", text
+            ):
+                yield line, f"{text}: a command that no test runs must say so ({NOT_RUN!r})"
+
+    report(document, wrong())
+
+
+def shown_below(document: str, line: int) -> list[str]:
+    """What a block shows as the output of the command on this line, which has a prompt; without what is left out."""
+    first, *rest = read(document).split("\n")[line - 1 :]
+    output = rest[: rest.index("```")] if first.startswith("$ ") else []
+    return [text for text in output if text != "..."]
+
+
+@pytest.mark.parity
+@pytest.mark.timeout(1800)
+@pytest.mark.parametrize("document", [document for document in DOCUMENTS if run_by_a_test(document)])
+def test_the_commands_do_what_they_say(document, tmp_path):
+    """Each in turn, as a user would, in a directory that has what a checkout has."""
+    for folder in ("configs", "docs", "launch"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
+    (tmp_path / "bin").mkdir()
+    for name, words in (("jaxtrain", "-P -m jaxtrain"), ("python", "")):
+        (tmp_path / "bin" / name).write_text(f'#!/bin/sh\nexec "{sys.executable}" {words} "$@"\n')
+        (tmp_path / "bin" / name).chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}",
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    }
+    for line, text in run_by_a_test(document):
+        command = text
+        if "\n" in text:
+            name = "my_project.py" if "def small_cnn" in text else "from_python.py"
+            (tmp_path / name).write_text(text)
+            command = f"python {name}"
+        needs_data = re.search(r"cifar\d+", command) and re.search(r"--smoke| data (prepare|verify) ", command)
+        if needs_data and "JAXTRAIN_DATA_DIR" not in os.environ:
+            continue
+        done = subprocess.run(
+            ["bash", "-c", command], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 0, f"{document}:{line}: {command}\n{done.stdout}{done.stderr}"
+        if importlib.metadata.version("jax").startswith("0.10."):  # another one counts operations otherwise
+            assert set(shown_below(document, line)) <= set(done.stdout.splitlines()), (
+                f"{document}:{line}\n{done.stdout}"
+            )
 
 
 @pytest.mark.parametrize("document", DOCUMENTS)

@@ -1,15 +1,22 @@
-"""Precision by name, and fp16's dynamic loss scale."""
+"""Precision by name, how products are rounded, and fp16's dynamic loss scale."""
+
+import re
+import types
 
 import jax
 import jax.numpy as jnp
 import pytest
+from runs import EXACT, RECIPE, here
 
 from jaxtrain import precision
-from jaxtrain.config import ModelConfig
+from jaxtrain.config import ModelConfig, from_dict, nested_dicts
 from jaxtrain.errors import ConfigError
 from jaxtrain.models import registry
 from jaxtrain.models.layers import Context, normalize
 from jaxtrain.precision import LossScale
+from jaxtrain.recipes import load_config
+from jaxtrain.training import session
+from jaxtrain.training.smoke import smoke
 
 
 @pytest.mark.parametrize(
@@ -39,7 +46,52 @@ def test_f64_needs_x64():
     with pytest.raises(ConfigError, match=r"config\.train\.precision='f64'.*JAX_ENABLE_X64=1"), jax.enable_x64(False):
         precision.precision_policy("f64")
     with jax.enable_x64(True):
-        assert precision.precision_policy("f64") == precision.Policy(jnp.float64, jnp.float64)
+        assert precision.precision_policy("f64") == precision.Policy(jnp.float64, jnp.float64, "highest")
+
+
+@pytest.mark.parametrize(("name", "rounding", "stages"), [("f32", "HIGHEST", 2), ("tf32", "HIGH", 1)])
+def test_every_product_of_a_run_is_rounded_as_its_precision_says(tmp_path, monkeypatch, name, rounding, stages):
+    """In the programs that XLA is given: a GPU takes HIGHEST for f32 and the others for TF32; a CPU rounds none."""
+    programs, compile_program = [], jax.stages.Lowered.compile
+
+    def recorded(self, *arguments, **options):
+        programs.append(self.as_text())
+        return compile_program(self, *arguments, **options)
+
+    monkeypatch.setattr(jax.stages.Lowered, "compile", recorded)
+    monkeypatch.setattr(session, "require_hardware", lambda *_: None)  # this one has no TF32
+    fields = EXACT | {"optim.name": "muon", "train.steps": 1}
+    here(tmp_path, fields, devices=stages, train__precision=name, layout__stages=stages, layout__microbatches=stages)
+    products = re.findall(r"stablehlo\.(dot_general|convolution)\b(.*)", "\n".join(programs))
+    assert {kind for kind, _ in products} == {"dot_general", "convolution"}
+    found = {word for _, rest in products for word in re.findall("HIGHEST|HIGH|DEFAULT|$", rest)[:2]}
+    assert found == {rounding}
+
+
+GPUS = {"V100": "7.0", "A100": "8.0", "L4": "8.9", "H100": "9.0", "B200": "10.0", "MI300X": "gfx942"}
+
+
+def test_tf32_needs_hardware_that_has_it():
+    for kind, capability in GPUS.items():
+        gpu = types.SimpleNamespace(device_kind=kind, compute_capability=capability)
+        precision.require_hardware("f32", [gpu])
+        if kind in ("V100", "MI300X"):
+            with pytest.raises(ConfigError, match=rf"'tf32': needs .* 8\.0 \(Ampere\) .*{kind}.*precision=f32"):
+                precision.require_hardware("tf32", [gpu])
+        else:
+            precision.require_hardware("tf32", [gpu])
+
+
+def test_tf32_is_refused_on_a_cpu(tmp_path):
+    with pytest.raises(ConfigError, match=r"config\.train\.precision='tf32': needs NVIDIA GPUs .* is on cpu;"):
+        here(tmp_path, EXACT, train__precision="tf32")
+    with pytest.raises(ConfigError, match="'tf32': needs"):
+        smoke(
+            from_dict(nested_dicts(load_config(RECIPE, EXACT | {"train.precision": "tf32"}))),
+            "quickstart",
+            num_devices=1,
+        )
+    assert jax.config.jax_default_matmul_precision is None
 
 
 def scale(value, good_steps=0):

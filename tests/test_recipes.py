@@ -3,7 +3,9 @@
 import itertools
 import json
 import re
+import shutil
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -11,7 +13,7 @@ import pytest
 from jaxtrain.config import Config, DataConfig, OptimConfig, flatten, from_dict, nested_dicts, to_dict
 from jaxtrain.errors import ConfigError
 from jaxtrain.optim.schedules import peak_learning_rate
-from jaxtrain.recipes import LAYOUTS, change, load_config, recipe, resolve
+from jaxtrain.recipes import LAYOUTS, change, load_config, packaged_recipes, recipe, resolve
 
 CONFIGS = Path(__file__).parents[1] / "configs"
 OWN = {
@@ -234,6 +236,66 @@ def test_a_recipe_may_import_from_the_current_directory_and_nothing_else_may(tmp
     before = list(sys.path)
     assert load_config("recipes/mine.py").seed == 7
     assert sys.path == before
+
+
+def write_recipe(folder: Path, head: str, signature: str = "arg=''", seed: str = "0") -> Path:
+    folder.mkdir(exist_ok=True)
+    path = folder / "mine.py"
+    path.write_text(
+        f"from jaxtrain.config import Config\nfrom jaxtrain.recipes import recipe\n{head}\n"
+        f"def get_config({signature}):\n    return recipe(Config(seed={seed}))\n"
+    )
+    return path
+
+
+def test_a_recipe_may_import_what_lies_beside_it(tmp_path, monkeypatch):
+    """Each its own, wherever it is started, and nothing of that is left in the process."""
+    here = tmp_path / "here"
+    here.mkdir()
+    (here / "my_common.py").write_text("SEED = 1\n")
+    (here / "yaml.py").write_text("raise ImportError('not the installed one')\n")
+    monkeypatch.chdir(here)
+    monkeypatch.delitem(sys.modules, "yaml", raising=False)
+    before = list(sys.path)
+    for seed in (2, 3):
+        path = write_recipe(tmp_path / f"recipes{seed}", "import my_common, yaml, my_parts.more", seed="my_common.SEED")
+        (path.parent / "my_common.py").write_text(f"SEED = {seed}\n")
+        (path.parent / "my_parts").mkdir()
+        (path.parent / "my_parts" / "more.py").write_text("")
+        assert load_config(path).seed == seed
+        assert sys.path == before
+        assert not [name for name in sys.modules if name.startswith("my_")]
+
+
+def test_a_recipe_that_takes_no_argument(tmp_path):
+    path = write_recipe(tmp_path, "", signature="", seed="5")
+    assert load_config(path).seed == 5
+    with pytest.raises(ConfigError, match=r"mine\.py:zero3: its get_config takes no argument"):
+        load_config(f"{path}:zero3")
+
+
+def test_a_recipe_that_comes_with_jaxtrain_is_found_by_its_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = resolve("resnet50_cifar100:production,zero3")
+    assert (found.name, found.config.data.global_batch, found.config.layout.zero) == ("resnet50_cifar100", 1024, 3)
+    write_recipe(tmp_path, "", seed="9").rename("quickstart")  # a file comes first
+    with pytest.raises(ConfigError, match=r"a name that ends in \.py"):
+        resolve("quickstart")
+    for name in ("quikstart", "configs/quikstart.py", "quikstart.py"):
+        with pytest.raises(ConfigError) as caught:
+            resolve(name)
+        assert "Did you mean 'quickstart'" in str(caught.value)
+        assert ", ".join(sorted(path.stem for path in CONFIGS.glob("*.py"))) in str(caught.value)
+
+
+def test_an_installed_package_has_the_recipes_in_it(tmp_path, monkeypatch):
+    project = tomllib.loads((CONFIGS.parent / "pyproject.toml").read_text())
+    (target,) = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"].items()
+    assert target == ("configs", "jaxtrain/configs")
+    shutil.copytree(CONFIGS, tmp_path / target[1])
+    monkeypatch.setattr("jaxtrain.recipes.__file__", str(tmp_path / "jaxtrain" / "recipes.py"))
+    assert set(packaged_recipes().values()) == set((tmp_path / target[1]).glob("*.py"))
+    assert resolve("quickstart").name == "quickstart"
 
 
 def test_a_recipe_of_ones_own(tmp_path):

@@ -175,13 +175,13 @@ def test_every_field_has_its_kind():
         *("layout.stages", "layout.schedule", "layout.chunks", "layout.boundaries", "layout.balance"),
         *("layout.stage_placement", "layout.trace_step"),
         *("checkpoint.every", "checkpoint.keep", "checkpoint.milestone_every", "checkpoint.resume"),
-        "checkpoint.allow_changes",
+        *("checkpoint.allow_changes", "checkpoint.best"),
     }
     length = {"train.epochs", "train.steps"}
     numbers = {
         "seed",
         *("data.name", "data.global_batch", "data.image_size", "data.augmentation", "data.crop_padding", "data.mixup"),
-        "data.cutmix",
+        *("data.cutmix", "data.flip"),
         *("data.mean", "data.std", "data.splits", "data.examples", "data.validation", "data.split_seed"),
         *(key for key in flat_keys() if key.startswith(("model.", "optim."))),
         "train.precision",

@@ -63,6 +63,12 @@ def slow_digits(config, *, image_size):
     return dataclasses.replace(found, train=SlowOnProcess1(found.train, np.arange(len(found.train))))
 
 
+def speckle(images, keys):
+    """A user's augmentation: noise on each image, from its own key."""
+    noise = jax.vmap(lambda key: jax.random.randint(key, images.shape[1:], -40, 41, jnp.int32))(keys)
+    return jnp.clip(images + noise, 0, 255).astype(jnp.uint8)
+
+
 class Pool(Layer):
     """[B, H, W, C] -> [B, H / 2 * W / 2 * C]; no parameters."""
 

@@ -33,7 +33,7 @@ def _measure(name: str, model: str) -> dict[str, Any]:
     )
     with settings(config):
         run = make_run_spec(config, load_data(config.data), jax.devices()[:1])
-        state = create_state(run.init, run.layout)
+        state = create_state(run.init, run.layout, run.config.seed)
         size = sum(leaf.nbytes for leaf in jax.tree.leaves(state))
         blocked, whole, hashed, verified, restored = [], [], [], [], []
         with (

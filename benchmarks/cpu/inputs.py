@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import tensorflow_datasets as tfds
 from PIL import Image
 from tensorflow_datasets.core import registered
@@ -219,7 +220,14 @@ def _reader(feed: InputPipeline, inputs: Callable[..., Any] | None = None, batch
     def read(count: int) -> float:
         cores.pin(used)
         if not stream:
-            stream.append(feed.train(seed=0, global_batch=batch, first_step=0, first_example=0, steps=10**6))
+            order: dict[str, Any] = {
+                "seed": 0,
+                "global_batch": batch,
+                "first_step": 0,
+                "first_example": 0,
+                "steps": 10**6,
+            }
+            stream.append(feed.train(schedule=optax.constant_schedule(0.1), weight_decay=0.0, **order))
         seconds = 0.0
         ahead = 2 + used
         for number in range(count + ahead):

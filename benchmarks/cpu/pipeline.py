@@ -214,7 +214,7 @@ def _dispatch(stages: int, parts: int, depth: int) -> dict[str, Any]:
         one = dataclasses.replace(
             engine, step=dataclasses.replace(step, executors=StageExecutors(range(stages), threads=False))
         )
-        by_one = block_seconds(run, one, create_state(run.init, run.layout), 10, REPEATS)
+        by_one = block_seconds(run, one, create_state(run.init, run.layout, run.config.seed), 10, REPEATS)
     return {
         "stages": stages,
         "microbatches": parts,

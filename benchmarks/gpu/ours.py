@@ -29,7 +29,7 @@ from jaxtrain.optim.schedules import learning_rate_schedule
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.precision import precision_policy
-from jaxtrain.step.batch import Batch, Resident
+from jaxtrain.step.batch import Batch, Hyperparams, Resident
 from jaxtrain.step.task import make_task
 from jaxtrain.step.train_state import create_state, initial_state
 from jaxtrain.step.train_step import MeshTrainStep, make_train_step
@@ -78,13 +78,22 @@ class Training:
         task = make_task(config, model, rate, side=size, classes=classes, mean=MEAN, std=STD, dtype=types.compute_dtype)
         layout = Layout(make_mesh(config.layout, jax.devices()[:1]), config.layout, model.tensor_rules)
         init = functools.partial(
-            initial_state, config.seed, model, task.optimizer, types, shape, ema=config.optim.ema > 0
+            initial_state,
+            model=model,
+            optimizer=task.optimizer(),
+            policy=types,
+            input_shape=shape,
+            ema=config.optim.ema > 0,
         )
-        state = create_state(init, layout)
+        state = create_state(init, layout, config.seed)
         draw = np.random.default_rng(0)
         images = draw.integers(0, 256, (1, batch, *shape), np.uint8)  # never zeros: products of zeros run faster
         labels = draw.integers(0, classes, (1, batch), np.int32)
-        first = Batch(step=_scalar(layout, 0), images=_put(layout, images), labels=_put(layout, labels))
+        rates = np.float32(config.optim.learning_rate), np.float32(config.optim.weight_decay)
+        hyperparams = Hyperparams(*(_scalar(layout, number) for number in (*rates, np.int32(config.seed))))
+        first = Batch(
+            _scalar(layout, np.int32(0)), hyperparams, images=_put(layout, images), labels=_put(layout, labels)
+        )
         several = config.train.steps_per_call
         step = make_train_step(task, layout, state, first, Resident(), several)
         many = None
@@ -117,8 +126,8 @@ def _put(layout: Layout, value: np.ndarray) -> jax.Array:
     return jax.device_put(value, layout.images if value.ndim > 2 else layout.batch)
 
 
-def _scalar(layout: Layout, value: int) -> jax.Array:
-    return jax.device_put(np.int32(value), layout.sharding())
+def _scalar(layout: Layout, value: np.generic) -> jax.Array:
+    return jax.device_put(value, layout.sharding())
 
 
 def macs(function: Any, *arguments: Any) -> int:

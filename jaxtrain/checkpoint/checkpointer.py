@@ -17,7 +17,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,7 @@ class Checkpointer:
         self,
         directory: Path,
         keep: int = 1,
+        best_by: str = "val_accuracy",
         *,
         read_only: bool = False,
         owner: str = "",
@@ -59,12 +60,13 @@ class Checkpointer:
         Args:
           directory: made if need be, unless `read_only`.
           keep: how many of the newest checkpoints stay, besides the best and the milestones.
+          best_by: which figure decides what the best is (`checkpoint.best`).
           read_only: for a run that only restores.
           owner: identifies this start of the run in the manifests.
           still_owner: raises `WorkdirError` if another run has taken over the directory.
         """
         self.directory, self._keep, self._read_only = directory.absolute(), keep, read_only
-        self._owner, self._still_owner = owner, still_owner
+        self._owner, self._still_owner, self._best_by = owner, still_owner, best_by
         self._manager = self._make_manager()
         self._saving = 0  # the step of the last save
         self._commit: threading.Thread | None = None
@@ -90,7 +92,7 @@ class Checkpointer:
         position: dict[str, Any],
         *,
         epoch: int,
-        val_accuracy: float | None = None,
+        figures: Mapping[str, float | None] | None = None,
         milestone: bool = False,
     ) -> None:
         """Starts writing. Returns once the state may be donated.
@@ -103,7 +105,7 @@ class Checkpointer:
           state: what to save.
           position: how far the run is, with its config (`Position.to_json`).
           epoch: epochs completed, -1 inside one.
-          val_accuracy: of a validation after this step, in [0, 1].
+          figures: of a validation after this step, by their names in the manifest.
           milestone: never deletes this checkpoint.
         """
         self._finish_commit()
@@ -115,9 +117,8 @@ class Checkpointer:
         args = ocp.args.Composite(state=ocp.args.PyTreeSave(to_every_process(_tree(state), _mesh(state))))
         config = json.dumps(position["config"], sort_keys=True)
         fields = {
-            "step": step, "position": position, "epoch": epoch, "val_accuracy": val_accuracy, "milestone": milestone,
-            "versions": versions(),
-            "config_sha256": hashlib.sha256(config.encode()).hexdigest(), "owner": self._owner,
+            "step": step, "position": position, "epoch": epoch, "milestone": milestone, "versions": versions(),
+            "config_sha256": hashlib.sha256(config.encode()).hexdigest(), "owner": self._owner, **(figures or {}),
         }  # fmt: skip
         try:
             self._manager.save(step, args=args, force=True)
@@ -139,7 +140,7 @@ class Checkpointer:
             if jax.process_index() == 0:
                 folder = self.directory / str(step)
                 manifest.write_manifest(folder, self._still_owner, **fields)
-                manifest.delete_old(self.directory, self._keep)
+                manifest.delete_old(self.directory, self._keep, self._best_by)
         except Exception as error:  # any error must reach the main thread
             self._failure = error
 
@@ -198,19 +199,19 @@ class Checkpointer:
     # ----------------------------------------------------------------------------------------------------------- read
 
     def best_step(self) -> int | None:
-        """The step with the best validation accuracy."""
-        return best_of(readable(self.directory, manifested_steps(self.directory)))
+        """The step with the best validation, as `checkpoint.best` measures it."""
+        return best_of(readable(self.directory, manifested_steps(self.directory)), self._best_by)
 
-    def annotate(self, step: int, val_accuracy: float, position: dict[str, Any]) -> None:
+    def annotate(self, step: int, figures: Mapping[str, float | None], position: dict[str, Any]) -> None:
         """Adds what became known after a checkpoint was saved. Only process 0 writes.
 
         Args:
           step: of the checkpoint.
-          val_accuracy: in [0, 1].
+          figures: of its validation, by their names in the manifest.
           position: how far the run is now.
         """
         if jax.process_index() == 0:
-            manifest.annotate(self.directory / str(step), val_accuracy=val_accuracy, position=position)
+            manifest.annotate(self.directory / str(step), position=position, **figures)
 
     def restore(self, step: int, template: TrainState, *, allow_changes: bool = False) -> TrainState:
         """Reads the state of `step`.

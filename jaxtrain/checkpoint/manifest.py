@@ -24,7 +24,7 @@ from jaxtrain.errors import CheckpointError
 from jaxtrain.host.files import atomic_write, sync_directory
 
 MANIFEST = "manifest.json"
-SCHEMA = 1
+SCHEMA = 2
 _HASHING_THREADS = 4
 
 
@@ -44,13 +44,16 @@ class Manifest:
     config_sha256: str
     epoch: int
     """Epochs completed, -1 inside one."""
-    val_accuracy: float | None
-    """In [0, 1]; None before validation."""
     milestone: bool
     """It is never deleted."""
     owner: str
     """The start of the run that wrote it (`Lease.token`)."""
     time: str
+    val_accuracy: float | None = None
+    """In [0, 1]; None before validation. So are the other two, which schema 1 did not have; they are the figures that
+    `checkpoint.best` names."""
+    val_loss: float | None = None
+    val_top5: float | None = None
 
     @property
     def bytes(self) -> int:
@@ -176,43 +179,65 @@ def quarantine(folder: Path, sentences: Sequence[str]) -> Path:
     return target
 
 
-def best_of(manifests: Sequence[Manifest]) -> int | None:
-    """The step with the highest validation accuracy, the earliest of equal ones; None if none was evaluated.
+def is_better(by: str, figure: float | None, best: float | None) -> bool:
+    """Whether a figure of a validation is better than the best one before it.
 
-    Only accuracies on the newest validation examples are compared.
+    Args:
+      by: which figure it is: a value of `checkpoint.best`.
+      figure: None is not better than anything.
+      best: None where there is none yet.
     """
-    bests = _bests(manifests)
+    return figure is not None and (best is None or _height(by, figure) > _height(by, best))
+
+
+def _height(by: str, figure: float) -> float:
+    return -figure if by == "val_loss" else figure
+
+
+def best_of(manifests: Sequence[Manifest], by: str) -> int | None:
+    """The best step, the earliest of equal ones; None if none was evaluated.
+
+    Only figures on the newest validation examples are compared. by: a value of `checkpoint.best`.
+    """
+    bests = _bests(manifests, by)
     return bests[-1] if bests else None
 
 
-def _bests(manifests: Sequence[Manifest]) -> list[int]:
+def _bests(manifests: Sequence[Manifest], by: str) -> list[int]:
     """The best step on each set of validation examples that a run has had; the present set comes last."""
     groups: dict[str, list[Manifest]] = {}
     for manifest in sorted(manifests, key=lambda m: m.step):
-        if manifest.val_accuracy is not None:
+        if getattr(manifest, by) is not None:
             where = _validation(manifest.position) or next(reversed(groups), "")
             earlier = groups.pop(where, groups.pop("", []))  # unknown examples count as the same
             groups[where] = [*earlier, manifest]
-    return [-max((m.val_accuracy or 0.0, -m.step) for m in group)[1] for group in groups.values()]
+    return [-max((_height(by, getattr(m, by)), -m.step) for m in group)[1] for group in groups.values()]
 
 
 def _validation(position: Mapping[str, Any]) -> str:
-    """The fingerprint of the validation examples; '' if an older version did not store it."""
+    """Identifies the validation examples that were evaluated; '' if an older version did not store it."""
     record = DatasetRecord.from_json(position["dataset"]) if "dataset" in position else DatasetRecord()
-    return record.split_fingerprint("validation") or record.fingerprint
+    found = record.split_fingerprint("validation") or record.fingerprint
+    part = position.get("config", {}).get("train", {}).get("eval_examples", 0)
+    return f"{found}, {part} of them" if found and part else found
 
 
-def delete_old(directory: Path, latest: int) -> list[int]:
+def delete_old(directory: Path, latest: int, by: str) -> list[int]:
     """Deletes all but the `latest` newest checkpoints, the best, and every milestone. Returns the deleted steps.
 
     Call it when a newer checkpoint has just been verified. A kill during a deletion leaves a folder without manifest.
+
+    Args:
+      directory: of checkpoints.
+      latest: how many of the newest stay.
+      by: which figure decides what the best is: a value of `checkpoint.best`.
     """
     steps = manifested_steps(directory)
     readable = []
     for step in steps:
         with contextlib.suppress(CheckpointError):  # an unreadable one stays: `resume` decides
             readable.append(read_manifest(directory / str(step)))
-    kept = {*steps[-latest:], *_bests(readable), *(m.step for m in readable if m.milestone)}
+    kept = {*steps[-latest:], *_bests(readable, by), *(m.step for m in readable if m.milestone)}
     deleted = [m.step for m in readable if m.step not in kept]
     for step in deleted:
         (directory / str(step) / MANIFEST).unlink()

@@ -101,7 +101,7 @@ def go_on_with(dataset: Dataset, resume: ResumePoint, num_classes: int) -> tuple
     """Adapts the data set to the run, and the run's position to the data set.
 
     If the training examples have changed, the epoch's sums and the rows of epochs start again: a mean over two data sets
-    would be of neither. If the validation examples have changed, the best accuracy does.
+    would be of neither. If the validation examples have changed, the best figure does.
 
     Args:
       dataset: as it is loaded now.
@@ -134,7 +134,7 @@ def go_on_with(dataset: Dataset, resume: ResumePoint, num_classes: int) -> tuple
             position, epoch_loss=0.0, epoch_correct=0.0, epoch_examples=0, data_since=position.step
         )
     if stored.fingerprint and not same_split(stored, dataset, "validation"):
-        position = dataclasses.replace(position, best_accuracy=-1.0)
+        position = dataclasses.replace(position, best=None)
     return dataset, dataclasses.replace(resume, position=position)
 
 
@@ -192,7 +192,11 @@ def set_aside(
         to = folder / path.relative_to(directory.path)
         to.parent.mkdir(exist_ok=True)
         shutil.move(path, to)  # a linked directory may be on another disk
-    if moved:
+    if moved == [directory.result]:
+        log.info(
+            "this run goes on after its last step, %d; the result of the shorter run was moved to %s", step, folder
+        )
+    elif moved:
         log.warning("What this directory held after step %d was moved to %s; move it back to undo this.", step, folder)
     else:
         log.warning("The metrics up to step %d were copied to %s.", step, folder)
@@ -244,6 +248,16 @@ def may_go_on(directory: Workdir, resume: ResumePoint, config: Config, dataset: 
       WorkdirError: another length would have given a step already run another learning rate.
       DataError: the data set holds something else than when the checkpoint was made.
     """
+    if resume.stored and resume.start and resume.stored.checkpoint.best != (by := config.checkpoint.best):
+        log.warning(
+            "checkpoint.best was %s and is %s: among the checkpoints that are here and those to come, it decides what the best "
+            "weights are",
+            resume.stored.checkpoint.best,
+            by,
+        )
     refuse_length(directory, resume, config, len(dataset.train))
     refuse_other_data(directory, resume, config, dataset)
+    if resume.stored is not None and resume.stored.train.eval_examples != config.train.eval_examples:
+        # The best figure so far is of another part of the validation split.
+        resume = dataclasses.replace(resume, position=dataclasses.replace(resume.position, best=None))
     return go_on_with(dataset, resume, config.model.num_classes)

@@ -36,12 +36,15 @@ def names_path(resume: str) -> bool:
     return not re.fullmatch(r"auto|latest|best|none|\d+|epoch:\d+", resume)
 
 
-def find_checkpoint(directory: Path, resume: str, setting: str = "config.checkpoint.resume") -> CheckpointStep | None:
+def find_checkpoint(
+    directory: Path, resume: str, best_by: str, setting: str = "config.checkpoint.resume"
+) -> CheckpointStep | None:
     """The checkpoint that `checkpoint.resume` names; None for a fresh run.
 
     Args:
       directory: the run's checkpoints.
       resume: the value of the setting.
+      best_by: which figure decides what the best checkpoint is (`checkpoint.best`).
       setting: its name, for the errors.
 
     Raises:
@@ -57,12 +60,12 @@ def find_checkpoint(directory: Path, resume: str, setting: str = "config.checkpo
             if resume == "auto":
                 return None
             raise CheckpointError(f"{setting}={resume!r}: {directory} holds no checkpoint.")
-        return CheckpointStep(directory, _named_step(directory, steps, resume, setting))
+        return CheckpointStep(directory, _named_step(directory, steps, resume, best_by, setting))
     require_local(resume, f"{setting}={resume!r}", ConfigError)
-    return _start_at_path(Path(resume).absolute(), setting)
+    return _start_at_path(Path(resume).absolute(), best_by, setting)
 
 
-def _named_step(directory: Path, steps: list[int], resume: str, setting: str) -> int:
+def _named_step(directory: Path, steps: list[int], resume: str, best_by: str, setting: str) -> int:
     if resume in ("auto", "latest"):
         return steps[-1]
     if resume.isdigit():
@@ -71,7 +74,7 @@ def _named_step(directory: Path, steps: list[int], resume: str, setting: str) ->
         raise CheckpointError(f"{setting}={resume}: {directory} has only the steps {', '.join(map(str, steps))}.")
     manifests = readable(directory, steps)
     if resume == "best":
-        best = best_of(manifests)
+        best = best_of(manifests, best_by)
         if best is None:
             raise CheckpointError(f"{setting}=best: no checkpoint in {directory} was evaluated.")
         return best
@@ -94,9 +97,16 @@ def readable(directory: Path, steps: list[int]) -> list[Manifest]:
     return manifests
 
 
-def _start_at_path(path: Path, setting: str) -> CheckpointStep:
+def _start_at_path(path: Path, best_by: str, setting: str) -> CheckpointStep:
     if path.name.isdigit() and manifested_steps(path.parent).count(int(path.name)):
         return CheckpointStep(path.parent, int(path.name))
+    if path.name in ("latest", "best") and (steps := manifested_steps(path.parent)):
+        return CheckpointStep(path.parent, _named_step(path.parent, steps, path.name, best_by, setting))
+    if path.is_file():
+        raise ConfigError(
+            f"{setting}={str(path)!r}: is a file, and a checkpoint of jaxtrain is a directory; those of other programs "
+            "cannot be read."
+        )
     for directory in (path, path / "checkpoints"):
         if steps := manifested_steps(directory):
             return CheckpointStep(directory, steps[-1])
@@ -120,8 +130,10 @@ class Position:
     """Correct answers in the epoch so far."""
     epoch_examples: int = 0
     """Examples of the epoch so far."""
-    best_accuracy: float = -1.0
-    """Of all validations, -1 before the first."""
+    best: float | None = None
+    """The best of all validations, None before the first."""
+    best_by: str = "val_accuracy"
+    """Which figure `best` is: the value of `checkpoint.best` that decided."""
     owes_validation: bool = False
     """The run was stopped before the validation that is due after this step."""
     dataset: DatasetRecord = dataclasses.field(default_factory=DatasetRecord)
@@ -151,6 +163,10 @@ class Position:
             epoch_examples=self.epoch_examples + batch,
         )
 
+    def best_so_far(self, by: str) -> float | None:
+        """The best `by` of all validations; None before the first, and where another figure has decided until now."""
+        return self.best if self.best_by == by else None
+
     def epoch_means(self) -> tuple[float, float]:
         """Mean loss and accuracy of the epoch so far; zeros where every batch of it was passed over."""
         count = max(self.epoch_examples, 1)
@@ -168,6 +184,8 @@ class Position:
     def from_json(cls, values: Mapping[str, Any]) -> Position:
         """The inverse of `to_json`."""
         fields = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}
+        if values.get("best_accuracy", -1.0) >= 0:  # of schema 1
+            fields["best"] = values["best_accuracy"]
         if values.get("data"):  # a checkpoint from before `dataset`: the fingerprint alone
             fields["dataset"] = {"fingerprint": values["data"]}
         if "dataset" in fields:
@@ -193,10 +211,10 @@ def find_resume_point(directory: Workdir, config: Config) -> ResumePoint:
     (`_effective_resume`). A damaged checkpoint of this directory is moved to `corrupt/`. Then the next older one is used,
     unless the step was chosen by number. Raises `CheckpointError` if no checkpoint is there, or all are damaged.
     """
-    wanted = _effective_resume(directory, config.checkpoint.resume)
-    start = find_checkpoint(directory.checkpoints, wanted)
+    wanted, best_by = _effective_resume(directory, config.checkpoint.resume), config.checkpoint.best
+    start = find_checkpoint(directory.checkpoints, wanted, best_by)
     while start is not None and (damage := _damage(start)):
-        start = _next_older(directory, wanted, start, damage)
+        start = _next_older(directory, wanted, best_by, start, damage)
     if start is None:
         values = directory.read_config() if wanted != "none" else None
         return ResumePoint(None, Position(), _stored(values, directory.config) if values else None)
@@ -247,7 +265,9 @@ def _damage(start: CheckpointStep) -> list[str]:
     return sorted({problem for text in texts for problem in json.loads(text)})
 
 
-def _next_older(directory: Workdir, wanted: str, start: CheckpointStep, damage: list[str]) -> CheckpointStep:
+def _next_older(
+    directory: Workdir, wanted: str, best_by: str, start: CheckpointStep, damage: list[str]
+) -> CheckpointStep:
     """The next older checkpoint, after process 0 has moved the damaged one away."""
     folder = start.directory / str(start.step)
     text = f"{folder} is damaged ({damage[0]}" + (f", and {len(damage) - 1} more" if len(damage) > 1 else "") + ")"
@@ -262,9 +282,9 @@ def _next_older(directory: Workdir, wanted: str, start: CheckpointStep, damage: 
 
     coordination.first_on_process_zero("quarantine", move, _VERIFY_SECONDS)
     try:
-        older = find_checkpoint(directory.checkpoints, wanted)
+        older = find_checkpoint(directory.checkpoints, wanted, best_by)
     except CheckpointError:  # the best one was damaged, and no other was evaluated
-        older = find_checkpoint(directory.checkpoints, "latest")
+        older = find_checkpoint(directory.checkpoints, "latest", best_by)
     assert older is not None
     return older
 

@@ -6,24 +6,44 @@
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import logging
 import os
+import platform
 import sys
 import traceback
 from collections.abc import Sequence
 from typing import NoReturn
 
-from jaxtrain.cli import checkpoint, config, data, demo, doctor, evaluate, goodput, launch, layout, logs, train
-from jaxtrain.config import did_you_mean
+import jaxtrain
+from jaxtrain.cli import (
+    checkpoint,
+    compile,
+    config,
+    data,
+    demo,
+    doctor,
+    evaluate,
+    flags,
+    goodput,
+    launch,
+    layout,
+    logs,
+    train,
+)  # fmt: skip
 from jaxtrain.distributed.exit_report import ExitReport
-from jaxtrain.errors import REPORT_THIS, ConfigError, JaxtrainError
+from jaxtrain.errors import ConfigError, JaxtrainError
+from jaxtrain.host import xla_flags
 from jaxtrain.host.text import escape_message, printable
+from jaxtrain.plugins import whose_fault
 from jaxtrain.recipes import split_override
 
 COMMANDS = {
     "train": train, "launch": launch, "evaluate": evaluate, "checkpoint": checkpoint, "data": data, "config": config,
-    "layout": layout, "logs": logs, "goodput": goodput, "demo": demo, "doctor": doctor,
+    "layout": layout, "compile": compile, "logs": logs, "goodput": goodput, "demo": demo, "doctor": doctor,
 }  # fmt: skip
+
+_WITH_CONFIG = ("train", "layout", "compile", "config")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -39,6 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     logging.getLogger("jaxtrain").addFilter(escape_message)
     try:
         arguments = parse(sys.argv[1:] if argv is None else argv)
+        xla_flags.hide_alarms(always=arguments.command in ("demo", "layout"))
         return COMMANDS[arguments.command].run(arguments) or 0
     except JaxtrainError as error:
         ExitReport.of(error, 0).write()  # `jaxtrain launch` does not restart what cannot succeed
@@ -48,18 +69,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `jaxtrain layout | head` is not an error
         return 0
-    except Exception:
-        return _fail(f"{REPORT_THIS}\n{traceback.format_exc()}", 70, lines=True)
+    except Exception as error:
+        return _fail(f"{whose_fault(error)}\n{traceback.format_exc()}", 70, lines=True)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
-    """The command's arguments, with two more: `overrides`, a pair (dotted name, text) for each --config.KEY=VALUE, and
-    `rest`, the words after --. Raises `ConfigError`.
+    """The command's arguments, with three more.
+
+    Those are `overrides`, a pair (dotted name, text) for each --config.KEY=VALUE; `said`, a text for each flag of another
+    trainer; and `rest`, the words after --. Raises `ConfigError`.
     """
     argv = list(argv)
     end = argv.index("--") if "--" in argv else len(argv)
-    overrides, rest = split_overrides(argv[:end])
+    words, said = flags.translate(argv[:end]) if argv[:1] and argv[0] in _WITH_CONFIG else (argv[:end], [])
+    overrides, rest = split_overrides(words)
     parser = _Parser(prog="jaxtrain", description="Trains vision models in JAX.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=_version())
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, module in COMMANDS.items():
         help_text = (module.__doc__ or "").partition("\n")[0]
@@ -68,13 +93,15 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     arguments, unknown = parser.parse_known_args(rest)
     if unknown:
         known = [option for action in commands.choices[arguments.command]._actions for option in action.option_strings]
-        hint = did_you_mean(unknown[0].partition("=")[0], known)
-        if not hint and "=" in unknown[0]:
-            hint = " A field of the config is set with --config.KEY=VALUE."
-        raise ConfigError(f"jaxtrain {arguments.command} does not know {' '.join(unknown)}.{hint}")
+        hints = dict.fromkeys(flags.hint(word, known) for word in unknown if word.startswith("-") or "=" in word)
+        if arguments.command == "launch":
+            hints = {
+                " What is meant for the run comes after --: jaxtrain launch --nproc 2 -- train --config FILE.": None
+            }
+        raise ConfigError(f"jaxtrain {arguments.command} does not know {' '.join(unknown)}.{''.join(hints)}")
     if overrides and not hasattr(arguments, "config"):
         raise ConfigError(f"--config.{overrides[0][0]}: jaxtrain {arguments.command} takes no config.")
-    arguments.overrides, arguments.rest = overrides, argv[end + 1 :]
+    arguments.overrides, arguments.said, arguments.rest = overrides, said, argv[end + 1 :]
     if arguments.rest and arguments.command != "launch":
         raise ConfigError(f"jaxtrain {arguments.command} takes no command after --: {' '.join(arguments.rest)}.")
     return arguments
@@ -98,6 +125,12 @@ def split_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
         else:
             overrides.append(split_override(f"{word}=true"))
     return overrides, rest
+
+
+def _version() -> str:
+    return (
+        f"jaxtrain {jaxtrain.__version__}, jax {importlib.metadata.version('jax')}, Python {platform.python_version()}"
+    )
 
 
 def _fail(text: str, code: int, *, lines: bool = False) -> int:

@@ -47,6 +47,7 @@ def _row(folder: Path, *, verify: bool) -> dict:
         "step": int(folder.name),
         "epoch": None,
         "val_accuracy": None,
+        "val_loss": None,
         "milestone": None,
         "bytes": None,
         "time": None,

@@ -1,6 +1,7 @@
 """Show the resolved config of a recipe, and where each value came from; or explain fields of the config (--explain)."""
 
 import argparse
+import json
 import textwrap
 from pathlib import Path
 
@@ -10,7 +11,7 @@ from jaxtrain.checkpoint.config_changes import kind_of
 from jaxtrain.cli import start
 from jaxtrain.config import SECTIONS, FieldInfo, explain, explain_sections, flat_keys, flatten, to_dict
 from jaxtrain.errors import ConfigError
-from jaxtrain.recipes import Resolved, resolve, unknown_field
+from jaxtrain.recipes import Resolved, unknown_field
 
 _WIDTH = 100  # characters of a line of an explanation, also on a wider screen: longer ones are hard to read
 
@@ -23,35 +24,43 @@ _ON_RESUME = {
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """FILE, --explain; overrides are taken out before."""
+    """FILE or --config FILE, --explain, --json; overrides are taken out before."""
+    parser.add_argument("file", nargs="?", metavar="FILE[:ARGUMENT,...]", help="the same as --config FILE")
+    start.add_config_argument(parser)
     parser.add_argument(
-        "config",
-        nargs="?",
-        metavar="FILE[:ARGUMENT,...]",
-        help="a recipe and its arguments; --config.KEY=VALUE changes a field",
+        "--json", action="store_true", help="print the values as JSON, as a run stores them in config.json"
     )
     parser.add_argument(
         "--explain",
         nargs="+",
         metavar="KEY",
         help="print what these fields mean, such as optim.warmup, or all fields of a section, such as optim: type, default, "
-        "allowed values, whether a resumed run may change them, and with FILE (before --explain) the value there",
+        "allowed values, whether a resumed run may change them, and with a recipe (--config FILE) the value there",
     )
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints one row a field, or the explanation of the fields that `--explain` names. Raises `ConfigError`."""
-    if not arguments.config and not arguments.explain:
+    if arguments.file and arguments.config:
+        raise ConfigError(f"jaxtrain config takes one recipe: {arguments.file}, or --config {arguments.config}.")
+    arguments.config = arguments.file or arguments.config
+    named = arguments.config or arguments.yaml
+    if not named and not arguments.explain:
         raise ConfigError("jaxtrain config needs FILE, or --explain KEY; see jaxtrain config --help.")
-    if not arguments.config and arguments.overrides:
+    if not named and arguments.overrides:
         key = arguments.overrides[0][0]
         raise ConfigError(f"--config.{key} changes a field of a recipe; write jaxtrain config FILE --explain KEY.")
+    if arguments.json and arguments.explain:
+        raise ConfigError("--json prints values; --explain has none.")
     keys = [key.removeprefix("config.") for key in arguments.explain or ()]
     for key in keys:
         _check_key(key)
-    resolved = resolve(arguments.config, arguments.overrides) if arguments.config else None
+    resolved = start.resolved(arguments) if named else None
+    start.say_what_flags_are(arguments)
     if keys:
         _print_explanations(keys, resolved)
+    elif resolved and arguments.json:
+        print(json.dumps(to_dict(resolved.config), indent=2))
     elif resolved:
         _print_values(resolved)
 

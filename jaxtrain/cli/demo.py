@@ -17,13 +17,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the result of each check as it ends. Raises `JaxtrainError` naming the checks that failed."""
-    start.start_devices(arguments)
-    from jaxtrain.doctor.demo import Check, run_demo  # noqa: PLC0415  wrong arguments are refused before JAX is loaded
+    start.check_devices(arguments)
+    progress = start.progress()
+    with progress.activity("starting the devices"):
+        start.start_devices(arguments)
+        from jaxtrain.doctor.demo import Check, run_demo  # noqa: PLC0415  wrong arguments are refused before that
 
     def show(check: Check) -> None:
         print(printable(f"{'ok' if check.passed else 'FAILED':8}{check.name}: {check.found}"), flush=True)
 
-    checks = run_demo(arguments.devices, (lambda check: None) if arguments.json else show)
+    checks = run_demo(arguments.devices, (lambda check: None) if arguments.json else show, progress)
     failed = [check for check in checks if not check.passed]
     if arguments.json:
         print(json.dumps({"passed": not failed, "checks": [dataclasses.asdict(check) for check in checks]}, indent=2))

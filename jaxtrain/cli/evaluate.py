@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Prints the loss, the accuracies, and a row for each class."""
+    """Prints the loss, the accuracies, and a row for each class, the worst first."""
     start.start_devices(arguments)
     from jaxtrain.training.evaluate import evaluate  # noqa: PLC0415
 
@@ -65,11 +65,17 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps({**what, **numbers, "per_class": classes}, indent=2))
         return
     console = start.console()
-    console.print(
-        f"step {found.step}, {arguments.split}: accuracy {result.accuracy:.4f}, top-5 {result.top5:.4f}, "
-        f"loss {result.loss:.4f} ({result.examples} examples, {'EMA' if found.weights == 'ema' else 'raw'} weights)"
-    )
-    table = Table("class", "accuracy", box=None, pad_edge=False)
-    for name, accuracy in zip(names, result.per_class, strict=True):
+    which = f"step {found.step}{f' ({arguments.checkpoint})' if arguments.checkpoint in ('best', 'latest') else ''}"
+    weights = "the average of the weights (EMA)" if found.weights == "ema" else "raw weights"
+    console.print(f"{which}, {weights}, {arguments.split}: {result.examples:,} examples")
+    console.print(f"accuracy {result.accuracy:.4f}, top-5 {result.top5:.4f}, loss {result.loss:.4f}")
+    console.print()
+    table = Table("class, the worst first", "accuracy", box=None, pad_edge=False)
+    for name, accuracy in sorted(zip(names, result.per_class, strict=True), key=_worst_first):
         table.add_row(name, "-" if math.isnan(accuracy) else f"{accuracy:.4f}")
     console.print(table)
+
+
+def _worst_first(row: tuple[str, float]) -> float:
+    """The key of a class's name and accuracy; classes without examples come last."""
+    return math.inf if math.isnan(row[1]) else row[1]

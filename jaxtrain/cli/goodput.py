@@ -7,7 +7,7 @@ from rich.table import Table
 
 from jaxtrain.cli.start import console
 from jaxtrain.observability.goodput import goodput, read_starts
-from jaxtrain.observability.progress import duration
+from jaxtrain.observability.rendering import duration
 from jaxtrain.workdir import Workdir, named
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import logging
 import sys
 from collections.abc import Iterator
@@ -13,11 +14,15 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
+from jaxtrain.cli import flags
 from jaxtrain.config import flatten, to_dict
 from jaxtrain.distributed.cluster import detect_process
 from jaxtrain.errors import ConfigError
+from jaxtrain.host.native import native_stderr_dropped
 from jaxtrain.host.search_path import add_working_directory
-from jaxtrain.host.text import printable
+from jaxtrain.host.text import note, printable
+from jaxtrain.observability.progress import Progress
+from jaxtrain.observability.text_log import make_console
 from jaxtrain.plugins import code_in
 from jaxtrain.recipes import Resolved, resolve
 
@@ -33,6 +38,11 @@ def console() -> Console:
     """Standard output. Where it is a file or a pipe, lines are not cut to the width of a screen."""
     width = None if sys.stdout.isatty() else 1_000_000
     return _Printable(width=width, highlight=False, markup=False, emoji=False)
+
+
+def progress() -> Progress:
+    """The line of what a command does now; where it cannot be drawn, a line when that takes long."""
+    return Progress(make_console(), speaks=True)
 
 
 @contextlib.contextmanager
@@ -55,9 +65,18 @@ def add_config_argument(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config",
         metavar="FILE[:ARGUMENT,...]",
-        help="a recipe and its arguments (dp, zero1, zero2, zero3, tensor2, hybrid, pipeline2, pipeline4, or its own); "
-        "--config.KEY=VALUE changes any field, see `jaxtrain config --explain KEY`",
+        help="a recipe and its arguments (dp, zero1, zero2, zero3, tensor2, hybrid, pipeline2, pipeline4, or its own): a "
+        "file, or the name of one that comes with jaxtrain, such as resnet50_cifar100; --config.KEY=VALUE changes any field, "
+        "see `jaxtrain config --explain KEY`",
     )
+    parser.add_argument(
+        "--yaml",
+        default="",
+        metavar="FILE",
+        help="fields of the config, as `train: {epochs: 3}` or `train.epochs: 3`; they come after the recipe and before the "
+        "flags. Without --config the other fields have their defaults",
+    )
+    flags.add_arguments(parser)
 
 
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
@@ -87,9 +106,18 @@ def add_process_arguments(parser: argparse.ArgumentParser) -> None:
 
 def resolved(arguments: argparse.Namespace) -> Resolved:
     """The config that the arguments name. Raises `ConfigError`, also where they name none."""
-    if not arguments.config:
+    if not arguments.config and not arguments.yaml:
         raise ConfigError(f"jaxtrain {arguments.command} needs --config FILE; see jaxtrain {arguments.command} --help.")
-    return resolve(arguments.config, arguments.overrides)
+    settings, said = flags.read_yaml(arguments.yaml) if arguments.yaml else ([], [])
+    found = resolve(arguments.config or "", arguments.overrides, settings)
+    arguments.said = [*said, *arguments.said]
+    return found if arguments.config else dataclasses.replace(found, name=Path(arguments.yaml).stem)
+
+
+def say_what_flags_are(arguments: argparse.Namespace) -> None:
+    """Prints a line on standard error that says which fields the flags of other trainers are; after `resolved`."""
+    if arguments.said:
+        note("; ".join(arguments.said))
 
 
 def check_devices(arguments: argparse.Namespace) -> None:
@@ -107,6 +135,14 @@ def start_devices(arguments: argparse.Namespace) -> None:
     if arguments.simulate_devices:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", arguments.simulate_devices)
+
+
+def without_devices() -> None:
+    """Configures JAX for a command that runs nothing on an accelerator: its devices stay free for a run."""
+    with native_stderr_dropped():  # CUDA's plugin says at the import that there is no driver
+        import jax  # noqa: PLC0415  wrong arguments are refused before JAX is loaded
+
+    jax.config.update("jax_platforms", "cpu")
 
 
 def start_processes(arguments: argparse.Namespace, resolved: Resolved, workdir: str) -> None:

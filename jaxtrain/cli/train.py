@@ -6,9 +6,11 @@ import sys
 
 from jaxtrain.cli import start
 from jaxtrain.distributed.exit_report import ExitReport, as_peer_error
-from jaxtrain.errors import REPORT_THIS, InterruptedRunError, JaxtrainError, PreemptedError
+from jaxtrain.errors import InterruptedRunError, JaxtrainError, PreemptedError
 from jaxtrain.host import xla_flags
 from jaxtrain.host.text import printable
+from jaxtrain.observability import progress
+from jaxtrain.plugins import whose_fault
 from jaxtrain.workdir import named
 
 
@@ -17,6 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     start.add_config_argument(parser)
     parser.add_argument(
         "--workdir", default="", metavar="DIR", help="where the run writes everything; default artifacts/<recipe>"
+    )
+    parser.add_argument(
+        "--smoke",
+        action="store_true",
+        help="instead of the run, make two steps, two evaluation batches, a save and a restore, with the run's own programs "
+        "and data, in a temporary directory; say how long the run would take. (`jaxtrain demo` is about the machine: it "
+        "trains a small model of its own, and checks what comes out.)",
     )
     start.add_device_arguments(parser)
     start.add_process_arguments(parser)
@@ -38,9 +47,15 @@ def run(arguments: argparse.Namespace) -> None:
             xla_flags.set_flags(flags)  # before the processes connect
             start.start_devices(arguments)
             start.start_processes(arguments, resolved, workdir)
+            if coordination.index() == 0:
+                start.say_what_flags_are(arguments)
             from jaxtrain.training.session import train  # noqa: PLC0415  JAX is set up by now
+            from jaxtrain.training.smoke import smoke  # noqa: PLC0415
 
-            train(resolved.config, workdir, num_devices=arguments.devices, interrupt=interrupt)
+            if arguments.smoke:
+                smoke(resolved.config, resolved.name, num_devices=arguments.devices, interrupt=interrupt)
+            else:
+                train(resolved.config, workdir, num_devices=arguments.devices, interrupt=interrupt)
         except Exception as error:
             stopped = isinstance(error, (PreemptedError, InterruptedRunError))
             if coordination.count() > 1:
@@ -58,8 +73,9 @@ def leave(error: BaseException) -> None:
 
     report = ExitReport.of(error, coordination.index())
     report.write()
+    progress.erase_line()
     known = isinstance(error, JaxtrainError)
-    text = report.message if known else f"{REPORT_THIS}\n{report.trace}"
+    text = report.message if known else f"{whose_fault(error)}\n{report.trace}"
     print(f"jaxtrain: {printable(text, lines=not known)}", file=sys.stderr, flush=True)
     sys.stdout.flush()
     os._exit(report.code)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,9 @@ from jaxtrain.data import random_bits
 from jaxtrain.data.base import resize_crop_side
 from jaxtrain.data.randaugment import color_jitter, rand_augment
 from jaxtrain.errors import ConfigError
+from jaxtrain.plugins import load_callable
+
+Augmentation = Callable[[jax.Array, jax.Array], jax.Array]
 
 _EXAMPLE, _BATCH = range(2)  # root keys: for one example, and for the whole batch
 
@@ -44,7 +48,7 @@ class Preprocess:
     image_size: int
     """Side S in pixels of the images that the model sees."""
     augmentation: str
-    """One of `jaxtrain.config.AUGMENTATIONS`."""
+    """One of `jaxtrain.config.AUGMENTATIONS`, or the name of `own`."""
     mean: tuple[float, ...]
     """One number a channel, for pixels in [0, 1]; so is `std`."""
     std: tuple[float, ...]
@@ -56,8 +60,12 @@ class Preprocess:
     """As `mixup`."""
     label_smoothing: float = 0.0
     """The share of a target that is spread over all classes."""
+    own: Augmentation | None = None
+    """The user's augmentation (`own_augmentation`)."""
+    flip: bool = True
+    """Whether jaxtrain's augmentations mirror images."""
     padding: int = 0
-    """Pixels around an image before `light` and `heavy` crop it; 0 is an eighth of its side."""
+    """Pixels around an image before `light` and `heavy` crop it; 0 is an eighth of its side, -1 does not crop."""
     dtype: DTypeLike = jnp.float32
     """Of the returned images."""
 
@@ -70,6 +78,11 @@ class Preprocess:
     def mixes(self) -> bool:
         """Whether examples are mixed with their neighbours."""
         return bool(self.mixup or self.cutmix)
+
+    @property
+    def pads(self) -> bool:
+        """Whether images are padded, and cropped to their size again."""
+        return self.augmentation in ("light", "heavy") and self.padding >= 0
 
     @property
     def resized(self) -> int:
@@ -114,23 +127,27 @@ def train_images(pre: Preprocess, images: jax.Array, example: jax.Array, key: ja
         ConfigError: the images' channels do not fit `pre.mean`, or the augmentation.
     """
     _check_channels(pre, images)
-    size, words = pre.image_size, _example_words(key, example)
-    if pre.augmentation != "none":
-        images = random_flip(images, words["flip"])  # first, while they are small
-    images = resize(images, pre.resized if pre.augmentation == "resize_crop" else size)
-    if pre.augmentation in ("light", "heavy"):
-        images = pad(images, pre.padding)
-    if pre.augmentation != "none":
-        images = random_crop(images, size, words["crop"])
-    if pre.augmentation == "heavy":
-        images = color_jitter(rand_augment(images, words["rand_augment"]), words["color_jitter"])
-    x = normalize(pre, images)
-    if pre.augmentation == "heavy":
-        x = random_erase(x, words["random_erase"])
+    keys = _example_keys(key, example)
+    x = _augment(pre, images, _words(keys)) if pre.own is None else normalize(pre, _augment_by_own(pre, images, keys))
     if pre.mixes:
         pixels, _ = mix_shares(pre, key)
         x = pixels * x + (1 - pixels) * _partners(x)
     return x.astype(pre.dtype)
+
+
+def _augment(pre: Preprocess, images: jax.Array, words: dict[str, jax.Array]) -> jax.Array:
+    """jaxtrain's own augmentations of uint8 [B, H, W, C], by the words of `_words`: `pre.float_dtype` [B, S, S, C]."""
+    if pre.augmentation != "none" and pre.flip:
+        images = random_flip(images, words["flip"])  # first, while they are small
+    images = resize(images, pre.resized if pre.augmentation == "resize_crop" else pre.image_size)
+    if pre.pads:
+        images = pad(images, pre.padding)
+    if pre.pads or pre.augmentation == "resize_crop":
+        images = random_crop(images, pre.image_size, words["crop"])
+    if pre.augmentation == "heavy":
+        images = color_jitter(rand_augment(images, words["rand_augment"]), words["color_jitter"])
+    x = normalize(pre, images)
+    return random_erase(x, words["random_erase"]) if pre.augmentation == "heavy" else x
 
 
 def train_targets(pre: Preprocess, labels: jax.Array, key: jax.Array) -> jax.Array:
@@ -176,12 +193,59 @@ def _check_channels(pre: Preprocess, images: jax.Array) -> None:
         )
 
 
-def _example_words(key: jax.Array, example: jax.Array) -> dict[str, jax.Array]:
-    """Purpose -> uint32 [B, words as in `_WORDS`]: a function of the key and of each example's index."""
+def _example_keys(key: jax.Array, example: jax.Array) -> jax.Array:
+    """A PRNG key for each example, [B]: a function of the key and of the example's index, int32 [B]."""
     root = jax.random.fold_in(key, _EXAMPLE)
-    keys = jax.vmap(lambda index: jax.random.fold_in(root, index))(example)
+    return jax.vmap(lambda index: jax.random.fold_in(root, index))(example)
+
+
+def _words(keys: jax.Array) -> dict[str, jax.Array]:
+    """Purpose -> uint32 [B, words as in `_WORDS`], for PRNG keys [B]."""
     ends = list(itertools.accumulate(_WORDS.values()))
     return dict(zip(_WORDS, jnp.split(random_bits.words(keys, ends[-1]), ends[:-1], axis=1), strict=True))
+
+
+# --------------------------------------------------------------------------------------------------- the user's own
+
+
+def own_augmentation(name: str) -> Augmentation | None:
+    """The user's function that `data.augmentation=name` means; None for jaxtrain's own.
+
+    It is called as `function(images, keys)` inside the jitted step. `images` are uint8 [B, S, S, C], at the side S that the
+    model sees; it returns uint8 [B, S, S, C], which is normalised afterwards. `keys` are typed PRNG keys [B], one an example:
+    functions of the seed, the step and the example's index in the global batch. An example's result may depend on its own
+    image and key alone, since a microbatch, and what a device has of it, are other examples under each layout: use
+    `jax.vmap`, or sums within an image. Evaluation does not call it.
+
+    Raises:
+      ConfigError: the name cannot be loaded, or is no function.
+    """
+    return load_callable(name, "data.augmentation") if ":" in name else None
+
+
+def check_own_augmentation(pre: Preprocess, images: jax.ShapeDtypeStruct) -> None:
+    """Calls the user's augmentation with shapes alone, so that a run with a bad one ends before it compiles.
+
+    images: uint8 [B, H, W, C], as they are stored. Raises `ConfigError` where the result has another shape or type.
+    """
+    if pre.own is not None:
+        example = jax.ShapeDtypeStruct(images.shape[:1], np.int32)
+        jax.eval_shape(lambda images, example: train_images(pre, images, example, jax.random.key(0)), images, example)
+
+
+def _augment_by_own(pre: Preprocess, images: jax.Array, keys: jax.Array) -> jax.Array:
+    """`pre.own` of uint8 [B, H, W, C] at the model's size: uint8 [B, S, S, C]. keys: [B]."""
+    assert pre.own is not None
+    before = resize(images, pre.image_size)
+    after = pre.own(before, keys)
+    returned = f"{after.dtype} {list(after.shape)}" if hasattr(after, "dtype") else f"a {type(after).__name__}"
+    wanted = f"{before.dtype} {list(before.shape)}"
+    if returned != wanted:
+        raise ConfigError(
+            f"config.data.augmentation={pre.augmentation!r}: returned {returned}; it must return {wanted}, the shape and type "
+            "of the images that it is given."
+        )
+    return after
 
 
 # -------------------------------------------------------------------------------------------- crops and flips, in uint8

@@ -249,6 +249,14 @@ def labels_of(source: Source) -> np.ndarray | None:
     return labels if isinstance(labels, np.ndarray) else None
 
 
+def count_classes(source: Source, classes: int) -> np.ndarray | None:
+    """int64 [classes]: the examples of each class; None where all images would have to be decoded for it."""
+    labels = labels_of(source)
+    if labels is None and is_cheap(source):
+        labels = np.concatenate([part for _, _, part in chunks(source)])
+    return None if labels is None else np.bincount(labels, minlength=classes)
+
+
 # -------------------------------------------------------------------------------------------------------- class names
 
 

@@ -17,6 +17,7 @@ import numpy as np
 
 # Splits use keys that no epoch reaches, so training never repeats their order when `seed` equals `split_seed`.
 _SPLIT_ROLE = 1 << 63
+_EVAL_ROLE = 1 << 62
 
 
 @functools.lru_cache(maxsize=3)  # a batch spans two epochs at most, unless it is larger than the data set
@@ -108,6 +109,21 @@ def index_stream(
     for step in range(steps):
         numbers = first_example + step * global_batch + np.asarray(positions, np.int64)
         yield example_indices(n, seed, numbers).astype(np.int32)
+
+
+def eval_subset(n: int, count: int) -> np.ndarray:
+    """The examples of a split that an evaluation takes: a fixed random part, since a split may be sorted by class.
+
+    A smaller part is contained in a larger one. It depends on nothing else, neither on a seed nor on the devices.
+
+    Args:
+      n: size of the split.
+      count: how many to take; 0, or more than there are, is all.
+
+    Returns:
+      int64 [min(count, n)], rising.
+    """
+    return np.arange(n, dtype=np.int64) if not 0 < count < n else np.sort(_epoch_permutation(n, 0, _EVAL_ROLE)[:count])
 
 
 def eval_batch(n: int, batch: int, step: int) -> tuple[np.ndarray, np.ndarray]:

@@ -64,9 +64,10 @@ def rand_augment(images: jax.Array, words: jax.Array) -> jax.Array:
 def apply_operation(images: jax.Array, operation: jax.Array, negative: jax.Array) -> jax.Array:
     """Applies one operation of magnitude 9 to each image.
 
-    Equal to Pillow's, pixel for pixel, with nearest-neighbour sampling and black outside. There is one exception: Pillow
-    computes blends and autocontrast in floating point and cuts off the fraction. So where the exact result is a whole
-    number, Pillow's may be one level lower.
+    Equal to Pillow's, pixel for pixel, with nearest-neighbour sampling and black outside. There is one exception: where
+    the exact result of an enhancement or of autocontrast is a whole number, one of the two may be a level below it. In an
+    enhancement it is this one, whose factor is rounded to 16 bits. In autocontrast it is Pillow's, which computes in
+    floating point and cuts off the fraction.
 
     Args:
         images: uint8 [B, S, S, C]. Greyscale (C = 1) has no colour: `color` does not change it.

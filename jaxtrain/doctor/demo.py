@@ -21,6 +21,7 @@ from jaxtrain.distributed.self_test import all_reduce, wrong_sums
 from jaxtrain.errors import NumericError
 from jaxtrain.host.backend import on_cpu
 from jaxtrain.host.gpus import Gpu, Gpus
+from jaxtrain.observability.progress import Progress
 from jaxtrain.parallel.mesh import Device
 from jaxtrain.training.session import train
 from jaxtrain.training.setup import select_devices
@@ -43,29 +44,35 @@ class Check:
     """The numbers; for a failed check also what they mean."""
 
 
-def run_demo(num_devices: int = 0, report: Callable[[Check], object] = lambda check: None) -> list[Check]:
+def run_demo(
+    num_devices: int = 0, report: Callable[[Check], object] = lambda check: None, progress: Progress | None = None
+) -> list[Check]:
     """Trains for one short epoch and returns the four checks, whether they passed or not.
 
     Args:
       num_devices: how many devices to use; 0 uses all.
       report: called with each check as soon as it is made.
+      progress: shows what is done between the checks.
 
     Raises:
       ConfigError: there are fewer devices than `num_devices`.
     """
     checks = []
-    for check in _checks(num_devices):
+    for check in _checks(num_devices, progress or Progress()):
         report(check)
         checks.append(check)
     return checks
 
 
-def _checks(num_devices: int) -> Iterator[Check]:
+def _checks(num_devices: int, progress: Progress) -> Iterator[Check]:
     devices = select_devices(num_devices)
     yield check_devices(devices, Gpus().all(), asked=getattr(jax.config, "jax_platforms", None) or "")
-    yield check_all_reduce(all_reduce(devices, _NUMBERS))
+    with progress.activity(f"adding numbers over {_devices(len(devices))}"):
+        sums = all_reduce(devices, _NUMBERS)
+    yield check_all_reduce(sums)
+    training = f"compiling a small Swin and training it for {STEPS} steps"
     try:
-        with tempfile.TemporaryDirectory(prefix="jaxtrain-demo-") as directory:
+        with progress.activity(training), tempfile.TemporaryDirectory(prefix="jaxtrain-demo-") as directory:
             result = train(demo_config(devices), directory, num_devices=num_devices, quiet=True)
     except NumericError as error:
         yield from (Check(name, False, f"the training stopped: {error}") for name in (LOSS, REPLICAS))

@@ -15,6 +15,13 @@ def compile_cache(environment: Mapping[str, str] = os.environ) -> str:
     return environment.get("JAX_COMPILATION_CACHE_DIR") or str(Path.home() / ".cache" / "jaxtrain" / "xla")
 
 
+def can_be_written(directory: str | Path) -> bool:
+    """Whether files can be made in a local `directory`; where it is not there, whether it can be made."""
+    path = Path(directory)
+    existing = next(folder for folder in (path, *path.absolute().parents) if folder.exists())
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
 def require_local(path: str | Path, what: str, error: type[Exception]) -> None:
     """Refuses an address, such as s3://bucket/run or file:///x. As a path it would be a local folder `s3:`.
 

@@ -36,18 +36,33 @@ def add_working_directory() -> str:
     return here
 
 
-class WorkingDirectoryImportable:
-    """A context in which the modules of the current directory are importable; for code that runs once, such as a recipe.
+class Importable:
+    """A context in which the modules of a folder and of the current directory are importable; for code that runs once.
 
-    A module that is imported later and is not installed must not be taken from there.
+    That is a recipe, and `folder` is where it lies. Installed modules come first, then those of the folder. A module that is
+    imported later and is not installed must not be taken from there. Nor must the next recipe, in another folder, get
+    this one's modules: they are forgotten afterwards.
     """
 
+    def __init__(self, folder: str) -> None:
+        self._folder = os.path.abspath(folder)
+
     def __enter__(self) -> None:
-        self._added = add_working_directory()
+        self._own = self._folder not in sys.path
+        sys.path += [self._folder] * self._own
+        self._added = [*[self._folder] * self._own, *filter(None, [add_working_directory()])]
+        self._before = set(sys.modules)
 
     def __exit__(self, *_: object) -> None:
-        if self._added and self._added in sys.path:
-            sys.path.remove(self._added)
+        for folder in self._added:
+            if folder in sys.path:
+                sys.path.remove(folder)
+        if self._own and self._folder != _here():
+            for name in set(sys.modules) - self._before:
+                module = sys.modules[name]
+                places = [getattr(module, "__file__", None), *getattr(module, "__path__", [])]  # of a folder, the path
+                if any(str(place).startswith(self._folder + os.sep) for place in places):
+                    del sys.modules[name]
 
 
 def _here() -> str:

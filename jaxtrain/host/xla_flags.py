@@ -7,7 +7,7 @@ flag that jaxlib does not know ends the process when it first uses a device, so 
 import os
 from collections.abc import Mapping
 
-from jaxtrain.host.gpus import visible_gpus
+from jaxtrain.host.gpus import device_files, visible_gpus
 
 COLLECTIVE_SECONDS = 600  # after which a collective fails that another process does not join
 
@@ -40,3 +40,13 @@ def for_run(precision: str, *, deterministic: bool = False) -> Mapping[str, obje
         **(CPU_CONVOLUTIONS if precision != "f64" else {}),
         **(DETERMINISTIC if deterministic else {}),
     }
+
+
+def hide_alarms(*, always: bool = False) -> None:
+    """Keeps XLA's alarms about slow compilation off the terminal, unless the user has set $TF_CPP_MIN_LOG_LEVEL.
+
+    XLA logs them as errors, so real errors of its log go too; what fails is raised as well. On a host with GPUs they stay,
+    since they may say more than the exception, unless `always`. Call it before JAX is imported.
+    """
+    if always or not device_files():
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")

@@ -95,7 +95,8 @@ class Classifier:
             if wrap is not None:
                 function = wrap(function, name)
             layer_key = None if key is None else jax.random.fold_in(key, index)
-            x, stats = function(params.get(name, {}), batch_stats.get(name, {}), x, context, layer_key)
+            with jax.named_scope(name):  # for profiles, and for what `jaxtrain compile` says of kernels
+                x, stats = function(params.get(name, {}), batch_stats.get(name, {}), x, context, layer_key)
             if stats:
                 new_stats[name] = stats
         return x, new_stats

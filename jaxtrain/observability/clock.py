@@ -150,7 +150,7 @@ class StepClock:
 
 
 _ADVICE = {
-    "compile": "the next start of the same program finds it in the compile cache",
+    "compile": "the next start of the same program finds it, where the compile cache can be written",
     "input": "raise config.data.workers, or keep the data set on the device with config.data.residency=device",
     "step": "more devices would help",
     "checkpoint": "save less often with config.checkpoint.every",

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
 
+from jaxtrain.config import flatten
 from jaxtrain.host.files import atomic_write, no_link, writing
 from jaxtrain.observability.metrics_files import PHASES, EpochRow, MetricsCsv, MetricsJsonl, json_value
 from jaxtrain.observability.tensorboard import EventFile
@@ -87,6 +89,10 @@ class MetricsWriter(NullMetricsWriter):
         evaluations = [row for row in self._jsonl.evaluations if row["step"] > since]
         self._csv.replace(whole + [_epoch_row(row) for row in evaluations])
         self._events = {phase: EventFile(workdir.tensorboard / phase, step) for phase in PHASES}
+        # In the folder above, so that TensorBoard takes the numbers of all phases for those of this config.
+        if config := workdir.read_config():
+            with contextlib.closing(EventFile(workdir.tensorboard, step)) as events:
+                events.hparams(step, flatten(config))
 
     def train_step(self, row: Mapping[str, Any]) -> None:
         head = {"step": row["step"], "epoch": row["epoch"], "phase": "train"}

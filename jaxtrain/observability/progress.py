@@ -1,126 +1,181 @@
-"""Live progress: a bar on a terminal; elsewhere a log line for each logged step."""
+"""What a run does now, as one line that is drawn again and again: on a terminal or in a notebook, and nowhere else."""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterable, Mapping
+import contextlib
+import importlib
+import itertools
+import os
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
 
-from rich.console import Console, RenderableType
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as RichProgress
+from rich.console import Console, ConsoleRenderable
+from rich.control import Control
+from rich.live import Live
+from rich.segment import ControlType
 from rich.text import Text
 
-from jaxtrain.observability.text_log import FILE_ONLY
+from jaxtrain.observability.rendering import Activity, live_line, short_duration
+from jaxtrain.observability.text_log import in_notebook, is_live
 
-log = logging.getLogger("jaxtrain")
+_TERMINAL_RATE = 8  # redraws a second
+_NOTEBOOK_SECONDS, _NOTEBOOK_WIDTH = 0.5, 100  # between redraws; columns
+_SPOKEN_SECONDS = 8.0
+_ECHO = 2  # columns that are left for the terminal's ^C, which would wrap the line
+
+_erased = threading.Event()
 
 
-class NullProgress:
-    """Shows nothing; for every process but the first."""
+def erase_line() -> None:
+    """Takes the line off a terminal for good, from any thread and without a lock, since the process ends at once."""
+    _erased.set()
+    if sys.stderr.isatty():
+        os.write(sys.stderr.fileno(), b"\r\x1b[2K")
 
-    def advance(self, step: int) -> None:
-        """Moves the bar to `step`; call it at every step. Costs microseconds, and prints nothing without a terminal."""
 
-    def update(
-        self,
-        step: int,
-        epoch: int,
-        epochs: int,
-        metrics: Mapping[str, float],
-        images_per_sec: float,
-        *,
-        step_seconds: float | None = None,
-    ) -> None:
-        """Shows one logged step.
+_NO_SCREEN = 120  # columns of a line that goes to a file
+
+
+class Progress:
+    """Shows the innermost of the activities that a run is in. Log lines of the same console stay above it."""
+
+    def __init__(self, console: Console | None = None, *, speaks: bool = False):
+        """Shows nothing yet.
 
         Args:
-          step: optimizer steps done so far.
-          epoch: counted from 0, as in the metrics; shown from 1.
-          epochs: how many there will be.
-          metrics: numbers to show, such as loss and accuracy.
-          images_per_sec: examples per second.
-          step_seconds: the median step time (`StepClock.step_seconds`), which gives the time left; a slow step does not
-            change it much. None while it is not known.
+          console: that of the `TextLog`; None shows nothing at all (every process but the first).
+          speaks: where nothing can be drawn again, say now and then what takes long; for commands that have no log.
         """
+        self._console, self._speaks = console, speaks
+        self._activities: list[Activity] = []
+        self._display: Live | _Redrawn | None = None
 
-    def message(self, text: str) -> None:
-        """Prints a line (above the bar, where there is one) and logs it."""
+    @contextlib.contextmanager
+    def activity(self, what: str, total: int = 0, note: str = "") -> Iterator[Activity]:
+        """Shows an activity inside the context.
 
-    def close(self) -> None:
-        """Restores the terminal; may be called twice."""
+        Args:
+          what: it is, in a word or two.
+          total: how much there is to do; 0 where nobody knows.
+          note: what else is worth saying.
+        """
+        activity = Activity(what, time.monotonic(), total, note=note)
+        self._activities.append(activity)
+        try:
+            self._show()
+            yield activity
+        finally:
+            self._activities.remove(activity)
+            if not self._activities and not isinstance(self._display, _NotebookLine):  # whose output is used again
+                self.close()
 
-    def __enter__(self) -> NullProgress:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.close()
-
-
-class Progress(NullProgress):
-    """Process 0's progress. Lines are log records of `jaxtrain`, so an open `TextLog` decides where they go."""
-
-    def __init__(self, total_steps: int, start_step: int = 0, console: Console | None = None):
-        """Starts the bar at once when the console is a terminal; `console` must be the `TextLog`'s (standard error)."""
-        if console is None:
-            console = Console(stderr=True)
-        self._total = total_steps
-        self._bar = None
-        if console.is_terminal and not console.is_dumb_terminal:
-            self._bar = _TwoLines(
-                TextColumn("{task.fields[epoch]}", markup=False),
-                BarColumn(bar_width=None),
-                TextColumn("step {task.completed:.0f}/{task.total:.0f}  ETA {task.fields[left]}", markup=False),
-                console=console,
-                refresh_per_second=4,
-                expand=True,
-            )
-            self._task = self._bar.add_task(
-                "train", total=total_steps, completed=start_step, epoch="starting", left="?", numbers=""
-            )
-            self._bar.start()
-
-    def advance(self, step: int) -> None:
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step)
-
-    def update(
-        self,
-        step: int,
-        epoch: int,
-        epochs: int,
-        metrics: Mapping[str, float],
-        images_per_sec: float,
-        *,
-        step_seconds: float | None = None,
-    ) -> None:
-        where = f"epoch {epoch + 1}/{epochs}"
-        left = "?" if step_seconds is None else duration((self._total - step) * step_seconds)
-        shown = [*(f"{name} {value:.4f}" for name, value in metrics.items()), f"{images_per_sec:.1f} images/s"]
-        numbers = "  ".join(shown)
-        if self._bar is not None:
-            self._bar.update(self._task, completed=step, epoch=where, left=left, numbers=numbers)
-        extra = FILE_ONLY if self._bar is not None else None
-        log.info("%s  step %d/%d  %s  ETA %s", where, step, self._total, numbers, left, extra=extra)
-
-    def message(self, text: str) -> None:
-        log.info("%s", text)
+    @property
+    def width(self) -> int:
+        """Columns of the screen now; what is no screen has many."""
+        live = self._console is not None and self._console.is_terminal
+        return self._console.width if self._console is not None and live else _NO_SCREEN
 
     def close(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
+        """Takes the line off the screen; may be called twice."""
+        display, self._display = self._display, None
+        if display is not None:
+            display.stop()
+
+    def _show(self) -> None:
+        if isinstance(self._display, Live):
+            self._display.refresh()
+        if self._display is not None or self._console is None or self._console.quiet:
+            return
+        if in_notebook():
+            self._display = _NotebookLine(self)
+        elif is_live(self._console):
+            self._display = _TerminalLine(self, self._console)
+            self._display.start(refresh=True)
+            self._console.show_cursor(True)  # a process that is killed could not give it back
+        elif self._speaks:
+            self._display = _SpokenLines(self, self._console)
+
+    def spoken(self) -> str:
+        """What is done now and for how long, in words."""
+        return "; ".join(
+            f"{each.what}, {short_duration(time.monotonic() - each.began)}" for each in self._activities[-1:]
+        )
+
+    def line(self, width: int, *, ascii_only: bool = False) -> Text:
+        """What is shown now, in fewer than `width` columns."""
+        activities = [] if _erased.is_set() else self._activities[-1:]
+        return live_line(activities[0], width, time.monotonic(), ascii_only=ascii_only) if activities else Text()
 
 
-class _TwoLines(RichProgress):
-    """The bar, and the numbers below it: on one line they would need more than the usual 80 columns."""
+class _TerminalLine(Live):
+    """rich's live display of one line, which also survives a narrower window: terminals wrap what is on the screen then."""
 
-    def get_renderables(self) -> Iterable[RenderableType]:
-        yield self.make_tasks_table(self.tasks)
-        for task in self.tasks:
-            yield Text(task.fields["numbers"], no_wrap=True, overflow="ellipsis")
+    def __init__(self, progress: Progress, console: Console):
+        self._drawn = 0  # columns
+        self._progress = progress
+        # print() goes above the line where both share the screen, and to its file where it does not
+        redirect = sys.stdout.isatty()
+        super().__init__(
+            console=console,
+            refresh_per_second=_TERMINAL_RATE,
+            transient=True,
+            redirect_stdout=redirect,
+            get_renderable=self._line,
+        )
+
+    def _line(self) -> Text:
+        width = self.console.width - _ECHO
+        line = self._progress.line(width, ascii_only=self.console.options.ascii_only)
+        line.no_wrap, line.overflow = True, "crop"
+        return line
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        wrapped = max(self._drawn - 1, 0) // self.console.width  # rows that the last line was wrapped into, but one
+        clear = Control(*[(ControlType.ERASE_IN_LINE, 2), (ControlType.CURSOR_UP, 1)] * wrapped)
+        if _erased.is_set():
+            self._live_render.set_renderable(Text())
+        drawn = super().process_renderables(renderables)
+        self._drawn = self._line().cell_len
+        return [clear, *drawn] if wrapped else drawn
 
 
-def duration(seconds: float) -> str:
-    """H:MM:SS, with days in front when there are any: `0:01:05`, `2d 3:00:00`."""
-    whole = max(0, round(seconds))
-    days, rest = divmod(whole, 86400)
-    return f"{f'{days}d ' if days else ''}{rest // 3600}:{rest // 60 % 60:02d}:{rest % 60:02d}"
+class _Redrawn:
+    """Calls `draw` from a thread, after each of some waits, until it is stopped."""
+
+    def __init__(self, draw: Callable[[], object], waits: Iterator[float]):
+        self._stopped = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(draw, waits), name="progress", daemon=True)
+        self._thread.start()
+
+    def _run(self, draw: Callable[[], object], waits: Iterator[float]) -> None:
+        while not self._stopped.wait(next(waits)):
+            draw()
+
+    def stop(self) -> None:
+        self._stopped.set()
+        self._thread.join()
+
+
+class _NotebookLine(_Redrawn):
+    """One output of a notebook's cell, which is replaced. It needs IPython alone, no widgets."""
+
+    def __init__(self, progress: Progress):
+        display: Any = importlib.import_module("IPython.display").display
+        bundle: Callable[[], dict[str, str]] = lambda: {"text/plain": progress.line(_NOTEBOOK_WIDTH).plain}  # noqa: E731
+        self._handle = display(bundle(), raw=True, display_id=True)
+        super().__init__(lambda: self._handle.update(bundle(), raw=True), itertools.repeat(_NOTEBOOK_SECONDS))
+
+    def stop(self) -> None:
+        super().stop()
+        self._handle.update({"text/plain": ""}, raw=True)
+
+
+class _SpokenLines(_Redrawn):
+    """A line after some seconds, and each time that these have doubled."""
+
+    def __init__(self, progress: Progress, console: Console):
+        waits = (_SPOKEN_SECONDS * 2 ** max(count - 1, 0) for count in itertools.count())
+        super().__init__(lambda: console.print(f"jaxtrain: {progress.spoken()}", markup=False, soft_wrap=True), waits)

@@ -1,6 +1,6 @@
 """TensorBoard event files without TensorFlow, protobuf or tensorboardX.
 
-A run writes only scalars, and few. A record is a length, a protocol buffer of at most four fields, and two checksums.
+A run writes few scalars, and its config. A record is a length, a protocol buffer of at most four fields, and two checksums.
 tensorboardX imports all of PyTorch where that is installed (half of a start's imports, measured). Its `SummaryWriter` starts
 a thread for each directory, and names files by the second, so that a quick restart overwrites the file before.
 """
@@ -14,6 +14,7 @@ import struct
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 from jaxtrain.host.files import writing
 
@@ -21,7 +22,7 @@ FLUSH_SECONDS = 30.0
 
 
 class EventFile:
-    """Appends scalars to a new event file in `directory`; TensorBoard shows all files of a directory as one run."""
+    """Appends records to a new event file in `directory`; TensorBoard shows all files of a directory as one run."""
 
     def __init__(self, directory: Path, step: int, now: Callable[[], float] = time.time):
         """Opens a file.
@@ -53,6 +54,18 @@ class EventFile:
         if self._now() - self._flushed > FLUSH_SECONDS:
             self._flush()
 
+    def hparams(self, step: int, values: Mapping[str, Any]) -> None:
+        """Adds a run's settings at `step`: a table under TEXT, and a row under HPARAMS. values: by dotted name."""
+        lines = [f"| `{name}` | `{value!r}` |".replace("\n", " ") for name, value in values.items()]
+        table = "\n".join(["| field | value |", "|--|--|", *lines]).encode()
+        text = _value("config", "text", b"", _integer(1, _STRING) + _bytes(2, b"") + _bytes(8, table))
+        pairs = b"".join(
+            _bytes(1, _bytes(1, name.encode()) + _bytes(2, _setting(value))) for name, value in values.items()
+        )
+        start = _bytes(3, pairs + _key(5, 1) + struct.pack("<d", self._now()))
+        row = _value("_hparams_/session_start_info", "hparams", start, _integer(1, _FLOAT) + _bytes(2, b""))
+        self._write(_integer(2, step) + _bytes(5, _bytes(1, text) + _bytes(1, row)))
+
     def close(self) -> None:
         """Flushes and closes; may be called twice."""
         if not self._file.closed:
@@ -75,9 +88,27 @@ class EventFile:
 # ----------------------------------------------------------------------------------------------------------- the format
 # tensorflow/core/util/event.proto and tensorflow/core/framework/summary.proto; protobuf.dev/programming-guides/encoding.
 # Event: wall_time 1, step 2, file_version 3, summary 5, session_log 7. SessionLog: status 1. Summary: value 1, of tag 1 and
-# simple_value 2.
+# simple_value 2, or tensor 8 and metadata 9. SummaryMetadata: plugin_data 1, of plugin_name 1 and content 2. TensorProto: dtype
+# 1, tensor_shape 2, string_val 8. tensorboard/plugins/hparams/plugin_data.proto: HParamsPluginData: session_start_info 3, of
+# hparams 1 (a map of google.protobuf.Value: number 2, string 3, bool 4) and start_time_secs 5.
 
 _SESSION_START = 1
+_FLOAT, _STRING = 1, 7  # of TensorFlow's DataType
+
+
+def _value(tag: str, plugin: str, content: bytes, tensor: bytes) -> bytes:
+    """A `Summary.Value` for one of TensorBoard's plugins."""
+    metadata = _bytes(1, _bytes(1, plugin.encode()) + _bytes(2, content))
+    return _bytes(1, tag.encode()) + _bytes(8, tensor) + _bytes(9, metadata)
+
+
+def _setting(value: Any) -> bytes:
+    """A `google.protobuf.Value`."""
+    if isinstance(value, bool):
+        return _integer(4, int(value))
+    if isinstance(value, (int, float)):
+        return _key(2, 1) + struct.pack("<d", value)
+    return _bytes(3, str(value).encode())
 
 
 def _key(field: int, kind: int) -> bytes:

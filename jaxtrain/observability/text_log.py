@@ -9,23 +9,50 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import sys
 import time
 from pathlib import Path
 
 from rich.console import Console
+from rich.text import Text
 
 from jaxtrain.host.files import writing
-from jaxtrain.host.text import indented
+from jaxtrain.host.text import indented, printable
 
 log = logging.getLogger("jaxtrain")
-FILE_ONLY = {"file_only": True}
-"""Pass as `extra=` to keep a line off the console, where a progress bar shows the same."""
+FILE_ONLY = {"only": "file"}
+"""Pass as `extra=` to keep a line off the console, which shows the same in other words."""
+NOT_LIVE = {"only": "not live"}
+"""Pass as `extra=` to keep a line off a terminal and a notebook, where a live line shows the same."""
+
+
+def to_screen(line: str | Text) -> None:
+    """Shows a line that the file has in other words. A `Text` has styles, and must be printable."""
+    text = line if isinstance(line, Text) else Text(printable(line))
+    log.info("%s", text.plain, extra={"only": "screen", "styled": text})
+
+
+def in_notebook() -> bool:
+    """Whether this is a cell of a notebook, as rich recognizes it."""
+    return Console().is_jupyter
+
+
+def is_live(console: Console) -> bool:
+    """Whether a line can be drawn again and again: on a terminal that can move its cursor, and in a notebook."""
+    return in_notebook() or (console.is_terminal and not console.is_dumb_terminal)
+
+
+def make_console(*, quiet: bool = False) -> Console:
+    """Where a run is shown: standard error; in a notebook, whose frames colour that as an error, standard output."""
+    if in_notebook():
+        return Console(file=sys.stdout, force_jupyter=False, quiet=quiet)
+    return Console(stderr=True, quiet=quiet)
 
 
 class TextLog:
     """Sends the logger's lines to a file (every process) and to the console (process 0: all; others: warnings).
 
-    Closing restores the logger. The progress bar must use the same console, so that lines stay above it.
+    Closing restores the logger. `Progress` must use the same console, so that lines stay above its own.
     """
 
     def __init__(self, path: Path, process: int = 0, console: Console | None = None):
@@ -45,6 +72,7 @@ class TextLog:
         stamped = _Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
         stamped.converter = time.gmtime  # the logs of several hosts can be merged by sorting
         file.setFormatter(stamped)
+        file.addFilter(lambda record: getattr(record, "only", "") != "screen")
         screen = _ConsoleHandler(console if console is not None else Console(stderr=True))
         screen.setLevel(logging.INFO if process == 0 else logging.WARNING)
         self._file = file
@@ -81,21 +109,30 @@ class _Formatter(logging.Formatter):
 
 
 class _ConsoleHandler(logging.Handler):
+    """On a terminal a line has a style by its level, and is wrapped at words; elsewhere it has the time, and is never cut."""
+
     def __init__(self, console: Console):
         super().__init__()
-        self._console = console
-        self._plain = _Formatter("%(asctime)s %(message)s", "%H:%M:%S")
-        self._marked = _Formatter("%(asctime)s %(levelname)s: %(message)s", "%H:%M:%S")
+        self._console, self._live = console, is_live(console)
+        hidden = {"file", "not live"} if self._live else {"file"}
+        self.addFilter(lambda record: getattr(record, "only", "") not in hidden)
+        time_ = "" if self._live else "%(asctime)s "
+        self._plain = _Formatter(f"{time_}%(message)s", "%H:%M:%S")
+        self._marked = _Formatter(f"{time_}%(levelname)s: %(message)s", "%H:%M:%S")
 
     def format(self, record: logging.LogRecord) -> str:
         return (self._plain if record.levelno < logging.WARNING else self._marked).format(record)
 
     def emit(self, record: logging.LogRecord) -> None:
-        if getattr(record, "file_only", False):
-            return
         try:
-            # the plain text: no colours, no [markup], no line breaks at the 80 columns of a pipe
-            self._console.print(self.format(record), markup=False, emoji=False, highlight=False, soft_wrap=True)
+            # Text: no [markup], no :emoji:, no colours of numbers
+            if self._live:
+                style = "dim" if record.levelno < logging.WARNING else "yellow"
+                style = "bold red" if record.levelno >= logging.ERROR else style
+                text = getattr(record, "styled", None) or Text(self.format(record), style)
+                self._console.print(text, overflow="fold")
+            else:
+                self._console.print(Text(self.format(record)), soft_wrap=True)
         except SystemExit:
             # rich raises it for a broken pipe (`... | head`), after it has silenced the console. The run goes on.
             log.info("The console is closed; the run goes on.", extra=FILE_ONLY)

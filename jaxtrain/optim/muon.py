@@ -18,7 +18,11 @@ Mask = Callable[[PyTree], PyTree]
 
 
 def muon(
-    config: OptimConfig, rate: optax.Schedule, mask: Mask, others: optax.GradientTransformation
+    config: OptimConfig,
+    rate: optax.Schedule,
+    decay: float | jax.Array,
+    mask: Mask,
+    others: optax.GradientTransformation,
 ) -> optax.GradientTransformation:
     """Muon for the kernels of hidden layers, and `others` for every other leaf.
 
@@ -28,8 +32,9 @@ def muon(
     arXiv:2502.16982, equation 4). Momentum is corrected for its bias, Nesterov's as in NAdam (Dozat 2016).
 
     Args:
-      config: the settings; `momentum`, `nesterov`, `eps` and `weight_decay` are read.
+      config: the settings; `momentum`, `nesterov` and `eps` are read.
       rate: the learning rate of each step.
+      decay: the weight decay.
       mask: of the parameters, true for each leaf that weight decay applies to.
       others: the optimizer of the other leaves (AdamW).
 
@@ -40,7 +45,7 @@ def muon(
     def partition(hidden: PyTree) -> optax.GradientTransformation:
         muon = optax.chain(
             _orthogonalize(config),
-            optax.add_decayed_weights(config.weight_decay, mask),
+            optax.add_decayed_weights(decay, mask),
             optax.scale_by_learning_rate(rate),
         )
         labels = jax.tree.map(lambda is_hidden: "muon" if is_hidden else "adamw", hidden)

@@ -59,8 +59,17 @@ def unused_settings(config: OptimConfig) -> list[str]:
     return sentences
 
 
+def is_own(name: str) -> bool:
+    """Whether `optim.name` names a factory of the user's own, `package.module:factory`."""
+    return ":" in name
+
+
 def make_optimizer(
-    config: OptimConfig, rate: optax.Schedule, no_decay: tuple[str, ...] = ()
+    config: OptimConfig,
+    rate: optax.Schedule,
+    no_decay: tuple[str, ...] = (),
+    *,
+    weight_decay: float | jax.Array | None = None,
 ) -> optax.GradientTransformation:
     """The optimizer `config.name`, or what the user's own `package.module:factory` returns.
 
@@ -72,12 +81,13 @@ def make_optimizer(
       config: the section `optim`.
       rate: the learning rate of each step.
       no_decay: regexes; a leaf whose path matches one is not decayed.
+      weight_decay: float [], in place of the config's, where that is not 0; a program's argument. A factory does not get it.
 
     Raises:
       ConfigError: there is no such optimizer, or a factory returns something else.
     """
     mask = functools.partial(decay_mask, no_decay=no_decay)
-    if ":" in config.name:
+    if is_own(config.name):
         optimizer = load_callable(config.name, "optim.name")(config, rate, mask)
         if not isinstance(optimizer, optax.GradientTransformation):
             raise ConfigError(
@@ -90,44 +100,51 @@ def make_optimizer(
             f"config.optim.name={config.name!r}: must be one of {', '.join(OPTIMIZERS)}, or package.module:factory."
             f"{did_you_mean(config.name, OPTIMIZERS)}"
         )
-    return OPTIMIZERS[config.name](config, rate, mask)
+    decay = config.weight_decay if weight_decay is None or not config.weight_decay else weight_decay
+    return OPTIMIZERS[config.name](config, rate, decay, mask)
 
 
 def _momentum(config: OptimConfig) -> optax.GradientTransformation:
     return optax.trace(config.momentum, config.nesterov) if config.momentum else optax.identity()
 
 
-def _sgd(config: OptimConfig, rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
-    return optax.chain(
-        optax.add_decayed_weights(config.weight_decay, mask), _momentum(config), optax.scale_by_learning_rate(rate)
-    )
+def _sgd(
+    config: OptimConfig, rate: optax.Schedule, decay: float | jax.Array, mask: Mask
+) -> optax.GradientTransformation:
+    return optax.chain(optax.add_decayed_weights(decay, mask), _momentum(config), optax.scale_by_learning_rate(rate))
 
 
-def _adamw(config: OptimConfig, rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
-    return optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=config.weight_decay, mask=mask)
+def _adamw(
+    config: OptimConfig, rate: optax.Schedule, decay: float | jax.Array, mask: Mask
+) -> optax.GradientTransformation:
+    return optax.adamw(rate, config.b1, config.b2, config.eps, weight_decay=decay, mask=mask)
 
 
-def _lamb(config: OptimConfig, rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
+def _lamb(
+    config: OptimConfig, rate: optax.Schedule, decay: float | jax.Array, mask: Mask
+) -> optax.GradientTransformation:
     return optax.chain(
         optax.scale_by_adam(config.b1, config.b2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask),
+        optax.add_decayed_weights(decay, mask),
         optax.masked(optax.scale_by_trust_ratio(), mask),
         optax.scale_by_learning_rate(rate),
     )
 
 
-def _lion(config: OptimConfig, rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
-    return optax.lion(rate, config.b1, config.b2, weight_decay=config.weight_decay, mask=mask)
+def _lion(
+    config: OptimConfig, rate: optax.Schedule, decay: float | jax.Array, mask: Mask
+) -> optax.GradientTransformation:
+    return optax.lion(rate, config.b1, config.b2, weight_decay=decay, mask=mask)
 
 
-def _lars(config: OptimConfig, rate: optax.Schedule, mask: Mask) -> optax.GradientTransformation:
+def _lars(
+    config: OptimConfig, rate: optax.Schedule, decay: float | jax.Array, mask: Mask
+) -> optax.GradientTransformation:
     """The momentum adds up updates that are already multiplied by the rate, as in the paper. (`sgd` multiplies afterwards.)"""
-    return optax.chain(
-        _scale_by_layer(config.weight_decay, mask), optax.scale_by_learning_rate(rate), _momentum(config)
-    )
+    return optax.chain(_scale_by_layer(decay, mask), optax.scale_by_learning_rate(rate), _momentum(config))
 
 
-def _scale_by_layer(weight_decay: float, mask: Mask, trust: float = 0.001) -> optax.GradientTransformation:
+def _scale_by_layer(weight_decay: float | jax.Array, mask: Mask, trust: float = 0.001) -> optax.GradientTransformation:
     """trust |w| / (|g| + decay |w|) * (g + decay w), You 2017, equation 6. (`optax.lars` divides by |g + decay w|.)
 
     The factor is 1 for a leaf of zeros (it could never leave zero otherwise) and for a gradient of zeros.
@@ -144,11 +161,13 @@ def _scale_by_layer(weight_decay: float, mask: Mask, trust: float = 0.001) -> op
     return optax.stateless(lambda updates, params: jax.tree.map(scale, updates, params, mask(params)))
 
 
-OPTIMIZERS: dict[str, Callable[[OptimConfig, optax.Schedule, Mask], optax.GradientTransformation]] = {
+OPTIMIZERS: dict[
+    str, Callable[[OptimConfig, optax.Schedule, float | jax.Array, Mask], optax.GradientTransformation]
+] = {
     "sgd": _sgd,
     "adamw": _adamw,
     "lamb": _lamb,
     "lars": _lars,
     "lion": _lion,
-    "muon": lambda config, rate, mask: muon(config, rate, mask, _adamw(config, rate, mask)),
+    "muon": lambda config, rate, decay, mask: muon(config, rate, decay, mask, _adamw(config, rate, decay, mask)),
 }

@@ -59,17 +59,34 @@ def audit(layout: Layout, table: Mapping[str, list[Placement]], state: PyTree, s
     """
     trees = {f.name: jax.tree.leaves(getattr(state, f.name)) for f in dataclasses.fields(state)}
     held = {name: _check_tree(name, leaves, table[name]) for name, leaves in trees.items()}
+    if step.accumulator is not None:
+        held["gradients"] = bytes_per_device(table["gradients"])
+    return Audit(held, *audit_programs(layout, table, step))
+
+
+def audit_programs(
+    layout: Layout, table: Mapping[str, list[Placement]], step: Any
+) -> tuple[dict[str, collections.Counter[str]], tuple[str, ...]]:
+    """The part of `audit` that needs no arrays: the `collectives` and `notes` of `Audit`.
+
+    Args:
+      layout: of the run.
+      table: as of `audit`.
+      step: the compiled step.
+
+    Raises:
+      AuditError: as `audit` does.
+    """
     programs, after = step.programs, step.after
-    for name in trees:
-        _check_shardings(layout, f"{name} after a step", getattr(after, name), table[name])
+    for field in dataclasses.fields(after):
+        _check_shardings(layout, f"{field.name} after a step", getattr(after, field.name), table[field.name])
     if step.accumulator is not None:
         _check_shardings(layout, "gradients", step.accumulator, table["gradients"])
-        held["gradients"] = bytes_per_device(table["gradients"])
     collectives = {
         name: collections.Counter(count_collectives(program.as_text() or "")) for name, program in programs.items()
     }
     _check_reductions(layout, collectives)
-    return Audit(held, collectives, tuple(_check_zero(layout, table, collectives, step.accumulator is not None)))
+    return collectives, tuple(_check_zero(layout, table, collectives, step.accumulator is not None))
 
 
 def _check_reductions(layout: Layout, collectives: Mapping[str, collections.Counter[str]]) -> None:

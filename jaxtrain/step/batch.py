@@ -25,17 +25,34 @@ class EvalBatch:
 
 
 @flax.struct.dataclass
+class Hyperparams:
+    """Numbers that the programs take as arguments: runs that differ in them alone share their compiled programs.
+
+    Attributes:
+      learning_rate: float [], of this update.
+      weight_decay: float [].
+      seed: int32 [], of all random numbers.
+    """
+
+    learning_rate: jax.Array
+    weight_decay: jax.Array
+    seed: jax.Array
+
+
+@flax.struct.dataclass
 class Batch:
     """One global batch of B examples in M microbatches. It has either `rows`, or `images` and `labels`; the others are `()`.
 
     Attributes:
       step: int32 [], the update that this batch is for. A state at another step does not change.
+      hyperparams: of this update; `()` in an evaluation.
       rows: int32 [M, B/M], the examples' row numbers in `Resident`.
       images: uint8 [M, B/M, H, W, C].
       labels: int32 [M, B/M].
     """
 
     step: jax.Array
+    hyperparams: Any = ()
     rows: Any = ()
     images: Any = ()
     labels: Any = ()
@@ -68,6 +85,11 @@ def select_microbatch(batch: Batch, resident: Resident, index: Any, layout: Layo
     """
     images = select_from(batch.images, batch.rows, resident.images, index, layout)
     return images, select_from(batch.labels, batch.rows, resident.labels, index, layout)
+
+
+def all_labels(batch_labels: Any, rows: Any, resident: Any) -> jax.Array:
+    """The labels of the whole global batch, int32 [M, B/M]; the arguments are those of `select_from`."""
+    return batch_labels if isinstance(rows, tuple) else resident[rows]
 
 
 def select_from(streamed: Any, rows: Any, resident: Any, index: Any, layout: Layout) -> jax.Array:

@@ -14,7 +14,7 @@ from jaxtrain.data.augment import train_inputs
 from jaxtrain.models.layers import Context
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.precision import scale_factor
-from jaxtrain.step.batch import Batch, Resident, select_microbatch
+from jaxtrain.step.batch import Batch, Resident, all_labels, select_microbatch
 from jaxtrain.step.layer_wrap import layer_wrapper
 from jaxtrain.step.task import Task
 from jaxtrain.step.train_state import AUGMENT, DROPOUT, TrainState, role_key
@@ -86,13 +86,14 @@ def constrain_gradients(layout: Layout, gradients: PyTree) -> PyTree:
 
 
 def train_context(
-    task: Task, layout: Layout, step: jax.Array, index: Any, size: int
+    task: Task, layout: Layout, seed: jax.Array, step: jax.Array, index: Any, size: int
 ) -> tuple[Context, jax.Array, jax.Array]:
     """What the layers know about a microbatch, and its random keys.
 
     Args:
-      task: gives the seed and the BatchNorm groups of the global batch.
+      task: gives the BatchNorm groups of the global batch.
       layout: gives the number of microbatches.
+      seed: int32 [], of the run.
       step: int32 [], updates done so far.
       index: int32 [] or a Python int, the microbatch.
       size: how many examples it has.
@@ -103,28 +104,36 @@ def train_context(
     # A random number belongs to an example of the global batch, whichever microbatch, stage or device it is on.
     example = index * size + jnp.arange(size, dtype=jnp.int32)
     groups = max(task.bn_groups // layout.config.microbatches, 1)
-    augment, dropout = (jax.random.fold_in(role_key(task.seed, role), step) for role in (AUGMENT, DROPOUT))
+    augment, dropout = (jax.random.fold_in(role_key(seed, role), step) for role in (AUGMENT, DROPOUT))
     return Context(example=example, train=True, bn_groups=groups), augment, dropout
 
 
 def scaled_loss(
-    task: Task, layout: Layout, logits: jax.Array, targets: jax.Array, labels: jax.Array, loss_scale: Any
+    task: Task, logits: jax.Array, targets: jax.Array, labels: jax.Array, whole_batch: jax.Array, loss_scale: Any
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """What a microbatch adds to the mean loss over the global batch.
 
+    Class weights multiply the targets, and the sum over the batch is divided by the sum of its labels' weights. This is
+    PyTorch's CrossEntropyLoss of labels, with label smoothing or without; mixed with the partners' targets it is the same
+    mixture of both losses, since partners exchange their labels.
+
     Args:
-      task: gives the loss function.
-      layout: gives the number of microbatches M.
+      task: gives the loss function, and the classes' weights.
       logits: float [B/M, C].
       targets: float [B/M, C], probabilities.
       labels: int32 [B/M].
+      whole_batch: int32 [M, B/M], the labels of all microbatches.
       loss_scale: `TrainState.loss_scale`.
 
     Returns:
       The loss times the loss scale, which is differentiated; and the loss and the number of correct answers. All are
       scalars [] of the loss's dtype.
     """
-    loss = jnp.sum(task.loss(logits, targets)) / (labels.shape[0] * layout.config.microbatches)
+    total: Any = whole_batch.size
+    if task.class_weights:
+        weights = jnp.asarray(task.class_weights, targets.dtype)
+        targets, total = targets * weights, jnp.sum(weights[whole_batch])
+    loss = jnp.sum(task.loss(logits, targets)) / total
     correct = jnp.sum(jnp.argmax(logits, -1) == labels)
     return loss * scale_factor(loss_scale, loss.dtype), (loss, correct.astype(loss.dtype))
 
@@ -143,14 +152,16 @@ def microbatch_gradients(
       index: int32 [] or a Python int, the microbatch.
     """
     images, labels = select_microbatch(batch, resident, index, layout)
-    context, augment, dropout = train_context(task, layout, state.step, index, labels.shape[0])
-    inputs, targets = train_inputs(task.preprocess, images, labels, context.example, augment)
+    context, augment, dropout = train_context(task, layout, batch.hyperparams.seed, state.step, index, labels.shape[0])
+    with jax.named_scope("augmentation"):
+        inputs, targets = train_inputs(task.preprocess, images, labels, context.example, augment)
+    whole = all_labels(batch.labels, batch.rows, resident.labels)
 
     def loss_fn(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, jax.Array, PyTree]]:
         logits, batch_stats = task.model.apply(
             params, state.batch_stats, inputs, context, dropout, wrap=layer_wrapper(layout, state.params, task.remat)
         )
-        scaled, (loss, correct) = scaled_loss(task, layout, logits, targets, labels, state.loss_scale)
+        scaled, (loss, correct) = scaled_loss(task, logits, targets, labels, whole, state.loss_scale)
         return scaled, (loss, correct, batch_stats)
 
     gradients, (loss, correct, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)

@@ -11,10 +11,10 @@ import optax
 from jax.typing import DTypeLike
 
 from jaxtrain.config import Config, OptimConfig
-from jaxtrain.data.augment import Preprocess
+from jaxtrain.data.augment import Preprocess, own_augmentation
 from jaxtrain.models.classifier import Classifier
 from jaxtrain.optim.losses import loss_fn
-from jaxtrain.optim.optimizers import make_optimizer
+from jaxtrain.optim.optimizers import is_own, make_optimizer
 from jaxtrain.precision import at_least_f32
 
 
@@ -24,12 +24,11 @@ class Task:
 
     Attributes:
       model: the layers.
-      optimizer: of the whole tree of parameters, or of some of its layers.
       schedule: the learning rate of each step.
       loss: (logits float [B, C], targets float [B, C]) -> float [B].
       preprocess: from uint8 images to the model's inputs.
-      optim: the config's section; clipping and the EMA are read from it.
-      seed: of all random numbers.
+      optim: the config's section.
+      class_weights: in the loss of training, one a class; () are all alike.
       bn_groups: BatchNorm groups in a global batch.
       remat: `train.remat`, what the forward pass stores for the backward pass.
       skips: whether the run goes on after an update that was not finite. The step is then counted, and its batch is
@@ -37,15 +36,26 @@ class Task:
     """
 
     model: Classifier
-    optimizer: optax.GradientTransformation
     schedule: optax.Schedule
     loss: Callable[[jax.Array, jax.Array], jax.Array]
     preprocess: Preprocess
     optim: OptimConfig
-    seed: int
+    class_weights: tuple[float, ...]
     bn_groups: int
     remat: str
     skips: bool
+
+    def optimizer(
+        self, learning_rate: float | jax.Array = 0.0, weight_decay: float | jax.Array = 0.0
+    ) -> optax.GradientTransformation:
+        """The optimizer, of the whole tree of parameters or of some of its layers. Its state does not depend on the numbers.
+
+        Args:
+          learning_rate: float [], of one update. An optimizer of the user's own has the whole schedule instead.
+          weight_decay: float [].
+        """
+        rate = self.schedule if is_own(self.optim.name) else lambda _: learning_rate
+        return make_optimizer(self.optim, rate, self.model.no_decay, weight_decay=weight_decay)
 
     @property
     def sums_dtype(self) -> jnp.dtype:
@@ -63,6 +73,7 @@ def make_task(
     mean: tuple[float, ...],
     std: tuple[float, ...],
     dtype: DTypeLike,
+    class_weights: tuple[float, ...] = (),
 ) -> Task:
     """The task of a run.
 
@@ -75,6 +86,7 @@ def make_task(
       mean: of each channel, of pixels in [0, 1].
       std: the standard deviation of each channel, of pixels in [0, 1].
       dtype: of the model's input: the type that it computes in.
+      class_weights: in the loss of training, one a class; () are all alike.
     """
     preprocess = Preprocess(
         image_size=side,
@@ -85,17 +97,18 @@ def make_task(
         mixup=config.data.mixup,
         cutmix=config.data.cutmix,
         label_smoothing=config.optim.label_smoothing,
+        own=own_augmentation(config.data.augmentation),
+        flip=config.data.flip,
         padding=config.data.crop_padding,
         dtype=dtype,
     )
     return Task(
         model=model,
-        optimizer=make_optimizer(config.optim, rate, model.no_decay),
         schedule=rate,
         loss=loss_fn(config.optim.loss),
         preprocess=preprocess,
         optim=config.optim,
-        seed=config.seed,
+        class_weights=class_weights,
         bn_groups=config.model.bn_groups,
         remat=config.train.remat,
         skips=config.train.nonfinite_skips > 0,

@@ -6,6 +6,7 @@ from typing import Any
 import flax.struct
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from jaxtrain.host.backend import on_cpu
@@ -77,29 +78,30 @@ def initial_state(
 
 
 def state_shapes(init: Any, layout: Layout) -> TrainState:
-    """The shape, dtype and sharding of every leaf of the state that `init()` makes. Computes nothing."""
-    shapes = jax.eval_shape(init)
+    """The shape, dtype and sharding of every leaf of the state that `init(seed)` makes. Computes nothing."""
+    shapes = jax.eval_shape(init, 0)
     return shapes_of(shapes, layout.shardings(shapes))
 
 
-def create_state(init: Any, layout: Layout) -> TrainState:
-    """Runs `init()` under jit. Every leaf is created on the devices where the layout places it.
+def create_state(init: Any, layout: Layout, seed: int) -> TrainState:
+    """Runs `init(seed)` under jit. Every leaf is created on the devices where the layout places it.
 
-    The values do not depend on the layout: JAX's threefry keys are partitionable.
+    The values do not depend on the layout: JAX's threefry keys are partitionable. The seed is an argument of the
+    program, so that another seed finds it in the compile cache.
     """
-    shardings, structure = jax.tree.flatten(layout.shardings(jax.eval_shape(init)))
+    shardings, structure = jax.tree.flatten(layout.shardings(jax.eval_shape(init, 0)))
     leaves: list[Any] = [None] * len(shardings)
     # One program for each set of devices: it creates all leaves of one pipeline stage.
     for mesh in dict.fromkeys(sharding.mesh for sharding in shardings):
         wanted = [i for i, sharding in enumerate(shardings) if sharding.mesh == mesh]
 
-        def some(wanted: list[int] = wanted) -> list[jax.Array]:
-            values = jax.tree.leaves(init())
+        def some(seed: jax.Array, wanted: list[int] = wanted) -> list[jax.Array]:
+            values = jax.tree.leaves(init(seed))
             return [values[i] for i in wanted]
 
         out_shardings = [shardings[i] for i in wanted]
         program = jax.jit(some, out_shardings=out_shardings, compiler_options=_run_once_options(layout))
-        for i, leaf in zip(wanted, program(), strict=True):
+        for i, leaf in zip(wanted, program(np.int32(seed)), strict=True):
             leaves[i] = leaf
     return structure.unflatten(leaves)
 

@@ -65,15 +65,21 @@ class MeshTrainStep:
         `update`.
       after: the shardings of the state after a step.
       accumulator: the shardings of the gradients between microbatches, or `None` where there is no accumulator.
-      microbatches: the microbatches' indices, int32 [] each, on the devices.
+      layout: of the state and the batch.
       per_call: how many updates the program `call` makes; 1 where there is no such program.
     """
 
     programs: Mapping[str, jax.stages.Compiled]
     after: TrainState
+    layout: Layout
     accumulator: PyTree = None
-    microbatches: tuple[jax.Array, ...] = ()
     per_call: int = 1
+
+    @functools.cached_property
+    def microbatches(self) -> list[jax.Array]:
+        """The microbatches' indices, int32 [] each, put on the devices at the first step."""
+        count, sharding = self.layout.config.microbatches, self.layout.sharding()
+        return [jax.device_put(np.int32(index), sharding) for index in range(count)]
 
     def __call__(self, state: TrainState, batch: Batch, resident: Resident) -> tuple[TrainState, StepMetrics]:
         """Makes one update, or `per_call` updates. Does not wait for the devices.
@@ -94,7 +100,7 @@ class MeshTrainStep:
         sums = self.programs["zeros"]()
         for index in self.microbatches:
             sums = self.programs["gradients"](sums, state, batch, resident, index)
-        return self.programs["update"](state, sums, batch.step)
+        return self.programs["update"](state, sums, batch.step, batch.hyperparams)
 
 
 def make_train_step(
@@ -123,7 +129,8 @@ def _compile_whole_step(
     update, shardings = _update_function(task, layout, state)
 
     def step(state: TrainState, batch: Batch, resident: Resident) -> tuple[TrainState, StepMetrics]:
-        return update(state, microbatch_gradients(task, layout, state, batch, resident, 0), batch.step)
+        sums = microbatch_gradients(task, layout, state, batch, resident, 0)
+        return update(state, sums, batch.step, batch.hyperparams)
 
     def call(state: TrainState, batches: Batch, resident: Resident) -> tuple[TrainState, StepMetrics]:
         def one(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
@@ -139,7 +146,7 @@ def _compile_whole_step(
     programs = {"step": lowered.compile()}
     if per_call > 1:
         programs["call"] = compiling(call).lower(state, stacked(batch, per_call), resident).compile()
-    return MeshTrainStep(programs, programs["step"].output_shardings[0], per_call=per_call)
+    return MeshTrainStep(programs, programs["step"].output_shardings[0], layout, per_call=per_call)
 
 
 def _compile_accumulating_step(
@@ -156,22 +163,22 @@ def _compile_accumulating_step(
     ) -> GradientSums:
         return add_sums(sums, microbatch_gradients(task, layout, state, batch, resident, index))
 
-    indices = tuple(jax.device_put(np.int32(i), layout.sharding()) for i in range(layout.config.microbatches))
+    index = jax.ShapeDtypeStruct((), np.int32, sharding=layout.sharding())
     zeros = jax.jit(zero, out_shardings=sums_shardings)
     adding = jax.jit(accumulate, out_shardings=sums_shardings, donate_argnums=0)
     updating = jax.jit(update, out_shardings=(shardings, layout.sharding()), donate_argnums=0)
     lowered = {
         "zeros": zeros.lower(),
-        "gradients": adding.lower(sums, state, batch, resident, indices[0]),
-        "update": updating.lower(state, sums, batch.step),
+        "gradients": adding.lower(sums, state, batch, resident, index),
+        "update": updating.lower(state, sums, batch.step, batch.hyperparams),
     }
     programs = {name: program.compile() for name, program in lowered.items()}
     accumulator = programs["zeros"].output_shardings.gradients
-    return MeshTrainStep(programs, programs["update"].output_shardings[0], accumulator, indices)
+    return MeshTrainStep(programs, programs["update"].output_shardings[0], layout, accumulator)
 
 
 def _update_function(task: Task, layout: Layout, state: TrainState) -> tuple[Callable[..., Any], TrainState]:
-    """`update_state` as a function (state, sums, step), and the shardings of the state."""
+    """`update_state` as a function (state, sums, step, hyperparams), and the shardings of the state."""
     shardings = layout.shardings(state)
     return functools.partial(update_state, task, shardings, like_params(layout, "opt_state", state.params)), shardings
 

@@ -12,6 +12,7 @@ import optax
 
 from jaxtrain.optim.updates import clip_by_global_norm, ema_update, global_norm
 from jaxtrain.precision import LossScale, adjust_loss_scale, at_floor, scale_factor
+from jaxtrain.step.batch import Hyperparams
 from jaxtrain.step.gradients import GradientSums
 from jaxtrain.step.metrics import StepMetrics, stack_metrics
 from jaxtrain.step.task import Task
@@ -77,6 +78,7 @@ def unscale_gradients(loss_scale: PyTree, gradients: PyTree, updating: PyTree) -
     return jax.lax.with_sharding_constraint(gradients, updating)
 
 
+@jax.named_scope("update")
 def apply_update(
     task: Task,
     shardings: TrainState,
@@ -85,17 +87,19 @@ def apply_update(
     gradients: PyTree,
     batch_stats: PyTree,
     decision: UpdateDecision,
+    hyperparams: Hyperparams,
 ) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
     """Applies `decision` to the state of the whole model, or of some of its layers.
 
     Args:
-      task: gives the optimizer, clipping and the EMA.
+      task: gives the kind of optimizer, clipping and the EMA.
       shardings: of the state.
       updating: shardings like the parameters: those of the optimizer's state.
       state: before the update.
       gradients: float arrays, sharded as `updating`.
       batch_stats: the new running statistics.
       decision: from the whole tree.
+      hyperparams: of this update.
 
     Returns:
       The state after `decision`; and the global norms, float [] each, of the old parameters and of the update, which is
@@ -104,7 +108,8 @@ def apply_update(
     if task.optim.clip_norm:
         gradients = clip_by_global_norm(gradients, decision.norm, task.optim.clip_norm)
     old_params = jax.lax.with_sharding_constraint(state.params, updating)
-    updates, opt_state = task.optimizer.update(gradients, state.opt_state, old_params)
+    optimizer = task.optimizer(hyperparams.learning_rate, hyperparams.weight_decay)
+    updates, opt_state = optimizer.update(gradients, state.opt_state, old_params)
     norms = (global_norm(old_params), global_norm(updates))
     accepted = _after_norms(decision.accepted, norms)
     params = jax.lax.with_sharding_constraint(optax.apply_updates(old_params, updates), shardings.params)
@@ -135,7 +140,13 @@ def _after_norms(accepted: jax.Array, norms: tuple[jax.Array, jax.Array]) -> jax
 
 
 def update_state(
-    task: Task, shardings: TrainState, updating: PyTree, state: TrainState, sums: GradientSums, step: jax.Array
+    task: Task,
+    shardings: TrainState,
+    updating: PyTree,
+    state: TrainState,
+    sums: GradientSums,
+    step: jax.Array,
+    hyperparams: Hyperparams,
 ) -> tuple[TrainState, StepMetrics]:
     """Decides and applies the update of a model without pipeline stages.
 
@@ -146,21 +157,20 @@ def update_state(
       state: before the update.
       sums: over all microbatches.
       step: int32 [], the step that the batch is for.
+      hyperparams: of this update.
 
     Returns:
       The state after the update, or the same state where the update is refused; and the step's metrics.
     """
     gradients = unscale_gradients(state.loss_scale, sums.gradients, updating)
     decision = decide_update(state.step, state.loss_scale, step, sums.loss, global_norm(gradients), skips=task.skips)
-    after, norms = apply_update(task, shardings, updating, state, gradients, sums.batch_stats, decision)
-    return after, stack_metrics(
-        step_metrics(task, state.step, state.loss_scale, decision, sums.loss, sums.correct, *norms)
-    )
+    after, norms = apply_update(task, shardings, updating, state, gradients, sums.batch_stats, decision, hyperparams)
+    rate = hyperparams.learning_rate
+    return after, stack_metrics(step_metrics(rate, state.loss_scale, decision, sums.loss, sums.correct, *norms))
 
 
 def step_metrics(
-    task: Task,
-    step: jax.Array,
+    learning_rate: jax.Array,
     loss_scale: PyTree,
     decision: UpdateDecision,
     loss: jax.Array,
@@ -173,8 +183,7 @@ def step_metrics(
     `made` says whether the step counts: its batch is used up.
 
     Args:
-      task: gives the learning rate.
-      step: int32 [], before the update.
+      learning_rate: float [].
       loss_scale: `LossScale` before the update, or ().
       decision: the update's.
       loss: float [], the mean over the global batch.
@@ -186,7 +195,7 @@ def step_metrics(
         "made": decision.accepted | decision.skipped,
         "loss": loss,
         "correct": correct,
-        "learning_rate": task.schedule(step),
+        "learning_rate": learning_rate,
         "grad_norm": decision.norm,
         "param_norm": param_norm,
         "update_norm": update_norm,

@@ -100,6 +100,37 @@ class Timetable:
         """The epoch, from 0, that update `step` belongs to: that of its first example."""
         return max(self.examples_at(step) - self._batch, 0) // self.train_examples
 
+    def epoch_shown(self, step: int) -> int:
+        """The epoch of update `step` as people count: from 1, and where a batch holds several, the last that it ends."""
+        return max(self.epoch_of(step) + 1, self.examples_at(step) // self.train_examples)
+
+    @property
+    def pauses_within_epochs(self) -> bool:
+        """Whether a validation or the end of the run comes elsewhere than at the end of an epoch."""
+        duration = self._evaluations.duration
+        by_epochs = duration.unit == "epochs" and duration.value == int(duration.value)
+        return not self.due(self.steps).epoch_end or not (by_epochs or not duration.value)
+
+    def epoch_steps(self, step: int) -> range:
+        """The steps of the epoch that update `step` belongs to, within the run."""
+        first = self.epoch_of(step) * self.train_examples
+        return range(self._step_at(first) + 1, min(self._step_at(first + self.train_examples), self.steps) + 1)
+
+    def _step_at(self, examples: int) -> int:
+        """The step by whose end `examples` are consumed."""
+        return self.first_step + math.ceil((examples - self._first_example) / self._batch)
+
+    def left_after(self, step: int) -> tuple[int, int]:
+        """How many validations, and how many saves that the config asks for, come after `step`; the last step has both."""
+
+        def count(cadence: Cadence) -> int:
+            due = cadence.count(self.steps, self.examples_at(self.steps)) - cadence.count(step, self.examples_at(step))
+            return due + (not self._is_due(cadence, self.steps))
+
+        if step >= self.steps:
+            return 0, 0
+        return count(self._evaluations) * self._validates, max(count(self._saves), count(self._milestones))
+
     def due(self, step: int) -> Due:
         """What is due after `step`."""
         last = step == self.steps
@@ -115,6 +146,16 @@ class Timetable:
     def _is_due(self, cadence: Cadence, step: int) -> bool:
         examples = self.examples_at(step)
         return cadence.count(step, examples) > cadence.count(step - 1, examples - self._batch)
+
+    def totals(self) -> tuple[int, int]:
+        """How many validations and how many saves are due from the first step to the last; without saves by the clock."""
+        step, examples = self.steps, self.examples_at(self.steps)
+
+        def total(cadence: Cadence) -> int:
+            before = cadence.count(self.first_step, self._first_example)
+            return cadence.count(step, examples) - before + (not self._is_due(cadence, step))
+
+        return total(self._evaluations) * self._validates, total(self._saves)
 
     def next_pause(self, step: int) -> float:
         """The first step after `step` after which something is due that needs its metrics."""

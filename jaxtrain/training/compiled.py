@@ -6,8 +6,9 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging
+import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,18 @@ import jax
 from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.resume_point import ResumePoint
 from jaxtrain.errors import DeviceMemoryError
+from jaxtrain.observability.text_log import FILE_ONLY, NOT_LIVE, to_screen
 from jaxtrain.parallel.audit import audit
-from jaxtrain.step.batch import EvalBatch
+from jaxtrain.step.batch import Batch, EvalBatch
 from jaxtrain.step.eval_step import EvalResult, EvalStep, make_eval_step
 from jaxtrain.step.pipeline.eval_step import PipelineEvalStep, make_pipeline_eval_step
 from jaxtrain.step.pipeline.train_step import make_pipeline_train_step
 from jaxtrain.step.train_state import TrainState, create_state, state_shapes
 from jaxtrain.step.train_step import TrainStep, make_train_step
 from jaxtrain.training.input_pipeline import InputPipeline, make_input_pipeline
+from jaxtrain.training.jax_settings import compile_cache_note
 from jaxtrain.training.setup import RunSpec
-from jaxtrain.training.startup_report import idle_stages, layout_table, one_step_a_call, summary
+from jaxtrain.training.startup_report import headlines, idle_stages, layout_table, one_step_a_call, summary
 from jaxtrain.trees import PyTree
 
 log = logging.getLogger("jaxtrain")
@@ -36,11 +39,13 @@ class CompiledRun:
     """A run on its devices.
 
     Attributes:
+      run: what is computed.
       step: one update, or several as one program.
       evaluate: weights, on a split.
       inputs: batches.
     """
 
+    run: RunSpec
     step: TrainStep
     evaluate: Evaluator
     inputs: InputPipeline
@@ -49,6 +54,22 @@ class CompiledRun:
     def steps_per_call(self) -> int:
         """How many updates one call of `step` makes, of as many batches stacked."""
         return self.step.per_call
+
+    def batches(
+        self, *, first_step: int, first_example: int, steps: int, calls: Iterable[int] | None = None
+    ) -> Generator[Batch]:
+        """The batches of `steps` updates from `first_step` on; see `InputPipeline.train`."""
+        config = self.run.config
+        return self.inputs.train(
+            seed=config.seed,
+            schedule=self.run.task.schedule,
+            weight_decay=config.optim.weight_decay,
+            global_batch=config.data.global_batch,
+            first_step=first_step,
+            first_example=first_example,
+            steps=steps,
+            calls=calls,
+        )
 
 
 def compile_run(
@@ -74,25 +95,27 @@ def compile_run(
     if jax.process_count() > 1:
         compiling.result()  # both ask the other processes (Orbax, arrays over all devices): one after the other on each
     state = _restored(run, resume, shapes) if resume.start is not None else None
+    for line in headlines(run, table, inputs.where):
+        to_screen(line)
     for line in summary(run, table):
-        log.info("%s", line)
+        log.info("%s", line, extra=FILE_ONLY)
     if text := idle_stages(run, bool(table["batch_stats"])):
         log.warning("%s", text)
-    log.info("data %s; compiling the step (the next start finds it in the compile cache)", inputs.where)
+    log.info("data %s; compiling the step (%s)", inputs.where, compile_cache_note(), extra=NOT_LIVE)
     if state is None:
-        state = create_state(run.init, run.layout)
+        state = create_state(run.init, run.layout, run.config.seed)
     step = compiling.result()
     for note in audit(run.layout, table, state, step).notes:
         log.info("%s", note)
     log.info("compiled in %.1f s", time.perf_counter() - began)
-    return CompiledRun(step, Evaluator(run, inputs, compiler), inputs), state
+    return CompiledRun(run, step, Evaluator(run, inputs, compiler), inputs), state
 
 
 def _restored(run: RunSpec, resume: ResumePoint, shapes: TrainState) -> TrainState:
     """The state that the run goes on from."""
     assert resume.start is not None
     changes = run.config.checkpoint.allow_changes  # then a tree may stay as it is in a fresh state
-    template = create_state(run.init, run.layout) if changes else shapes
+    template = create_state(run.init, run.layout, run.config.seed) if changes else shapes
     with contextlib.closing(Checkpointer(resume.start.directory, read_only=True)) as checkpoints:
         state = checkpoints.restore(resume.start.step, template, allow_changes=changes)
     log.info("resumed from %s", resume.start.directory / str(resume.start.step))
@@ -105,8 +128,14 @@ class Evaluator:
     def __init__(self, run: RunSpec, inputs: InputPipeline, compiler: concurrent.futures.Executor | None = None):
         self._run, self._inputs = run, inputs
         self._batch = run.config.data.global_batch // run.layout.config.microbatches
+        self._examples = run.config.train.eval_examples
         self._compiler = compiler or concurrent.futures.ThreadPoolExecutor(1, "compile")
         self._compiled: dict[Any, concurrent.futures.Future[EvalStep | PipelineEvalStep]] = {}
+
+    def wait(self, state: TrainState) -> None:
+        """Returns when the programs for the weights of `state`, and for their average, are compiled."""
+        for weights in _weights(state).values():
+            self._program(*weights).result()
 
     def begin(self, state: TrainState) -> None:
         """Compiles beside what comes next for the weights of `state`, and for their average.
@@ -117,9 +146,8 @@ class Evaluator:
         dataset, alone = self._run.dataset, self._run.layout.stages == 1 and jax.process_count() == 1
         if not alone or not (len(dataset.validation) or len(dataset.test)):
             return
-        self._program(state.params, state.batch_stats)
-        if state.ema:
-            self._program(state.ema["params"], state.ema["batch_stats"])
+        for weights in _weights(state).values():
+            self._program(*weights)
 
     def __call__(
         self, split: str, params: PyTree, batch_stats: PyTree, before_batch: Callable[[], None] = lambda: None
@@ -132,7 +160,7 @@ class Evaluator:
                 yield batch
 
         program = self._program(params, batch_stats).result()
-        with contextlib.closing(self._inputs.evaluation(split, self._batch)) as batches:
+        with contextlib.closing(self._inputs.evaluation(split, self._batch, self._examples)) as batches:
             return program(params, batch_stats, watched(batches), self._inputs.resident)
 
     def of_state(
@@ -148,10 +176,11 @@ class Evaluator:
         Returns:
           Results by weights: `raw`, and perhaps `ema`.
         """
-        weights = {"raw": (state.params, state.batch_stats)}
-        if state.ema:
-            weights["ema"] = state.ema["params"], state.ema["batch_stats"]
-        return {name: self(split, *trees, before_batch) for name, trees in weights.items()}
+        return {name: self(split, *trees, before_batch) for name, trees in _weights(state).items()}
+
+    def batches(self, split: str) -> int:
+        """How many batches an evaluation of `split` has."""
+        return math.ceil(min(len(getattr(self._run.dataset, split)), self._examples or math.inf) / self._batch)
 
     def _program(self, *weights: PyTree) -> concurrent.futures.Future[EvalStep | PipelineEvalStep]:
         leaves, structure = jax.tree.flatten(weights)
@@ -166,6 +195,14 @@ class Evaluator:
             task, layout = self._run.task, self._run.layout
             self._compiled[where] = self._compiler.submit(make, task, layout, params, batch_stats, batch, resident)
         return self._compiled[where]
+
+
+def _weights(state: TrainState) -> dict[str, tuple[PyTree, PyTree]]:
+    """The parameters and running statistics that are evaluated: `raw`, and `ema` where the run keeps an average."""
+    weights = {"raw": (state.params, state.batch_stats)}
+    if state.ema:
+        weights["ema"] = state.ema["params"], state.ema["batch_stats"]
+    return weights
 
 
 def compile_train_step(run: RunSpec, inputs: InputPipeline, state: TrainState, trace: Path) -> TrainStep:

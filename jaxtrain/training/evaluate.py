@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -17,21 +18,24 @@ from jaxtrain.data import record, registry
 from jaxtrain.data.base import Dataset, follow_classes
 from jaxtrain.errors import CheckpointError, ConfigError, DataError
 from jaxtrain.host import xla_flags
-from jaxtrain.parallel.mesh import batch_ways, make_mesh
+from jaxtrain.observability.progress import Progress
+from jaxtrain.observability.text_log import make_console
+from jaxtrain.parallel.mesh import Device, batch_ways, make_mesh
 from jaxtrain.plugins import refuse_code
 from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.step.train_state import state_shapes
 from jaxtrain.training.compiled import Evaluator
 from jaxtrain.training.input_pipeline import make_input_pipeline
-from jaxtrain.training.jax_settings import settings
+from jaxtrain.training.jax_settings import compile_cache_note, settings
 from jaxtrain.training.setup import load_data, make_run_spec, select_devices
+from jaxtrain.trees import PyTree
 from jaxtrain.workdir import Workdir, named
 
 SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
 log = logging.getLogger("jaxtrain")
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Evaluated:
     """The result, and what it is of.
 
@@ -45,6 +49,11 @@ class Evaluated:
     weights: str
     class_names: tuple[str, ...]
 
+    def __repr__(self) -> str:
+        """The result in a line: the classes of a large data set would fill a page."""
+        numbers = f"accuracy {self.result.accuracy:.4f}, top-5 {self.result.top5:.4f}, loss {self.result.loss:.4f}"
+        return f"Evaluated(step {self.step}, {self.weights} weights, {self.split}: {numbers}, {self.result.examples} examples)"
+
 
 def evaluate(
     workdir: str | Path,
@@ -56,6 +65,7 @@ def evaluate(
     num_devices: int = 0,
     allow_changes: bool = False,
     trust: bool = False,
+    quiet: bool = False,
 ) -> Evaluated:
     """Evaluates a checkpoint of the run in `workdir`, with the layout that fits these devices.
 
@@ -72,6 +82,7 @@ def evaluate(
       num_devices: use the first so many devices of each host; 0 uses all.
       allow_changes: evaluate on a data set that has changed since, and say what has.
       trust: run the code that the run's config names (a model, optimizer, loss or data set of the user's own).
+      quiet: show no bar.
 
     Raises:
       CheckpointError: the run has no such checkpoint. ConfigError: no such split, the run keeps no average, or its config names
@@ -88,30 +99,56 @@ def evaluate(
         raise ConfigError(f"{workdir} keeps no moving average of the weights (config.optim.ema=0).")
     ema = bool(config.optim.ema) if ema is None else ema
     xla_flags.set_flags(xla_flags.for_run(config.train.precision))
-    with contextlib.closing(Checkpointer(start.directory, read_only=True)) as checkpoints:
+    showing = contextlib.closing(Progress(make_console(quiet=quiet)))
+    with showing as progress, contextlib.closing(Checkpointer(start.directory, read_only=True)) as checkpoints:
         devices = select_devices(num_devices)
-        # Numbers do not depend on the layout: weights shared out among the devices, and a batch that they divide.
-        config = dataclasses.replace(
-            config, layout=LayoutConfig(zero=3), model=dataclasses.replace(config.model, bn_groups=1)
-        )
-        ways = batch_ways(make_mesh(config.layout, devices))
-        batch = -(-config.data.global_batch // ways) * ways
-        config = dataclasses.replace(config, data=dataclasses.replace(config.data, global_batch=batch))
+        config = _on_these(devices, config)
         with settings(config):
             where = f"step {start.step} of {workdir}"
-            dataset = _load(config.data, position, split, str(data), where, allow_changes)
+            with progress.activity(f"reading the data set {config.data.name}"):
+                dataset = _load(config.data, position, split, str(data), where, allow_changes)
             run = make_run_spec(*_as_trained(config, dataset, position), devices)
             state = checkpoints.restore_weights(start.step, state_shapes(run.init, run.layout))
             feed = make_input_pipeline(dataset, run.layout, config.data.residency, config.data.workers)
             weights = state.ema if ema else {"params": state.params, "batch_stats": state.batch_stats}
-            result = Evaluator(run, feed)(SPLITS[split], weights["params"], weights["batch_stats"])
+            result = _shown(Evaluator(run, feed), SPLITS[split], weights["params"], weights["batch_stats"], progress)
     return Evaluated(result, start.step, SPLITS[split], "ema" if ema else "raw", dataset.class_names)
+
+
+def _on_these(devices: Sequence[Device], config: Config) -> Config:
+    """The run's config for an evaluation: weights shared out among the devices, and a batch that they divide.
+
+    Numbers do not depend on the layout.
+    """
+    layout = LayoutConfig(zero=3)
+    ways = batch_ways(make_mesh(layout, devices))
+    return dataclasses.replace(
+        config,
+        layout=layout,
+        model=dataclasses.replace(config.model, bn_groups=1),
+        train=dataclasses.replace(config.train, eval_examples=0),  # the whole split, whatever the run took
+        data=dataclasses.replace(config.data, global_batch=-(-config.data.global_batch // ways) * ways),
+    )
+
+
+def _shown(evaluator: Evaluator, split: str, params: PyTree, batch_stats: PyTree, progress: Progress) -> EvalResult:
+    """Evaluates weights on a split, with a bar over its batches; until the first one comes, the program is compiled."""
+    with progress.activity("compiling the evaluation", note=compile_cache_note()) as activity:
+
+        def before_batch() -> None:
+            if not activity.total:
+                activity.what, activity.total, activity.began = split, evaluator.batches(split), time.monotonic()
+            activity.done += 1
+
+        return evaluator(split, params, batch_stats, before_batch)
 
 
 def _find(workdir: Path, checkpoint: str) -> tuple[CheckpointStep, Position, Config]:
     """The checkpoint that is meant, whose files are whole; what is stored with it."""
     directory = workdir / "checkpoints"
-    start = find_checkpoint(directory, checkpoint, "checkpoint") if manifested_steps(directory) else None
+    steps = manifested_steps(directory)
+    best_by = _best_by(workdir, directory / str(steps[-1])) if steps and checkpoint == "best" else ""
+    start = find_checkpoint(directory, checkpoint, best_by, "checkpoint") if steps else None
     if start is None:
         raise CheckpointError(f"{workdir} holds no checkpoint.")
     folder = start.directory / str(start.step)
@@ -204,6 +241,12 @@ def _other_data(dataset: Dataset, position: Position, split: str, where: str, al
 
 def _names(classes: Sequence[str]) -> str:
     return (", ".join(map(repr, classes[:5])) + f" and {len(classes) - 5} more" * (len(classes) > 5)) or "none"
+
+
+def _best_by(workdir: Path, newest: Path) -> str:
+    """`checkpoint.best` of the run's last start; of its newest checkpoint, where the directory holds nothing else."""
+    stored = Workdir(workdir).read_config() or read_manifest(newest).position["config"]
+    return flatten(stored).get("checkpoint.best", Config().checkpoint.best)
 
 
 def _same_data(dataset: Dataset, position: Position, split: str, where: str, allow_changes: bool) -> Dataset:

@@ -9,15 +9,17 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
+import optax
 from jax.sharding import NamedSharding
 
-from jaxtrain.data.base import Dataset, Source, decodes_images, is_cheap, materialize, nbytes
-from jaxtrain.data.order import eval_batches, index_stream
+from jaxtrain.data.base import Dataset, Source, Subset, decodes_images, is_cheap, materialize, nbytes
+from jaxtrain.data.order import eval_batches, eval_subset, index_stream
 from jaxtrain.data.stream import default_threads, default_workers, eval_stream, train_stream
 from jaxtrain.distributed.coordination import on_this_host
 from jaxtrain.parallel.layout import Layout, over_steps
-from jaxtrain.step.batch import Batch, EvalBatch, Resident
+from jaxtrain.step.batch import Batch, EvalBatch, Hyperparams, Resident
 
 # `data.residency=auto` keeps a data set on the devices up to this share of their memory, or this size where it is unknown.
 RESIDENT_SHARE = 0.1
@@ -62,10 +64,10 @@ class BatchSharder:
             return _on_devices(shape, dtype, sharding, shard)
         return _on_devices((len(rows), *shape), dtype, over_steps(sharding), shard)
 
-    def numbers(self, first: int, count: int = 1) -> jax.Array:
-        """Step numbers, replicated: int32 [] for one step, int32 [count] for `first`, `first + 1`, ..."""
-        value = np.int32(first) if count == 1 else np.arange(first, first + count, dtype=np.int32)
-        return _on_devices(value.shape, np.int32, self._replicated, lambda _: value)
+    def numbers(self, values: np.ndarray) -> jax.Array:
+        """Numbers of single steps, one each, replicated: [] for one step, [k] for k."""
+        values = values[0] if len(values) == 1 else values
+        return _on_devices(values.shape, values.dtype, self._replicated, lambda _: values)
 
 
 def _on_devices(
@@ -109,6 +111,8 @@ class InputPipeline:
         self,
         *,
         seed: int,
+        schedule: optax.Schedule,
+        weight_decay: float,
         global_batch: int,
         first_step: int,
         first_example: int,
@@ -119,6 +123,8 @@ class InputPipeline:
 
         Args:
           seed: the run's; it decides the order of the examples.
+          schedule: the learning rate of each step.
+          weight_decay: of every step.
           global_batch: examples an update.
           first_step: the number of the first update.
           first_example: examples consumed before it.
@@ -135,21 +141,24 @@ class InputPipeline:
             "first_example": first_example, "steps": steps,
         }  # fmt: skip
         calls = itertools.repeat(1, steps) if calls is None else calls
+        numbers = _numbering(sharder, schedule, weight_decay, seed)
         if self.offsets:
             for number, chunk in _chunks(index_stream(len(source), **order), calls, first_step):
                 rows = sharder.batch(*(each + np.int32(self.offsets["train"]) for each in chunk))
-                yield Batch(sharder.numbers(number, len(chunk)), rows=rows)
+                yield Batch(*numbers(number, len(chunk)), rows=rows)
             return
         with train_stream(source, workers=self.workers, threads=self.threads, **order) as stream:
             for number, chunk in _chunks(stream, calls, first_step):
                 images, labels = zip(*chunk, strict=True)
-                yield Batch(
-                    sharder.numbers(number, len(chunk)), images=sharder.images(*images), labels=sharder.batch(*labels)
-                )
+                yield Batch(*numbers(number, len(chunk)), images=sharder.images(*images), labels=sharder.batch(*labels))
 
     def train_shapes(self, global_batch: int) -> Batch:
         """The shapes, types and shardings of what `train` yields."""
-        return self._shapes(global_batch, self.layout.config.microbatches)
+        shapes = self._shapes(global_batch, self.layout.config.microbatches)
+        number = functools.partial(jax.ShapeDtypeStruct, (), sharding=self.layout.sharding())
+        rate: Any = number(jnp.result_type(float))
+        seed: Any = number(np.int32)
+        return dataclasses.replace(shapes, hyperparams=Hyperparams(rate, rate, seed))
 
     def evaluation_shapes(self, batch: int) -> EvalBatch:
         """The same for `evaluation`."""
@@ -168,24 +177,55 @@ class InputPipeline:
         images = (microbatches, global_batch // microbatches, *self.dataset.train.shape)
         return Batch(step, images=jax.ShapeDtypeStruct(images, np.uint8, sharding=layout.images), labels=numbers)
 
-    def evaluation(self, split: str, batch: int) -> Generator[EvalBatch]:
-        """Every example of `split` once, in order, in batches of `batch`; the last is padded and masked."""
+    def evaluation(self, split: str, batch: int, examples: int = 0) -> Generator[EvalBatch]:
+        """Examples of a split, each once and in order; the last batch is padded and masked.
+
+        Args:
+          split: `train`, `validation` or `test`.
+          batch: examples of a batch.
+          examples: how many of the split (`data.order.eval_subset`); 0 is all.
+
+        Yields:
+          Batches, the same whether resident or streamed.
+        """
         sharder = BatchSharder(self.layout, 1, batch)
-        step, source = sharder.numbers(0), getattr(self.dataset, split)
+        step, source = sharder.numbers(np.zeros(1, np.int32)), getattr(self.dataset, split)
         if not len(source):
             return
-        masks = ((rows[sharder.positions], mask[sharder.positions]) for rows, mask in eval_batches(len(source), batch))
+        chosen = eval_subset(len(source), examples)
+        masks = ((rows[sharder.positions], mask[sharder.positions]) for rows, mask in eval_batches(len(chosen), batch))
         if self.offsets:
             for rows, mask in masks:
-                local = (rows + self.offsets[split]).astype(np.int32)
+                local = (chosen[rows] + self.offsets[split]).astype(np.int32)
                 yield EvalBatch(Batch(step, rows=sharder.batch(local)), sharder.batch(mask))
             return
         reading: dict[str, Any] = {"workers": self.workers, "threads": self.threads}
-        with eval_stream(source, global_batch=batch, positions=sharder.positions, **reading) as stream:
+        with eval_stream(Subset(source, chosen), global_batch=batch, positions=sharder.positions, **reading) as stream:
             for (images, labels), (_, mask) in zip(stream, masks, strict=True):
                 yield EvalBatch(
                     Batch(step, images=sharder.images(images), labels=sharder.batch(labels)), sharder.batch(mask)
                 )
+
+
+def _numbering(
+    sharder: BatchSharder, schedule: optax.Schedule, weight_decay: float, seed: int
+) -> Callable[[int, int], tuple[jax.Array, Hyperparams]]:
+    """The numbers on the devices of the steps `first`, `first + 1`, ... as a function of (first, count).
+
+    It gives int32 [] or [count], and the steps' hyperparameters. The rates are computed by the host, in float64.
+    """
+    dtype = jnp.result_type(float)
+
+    @functools.cache
+    def constants(count: int) -> tuple[jax.Array, jax.Array]:
+        return sharder.numbers(np.full(count, weight_decay, dtype)), sharder.numbers(np.full(count, seed, np.int32))
+
+    def numbers(first: int, count: int) -> tuple[jax.Array, Hyperparams]:
+        steps = np.arange(first, first + count, dtype=np.int32)
+        rates = np.broadcast_to(schedule(steps), count).astype(dtype)
+        return sharder.numbers(steps), Hyperparams(sharder.numbers(rates), *constants(count))
+
+    return numbers
 
 
 def _chunks(stream: Iterable[Any], sizes: Iterable[int], number: int) -> Iterator[tuple[int, list[Any]]]:

@@ -11,7 +11,8 @@ import jax
 import numpy as np
 
 from jaxtrain.config import Config
-from jaxtrain.host.paths import compile_cache
+from jaxtrain.host.paths import can_be_written, compile_cache
+from jaxtrain.precision import product_precision, resolve_precision
 
 
 @contextlib.contextmanager
@@ -23,14 +24,31 @@ def settings(config: Config) -> Iterator[None]:
     """
     random.seed(config.seed)
     np.random.seed(config.seed)
+    precision = resolve_precision(config.train.precision, jax.default_backend())
     wanted: dict[str, object] = {
-        "jax_enable_x64": config.train.precision == "f64" or _jax_setting("jax_enable_x64"),
+        "jax_enable_x64": precision == "f64" or _jax_setting("jax_enable_x64"),
+        "jax_default_matmul_precision": product_precision(precision),
         "jax_threefry_partitionable": True,  # or a layout would change the random numbers
         "jax_persistent_cache_min_compile_time_secs": 0.0,  # pipelines have many small programs
     }
     if not _jax_setting("jax_compilation_cache_dir"):
         wanted["jax_compilation_cache_dir"] = compile_cache()
     with _jax_config(wanted):
+        yield
+
+
+def compile_cache_note() -> str:
+    """Whether the next start finds what is compiled now, inside `settings`."""
+    directory = _jax_setting("jax_compilation_cache_dir")
+    if _jax_setting("jax_enable_compilation_cache") and can_be_written(directory):
+        return "the next start finds it in the compile cache"
+    return f"not kept for the next start: {directory} cannot be written"
+
+
+@contextlib.contextmanager
+def no_compile_cache() -> Iterator[None]:
+    """Inside, compiled programs are neither kept nor looked for: those for devices that are not there cannot be loaded."""
+    with _jax_config({"jax_enable_compilation_cache": False}):
         yield
 
 

@@ -47,7 +47,7 @@ def _planned(config: Config, num_devices: int) -> tuple[RunSpec, dict[str, list[
     config = resolve_for_machine(config, None, devices)
     with settings(config):
         run = make_run_spec(config, registry.outline(config.data, image_size=config.data.image_size), devices)
-        state = jax.eval_shape(run.init)
+        state = jax.eval_shape(run.init, 0)
         _trace(run, state)
         return run, layout_table(run.layout, state)
 

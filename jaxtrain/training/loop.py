@@ -11,10 +11,9 @@ import time
 from collections.abc import Mapping
 from typing import NoReturn
 
-from rich.console import Console
-
 from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.lease import Lease, NoLease
+from jaxtrain.checkpoint.manifest import is_better
 from jaxtrain.checkpoint.resume_point import Position, how_to_go_on
 from jaxtrain.data.order import batch_indices
 from jaxtrain.distributed import coordination
@@ -24,6 +23,7 @@ from jaxtrain.observability import diagnostics
 from jaxtrain.observability.anomaly import Anomaly, AnomalyDetector
 from jaxtrain.observability.clock import StepClock
 from jaxtrain.observability.goodput import NullTimes
+from jaxtrain.observability.progress import Progress
 from jaxtrain.parallel.replicas import ReplicaCheck
 from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.step.metrics import StepMetrics
@@ -32,7 +32,13 @@ from jaxtrain.training import recovery
 from jaxtrain.training.cadence import Timetable
 from jaxtrain.training.compiled import CompiledRun
 from jaxtrain.training.reporter import Reporter
-from jaxtrain.training.results import TrainResult, best_weights, closing_lines, final_result, on_both_splits
+from jaxtrain.training.results import (
+    TrainResult,
+    best_weights,
+    deciding_figures,
+    final_result,
+    on_both_splits,
+)
 from jaxtrain.training.saving import Saver
 from jaxtrain.training.setup import RunSpec
 from jaxtrain.workdir import Workdir
@@ -53,7 +59,7 @@ class Host:
     interrupt: Interrupt
     watchdog: Watchdog
     clock: StepClock
-    console: Console
+    progress: Progress
     lease: Lease | NoLease
     times: NullTimes
 
@@ -79,7 +85,8 @@ class TrainLoop:
         self.clock, self.watchdog = host.clock, host.watchdog
         validates = len(run.dataset.validation) > 0
         self.timetable = Timetable(run.config, len(run.dataset.train), run.steps, position, validates=validates)
-        self.reporter = Reporter(run, self.timetable, position, host.directory, host.clock, host.console)
+        batches = compiled.evaluate.batches
+        self.reporter = Reporter(run, self.timetable, position, host.directory, host.clock, host.progress, batches)
         self.anomalies = AnomalyDetector(self.config.train.nonfinite_skips, self.config.train.spike_threshold)
         self.replica_check = ReplicaCheck()
         self.validated: tuple[int, dict[str, EvalResult]] = (-1, {})  # the last step that was, and its results
@@ -98,9 +105,7 @@ class TrainLoop:
         """
         self.timetable.log_start(self.compiled.steps_per_call)
         first = self.timetable.first_step
-        batches = self.compiled.inputs.train(
-            seed=self.config.seed,
-            global_batch=self.config.data.global_batch,
+        batches = self.compiled.batches(
             first_step=first,
             first_example=self.position.examples,
             steps=max(self.run_spec.steps - first, 0),
@@ -124,7 +129,6 @@ class TrainLoop:
                     while len(unread) > (0 if pause else READ_BEHIND):
                         self._read(*unread.popleft(), state)
                 self.clock.step_done(self.config.data.global_batch, len(steps))
-                self.reporter.advance(steps[-1])
                 if pause:
                     self._between_steps(state)
         return self._finish(state)
@@ -157,7 +161,7 @@ class TrainLoop:
             anomaly = self.anomalies.observe(step, metrics["loss"], *norms, skipped=skipped)
         correct, batch = metrics.pop("correct"), self.config.data.global_batch
         self.position = self.position.after_step(step, batch, metrics["loss"], correct, skipped=skipped)
-        self.reporter.step(step, metrics, correct)
+        self.reporter.step(self.position, metrics, correct)
         if anomaly.text:
             self._handle_anomaly(anomaly, step)
 
@@ -204,8 +208,8 @@ class TrainLoop:
         """Whatever is due after the step that was read last.
 
         The order matters. Copies that differ are found before their weights are evaluated or saved. The epoch's row comes
-        before that of its validation. The validation comes before the save, since a checkpoint holds the accuracy that
-        decides whether it is the best. The stop comes last, when all of it is on disk.
+        before that of its validation. The validation comes before the save, since a checkpoint holds the figures that
+        decide whether it is the best. The stop comes last, when all of it is on disk.
         """
         step, due = self.position.step, self.timetable.due(self.position.step)
         self.watchdog.feed("save", step)
@@ -215,21 +219,23 @@ class TrainLoop:
             self.reporter.epoch(self.timetable.epoch_of(step), self.position)
         if due.epoch_end:
             self.position = self.position.at_new_epoch()
-        accuracy, is_best = self._validate(state) if due.validation else (None, False)
-        self.position = dataclasses.replace(self.position, owes_validation=due.validation and accuracy is None)
+        figures, is_best = self._validate(state) if due.validation else (None, False)
+        self.reporter.view.row(step, is_best=is_best)
+        self.position = dataclasses.replace(self.position, owes_validation=due.validation and figures is None)
         if is_best or due.last or due.milestone or due.save or self.stopping or self.time_to_save:
-            self._save(state, accuracy)
+            self._save(state, figures)
         if self.stopping and not due.last:
             self._stop()
 
     def _validate_late(self, state: TrainState) -> None:
-        """The validation that an earlier start was stopped before; the checkpoint that it left learns the accuracy."""
+        """The validation that an earlier start was stopped before; the checkpoint that it left learns the figures."""
         step = self.position.step
         self.watchdog.feed("save", step)
-        accuracy, _ = self._validate(state)
-        self.position = dataclasses.replace(self.position, owes_validation=accuracy is None)
-        if accuracy is not None:
-            self.saver.annotate(self.position, accuracy)
+        figures, is_best = self._validate(state)
+        self.position = dataclasses.replace(self.position, owes_validation=figures is None)
+        if figures is not None:
+            self.reporter.view.row(step, is_best=is_best)
+            self.saver.annotate(self.position, figures)
         if self.stopping and step != self.run_spec.steps:
             self._stop()
 
@@ -240,12 +246,12 @@ class TrainLoop:
             f"Stopped after step {self.position.step} and saved it; {how_to_go_on(self.config)}."
         )
 
-    def _validate(self, state: TrainState) -> tuple[float | None, bool]:
+    def _validate(self, state: TrainState) -> tuple[Mapping[str, float | None] | None, bool]:
         """Evaluates the weights, and their average where there is one.
 
         Returns:
-          The accuracy that decides which weights are best, and whether it is the best so far. None when the run is told to
-          stop before or meanwhile: the next start will do it.
+          The figures, of which one decides what the best weights are, and whether it is the best so far. None when the run is
+          told to stop before or meanwhile: the next start will do it.
         """
         began = time.perf_counter()
         try:
@@ -255,27 +261,31 @@ class TrainLoop:
             return None, False
         self.validated = (self.position.step, results)
         self.reporter.evaluation(self.position.step, "val", results, time.perf_counter() - began)
-        accuracy = (results.get("ema") or results["raw"]).accuracy
-        is_best = accuracy > self.position.best_accuracy
+        figures, by = deciding_figures(results), self.config.checkpoint.best
+        is_best = is_better(by, figures[by], self.position.best_so_far(by))
         if is_best:
-            self.position = dataclasses.replace(self.position, best_accuracy=accuracy)
-        return accuracy, is_best
+            self.position = dataclasses.replace(self.position, best=figures[by], best_by=by)
+        return figures, is_best
 
     def _evaluate(self, state: TrainState, split: str) -> dict[str, EvalResult]:
         """Results on a split by weights: `raw`, and `ema` where the run keeps an average. Raises `_StopEvaluation`."""
         self.watchdog.feed("evaluation")  # the first one compiles
-        return self.compiled.evaluate.of_state(state, split, self._before_batch)
+        with self.reporter.view.evaluating(split):
+            with self.clock.charge("compile"):
+                self.compiled.evaluate.wait(state)
+            return self.compiled.evaluate.of_state(state, split, self._before_batch)
 
     def _before_batch(self) -> None:
         self.watchdog.feed("evaluation")
         self.stopping = self.stopping or self.host.interrupt.poll()
         if self.stopping:
             raise _StopEvaluation
+        self.reporter.view.next_batch()
 
-    def _save(self, state: TrainState, accuracy: float | None = None) -> None:
+    def _save(self, state: TrainState, figures: Mapping[str, float | None] | None = None) -> None:
         self.watchdog.feed("save")
-        with self.clock.charge("checkpoint"):
-            self.saver.save(state, self.position, accuracy)
+        with self.clock.charge("checkpoint"), self.reporter.view.saving(self.position.step):
+            self.saver.save(state, self.position, figures)
 
     # ---------------------------------------------------------------------------------------------------------- the end
 
@@ -304,10 +314,5 @@ class TrainLoop:
         chosen = best_weights(self.host.directory.checkpoints, best_step, self.position, self.config)
         time_so_far, goodput = self.clock.now(), self.host.times.summary()
         result = final_result(self.run_spec, self.position, time_so_far, last, best, chosen, goodput)
-        self.reporter.result(result)
-        for line in closing_lines(
-            result, self.config, time_so_far, tested="test" in last, has_best=best_step is not None
-        ):
-            self.reporter.message(line)
-        log.info("result: %s", self.host.directory.result)
+        self.reporter.finish(result, time_so_far, tested="test" in last, has_best=best_step is not None)
         return TrainResult(state, self.reporter.history, result, self.host.directory)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import jax
 
@@ -40,13 +40,13 @@ class Saver:
         self._saved_step, self._saved_at = saved_step, time.monotonic()
         self._every = Duration.parse(config.checkpoint.every, "config.checkpoint.every", minutes=True)
 
-    def save(self, state: TrainState, position: Position, accuracy: float | None = None) -> None:
+    def save(self, state: TrainState, position: Position, figures: Mapping[str, float | None] | None = None) -> None:
         """Saves the state after `position.step`, unless that step was saved before.
 
         Args:
           state: the whole state.
           position: how far the run has come with it.
-          accuracy: of its validation, where there was one; by it the best checkpoint is chosen.
+          figures: of its validation, where there was one; by one of them the best checkpoint is chosen.
         """
         step = position.step
         if step == self._saved_step:
@@ -55,12 +55,12 @@ class Saver:
         epoch = self._timetable.epoch_of(step) + 1 if due.epoch_end else -1
         self._flush()
         stored = position.to_json(to_dict(self._config))
-        self._checkpointer.save(step, state, stored, epoch=epoch, val_accuracy=accuracy, milestone=due.milestone)
+        self._checkpointer.save(step, state, stored, epoch=epoch, figures=figures, milestone=due.milestone)
         self._saved_step, self._saved_at = step, time.monotonic()
 
-    def annotate(self, position: Position, accuracy: float) -> None:
-        """Adds the accuracy of a validation that comes after its checkpoint."""
-        self._checkpointer.annotate(position.step, accuracy, position.to_json(to_dict(self._config)))
+    def annotate(self, position: Position, figures: Mapping[str, float | None]) -> None:
+        """Adds the figures of a validation that comes after its checkpoint."""
+        self._checkpointer.annotate(position.step, figures, position.to_json(to_dict(self._config)))
 
     def time_has_come(self, steps: range) -> bool:
         """For `checkpoint.every` in minutes. Process 0's clock decides; asking it costs the others a collective."""

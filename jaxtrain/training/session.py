@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-from rich.console import Console
 
 from jaxtrain import config as config_lib
 from jaxtrain import workdir as workdir_lib
@@ -21,7 +20,7 @@ from jaxtrain.checkpoint.lease import LEASE_SECONDS, Lease, NoLease, held, wait_
 from jaxtrain.checkpoint.resume_point import ResumePoint
 from jaxtrain.config import Config
 from jaxtrain.data import registry
-from jaxtrain.data.base import Dataset
+from jaxtrain.data.base import SPLITS, Dataset
 from jaxtrain.distributed import cluster, coordination
 from jaxtrain.distributed.coordination import barrier, broadcast_str, first_on_process_zero
 from jaxtrain.distributed.interrupt import Interrupt, catch_signals
@@ -30,14 +29,16 @@ from jaxtrain.host import xla_flags
 from jaxtrain.observability import start_record
 from jaxtrain.observability.clock import StepClock
 from jaxtrain.observability.goodput import NullTimes, TimesFile
-from jaxtrain.observability.text_log import TextLog
+from jaxtrain.observability.progress import Progress
+from jaxtrain.observability.text_log import TextLog, make_console
 from jaxtrain.optim.schedules import warmup_steps
 from jaxtrain.parallel.mesh import Device
+from jaxtrain.precision import require_hardware
 from jaxtrain.training.compiled import compile_run, explain_out_of_memory
-from jaxtrain.training.jax_settings import no_implicit_transfers, settings
+from jaxtrain.training.jax_settings import compile_cache_note, no_implicit_transfers, settings
 from jaxtrain.training.loop import Host, TrainLoop
 from jaxtrain.training.recovery import RollBack
-from jaxtrain.training.results import TrainResult
+from jaxtrain.training.results import TrainResult, parts_evaluated
 from jaxtrain.training.setup import (
     RunSpec,
     check_names,
@@ -77,7 +78,8 @@ def train(
     check_names(config)
     directory = workdir_lib.prepare(workdir)
     with contextlib.ExitStack() as stack:
-        console = Console(stderr=True, quiet=quiet)
+        console = make_console(quiet=quiet)
+        progress = stack.enter_context(contextlib.closing(Progress(console if jax.process_index() == 0 else None)))
         stack.enter_context(TextLog(directory.log(jax.process_index()), jax.process_index(), console))
         clock = StepClock()
         log.info("work directory: %s", directory.path)
@@ -92,15 +94,16 @@ def train(
         stack.enter_context(contextlib.closing(times))
         resolve = functools.partial(resolve_for_machine, devices=devices)
         resume, config = resume_lib.where_to_start(directory, config, resolve)
+        require_hardware(config.train.precision, devices)
         stack.enter_context(settings(config))
         watchdog.feed("prepare the data", resume.position.step)
-        with clock.charge("input"):
+        with clock.charge("input"), progress.activity(f"reading the data set {config.data.name}"):
             dataset = load_data(config.data)
         dataset, resume = resume_lib.may_go_on(directory, resume, config, dataset)
         if first:
             registry.record_contents(config.data, dataset)
         stack.enter_context(explain_out_of_memory())
-        host = Host(directory, interrupt, watchdog, clock, console, lease, times)
+        host = Host(directory, interrupt, watchdog, clock, progress, lease, times)
         for rollbacks_left in range(config.train.rollbacks, -1, -1):
             try:
                 return _train_from(resume, config, dataset, devices, host, rollbacks_left)
@@ -118,15 +121,22 @@ def _train_from(
     position = dataclasses.replace(start, dataset=run.data_record, jobs=tuple(sorted(cluster.job_ids())))
     _warn_of_settings(run)
     # It may be a link to another disk; a new run makes it later.
-    check_space(directory.checkpoints if directory.checkpoints.exists() else directory.path, jax.eval_shape(run.init))
+    check_space(
+        directory.checkpoints if directory.checkpoints.exists() else directory.path, jax.eval_shape(run.init, 0)
+    )
     host.watchdog.feed("compile")
-    with host.clock.charge("compile"):
+    compiling = f"{f'reading step {position.step}, ' if resume.start else ''}compiling the step"
+    with host.clock.charge("compile"), host.progress.activity(compiling, note=compile_cache_note()):
         compiled, state = compile_run(run, resume, directory.trace(jax.process_index()))
     compiled.evaluate.begin(state)
     _take_over(host, resume, config, run)
     host.times.goes_on_from(position.step)
     checkpointer = Checkpointer(
-        directory.checkpoints, config.checkpoint.keep, owner=host.lease.token, still_owner=host.lease.check
+        directory.checkpoints,
+        config.checkpoint.keep,
+        config.checkpoint.best,
+        owner=host.lease.token,
+        still_owner=host.lease.check,
     )
     with contextlib.closing(checkpointer), no_implicit_transfers():
         loop = TrainLoop(run, compiled, checkpointer, host, position, rollbacks_left)
@@ -135,11 +145,14 @@ def _train_from(
 
 
 def _warn_of_settings(run: RunSpec) -> None:
-    """Process 0 says which settings have no effect, or hardly the one that was meant."""
+    """Process 0 says which settings have no effect, or hardly the one that was meant, and which make less of the run."""
     if jax.process_index() > 0:
         return
     for text in unused_settings(run):
         log.warning("%s", text)
+    splits = {split: len(getattr(run.dataset, split)) for split in SPLITS}
+    if parts := parts_evaluated(run.config.train.eval_examples, splits):
+        log.info("%s (config.train.eval_examples)", parts)
     if (warmup := warmup_steps(run.config, len(run.dataset.train))) > run.steps:
         text = "config.optim.warmup=%r is %d steps, longer than the run's %d."
         log.warning(text, run.config.optim.warmup, warmup, run.steps)

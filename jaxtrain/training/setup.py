@@ -9,12 +9,14 @@ import socket
 from collections.abc import Callable, Sequence
 
 import jax
+import numpy as np
 import optax
 from jax.sharding import Mesh
 
 from jaxtrain.config import Config, DataConfig, without_effect
 from jaxtrain.data import registry as datasets
-from jaxtrain.data.base import Dataset
+from jaxtrain.data.augment import check_own_augmentation, own_augmentation
+from jaxtrain.data.base import Dataset, Outline, count_classes, underlying
 from jaxtrain.data.record import DatasetRecord
 from jaxtrain.distributed import coordination
 from jaxtrain.distributed.coordination import first_on_process_zero
@@ -22,7 +24,7 @@ from jaxtrain.durations import Duration
 from jaxtrain.errors import ConfigError, EnvironmentMismatchError
 from jaxtrain.models import registry as models
 from jaxtrain.optim import optimizers
-from jaxtrain.optim.losses import loss_fn
+from jaxtrain.optim.losses import balanced_weights, check_own_loss, loss_fn
 from jaxtrain.optim.optimizers import make_optimizer
 from jaxtrain.optim.schedules import make_schedule, total_steps
 from jaxtrain.parallel.layout import Layout
@@ -40,14 +42,14 @@ log = logging.getLogger("jaxtrain")
 class RunSpec:
     """What a run computes and where.
 
-    init: makes the fresh state; pure, of no arguments. steps: where the run ends. partition: the pipeline stages' layers.
+    init: makes the fresh state from a seed, int32 []; pure. steps: where the run ends. partition: the pipeline stages' layers.
     """
 
     config: Config
     dataset: Dataset
     layout: Layout
     task: Task
-    init: Callable[[], TrainState]
+    init: Callable[[int | jax.Array], TrainState]
     steps: int
     partition: Partition | None = None
 
@@ -93,7 +95,7 @@ def resolve_for_machine(config: Config, stored: Config | None, devices: list[Dev
     ways = batch_ways(make_mesh(config.layout, devices))
     precision, batch = config.train.precision, config.data.global_batch
     if precision == "auto":
-        precision = stored.train.precision if stored else resolve_precision("auto", jax.default_backend())
+        precision = stored.train.precision if stored else resolve_precision("auto", devices[0].platform)
     if config.data.batch_per_device:
         batch = stored.data.global_batch if stored else config.data.batch_per_device * ways
     Config.check_batch(batch, config.layout.microbatches, config.model.bn_groups)
@@ -105,9 +107,13 @@ def resolve_for_machine(config: Config, stored: Config | None, devices: list[Dev
 
 
 def check_names(config: Config) -> None:
-    """Raises `ConfigError` for a model, data set, optimizer or loss that there is not; touches no data and no device."""
+    """Raises `ConfigError` for a model, data set, augmentation, optimizer or loss that there is not.
+
+    Touches no data and no device.
+    """
     models.find(config.model.name)
     datasets.check_name(config.data)
+    own_augmentation(config.data.augmentation)
     make_optimizer(config.optim, optax.constant_schedule(0.0))
     loss_fn(config.optim.loss)
 
@@ -176,9 +182,20 @@ def make_run_spec(
         mean=dataset.mean,
         std=dataset.std,
         dtype=types.compute_dtype,
+        class_weights=_class_weights(config, dataset, classes),
     )
-    init = functools.partial(initial_state, config.seed, model, task.optimizer, types, shape, ema=config.optim.ema > 0)
-    state = jax.eval_shape(init)
+    batch = config.data.global_batch
+    check_own_augmentation(task.preprocess, jax.ShapeDtypeStruct((batch, *dataset.train.shape), np.uint8))
+    check_own_loss(config.optim.loss, jax.ShapeDtypeStruct((batch, classes), task.sums_dtype))
+    init = functools.partial(
+        initial_state,
+        model=model,
+        optimizer=task.optimizer(),
+        policy=types,
+        input_shape=shape,
+        ema=config.optim.ema > 0,
+    )
+    state = jax.eval_shape(init, 0)
     if not jax.tree.leaves(state.params):
         raise ConfigError(
             f"config.model.name={config.model.name!r}: none of its layers ({len(model.layers)}) has parameters, so that "
@@ -186,6 +203,27 @@ def make_run_spec(
         )
     config, layout, partition = _lay_out(config, make_mesh(config.layout, devices), task, state, shape)
     return RunSpec(config, dataset, layout, task, init, steps, partition)
+
+
+def _class_weights(config: Config, dataset: Dataset, classes: int) -> tuple[float, ...]:
+    """`optim.class_weights` as a number for each of the model's classes; () where all are alike."""
+    name, numbers = config.optim.class_weights, config.optim.numbered_class_weights
+    if name == "balanced" and isinstance(underlying(dataset.train), Outline):
+        return (1.0,) * classes  # nothing is trained on an outline
+    if name == "balanced":
+        counts = count_classes(dataset.train, classes)
+        if counts is None:
+            raise ConfigError(
+                f"config.optim.class_weights='balanced': the labels of {dataset.name} are only known once all its images are "
+                "read; give a number for each class instead, such as '1,2.5,0.5'."
+            )
+        return balanced_weights(counts)
+    if numbers and len(numbers) != classes:
+        raise ConfigError(
+            f"config.optim.class_weights={name!r}: has {len(numbers)} numbers, and must have one for each of the {classes} "
+            "classes."
+        )
+    return numbers
 
 
 def _lay_out(
@@ -226,14 +264,22 @@ def unused_settings(run: RunSpec) -> list[str]:
     """A sentence for each setting that was changed from its default and can have no effect on this run."""
     config, data, optim, layout = run.config, run.config.data, run.config.optim, run.config.layout
     found = optimizers.unused_settings(optim)
+    augmentation = f"data.augmentation={data.augmentation!r}"
     if data.augmentation not in ("light", "heavy"):
-        found += without_effect("data", data, ["crop_padding"], f"data.augmentation={data.augmentation!r} does not pad")
+        found += without_effect("data", data, ["crop_padding"], f"{augmentation} does not pad")
+    if run.task.preprocess.own is not None or data.augmentation == "none":
+        found += without_effect("data", data, ["flip"], f"{augmentation} does not flip")
     if layout.stages == 1:
         fields = ("schedule", "chunks", "balance", "stage_placement", "trace_step")
         found += without_effect("layout", layout, fields, "there is one stage")
-    if not jax.tree.leaves(jax.eval_shape(run.init).batch_stats):
+    if not jax.tree.leaves(jax.eval_shape(run.init, 0).batch_stats):
         found += without_effect("model", config.model, ["bn_groups"], f"{config.model.name} has no BatchNorm")
     evaluates = Duration.parse(config.train.eval_every, "config.train.eval_every").value > 0
     if evaluates and not len(run.dataset.validation):
         found += without_effect("train", config.train, ["eval_every"], "there is no validation split")
+    if not len(run.dataset.validation):
+        found += without_effect("checkpoint", config.checkpoint, ["best"], "there is no validation split")
+    if not (len(run.dataset.validation) or len(run.dataset.test)):
+        why = "there is neither a validation nor a test split"
+        found += without_effect("train", config.train, ["eval_examples"], why)
     return found

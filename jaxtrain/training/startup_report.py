@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Iterable
 
 import jax
 
@@ -42,13 +43,54 @@ def summary(run: RunSpec, table: dict[str, list[Placement]]) -> list[str]:
         f"data: {config.data.name}, {len(run.dataset.train)} train, {len(run.dataset.validation)} validation, "
         f"{len(run.dataset.test)} test; {run.steps} steps",
     ]
-    lines += [
-        f"{tree}/{leaf.path}: {leaf.note}"
-        for tree, leaves in table.items()
-        for leaf in leaves
-        if leaf.note and tree != "gradients"
+    return lines + notes(table)
+
+
+def headlines(run: RunSpec, table: dict[str, list[Placement]], where: str) -> list[str]:
+    """What a run is, in the lines that a screen has for it; the log has those of `summary`.
+
+    Args:
+      run: what is trained.
+      table: of `layout_table`.
+      where: where batches come from.
+    """
+    mesh, config, data, count = run.layout.mesh, run.config, run.dataset, run.config.layout.microbatches
+    axes = "".join(f", {name} {size}" for name, size in mesh.shape.items() if size > 1)
+    held = sum(bytes_per_device(leaves) for leaves in table.values())
+    width = f" width {config.model.width}" if config.model.width else ""
+    return [
+        f"{config.model.name}{width}, {sum(_elements(leaf) for leaf in table['params']):,} parameters, "
+        f"{config.train.precision}; {config.optim.name}, learning rate "
+        f"{peak_learning_rate(config.optim, config.data.global_batch):g}, {config.optim.schedule}",
+        f"{config.data.name}: {len(data.train):,} train, {len(data.validation):,} validation, {len(data.test):,} test; "
+        f"{run.steps:,} steps of {config.data.global_batch}{f' in {count} microbatches' if count > 1 else ''}",
+        f"{mesh.size} x {mesh.devices.flat[0].device_kind}{axes}, zero {config.layout.zero}; "
+        f"{_size(held)} a device at rest; data {where}",
+        *(run.partition.describe() if run.partition else []),
+        *notes(table),
     ]
-    return lines
+
+
+def notes(table: dict[str, list[Placement]]) -> list[str]:
+    """What is worth saying of leaves, each once; gradients are as their parameters."""
+    return once_each(
+        (f"{tree}/{leaf.path}", leaf.note) for tree, leaves in table.items() if tree != "gradients" for leaf in leaves
+    )
+
+
+def once_each(notes_of: Iterable[tuple[str, str]]) -> list[str]:
+    """A line for each note but '', with the first leaf that it concerns and how many more there are.
+
+    notes_of: pairs of a leaf's path and its note.
+    """
+    found: dict[str, list[str]] = {}
+    for path, note in notes_of:
+        if note:
+            found.setdefault(note, []).append(path)
+    more = {note: len(paths) - 1 for note, paths in found.items()}
+    return [
+        f"{paths[0]}{f' and {more[note]} other leaves' if more[note] else ''}: {note}" for note, paths in found.items()
+    ]
 
 
 def idle_stages(run: RunSpec, has_batch_norm: bool) -> str:

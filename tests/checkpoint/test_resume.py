@@ -219,6 +219,15 @@ def test_a_path_starts_from_another_run_and_moves_the_history_that_was_here(copy
     assert runs.checkpoints(superseded(copy)[0]) == runs.checkpoints(complete[0])
 
 
+@pytest.mark.parametrize("name", ["latest", "best"])
+def test_a_path_may_name_the_latest_or_the_best_of_another_run(copy, tmp_path, name):
+    validated = {row["step"]: row["accuracy"] for row in runs.rows(copy, "val")}
+    step = max(validated, key=lambda each: (validated[each], -each)) if name == "best" else LAST
+    fields = SMALL | {"checkpoint.resume": str(copy / "checkpoints" / name), "train.steps": step + 1}
+    here(tmp_path / "new", fields)
+    assert [row["step"] for row in runs.rows(tmp_path / "new")] == [step + 1]
+
+
 def test_a_run_that_began_at_a_path_goes_on_when_it_is_started_again(copy, complete, tmp_path):
     fields = SMALL | {"checkpoint.resume": str(copy / "checkpoints" / "4")}
     here(tmp_path / "new", fields, train__steps=8)
@@ -260,6 +269,9 @@ def test_what_is_not_there_is_refused_by_name(copy, tmp_path):
     for resume in ("latest", "best", "3"):
         fields = SMALL | {"checkpoint.resume": resume}
         refused(CheckpointError, resume, "no checkpoint", workdir=tmp_path / "empty", fields=fields)
+    (tmp_path / "model.pt").write_bytes(b"PK")
+    fields = SMALL | {"checkpoint.resume": str(tmp_path / "model.pt")}
+    refused(ConfigError, "model.pt", "of other programs cannot be read", workdir=copy, fields=fields)
     assert runs.checkpoints(copy) == [2, 4, 6, 8, 10, 12]
     assert superseded(copy) == []
 
@@ -271,6 +283,43 @@ def test_the_best_and_the_milestones_stay_beside_the_latest(tmp_path):
     found = evaluate(tmp_path, "val", checkpoint="best", trust=True)
     assert found.step == best
     assert found.result.accuracy == max(row["accuracy"] for row in runs.rows(tmp_path, "val"))
+
+
+# At such a rate the loss is lowest at another step than where most answers are right.
+WILD = SMALL | {
+    "optim.learning_rate": 5.0,
+    "optim.ema": 0.5,
+    "train.eval_every": "1",
+    "checkpoint.every": "0",
+    "checkpoint.keep": 1,
+    "checkpoint.milestone_every": "3",
+}
+
+
+def test_the_best_may_be_that_of_the_lowest_loss(tmp_path):
+    """On both sides of a stop; and once the accuracy is asked for, it decides among what is there and what comes."""
+    here(tmp_path, WILD, train__steps=6, checkpoint__best="val_loss")
+    result = here(tmp_path, WILD, checkpoint__best="val_loss").result
+    figures = {row["step"]: row for row in runs.rows(tmp_path, "val")}
+    lowest = min(figures, key=lambda step: figures[step]["ema_loss"])
+    assert lowest < 6
+    milestones = [3, 6, 9, LAST]
+    assert all(figures[step]["ema_accuracy"] <= figures[3]["ema_accuracy"] for step in figures)
+    assert runs.checkpoints(tmp_path) == [lowest, *milestones]
+    assert {key: result["best"][key] for key in ("step", "weights", "by")} == {
+        "step": lowest, "weights": "ema", "by": "val_loss"
+    }  # fmt: skip
+    assert evaluate(tmp_path, "val", trust=True).step == lowest
+    said = (tmp_path / "logs/process_0.log").read_text()
+    assert f"best, step {lowest}, by the validation loss of the EMA weights" in said
+    assert "checkpoint.best was" not in said
+
+    result = here(tmp_path, WILD, train__steps=LAST + 3, checkpoint__best="val_accuracy").result
+    assert "checkpoint.best was val_loss and is val_accuracy" in (tmp_path / "logs/process_0.log").read_text()
+    figures = {row["step"]: row["ema_accuracy"] for row in runs.rows(tmp_path, "val")}
+    later = [LAST + 1, LAST + 2, LAST + 3]
+    assert result["best"]["step"] == max([lowest, *milestones, *later], key=lambda step: figures[step])
+    assert evaluate(tmp_path, "val", trust=True).step == result["best"]["step"]
 
 
 # --------------------------------------------------------------------------------------------------- another layout
@@ -359,6 +408,9 @@ def test_a_longer_run_is_the_run_that_was_longer_from_the_start(tmp_path):
     longer, whole = here(tmp_path / "longer", SMALL), here(tmp_path / "whole", SMALL)
     (folder,) = superseded(tmp_path / "longer")
     assert [path.name for path in folder.iterdir()] == ["result.json"], "the old result, while the run went on"
+    said = (tmp_path / "longer/logs/process_0.log").read_text()
+    assert f"INFO this run goes on after its last step, 6; the result of the shorter run was moved to {folder}" in said
+    assert "What this directory held" not in said
     assert json.loads((folder / "result.json").read_text()) == shorter
     assert runs.rows(tmp_path / "longer") == runs.rows(tmp_path / "whole")
     assert [line for line in runs.epochs(tmp_path / "longer") if "train" in line] == [

@@ -8,8 +8,10 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 
+import jaxtrain
 from jaxtrain import cli
 from jaxtrain.checkpoint import manifest
 from jaxtrain.config import (
@@ -21,6 +23,7 @@ from jaxtrain.config import (
     TrainConfig,
     explain,
     explain_sections,
+    flatten,
 )
 from jaxtrain.data import registry as datasets
 from jaxtrain.errors import DataError
@@ -94,7 +97,7 @@ WRONG = [
     (["--config.seed=-1"], ["config.seed=-1", "at least 0"]),
     (["--config.data.global_batch=0"], ["config.data.global_batch=0", "at least 1"]),
     (["--config.data.augmentation=hevy"], ["config.data.augmentation='hevy'", "Did you mean 'heavy'?"]),
-    (["--config.train.precision=fp32"], ["config.train.precision='fp32'", "auto, f32, bf16, fp16, f64"]),
+    (["--config.train.precision=fp32"], ["config.train.precision='fp32'", "auto, f32, tf32, bf16, fp16, f64"]),
     (["--config.layout.zero=4"], ["config.layout.zero=4", "0, 1, 2 or 3"]),
     (["--config.layout.data=0"], ["config.layout.data=0", "at least 1, or -1"]),
     (["--config.layout.rules=(('(',('tensor',)),)"], ["config.layout.rules", "not a regular expression"]),
@@ -217,7 +220,6 @@ BROKEN = {
         None,
         "config.optim.lr does not exist",
     ),
-    "no-argument": (f"{HEAD}def get_config():\n    return recipe(Config())\n".encode(), None, "get_config()"),
     "returns-a-dict": (b"def get_config(arg=''):\n    return {'seed': 1}\n", None, "returned dict"),
     "returns-nothing": (b"def get_config(arg=''):\n    pass\n", None, "returned NoneType"),
     "nothing": (b"", None, "must define get_config"),
@@ -394,6 +396,36 @@ def test_config_shows_every_value_and_where_it_came_from(capsys):
     assert rows["config.optim.ema"] == ["config.optim.ema", "0.0", "default"]
 
 
+def test_config_takes_the_recipe_as_other_commands_do(capsys):
+    printed = []
+    for words in ([QUICKSTART], ["--config", QUICKSTART], ["--config", "quickstart"]):
+        assert cli.main(["config", *words]) == 0
+        printed.append(capsys.readouterr().out)
+    assert printed[0] == printed[1] == printed[2]
+    (paragraph,) = explained(capsys, "--explain", "seed", "--config", QUICKSTART)  # in any order
+    assert "  value      0 (from: default)" in paragraph
+    assert "takes one recipe" in sentence(capsys, ["config", QUICKSTART, "--config", RESNET])
+
+
+def test_config_as_json_is_what_a_run_stores(capsys, finished):
+    stored = json.loads((finished / "config.json").read_text())
+    assert cli.main(["config", *tiny("--json")]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert {name: type(value) for name, value in flatten(found).items()} == {
+        name: type(value) for name, value in flatten(stored).items()
+    }
+    assert found["model"]["width"] == 16
+    assert "--json prints values" in sentence(capsys, ["config", "--explain", "seed", "--json"])
+
+
+def test_the_version(capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["--version"])
+    python = ".".join(map(str, sys.version_info[:3]))
+    assert ended.value.code == 0
+    assert capsys.readouterr().out == f"jaxtrain {jaxtrain.__version__}, jax {jax.__version__}, Python {python}\n"
+
+
 def explained(capsys, *words) -> list[str]:
     """What `jaxtrain config ... --explain ...` prints: a paragraph a field."""
     assert cli.main(["config", *words]) == 0
@@ -492,13 +524,34 @@ def test_layout_as_json(capsys):
         )
 
 
-def test_layout_as_a_table(capsys):
+def test_layout_has_totals_first_and_a_row_a_layer(capsys):
     assert cli.main(["layout", *tiny("--devices", "2", "--config.layout.zero=1")]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0] == "12,786 parameters; mesh stage 1 x replica 1 x data 2 x tensor 1"
+    assert all(len(line) < 80 for line in lines)
+    held = {"params": 12786 * 4, "opt_state": 2 * 12786 * 4 // 2, "gradients": 12786 * 4}
+    mib = {line.split()[0]: line.split()[-1] for line in lines if line}
+    assert [name for name in mib if name in (*held, "sum")] == [*held, "sum"]
+    assert {name: mib[name] for name in held} == {name: f"{count / 2**20:.2f}" for name, count in held.items()}
+    assert mib["sum"] == f"{sum(held.values()) / 2**20:.2f}"
+    rows = {line.split()[0]: line.split() for line in lines if line.startswith("layers_")}
+    assert list(rows) == ["layers_00", "layers_01", "layers_02"]
+    assert rows["layers_00"][1:-1] == ["12,560", "-", "data", "0"]
+
+
+def test_layout_with_leaves_has_a_row_for_each(capsys):
+    assert cli.main(["layout", *tiny("--devices", "2", "--config.layout.zero=1", "--leaves")]) == 0
     text = capsys.readouterr().out
     assert "params/layers_00/linear/kernel" in text
     assert "P(data, None)" in text
-    assert "12,786 parameters; mesh stage 1 x replica 1 x data 2 x tensor 1" in text
-    assert f"params: {12786 * 4:,} bytes per device" in text
+
+
+def test_a_layout_says_what_concerns_many_leaves_once(capsys):
+    swin = str(ROOT / "configs" / "swin_tiny_cifar10.py")
+    words = ["--devices", "2", "--config.model.depths=(1,1,1,1)"]
+    assert cli.main(["layout", "--config", f"{swin}:tensor2", *words]) == 0
+    said = [line for line in capsys.readouterr().out.splitlines() if "does not divide by tensor=2" in line]
+    assert said == ["params/layers_01/attn/bias_table and 11 other leaves: 3 does not divide by tensor=2: kept whole"]
 
 
 def test_layout_needs_no_data_of_cifar(capsys, tmp_path):
@@ -602,9 +655,11 @@ def test_the_accuracy_of_each_class(capsys, finished):
     assert min(found["per_class"].values()) <= found["accuracy"] <= max(found["per_class"].values())
     assert cli.main(["evaluate", str(finished), "--checkpoint", "20"]) == 0
     text = capsys.readouterr().out
-    assert f"step 20, test: accuracy {found['accuracy']:.4f}" in text
-    assert "(359 examples, EMA weights)" in text
-    assert f"{found['per_class']['3']:.4f}" in text
+    first, second, _, *rows = text.splitlines()
+    assert first == "step 20, the average of the weights (EMA), test: 359 examples"
+    assert second.startswith(f"accuracy {found['accuracy']:.4f}, top-5 ")
+    worst_first = sorted(found["per_class"].items(), key=lambda row: row[1])
+    assert [row.split() for row in rows[1:]] == [[name, f"{accuracy:.4f}"] for name, accuracy in worst_first]
 
 
 def test_evaluate_a_model_with_more_outputs_than_classes(capsys, tmp_path):
@@ -686,7 +741,7 @@ def test_a_command_leaves_the_search_path_as_it_was(capsys, monkeypatch):
     assert sys.path == before
 
 
-@pytest.mark.parametrize("field", ["model.name", "data.name", "optim.name", "optim.loss"])
+@pytest.mark.parametrize("field", ["model.name", "data.name", "data.augmentation", "optim.name", "optim.loss"])
 def test_code_that_a_run_directory_names_is_not_run_unless_it_is_trusted(
     capsys, finished, tmp_path, monkeypatch, field
 ):
@@ -715,7 +770,7 @@ def test_a_class_name_is_shown_as_letters(capsys, monkeypatch):
     found = Evaluated(result, step=3, split="test", weights="raw", class_names=(HOSTILE, "[red]Katze"))
     monkeypatch.setattr("jaxtrain.training.evaluate.evaluate", lambda *_, **__: found)
     assert cli.main(["evaluate", "run"]) == 0
-    rows = capsys.readouterr().out.splitlines()[2:]
+    rows = capsys.readouterr().out.splitlines()[4:]
     assert [row.rstrip() for row in rows] == [f"{SHOWN}  0.2500", f"{'[red]Katze'.ljust(len(SHOWN))}  0.7500"]
     assert cli.main(["evaluate", "run", "--json"]) == 0
     said = capsys.readouterr().out

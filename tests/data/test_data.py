@@ -105,6 +105,17 @@ def test_evaluation_counts_each_example_once(n, batch):
     assert (counted == 1).all()
 
 
+def test_a_part_of_an_evaluation_is_of_every_class_and_always_the_same():
+    labels = np.repeat(np.arange(10), 100)  # sorted by class, as the files of a folder are
+    part = order.eval_subset(1000, 200)
+    assert (np.diff(part) > 0).all()
+    assert np.bincount(labels[part]).min() >= 10
+    assert set(order.eval_subset(1000, 50)) < set(part)
+    np.testing.assert_array_equal(order.eval_subset(1000, 5), [403, 606, 656, 811, 931])
+    for count in (0, 1000, 2000):
+        np.testing.assert_array_equal(order.eval_subset(1000, count), np.arange(1000))
+
+
 # -------------------------------------------------------------------------------------------------------------- splits
 
 

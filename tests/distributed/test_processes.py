@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import re
 import shutil
 import signal
 import socket
@@ -94,6 +95,7 @@ def saved(tmp_path_factory):
             jobs.append(job(path / "minutes", 0, checkpoint__every="0.000001 minutes", train__steps=3))
             slow = {"data.name": "tiny:slow_digits", "data.residency": "stream", "data.workers": 0}
             jobs.append(runs.arguments(path / "slow", SMALL | slow))
+            jobs.append(job(path / "smoke", zero, "--smoke"))
         train_in_turn(path, 2, 2, *jobs)
         return path
 
@@ -166,6 +168,14 @@ def test_stages_of_four_processes(tmp_path, whole):
     fields = {"layout__stages": 2, "layout__microbatches": 2, "checkpoint__every": "0"}
     train_in_turn(tmp_path, 4, 1, job(tmp_path / "run", 2, **fields))
     assert_same(tmp_path / "run", whole[0])
+
+
+def test_a_smoke_test_of_two_processes_saves_to_a_directory_that_both_see(saved):
+    said = (saved(3) / "0.txt").read_text()
+    assert "equal bit for bit" in said
+    (directory,) = re.findall(r"smoke: quickstart in (\S+),", said)
+    assert not Path(directory).exists()
+    assert not (saved(3) / "smoke").exists()
 
 
 def test_a_process_with_slow_data_is_named(saved):

@@ -13,7 +13,7 @@ import runs
 from runs import SMALL, here
 
 from jaxtrain.checkpoint import manifest
-from jaxtrain.checkpoint.manifest import best_of, delete_old, manifested_steps, problems, read_manifest
+from jaxtrain.checkpoint.manifest import SCHEMA, best_of, delete_old, manifested_steps, problems, read_manifest
 from jaxtrain.errors import CheckpointError
 
 EVERY = {"checkpoint.every": "2", "checkpoint.keep": 100, "train.steps": 6, "train.eval_every": "0"}
@@ -107,9 +107,9 @@ def test_list_and_verify(copy, capsys):
 
 def test_a_checkpoint_of_a_newer_jaxtrain_is_refused(copy):
     path = copy / "checkpoints" / "6" / "manifest.json"
-    values = dataclasses.asdict(read_manifest(path.parent)) | {"schema": manifest.SCHEMA + 1}
+    values = dataclasses.asdict(read_manifest(path.parent)) | {"schema": SCHEMA + 1}
     path.write_text(manifest._text(values))
-    with pytest.raises(CheckpointError, match=r"has schema 2 .*reads up to 1: update it"):
+    with pytest.raises(CheckpointError, match=rf"has schema {SCHEMA + 1} .*reads up to {SCHEMA}: update it"):
         here(copy, SMALL | EVERY, checkpoint__resume="6")
 
 
@@ -117,9 +117,9 @@ def test_old_ones_are_deleted_but_never_the_best_a_milestone_or_the_only_one(cop
     directory = copy / "checkpoints"
     path = directory / "4" / "manifest.json"
     path.write_text("{}")  # nobody knows what it holds
-    assert delete_old(directory, 1) == [2]
+    assert delete_old(directory, 1, "val_accuracy") == [2]
     assert manifested_steps(directory) == [4, 6]
-    assert delete_old(directory, 1) == []
+    assert delete_old(directory, 1, "val_accuracy") == []
 
 
 @pytest.mark.parametrize(
@@ -139,5 +139,7 @@ def test_the_best_is_that_on_the_present_validation(copy, judged, best):
     for step, (where, accuracy) in enumerate(judged, 1):
         dataset = {"fingerprint": "whole", "splits": {"validation": {"examples": 9, "fingerprint": where}}}
         position = {**stored.position, "dataset": dataset if where else {}}
-        manifests.append(dataclasses.replace(stored, step=step, val_accuracy=accuracy, position=position))
-    assert best_of(manifests) == best
+        loss = None if accuracy is None else 1 - accuracy  # the lowest is that of the highest accuracy
+        figures = {"val_accuracy": accuracy, "val_loss": loss}
+        manifests.append(dataclasses.replace(stored, step=step, position=position, **figures))
+    assert [best_of(manifests, by) for by in figures] == [best, best]

@@ -12,7 +12,7 @@ from jaxtrain.checkpoint.manifest import problems, read_manifest
 GOLDEN = Path(__file__).parents[1] / "golden"
 
 
-@pytest.mark.parametrize("schema", [1])
+@pytest.mark.parametrize("schema", [1, 2])
 def test_a_golden_checkpoint_is_read(tmp_path, schema):
     copy = shutil.copytree(GOLDEN / f"schema{schema}", tmp_path / "run")
     folder = copy / "checkpoints" / "4"

@@ -12,7 +12,6 @@ import stat
 import struct
 import subprocess
 import sys
-import threading
 from pathlib import Path
 
 import jax
@@ -20,11 +19,13 @@ import numpy as np
 import pytest
 from rich.console import Console
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import plugin_data_pb2
 from tensorboardX.proto import event_pb2
 from tensorboardX.record_writer import masked_crc32c
 
 from jaxtrain import workdir as wd
 from jaxtrain.cli import main as command_line
+from jaxtrain.config import Config, DataConfig, flat_keys, to_dict
 from jaxtrain.distributed import straggler
 from jaxtrain.distributed.straggler import ProcessTime
 from jaxtrain.distributed.watchdog import Beat, dump_stacks, read_beat, write_beat
@@ -36,7 +37,6 @@ from jaxtrain.observability import diagnostics, start_record
 from jaxtrain.observability.goodput import TimesFile
 from jaxtrain.observability.metrics_files import EpochRow, MetricsCsv, MetricsJsonl
 from jaxtrain.observability.metrics_writer import MetricsWriter, NullMetricsWriter
-from jaxtrain.observability.progress import NullProgress, Progress, duration
 from jaxtrain.observability.tensorboard import EventFile
 from jaxtrain.observability.text_log import TextLog
 
@@ -346,6 +346,26 @@ def test_tensorboards_own_reader_sees_each_step_once(run):
     assert [event.step for event in seen.Scalars("loss")] == [4, 8]
 
 
+def test_tensorboards_own_reader_sees_the_config(run):
+    values = to_dict(Config(data=DataConfig(mean=(0.5,), std=(0.25,))))
+    run.write_config(values)
+    MetricsWriter(run).close()
+    seen = EventAccumulator(str(run.tensorboard)).Reload()
+    (shown,) = seen.Tensors("config")
+    lines = shown.tensor_proto.string_val[0].decode().splitlines()
+    assert seen.SummaryMetadata("config").plugin_data.plugin_name == "text"
+    assert len(lines) == 2 + len(flat_keys())
+    assert "| `optim.learning_rate` | `0.1` |" in lines
+    content = seen.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    hparams = plugin_data_pb2.HParamsPluginData.FromString(content).session_start_info.hparams
+    assert hparams["optim.learning_rate"].number_value == 0.1
+    assert hparams["data.global_batch"].number_value == 128
+    assert hparams["model.name"].string_value == "resnet18"
+    assert hparams["data.mean"].string_value == "[0.5]"
+    assert hparams["train.deterministic"].WhichOneof("kind") == "bool_value"
+    assert set(hparams) == set(flat_keys())
+
+
 # --------------------------------------------------------------------------------------------------------- text log
 
 
@@ -430,92 +450,6 @@ def test_a_closed_console_does_not_stop_the_run(tmp_path):
     assert "line 0" in text
     assert "line 2" in text
     assert text.count("The console is closed") == 1
-
-
-# --------------------------------------------------------------------------------------------------------- progress
-
-
-def show(bar):
-    bar.advance(1199)
-    bar.update(1200, 2, 200, {"loss": 1.23456, "accuracy": 0.5}, 834.52, step_seconds=0.5)
-
-
-LINE = "epoch 3/200  step 1200/78000  loss 1.2346  accuracy 0.5000  834.5 images/s  ETA 10:40:00"
-
-
-def test_progress_in_a_pipe_is_one_line_a_logged_step(tmp_path):
-    console = pipe_console()
-    with TextLog(tmp_path / "log", console=console), Progress(78000, console=console) as bar:
-        bar.advance(1)
-        bar.update(1, 0, 200, {"loss": 2.0}, 0.0)
-        show(bar)
-        bar.message("validated")
-    first, second, third = (line[9:] for line in console.file.getvalue().splitlines())
-    assert first == "epoch 1/200  step 1/78000  loss 2.0000  0.0 images/s  ETA ?"
-    assert second == LINE
-    assert third == "validated"
-    assert LINE in (tmp_path / "log").read_text()
-
-
-def test_progress_on_a_terminal_is_a_bar_with_lines_above_it(tmp_path, monkeypatch):
-    for name in ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("TERM", "xterm")
-    master, slave = os.openpty()
-    shown = []
-
-    def read():
-        try:
-            while data := os.read(master, 65536):
-                shown.append(data)
-        except OSError:  # Linux ends a closed pty with EIO
-            pass
-
-    reader = threading.Thread(target=read)
-    reader.start()
-    with os.fdopen(slave, "w") as terminal:
-        console = Console(file=terminal, width=60)
-        with TextLog(tmp_path / "log", console=console), Progress(78000, start_step=1000, console=console) as bar:
-            show(bar)
-            bar.message("validated")
-            logging.getLogger("jaxtrain").warning("beware")
-        bar.close()
-    reader.join(10)
-    os.close(master)
-    text = b"".join(shown).decode()
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", text)
-    assert "\x1b[?25l" in text, "no live bar"
-    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor was not given back"
-    assert re.search(r"epoch 3/200 \S+ step 1200/78000  ETA 10:40:00\r\n", plain)
-    assert re.search(r"\nloss 1\.2346  accuracy 0\.5000  834\.5 images/s", plain)
-    assert "epoch 3/200  step" not in plain, "the log line was printed beside the bar"
-    assert re.search(r"\r\d\d:\d\d:\d\d validated\r\n", plain)
-    assert re.search(r"\r\d\d:\d\d:\d\d WARNING: beware\r\n", plain)
-    assert LINE in (tmp_path / "log").read_text()
-
-
-def test_a_dumb_terminal_gets_lines(monkeypatch):
-    monkeypatch.setenv("TERM", "dumb")
-    console = Console(file=io.StringIO(), force_terminal=True)
-    with Progress(10, console=console) as bar:
-        bar.advance(1)
-    assert console.file.getvalue() == ""
-
-
-def test_other_processes_show_no_progress(caplog):
-    with caplog.at_level(logging.INFO, "jaxtrain"), NullProgress() as bar:
-        show(bar)
-        bar.message("nothing")
-    assert caplog.text == ""
-
-
-def test_durations_read_as_clocks():
-    assert [duration(s) for s in (-3, 65.4, 3600, 2 * 86400 + 3 * 3600)] == [
-        "0:00:00",
-        "0:01:05",
-        "1:00:00",
-        "2d 3:00:00",
-    ]
 
 
 # --------------------------------------------------------------------------------------------------------- manifest

@@ -4,18 +4,22 @@ import dataclasses
 import functools
 import math
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from sklearn.utils.class_weight import compute_class_weight
 
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
+from jaxtrain.data.augment import Preprocess, mix_shares, train_targets
 from jaxtrain.errors import ConfigError
 from jaxtrain.models.registry import build
 from jaxtrain.optim import losses, optimizers, schedules, updates
 from jaxtrain.optim.schedules import make_schedule
+from jaxtrain.step.gradients import scaled_loss
 
 # ------------------------------------------------------------------------------------------------------ learning rate
 
@@ -487,6 +491,45 @@ def test_cross_entropy_takes_probabilities_and_computes_in_f32():
         exact = losses.loss_fn("cross_entropy")(logits, jnp.array([[0.5, 0.5, 0.0]]))
         assert exact.dtype == jnp.float64
         np.testing.assert_allclose(exact, wanted[1:], rtol=1e-15)
+
+
+@pytest.mark.parametrize("fields", [{}, {"label_smoothing": 0.1}, {"label_smoothing": 0.1, "mixup": 0.8}], ids=repr)
+def test_class_weights_equal_torch(fields):
+    """Three microbatches against PyTorch's loss of the whole batch; mixup against the mixture of both labels' losses."""
+    torch = pytest.importorskip("torch", reason="torch is not installed: extra 'parity'")
+    rng, weights = np.random.default_rng(0), (0.5, 1.0, 4.0, 2.5, 1.0)
+    logits, labels = rng.normal(size=(12, 5)), rng.integers(0, 5, 12).astype(np.int32)
+    key = jax.random.key(3)
+    with jax.enable_x64(True):
+        task: Any = types.SimpleNamespace(loss=losses.cross_entropy, class_weights=weights)
+        pre = Preprocess(4, "none", (0.5,), (0.5,), 5, dtype=jnp.float64, **fields)
+
+        def loss(logits):
+            whole, parts = jnp.asarray(labels).reshape(3, 4), logits.reshape(3, 4, 5)
+            sums = [
+                scaled_loss(task, x, train_targets(pre, y, key), y, whole, ())
+                for x, y in zip(parts, whole, strict=True)
+            ]
+            return sum(scaled for scaled, _ in sums)
+
+        found, gradient = jax.value_and_grad(loss)(jnp.asarray(logits))
+        share = float(mix_shares(pre, key)[1]) if pre.mixes else 1.0
+    partners = labels.reshape(-1, 2)[:, ::-1].ravel()
+    x = torch.tensor(logits, requires_grad=True)
+    criterion = torch.nn.CrossEntropyLoss(torch.tensor(weights).double(), label_smoothing=pre.label_smoothing)
+    wanted = share * criterion(x, torch.tensor(labels).long()) + (1 - share) * criterion(
+        x, torch.tensor(partners.copy()).long()
+    )
+    wanted.backward()
+    np.testing.assert_allclose(found, wanted.item(), rtol=1e-12)
+    np.testing.assert_allclose(gradient, x.grad.numpy(), rtol=1e-12)
+
+
+def test_balanced_weights_are_those_of_scikit_learn():
+    labels = np.repeat([0, 1, 3], [5, 1, 10])
+    wanted = compute_class_weight("balanced", classes=np.array([0, 1, 3]), y=labels)
+    found = losses.balanced_weights(np.bincount(labels, minlength=5))
+    assert found == pytest.approx((*wanted[:2], 1.0, wanted[2], 1.0))
 
 
 def test_after_a_change_of_the_batch_the_schedule_goes_on_by_examples():

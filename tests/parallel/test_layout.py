@@ -163,7 +163,7 @@ def test_it_is_named_where_the_user_looks():
     leaves = {leaf["path"]: leaf for leaf in describe_layout(config, 3)["leaves"]}
     assert leaves["params/layers_00/linear/kernel"]["note"] == "no dim divides by data=3: kept whole"
     run = make_run_spec(config, registry.load(config.data), jax.devices()[:3])
-    lines = summary(run, layout_table(run.layout, jax.eval_shape(run.init)))
+    lines = summary(run, layout_table(run.layout, jax.eval_shape(run.init, 0)))
     assert "params/layers_00/linear/kernel: no dim divides by data=3: kept whole" in lines
     assert "opt_state/0/mu/layers_00/linear/kernel: no dim divides by data=3: kept whole" in lines
 
@@ -357,7 +357,7 @@ def test_an_optimizer_may_keep_a_scalar_for_a_parameter():
 def test_shardings_are_the_tables():
     config = dataclasses.replace(MLP, layout=LayoutConfig(data=4, tensor=2, zero=1))
     run = make_run_spec(config, registry.load(config.data), jax.devices())
-    shapes = jax.eval_shape(run.init)
+    shapes = jax.eval_shape(run.init, 0)
     table, shardings = run.layout.table(shapes), run.layout.shardings(shapes)
     assert jax.tree.structure(shardings) == jax.tree.structure(shapes)
     for name, places in table.items():

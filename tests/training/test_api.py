@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import random
+import re
 import signal
 import textwrap
 import threading
@@ -18,11 +19,21 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax._src.array import ArrayImpl
+from runs import SMALL, command_line
+from runs import arguments as words_of
 
 import jaxtrain
 from jaxtrain import evaluate, load_config, train
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
-from jaxtrain.errors import CheckpointError, ConfigError, DataError, JaxtrainError, NumericError, WorkdirError
+from jaxtrain.errors import (
+    REPORT_THIS,
+    CheckpointError,
+    ConfigError,
+    DataError,
+    JaxtrainError,
+    NumericError,
+    WorkdirError,
+)
 from jaxtrain.recipes import resolve
 from jaxtrain.training.jax_settings import no_implicit_transfers
 from jaxtrain.training.layout_report import describe_layout
@@ -73,7 +84,12 @@ def test_train_returns_state_history_result_and_paths(tmp_path):
     assert found.result["devices"] == 2
     assert {leaf.sharding.num_devices for leaf in jax.tree.leaves(found.state)} == {2}
 
+    assert re.fullmatch(
+        rf"TrainResult\({found.result['steps']} steps, best step \d+: validation [\d.]+ %, test [\d.]+ %; {tmp_path}.*\)",
+        repr(found),
+    )
     steps = [row for row in found.history if row["phase"] == "train"]
+    assert "loss_scale" not in steps[0], "only fp16 has one"
     assert [row["step"] for row in steps] == [1, 2, 3]
     assert {"loss", "accuracy", "learning_rate", "grad_norm", "throughput", "data_wait", "epoch"} <= set(steps[0])
     assert [row["phase"] for row in found.history[3:]] == ["val", "test"]
@@ -130,6 +146,7 @@ def test_evaluate_from_python(tmp_path):
     [
         (ConfigError, {"model": {"name": "resnet19"}}),
         (ConfigError, {"optim": {"name": "math:nothing"}}),
+        (ConfigError, {"optim": {"class_weights": "1,2"}}),
         (ConfigError, {"data": {"global_batch": 18}}),
         (DataError, {"data": {"name": "folder:/no/such/folder", "image_size": 8}}),
         (NumericError, {"optim": {"learning_rate": 1e30}, "train": {"steps": 20}}),
@@ -191,12 +208,21 @@ def test_evaluate_raises_typed_errors_too(tmp_path):
             {"data": {"crop_padding": 3}},
             "config.data.crop_padding=3 has no effect: data.augmentation='none' does not pad",
         ),
+        ({"data": {"flip": False}}, "config.data.flip=False has no effect: data.augmentation='none' does not flip"),
+        (
+            {"data": {"augmentation": "tiny:speckle", "flip": False}},
+            "config.data.flip=False has no effect: data.augmentation='tiny:speckle' does not flip",
+        ),
         (
             {"data": {"dir": "elsewhere"}},
             "config.data.dir='elsewhere' has no effect: digits is not in the data directory",
         ),
         ({"model": {"bn_groups": 2}}, "config.model.bn_groups=2 has no effect: mlp has no BatchNorm"),
         ({"layout": {"balance": "time"}}, "config.layout.balance='time' has no effect: there is one stage"),
+        (
+            {"data": {"validation": 0.0}, "checkpoint": {"best": "val_loss"}},
+            "config.checkpoint.best='val_loss' has no effect: there is no validation split",
+        ),
         (
             {"data": {"validation": 0.0}, "train": {"eval_every": "2 steps"}},
             "config.train.eval_every='2 steps' has no effect",
@@ -205,8 +231,9 @@ def test_evaluate_raises_typed_errors_too(tmp_path):
 )
 def test_a_setting_without_effect_is_said(fields, said):
     """Of each part that can have one; what has an effect, or its default, is not."""
-    values = config(**{name: part for name, part in fields.items() if name != "layout"})
-    changed = dataclasses.replace(values, layout=LayoutConfig(**fields.get("layout", {})))
+    values = config(**{name: part for name, part in fields.items() if name not in ("layout", "checkpoint")})
+    layout, checkpoint = LayoutConfig(**fields.get("layout", {})), CheckpointConfig(**fields.get("checkpoint", {}))
+    changed = dataclasses.replace(values, layout=layout, checkpoint=checkpoint)
     before, after = (describe_layout(each, 1)["warnings"] for each in (config(), changed))
     assert before == []
     assert [text for text in after if text.startswith(said)] == after
@@ -237,7 +264,7 @@ def user_code(tmp_path, monkeypatch):
     return write
 
 
-def test_a_users_optimizer_loss_and_data_by_dotted_name(tmp_path, user_code):
+def test_a_users_optimizer_loss_augmentation_and_data_by_dotted_name(tmp_path, user_code):
     """The same as jaxtrain's own, so that the numbers are."""
     user_code(
         "own_parts",
@@ -263,6 +290,11 @@ def test_a_users_optimizer_loss_and_data_by_dotted_name(tmp_path, user_code):
             CALLS.add("loss")
             return -jnp.sum(ONES * targets * jax.nn.log_softmax(logits), -1)
 
+        def augmentation(images, keys):
+            CALLS.add("augmentation")
+            assert keys.shape == images.shape[:1]
+            return images
+
         def data(config, *, image_size):
             CALLS.add("data")
             return registry.load(dataclasses.replace(config, name="digits"), image_size=image_size)
@@ -272,16 +304,61 @@ def test_a_users_optimizer_loss_and_data_by_dotted_name(tmp_path, user_code):
     own = fit(
         tmp_path / "own",
         devices=2,
-        data={"name": "own_parts:data"},
+        data={"name": "own_parts:data", "augmentation": "own_parts:augmentation"},
         optim=shared | {"name": "own_parts:optimizer", "loss": "own_parts:loss"},
     )
     built_in = fit(tmp_path / "built-in", devices=2, optim=shared)
     import own_parts  # noqa: PLC0415
 
-    assert sorted(own_parts.CALLS) == ["data", "loss", "optimizer"]
+    assert sorted(own_parts.CALLS) == ["augmentation", "data", "loss", "optimizer"]
     losses = [[row["loss"] for row in each.history] for each in (own, built_in)]
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
     assert len(losses[0]) == 4
+
+
+FAILING = """
+    import dataclasses, numpy as np
+    from own_helper import fail
+    from jaxtrain.data import registry
+    from jaxtrain.data.base import Subset
+    from jaxtrain.models.classifier import Classifier
+    from jaxtrain.models.layers import Layer
+
+    class Net(Layer):
+        def __call__(self, x, context): return fail()
+
+    def model(config, *, image_shape, num_classes, dtype, param_dtype): return Classifier((Net(dtype, param_dtype),))
+    def build(config, **kinds): return fail()
+    def loss(logits, targets): return fail()
+    def optimizer(config, rate, mask): return fail()
+    def data(config, *, image_size): return fail()
+
+    class Source(Subset):
+        def read(self, indices): return fail()
+
+    def source(config, *, image_size):
+        found = registry.load(dataclasses.replace(config, name="digits"), image_size=image_size)
+        return dataclasses.replace(found, train=Source(found.train, np.arange(len(found.train))))
+"""
+
+
+@pytest.mark.parametrize(
+    ("field", "name"),
+    [
+        ("model.name", "model"), ("model.name", "build"), ("optim.loss", "loss"), ("optim.name", "optimizer"),
+        ("data.name", "data"), ("data.name", "source"),
+    ],
+)  # fmt: skip
+def test_an_error_in_a_users_own_code_is_said_to_be_theirs(tmp_path, user_code, capfd, field, name):
+    user_code("own_helper", "def fail(): raise KeyError('mine')")
+    user_code("own_failing", FAILING)
+    fields = SMALL | {"train.steps": 1, field: f"own_failing:{name}"}
+    assert command_line(["train", *words_of(tmp_path / "run", fields, "--devices", "1")]) == 70
+    said = capfd.readouterr().err
+    assert REPORT_THIS not in said
+    assert "jaxtrain: Your own code failed (KeyError: 'mine'), at " in said
+    assert "own_helper.py:1, in fail; this is its traceback." in said
+    assert "Traceback" in said
 
 
 def test_a_users_model_by_dotted_name(tmp_path):
@@ -299,6 +376,34 @@ def test_a_users_model_by_dotted_name(tmp_path):
     assert evaluate(tmp_path, num_devices=1, trust=True).result.examples == 359  # which finds the model by its name too
 
 
+def test_balanced_weights_need_labels_that_are_known(tmp_path, user_code):
+    """Those of a source whose images would have to be decoded are not; those of an outline need not be."""
+    user_code(
+        "opaque",
+        """
+        import dataclasses
+
+        from jaxtrain.data import registry
+
+        class Opaque:
+            def __init__(self, source): self.source, self.shape = source, source.shape
+            def __len__(self): return len(self.source)
+            def read(self, indices): return self.source.read(indices)
+
+        def data(config, *, image_size):
+            found = registry.load(dataclasses.replace(config, name="digits"), image_size=image_size)
+            return dataclasses.replace(found, train=Opaque(found.train))
+        """,
+    )
+    balanced = {"class_weights": "balanced"}
+    with pytest.raises(
+        ConfigError, match=r"class_weights='balanced': the labels of digits are only known once .*'1,2\.5,0\.5'"
+    ):
+        fit(tmp_path / "run", data={"name": "opaque:data"}, optim=balanced)
+    for name in ("cifar10", "synthetic"):
+        assert describe_layout(config(data={"name": name}, optim=balanced), 1)["warnings"] == []
+
+
 @pytest.mark.parametrize(
     ("field", "text", "said"),
     [
@@ -308,6 +413,21 @@ def test_a_users_model_by_dotted_name(tmp_path):
         ("model.name", "wrong:Model", "must return a jaxtrain.models.classifier.Classifier"),
         ("model.name", "wrong:Empty", r"none of its layers \(1\) has parameters"),
         ("optim.loss", "wrong:los", "has no 'los'.*Did you mean 'loss'"),
+        (
+            "optim.loss",
+            "wrong:loss",
+            r"returned float32 \[16, 10\] for .*; it must return a float for each example, \[16\]",
+        ),
+        ("optim.loss", "wrong:mean", r"returned float32 \[\] for logits of \[16, 10\]; it must"),
+        ("optim.loss", "wrong:nothing", "returned a NoneType for logits"),
+        (
+            "data.augmentation",
+            "wrong:floats",
+            r"returned float32 \[16, 8, 8, 1\]; it must return uint8 \[16, 8, 8, 1\]",
+        ),
+        ("data.augmentation", "wrong:cut", r"returned uint8 \[16, 8, 7, 1\]; it must return uint8 \[16, 8, 8, 1\]"),
+        ("data.augmentation", "wrong:nothing", "returned a NoneType; it must return uint8"),
+        ("data.augmentation", "wrong:NUMBER", "is a int; it must be a function"),
     ],
 )
 def test_what_is_wrong_with_a_users_part_is_said(tmp_path, user_code, field, text, said):
@@ -319,6 +439,11 @@ def test_what_is_wrong_with_a_users_part_is_said(tmp_path, user_code, field, tex
         def data(config, *, image_size): return {}
         def Model(config, *, image_shape, num_classes, dtype, param_dtype): return "a model"
         def loss(logits, targets): return logits
+        def mean(logits, targets): return (logits * targets).mean()
+        def floats(images, keys): return images / 255
+        def cut(images, keys): return images[:, :, 1:]
+        def nothing(images, keys): pass
+        NUMBER = 3
 
         from jaxtrain.models.classifier import Classifier
         from jaxtrain.models.layers import Layer
@@ -443,6 +568,11 @@ def test_quiet_prints_nothing(tmp_path, capfd):
     said = capfd.readouterr()
     assert said.out == ""
     assert f"work directory: {tmp_path / 'loud'}" in said.err.replace("\n", "")
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", said.err), "a pipe gets lines"
+    lines = said.err.splitlines()
+    header = next(i for i, line in enumerate(lines) if "val acc %" in line)
+    assert re.match(r"[\d:]{8} +[\d.]+/1 +\d\.\d{4} .* s  best$", lines[header + 1])
+    assert "done in " in lines[header + 2]
 
 
 def test_python_and_numpy_are_seeded(tmp_path, user_code):

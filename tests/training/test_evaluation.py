@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import shutil
@@ -11,14 +12,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from runs import draw_folder
+from runs import SMALL, draw_folder, here
 
 from jaxtrain import cli, evaluate, train
+from jaxtrain.checkpoint.manifest import read_manifest
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.data import registry
 from jaxtrain.data.augment import eval_inputs
+from jaxtrain.data.order import eval_subset
 from jaxtrain.errors import ConfigError, DataError
 from jaxtrain.models.layers import Context
+from jaxtrain.recipes import change
 from jaxtrain.step.eval_step import add_to_sums, summarize, zero_sums_of
 from jaxtrain.step.task import Task
 from jaxtrain.step.train_state import create_state
@@ -182,6 +186,30 @@ def test_the_end_of_a_run_says_what_each_figure_is_of(tmp_path):
     assert best["test_ema"]["loss"] != pytest.approx(best["test"]["loss"], rel=1e-3)
 
 
+def test_a_part_of_each_split_is_evaluated_and_said_to_be_one(tmp_path):
+    run = here(tmp_path, SMALL | {"data.name": "digits", "train.steps": 4}, train__eval_examples=50)
+    assert run.result["splits"] == {"train": 128, "validation": 144, "test": 359}
+    for split, size in (("validation", 144), ("test", 359)):
+        assert run.result["last"][split]["examples"] == run.result["best"][split]["examples"] == 50
+        whole = evaluate(tmp_path, split.removesuffix("idation"), checkpoint="latest", num_devices=1)
+        assert whole.result.examples == size
+    said = (tmp_path / "logs/process_0.log").read_text()
+    part = "evaluated on 50 of 144 validation examples and 50 of 359 test examples (config.train.eval_examples)"
+    assert said.count(part) == 2
+    assert f"{part}; jaxtrain evaluate takes the whole split" in said
+
+
+def test_another_part_may_be_evaluated_on_resume_and_its_best_is_its_own(tmp_path):
+    fields = SMALL | {"data.name": "digits", "train.eval_every": "2 steps", "train.steps": 6}
+    first = here(tmp_path, fields, train__eval_examples=1)
+    assert first.result["best"]["validation"]["accuracy"] == 1.0  # that one is easy
+    again = here(tmp_path, fields, train__steps=10)
+    assert again.result["best"]["step"] > 6
+    best = again.result["best"]["validation"]
+    assert best["examples"] == 144
+    assert read_manifest(tmp_path / "checkpoints" / "10").position["best_accuracy"] == best["accuracy"] < 1
+
+
 def test_what_is_remembered_of_the_data(trained):
     record = json.loads((trained / "run/dataset.json").read_text())
     (manifest,) = (trained / "run/checkpoints").glob("30/manifest.json")
@@ -326,13 +354,17 @@ def test_the_figures_are_those_of_every_example_once(layout, residency):
     with settings(config):
         dataset = load_data(config.data)
         run = make_run_spec(config, dataset, jax.devices()[: layout.stages * max(layout.data, 1)])
-        state = create_state(run.init, run.layout)
+        state = create_state(run.init, run.layout, run.config.seed)
         feed = make_input_pipeline(dataset, run.layout, residency, 0)
         found = Evaluator(run, feed)("test", state.params, state.batch_stats)
+        part = change(config, **{"train.eval_examples": 17})
+        found_in_part = Evaluator(dataclasses.replace(run, config=part), feed)("test", state.params, state.batch_stats)
         images, labels = dataset.test.read(np.arange(40))
         inputs, context = eval_inputs(run.task.preprocess, jnp.asarray(images)), Context(jnp.arange(40))
         logits, _ = run.task.model.apply(jax.device_get(state.params), {}, inputs, context)
     assert_figures(found, figures(np.asarray(logits), labels))
+    chosen = eval_subset(40, 17)
+    assert_figures(found_in_part, figures(np.asarray(logits)[chosen], labels[chosen]))
     assert np.isnan(found.per_class).tolist() == 10 * [False] + 2 * [True]
 
 

@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from pathlib import Path
 
 import pytest
 
-from jaxtrain.checkpoint.manifest import write_manifest
+from jaxtrain.checkpoint.manifest import is_better, write_manifest
 from jaxtrain.checkpoint.resume_point import Position
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, TrainConfig
 from jaxtrain.errors import NumericError
 from jaxtrain.observability.anomaly import Anomaly
-from jaxtrain.observability.clock import StepClock
+from jaxtrain.observability.clock import CATEGORIES, Span, StepClock
 from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.training import recovery
 from jaxtrain.training.cadence import Due, Timetable
-from jaxtrain.training.results import closing_lines, figures
+from jaxtrain.training.results import closing_lines, deciding_figures, done_lines, figures
+from jaxtrain.training.run_view import Pace, seconds_left
 
 # Epochs of 100 examples in batches of 30: they end with the steps 4, 7, 10, 14, ...
 CONFIG = Config(
@@ -48,6 +50,17 @@ def test_what_is_due_after_which_step():
     assert table.due(1) == Due()
 
 
+@pytest.mark.parametrize("every", ["0", "4 steps", "2 epochs", "70 examples"])
+def test_the_totals_are_those_of_counting_every_step(every):
+    train, checkpoint = (dataclasses.replace(CONFIG.train, eval_every=every), CheckpointConfig(every=every))
+    for position in (START, Position(step=6, examples=180)):
+        table = timetable(position, dataclasses.replace(CONFIG, train=train, checkpoint=checkpoint))
+        left = range(position.step + 1, 15)
+        validations = sum(table.due(step).validation for step in left)
+        assert table.totals() == (validations, sum(table.due(step).save or table.due(step).last for step in left))
+    assert timetable(validates=False).totals()[0] == 0
+
+
 def test_the_last_step_is_validated_whenever_there_is_something_to_validate_on():
     config = dataclasses.replace(CONFIG, train=dataclasses.replace(CONFIG.train, eval_every="0"))
     assert steps_with("validation", timetable(config=config)) == [14]
@@ -59,6 +72,32 @@ def test_a_start_in_between_has_the_same_dues_as_the_whole_run():
     assert all(whole.due(step) == later.due(step) for step in range(7, 15))
     assert all(whole.epoch_of(step) == later.epoch_of(step) for step in range(7, 15))
     assert [whole.epoch_of(step) for step in (1, 4, 5, 14)] == [0, 0, 1, 3]
+
+
+def test_how_much_validating_and_saving_is_left():
+    table = timetable()
+    assert [table.left_after(step) for step in (0, 6, 7, 13, 14)] == [(2, 4), (2, 3), (1, 3), (1, 1), (0, 0)]
+    assert timetable(validates=False).left_after(0) == (0, 4)
+
+
+def test_an_epoch_is_shown_as_people_count():
+    """A batch of 300 holds three epochs of 100: the metrics count that of its first example, a person the last it ends."""
+    table = timetable()
+    assert [table.epoch_shown(step) for step in (1, 4, 5, 14)] == [1, 1, 2, 4]
+    assert [list(table.epoch_steps(step)) for step in (1, 4, 5, 14)] == [[1, 2, 3, 4]] * 2 + [
+        [5, 6, 7],
+        [11, 12, 13, 14],
+    ]
+    large = timetable(config=dataclasses.replace(CONFIG, data=DataConfig(global_batch=300)))
+    assert [large.epoch_of(step) for step in (1, 2, 14)] == [0, 3, 39]
+    assert [large.epoch_shown(step) for step in (1, 2, 14)] == [3, 6, 42]
+
+
+def test_the_time_left_has_evaluations_and_saves_or_says_that_it_has_not():
+    assert seconds_left(Pace(step=0.5, batch=0.1, save=2.0), steps=10, batches=30, saves=2) == (12.0, "")
+    assert seconds_left(Pace(0.5, None, None), 10, 30, 2) == (5.0, "evaluation and saves")
+    assert seconds_left(Pace(0.5, None, None), 10, 0, 1) == (5.0, "saves")
+    assert math.isnan(seconds_left(Pace(None, 0.1, 2.0), 10, 30, 2)[0])
 
 
 @pytest.mark.parametrize("per_call", [1, 2, 3, 100])
@@ -127,12 +166,30 @@ def test_copies_that_differ_concern_all_steps_since_the_comparison_before():
 RESULT = EvalResult(loss=0.5, accuracy=0.75, top5=1.0, examples=4, per_class=(1.0, 0.5))
 
 
+def test_a_figure_that_is_not_finite_is_never_the_best():
+    wild = dataclasses.replace(RESULT, loss=math.nan, accuracy=0.5)
+    assert deciding_figures({"raw": wild}) == {"val_accuracy": 0.5, "val_loss": None, "val_top5": 1.0}
+    assert deciding_figures({"raw": wild, "ema": RESULT})["val_loss"] == 0.5
+    assert not is_better("val_loss", None, None)
+    assert is_better("val_loss", 0.5, None)
+    assert is_better("val_loss", 0.4, 0.5)
+    assert not is_better("val_loss", 0.5, 0.5)
+    assert is_better("val_top5", 0.6, 0.5)
+    assert not is_better("val_accuracy", 0.4, 0.5)
+
+
+def test_the_best_so_far_of_an_older_version_is_an_accuracy():
+    position = Position.from_json({"step": 4, "best_accuracy": 0.175})
+    assert (position.best_so_far("val_accuracy"), position.best_so_far("val_loss")) == (0.175, None)
+    assert Position.from_json({"step": 4, "best_accuracy": -1.0}).best is None
+
+
 def test_figures_of_a_result_are_those_of_each_split_and_weights():
     both = {"raw": RESULT, "ema": dataclasses.replace(RESULT, accuracy=0.8)}
     assert figures({"validation": both}, tested=False) == {
         "test": None,
-        "validation": {"loss": 0.5, "accuracy": 0.75, "top5": 1.0},
-        "validation_ema": {"loss": 0.5, "accuracy": 0.8, "top5": 1.0},
+        "validation": {"loss": 0.5, "accuracy": 0.75, "top5": 1.0, "examples": 4},
+        "validation_ema": {"loss": 0.5, "accuracy": 0.8, "top5": 1.0, "examples": 4},
     }
     assert list(figures({"validation": both, "test": both}, tested=True)) == [
         "validation",
@@ -144,7 +201,9 @@ def test_figures_of_a_result_are_those_of_each_split_and_weights():
 
 def test_the_closing_lines_say_what_was_tested_and_by_which_weights():
     tested = figures({"validation": {"raw": RESULT}, "test": {"raw": RESULT}}, tested=True)
-    result = {"last": {"step": 9} | tested, "best": {"step": 4, "weights": "raw"} | tested, "goodput": 0.5, "starts": 2}
+    best = {"step": 4, "weights": "raw", "by": "val_accuracy"} | tested
+    result = {"last": {"step": 9} | tested, "best": best, "goodput": 0.5, "starts": 2}
+    result["splits"] = {"train": 8, "validation": 4, "test": 4}
     lines = list(closing_lines(result, Config(), StepClock().now(), tested=True, has_best=True))
     assert lines[0] == "last, step 9: validation accuracy 0.7500, test accuracy 0.7500"
     assert lines[1].startswith(
@@ -154,3 +213,31 @@ def test_the_closing_lines_say_what_was_tested_and_by_which_weights():
     lines = list(closing_lines(result | {"starts": 1}, Config(), StepClock().now(), tested=False, has_best=False))
     assert lines[1] == "nothing was tested: digits has no test examples"
     assert not any(line.startswith("best") for line in lines)
+
+
+def test_the_end_on_a_screen_is_a_few_short_lines():
+    tested = figures({"validation": {"raw": RESULT}, "test": {"raw": RESULT}}, tested=True)
+    result = {"last": {"step": 9} | tested, "best": {"step": 4, "weights": "raw"} | tested}
+    seconds = dict.fromkeys(CATEGORIES, 0.0) | {"compile": 4.1, "step": 4.0, "evaluation": 0.5}
+    span = Span(seconds, 9, 90, 90, 4.0)
+    assert list(done_lines(result, span, lambda step: step // 2, Path("runs/q/result.json"))) == [
+        "done in 8.6 s: best epoch 2 (step 4), validation 75.0 %, test 75.0 %",
+        "last step 9: validation 75.0 %, test 75.0 %",
+        "compile 4.1 s, steps 4.0 s, evaluation 0.5 s",
+        "this run was bound by compile (48% of 8.6 s); "
+        "the next start of the same program finds it, where the compile cache can be written",
+        "runs/q/result.json",
+    ]
+    untested = figures({}, tested=False)
+    result = {
+        "last": {"step": 9} | untested,
+        "best": {"step": 9, "weights": "ema"} | untested,
+        "goodput": 0.5,
+        "starts": 2,
+    }
+    lines = list(done_lines(result, span, lambda step: 3, Path("r")))
+    assert lines[:2] == [
+        "done in 8.6 s: last average of the weights, epoch 3 (step 9)",
+        "nothing was tested: the data set has no test examples",
+    ]
+    assert lines[-2] == "goodput 50.0% over 2 starts (jaxtrain goodput)"

@@ -4,10 +4,17 @@ import os
 import subprocess
 import sys
 
+import jax
+import numpy as np
 import pytest
-from runs import ROOT, SMALL, here
+from runs import RECIPE, ROOT, SMALL, here
 
+from jaxtrain import load_config
+from jaxtrain.config import Config
+from jaxtrain.host import xla_flags
+from jaxtrain.optim.schedules import make_schedule
 from jaxtrain.training import compiled
+from jaxtrain.training.jax_settings import compile_cache_note, settings
 
 
 @pytest.fixture
@@ -41,6 +48,68 @@ def test_a_start_says_what_it_is_and_that_it_compiles_before_it_has_compiled(tmp
     assert "step 1/1" in lines[places[-1] + 1]
 
 
+NUMBERS = {
+    "seed": 5,
+    "optim.learning_rate": 0.03,
+    "optim.weight_decay": 2e-3,
+    "optim.schedule": "cosine",
+    "optim.warmup": "2 steps",
+    "train.steps": 9,
+}
+
+
+@pytest.mark.parametrize(
+    ("devices", "layout"),
+    [
+        (1, {}),
+        (1, {"train.steps_per_call": 2}),
+        (2, {"layout.zero": 3, "optim.name": "lars"}),
+        (1, {"layout.microbatches": 2, "optim.name": "muon", "model.depths": "(16,)"}),
+        (2, {"layout.stages": 2, "optim.name": "adamw", "model.dropout": 0.2}),
+    ],
+)
+def test_a_run_that_differs_in_numbers_alone_compiles_nothing(tmp_path, devices, layout):
+    compiled: list[str] = []
+    jax.monitoring.register_event_listener(
+        lambda event, **_: compiled.append(event) if "cache_misses" in event else None
+    )
+    here(tmp_path / "first", SMALL, **{"optim.weight_decay": 1e-3, **layout}, devices=devices)
+    jax.clear_caches()
+    compiled.clear()
+    result = here(tmp_path / "second", SMALL, **NUMBERS, **layout, devices=devices)
+    assert compiled == []
+    assert len({row["learning_rate"] for row in result.history if row["phase"] == "train"}) == 8
+
+
+def test_the_update_has_the_rate_of_its_step(tmp_path):
+    """SGD without momentum and decay: the update is the rate times the gradient."""
+    plain = {"optim.momentum": 0.0, "optim.weight_decay": 0.0, "optim.schedule": "linear", "optim.warmup": "3 steps"}
+    rows = [row for row in here(tmp_path / "run", SMALL, **plain).history if row["phase"] == "train"]
+    config = load_config(RECIPE, SMALL | plain)
+    rates = make_schedule(config, 128)(np.arange(12)).astype(np.float32)
+    assert [row["learning_rate"] for row in rows] == rates.tolist()
+    assert [row["update_norm"] / row["grad_norm"] for row in rows] == pytest.approx(rates.tolist(), rel=1e-5)
+
+
+def test_the_next_start_is_promised_the_programs_only_where_they_can_be_kept(tmp_path):
+    (tmp_path / "file").touch()
+    for folder, said in (("new/cache", "the next start finds it"), ("file/cache", "file/cache cannot be written")):
+        with settings(Config()):
+            jax.config.update("jax_compilation_cache_dir", str(tmp_path / folder))
+            assert said in compile_cache_note()
+
+
+def test_xlas_alarms_are_hidden_on_a_cpu_and_where_nothing_is_trained(monkeypatch):
+    for gpus, always, level in ((0, False, "3"), (8, False, None), (8, True, "3")):
+        monkeypatch.delenv("TF_CPP_MIN_LOG_LEVEL", raising=False)
+        monkeypatch.setattr(xla_flags, "device_files", lambda gpus=gpus: gpus)
+        xla_flags.hide_alarms(always=always)
+        assert os.environ.get("TF_CPP_MIN_LOG_LEVEL") == level
+    monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")
+    xla_flags.hide_alarms(always=True)
+    assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0", "the user's own is kept"
+
+
 @pytest.mark.parity
 def test_a_state_that_is_made_with_little_optimization_has_the_same_bits():
     """In a process of its own: the tests' own $XLA_FLAGS ask for none at all."""
@@ -57,10 +126,10 @@ config = Config(
 )
 with settings(config):
     run = make_run_spec(config, load_data(config.data), jax.devices()[:1])
-    quick = state.create_state(run.init, run.layout)
+    quick = state.create_state(run.init, run.layout, run.config.seed)
     assert state._run_once_options(run.layout)
     state._run_once_options = lambda layout: None
-    usual = state.create_state(run.init, run.layout)
+    usual = state.create_state(run.init, run.layout, run.config.seed)
 for a, b in zip(jax.tree.leaves(quick), jax.tree.leaves(usual), strict=True):
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes(), (a, b)
 """

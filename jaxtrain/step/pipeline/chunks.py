@@ -12,7 +12,7 @@ from jax.extend.core import Literal, jaxpr_as_fun
 from jaxtrain.data.augment import train_images, train_targets
 from jaxtrain.parallel.arrays import view
 from jaxtrain.parallel.layout import Layout
-from jaxtrain.step.batch import Batch, Resident, select_from
+from jaxtrain.step.batch import Batch, Resident, all_labels, select_from
 from jaxtrain.step.gradients import scaled_loss, train_context
 from jaxtrain.step.layer_wrap import layer_wrapper
 from jaxtrain.step.task import Task
@@ -102,7 +102,7 @@ def chunk_inputs(chunk: ModelChunk, state: TrainState, batch: Batch, resident: R
       resident: the data set, on the stage's devices.
       index: int32 [], the microbatch.
     """
-    inputs: dict[str, Any] = {"step": state.step, "index": index}
+    inputs: dict[str, Any] = {"seed": batch.hyperparams.seed, "step": state.step, "index": index}
     if chunk.first or chunk.last:
         inputs["rows"] = batch.rows
     if chunk.first:
@@ -139,17 +139,19 @@ def forward(
     if chunk.first:
         images = select_from(inputs["images"], inputs["rows"], inputs["resident_images"], inputs["index"], layout)
     size = images.shape[0] if chunk.first else x.shape[0]
-    context, augment, dropout = train_context(task, layout, inputs["step"], inputs["index"], size)
+    context, augment, dropout = train_context(task, layout, inputs["seed"], inputs["step"], inputs["index"], size)
     if chunk.first:
-        x = train_images(task.preprocess, images, context.example, augment)
+        with jax.named_scope("augmentation"):
+            x = train_images(task.preprocess, images, context.example, augment)
     wrap = layer_wrapper(layout, params, task.remat, gathered=True)
     y, new_stats = task.model.apply(params, batch_stats, x, context, dropout, wrap=wrap, layers=chunk.layers)
     new_stats = jax.tree.map(lambda s: s / layout.config.microbatches, new_stats)
     if not chunk.last:
         return jax.lax.with_sharding_constraint(y, layout.examples), (new_stats, ())
-    labels = select_from(inputs["labels"], inputs["rows"], inputs["resident_labels"], inputs["index"], layout)
+    whole = inputs["labels"], inputs["rows"], inputs["resident_labels"]
+    labels = select_from(*whole, inputs["index"], layout)
     targets = train_targets(task.preprocess, labels, augment)
-    scaled, metrics = scaled_loss(task, layout, y, targets, labels, inputs["loss_scale"])
+    scaled, metrics = scaled_loss(task, y, targets, labels, all_labels(*whole), inputs["loss_scale"])
     return scaled, (new_stats, metrics)
 
 

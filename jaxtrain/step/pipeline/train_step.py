@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.host.files import atomic_write
 from jaxtrain.parallel.arrays import join
 from jaxtrain.parallel.layout import Layout
-from jaxtrain.step.batch import Batch, Resident
+from jaxtrain.step.batch import Batch, Hyperparams, Resident
 from jaxtrain.step.gradients import GradientSums, like_params
 from jaxtrain.step.metrics import StepMetrics, stack_metrics
 from jaxtrain.step.pipeline import schedule as schedules
@@ -73,9 +73,8 @@ class PipelineTrainStep:
       chunks: the programs of the chunks on this process's stages, by the chunk's index.
       stages: the programs of this process's stages, by stage.
       transfers: between neighbouring chunks, by (source, target).
-      decide: (step, loss_scale, batch's step, float [stages, 3]) -> (`UpdateDecision`, metrics).
+      decide: (step, loss_scale, batch's step, learning rate, float [stages, 3]) -> (`UpdateDecision`, metrics).
       finish: (float [stages, 2], metrics) -> `StepMetrics`.
-      microbatches: for each stage the indices of the microbatches, int32 [] each, on its devices.
       executors: who dispatches.
       trace: whether and where to record the operations' times.
     """
@@ -92,10 +91,14 @@ class PipelineTrainStep:
     transfers: Mapping[tuple[int, int], StageTransfer]
     decide: Any
     finish: Any
-    microbatches: Mapping[int, tuple[jax.Array, ...]]
     executors: StageExecutors
     trace: Trace
     per_call: int = 1
+
+    @functools.cached_property
+    def microbatches(self) -> dict[int, tuple[jax.Array, ...]]:
+        """For each stage the indices of the microbatches, int32 [] each, put on its devices at the first step."""
+        return {stage: _microbatch_indices(self.layout, stage) for stage in self.stages}
 
     def __call__(self, state: TrainState, batch: Batch, resident: Resident) -> tuple[TrainState, StepMetrics]:
         """Makes one update. Does not wait for the devices.
@@ -116,10 +119,11 @@ class PipelineTrainStep:
             self.trace.write(execution.events)
         sharding = self.layout.sharding(P("stage"))
         numbers = join(measured, (self.layout.stages, 3), sharding)
-        decision, metrics = self.decide(state.step, state.loss_scale, batch.step, numbers)
-        decisions = {stage: on_stage(self.layout, stage, decision) for stage in self.stages}
+        rate = batch.hyperparams.learning_rate
+        decision, metrics = self.decide(state.step, state.loss_scale, batch.step, rate, numbers)
+        decided = {stage: on_stage(self.layout, stage, (decision, batch.hyperparams)) for stage in self.stages}
         updated = self.executors.run_all(
-            {stage: functools.partial(self._update, execution, stage, decisions[stage]) for stage in self.stages}
+            {stage: functools.partial(self._update, execution, stage, *decided[stage]) for stage in self.stages}
         )
         norms = join([stage_norms for _, stage_norms in updated], (self.layout.stages, 2), sharding)
         after = self._joined(leaves, [stage_state for stage_state, _ in updated])
@@ -130,8 +134,10 @@ class PipelineTrainStep:
         programs = self.stages[stage]
         return programs.structure.unflatten(on_stage(self.layout, stage, [leaves[i] for i in programs.indices]))
 
-    def _update(self, execution: StepExecution, stage: int, decision: UpdateDecision) -> tuple[TrainState, jax.Array]:
-        return self.stages[stage].update(execution.states[stage], execution.sums_of(stage), decision)
+    def _update(
+        self, execution: StepExecution, stage: int, decision: UpdateDecision, hyperparams: Hyperparams
+    ) -> tuple[TrainState, jax.Array]:
+        return self.stages[stage].update(execution.states[stage], execution.sums_of(stage), decision, hyperparams)
 
     def _joined(self, leaves: Sequence[jax.Array], states: Sequence[TrainState]) -> list[jax.Array]:
         """The leaves of the whole state, those of this process's stages replaced by those of `states`."""
@@ -435,7 +441,6 @@ def make_pipeline_train_step(
         transfers=make_transfers(layout, chunks, activations, back=True),
         decide=decide,
         finish=finish,
-        microbatches={stage: _microbatch_indices(layout, stage) for stage in local},
         executors=make_executors(layout),
         trace=Trace(config.trace_step, trace, StageExecutors(local, threads=config.trace_step > 0)),
     )
@@ -448,9 +453,9 @@ def _compile_stages(
     makers = []
     for stage in stages:
         sums = tuple(programs.sums for programs in chunks if programs.chunk.stage == stage)
-        on_its_devices = shapes_on_stage(decision, shapes.layout, stage)
+        decided, hyperparams = shapes_on_stage((decision, shapes.batch.hyperparams), shapes.layout, stage)
         indices, state = shapes.indices[stage], shapes.states[stage]
-        makers.append(compile_stage(task, shapes.layout, stage, indices, state, on_its_devices, sums))
+        makers.append(compile_stage(task, shapes.layout, stage, indices, state, decided, hyperparams, sums))
     return compile_together(makers)
 
 
@@ -458,7 +463,8 @@ def _compile_decision(task: Task, shapes: StageShapes) -> tuple[Any, Any, Update
     """The programs `decide` and `finish`, which run on all devices, and the shapes of the decision."""
     layout, state = shapes.layout, shapes.whole
     row = functools.partial(jax.ShapeDtypeStruct, dtype=task.sums_dtype, sharding=layout.sharding(P("stage")))
-    arguments = (state.step, state.loss_scale, shapes.batch.step, row((layout.stages, 3)))
+    batch = shapes.batch
+    arguments = (state.step, state.loss_scale, batch.step, batch.hyperparams.learning_rate, row((layout.stages, 3)))
     function = functools.partial(_decide, task)
     decide = jax.jit(function, out_shardings=layout.sharding()).lower(*arguments).compile()
     decision, metrics = outputs_of(decide, jax.eval_shape(function, *arguments))
@@ -471,13 +477,19 @@ def _microbatch_indices(layout: Layout, stage: int) -> tuple[jax.Array, ...]:
 
     def on_devices(index: int) -> jax.Array:
         sharding = layout.sharding(P(), stage)
-        return jax.make_array_from_callback((), sharding, lambda _: np.int32(index), dtype=np.int32)
+        with jax.transfer_guard_host_to_device("allow"):
+            return jax.make_array_from_callback((), sharding, lambda _: np.int32(index), dtype=np.int32)
 
     return tuple(on_devices(index) for index in range(layout.config.microbatches))
 
 
 def _decide(
-    task: Task, step: jax.Array, loss_scale: PyTree, batch_step: jax.Array, numbers: jax.Array
+    task: Task,
+    step: jax.Array,
+    loss_scale: PyTree,
+    batch_step: jax.Array,
+    learning_rate: jax.Array,
+    numbers: jax.Array,
 ) -> tuple[UpdateDecision, dict[str, Any]]:
     """Whether the update is accepted, and the step's metrics.
 
@@ -486,7 +498,7 @@ def _decide(
     loss, correct, gradients = jnp.sum(numbers, 0)
     decision = decide_update(step, loss_scale, batch_step, loss, jnp.sqrt(gradients), skips=task.skips)
     unknown = jnp.zeros((), numbers.dtype)  # `_finish` fills in the norms
-    return decision, step_metrics(task, step, loss_scale, decision, loss, correct, unknown, unknown)
+    return decision, step_metrics(learning_rate, loss_scale, decision, loss, correct, unknown, unknown)
 
 
 def _finish(squares: jax.Array, metrics: dict[str, Any]) -> StepMetrics:

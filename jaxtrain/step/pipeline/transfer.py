@@ -58,9 +58,14 @@ class StageTransfer:
         self._both = (2 * shape.shape[0], *shape.shape[1:])
         both = jax.ShapeDtypeStruct(self._both, shape.dtype, sharding=halves)
         self._halves, self._program = halves, jax.jit(shift, out_shardings=halves).lower(both).compile()
-        blank = np.zeros(self.sharding.shard_shape(shape.shape), shape.dtype)
-        local_targets = [d for d in targets if d.process_index == jax.process_index()]
-        self._blank = jax.device_put([blank] * len(local_targets), local_targets)
+        self._dtype, self._local_targets = shape.dtype, [d for d in targets if d.process_index == jax.process_index()]
+
+    @functools.cached_property
+    def _blank(self) -> list[jax.Array]:
+        """What this process's targets give to an exchange: zeros [B/M, ...], a shard a device."""
+        half = (self._both[0] // 2, *self._both[1:])
+        blank = np.zeros(self.sharding.shard_shape(half), self._dtype)
+        return jax.device_put([blank] * len(self._local_targets), self._local_targets)
 
     def copy(self, array: jax.Array) -> jax.Array:
         """`array` [B/M, ...] on the target's devices; only if the transfer does not cross processes."""

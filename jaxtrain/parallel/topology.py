@@ -1,0 +1,55 @@
+"""Devices that are not there: those of a target, to compile for."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import sys
+
+import jax
+from jax.experimental import topologies
+
+from jaxtrain.errors import ConfigError, EnvironmentMismatchError
+from jaxtrain.host.native import native_stderr_dropped
+from jaxtrain.host.targets import Target
+from jaxtrain.parallel.mesh import Device
+
+_PLUGINS = ("jax-cuda12-pjrt", "jax-cuda13-pjrt")
+
+
+def target_devices(target: Target) -> list[Device]:
+    """The target's devices, for `jax.jit(...).lower(...).compile()`: XLA's GPU compiler needs no GPU.
+
+    Raises:
+      EnvironmentMismatchError: the compiler is not installed, or is that of another version of jaxlib.
+      ConfigError: XLA does not take the target.
+    """
+    _check_plugin()
+    topology = f"1x{target.hosts}x{target.per_host}"
+    try:
+        with native_stderr_dropped():  # the plugin says a dozen times that there is no driver
+            described = topologies.get_topology_desc(platform="cuda", target_config=target.text, topology=topology)
+            return list(described.devices)
+    except Exception as error:  # XLA's own, of many kinds
+        raise ConfigError(f"--target {target.name}: XLA does not take it: {str(error).splitlines()[0]}") from error
+
+
+def _check_plugin() -> None:
+    """XLA's GPU compiler is in JAX's CUDA plugin, which must be of jaxlib's version."""
+    wanted = importlib.metadata.version("jaxlib")
+    found = {}
+    for name in _PLUGINS:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    if wanted in found.values():
+        return
+    problem = "is not installed"
+    if found:
+        problem = (
+            f"does not fit jaxlib {wanted}: {', '.join(f'{name} is {version}' for name, version in found.items())}"
+        )
+    cuda = 12 if sys.version_info < (3, 12) else 13
+    raise EnvironmentMismatchError(
+        f"XLA's GPU compiler, a part of JAX's CUDA plugin, {problem}. "
+        f"It needs no GPU: pip install 'jax[cuda{cuda}-local]=={jax.__version__}' (480 MB)."
+    )

@@ -1,0 +1,175 @@
+"""Compiles a run's programs for GPUs that need not be there, and says what is in them: memory, kernels, collectives."""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+from jaxtrain.config import Config
+from jaxtrain.data import registry
+from jaxtrain.data.base import nbytes
+from jaxtrain.errors import JaxtrainError
+from jaxtrain.host.targets import Target
+from jaxtrain.parallel.audit import AuditError, audit_programs
+from jaxtrain.parallel.gpu_program import Collective, GpuProgram, Kernel, read_program
+from jaxtrain.parallel.layout import bytes_per_device
+from jaxtrain.parallel.topology import target_devices
+from jaxtrain.step.batch import Resident
+from jaxtrain.step.eval_step import make_eval_step
+from jaxtrain.step.pipeline.eval_step import make_pipeline_eval_step
+from jaxtrain.step.train_state import state_shapes
+from jaxtrain.training.compiled import compile_train_step
+from jaxtrain.training.input_pipeline import RESIDENT_SHARE, InputPipeline
+from jaxtrain.training.jax_settings import no_compile_cache, settings
+from jaxtrain.training.setup import RunSpec, make_run_spec, resolve_for_machine
+from jaxtrain.training.startup_report import layout_table
+
+RESERVE = 2 << 30
+"""Bytes of a GPU that a program's memory does not count: CUDA's context, NCCL's buffers, cuDNN's workspaces. An estimate."""
+
+
+def compile_report(config: Config, target: Target, *, hlo: Path | None = None) -> dict[str, Any]:
+    """Compiles what the run would compile on `target`, as its process 0, without autotuning.
+
+    Args:
+      config: of the run.
+      target: the devices.
+      hlo: a folder for the programs' texts.
+
+    Returns:
+      Plain values: `target`, `devices`, `mesh`, `precision`, `data`, `parameters`, `state_bytes` (per device, at rest),
+      `programs` (by name: `kernels`, `small_kernels`, `gigabytes`, `argument_bytes`, `output_bytes`, `donated_bytes`,
+      `temporary_bytes`, `peak_bytes`, `kinds`, `dearest`, `collectives`, `f32_products`, `host_callbacks`), `peak_bytes` (the
+      largest program's, a lower bound), `reserve_bytes`, `memory_bytes` (a GPU's), `fits`, `audit` (`passed`, `error`,
+      `notes`).
+
+    Raises:
+      ConfigError: the target is unknown, or the layout does not fit its devices.
+      EnvironmentMismatchError: XLA's GPU compiler is not there.
+    """
+    devices = target_devices(target)
+    config = resolve_for_machine(config, None, devices)
+    with settings(config), no_compile_cache():
+        run = make_run_spec(config, registry.outline(config.data, image_size=config.data.image_size), devices)
+        inputs = _input_shapes(run, target)
+        table = layout_table(run.layout, state_shapes(run.init, run.layout))
+        programs, verdict = _compile(run, inputs, table)
+    if hlo is not None:
+        hlo.mkdir(parents=True, exist_ok=True)
+        for name, program in programs.items():
+            (hlo / f"{name.replace(': ', '_').replace(' ', '_')}.txt").write_text(program.as_text() or "")
+    described = {name: describe_program(program, run) for name, program in programs.items()}
+    peak = max(program["peak_bytes"] for program in described.values())
+    return {
+        "target": target.name,
+        "devices": target.devices,
+        "device_kind": devices[0].device_kind,
+        "mesh": dict(run.layout.mesh.shape),
+        "microbatches": run.layout.config.microbatches,
+        "precision": run.config.train.precision,
+        "data": "resident" if inputs.offsets else "streamed",
+        "state_bytes": sum(bytes_per_device(table[name]) for name in ("params", "batch_stats", "opt_state", "ema")),
+        "programs": described,
+        "peak_bytes": peak,
+        "reserve_bytes": RESERVE,
+        "memory_bytes": target.memory,
+        "bandwidth": target.bandwidth,
+        "fits": peak + RESERVE <= target.memory,
+        "audit": verdict,
+    }
+
+
+def _input_shapes(run: RunSpec, target: Target) -> InputPipeline:
+    """The run's batches as shapes: on the devices or streamed, as the run would decide with the target's memory."""
+    splits = {name: getattr(run.dataset, name) for name in ("train", "validation", "test")}
+    size = sum(nbytes(source) for source in splits.values())
+    residency = run.config.data.residency
+    if residency == "stream" or (residency == "auto" and size > target.memory * RESIDENT_SHARE):
+        return InputPipeline(run.dataset, run.layout, Resident(), {}, 0)
+    count = sum(len(source) for source in splits.values())
+    images = jax.ShapeDtypeStruct((count, *run.dataset.train.shape), np.uint8, sharding=run.layout.sharding(stage=0))
+    resident = Resident(images, jax.ShapeDtypeStruct((count,), np.int32, sharding=run.layout.sharding()))
+    return InputPipeline(run.dataset, run.layout, resident, dict.fromkeys(splits, 0), 0)
+
+
+def _compile(run: RunSpec, inputs: InputPipeline, table: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The programs by name, and the verdict of the audit."""
+    state = state_shapes(run.init, run.layout)
+    try:
+        step = compile_train_step(run, inputs, state, Path("pipeline_trace.json"))
+        evaluation = _compile_evaluation(run, inputs, state)
+    except jax.errors.JaxRuntimeError as error:
+        raise JaxtrainError(f"XLA does not compile this run: {str(error).splitlines()[0]}") from error
+    return {**step.programs, **evaluation}, _audit(run, table, step)
+
+
+def _compile_evaluation(run: RunSpec, inputs: InputPipeline, state: Any) -> Mapping[str, Any]:
+    batch = inputs.evaluation_shapes(run.config.data.global_batch // run.layout.config.microbatches)
+    arguments = (run.task, run.layout, state.params, state.batch_stats, batch, inputs.resident)
+    if run.layout.stages == 1:
+        return {"evaluation": make_eval_step(*arguments).add}
+    return {f"evaluation: chunk {k}": program for k, program in make_pipeline_eval_step(*arguments).programs.items()}
+
+
+def _audit(run: RunSpec, table: Mapping[str, Any], step: Any) -> dict[str, Any]:
+    try:
+        _, notes = audit_programs(run.layout, table, step)
+    except AuditError as error:
+        return {"passed": False, "error": str(error), "notes": []}
+    return {"passed": True, "error": "", "notes": list(notes)}
+
+
+def describe_program(program: Any, run: RunSpec) -> dict[str, Any]:
+    """An entry of `programs` of `compile_report`."""
+    read, memory = read_program(program.as_text() or "", run.layout.mesh), program.memory_analysis()
+    arguments, outputs = memory.argument_size_in_bytes, memory.output_size_in_bytes
+    donated, temporary = memory.alias_size_in_bytes, memory.temp_size_in_bytes
+    return {
+        "kernels": read.count,
+        "small_kernels": read.small,
+        "gigabytes": round(read.gigabytes, 6),
+        "argument_bytes": arguments,
+        "output_bytes": outputs,
+        "donated_bytes": donated,
+        "temporary_bytes": temporary,
+        "peak_bytes": arguments + outputs - donated + temporary,
+        "kinds": {
+            kind: {"kernels": count, "gigabytes": round(size, 6)} for kind, (count, size) in read.by_kind().items()
+        },
+        "dearest": [_described(kernel) for kernel in _dearest(read)],
+        "collectives": _by_axis(read.collectives),
+        "f32_products": sum(kernel.times for kernel in read.kernels if "f32" in kernel.products),
+        "host_callbacks": read.host_callbacks,
+    }
+
+
+def _dearest(program: GpuProgram, count: int = 10) -> list[Kernel]:
+    return sorted(program.kernels, key=lambda kernel: -kernel.times * kernel.bytes)[:count]
+
+
+def _described(kernel: Kernel) -> dict[str, Any]:
+    return {
+        "gigabytes": round(kernel.times * kernel.bytes / 1e9, 6),
+        "kind": kernel.kind,
+        "layer": kernel.layer,
+        "operation": kernel.operation,
+        "times": kernel.times,
+    }
+
+
+def _by_axis(collectives: tuple[Collective, ...]) -> list[dict[str, Any]]:
+    """Collectives of one kind over the same axes together."""
+    totals: dict[tuple[str, tuple[str, ...]], list[int]] = collections.defaultdict(lambda: [0, 0])
+    for each in collectives:
+        total = totals[each.kind, each.axes]
+        total[0] += each.times
+        total[1] += each.times * each.bytes
+    return [
+        {"kind": kind, "axes": list(axes), "count": count, "bytes": size}
+        for (kind, axes), (count, size) in totals.items()
+    ]

@@ -1,0 +1,184 @@
+"""Programs for GPUs that are not there: what is read of them, and that the layouts are in them."""
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from jax.sharding import Mesh
+from runs import command_line
+
+from jaxtrain.errors import ConfigError
+from jaxtrain.host.targets import GPUS, parse_target
+from jaxtrain.parallel.gpu_program import Collective, read_program
+
+CONFIGS = Path(__file__).parents[2] / "configs"
+
+HLO = """HloModule jit_step, is_scheduled=true, input_output_alias={ {0}: (0, {}, may-alias), {1}: (2, {}, must-alias) }
+
+%gathered (param_0: u8[1000,4], param_1: s32[8]) -> u8[8,4] {
+  %param_0 = u8[1000,4]{1,0} parameter(0)
+  %param_1 = s32[8]{0} parameter(1)
+  ROOT %gather.1 = u8[8,4]{1,0} gather(%param_0, %param_1), offset_dims={1}, metadata={op_name="jit(step)/augmentation/gather"}
+}
+
+%products (param_0: f32[8,4], param_1: f32[4,2]) -> f32[8,2] {
+  %param_0.1 = f32[8,4]{1,0} parameter(0)
+  %param_1.1 = f32[4,2]{1,0} parameter(1)
+  ROOT %dot.1 = f32[8,2]{1,0} dot(%param_0.1, %param_1.1), metadata={op_name="transpose(jvp(layers_01))/Head/dot_general"}
+}
+
+%body (state: (s32[], f32[8,2])) -> (s32[], f32[8,2]) {
+  %state = (s32[], f32[8,2]{1,0}) parameter(0)
+  %gte = f32[8,2]{1,0} get-tuple-element(%state), index=1
+  %copy.1 = f32[8,2]{0,1} copy(%gte)
+  ROOT %tuple = (s32[], f32[8,2]{1,0}) tuple(%gte, %copy.1)
+}
+
+ENTRY %main (a: u8[1000,4], b: s32[8], c: f32[8,4], d: f32[4,2]) -> (f32[8,2], f32[4,2]) {
+  %a = u8[1000,4]{1,0} parameter(0)
+  %b = s32[8]{0} parameter(1)
+  %c = f32[8,4]{1,0} parameter(2)
+  %d = f32[4,2]{1,0} parameter(3)
+  %fusion.1 = u8[8,4]{1,0} fusion(%a, %b), kind=kLoop, calls=%gathered
+  %fusion.2 = f32[8,2]{1,0} fusion(%c, %d), kind=kCustom, calls=%products, backend_config={"kind":"__triton_gemm"}
+  %loop = (s32[], f32[8,2]{1,0}) while(%fusion.2), condition=%c, body=%body, backend_config={"known_trip_count":{"n":"5"}}
+  %ar = f32[8,2]{1,0} all-reduce-start(%fusion.2), replica_groups={{0,1,2,3},{4,5,6,7}}, to_apply=%add
+  %ar.done = f32[8,2]{1,0} all-reduce-done(%ar)
+  %ag = (f32[4,2]{1,0}, f32[8,2]{1,0}) all-gather-start(%d), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
+  %rs = f32[2,2]{1,0} reduce-scatter(%fusion.2), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
+  %cp = f32[8,2]{1,0} collective-permute(%fusion.2), source_target_pairs={{0,4},{1,5}}
+  ROOT %out = (f32[8,2]{1,0}, f32[4,2]{1,0}) tuple(%ar.done, %d)
+}
+"""
+
+
+def test_a_programs_text_is_read():
+    mesh = Mesh(np.array(jax.devices()).reshape(2, 4), ("data", "tensor"))
+    program = read_program(HLO, mesh)
+    assert program.donated == 2
+    assert [(k.kind, k.times, k.bytes) for k in program.kernels] == [
+        ("fusion: loop", 1, 32 + 32 + 32),  # of the gathered array what is taken of it
+        ("fusion: triton_gemm", 1, 64 + 128 + 32),
+        ("copy", 5, 64 + 64),
+    ]
+    assert [(k.layer, k.operation, k.products) for k in program.kernels[:2]] == [
+        ("augmentation", "gather", ()),
+        ("layers_01 backward", "dot_general", ("f32", "f32")),
+    ]
+    assert (program.count, program.small, program.gigabytes) == (7, 7, pytest.approx(960e-9))
+    assert [(c.kind, c.axes, c.bytes) for c in program.collectives] == [
+        ("all-reduce", ("tensor",), 64),
+        ("all-gather", ("data",), 64),
+        ("reduce-scatter", ("tensor",), 16),
+        ("collective-permute", ("data",), 64),
+    ]
+    assert isinstance(program.collectives[0], Collective)
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("8xh1000", "there is no GPU 'h1000'; known are a100-40, a100, "),
+        ("0xh100", "must be GPU, COUNTxGPU or HOSTSxCOUNTxGPU"),
+        ("8x", "must be GPU, COUNTxGPU"),
+        (f"2x{__file__}", "has no device_memory_size"),
+    ],
+)
+def test_a_target_that_is_none_is_said(name, said):
+    with pytest.raises(ConfigError, match="--target") as error:
+        parse_target(name)
+    assert said in str(error.value)
+
+
+def test_a_file_may_be_a_target(tmp_path):
+    file = tmp_path / "mine.txtpb"
+    file.write_text(GPUS["h200"].text())
+    target = parse_target(f"2x8x{file}")
+    assert (target.hosts, target.per_host, target.memory) == (2, 8, GPUS["h200"].memory)
+
+
+# ----------------------------------------------------------------------------- compiled, where XLA's GPU compiler is there
+
+
+def has_compiler() -> bool:
+    found = {d.metadata["Name"]: d.version for d in importlib.metadata.distributions() if d.metadata["Name"]}
+    return any(found.get(f"jax-cuda{cuda}-pjrt") == found["jaxlib"] for cuda in (12, 13))
+
+
+compiles = pytest.mark.skipif(not has_compiler(), reason="the extra gpu-compiler is not installed")
+
+TINY = {"model.depths": "(1,1,1,1)", "model.width": "32", "data.global_batch": "64", "model.bn_groups": "8"}
+
+
+def report(capfd, recipe: str, target: str, **fields: str) -> dict:
+    """What `jaxtrain compile --json` prints."""
+    changed = [f"--config.{name}={value}" for name, value in fields.items()]
+    code = command_line(["compile", "--config", f"{CONFIGS / recipe}", "--target", target, "--json", *changed])
+    printed = capfd.readouterr()
+    assert code == 0, printed.err
+    assert "cudart" not in printed.err
+    return json.loads(printed.out)
+
+
+ALL_REDUCE, GATHER, SCATTER = ("all-reduce", "data"), ("all-gather", "data"), ("reduce-scatter", "data")
+# Collectives that a layout's programs must have, and those that they must not have.
+LAYOUTS = {
+    "dp": ("quickstart.py:dp", "4xh100", {}, {ALL_REDUCE}, {GATHER, SCATTER}),
+    "zero1": ("quickstart.py:zero1", "4xh100", {}, {ALL_REDUCE, GATHER}, set()),
+    "zero2": ("quickstart.py:zero2", "4xh100", {"layout.microbatches": "2"}, {SCATTER, GATHER}, set()),
+    "zero3": ("quickstart.py:zero3", "2x2xh200", {"layout.microbatches": "2"}, {SCATTER, GATHER}, set()),
+    "tensor2": ("quickstart.py:tensor2", "2xa100", {}, {("all-reduce", "tensor")}, {SCATTER}),
+    "pipeline2": ("quickstart.py:pipeline2", "4xh100", {}, {ALL_REDUCE}, {GATHER}),
+    "calls": ("mlp_synthetic.py:dp", "2xh100", {"train.steps_per_call": "4"}, {ALL_REDUCE}, {GATHER}),
+    "swin": ("swin_tiny_cifar10.py:zero3", "2xb200", {"model.width": "32", "data.global_batch": "32"}, {GATHER}, set()),
+}
+
+
+@compiles
+@pytest.mark.gpu_program
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_is_in_the_gpus_program(name, capfd):
+    """With the evaluation: XLA:GPU has aborted there."""
+    recipe, target, fields, wanted, unwanted = LAYOUTS[name]
+    found = report(capfd, recipe, target, **(TINY if "quickstart" in recipe else {}) | fields)
+    assert found["audit"] == {"passed": True, "error": "", "notes": found["audit"]["notes"]}
+    assert found["fits"]
+    kinds = {(c["kind"], axis) for p in found["programs"].values() for c in p["collectives"] for axis in c["axes"]}
+    assert wanted <= kinds
+    assert not unwanted & kinds
+    assert any(program.startswith("evaluation") for program in found["programs"])
+    donated = sum(p["donated_bytes"] for name, p in found["programs"].items() if "update" in name or name == "step")
+    assert donated >= found["state_bytes"]
+    assert not any(program["host_callbacks"] for program in found["programs"].values())
+
+
+@compiles
+@pytest.mark.gpu_program
+def test_a_bf16_step_has_float32_products_in_its_head_alone(capfd):
+    found = report(capfd, "resnet18_cifar10.py:dp", "h100", **TINY)
+    assert found["precision"] == "bf16"
+    assert found["programs"]["step"]["f32_products"] == 3  # forward, and the gradients of its input and its weights
+
+
+@compiles
+@pytest.mark.gpu_program
+def test_a_run_that_does_not_fit_is_said(capfd):
+    fields = {
+        "data.global_batch": "16384",
+        "data.image_size": "224",
+        "data.residency": "stream",
+        "model.depths": "(1,1,1,1)",
+    }
+    changed = [f"--config.{name}={value}" for name, value in fields.items()]
+    words = ["compile", "--config", f"{CONFIGS / 'resnet18_cifar10.py'}:dp", "--target", "a100-40", *changed]
+    assert command_line(words) == 1
+    assert "does not fit the GPU's 39.42 GiB" in " ".join(capfd.readouterr().out.split())
+
+
+@pytest.mark.skipif(has_compiler(), reason="the extra gpu-compiler is installed")
+def test_a_missing_compiler_is_said_with_the_command(capsys):
+    assert command_line(["compile", "--config", str(CONFIGS / "mlp_synthetic.py"), "--target", "8xh100"]) == 78
+    assert "is not installed. It needs no GPU: pip install 'jax[cuda1" in capsys.readouterr().err
