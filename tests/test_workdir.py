@@ -168,7 +168,8 @@ def test_every_field_has_its_kind():
     free = {
         *("data.dir", "data.batch_per_device", "data.residency", "data.workers", "data.skip_bad"),
         *("data.prepare_per_host", "data.prepare_timeout"),
-        *("train.log_every", "train.eval_every", "train.deterministic", "train.remat", "train.hang_seconds"),
+        *("train.log_every", "train.eval_every", "train.eval_examples", "train.deterministic"),
+        *("train.remat", "train.hang_seconds"),
         *("train.steps_per_call", "train.nonfinite_skips", "train.rollbacks", "train.spike_threshold"),
         "train.check_replicas_every",
         *("layout.data", "layout.replica", "layout.tensor", "layout.zero", "layout.microbatches", "layout.rules"),

@@ -152,7 +152,7 @@ def test_data_that_has_changed_since_the_last_start(tmp_path, monkeypatch):
     run, real = tmp_path / "run", tiny.digits
     here(run, SMALL, train__steps=4)
     monkeypatch.setattr(tiny, "digits", lambda *a, **k: dataclasses.replace(real(*a, **k), fingerprint="another" * 9))
-    with pytest.raises(DataError, match="The data set tiny:digits has changed since step 4"):
+    with pytest.raises(DataError, match="The data set tiny:digits is not the one of step 4 of "):
         here(run, SMALL, train__steps=8)
     here(run, SMALL, train__steps=8, checkpoint__allow_changes=True)
     assert len(runs.losses(run)) == 8

@@ -214,8 +214,8 @@ def test_evaluate_raises_typed_errors_too(tmp_path):
             "config.data.flip=False has no effect: data.augmentation='tiny:speckle' does not flip",
         ),
         (
-            {"data": {"dir": "elsewhere"}},
-            "config.data.dir='elsewhere' has no effect: digits is not in the data directory",
+            {"data": {"dir": "/elsewhere"}},
+            "config.data.dir='/elsewhere' has no effect: digits is not in the data directory",
         ),
         ({"model": {"bn_groups": 2}}, "config.model.bn_groups=2 has no effect: mlp has no BatchNorm"),
         ({"layout": {"balance": "time"}}, "config.layout.balance='time' has no effect: there is one stage"),

@@ -207,7 +207,7 @@ def test_another_part_may_be_evaluated_on_resume_and_its_best_is_its_own(tmp_pat
     assert again.result["best"]["step"] > 6
     best = again.result["best"]["validation"]
     assert best["examples"] == 144
-    assert read_manifest(tmp_path / "checkpoints" / "10").position["best_accuracy"] == best["accuracy"] < 1
+    assert read_manifest(tmp_path / "checkpoints" / "10").position["best"] == best["accuracy"] < 1
 
 
 def test_what_is_remembered_of_the_data(trained):
