@@ -92,9 +92,11 @@ def evaluate(
     if split not in SPLITS:
         raise ConfigError(f"split={split!r}: must be one of train, val, test.")
     start, position, config = _find(named(workdir), checkpoint)
+    place = registry.found_at(config.data, str(data)) if data else config.data
     if not trust:
-        named_by_run = flatten(to_dict(config)) | ({"data.name": ""} if data else {})
-        refuse_code(named_by_run, start.directory / str(start.step))
+        named_by_user = {"data.name": ""} if place.name != config.data.name else {}
+        refuse_code(flatten(to_dict(config)) | named_by_user, start.directory / str(start.step))
+    config = dataclasses.replace(config, data=place)
     if ema and not config.optim.ema:
         raise ConfigError(f"{workdir} keeps no moving average of the weights (config.optim.ema=0).")
     ema = bool(config.optim.ema) if ema is None else ema
@@ -106,7 +108,7 @@ def evaluate(
         with settings(config):
             where = f"step {start.step} of {workdir}"
             with progress.activity(f"reading the data set {config.data.name}"):
-                dataset = _load(config.data, position, split, str(data), where, allow_changes)
+                dataset = _load(config.data, position, split, bool(data), where, allow_changes)
             run = make_run_spec(*_as_trained(config, dataset, position), devices)
             state = checkpoints.restore_weights(start.step, state_shapes(run.init, run.layout))
             feed = make_input_pipeline(dataset, run.layout, config.data.residency, config.data.workers)
@@ -168,12 +170,15 @@ def _where_it_was(config: DataConfig, workdir: Path) -> DataConfig:
     return dataclasses.replace(config, name=name, dir=latest.get("dir", config.dir))
 
 
-def _load(config: DataConfig, position: Position, split: str, data: str, where: str, allow_changes: bool) -> Dataset:
-    """The split of the run's data set, or of the one that `data` names; the other arguments are those of `_same_data`."""
+def _load(config: DataConfig, position: Position, split: str, named: bool, where: str, allow_changes: bool) -> Dataset:
+    """The split of a data set.
+
+    named: the user has named it, and it may be another than the run's. The other arguments are those of `_same_data`.
+    """
     stored, name = position.dataset, SPLITS[split]
-    if not data:
+    if not named:
         return _same_data(load_data(config, name, stored.drawn), position, split, where, allow_changes)
-    config = dataclasses.replace(registry.found_at(config, data), image_size=stored.image_size or config.image_size)
+    config = dataclasses.replace(config, image_size=stored.image_size or config.image_size)
     try:
         dataset = load_data(config, name, stored.drawn)
     except ConfigError:
