@@ -19,6 +19,7 @@ import runs
 from runs import EXACT, SMALL, here
 
 from jaxtrain import evaluate
+from jaxtrain.checkpoint.resume_point import CheckpointStep, find_checkpoint
 from jaxtrain.errors import CheckpointError, ConfigError, NumericError, WorkdirError
 
 LAST = 12  # the last step of `SMALL` and `EXACT`
@@ -310,6 +311,11 @@ def test_the_best_may_be_that_of_the_lowest_loss(tmp_path):
         "step": lowest, "weights": "ema", "by": "val_loss"
     }  # fmt: skip
     assert evaluate(tmp_path, "val", trust=True).step == lowest
+    path = str(tmp_path / "checkpoints/best")  # what is best there is for that run to say
+    assert evaluate(tmp_path, "val", checkpoint=path, trust=True).step == lowest
+    assert find_checkpoint(tmp_path / "new/checkpoints", path, "val_accuracy") == CheckpointStep(
+        tmp_path / "checkpoints", lowest
+    )
     said = (tmp_path / "logs/process_0.log").read_text()
     assert f"best, step {lowest}, by the validation loss of the EMA weights" in said
     assert "checkpoint.best was" not in said
