@@ -128,6 +128,7 @@ def _on_these(devices: Sequence[Device], config: Config) -> Config:
         config,
         layout=layout,
         model=dataclasses.replace(config.model, bn_groups=1),
+        optim=dataclasses.replace(config.optim, class_weights=""),  # of the training's loss alone
         train=dataclasses.replace(config.train, eval_examples=0),  # the whole split, whatever the run took
         data=dataclasses.replace(config.data, global_batch=-(-config.data.global_batch // ways) * ways),
     )
@@ -148,9 +149,7 @@ def _shown(evaluator: Evaluator, split: str, params: PyTree, batch_stats: PyTree
 def _find(workdir: Path, checkpoint: str) -> tuple[CheckpointStep, Position, Config]:
     """The checkpoint that is meant, whose files are whole; what is stored with it."""
     directory = workdir / "checkpoints"
-    steps = manifested_steps(directory)
-    best_by = _best_by(workdir, directory / str(steps[-1])) if steps and checkpoint == "best" else ""
-    start = find_checkpoint(directory, checkpoint, best_by, "checkpoint") if steps else None
+    start = find_checkpoint(directory, checkpoint, setting="checkpoint") if manifested_steps(directory) else None
     if start is None:
         raise CheckpointError(f"{workdir} holds no checkpoint.")
     folder = start.directory / str(start.step)
@@ -246,12 +245,6 @@ def _other_data(dataset: Dataset, position: Position, split: str, where: str, al
 
 def _names(classes: Sequence[str]) -> str:
     return (", ".join(map(repr, classes[:5])) + f" and {len(classes) - 5} more" * (len(classes) > 5)) or "none"
-
-
-def _best_by(workdir: Path, newest: Path) -> str:
-    """`checkpoint.best` of the run's last start; of its newest checkpoint, where the directory holds nothing else."""
-    stored = Workdir(workdir).read_config() or read_manifest(newest).position["config"]
-    return flatten(stored).get("checkpoint.best", Config().checkpoint.best)
 
 
 def _same_data(dataset: Dataset, position: Position, split: str, where: str, allow_changes: bool) -> Dataset:
