@@ -96,6 +96,9 @@ def test_list_and_verify(copy, capsys):
     rows = json.loads(capsys.readouterr().out)
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert all(row["bytes"] > 1000 for row in rows)
+    accuracies = {row["step"]: row["val_accuracy"] for row in rows if row["val_accuracy"] is not None}
+    assert all(row["val_top5"] >= row["val_accuracy"] for row in rows if row["step"] in accuracies)
+    assert [row["step"] for row in rows if row["best"]] == [max(accuracies, key=lambda step: accuracies[step])]
     assert runs.command_line(["checkpoint", "verify", str(copy)]) == 0
     flip(copy / "checkpoints" / "2" / "state" / "_METADATA", 5)
     capsys.readouterr()
