@@ -133,9 +133,42 @@ def go_on_with(dataset: Dataset, resume: ResumePoint, num_classes: int) -> tuple
         position = dataclasses.replace(
             position, epoch_loss=0.0, epoch_correct=0.0, epoch_examples=0, data_since=position.step
         )
-    if stored.fingerprint and not same_split(stored, dataset, "validation"):
-        position = dataclasses.replace(position, best=None)
-    return dataset, dataclasses.replace(resume, position=position)
+    return dataset, dataclasses.replace(resume, position=_with_best(position, dataset, resume, config))
+
+
+def _with_best(position: Position, dataset: Dataset, resume: ResumePoint, config: Config) -> Position:
+    """The position with the best figure so far by `checkpoint.best`, None where it was on other validation examples.
+
+    The arguments are those of `go_on_with`.
+    """
+    stored, by = position.dataset, config.checkpoint.best
+    before, now = (stored.part("validation", each.train.eval_examples) for each in (resume.stored or config, config))
+    if before != now or (stored.fingerprint and not same_split(stored, dataset, "validation")):
+        return dataclasses.replace(position, best=None)
+    if resume.start is None or position.best is None or position.best_by == by:
+        return position
+    steps = manifested_steps(resume.start.directory)
+    manifests = readable(resume.start.directory, [step for step in steps if step <= resume.start.step])
+    best = next((getattr(m, by) for m in manifests if m.step == best_of(manifests, by)), None)
+    return dataclasses.replace(position, best=best, best_by=by)
+
+
+def other_products(resume: ResumePoint, config: Config, platform: str) -> str:
+    """A sentence where the products of f32 are computed otherwise than until now; '' elsewhere.
+
+    Args:
+      resume: where the run resumes.
+      config: of this run.
+      platform: of its devices.
+    """
+    precisions = {each.train.precision for each in (config, resume.stored) if each}
+    if resume.schema > 1 or platform != "gpu" or precisions != {"f32"}:
+        return ""
+    return (
+        f"step {resume.position.step} is of an older version, which rounded the products of f32 to TF32 on GPUs that have it; "
+        "they are exact from here on, and slower; for TF32 as before: --config.train.precision=tf32 "
+        "--config.checkpoint.allow_changes=true"
+    )
 
 
 def _refusal(directory: Workdir, resume: ResumePoint, refused: list[config_changes.Change]) -> WorkdirError:

@@ -10,7 +10,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.checkpoint.manifest import Manifest, best_of, manifested_steps, problems, quarantine, read_manifest
+from jaxtrain.checkpoint.manifest import (
+    SCHEMA,
+    Manifest,
+    best_of,
+    manifested_steps,
+    problems,
+    quarantine,
+    read_manifest,
+)
 from jaxtrain.config import Config, from_dict
 from jaxtrain.data.record import DatasetRecord
 from jaxtrain.distributed import coordination
@@ -216,6 +224,8 @@ class ResumePoint:
     position: Position
     stored: Config | None
     """The config of the checkpoint, or else of the work directory; None if there is none."""
+    schema: int = SCHEMA
+    """That of the checkpoint's manifest."""
 
 
 def find_resume_point(directory: Workdir, config: Config) -> ResumePoint:
@@ -233,8 +243,10 @@ def find_resume_point(directory: Workdir, config: Config) -> ResumePoint:
         values = directory.read_config() if wanted != "none" else None
         return ResumePoint(None, Position(), _stored(values, directory.config) if values else None)
     folder = start.directory / str(start.step)
-    values = read_manifest(folder).position
-    return ResumePoint(start, Position.from_json(values), _stored(values["config"], folder))
+    found = read_manifest(folder)
+    return ResumePoint(
+        start, Position.from_json(found.position), _stored(found.position["config"], folder), found.schema
+    )
 
 
 _VERIFY_SECONDS = 1800.0  # in which every process must have read its part of the files

@@ -95,6 +95,8 @@ def train(
         resolve = functools.partial(resolve_for_machine, devices=devices)
         resume, config = resume_lib.where_to_start(directory, config, resolve)
         require_hardware(config.train.precision, devices)
+        if first and (text := resume_lib.other_products(resume, config, devices[0].platform)):
+            log.warning("%s", text)
         stack.enter_context(settings(config))
         watchdog.feed("prepare the data", resume.position.step)
         with clock.charge("input"), progress.activity(f"reading the data set {config.data.name}"):
