@@ -39,6 +39,8 @@ def refuse_changes(directory: Workdir, resume: ResumePoint, config: Config) -> N
     if resume.stored is None or config.checkpoint.allow_changes:
         return
     changes = config_changes.changes(to_dict(resume.stored), to_dict(config))
+    if not resume.position.dataset.fingerprint:  # then nothing tells whether another folder holds the same
+        changes = [dataclasses.replace(c, kind="numbers") if c.key == "data.name" else c for c in changes]
     refused = config_changes.refused(changes, same_rates=True)
     if refused:
         raise _refusal(directory, resume, refused)
