@@ -18,6 +18,7 @@ from jaxtrain.checkpoint.resume_point import CheckpointStep, ResumePoint, find_r
 from jaxtrain.config import Config, to_dict
 from jaxtrain.data.base import Dataset, follow_classes
 from jaxtrain.data.record import changed_sentence, differences, refuse_other_rule, same_split
+from jaxtrain.distributed import coordination
 from jaxtrain.errors import DataError, WorkdirError
 from jaxtrain.optim.schedules import make_schedule
 from jaxtrain.workdir import Workdir
@@ -283,7 +284,8 @@ def may_go_on(directory: Workdir, resume: ResumePoint, config: Config, dataset: 
       WorkdirError: another length would have given a step already run another learning rate.
       DataError: the data set holds something else than when the checkpoint was made.
     """
-    if resume.stored and resume.start and resume.stored.checkpoint.best != (by := config.checkpoint.best):
+    by, first = config.checkpoint.best, coordination.index() == 0
+    if first and resume.stored and resume.start and resume.stored.checkpoint.best != by:
         log.warning(
             "checkpoint.best was %s and is %s: among the checkpoints that are here and those to come, it decides what the best "
             "weights are",
