@@ -237,7 +237,8 @@ def delete_old(directory: Path, latest: int, by: str) -> list[int]:
     for step in steps:
         with contextlib.suppress(CheckpointError):  # an unreadable one stays: `resume` decides
             readable.append(read_manifest(directory / str(step)))
-    kept = {*steps[-latest:], *_bests(readable, by), *(m.step for m in readable if m.milestone)}
+    bests = _bests(readable, by) or _bests(readable, "val_accuracy")  # all are of an older version, which had no other
+    kept = {*steps[-latest:], *bests, *(m.step for m in readable if m.milestone)}
     deleted = [m.step for m in readable if m.step not in kept]
     for step in deleted:
         (directory / str(step) / MANIFEST).unlink()
