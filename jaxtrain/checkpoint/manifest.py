@@ -218,7 +218,7 @@ def _validation(position: Mapping[str, Any]) -> str:
     """Identifies the validation examples that were evaluated; '' if an older version did not store it."""
     record = DatasetRecord.from_json(position["dataset"]) if "dataset" in position else DatasetRecord()
     found = record.split_fingerprint("validation") or record.fingerprint
-    part = position.get("config", {}).get("train", {}).get("eval_examples", 0)
+    part = record.part("validation", position.get("config", {}).get("train", {}).get("eval_examples", 0))
     return f"{found}, {part} of them" if found and part else found
 
 

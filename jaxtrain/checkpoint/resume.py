@@ -13,8 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from jaxtrain.checkpoint import config_changes
-from jaxtrain.checkpoint.manifest import discard_unfinished, manifested_steps
-from jaxtrain.checkpoint.resume_point import CheckpointStep, ResumePoint, find_resume_point
+from jaxtrain.checkpoint.manifest import best_of, discard_unfinished, manifested_steps
+from jaxtrain.checkpoint.resume_point import CheckpointStep, Position, ResumePoint, find_resume_point, readable
 from jaxtrain.config import Config, to_dict
 from jaxtrain.data.base import Dataset, follow_classes
 from jaxtrain.data.record import changed_sentence, differences, refuse_other_rule, same_split
@@ -100,16 +100,16 @@ def refuse_other_data(directory: Workdir, resume: ResumePoint, config: Config, d
     raise DataError(changed_sentence(config.data.name, stored, dataset, where, remedy))
 
 
-def go_on_with(dataset: Dataset, resume: ResumePoint, num_classes: int) -> tuple[Dataset, ResumePoint]:
+def go_on_with(dataset: Dataset, resume: ResumePoint, config: Config) -> tuple[Dataset, ResumePoint]:
     """Adapts the data set to the run, and the run's position to the data set.
 
     If the training examples have changed, the epoch's sums and the rows of epochs start again: a mean over two data sets
-    would be of neither. If the validation examples have changed, the best figure does.
+    would be of neither. The best figure is that on the validation examples that the run takes now.
 
     Args:
       dataset: as it is loaded now.
-      resume: where the run resumes.
-      num_classes: `model.num_classes`; 0 has one output for each class.
+      resume: where the run resumes, with the config that is stored there.
+      config: of this run.
 
     Returns:
       The data set, its classes numbered as in the run; and the resume point with its new position.
@@ -124,7 +124,7 @@ def go_on_with(dataset: Dataset, resume: ResumePoint, num_classes: int) -> tuple
         for note in followed.notes[len(dataset.notes) :]:
             log.warning("data %s: %s", dataset.name, note)
         dataset = followed
-        if (outputs := stored.num_classes) < dataset.num_classes and not num_classes:
+        if (outputs := stored.num_classes) < dataset.num_classes and not config.model.num_classes:
             raise DataError(
                 f"The data set {dataset.name} has {dataset.num_classes} classes and the run {outputs} outputs, one for each "
                 "class that there was; leave out the new ones, or start a fresh run with another --workdir."
@@ -294,7 +294,4 @@ def may_go_on(directory: Workdir, resume: ResumePoint, config: Config, dataset: 
         )
     refuse_length(directory, resume, config, len(dataset.train))
     refuse_other_data(directory, resume, config, dataset)
-    if resume.stored is not None and resume.stored.train.eval_examples != config.train.eval_examples:
-        # The best figure so far is of another part of the validation split.
-        resume = dataclasses.replace(resume, position=dataclasses.replace(resume.position, best=None))
-    return go_on_with(dataset, resume, config.model.num_classes)
+    return go_on_with(dataset, resume, config)

@@ -110,7 +110,7 @@ def train(
             try:
                 return _train_from(resume, config, dataset, devices, host, rollbacks_left)
             except RollBack as asked:
-                dataset, resume = resume_lib.go_on_with(dataset, asked.resume, config.model.num_classes)
+                dataset, resume = resume_lib.go_on_with(dataset, asked.resume, config)
     raise AssertionError("the last start rolls nothing back")
 
 
