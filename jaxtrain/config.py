@@ -427,10 +427,10 @@ class OptimConfig(_Section):
     """The loss: `cross_entropy`, or your own `package.module:function`, (logits [B, C], targets [B, C]) -> [B]."""
 
     class_weights: str = ""
-    """Weights of the classes in the loss of training, for uneven data. "": all alike. `balanced`: N / (K N_k) for each of the K
-    classes, of which N_k of the N training examples are. Or a number above 0 for each class, in their order, such as
-    "1,2.5,0.5". The loss is then the weighted mean over the global batch: it is divided by the sum of the weights of the
-    batch's labels, as in PyTorch's CrossEntropyLoss. Evaluation counts all examples alike."""
+    """Weights of the classes in the loss of training, for uneven data. "": all alike. `balanced`: N / (K N_k) for a class that
+    N_k of the N training examples are of, where K classes have any; 1 for a class without. Or a number above 0 for each class,
+    in their order, such as "1,2.5,0.5". The loss is then the weighted mean over the global batch: it is divided by the sum of
+    the weights of the batch's labels, as in PyTorch's CrossEntropyLoss. Evaluation counts all examples alike."""
 
     def _validate(self) -> None:
         wanted = "'', 'balanced', or a number above 0 for each class, such as '1,2.5,0.5'"

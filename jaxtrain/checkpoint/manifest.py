@@ -218,7 +218,7 @@ def _validation(position: Mapping[str, Any]) -> str:
     """Identifies the validation examples that were evaluated; '' if an older version did not store it."""
     record = DatasetRecord.from_json(position["dataset"]) if "dataset" in position else DatasetRecord()
     found = record.split_fingerprint("validation") or record.fingerprint
-    part = position.get("config", {}).get("train", {}).get("eval_examples", 0)
+    part = record.part("validation", position.get("config", {}).get("train", {}).get("eval_examples", 0))
     return f"{found}, {part} of them" if found and part else found
 
 
@@ -237,7 +237,8 @@ def delete_old(directory: Path, latest: int, by: str) -> list[int]:
     for step in steps:
         with contextlib.suppress(CheckpointError):  # an unreadable one stays: `resume` decides
             readable.append(read_manifest(directory / str(step)))
-    kept = {*steps[-latest:], *_bests(readable, by), *(m.step for m in readable if m.milestone)}
+    bests = _bests(readable, by) or _bests(readable, "val_accuracy")  # all are of an older version, which had no other
+    kept = {*steps[-latest:], *bests, *(m.step for m in readable if m.milestone)}
     deleted = [m.step for m in readable if m.step not in kept]
     for step in deleted:
         (directory / str(step) / MANIFEST).unlink()

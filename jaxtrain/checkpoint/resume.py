@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 
 from jaxtrain.checkpoint import config_changes
-from jaxtrain.checkpoint.manifest import discard_unfinished, manifested_steps
-from jaxtrain.checkpoint.resume_point import CheckpointStep, ResumePoint, find_resume_point
+from jaxtrain.checkpoint.manifest import best_of, discard_unfinished, manifested_steps
+from jaxtrain.checkpoint.resume_point import CheckpointStep, Position, ResumePoint, find_resume_point, readable
 from jaxtrain.config import Config, to_dict
 from jaxtrain.data.base import Dataset, follow_classes
 from jaxtrain.data.record import changed_sentence, differences, refuse_other_rule, same_split
+from jaxtrain.distributed import coordination
 from jaxtrain.errors import DataError, WorkdirError
 from jaxtrain.optim.schedules import make_schedule
 from jaxtrain.workdir import Workdir
@@ -39,6 +40,8 @@ def refuse_changes(directory: Workdir, resume: ResumePoint, config: Config) -> N
     if resume.stored is None or config.checkpoint.allow_changes:
         return
     changes = config_changes.changes(to_dict(resume.stored), to_dict(config))
+    if not resume.position.dataset.fingerprint:  # then nothing tells whether another folder holds the same
+        changes = [dataclasses.replace(c, kind="numbers") if c.key == "data.name" else c for c in changes]
     refused = config_changes.refused(changes, same_rates=True)
     if refused:
         raise _refusal(directory, resume, refused)
@@ -97,16 +100,16 @@ def refuse_other_data(directory: Workdir, resume: ResumePoint, config: Config, d
     raise DataError(changed_sentence(config.data.name, stored, dataset, where, remedy))
 
 
-def go_on_with(dataset: Dataset, resume: ResumePoint, num_classes: int) -> tuple[Dataset, ResumePoint]:
+def go_on_with(dataset: Dataset, resume: ResumePoint, config: Config) -> tuple[Dataset, ResumePoint]:
     """Adapts the data set to the run, and the run's position to the data set.
 
     If the training examples have changed, the epoch's sums and the rows of epochs start again: a mean over two data sets
-    would be of neither. If the validation examples have changed, the best figure does.
+    would be of neither. The best figure is that on the validation examples that the run takes now.
 
     Args:
       dataset: as it is loaded now.
-      resume: where the run resumes.
-      num_classes: `model.num_classes`; 0 has one output for each class.
+      resume: where the run resumes, with the config that is stored there.
+      config: of this run.
 
     Returns:
       The data set, its classes numbered as in the run; and the resume point with its new position.
@@ -121,7 +124,7 @@ def go_on_with(dataset: Dataset, resume: ResumePoint, num_classes: int) -> tuple
         for note in followed.notes[len(dataset.notes) :]:
             log.warning("data %s: %s", dataset.name, note)
         dataset = followed
-        if (outputs := stored.num_classes) < dataset.num_classes and not num_classes:
+        if (outputs := stored.num_classes) < dataset.num_classes and not config.model.num_classes:
             raise DataError(
                 f"The data set {dataset.name} has {dataset.num_classes} classes and the run {outputs} outputs, one for each "
                 "class that there was; leave out the new ones, or start a fresh run with another --workdir."
@@ -133,9 +136,42 @@ def go_on_with(dataset: Dataset, resume: ResumePoint, num_classes: int) -> tuple
         position = dataclasses.replace(
             position, epoch_loss=0.0, epoch_correct=0.0, epoch_examples=0, data_since=position.step
         )
-    if stored.fingerprint and not same_split(stored, dataset, "validation"):
-        position = dataclasses.replace(position, best=None)
-    return dataset, dataclasses.replace(resume, position=position)
+    return dataset, dataclasses.replace(resume, position=_with_best(position, dataset, resume, config))
+
+
+def _with_best(position: Position, dataset: Dataset, resume: ResumePoint, config: Config) -> Position:
+    """The position with the best figure so far by `checkpoint.best`, None where it was on other validation examples.
+
+    The arguments are those of `go_on_with`.
+    """
+    stored, by = position.dataset, config.checkpoint.best
+    before, now = (stored.part("validation", each.train.eval_examples) for each in (resume.stored or config, config))
+    if before != now or (stored.fingerprint and not same_split(stored, dataset, "validation")):
+        return dataclasses.replace(position, best=None)
+    if resume.start is None or position.best is None or position.best_by == by:
+        return position
+    steps = manifested_steps(resume.start.directory)
+    manifests = readable(resume.start.directory, [step for step in steps if step <= resume.start.step])
+    best = next((getattr(m, by) for m in manifests if m.step == best_of(manifests, by)), None)
+    return dataclasses.replace(position, best=best, best_by=by)
+
+
+def other_products(resume: ResumePoint, config: Config, platform: str) -> str:
+    """A sentence where the products of f32 are computed otherwise than until now; '' elsewhere.
+
+    Args:
+      resume: where the run resumes.
+      config: of this run.
+      platform: of its devices.
+    """
+    precisions = {each.train.precision for each in (config, resume.stored) if each}
+    if resume.schema > 1 or platform != "gpu" or precisions != {"f32"}:
+        return ""
+    return (
+        f"step {resume.position.step} is of an older version, which rounded the products of f32 to TF32 on GPUs that have it; "
+        "they are exact from here on, and slower; for TF32 as before: --config.train.precision=tf32 "
+        "--config.checkpoint.allow_changes=true"
+    )
 
 
 def _refusal(directory: Workdir, resume: ResumePoint, refused: list[config_changes.Change]) -> WorkdirError:
@@ -248,7 +284,8 @@ def may_go_on(directory: Workdir, resume: ResumePoint, config: Config, dataset: 
       WorkdirError: another length would have given a step already run another learning rate.
       DataError: the data set holds something else than when the checkpoint was made.
     """
-    if resume.stored and resume.start and resume.stored.checkpoint.best != (by := config.checkpoint.best):
+    by, first = config.checkpoint.best, coordination.index() == 0
+    if first and resume.stored and resume.start and resume.stored.checkpoint.best != by:
         log.warning(
             "checkpoint.best was %s and is %s: among the checkpoints that are here and those to come, it decides what the best "
             "weights are",
@@ -257,7 +294,4 @@ def may_go_on(directory: Workdir, resume: ResumePoint, config: Config, dataset: 
         )
     refuse_length(directory, resume, config, len(dataset.train))
     refuse_other_data(directory, resume, config, dataset)
-    if resume.stored is not None and resume.stored.train.eval_examples != config.train.eval_examples:
-        # The best figure so far is of another part of the validation split.
-        resume = dataclasses.replace(resume, position=dataclasses.replace(resume.position, best=None))
-    return go_on_with(dataset, resume, config.model.num_classes)
+    return go_on_with(dataset, resume, config)

@@ -6,11 +6,19 @@ import dataclasses
 import json
 import logging
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.checkpoint.manifest import Manifest, best_of, manifested_steps, problems, quarantine, read_manifest
+from jaxtrain.checkpoint.manifest import (
+    SCHEMA,
+    Manifest,
+    best_of,
+    manifested_steps,
+    problems,
+    quarantine,
+    read_manifest,
+)
 from jaxtrain.config import Config, from_dict
 from jaxtrain.data.record import DatasetRecord
 from jaxtrain.distributed import coordination
@@ -37,14 +45,15 @@ def names_path(resume: str) -> bool:
 
 
 def find_checkpoint(
-    directory: Path, resume: str, best_by: str, setting: str = "config.checkpoint.resume"
+    directory: Path, resume: str, best_by: str = "", setting: str = "config.checkpoint.resume"
 ) -> CheckpointStep | None:
     """The checkpoint that `checkpoint.resume` names; None for a fresh run.
 
     Args:
       directory: the run's checkpoints.
       resume: the value of the setting.
-      best_by: which figure decides what the best checkpoint is (`checkpoint.best`).
+      best_by: which figure decides what the best checkpoint in `directory` is (`checkpoint.best`); "": as its run has stored
+        it. In a directory that a path names, the run there decides.
       setting: its name, for the errors.
 
     Raises:
@@ -62,7 +71,7 @@ def find_checkpoint(
             raise CheckpointError(f"{setting}={resume!r}: {directory} holds no checkpoint.")
         return CheckpointStep(directory, _named_step(directory, steps, resume, best_by, setting))
     require_local(resume, f"{setting}={resume!r}", ConfigError)
-    return _start_at_path(Path(resume).absolute(), best_by, setting)
+    return _start_at_path(Path(resume).absolute(), setting)
 
 
 def _named_step(directory: Path, steps: list[int], resume: str, best_by: str, setting: str) -> int:
@@ -74,9 +83,12 @@ def _named_step(directory: Path, steps: list[int], resume: str, best_by: str, se
         raise CheckpointError(f"{setting}={resume}: {directory} has only the steps {', '.join(map(str, steps))}.")
     manifests = readable(directory, steps)
     if resume == "best":
-        best = best_of(manifests, best_by)
+        by = best_by or stored_best_by(directory, manifests)
+        best = best_of(manifests, by)
         if best is None:
-            raise CheckpointError(f"{setting}=best: no checkpoint in {directory} was evaluated.")
+            older = best_of(manifests, "val_accuracy") is not None
+            why = f"has a {by}: they were validated by an older version" if older else "was evaluated"
+            raise CheckpointError(f"{setting}=best: of the checkpoints in {directory} none {why}.")
         return best
     epoch = int(resume.removeprefix("epoch:"))
     after = [m.step for m in manifests if m.epoch == epoch]
@@ -97,11 +109,21 @@ def readable(directory: Path, steps: list[int]) -> list[Manifest]:
     return manifests
 
 
-def _start_at_path(path: Path, best_by: str, setting: str) -> CheckpointStep:
+def stored_best_by(directory: Path, manifests: Sequence[Manifest]) -> str:
+    """`checkpoint.best` of the run's last start; of its newest checkpoint, where the work directory holds nothing else.
+
+    directory: of its checkpoints. manifests: theirs, in the order of their steps.
+    """
+    workdir = Workdir(directory.parent)
+    values = workdir.read_config() or (manifests[-1].position["config"] if manifests else {})
+    return _stored(values, workdir.path).checkpoint.best
+
+
+def _start_at_path(path: Path, setting: str) -> CheckpointStep:
     if path.name.isdigit() and manifested_steps(path.parent).count(int(path.name)):
         return CheckpointStep(path.parent, int(path.name))
     if path.name in ("latest", "best") and (steps := manifested_steps(path.parent)):
-        return CheckpointStep(path.parent, _named_step(path.parent, steps, path.name, best_by, setting))
+        return CheckpointStep(path.parent, _named_step(path.parent, steps, path.name, "", setting))
     if path.is_file():
         raise ConfigError(
             f"{setting}={str(path)!r}: is a file, and a checkpoint of jaxtrain is a directory; those of other programs "
@@ -202,6 +224,8 @@ class ResumePoint:
     position: Position
     stored: Config | None
     """The config of the checkpoint, or else of the work directory; None if there is none."""
+    schema: int = SCHEMA
+    """That of the checkpoint's manifest."""
 
 
 def find_resume_point(directory: Workdir, config: Config) -> ResumePoint:
@@ -219,8 +243,10 @@ def find_resume_point(directory: Workdir, config: Config) -> ResumePoint:
         values = directory.read_config() if wanted != "none" else None
         return ResumePoint(None, Position(), _stored(values, directory.config) if values else None)
     folder = start.directory / str(start.step)
-    values = read_manifest(folder).position
-    return ResumePoint(start, Position.from_json(values), _stored(values["config"], folder))
+    found = read_manifest(folder)
+    return ResumePoint(
+        start, Position.from_json(found.position), _stored(found.position["config"], folder), found.schema
+    )
 
 
 _VERIFY_SECONDS = 1800.0  # in which every process must have read its part of the files

@@ -1,13 +1,14 @@
 """List a run's checkpoints, or check every file of them against its manifest."""
 
 import argparse
+import contextlib
 import dataclasses
 import json
 from pathlib import Path
 
 from rich.table import Table
 
-from jaxtrain.checkpoint.manifest import manifested_steps, problems, read_manifest
+from jaxtrain.checkpoint.manifest import best_of, manifested_steps, problems, read_manifest
 from jaxtrain.cli import start
 from jaxtrain.errors import CheckpointError
 from jaxtrain.workdir import named
@@ -28,6 +29,7 @@ def run(arguments: argparse.Namespace) -> None:
     if not steps:
         raise CheckpointError(f"{arguments.workdir} holds no checkpoint.")
     rows = [_row(directory / str(step), verify=arguments.action == "verify") for step in steps]
+    _mark_best(directory, rows)
     if arguments.json:
         print(json.dumps(rows, indent=2))
     else:
@@ -42,12 +44,27 @@ def run(arguments: argparse.Namespace) -> None:
         raise CheckpointError(f"{len(damaged)} of {len(rows)} checkpoints in {directory} are damaged ({found}).")
 
 
+def _mark_best(directory: Path, rows: list[dict]) -> None:
+    """Marks the row of the checkpoint that is best by the run's `checkpoint.best`."""
+    from jaxtrain.checkpoint.resume_point import stored_best_by  # noqa: PLC0415
+
+    manifests = []
+    for row in rows:
+        with contextlib.suppress(CheckpointError):  # its row says so
+            manifests.append(read_manifest(directory / str(row["step"])))
+    best = best_of(manifests, stored_best_by(directory, manifests))
+    for row in rows:
+        row["best"] = row["step"] == best
+
+
 def _row(folder: Path, *, verify: bool) -> dict:
     row = {
         "step": int(folder.name),
         "epoch": None,
         "val_accuracy": None,
         "val_loss": None,
+        "val_top5": None,
+        "best": False,
         "milestone": None,
         "bytes": None,
         "time": None,

@@ -116,15 +116,14 @@ class ImageFolder(DatasetSpec):
     def _unreadable(self, scan: Scan, side: int, *, store: bool = False) -> dict[str, str]:
         """What `image_check.unreadable` finds, or has found before: for a large folder that takes minutes.
 
-        store: whether to store what is found, in the data directory.
+        store: whether to store what is found, in the data directory. Those that could not be read are then tried again:
+          the disk may have been at fault.
         """
         stored = image_check.stored_path(scan.root, data_dir(self.config))
         known = image_check.known_unreadable(scan, side, stored)
-        return (
-            image_check.unreadable(scan, side, stored, store=store, progress=image_check.said)
-            if known is None
-            else known
-        )
+        if known is None:
+            return image_check.unreadable(scan, side, stored, store=store, progress=image_check.said)
+        return image_check.unreadable(scan, side, stored, store=True, names=known) if store and known else known
 
     @property
     def _record_path(self) -> Path:

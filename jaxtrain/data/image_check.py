@@ -8,7 +8,7 @@ import itertools
 import json
 import logging
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -26,26 +26,34 @@ log = logging.getLogger("jaxtrain")
 
 
 def unreadable(
-    scan: Scan, side: int, stored: Path, *, store: bool, progress: Callable[[Iterable[str]], Iterable[str]] = iter
+    scan: Scan,
+    side: int,
+    stored: Path,
+    *,
+    store: bool,
+    names: Collection[str] | None = None,
+    progress: Callable[[Iterable[str]], Iterable[str]] = iter,
 ) -> dict[str, str]:
-    """Reads all images of a folder.
+    """Reads the images of a folder.
 
     Args:
       scan: what is in the folder.
       side: in pixels, of the square that every image is resized and cropped to.
-      stored: where the names of those that cannot be read are stored, for `known_unreadable`.
+      stored: where those that cannot be read are stored, for `known_unreadable`.
       store: whether to store them, if that file can be written.
+      names: of the files to read, where the others are known to be good; None: all.
       progress: wraps the files' names as they are read.
 
     Returns:
       Name below the folder of each image that cannot be read -> a sentence that says why.
     """
-    found = _unreadable(scan, [file for files in scan.files.values() for file in files], side, progress)
+    every = [file for files in scan.files.values() for file in files]
+    found = _unreadable(scan, [file for file in every if names is None or file.name in names], side, progress)
     if store:
         splits = {
             scan.folders[split]: {
                 "digest": _digest(files, side),
-                "names": [file.name for file in files if file.name in found],
+                "unreadable": {file.name: found[file.name] for file in files if file.name in found},
             }
             for split, files in scan.files.items()
         }
@@ -57,18 +65,18 @@ def unreadable(
 
 
 def known_unreadable(scan: Scan, side: int, stored: Path) -> dict[str, str] | None:
-    """As `unreadable`, but reads only the images that could not be read: one that was mended is left out no longer.
+    """What `unreadable` has stored; reads no image, so that every process leaves out the same ones.
 
-    None where nothing is stored, or any of the files has changed since.
+    None where nothing is stored, or any of the files has changed since, as one that was mended has.
     """
-    again: list[ImageFile] = []
+    found: dict[str, str] = {}
+    values = _read(stored)
     for split, files in scan.files.items():
-        known = _read(stored).get(scan.folders[split], {})
+        known = values.get(scan.folders[split], {})
         if known.get("digest") != _digest(files, side):
             return None
-        names = set(known["names"])
-        again += [file for file in files if file.name in names]
-    return _unreadable(scan, again, side, iter)
+        found |= known["unreadable"]
+    return found
 
 
 def said(names: Iterable[str]) -> Iterable[str]:
@@ -115,7 +123,9 @@ def _read(path: Path) -> dict[str, dict]:
     """What is stored in `path`; {} where nothing is, or nothing of use."""
     with contextlib.suppress(WorkdirError):
         values = read_json(path)
-        if isinstance(values, dict) and all(isinstance(v, dict) and "names" in v for v in values.values()):
+        if isinstance(values, dict) and all(
+            isinstance(v, dict) and isinstance(v.get("unreadable"), dict) for v in values.values()
+        ):
             return values
     return {}
 

@@ -75,6 +75,10 @@ class DatasetRecord:
         """The fingerprint of one split, '' where it is not recorded."""
         return self.splits[split].fingerprint if split in self.splits else ""
 
+    def part(self, split: str, count: int) -> int:
+        """`count` (`train.eval_examples`) where that is a part of the split, 0 where it is the whole."""
+        return count if split in self.splits and count < self.splits[split].examples else 0
+
 
 def refuse_other_rule(stored: DatasetRecord, dataset: Dataset, where: str) -> None:
     """Refuses a data set whose splits were drawn by another rule: the run trained on what is held out now.

@@ -92,9 +92,11 @@ def evaluate(
     if split not in SPLITS:
         raise ConfigError(f"split={split!r}: must be one of train, val, test.")
     start, position, config = _find(named(workdir), checkpoint)
+    place = registry.found_at(config.data, str(data)) if data else config.data
     if not trust:
-        named_by_run = flatten(to_dict(config)) | ({"data.name": ""} if data else {})
-        refuse_code(named_by_run, start.directory / str(start.step))
+        named_by_user = {"data.name": ""} if place.name != config.data.name else {}
+        refuse_code(flatten(to_dict(config)) | named_by_user, start.directory / str(start.step))
+    config = dataclasses.replace(config, data=place)
     if ema and not config.optim.ema:
         raise ConfigError(f"{workdir} keeps no moving average of the weights (config.optim.ema=0).")
     ema = bool(config.optim.ema) if ema is None else ema
@@ -106,7 +108,7 @@ def evaluate(
         with settings(config):
             where = f"step {start.step} of {workdir}"
             with progress.activity(f"reading the data set {config.data.name}"):
-                dataset = _load(config.data, position, split, str(data), where, allow_changes)
+                dataset = _load(config.data, position, split, bool(data), where, allow_changes)
             run = make_run_spec(*_as_trained(config, dataset, position), devices)
             state = checkpoints.restore_weights(start.step, state_shapes(run.init, run.layout))
             feed = make_input_pipeline(dataset, run.layout, config.data.residency, config.data.workers)
@@ -126,6 +128,7 @@ def _on_these(devices: Sequence[Device], config: Config) -> Config:
         config,
         layout=layout,
         model=dataclasses.replace(config.model, bn_groups=1),
+        optim=dataclasses.replace(config.optim, class_weights=""),  # of the training's loss alone
         train=dataclasses.replace(config.train, eval_examples=0),  # the whole split, whatever the run took
         data=dataclasses.replace(config.data, global_batch=-(-config.data.global_batch // ways) * ways),
     )
@@ -146,9 +149,7 @@ def _shown(evaluator: Evaluator, split: str, params: PyTree, batch_stats: PyTree
 def _find(workdir: Path, checkpoint: str) -> tuple[CheckpointStep, Position, Config]:
     """The checkpoint that is meant, whose files are whole; what is stored with it."""
     directory = workdir / "checkpoints"
-    steps = manifested_steps(directory)
-    best_by = _best_by(workdir, directory / str(steps[-1])) if steps and checkpoint == "best" else ""
-    start = find_checkpoint(directory, checkpoint, best_by, "checkpoint") if steps else None
+    start = find_checkpoint(directory, checkpoint, setting="checkpoint") if manifested_steps(directory) else None
     if start is None:
         raise CheckpointError(f"{workdir} holds no checkpoint.")
     folder = start.directory / str(start.step)
@@ -168,12 +169,15 @@ def _where_it_was(config: DataConfig, workdir: Path) -> DataConfig:
     return dataclasses.replace(config, name=name, dir=latest.get("dir", config.dir))
 
 
-def _load(config: DataConfig, position: Position, split: str, data: str, where: str, allow_changes: bool) -> Dataset:
-    """The split of the run's data set, or of the one that `data` names; the other arguments are those of `_same_data`."""
+def _load(config: DataConfig, position: Position, split: str, named: bool, where: str, allow_changes: bool) -> Dataset:
+    """The split of a data set.
+
+    named: the user has named it, and it may be another than the run's. The other arguments are those of `_same_data`.
+    """
     stored, name = position.dataset, SPLITS[split]
-    if not data:
+    if not named:
         return _same_data(load_data(config, name, stored.drawn), position, split, where, allow_changes)
-    config = dataclasses.replace(registry.found_at(config, data), image_size=stored.image_size or config.image_size)
+    config = dataclasses.replace(config, image_size=stored.image_size or config.image_size)
     try:
         dataset = load_data(config, name, stored.drawn)
     except ConfigError:
@@ -241,12 +245,6 @@ def _other_data(dataset: Dataset, position: Position, split: str, where: str, al
 
 def _names(classes: Sequence[str]) -> str:
     return (", ".join(map(repr, classes[:5])) + f" and {len(classes) - 5} more" * (len(classes) > 5)) or "none"
-
-
-def _best_by(workdir: Path, newest: Path) -> str:
-    """`checkpoint.best` of the run's last start; of its newest checkpoint, where the directory holds nothing else."""
-    stored = Workdir(workdir).read_config() or read_manifest(newest).position["config"]
-    return flatten(stored).get("checkpoint.best", Config().checkpoint.best)
 
 
 def _same_data(dataset: Dataset, position: Position, split: str, where: str, allow_changes: bool) -> Dataset:

@@ -10,7 +10,7 @@ from typing import Literal
 
 from jaxtrain.checkpoint.manifest import manifested_steps, read_manifest
 from jaxtrain.checkpoint.resume_point import CheckpointStep, Position, ResumePoint
-from jaxtrain.config import Config
+from jaxtrain.config import Config, from_dict, to_dict
 from jaxtrain.errors import NumericError
 from jaxtrain.observability.anomaly import Anomaly
 
@@ -51,10 +51,11 @@ def rollback_point(checkpoints: Path, anomaly: Anomaly, examples: int, config: C
     """
     older = [step for step in manifested_steps(checkpoints) if step < anomaly.first]
     start = CheckpointStep(checkpoints, older[-1]) if older else None
-    stored = Position.from_json(read_manifest(checkpoints / str(older[-1])).position) if older else Position()
+    values = read_manifest(checkpoints / str(older[-1])).position if older else Position().to_json(to_dict(config))
+    stored = Position.from_json(values)
     text = "rolled back to step %d; the %d examples since are passed over"
     log.warning(text, stored.step, examples - stored.examples)
-    return ResumePoint(start, dataclasses.replace(stored, examples=examples), config)
+    return ResumePoint(start, dataclasses.replace(stored, examples=examples), from_dict(values["config"]))
 
 
 def refused_update(step: int, metrics: Mapping[str, float]) -> Anomaly:

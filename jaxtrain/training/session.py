@@ -95,6 +95,8 @@ def train(
         resolve = functools.partial(resolve_for_machine, devices=devices)
         resume, config = resume_lib.where_to_start(directory, config, resolve)
         require_hardware(config.train.precision, devices)
+        if first and (text := resume_lib.other_products(resume, config, devices[0].platform)):
+            log.warning("%s", text)
         stack.enter_context(settings(config))
         watchdog.feed("prepare the data", resume.position.step)
         with clock.charge("input"), progress.activity(f"reading the data set {config.data.name}"):
@@ -108,7 +110,7 @@ def train(
             try:
                 return _train_from(resume, config, dataset, devices, host, rollbacks_left)
             except RollBack as asked:
-                dataset, resume = resume_lib.go_on_with(dataset, asked.resume, config.model.num_classes)
+                dataset, resume = resume_lib.go_on_with(dataset, asked.resume, config)
     raise AssertionError("the last start rolls nothing back")
 
 

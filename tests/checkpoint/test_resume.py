@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import importlib
@@ -19,7 +20,15 @@ import runs
 from runs import EXACT, SMALL, here
 
 from jaxtrain import evaluate
+from jaxtrain.checkpoint.manifest import annotate, delete_old, read_manifest
+from jaxtrain.checkpoint.resume import go_on_with
+from jaxtrain.checkpoint.resume_point import CheckpointStep, find_checkpoint, find_resume_point
+from jaxtrain.config import from_dict
+from jaxtrain.data import registry
 from jaxtrain.errors import CheckpointError, ConfigError, NumericError, WorkdirError
+from jaxtrain.observability.anomaly import Anomaly
+from jaxtrain.training.recovery import rollback_point
+from jaxtrain.workdir import Workdir
 
 LAST = 12  # the last step of `SMALL` and `EXACT`
 
@@ -310,6 +319,11 @@ def test_the_best_may_be_that_of_the_lowest_loss(tmp_path):
         "step": lowest, "weights": "ema", "by": "val_loss"
     }  # fmt: skip
     assert evaluate(tmp_path, "val", trust=True).step == lowest
+    path = str(tmp_path / "checkpoints/best")  # what is best there is for that run to say
+    assert evaluate(tmp_path, "val", checkpoint=path, trust=True).step == lowest
+    assert find_checkpoint(tmp_path / "new/checkpoints", path, "val_accuracy") == CheckpointStep(
+        tmp_path / "checkpoints", lowest
+    )
     said = (tmp_path / "logs/process_0.log").read_text()
     assert f"best, step {lowest}, by the validation loss of the EMA weights" in said
     assert "checkpoint.best was" not in said
@@ -320,6 +334,33 @@ def test_the_best_may_be_that_of_the_lowest_loss(tmp_path):
     later = [LAST + 1, LAST + 2, LAST + 3]
     assert result["best"]["step"] == max([lowest, *milestones, *later], key=lambda step: figures[step])
     assert evaluate(tmp_path, "val", trust=True).step == result["best"]["step"]
+    assert read_manifest(tmp_path / "checkpoints/15").position["best"] == figures[result["best"]["step"]]
+
+
+@pytest.mark.parametrize(("part", "is_the_same"), [(0, True), (40, True), (5000, True), (39, False)])
+def test_the_best_so_far_is_kept_where_it_is_on_the_validation_examples_of_now(copy, part, is_the_same):
+    """Where a run goes on, and where it goes back: its older checkpoint may be of another part."""
+    config = from_dict(read_manifest(copy / "checkpoints/8").position["config"])
+    now = dataclasses.replace(config, train=dataclasses.replace(config.train, eval_examples=part))
+    dataset = registry.load(config.data)
+    back = rollback_point(copy / "checkpoints", Anomaly("a spike", "stop", 9), 8 * 32, now)
+    on = find_resume_point(Workdir(copy), now)
+    for point in (back, on):
+        _, found = go_on_with(dataset, point, now)
+        assert found.position.best == (point.position.best if is_the_same else None)
+
+
+def test_the_best_by_accuracy_stays_until_one_has_another_figure(copy):
+    directory = copy / "checkpoints"
+    for step in runs.checkpoints(copy):
+        annotate(directory / str(step), val_loss=None, val_accuracy=0.9 if step == 4 else 0.5)  # of an older version
+    delete_old(directory, 1, "val_loss")
+    assert runs.checkpoints(copy) == [4, LAST]
+    with pytest.raises(CheckpointError, match="none has a val_loss: they were validated by an older version"):
+        find_checkpoint(directory, "best", "val_loss")
+    annotate(directory / str(LAST), val_loss=2.0)
+    delete_old(directory, 1, "val_loss")
+    assert runs.checkpoints(copy) == [LAST]
 
 
 # --------------------------------------------------------------------------------------------------- another layout

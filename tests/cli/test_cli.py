@@ -756,8 +756,11 @@ def test_code_that_a_run_directory_names_is_not_run_unless_it_is_trusted(
     position["config"][section][key] = "stranger:thing"
     manifest.annotate(folder, position=position)
     words = ["evaluate", str(copy), "--checkpoint", "30"]
-    text = sentence(capsys, words)
-    assert all(part in text for part in (f"config.{field}='stranger:thing'", str(folder), "--trust", "trust=True"))
+    (tmp_path / "data/a/1.0.0").mkdir(parents=True)  # where TFDS has prepared data: the run still says which
+    (tmp_path / "data/a/1.0.0/features.json").write_text("{}")
+    for more in ([], ["--data", str(tmp_path / "data")]):
+        text = sentence(capsys, [*words, *more])
+        assert all(part in text for part in (f"config.{field}='stranger:thing'", str(folder), "--trust", "trust=True"))
     assert "the code was run" in sentence(capsys, [*words, "--trust"])
 
 

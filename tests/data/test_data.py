@@ -760,6 +760,8 @@ def test_bad_images_are_left_out_by_name(folder, spoilt, tmp_path, monkeypatch):
         images, "read_file", lambda path, *rest, before=images.read_file: read.append(path) or before(path, *rest)
     )
     dataset = registry.load(config, image_size=14)
+    assert read == []  # what process 0 has found holds for all, whatever another could read
+    registry.prepare(config)
     assert {str(path.relative_to(folder)) for path in read} == set(spoilt) - {"dog/gone.png", "dog/pipe.png"}
     assert [sentence.split()[0] for sentence in dataset.skipped] == [str(folder / name) for name in spoilt]
     assert any("6 of 35 images cannot be read and are left out" in note for note in dataset.notes)

@@ -96,6 +96,9 @@ def test_list_and_verify(copy, capsys):
     rows = json.loads(capsys.readouterr().out)
     assert [row["step"] for row in rows] == [2, 4, 6]
     assert all(row["bytes"] > 1000 for row in rows)
+    accuracies = {row["step"]: row["val_accuracy"] for row in rows if row["val_accuracy"] is not None}
+    assert all(row["val_top5"] >= row["val_accuracy"] for row in rows if row["step"] in accuracies)
+    assert [row["step"] for row in rows if row["best"]] == [max(accuracies, key=lambda step: accuracies[step])]
     assert runs.command_line(["checkpoint", "verify", str(copy)]) == 0
     flip(copy / "checkpoints" / "2" / "state" / "_METADATA", 5)
     capsys.readouterr()
@@ -138,7 +141,8 @@ def test_the_best_is_that_on_the_present_validation(copy, judged, best):
     manifests = []
     for step, (where, accuracy) in enumerate(judged, 1):
         dataset = {"fingerprint": "whole", "splits": {"validation": {"examples": 9, "fingerprint": where}}}
-        position = {**stored.position, "dataset": dataset if where else {}}
+        part = {"train": {"eval_examples": 5000 * (step % 2)}}  # all of them, by either name
+        position = {**stored.position, "dataset": dataset if where else {}, "config": part}
         loss = None if accuracy is None else 1 - accuracy  # the lowest is that of the highest accuracy
         figures = {"val_accuracy": accuracy, "val_loss": loss}
         manifests.append(dataclasses.replace(stored, step=step, position=position, **figures))

@@ -400,6 +400,8 @@ def test_balanced_weights_need_labels_that_are_known(tmp_path, user_code):
         ConfigError, match=r"class_weights='balanced': the labels of digits are only known once .*'1,2\.5,0\.5'"
     ):
         fit(tmp_path / "run", data={"name": "opaque:data"}, optim=balanced)
+    fit(tmp_path / "digits", data={"name": "digits"}, optim=balanced)
+    assert evaluate(tmp_path / "digits", "train", data="opaque:data").result.examples > 0  # which weighs no class
     for name in ("cifar10", "synthetic"):
         assert describe_layout(config(data={"name": name}, optim=balanced), 1)["warnings"] == []
 

@@ -20,7 +20,7 @@ from jaxtrain.config import CheckpointConfig, Config, DataConfig, LayoutConfig, 
 from jaxtrain.data import registry
 from jaxtrain.data.augment import eval_inputs
 from jaxtrain.data.order import eval_subset
-from jaxtrain.errors import ConfigError, DataError
+from jaxtrain.errors import ConfigError, DataError, WorkdirError
 from jaxtrain.models.layers import Context
 from jaxtrain.recipes import change
 from jaxtrain.step.eval_step import add_to_sums, summarize, zero_sums_of
@@ -259,6 +259,16 @@ def test_a_folder_may_move(trained, monkeypatch):
         fit(trained / "run", "moved", steps=50)
     with pytest.raises(DataError, match=r"is not the one of step .* or evaluate what is there with --allow-changes"):
         evaluate(trained / "run", "train", data="moved", num_devices=1)
+
+
+def test_a_path_is_compared_where_nothing_else_tells_what_the_folder_holds(trained):
+    """The run has no checkpoint yet, or an older version has stored none of its data set."""
+    shutil.rmtree(trained / "run/checkpoints")
+    shutil.copytree(trained / "data", trained / "other")
+    with pytest.raises(
+        WorkdirError, match=r"another config \(config.data.name: 'folder:.*/data' -> 'folder:.*/other'\)"
+    ):
+        fit(trained / "run", trained / "other")
 
 
 def test_other_data_is_evaluated_by_the_names_of_its_classes(trained, tmp_path, caplog):
