@@ -107,13 +107,14 @@ def _print_verdict(console: Any, report: Mapping[str, Any]) -> None:
     console.print("audit: passed" if audit["passed"] else f"audit: {audit['error']}")
     for note in audit["notes"]:
         console.print(f"  {note}")
-    peak, reserve, memory = (report[f"{name}_bytes"] for name in ("peak", "reserve", "memory"))
-    need = f"{_size(peak)} at least, and {_size(reserve)} are reserved for CUDA, NCCL and cuDNN"
+    peak, reserve, usable, memory = (report[f"{name}_bytes"] for name in ("peak", "reserve", "usable", "memory"))
+    need = f"{_size(peak)} at least, and {_size(reserve)} are reserved for cuDNN"
+    there = f"the {_size(usable)} that JAX takes of the GPU's {_size(memory)}"
     if report["fits"]:
-        console.print(f"memory: fits the GPU's {_size(memory)}: {need}")
+        console.print(f"memory: fits {there}, as far as the programs show: {need}")
         return
     text = (
-        f"does not fit the GPU's {_size(memory)}: {need}. In this order: raise config.layout.microbatches, use "
+        f"does not fit {there}: {need}. In this order: raise config.layout.microbatches, use "
         "config.train.remat=dots or full, raise config.layout.zero."
     )
     console.print(f"memory: {printable(text)}")

@@ -239,11 +239,10 @@ def _chunks(stream: Iterable[Any], sizes: Iterable[int], number: int) -> Iterato
 def make_input_pipeline(dataset: Dataset, layout: Layout, residency: str, workers: int) -> InputPipeline:
     """Decides where the data set lives, and puts it on the devices if it is there."""
     splits: dict[str, Source] = {name: getattr(dataset, name) for name in ("train", "validation", "test")}
-    size = sum(nbytes(source) for source in splits.values())
     sharing = on_this_host()
     typical = next((source for source in splits.values() if len(source)), dataset.train)
     threads = default_threads(local_processes=sharing) if decodes_images(typical) else 1
-    if residency == "stream" or (residency == "auto" and size > _resident_limit(layout)):
+    if not is_resident(dataset, residency, _resident_limit(layout)):
         if workers < 0:
             workers = default_workers(cheap=is_cheap(typical), local_processes=sharing)
         return InputPipeline(dataset, layout, Resident(), {}, workers, threads)
@@ -255,6 +254,18 @@ def make_input_pipeline(dataset: Dataset, layout: Layout, residency: str, worker
     offsets = np.cumsum([0, *(len(source) for source in splits.values())])
     resident = Resident(place(np.concatenate(images), 0), place(np.concatenate(labels)))
     return InputPipeline(dataset, layout, resident, dict(zip(splits, offsets.tolist(), strict=False)), workers)
+
+
+def is_resident(dataset: Dataset, residency: str, limit: float) -> bool:
+    """Whether a data set lives on the devices.
+
+    Args:
+      dataset: all its splits.
+      residency: `data.residency`.
+      limit: bytes that it may take where that is `auto`.
+    """
+    size = sum(nbytes(source) for source in (dataset.train, dataset.validation, dataset.test))
+    return residency == "device" or (residency == "auto" and size <= limit)
 
 
 def _resident_limit(layout: Layout) -> float:

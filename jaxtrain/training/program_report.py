@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,6 @@ import numpy as np
 
 from jaxtrain.config import Config
 from jaxtrain.data import registry
-from jaxtrain.data.base import nbytes
 from jaxtrain.errors import JaxtrainError
 from jaxtrain.host.targets import Target
 from jaxtrain.parallel.audit import AuditError, audit_programs
@@ -24,13 +24,13 @@ from jaxtrain.step.eval_step import make_eval_step
 from jaxtrain.step.pipeline.eval_step import make_pipeline_eval_step
 from jaxtrain.step.train_state import state_shapes
 from jaxtrain.training.compiled import compile_train_step
-from jaxtrain.training.input_pipeline import RESIDENT_SHARE, InputPipeline
+from jaxtrain.training.input_pipeline import RESIDENT_SHARE, InputPipeline, is_resident
 from jaxtrain.training.jax_settings import no_compile_cache, settings
 from jaxtrain.training.setup import RunSpec, make_run_spec, resolve_for_machine
 from jaxtrain.training.startup_report import layout_table
 
-RESERVE = 2 << 30
-"""Bytes of a GPU that a program's memory does not count: CUDA's context, NCCL's buffers, cuDNN's workspaces. An estimate."""
+RESERVE = 1 << 30
+"""Bytes for what a program's memory does not count: cuDNN's workspaces, and what is split into pieces. An estimate."""
 
 
 def compile_report(config: Config, target: Target, *, hlo: Path | None = None) -> dict[str, Any]:
@@ -45,8 +45,8 @@ def compile_report(config: Config, target: Target, *, hlo: Path | None = None) -
       Plain values: `target`, `devices`, `mesh`, `precision`, `data`, `parameters`, `state_bytes` (per device, at rest),
       `programs` (by name: `kernels`, `small_kernels`, `gigabytes`, `argument_bytes`, `output_bytes`, `donated_bytes`,
       `temporary_bytes`, `peak_bytes`, `kinds`, `dearest`, `collectives`, `f32_products`, `host_callbacks`), `peak_bytes` (the
-      largest program's, a lower bound), `reserve_bytes`, `memory_bytes` (a GPU's), `fits`, `audit` (`passed`, `error`,
-      `notes`).
+      largest program's, a lower bound), `reserve_bytes`, `memory_bytes` (a GPU's), `usable_bytes` (what JAX takes of them),
+      `fits` (as far as the programs show), `audit` (`passed`, `error`, `notes`).
 
     Raises:
       ConfigError: the target is unknown, or the layout does not fit its devices.
@@ -78,19 +78,23 @@ def compile_report(config: Config, target: Target, *, hlo: Path | None = None) -
         "peak_bytes": peak,
         "reserve_bytes": RESERVE,
         "memory_bytes": target.memory,
+        "usable_bytes": usable_memory(target.memory),
         "bandwidth": target.bandwidth,
-        "fits": peak + RESERVE <= target.memory,
+        "fits": peak + RESERVE <= usable_memory(target.memory),
         "audit": verdict,
     }
 
 
+def usable_memory(total: int) -> int:
+    """What JAX takes of a GPU's `total` bytes: 75 %, or $XLA_PYTHON_CLIENT_MEM_FRACTION of it."""
+    return int(total * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")))
+
+
 def _input_shapes(run: RunSpec, target: Target) -> InputPipeline:
     """The run's batches as shapes: on the devices or streamed, as the run would decide with the target's memory."""
-    splits = {name: getattr(run.dataset, name) for name in ("train", "validation", "test")}
-    size = sum(nbytes(source) for source in splits.values())
-    residency = run.config.data.residency
-    if residency == "stream" or (residency == "auto" and size > target.memory * RESIDENT_SHARE):
+    if not is_resident(run.dataset, run.config.data.residency, usable_memory(target.memory) * RESIDENT_SHARE):
         return InputPipeline(run.dataset, run.layout, Resident(), {}, 0)
+    splits = {name: getattr(run.dataset, name) for name in ("train", "validation", "test")}
     count = sum(len(source) for source in splits.values())
     images = jax.ShapeDtypeStruct((count, *run.dataset.train.shape), np.uint8, sharding=run.layout.sharding(stage=0))
     resident = Resident(images, jax.ShapeDtypeStruct((count,), np.int32, sharding=run.layout.sharding()))

@@ -23,7 +23,7 @@ def layout_table(layout: Layout, state: TrainState) -> dict[str, list[Placement]
 
 
 def summary(run: RunSpec, table: dict[str, list[Placement]]) -> list[str]:
-    """The layout and the batch, in the few lines that are printed at start."""
+    """The layout and the batch, in the lines that the log has at the start."""
     mesh, config, optim = run.layout.mesh, run.config, run.config.optim
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
     held = ", ".join(
