@@ -72,7 +72,7 @@ class Reporter:
             epochs_done = rounded(Fraction(position.examples, timetable.train_examples))
             self._writer = MetricsWriter(directory, position.step, epochs_done, since=position.data_since)
         ema, counts = run.config.optim.ema > 0, {split: batches(split) for split in ("validation", "test")}
-        self.view = RunView(timetable, clock, progress, self._batch, batches=counts, ema=ema)
+        self.view = RunView(timetable, clock, progress, self._batch, num_batches=counts, ema=ema)
         self._marks: dict[str, Span] = dict.fromkeys(("log", "epoch", "process"), clock.now())
         self._process_times, self._spread = straggler.ProcessTimes(), 1.0
         self._data_wait = 0.0  # of the last logged row, seconds
