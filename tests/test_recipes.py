@@ -1,5 +1,6 @@
 """The recipes' numbers, their arguments, and where each value of a config came from."""
 
+import importlib.util
 import itertools
 import json
 import re
@@ -265,6 +266,30 @@ def test_a_recipe_may_import_what_lies_beside_it(tmp_path, monkeypatch):
         assert load_config(path).seed == seed
         assert sys.path == before
         assert not [name for name in sys.modules if name.startswith("my_")]
+
+
+def test_what_is_installed_below_a_recipe_stays_imported(tmp_path, monkeypatch):
+    """An environment in the recipe's folder, and the folder's own package that an editable install makes importable."""
+    installed = tmp_path / ".venv" / "site-packages"
+    installed.mkdir(parents=True)
+    (installed / "my_library.py").write_text("")
+    (tmp_path / "my_package.py").write_text("")
+    (tmp_path / "my_common.py").write_text("")
+
+    class Editable:
+        @staticmethod
+        def find_spec(name, path=None, target=None):
+            file = tmp_path / "my_package.py"
+            return importlib.util.spec_from_file_location(name, file) if name == "my_package" else None
+
+    monkeypatch.syspath_prepend(installed)
+    monkeypatch.setattr(sys, "meta_path", [*sys.meta_path, Editable])
+    path = write_recipe(tmp_path, "import my_common, my_library, my_package")
+    load_config(path)
+    left = {name for name in sys.modules if name.startswith("my_")}
+    for name in left:
+        monkeypatch.delitem(sys.modules, name)
+    assert left == {"my_library", "my_package"}
 
 
 def test_a_recipe_that_takes_no_argument(tmp_path):

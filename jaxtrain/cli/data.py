@@ -2,7 +2,6 @@
 
 import argparse
 import dataclasses
-import sys
 from collections.abc import Iterable
 
 from rich.console import Console
@@ -13,6 +12,7 @@ from jaxtrain.config import DataConfig
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.paths import require_local
 from jaxtrain.host.text import printable
+from jaxtrain.observability.text_log import can_redraw
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,4 +59,4 @@ def run(arguments: argparse.Namespace) -> None:
 
 def _progress(files: Iterable[str]) -> Iterable[str]:
     console = Console(stderr=True)
-    return track(list(files), "reading", console=console, transient=True, disable=not sys.stderr.isatty())
+    return track(list(files), "reading", console=console, transient=True, disable=not can_redraw(console))

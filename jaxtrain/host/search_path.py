@@ -18,7 +18,7 @@ def leave_out_the_current_directory() -> None:
     if sys.flags.safe_path or not sys.path or sys.path[0] not in ("", _here()):
         return
     del sys.path[0]
-    if all(_find(finder) is None for finder in sys.meta_path):
+    if all(_find(finder, "jaxtrain") is None for finder in sys.meta_path):
         host = os.path.dirname(os.path.abspath(__file__))
         sys.path.append(os.path.dirname(os.path.dirname(host)))
 
@@ -41,7 +41,7 @@ class Importable:
 
     That is a recipe, and `folder` is where it lies. Installed modules come first, then those of the folder. A module that is
     imported later and is not installed must not be taken from there. Nor must the next recipe, in another folder, get
-    this one's modules: they are forgotten afterwards.
+    this one's modules: they are forgotten afterwards. What is found without the folder is installed, and stays.
     """
 
     def __init__(self, folder: str) -> None:
@@ -58,11 +58,16 @@ class Importable:
             if folder in sys.path:
                 sys.path.remove(folder)
         if self._own and self._folder != _here():
-            for name in set(sys.modules) - self._before:
-                module = sys.modules[name]
-                places = [getattr(module, "__file__", None), *getattr(module, "__path__", [])]  # of a folder, the path
-                if any(str(place).startswith(self._folder + os.sep) for place in places):
-                    del sys.modules[name]
+            for top in {name.partition(".")[0] for name in sys.modules} - self._before:
+                if self._lies_here(top) and all(_find(finder, top) is None for finder in sys.meta_path):
+                    for name in [name for name in sys.modules if name.partition(".")[0] == top]:
+                        del sys.modules[name]
+
+    def _lies_here(self, top: str) -> bool:
+        """Whether a module or package is one of the folder itself, not of an environment somewhere below it."""
+        module, place = sys.modules.get(top), os.path.join(self._folder, top)
+        files = [getattr(module, "__file__", None), *getattr(module, "__path__", [])]  # of a folder, the path
+        return any(str(file).startswith((place + ".", place + os.sep)) or file == place for file in files)
 
 
 def _here() -> str:
@@ -72,7 +77,7 @@ def _here() -> str:
         return ""
 
 
-def _find(finder: object) -> object:
-    """The spec of jaxtrain by this finder, as if the package were not loaded yet; None if it does not find it."""
+def _find(finder: object, name: str) -> object:
+    """The spec of a module by this finder, as if it were not loaded yet; None if it does not find it."""
     find_spec = getattr(finder, "find_spec", None)
-    return find_spec("jaxtrain", None, None) if find_spec else None
+    return find_spec(name, None, None) if find_spec else None

@@ -19,7 +19,7 @@ from rich.segment import ControlType
 from rich.text import Text
 
 from jaxtrain.observability.rendering import Activity, live_line, short_duration
-from jaxtrain.observability.text_log import in_notebook, is_live
+from jaxtrain.observability.text_log import can_redraw, in_notebook
 
 _TERMINAL_RATE = 8  # redraws a second
 _NOTEBOOK_SECONDS, _NOTEBOOK_WIDTH = 0.5, 100  # between redraws; columns
@@ -27,13 +27,14 @@ _SPOKEN_SECONDS = 8.0
 _ECHO = 2  # columns that are left for the terminal's ^C, which would wrap the line
 
 _erased = threading.Event()
+_on_screen: list[_TerminalLine] = []
 
 
 def erase_line() -> None:
-    """Takes the line off a terminal for good, from any thread and without a lock, since the process ends at once."""
+    """Takes the line off its terminal for good, from any thread and without a lock, since the process ends at once."""
     _erased.set()
-    if sys.stderr.isatty():
-        os.write(sys.stderr.fileno(), b"\r\x1b[2K")
+    for line in _on_screen:
+        os.write(line.console.file.fileno(), b"\r\x1b[2K")
 
 
 _NO_SCREEN = 120  # columns of a line that goes to a file
@@ -75,8 +76,7 @@ class Progress:
     @property
     def width(self) -> int:
         """Columns of the screen now; what is no screen has many."""
-        live = self._console is not None and self._console.is_terminal
-        return self._console.width if self._console is not None and live else _NO_SCREEN
+        return self._console.width if self._console is not None and can_redraw(self._console) else _NO_SCREEN
 
     def close(self) -> None:
         """Takes the line off the screen; may be called twice."""
@@ -91,7 +91,7 @@ class Progress:
             return
         if in_notebook():
             self._display = _NotebookLine(self)
-        elif is_live(self._console):
+        elif can_redraw(self._console):
             self._display = _TerminalLine(self, self._console)
             self._display.start(refresh=True)
             self._console.show_cursor(True)  # a process that is killed could not give it back
@@ -125,6 +125,14 @@ class _TerminalLine(Live):
             redirect_stdout=redirect,
             get_renderable=self._line,
         )
+
+    def start(self, refresh: bool = False) -> None:
+        super().start(refresh)
+        _on_screen.append(self)
+
+    def stop(self) -> None:
+        super().stop()
+        _on_screen.remove(self)
 
     def _line(self) -> Text:
         width = self.console.width - _ECHO

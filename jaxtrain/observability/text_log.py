@@ -37,9 +37,12 @@ def in_notebook() -> bool:
     return Console().is_jupyter
 
 
-def is_live(console: Console) -> bool:
-    """Whether a line can be drawn again and again: on a terminal that can move its cursor, and in a notebook."""
-    return in_notebook() or (console.is_terminal and not console.is_dumb_terminal)
+def can_redraw(console: Console) -> bool:
+    """Whether a line can be drawn again and again there: on a terminal that can move its cursor.
+
+    rich also takes a file for a terminal where FORCE_COLOR is set.
+    """
+    return console.is_terminal and console.file.isatty() and not console.is_dumb_terminal
 
 
 def make_console(*, quiet: bool = False) -> Console:
@@ -113,7 +116,7 @@ class _ConsoleHandler(logging.Handler):
 
     def __init__(self, console: Console):
         super().__init__()
-        self._console, self._live = console, is_live(console)
+        self._console, self._live = console, in_notebook() or can_redraw(console)
         hidden = {"file", "not live"} if self._live else {"file"}
         self.addFilter(lambda record: getattr(record, "only", "") not in hidden)
         time_ = "" if self._live else "%(asctime)s "

@@ -147,16 +147,6 @@ class Timetable:
         examples = self.examples_at(step)
         return cadence.count(step, examples) > cadence.count(step - 1, examples - self._batch)
 
-    def totals(self) -> tuple[int, int]:
-        """How many validations and how many saves are due from the first step to the last; without saves by the clock."""
-        step, examples = self.steps, self.examples_at(self.steps)
-
-        def total(cadence: Cadence) -> int:
-            before = cadence.count(self.first_step, self._first_example)
-            return cadence.count(step, examples) - before + (not self._is_due(cadence, step))
-
-        return total(self._evaluations) * self._validates, total(self._saves)
-
     def next_pause(self, step: int) -> float:
         """The first step after `step` after which something is due that needs its metrics."""
         cadences, every = (self._epoch_ends, self._evaluations, self._saves, self._milestones), self._replicas_every

@@ -6,7 +6,6 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging
-import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from pathlib import Path
@@ -127,8 +126,6 @@ class Evaluator:
 
     def __init__(self, run: RunSpec, inputs: InputPipeline, compiler: concurrent.futures.Executor | None = None):
         self._run, self._inputs = run, inputs
-        self._batch = run.config.data.global_batch // run.layout.config.microbatches
-        self._examples = run.config.train.eval_examples
         self._compiler = compiler or concurrent.futures.ThreadPoolExecutor(1, "compile")
         self._compiled: dict[Any, concurrent.futures.Future[EvalStep | PipelineEvalStep]] = {}
 
@@ -160,7 +157,8 @@ class Evaluator:
                 yield batch
 
         program = self._program(params, batch_stats).result()
-        with contextlib.closing(self._inputs.evaluation(split, self._batch, self._examples)) as batches:
+        size, examples = self._run.evaluation_batch, self._run.config.train.eval_examples
+        with contextlib.closing(self._inputs.evaluation(split, size, examples)) as batches:
             return program(params, batch_stats, watched(batches), self._inputs.resident)
 
     def of_state(
@@ -178,10 +176,6 @@ class Evaluator:
         """
         return {name: self(split, *trees, before_batch) for name, trees in _weights(state).items()}
 
-    def batches(self, split: str) -> int:
-        """How many batches an evaluation of `split` has."""
-        return math.ceil(min(len(getattr(self._run.dataset, split)), self._examples or math.inf) / self._batch)
-
     def _program(self, *weights: PyTree) -> concurrent.futures.Future[EvalStep | PipelineEvalStep]:
         leaves, structure = jax.tree.flatten(weights)
         # Under ZeRO-1 and 2 the average is sharded and the weights are not: two programs.
@@ -190,7 +184,7 @@ class Evaluator:
             # Shapes: a step may donate and delete the arrays meanwhile.
             shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for leaf in leaves]
             params, batch_stats = structure.unflatten(shapes)
-            batch, resident = self._inputs.evaluation_shapes(self._batch), self._inputs.resident
+            batch, resident = self._inputs.evaluation_shapes(self._run.evaluation_batch), self._inputs.resident
             make = make_pipeline_eval_step if self._run.layout.stages > 1 else make_eval_step
             task, layout = self._run.task, self._run.layout
             self._compiled[where] = self._compiler.submit(make, task, layout, params, batch_stats, batch, resident)

@@ -25,9 +25,9 @@ from jaxtrain.plugins import refuse_code
 from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.step.train_state import state_shapes
 from jaxtrain.training.compiled import Evaluator
-from jaxtrain.training.input_pipeline import make_input_pipeline
+from jaxtrain.training.input_pipeline import InputPipeline, make_input_pipeline
 from jaxtrain.training.jax_settings import compile_cache_note, settings
-from jaxtrain.training.setup import load_data, make_run_spec, select_devices
+from jaxtrain.training.setup import RunSpec, load_data, make_run_spec, select_devices
 from jaxtrain.trees import PyTree
 from jaxtrain.workdir import Workdir, named
 
@@ -113,7 +113,7 @@ def evaluate(
             state = checkpoints.restore_weights(start.step, state_shapes(run.init, run.layout))
             feed = make_input_pipeline(dataset, run.layout, config.data.residency, config.data.workers)
             weights = state.ema if ema else {"params": state.params, "batch_stats": state.batch_stats}
-            result = _shown(Evaluator(run, feed), SPLITS[split], weights["params"], weights["batch_stats"], progress)
+            result = _shown(run, feed, SPLITS[split], weights["params"], weights["batch_stats"], progress)
     return Evaluated(result, start.step, SPLITS[split], "ema" if ema else "raw", dataset.class_names)
 
 
@@ -134,16 +134,19 @@ def _on_these(devices: Sequence[Device], config: Config) -> Config:
     )
 
 
-def _shown(evaluator: Evaluator, split: str, params: PyTree, batch_stats: PyTree, progress: Progress) -> EvalResult:
+def _shown(
+    run: RunSpec, feed: InputPipeline, split: str, params: PyTree, batch_stats: PyTree, progress: Progress
+) -> EvalResult:
     """Evaluates weights on a split, with a bar over its batches; until the first one comes, the program is compiled."""
     with progress.activity("compiling the evaluation", note=compile_cache_note()) as activity:
 
         def before_batch() -> None:
             if not activity.total:
-                activity.what, activity.total, activity.began = split, evaluator.batches(split), time.monotonic()
+                activity.what, activity.total = split, run.num_evaluation_batches(split)
+                activity.began = time.monotonic()
             activity.done += 1
 
-        return evaluator(split, params, batch_stats, before_batch)
+        return Evaluator(run, feed)(split, params, batch_stats, before_batch)
 
 
 def _find(workdir: Path, checkpoint: str) -> tuple[CheckpointStep, Position, Config]:

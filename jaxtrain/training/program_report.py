@@ -113,7 +113,7 @@ def _compile(run: RunSpec, inputs: InputPipeline, table: Mapping[str, Any]) -> t
 
 
 def _compile_evaluation(run: RunSpec, inputs: InputPipeline, state: Any) -> Mapping[str, Any]:
-    batch = inputs.evaluation_shapes(run.config.data.global_batch // run.layout.config.microbatches)
+    batch = inputs.evaluation_shapes(run.evaluation_batch)
     arguments = (run.task, run.layout, state.params, state.batch_stats, batch, inputs.resident)
     if run.layout.stages == 1:
         return {"evaluation": make_eval_step(*arguments).add}

@@ -6,7 +6,7 @@ import logging
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from fractions import Fraction
 from typing import Any
 
@@ -48,7 +48,6 @@ class Reporter:
         directory: Workdir,
         clock: StepClock,
         progress: Progress,
-        batches: Callable[[str], int],
     ):
         """Opens the files of metrics.
 
@@ -59,7 +58,6 @@ class Reporter:
           directory: of the run.
           clock: of the run.
           progress: the line of what is done now.
-          batches: how many an evaluation of a split has.
         """
         self._config, self._timetable, self._clock, self._directory = run.config, timetable, clock, directory
         self._devices, self._batch = run.layout.mesh.size, run.config.data.global_batch
@@ -71,8 +69,9 @@ class Reporter:
             rounded = math.floor if position.step < run.steps else math.ceil
             epochs_done = rounded(Fraction(position.examples, timetable.train_examples))
             self._writer = MetricsWriter(directory, position.step, epochs_done, since=position.data_since)
-        ema, counts = run.config.optim.ema > 0, {split: batches(split) for split in ("validation", "test")}
-        self.view = RunView(timetable, clock, progress, self._batch, batches=counts, ema=ema)
+        num_batches = {split: run.num_evaluation_batches(split) for split in ("validation", "test")}
+        ema = run.config.optim.ema > 0
+        self.view = RunView(timetable, clock, progress, self._batch, num_batches=num_batches, ema=ema)
         self._marks: dict[str, Span] = dict.fromkeys(("log", "epoch", "process"), clock.now())
         self._process_times, self._spread = straggler.ProcessTimes(), 1.0
         self._data_wait = 0.0  # of the last logged row, seconds

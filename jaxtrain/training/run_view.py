@@ -48,6 +48,24 @@ def seconds_left(pace: Pace, steps: int, batches: int, saves: int) -> tuple[floa
     return steps * pace.step + batches * (pace.batch or 0.0) + saves * (pace.save or 0.0), " and ".join(missing)
 
 
+def evaluation_left(
+    num_batches: Mapping[str, int], weights: int, validations: int, *, tested: int = 0, running: int = 0
+) -> int:
+    """How many batches of evaluations are left of a run.
+
+    At its end the last weights are tested, and the best on both splits, where those are others.
+
+    Args:
+      num_batches: of an evaluation of each split.
+      weights: how many each evaluates: the average too, where the run keeps one.
+      validations: that are left; the one that runs now is none of them.
+      tested: batches of the evaluations at the end that have begun.
+      running: batches that are left of the evaluation that runs now.
+    """
+    at_end = num_batches["test"] + (sum(num_batches.values()) if num_batches["validation"] else 0)
+    return weights * (validations * num_batches["validation"] + at_end) - tested + running
+
+
 class RunView:
     """Process 0's view of a start. It reads no device: it is told what the loop has read."""
 
@@ -58,7 +76,7 @@ class RunView:
         progress: Progress,
         batch: int,
         *,
-        batches: Mapping[str, int],
+        num_batches: Mapping[str, int],
         ema: bool,
     ):
         """Begins to show the training.
@@ -68,20 +86,22 @@ class RunView:
           clock: of the run.
           progress: the line of what is done now.
           batch: examples a step.
-          batches: how many an evaluation of each split has.
+          num_batches: of an evaluation of each split.
           ema: whether the run keeps an average of the weights, which is evaluated too.
         """
         self._timetable, self._clock, self._progress, self._batch = timetable, clock, progress, batch
-        self._batches, self._weights = batches, 1 + ema
+        self._num_batches, self._weights = num_batches, 1 + ema
         self.epochs = timetable.epoch_shown(timetable.steps)
         self._columns = rendering.columns(
-            self.epochs, parts=timetable.pauses_within_epochs, validates=batches["validation"] > 0, ema=ema
+            self.epochs, parts=timetable.pauses_within_epochs, validates=num_batches["validation"] > 0, ema=ema
         )
         self._header, self._row_began = "", time.monotonic()
         self._row: dict[str, float] = {}
         self._evaluated = self._evaluations = self._saves = 0  # batches; how often
         self._evaluating_seconds = self._saving_seconds = 0.0
         self._step, self._next_update = timetable.first_step, 0.0
+        self._validated_to = self._saved_to = timetable.first_step  # up to that step, what was due has begun
+        self._tested = 0  # batches of the evaluations at the end that have begun
         self._evaluation, self._split = Activity("", 0.0), ""
         self._open = contextlib.ExitStack()
         self._training = self._open.enter_context(progress.activity("training"))
@@ -102,7 +122,7 @@ class RunView:
           accuracy: likewise.
           rate: the learning rate.
         """
-        self._step = step
+        self._step, self._validated_to, self._saved_to = step, step - 1, step - 1
         self._row |= {"loss": loss, "accuracy": accuracy, "learning_rate": rate}
         now = time.monotonic()
         if now < self._next_update:
@@ -126,21 +146,21 @@ class RunView:
         self._training.what = f"epoch {epoch:{len(str(self.epochs))}}/{self.epochs}"
         self._training.total, self._training.done = len(steps), max(self._step - steps.start + 1, 0)
 
-    def _tell_end(self, activity: Activity, now: float, median: float | None, evaluated: int = 0) -> None:
-        """Estimates when the run will be done. evaluated: batches of the evaluation that runs now."""
-        steps = self._timetable.steps - self._step
-        validations, saves = self._timetable.left_after(self._step)
-        # At the end the last weights are tested, and the best on both splits, where those are others.
-        at_end = self._batches["test"] + (sum(self._batches.values()) if self._batches["validation"] else 0)
-        batches = (validations * self._batches["validation"] + at_end) * self._weights
+    def _tell_end(self, activity: Activity, now: float, median: float, running: int = 0) -> None:
+        """Estimates when the run will be done. running: batches that are left of the evaluation that runs now."""
+        validations, saves = (
+            self._timetable.left_after(self._validated_to)[0],
+            self._timetable.left_after(self._saved_to)[1],
+        )
         if self._evaluations:  # some save the best weights, whenever saves are due
-            saves = max(saves, round(validations * self._saves / self._evaluations))
+            saves = max(saves, round(validations * min(self._saves / self._evaluations, 1)))
+        batches = evaluation_left(self._num_batches, self._weights, validations, tested=self._tested, running=running)
         pace = Pace(
             median,
             self._evaluating_seconds / self._evaluated if self._evaluated else None,
             self._saving_seconds / self._saves if self._saves else None,
         )
-        left, activity.ends_without = seconds_left(pace, steps, batches - evaluated, saves)
+        left, activity.ends_without = seconds_left(pace, self._timetable.steps - self._step, batches, saves)
         activity.ends = now + left
 
     # -------------------------------------------------------------------------------------------------- between steps
@@ -148,6 +168,10 @@ class RunView:
     @contextlib.contextmanager
     def evaluating(self, split: str) -> Iterator[None]:
         """Shows a bar over the batches of `split`, which moves with `next_batch`. At first, its program may be compiled."""
+        if split == "test" or self._validated_to >= self._timetable.steps:
+            self._tested += self._num_batches[split] * self._weights
+        else:
+            self._validated_to = self._step
         with self._progress.activity("compiling the evaluation") as activity:
             self._evaluation, self._split = activity, split
             yield
@@ -160,16 +184,17 @@ class RunView:
         activity, now = self._evaluation, time.monotonic()
         if not activity.total:
             activity.what = self._split.ljust(len(self._training.what))
-            activity.total, activity.began = self._batches[self._split] * self._weights, now
-        activity.done += 1
+            activity.total, activity.began = self._num_batches[self._split] * self._weights, now
+            self._next_update = 0.0
         if now >= self._next_update and self._clock.step_seconds is not None:
             self._next_update = now + _UPDATE_SECONDS
-            self._tell_end(activity, now, self._clock.step_seconds, activity.done)
+            self._tell_end(activity, now, self._clock.step_seconds, activity.total - activity.done)
+        activity.done += 1
 
     @contextlib.contextmanager
     def saving(self, step: int) -> Iterator[None]:
         """Shows that `step` is saved."""
-        began = time.monotonic()
+        began, self._saved_to = time.monotonic(), step
         with self._progress.activity(f"saving step {step}"):
             yield
         self._saves, self._saving_seconds = self._saves + 1, self._saving_seconds + time.monotonic() - began

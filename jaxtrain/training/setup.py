@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
+import math
 import socket
 from collections.abc import Callable, Sequence
 
@@ -52,6 +53,16 @@ class RunSpec:
     init: Callable[[int | jax.Array], TrainState]
     steps: int
     partition: Partition | None = None
+
+    @property
+    def evaluation_batch(self) -> int:
+        """Examples of a batch of the evaluation: as many as a microbatch has."""
+        return self.config.data.global_batch // self.layout.config.microbatches
+
+    def num_evaluation_batches(self, split: str) -> int:
+        """How many batches an evaluation of a split has."""
+        examples = min(len(getattr(self.dataset, split)), self.config.train.eval_examples or math.inf)
+        return math.ceil(examples / self.evaluation_batch)
 
     @property
     def data_record(self) -> DatasetRecord:

@@ -48,6 +48,7 @@ from jaxtrain.training.cadence import Timetable
 from jaxtrain.training.compiled import CompiledRun, compile_run, explain_out_of_memory
 from jaxtrain.training.jax_settings import compile_cache_note, no_implicit_transfers, settings
 from jaxtrain.training.recovery import not_finite
+from jaxtrain.training.run_view import evaluation_left
 from jaxtrain.training.setup import (
     RunSpec,
     check_names,
@@ -138,7 +139,7 @@ class _Trial:
         """The seconds that the whole run should take. progress: shows what is done."""
         self._watchdog.feed("compile")  # a signal meanwhile ends the process at once
         log.info("smoke: %s", expectation(self._run))
-        few = dataclasses.replace(self._run.config.train, eval_examples=CALLS * evaluation_batch(self._run))
+        few = dataclasses.replace(self._run.config.train, eval_examples=CALLS * self._run.evaluation_batch)
         run = dataclasses.replace(self._run, config=dataclasses.replace(self._run.config, train=few))
         trace = self._directory.trace(jax.process_index())
         with progress.activity("compiling the step", note=compile_cache_note()):
@@ -320,11 +321,6 @@ def measured_rate(device: Device, dtype: DTypeLike) -> float:
     return 2.0 * images.size * channels * 9 / min(seconds[1:])
 
 
-def evaluation_batch(run: RunSpec) -> int:
-    """Examples of a batch of the evaluation: as many as a microbatch has."""
-    return run.config.data.global_batch // run.layout.config.microbatches
-
-
 def whole_run(run: RunSpec, measured: Measured) -> tuple[float, str]:
     """How long the whole run should take: seconds, and a sentence that says what they are made of.
 
@@ -334,24 +330,18 @@ def whole_run(run: RunSpec, measured: Measured) -> tuple[float, str]:
     """
     config, dataset = run.config, run.dataset
     table = Timetable(config, len(dataset.train), run.steps, Position(), validates=len(dataset.validation) > 0)
-    evaluations, saves = table.totals()
-    batches = {
-        split: math.ceil(
-            min(len(getattr(dataset, split)), config.train.eval_examples or math.inf) / evaluation_batch(run)
-        )
-        for split in ("validation", "test")
-    }
-    # At the end the last weights are tested, and the best ones evaluated on both splits.
-    evaluated = evaluations * batches["validation"] + batches["validation"] + 2 * batches["test"]
+    validations, saves = table.left_after(0)
+    num_batches = {split: run.num_evaluation_batches(split) for split in ("validation", "test")}
+    evaluated = evaluation_left(num_batches, 1, validations)  # `measured` is of all weights
     steps, evaluation = run.steps * measured.step, evaluated * measured.evaluation_batch
     every = Duration.parse(config.checkpoint.every, "config.checkpoint.every", minutes=True)
     if every.unit == "minutes" and every.value:
-        saves = math.ceil((steps + evaluation) / every.seconds)
+        saves = max(saves, math.ceil((steps + evaluation) / every.seconds))
     saving = saves * measured.save
     whole = steps + evaluation + saving
     return whole, (
-        f"The whole run should take about {_rough(whole)}, compiled: {run.steps:,} steps {_rough(steps)}, {evaluations:,} "
-        f"validations and the test {_rough(evaluation)}, {saves:,} saves {_rough(saving)}."
+        f"The whole run should take about {_rough(whole)}, compiled: {run.steps:,} steps {_rough(steps)}, {validations:,} "
+        f"validations and the test {_rough(evaluation)}, {saves:,} saves {_rough(saving)}, without those of a new best."
     )
 
 

@@ -13,7 +13,7 @@ import pytest
 from rich.console import Console
 
 from jaxtrain.observability import rendering
-from jaxtrain.observability.progress import Progress
+from jaxtrain.observability.progress import Progress, erase_line
 from jaxtrain.observability.rendering import Activity, Number, duration, live_line, short_duration
 from jaxtrain.observability.text_log import FILE_ONLY, NOT_LIVE, TextLog, make_console, to_screen
 
@@ -218,6 +218,35 @@ def test_a_dumb_terminal_and_other_processes_get_no_line(monkeypatch):
         with progress.activity("training", 4):
             assert progress._display is None
     assert console.file.getvalue() == ""
+
+
+@pytest.mark.parametrize(
+    ("term", "shown", "erased"), [("xterm", True, True), ("xterm", False, False), ("dumb", True, False)]
+)
+def test_a_line_is_erased_where_one_is_shown(monkeypatch, term, shown, erased):
+    """Not below the line of another process on the same terminal, and not where nothing can be erased."""
+    monkeypatch.setattr("jaxtrain.observability.progress._erased", threading.Event())
+
+    def action(console):
+        monkeypatch.setattr(sys, "stderr", console.file)
+        with Progress(console if shown else None).activity("training", 4):
+            erase_line()
+            console.print("failed")
+        erase_line()
+
+    text = on_a_terminal(monkeypatch, action, TERM=term)
+    assert text.partition("failed")[0].endswith("\r\x1b[2K") == erased
+    assert erased or "\x1b" not in text
+
+
+def test_a_file_is_no_terminal_whatever_the_colours(monkeypatch, tmp_path):
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    with (tmp_path / "err").open("w") as file:
+        progress = Progress(console := Console(file=file))
+        with TextLog(tmp_path / "log", console=console), progress.activity("training", 4):
+            say_it_all()
+            assert progress.width == 120
+    assert not re.search(r"[\x00-\x09\x0b-\x1f\x7f]", (tmp_path / "err").read_text())
 
 
 def test_a_command_says_what_takes_long(monkeypatch):

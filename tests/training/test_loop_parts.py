@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,11 +15,12 @@ from jaxtrain.config import CheckpointConfig, Config, DataConfig, TrainConfig
 from jaxtrain.errors import NumericError
 from jaxtrain.observability.anomaly import Anomaly
 from jaxtrain.observability.clock import CATEGORIES, Span, StepClock
+from jaxtrain.observability.progress import Progress
 from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.training import recovery
 from jaxtrain.training.cadence import Due, Timetable
 from jaxtrain.training.results import closing_lines, deciding_figures, done_lines, figures
-from jaxtrain.training.run_view import Pace, seconds_left
+from jaxtrain.training.run_view import Pace, RunView, seconds_left
 
 # Epochs of 100 examples in batches of 30: they end with the steps 4, 7, 10, 14, ...
 CONFIG = Config(
@@ -51,14 +53,14 @@ def test_what_is_due_after_which_step():
 
 
 @pytest.mark.parametrize("every", ["0", "4 steps", "2 epochs", "70 examples"])
-def test_the_totals_are_those_of_counting_every_step(every):
+def test_what_is_left_is_what_counting_every_step_finds(every):
     train, checkpoint = (dataclasses.replace(CONFIG.train, eval_every=every), CheckpointConfig(every=every))
     for position in (START, Position(step=6, examples=180)):
         table = timetable(position, dataclasses.replace(CONFIG, train=train, checkpoint=checkpoint))
         left = range(position.step + 1, 15)
         validations = sum(table.due(step).validation for step in left)
-        assert table.totals() == (validations, sum(table.due(step).save or table.due(step).last for step in left))
-    assert timetable(validates=False).totals()[0] == 0
+        saves = sum(table.due(step).save or table.due(step).last for step in left)
+        assert table.left_after(position.step) == (validations, saves)
 
 
 def test_the_last_step_is_validated_whenever_there_is_something_to_validate_on():
@@ -98,6 +100,36 @@ def test_the_time_left_has_evaluations_and_saves_or_says_that_it_has_not():
     assert seconds_left(Pace(0.5, None, None), 10, 30, 2) == (5.0, "evaluation and saves")
     assert seconds_left(Pace(0.5, None, None), 10, 0, 1) == (5.0, "saves")
     assert math.isnan(seconds_left(Pace(None, 0.1, 2.0), 10, 30, 2)[0])
+
+
+def test_the_end_is_foreseen_during_evaluations_too(monkeypatch):
+    """A step takes a second, a batch of an evaluation two, a save three; the best weights are not the last."""
+    now = [0.0]
+    monkeypatch.setattr("jaxtrain.training.run_view.time.monotonic", lambda: now[0])
+    num_batches, table, ends = {"validation": 5, "test": 7}, timetable(), []
+    view = RunView(table, SimpleNamespace(step_seconds=1.0), Progress(), 30, num_batches=num_batches, ema=True)
+
+    def evaluate(split):
+        with view.evaluating(split):
+            for _ in range(2 * num_batches[split]):
+                view.next_batch()
+                ends.append(view._evaluation.ends)
+                now[0] += 2
+
+    for step in range(1, 15):
+        now[0] += 1
+        view.step(step, 0.0, 0.0, 0.1)
+        ends.append(view._training.ends)
+        if table.due(step).validation:
+            evaluate("validation")
+        if table.due(step).save or table.due(step).last:
+            with view.saving(step):
+                now[0] += 3
+    for split in ("test", "validation", "test"):
+        evaluate(split)
+    known = ends.index(next(end for end in ends if end == now[0]))
+    assert known == 7 + 10  # all of it was measured once
+    assert set(ends[known:]) == {now[0]}
 
 
 @pytest.mark.parametrize("per_call", [1, 2, 3, 100])
