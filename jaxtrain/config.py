@@ -115,8 +115,13 @@ def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
       known: the words that exist.
       prefix: is put before X.
     """
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)
-    return f" Did you mean {prefix + close[0]!r}?" if close else ""
+    close = nearest(word, known)
+    return f" Did you mean {prefix + close!r}?" if close else ""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that is closest to `word`; "" where none is close."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)), "")
 
 
 def without_effect(section: str, values: _Section, fields: Iterable[str], why: str) -> list[str]:

@@ -78,7 +78,8 @@ def load_dotted(name: str, field: str) -> Any:
         ) from error
     if parts[0] not in (*_LIBRARIES, *sys.stdlib_module_names):
         _own_packages.add(parts[0])
-        _own_folders.add(os.path.dirname(os.path.abspath(getattr(module, "__file__", None) or "")))
+        if file := getattr(module, "__file__", None):  # a folder without __init__.py has none
+            _own_folders.add(os.path.dirname(os.path.abspath(file)))
     try:
         return functools.reduce(getattr, attribute.split("."), module)
     except AttributeError:

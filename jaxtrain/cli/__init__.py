@@ -53,6 +53,15 @@ class _Parser(argparse.ArgumentParser):
         raise ConfigError(f"{message[0].upper()}{message[1:]}; see {self.prog} --help.")
 
 
+class _Version(argparse.Action):
+    """As argparse's own, but the versions are looked for only where they are asked for."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: object) -> NoReturn:
+        jax, python = importlib.metadata.version("jax"), platform.python_version()
+        print(f"jaxtrain {jaxtrain.__version__}, jax {jax}, Python {python}")
+        parser.exit()
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command and returns its exit code: 0, or `JaxtrainError.exit_code` with one sentence on standard error."""
     # Outside of a run, log messages go to standard error without a handler that would escape them.
@@ -84,7 +93,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     words, said = flags.translate(argv[:end]) if argv[:1] and argv[0] in _WITH_CONFIG else (argv[:end], [])
     overrides, rest = split_overrides(words)
     parser = _Parser(prog="jaxtrain", description="Trains vision models in JAX.", allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=_version())
+    parser.add_argument("--version", action=_Version, nargs=0, help="show the versions and exit")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND", parser_class=_Parser)
     for name, module in COMMANDS.items():
         help_text = (module.__doc__ or "").partition("\n")[0]
@@ -125,12 +134,6 @@ def split_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
         else:
             overrides.append(split_override(f"{word}=true"))
     return overrides, rest
-
-
-def _version() -> str:
-    return (
-        f"jaxtrain {jaxtrain.__version__}, jax {importlib.metadata.version('jax')}, Python {platform.python_version()}"
-    )
 
 
 def _fail(text: str, code: int, *, lines: bool = False) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 
 import yaml
 
-from jaxtrain.config import SECTIONS, did_you_mean, flat_keys
+from jaxtrain.config import SECTIONS, did_you_mean, flat_keys, nearest
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.paths import require_local
 from jaxtrain.recipes import unknown_field
@@ -112,7 +112,7 @@ _HINTS = {
     "nothing: JAX and XLA decide it": "accelerator backend dist-backend channels-last torchcompile torchscript pin-mem "
     "pin-memory no-cuda local-rank communication-pattern find-unused-parameters",
 }
-_PLACES = {name: place for place, names in _HINTS.items() for name in names.split()}
+_INSTEAD = {name: place for place, names in _HINTS.items() for name in names.split()}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -168,19 +168,18 @@ def hint(word: str, known: Iterable[str]) -> str:
     """
     option = word.partition("=")[0]
     name = option.lstrip("-").removeprefix("config.")
-    places = {key.rpartition(".")[2]: key for key in reversed(flat_keys()) if key.rpartition(".")[2] != "name"}
+    keys = {key.rpartition(".")[2]: key for key in reversed(flat_keys()) if key.rpartition(".")[2] != "name"}
     field = name.replace("-", "_")
-    place = _PLACES.get(name.lower().replace("_", "-")) or (field if field in flat_keys() else places.get(field))
-    if place is None:
-        if nearest := did_you_mean(option, known):
-            return nearest
-        nearest = did_you_mean(field, places)
-        place = next((places[n] for n in places if nearest == did_you_mean(n, [n])), None) if nearest else None
-    if place is None:
+    instead = _INSTEAD.get(name.lower().replace("_", "-")) or (field if field in flat_keys() else keys.get(field))
+    if instead is None:
+        if meant := did_you_mean(option, known):
+            return meant
+        instead = keys.get(nearest(field, keys))
+    if instead is None:
         return " A field of the config is set with --config.KEY=VALUE." if "=" in word else ""
-    first = place.partition(",")[0]
-    return f" For {option} use --config.{first}=VALUE{place[len(first) :]}." if first in flat_keys() else (
-        f" For {option} use {place}."
+    first = instead.partition(",")[0]
+    return f" For {option} use --config.{first}=VALUE{instead[len(first) :]}." if first in flat_keys() else (
+        f" For {option} use {instead}."
     )  # fmt: skip
 
 

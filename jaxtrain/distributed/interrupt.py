@@ -39,6 +39,7 @@ class Interrupt:
     def __init__(self, leave: Leave | None = None) -> None:
         """leave: ends the process at once, from any thread. Without it the run stops when it can."""
         self.signal: signal.Signals | None = None
+        self.kept = "the last checkpoint is as it was"  # what is said of a run that is stopped at once
         self.leave = leave
         self._lock = threading.Lock()
         self._points = 0  # passed so far
@@ -94,7 +95,7 @@ class Interrupt:
         """Handles a signal to this process, its `times`-th."""
         if times > 1:
             self.signal = self.signal or number
-            self._leave("Stopped at once; the last checkpoint is as it was.")
+            self._leave(f"Stopped at once; {self.kept}.")
             return
         if self._folder:
             self._send("stop", {"signal": number})
@@ -114,7 +115,7 @@ class Interrupt:
         if self._stop_at == 1:
             if self._folder:
                 self._announce_exit()
-            self._leave("Stopped before the first step of this start; the checkpoints are as they were.")
+            self._leave(f"Stopped before the first step of this start; {self.kept}.")
 
     def _leave(self, text: str) -> None:
         if self.leave is not None:

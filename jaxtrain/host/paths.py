@@ -22,6 +22,11 @@ def can_be_written(directory: str | Path) -> bool:
     return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
+def is_address(path: str | Path) -> bool:
+    """Whether `path` is an address, such as gs://bucket/cache, and not a local path."""
+    return _ADDRESS.match(str(path)) is not None
+
+
 def require_local(path: str | Path, what: str, error: type[Exception]) -> None:
     """Refuses an address, such as s3://bucket/run or file:///x. As a path it would be a local folder `s3:`.
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from jaxtrain.config import Config
-from jaxtrain.host.paths import can_be_written, compile_cache
+from jaxtrain.host.paths import can_be_written, compile_cache, is_address
 from jaxtrain.precision import product_precision, resolve_precision
 
 
@@ -40,7 +40,9 @@ def settings(config: Config) -> Iterator[None]:
 def compile_cache_note() -> str:
     """Whether the next start finds what is compiled now, inside `settings`."""
     directory = _jax_setting("jax_compilation_cache_dir")
-    if _jax_setting("jax_enable_compilation_cache") and can_be_written(directory):
+    if not _jax_setting("jax_enable_compilation_cache"):
+        return "not kept for the next start: the compile cache is switched off"
+    if is_address(directory) or can_be_written(directory):
         return "the next start finds it in the compile cache"
     return f"not kept for the next start: {directory} cannot be written"
 

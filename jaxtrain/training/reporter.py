@@ -199,7 +199,7 @@ class Reporter:
         for line in closing_lines(result, self._config, span, tested=tested, has_best=has_best):
             log.info("%s", line, extra=FILE_ONLY)
         log.info("result: %s", self._directory.result, extra=FILE_ONLY)
-        for line in done_lines(result, span, self._timetable.epoch_shown, self._directory.result):
+        for line in done_lines(result, self._config, span, self._timetable.epoch_shown, self._directory.result):
             to_screen(line)
 
     def _tell_process_time(self) -> None:

@@ -183,7 +183,7 @@ def parts_evaluated(examples: int, splits: Mapping[str, int]) -> str:
         for split in ("validation", "test")
         if 0 < examples < splits[split]
     ]
-    return f"evaluated on {' and '.join(parts)}" if parts else ""
+    return f"evaluated on {' and '.join(parts)} (config.train.eval_examples)" if parts else ""
 
 
 def closing_lines(
@@ -212,7 +212,7 @@ def closing_lines(
         if accuracies:
             yield f"{name}, step {result[name]['step']}{why[name]}: {', '.join(accuracies)}"
     if parts := parts_evaluated(config.train.eval_examples, result["splits"]):
-        yield f"{parts} (config.train.eval_examples); jaxtrain evaluate takes the whole split"
+        yield f"{parts}; jaxtrain evaluate takes the whole split"
     if not tested:
         yield f"nothing was tested: {config.data.name} has no test examples"
     yield explain(span, "this run")
@@ -220,11 +220,14 @@ def closing_lines(
         yield f"goodput {result['goodput']:.1%} over {result['starts']} starts (jaxtrain goodput)"
 
 
-def done_lines(result: Mapping[str, Any], span: Span, epoch_of: Callable[[int], int], path: Path) -> Iterator[str]:
+def done_lines(
+    result: Mapping[str, Any], config: Config, span: Span, epoch_of: Callable[[int], int], path: Path
+) -> Iterator[str]:
     """The end as it is shown on a screen: the best weights, where the time went, where the result is.
 
     Args:
       result: what `result.json` holds.
+      config: the run's.
       span: this start's time.
       epoch_of: the epoch of a step, as people count.
       path: of `result.json`.
@@ -236,6 +239,8 @@ def done_lines(result: Mapping[str, Any], span: Span, epoch_of: Callable[[int], 
     yield f"done in {short_duration(span.wall, 1)}: {', '.join(filter(None, which))}"
     if best["step"] != last["step"] and (accuracies := _accuracies(last | {"weights": best["weights"]})):
         yield f"last step {last['step']}: {accuracies}"
+    if parts := parts_evaluated(config.train.eval_examples, result["splits"]):
+        yield f"{parts}; jaxtrain evaluate takes the whole split"
     if "test" in last and last["test"] is None:
         yield "nothing was tested: the data set has no test examples"
     names = {"step": "steps", "checkpoint": "saves"}

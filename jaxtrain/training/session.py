@@ -154,7 +154,7 @@ def _warn_of_settings(run: RunSpec) -> None:
         log.warning("%s", text)
     splits = {split: len(getattr(run.dataset, split)) for split in SPLITS}
     if parts := parts_evaluated(run.config.train.eval_examples, splits):
-        log.info("%s (config.train.eval_examples)", parts)
+        log.info("%s", parts)
     if (warmup := warmup_steps(run.config, len(run.dataset.train))) > run.steps:
         text = "config.optim.warmup=%r is %d steps, longer than the run's %d."
         log.warning(text, run.config.optim.warmup, warmup, run.steps)

@@ -63,6 +63,7 @@ from jaxtrain.workdir import Workdir
 log = logging.getLogger("jaxtrain")
 
 CALLS = 2  # of the train step, and batches of the evaluation
+_KEPT = "--smoke has left nothing behind"
 _SEE_SECONDS = 60.0  # in which every process must have looked for the directory
 
 
@@ -104,6 +105,7 @@ def smoke(
     check_names(config)
     with contextlib.ExitStack() as stack:
         interrupt = interrupt or stack.enter_context(catch_signals())
+        interrupt.kept = _KEPT
         interrupt.connect()
         directory = Workdir(stack.enter_context(_temporary_directory(interrupt)))
         process = jax.process_index()
@@ -156,7 +158,7 @@ class _Trial:
         """Before a part of the test. Raises `InterruptedRunError` or `PreemptedError` where a signal has come."""
         self._watchdog.feed(phase)
         if self._interrupt.poll():
-            raise self._interrupt.error("Stopped; --smoke has left nothing behind.")
+            raise self._interrupt.error(f"Stopped; {_KEPT}.")
 
     def _steps(self, compiled: CompiledRun, state: TrainState) -> tuple[TrainState, float]:
         """The state after two calls of the step, and the seconds of a step in the second one."""
@@ -179,13 +181,13 @@ class _Trial:
     def _check(self, step: int, row: dict[str, float]) -> None:
         """Raises `NumericError` where the run would stop, or roll back, after this step."""
         if not row["made"]:
-            raise not_finite(step, row, "--smoke has left nothing behind")
+            raise not_finite(step, row, _KEPT)
         norms = row["grad_norm"], row["update_norm"]
         anomaly = AnomalyDetector(self._run.config.train.nonfinite_skips, 0.0).observe(
             step, row["loss"], *norms, skipped=bool(row["skipped"])
         )
         if anomaly.action != "go on" and not row["overflowed"]:
-            raise NumericError(f"{anomaly.text}; --smoke has left nothing behind.")
+            raise NumericError(f"{anomaly.text}; {_KEPT}.")
 
     def _evaluation(self, compiled: CompiledRun, state: TrainState) -> float:
         """Seconds of a batch, for all weights that the run evaluates."""
@@ -247,7 +249,6 @@ def _temporary_directory(interrupt: Interrupt) -> Iterator[Path]:
     It is deleted afterwards, also where `interrupt` ends the process.
     """
     mine = tempfile.mkdtemp(prefix="jaxtrain-smoke-") if coordination.index() == 0 else ""
-    path = Path(broadcast_str("the smoke test's directory", mine, _SEE_SECONDS))
 
     def clean() -> None:
         if mine:
@@ -260,6 +261,7 @@ def _temporary_directory(interrupt: Interrupt) -> Iterator[Path]:
     if interrupt.leave is not None:
         interrupt.leave = functools.partial(clean_and_leave, interrupt.leave)
     try:
+        path = Path(broadcast_str("the smoke test's directory", mine, _SEE_SECONDS))
         host = "" if path.is_dir() else socket.gethostname()
         if blind := sorted({*allgather_str(unique_key("smoke seen"), host, _SEE_SECONDS)} - {""}):
             raise EnvironmentMismatchError(

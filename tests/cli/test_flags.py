@@ -6,7 +6,7 @@ import json
 import pytest
 
 from jaxtrain import cli
-from jaxtrain.cli.flags import _PLACES, FLAGS
+from jaxtrain.cli.flags import _INSTEAD, FLAGS
 from jaxtrain.config import flat_keys
 
 
@@ -95,13 +95,13 @@ def test_every_hint_is_to_a_field_or_an_option():
     parser = argparse.ArgumentParser()
     cli.COMMANDS["train"].add_arguments(parser)
     options = {option for action in parser._actions for option in action.option_strings}
-    for place in set(_PLACES.values()) | {flag.target for flag in FLAGS.values()}:
-        if place.startswith("--"):
-            assert place in options
-        elif "." in place.split()[0]:
-            words = place.replace(",", " ").replace("=", " ").split()
-            assert {word for word in words if "." in word} <= set(flat_keys()), place
-    assert not {f"--{name}" for name in _PLACES} & set(FLAGS)
+    for instead in set(_INSTEAD.values()) | {flag.target for flag in FLAGS.values()}:
+        if instead.startswith("--"):
+            assert instead in options
+        elif "." in instead.split()[0]:
+            words = instead.replace(",", " ").replace("=", " ").split()
+            assert {word for word in words if "." in word} <= set(flat_keys()), instead
+    assert not {f"--{name}" for name in _INSTEAD} & set(FLAGS)
 
 
 def test_settings_in_yaml(capsys, tmp_path):

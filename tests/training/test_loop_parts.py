@@ -249,12 +249,15 @@ def test_the_closing_lines_say_what_was_tested_and_by_which_weights():
 
 def test_the_end_on_a_screen_is_a_few_short_lines():
     tested = figures({"validation": {"raw": RESULT}, "test": {"raw": RESULT}}, tested=True)
-    result = {"last": {"step": 9} | tested, "best": {"step": 4, "weights": "raw"} | tested}
+    splits = {"train": 8, "validation": 4, "test": 40}
+    result = {"last": {"step": 9} | tested, "best": {"step": 4, "weights": "raw"} | tested, "splits": splits}
     seconds = dict.fromkeys(CATEGORIES, 0.0) | {"compile": 4.1, "step": 4.0, "evaluation": 0.5}
     span = Span(seconds, 9, 90, 90, 4.0)
-    assert list(done_lines(result, span, lambda step: step // 2, Path("runs/q/result.json"))) == [
+    config = Config(train=TrainConfig(eval_examples=4))
+    assert list(done_lines(result, config, span, lambda step: step // 2, Path("runs/q/result.json"))) == [
         "done in 8.6 s: best epoch 2 (step 4), validation 75.0 %, test 75.0 %",
         "last step 9: validation 75.0 %, test 75.0 %",
+        "evaluated on 4 of 40 test examples (config.train.eval_examples); jaxtrain evaluate takes the whole split",
         "compile 4.1 s, steps 4.0 s, evaluation 0.5 s",
         "this run was bound by compile (48% of 8.6 s); "
         "the next start of the same program finds it, where the compile cache can be written",
@@ -264,10 +267,11 @@ def test_the_end_on_a_screen_is_a_few_short_lines():
     result = {
         "last": {"step": 9} | untested,
         "best": {"step": 9, "weights": "ema"} | untested,
+        "splits": {"train": 8, "validation": 0, "test": 0},
         "goodput": 0.5,
         "starts": 2,
     }
-    lines = list(done_lines(result, span, lambda step: 3, Path("r")))
+    lines = list(done_lines(result, config, span, lambda step: 3, Path("r")))
     assert lines[:2] == [
         "done in 8.6 s: last average of the weights, epoch 3 (step 9)",
         "nothing was tested: the data set has no test examples",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import signal
 from pathlib import Path
 
 import jax
@@ -14,7 +15,7 @@ from runs import RECIPE, SMALL, arguments, command_line, here
 
 from jaxtrain.config import from_dict, nested_dicts
 from jaxtrain.distributed.interrupt import Interrupt
-from jaxtrain.errors import CheckpointError, EnvironmentMismatchError, InterruptedRunError
+from jaxtrain.errors import CheckpointError, EnvironmentMismatchError, PeerError
 from jaxtrain.recipes import load_config
 from jaxtrain.training import smoke as smoke_module
 from jaxtrain.training.smoke import Measured, smoke
@@ -113,13 +114,22 @@ def test_a_signal_while_it_compiles_leaves_nothing_either(monkeypatch, temporary
     interrupt = Interrupt(lambda error: left.append((str(error), list(temporary.iterdir()))))
 
     def compile_run(*_):
-        interrupt.leave(InterruptedRunError("stopped"))  # ends the process
+        interrupt.asked(signal.SIGINT, 2)  # ends the process
         raise LookupError
 
     monkeypatch.setattr(smoke_module, "compile_run", compile_run)
     with pytest.raises(LookupError):
         smoke(from_dict(nested_dicts(load_config(RECIPE, SMALL))), num_devices=1, quiet=True, interrupt=interrupt)
-    assert left == [("stopped", [])]
+    assert left == [("Stopped at once; --smoke has left nothing behind.", [])]
+
+
+def test_a_process_that_never_comes_leaves_no_directory(monkeypatch):
+    def broadcast_str(name, text, timeout):
+        raise PeerError("Process 1 did not come.")
+
+    monkeypatch.setattr(smoke_module, "broadcast_str", broadcast_str)
+    with pytest.raises(PeerError):
+        smoke(from_dict(nested_dicts(load_config(RECIPE, SMALL))), num_devices=1, quiet=True)
 
 
 def test_hosts_that_share_no_temporary_directory_are_refused(monkeypatch):

@@ -14,7 +14,7 @@ from jaxtrain.config import Config
 from jaxtrain.host import xla_flags
 from jaxtrain.optim.schedules import make_schedule
 from jaxtrain.training import compiled
-from jaxtrain.training.jax_settings import compile_cache_note, settings
+from jaxtrain.training.jax_settings import compile_cache_note, no_compile_cache, settings
 
 
 @pytest.fixture
@@ -95,10 +95,13 @@ def test_the_update_has_the_rate_of_its_step(tmp_path):
 
 def test_the_next_start_is_promised_the_programs_only_where_they_can_be_kept(tmp_path):
     (tmp_path / "file").touch()
-    for folder, said in (("new/cache", "the next start finds it"), ("file/cache", "file/cache cannot be written")):
+    found = "the next start finds it"
+    for folder, said in (("new/cache", found), ("file/cache", "file/cache cannot be written"), ("gs://bucket", found)):
         with settings(Config()):
-            jax.config.update("jax_compilation_cache_dir", str(tmp_path / folder))
+            jax.config.update("jax_compilation_cache_dir", folder if ":" in folder else str(tmp_path / folder))
             assert said in compile_cache_note()
+            with no_compile_cache():
+                assert "switched off" in compile_cache_note()
 
 
 def test_xlas_alarms_are_hidden_on_a_cpu_and_where_nothing_is_trained(monkeypatch):
