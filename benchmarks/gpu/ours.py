@@ -77,14 +77,7 @@ class Training:
         rate = learning_rate_schedule(config.optim, config.train.steps, 0, batch)
         task = make_task(config, model, rate, side=size, classes=classes, mean=MEAN, std=STD, dtype=types.compute_dtype)
         layout = Layout(make_mesh(config.layout, jax.devices()[:1]), config.layout, model.tensor_rules)
-        init = functools.partial(
-            initial_state,
-            model=model,
-            optimizer=task.optimizer(),
-            policy=types,
-            input_shape=shape,
-            ema=config.optim.ema > 0,
-        )
+        init = functools.partial(initial_state, task=task, policy=types, input_shape=shape)
         state = create_state(init, layout, config.seed)
         draw = np.random.default_rng(0)
         images = draw.integers(0, 256, (1, batch, *shape), np.uint8)  # never zeros: products of zeros run faster

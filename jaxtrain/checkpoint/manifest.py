@@ -19,6 +19,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from jaxtrain.config import TrainConfig
 from jaxtrain.data.record import DatasetRecord
 from jaxtrain.errors import CheckpointError
 from jaxtrain.host.files import atomic_write, sync_directory
@@ -218,7 +219,8 @@ def _validation(position: Mapping[str, Any]) -> str:
     """Identifies the validation examples that were evaluated; '' if an older version did not store it."""
     record = DatasetRecord.from_json(position["dataset"]) if "dataset" in position else DatasetRecord()
     found = record.split_fingerprint("validation") or record.fingerprint
-    part = record.part("validation", position.get("config", {}).get("train", {}).get("eval_examples", 0))
+    stored = position["config"]["train"] if "config" in position else {}
+    part = record.part("validation", stored.get("eval_examples", TrainConfig.eval_examples))
     return f"{found}, {part} of them" if found and part else found
 
 

@@ -185,10 +185,6 @@ class Position:
             epoch_examples=self.epoch_examples + batch,
         )
 
-    def best_so_far(self, by: str) -> float | None:
-        """The best `by` of all validations; None before the first, and where another figure has decided until now."""
-        return self.best if self.best_by == by else None
-
     def epoch_means(self) -> tuple[float, float]:
         """Mean loss and accuracy of the epoch so far; zeros where every batch of it was passed over."""
         count = max(self.epoch_examples, 1)
@@ -206,8 +202,8 @@ class Position:
     def from_json(cls, values: Mapping[str, Any]) -> Position:
         """The inverse of `to_json`."""
         fields = {field.name: values[field.name] for field in dataclasses.fields(cls) if field.name in values}
-        if values.get("best_accuracy", -1.0) >= 0:  # of schema 1
-            fields["best"] = values["best_accuracy"]
+        if (accuracy := values.get("best_accuracy")) is not None and accuracy >= 0:  # of schema 1, where -1 was none
+            fields["best"] = accuracy
         if values.get("data"):  # a checkpoint from before `dataset`: the fingerprint alone
             fields["dataset"] = {"fingerprint": values["data"]}
         if "dataset" in fields:

@@ -98,6 +98,11 @@ class RawSplits:
     """int [len(train)], for a stratified test split; None where reading them all would cost too much."""
     files: tuple[tuple[str, int], ...] = ()
     """(name below the split, bytes) of each training example's file, if examples are files. Splits are drawn by these."""
+
+    def identity_of(self, split: str) -> str:
+        """What identifies the stored split: its own content where that is known, or that of the whole data set."""
+        return self.identities.get(split, self.identity)
+
     notes: tuple[str, ...] = ()
     """What a user should know about it, one sentence each."""
 

@@ -204,7 +204,11 @@ def _raw_splits(scan: Scan, side: int, chosen: Mapping[str, str], unreadable: Ma
     not_wanted = [split for split, name in chosen.items() if name == "none"]
     by_split: dict[str, base.Source] = {**dict.fromkeys(["train", *not_wanted, *scan.folders], absent), **sources}
     mean, std = base.channel_statistics(3)
-    folder = len(scan.folders.get("train", "")) + 1
+    labels: np.ndarray | None = None
+    contents: tuple[tuple[str, int], ...] = ()
+    if "train" in sources:  # a folder that is only evaluated may have none
+        folder = len(scan.folders["train"]) + 1
+        labels, contents = sources["train"].labels, tuple((file.name[folder:], file.size) for file in files["train"])
     return base.RawSplits(
         train=by_split["train"],
         validation=by_split.get("validation"),
@@ -214,9 +218,9 @@ def _raw_splits(scan: Scan, side: int, chosen: Mapping[str, str], unreadable: Ma
         std=std,
         identity=hashlib.sha256("".join([f"{side} {scan.class_names}", *identities.values()]).encode()).hexdigest(),
         identities=identities,
-        labels=sources["train"].labels if "train" in sources else None,
+        labels=labels,
         notes=(*scan.notes, *_skipped_note(scan, unreadable)),
-        files=tuple((file.name[folder:], file.size) for file in files.get("train", ())),
+        files=contents,
     )
 
 

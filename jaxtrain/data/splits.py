@@ -111,8 +111,8 @@ class _ByPosition:
         """SHA-256 of what identifies a split: its stored content, or what it is drawn from and how."""
         parts, config = self.parts, self.config
         if split != "train" and split not in drawn:
-            return _sha256(parts.identities.get(split, parts.identity)) if len(source) else ""
-        whole = parts.identities.get("train", parts.identity)
+            return _sha256(parts.identity_of(split)) if len(source) else ""
+        whole = parts.identity_of("train")
         shares = {"train": [config.validation, config.examples], "validation": [config.validation], "test": []}
         return _sha256([whole, split, sorted(drawn), config.split_seed, *shares[split]])
 

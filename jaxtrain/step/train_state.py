@@ -7,12 +7,11 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 
 from jaxtrain.host.backend import on_cpu
-from jaxtrain.models.classifier import Classifier
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.precision import Policy, initial_loss_scale
+from jaxtrain.step.task import Task
 from jaxtrain.trees import PyTree, shapes_of
 
 # The roles of random keys: fold_in(key(seed), role), then fold_in(step). A key never depends on what was drawn before.
@@ -45,33 +44,23 @@ def role_key(seed: int | jax.Array, role: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), role)
 
 
-def initial_state(
-    seed: int | jax.Array,
-    model: Classifier,
-    optimizer: optax.GradientTransformation,
-    policy: Policy,
-    input_shape: tuple[int, ...],
-    *,
-    ema: bool,
-) -> TrainState:
+def initial_state(seed: int | jax.Array, task: Task, policy: Policy, input_shape: tuple[int, ...]) -> TrainState:
     """The state of a new run. Pure, for `jax.jit` and `jax.eval_shape`.
 
     Args:
       seed: of the run; a Python int or an integer [].
-      model: the layers.
-      optimizer: makes its state from the parameters.
+      task: gives the layers, the optimizer, and whether there is a moving average.
       policy: the dtypes.
       input_shape: (H, W, C) of one example.
-      ema: whether there is a moving average.
     """
-    params, batch_stats = model.init(role_key(seed, INIT), (1, *input_shape), policy.compute_dtype)
+    params, batch_stats = task.model.init(role_key(seed, INIT), (1, *input_shape), policy.compute_dtype)
     # The average starts at the weights. It is a copy, because a step donates both.
-    average = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if ema else ()
+    average = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if task.optim.ema else ()
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
-        opt_state=optimizer.init(params),
+        opt_state=task.optimizer().init(params),
         ema=average,
         loss_scale=initial_loss_scale(policy),
     )

@@ -261,7 +261,7 @@ class TrainLoop:
         self.validated = (self.position.step, results)
         self.reporter.evaluation(self.position.step, "val", results, time.perf_counter() - began)
         figures, by = deciding_figures(results), self.config.checkpoint.best
-        is_best = is_better(by, figures[by], self.position.best_so_far(by))
+        is_best = is_better(by, figures[by], self.position.best)
         if is_best:
             self.position = dataclasses.replace(self.position, best=figures[by], best_by=by)
         return figures, is_best

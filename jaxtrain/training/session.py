@@ -20,7 +20,7 @@ from jaxtrain.checkpoint.lease import LEASE_SECONDS, Lease, NoLease, held, wait_
 from jaxtrain.checkpoint.resume_point import ResumePoint
 from jaxtrain.config import Config
 from jaxtrain.data import registry
-from jaxtrain.data.base import SPLITS, Dataset
+from jaxtrain.data.base import Dataset
 from jaxtrain.distributed import cluster, coordination
 from jaxtrain.distributed.coordination import barrier, broadcast_str, first_on_process_zero
 from jaxtrain.distributed.interrupt import Interrupt, catch_signals
@@ -31,14 +31,13 @@ from jaxtrain.observability.clock import StepClock
 from jaxtrain.observability.goodput import NullTimes, TimesFile
 from jaxtrain.observability.progress import Progress
 from jaxtrain.observability.text_log import TextLog, make_console
-from jaxtrain.optim.schedules import warmup_steps
 from jaxtrain.parallel.mesh import Device
 from jaxtrain.precision import require_hardware
 from jaxtrain.training.compiled import compile_run, explain_out_of_memory
 from jaxtrain.training.jax_settings import compile_cache_note, no_implicit_transfers, settings
 from jaxtrain.training.loop import Host, TrainLoop
 from jaxtrain.training.recovery import RollBack
-from jaxtrain.training.results import TrainResult, parts_evaluated
+from jaxtrain.training.results import TrainResult
 from jaxtrain.training.setup import (
     RunSpec,
     check_names,
@@ -46,8 +45,8 @@ from jaxtrain.training.setup import (
     make_run_spec,
     resolve_for_machine,
     select_devices,
-    unused_settings,
 )
+from jaxtrain.training.startup_report import warn_of_settings
 from jaxtrain.workdir import Workdir
 
 log = logging.getLogger("jaxtrain")
@@ -121,7 +120,7 @@ def _train_from(
     directory, start = host.directory, resume.position
     run = make_run_spec(config, dataset, devices, start_step=start.step, start_example=start.examples)
     position = dataclasses.replace(start, dataset=run.data_record, jobs=tuple(sorted(cluster.job_ids())))
-    _warn_of_settings(run)
+    warn_of_settings(run)
     # It may be a link to another disk; a new run makes it later.
     check_space(
         directory.checkpoints if directory.checkpoints.exists() else directory.path, jax.eval_shape(run.init, 0)
@@ -144,20 +143,6 @@ def _train_from(
         loop = TrainLoop(run, compiled, checkpointer, host, position, rollbacks_left)
         with contextlib.closing(loop.reporter):
             return loop.run(state)
-
-
-def _warn_of_settings(run: RunSpec) -> None:
-    """Process 0 says which settings have no effect, or hardly the one that was meant, and which make less of the run."""
-    if jax.process_index() > 0:
-        return
-    for text in unused_settings(run):
-        log.warning("%s", text)
-    splits = {split: len(getattr(run.dataset, split)) for split in SPLITS}
-    if parts := parts_evaluated(run.config.train.eval_examples, splits):
-        log.info("%s", parts)
-    if (warmup := warmup_steps(run.config, len(run.dataset.train))) > run.steps:
-        text = "config.optim.warmup=%r is %d steps, longer than the run's %d."
-        log.warning(text, run.config.optim.warmup, warmup, run.steps)
 
 
 def _take_lease(directory: Workdir, stack: contextlib.ExitStack) -> Lease | NoLease:

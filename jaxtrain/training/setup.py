@@ -198,14 +198,7 @@ def make_run_spec(
     batch = config.data.global_batch
     check_own_augmentation(task.preprocess, jax.ShapeDtypeStruct((batch, *dataset.train.shape), np.uint8))
     check_own_loss(config.optim.loss, jax.ShapeDtypeStruct((batch, classes), task.sums_dtype))
-    init = functools.partial(
-        initial_state,
-        model=model,
-        optimizer=task.optimizer(),
-        policy=types,
-        input_shape=shape,
-        ema=config.optim.ema > 0,
-    )
+    init = functools.partial(initial_state, task=task, policy=types, input_shape=shape)
     state = jax.eval_shape(init, 0)
     if not jax.tree.leaves(state.params):
         raise ConfigError(

@@ -56,8 +56,8 @@ from jaxtrain.training.setup import (
     make_run_spec,
     resolve_for_machine,
     select_devices,
-    unused_settings,
 )
+from jaxtrain.training.startup_report import warn_of_settings
 from jaxtrain.workdir import Workdir
 
 log = logging.getLogger("jaxtrain")
@@ -121,8 +121,7 @@ def smoke(
         stack.enter_context(settings(config))
         watchdog.feed("prepare the data")
         run = make_run_spec(config, load_data(config.data), devices)
-        for text in unused_settings(run):
-            log.warning("%s", text)
+        warn_of_settings(run)
         stack.enter_context(explain_out_of_memory())
         whole = _Trial(run, directory, watchdog, interrupt).run(progress)
         barrier("the smoke test is over")

@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Iterable
 
 import jax
 
 from jaxtrain.config import Config
-from jaxtrain.optim.schedules import peak_learning_rate
+from jaxtrain.data.base import SPLITS
+from jaxtrain.optim.schedules import peak_learning_rate, warmup_steps
 from jaxtrain.parallel.layout import Layout, Placement, bytes_per_device
 from jaxtrain.parallel.mesh import batch_ways
 from jaxtrain.step.pipeline.plan import microbatches
 from jaxtrain.step.train_state import TrainState
-from jaxtrain.training.setup import RunSpec
+from jaxtrain.training.results import parts_evaluated
+from jaxtrain.training.setup import RunSpec, unused_settings
+
+log = logging.getLogger("jaxtrain")
 
 
 def layout_table(layout: Layout, state: TrainState) -> dict[str, list[Placement]]:
@@ -91,6 +96,20 @@ def once_each(notes_of: Iterable[tuple[str, str]]) -> list[str]:
     return [
         f"{paths[0]}{f' and {more[note]} other leaves' if more[note] else ''}: {note}" for note, paths in found.items()
     ]
+
+
+def warn_of_settings(run: RunSpec) -> None:
+    """Process 0 says which settings have no effect, or hardly the one that was meant, and which make less of the run."""
+    if jax.process_index() > 0:
+        return
+    for text in unused_settings(run):
+        log.warning("%s", text)
+    splits = {split: len(getattr(run.dataset, split)) for split in SPLITS}
+    if parts := parts_evaluated(run.config.train.eval_examples, splits):
+        log.info("%s", parts)
+    if (warmup := warmup_steps(run.config, len(run.dataset.train))) > run.steps:
+        text = "config.optim.warmup=%r is %d steps, longer than the run's %d."
+        log.warning(text, run.config.optim.warmup, warmup, run.steps)
 
 
 def idle_stages(run: RunSpec, has_batch_norm: bool) -> str:

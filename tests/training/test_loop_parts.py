@@ -212,7 +212,7 @@ def test_a_figure_that_is_not_finite_is_never_the_best():
 
 def test_the_best_so_far_of_an_older_version_is_an_accuracy():
     position = Position.from_json({"step": 4, "best_accuracy": 0.175})
-    assert (position.best_so_far("val_accuracy"), position.best_so_far("val_loss")) == (0.175, None)
+    assert (position.best_by, position.best) == ("val_accuracy", 0.175)
     assert Position.from_json({"step": 4, "best_accuracy": -1.0}).best is None
 
 
