@@ -8,18 +8,27 @@ from jaxtrain.precision import MIN_SCALE
 SLOW_DATA_SHARE = 0.2
 
 
-def slow_data(span: Span) -> str:
+def slow_data(span: Span, *, resident: bool) -> str:
     """A warning where the devices waited for data in more than a fifth of the time of training steps.
 
     Compilation, checkpoints and evaluation do not count, so a long compilation does not hide it.
+
+    Args:
+      span: of an epoch.
+      resident: whether the data set lives on the devices: then the host only says which examples are next.
     """
     waited = span.seconds["input"]
     training = waited + span.seconds["step"] + span.seconds["other"]
     if waited <= SLOW_DATA_SHARE * training:
         return ""
-    return (
+    text = (
         f"slow data: training waited for its input {waited / training:.0%} of the time "
-        f"({span.data_wait * 1e3:.1f} ms a step); raise config.data.workers, put config.data.dir on a faster disk, "
+        f"({span.data_wait * 1e3:.1f} ms a step); "
+    )
+    if resident:
+        return text + "the data set is on the device, so the host is too busy: see what else runs on its cores."
+    return text + (
+        "raise config.data.workers, put config.data.dir on a faster disk, "
         "or keep the data set on the device with config.data.residency=device."
     )
 

@@ -96,11 +96,11 @@ def compile_run(
     state = _restored(run, resume, shapes) if resume.start is not None else None
     for line in headlines(run, table, inputs.where):
         to_screen(line)
-    for line in summary(run, table):
+    for line in summary(run, table, inputs.where):
         log.info("%s", line, extra=FILE_ONLY)
     if text := idle_stages(run, bool(table["batch_stats"])):
         log.warning("%s", text)
-    log.info("data %s; compiling the step (%s)", inputs.where, compile_cache_note(), extra=NOT_LIVE)
+    log.info("compiling the step (%s)", compile_cache_note(), extra=NOT_LIVE)
     if state is None:
         state = create_state(run.init, run.layout, run.config.seed)
     step = compiling.result()

@@ -85,7 +85,10 @@ class TrainLoop:
         self.clock, self.watchdog = host.clock, host.watchdog
         validates = len(run.dataset.validation) > 0
         self.timetable = Timetable(run.config, len(run.dataset.train), run.steps, position, validates=validates)
-        self.reporter = Reporter(run, self.timetable, position, host.directory, host.clock, host.progress)
+        resident = bool(compiled.inputs.offsets)
+        self.reporter = Reporter(
+            run, self.timetable, position, host.directory, host.clock, host.progress, resident=resident
+        )
         self.anomalies = AnomalyDetector(self.config.train.nonfinite_skips, self.config.train.spike_threshold)
         self.replica_check = ReplicaCheck()
         self.validated: tuple[int, dict[str, EvalResult]] = (-1, {})  # the last step that was, and its results

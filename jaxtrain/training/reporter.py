@@ -48,6 +48,8 @@ class Reporter:
         directory: Workdir,
         clock: StepClock,
         progress: Progress,
+        *,
+        resident: bool,
     ):
         """Opens the files of metrics.
 
@@ -58,7 +60,9 @@ class Reporter:
           directory: of the run.
           clock: of the run.
           progress: the line of what is done now.
+          resident: whether the data set lives on the devices.
         """
+        self._resident = resident
         self._config, self._timetable, self._clock, self._directory = run.config, timetable, clock, directory
         self._devices, self._batch = run.layout.mesh.size, run.config.data.global_batch
         self.history: list[dict[str, Any]] = []
@@ -133,7 +137,7 @@ class Reporter:
         bound = self._bound if span.bound == "compile" else span.bound  # compiling is over
         if bound != self._bound:
             to_screen(explain(span, where))
-        warning = diagnostics.slow_data(span)
+        warning = diagnostics.slow_data(span, resident=self._resident)
         if warning:
             log.warning("%s", warning, extra=FILE_ONLY if self._slow else None)
         self._bound, self._slow = bound, bool(warning)

@@ -27,8 +27,8 @@ def layout_table(layout: Layout, state: TrainState) -> dict[str, list[Placement]
     return layout.table(state) | {"gradients": layout.gradients(state.params)}
 
 
-def summary(run: RunSpec, table: dict[str, list[Placement]]) -> list[str]:
-    """The layout and the batch, in the lines that the log has at the start."""
+def summary(run: RunSpec, table: dict[str, list[Placement]], where: str) -> list[str]:
+    """The layout and the batch, in the lines that the log has at the start; for the arguments see `headlines`."""
     mesh, config, optim = run.layout.mesh, run.config, run.config.optim
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
     held = ", ".join(
@@ -46,7 +46,7 @@ def summary(run: RunSpec, table: dict[str, list[Placement]]) -> list[str]:
         f"of {optim.lr_reference_batch}, scaling {optim.lr_scaling}), {optim.schedule}",
         *(run.partition.describe() if run.partition else []),
         f"data: {config.data.name}, {len(run.dataset.train)} train, {len(run.dataset.validation)} validation, "
-        f"{len(run.dataset.test)} test; {run.steps} steps",
+        f"{len(run.dataset.test)} test; {where}; {run.steps} steps",
     ]
     return lines + notes(table)
 

@@ -668,12 +668,14 @@ def span_of(**seconds):
 
 
 def test_slow_data_is_seen_whatever_else_the_epoch_did():
-    assert diagnostics.slow_data(span_of(input=2.0, step=8.0)) == ""
-    assert diagnostics.slow_data(span_of()) == ""
-    text = diagnostics.slow_data(span_of(input=3.0, step=7.0, compile=100.0))
+    assert diagnostics.slow_data(span_of(input=2.0, step=8.0), resident=False) == ""
+    assert diagnostics.slow_data(span_of(), resident=False) == ""
+    slow = span_of(input=3.0, step=7.0, compile=100.0)
+    text = diagnostics.slow_data(slow, resident=False)
     assert "30% of the time (300.0 ms a step)" in text
     assert "config.data.workers" in text
     assert "config.data.residency=device" in text
+    assert "config.data" not in diagnostics.slow_data(slow, resident=True)
 
 
 def test_imbalance_names_the_slow_process():
