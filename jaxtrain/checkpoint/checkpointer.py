@@ -68,7 +68,7 @@ class Checkpointer:
         self.directory, self._keep, self._read_only = directory.absolute(), keep, read_only
         self._owner, self._still_owner, self._best_by = owner, still_owner, best_by
         self._manager = self._make_manager()
-        self._saving = 0  # the step of the last save
+        self._saving, self._last = 0, False  # the step of the last save, and whether none follows
         self._commit: threading.Thread | None = None
         self._failure: Exception | None = None  # of the last save; set by the thread that commits it
         self._failures = 0  # in a row
@@ -94,11 +94,12 @@ class Checkpointer:
         epoch: int,
         figures: Mapping[str, float | None] | None = None,
         milestone: bool = False,
+        last: bool = False,
     ) -> None:
         """Starts writing. Returns once the state may be donated.
 
         A checkpoint that cannot be written is deleted, with a warning, and the run goes on. The third one in a row raises
-        `WorkdirError`: here, in `check` or in `wait`. In a run of several processes the first one does.
+        `WorkdirError`: here, in `check` or in `wait`. So does the last one, and in a run of several processes the first one.
 
         Args:
           step: updates done so far.
@@ -107,9 +108,10 @@ class Checkpointer:
           epoch: epochs completed, -1 inside one.
           figures: of a validation after this step, by their names in the manifest.
           milestone: never deletes this checkpoint.
+          last: no other save follows, which could try again.
         """
         self._finish_commit()
-        self._saving = step
+        self._saving, self._last = step, last
         if _is_short_of(self.directory, _state_bytes(state)):
             self._failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._handle_failure(alone=False)
@@ -160,7 +162,7 @@ class Checkpointer:
             self._failures = 0
 
     def _handle_failure(self, *, alone: bool = True) -> None:
-        """After a failed save: deletes what it wrote, and warns; the third time in a row it raises.
+        """After a failed save: deletes what it wrote, and warns; the third time in a row, or where no save follows, it raises.
 
         alone: whether this process failed alone, so that others may have written their part and wait for it.
         """
@@ -174,6 +176,8 @@ class Checkpointer:
         text = f"The checkpoint of step {self._saving} in {self.directory} was not written ({reason})"
         if (alone and jax.process_count() > 1) or self._failures == FAILED_SAVES:
             raise WorkdirError(f"{text}; {self._failures} in a row." if self._failures > 1 else f"{text}.") from error
+        if self._last:
+            raise WorkdirError(f"{text}{_no_other(self.directory)}") from error
         log.warning(
             "%s; training goes on, and the next save tries again (%d of %d).", text, self._failures, FAILED_SAVES
         )
@@ -303,6 +307,13 @@ def check_space(directory: Path, state: TrainState) -> None:
         raise WorkdirError(f"{text}; free some, or choose another --workdir.")
     if free < 2 * needed:
         log.warning("%s: too little for two, and the old one is deleted only when the new one is complete.", text)
+
+
+def _no_other(directory: Path) -> str:
+    """What is said of the last save of a run that fails."""
+    steps = manifest.manifested_steps(directory)
+    how = f"goes on from step {steps[-1]}" if steps else "begins anew"
+    return f", and no other save follows: remove the cause, and the same command {how}."
 
 
 def _is_short_of(directory: Path, needed: int) -> bool:

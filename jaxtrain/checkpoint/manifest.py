@@ -219,7 +219,7 @@ def _validation(position: Mapping[str, Any]) -> str:
     """Identifies the validation examples that were evaluated; '' if an older version did not store it."""
     record = DatasetRecord.from_json(position["dataset"]) if "dataset" in position else DatasetRecord()
     found = record.split_fingerprint("validation") or record.fingerprint
-    stored = position["config"]["train"] if "config" in position else {}
+    stored = position.get("config", {}).get("train") or {}
     part = record.part("validation", stored.get("eval_examples", TrainConfig.eval_examples))
     return f"{found}, {part} of them" if found and part else found
 

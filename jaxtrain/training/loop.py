@@ -39,7 +39,7 @@ from jaxtrain.training.results import (
     final_result,
     on_both_splits,
 )
-from jaxtrain.training.saving import Saver
+from jaxtrain.training.saving import Figures, Saver
 from jaxtrain.training.setup import RunSpec
 from jaxtrain.workdir import Workdir
 
@@ -189,7 +189,7 @@ class TrainLoop:
         kept = "the last checkpoint is as it was"
         if self.position.step:
             kept = f"the state after step {self.position.step} is kept"
-            self._save(state)
+            self._save(state, last=True)
             self.checkpointer.wait()
         raise recovery.not_finite(step, metrics, kept)
 
@@ -225,7 +225,7 @@ class TrainLoop:
         self.reporter.view.row(step, is_best=is_best)
         self.position = dataclasses.replace(self.position, owes_validation=due.validation and figures is None)
         if is_best or due.last or due.milestone or due.save or self.stopping or self.time_to_save:
-            self._save(state, figures)
+            self._save(state, figures, last=due.last or self.stopping)
         if self.stopping and not due.last:
             self._stop()
 
@@ -248,7 +248,7 @@ class TrainLoop:
             f"Stopped after step {self.position.step} and saved it; {how_to_go_on(self.config)}."
         )
 
-    def _validate(self, state: TrainState) -> tuple[Mapping[str, float | None] | None, bool]:
+    def _validate(self, state: TrainState) -> tuple[Figures | None, bool]:
         """Evaluates the weights, and their average where there is one.
 
         Returns:
@@ -284,10 +284,10 @@ class TrainLoop:
             raise _StopEvaluation
         self.reporter.view.next_batch()
 
-    def _save(self, state: TrainState, figures: Mapping[str, float | None] | None = None) -> None:
+    def _save(self, state: TrainState, figures: Figures | None = None, *, last: bool = False) -> None:
         self.watchdog.feed("save")
         with self.clock.charge("checkpoint"), self.reporter.view.saving(self.position.step):
-            self.saver.save(state, self.position, figures)
+            self.saver.save(state, self.position, figures, last=last)
 
     # ---------------------------------------------------------------------------------------------------------- the end
 

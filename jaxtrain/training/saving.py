@@ -15,6 +15,9 @@ from jaxtrain.durations import Duration
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.training.cadence import Timetable
 
+Figures = Mapping[str, float | None]
+"""Of a validation, by their names in the manifest."""
+
 
 class Saver:
     """Saves a step once, with its position and config; knows how long the last save is ago."""
@@ -40,13 +43,21 @@ class Saver:
         self._saved_step, self._saved_at = saved_step, time.monotonic()
         self._every = Duration.parse(config.checkpoint.every, "config.checkpoint.every", minutes=True)
 
-    def save(self, state: TrainState, position: Position, figures: Mapping[str, float | None] | None = None) -> None:
+    def save(
+        self,
+        state: TrainState,
+        position: Position,
+        figures: Figures | None = None,
+        *,
+        last: bool = False,
+    ) -> None:
         """Saves the state after `position.step`, unless that step was saved before.
 
         Args:
           state: the whole state.
           position: how far the run has come with it.
           figures: of its validation, where there was one; by one of them the best checkpoint is chosen.
+          last: the run ends or stops after it.
         """
         step = position.step
         if step == self._saved_step:
@@ -55,10 +66,10 @@ class Saver:
         epoch = self._timetable.epoch_of(step) + 1 if due.epoch_end else -1
         self._flush()
         stored = position.to_json(to_dict(self._config))
-        self._checkpointer.save(step, state, stored, epoch=epoch, figures=figures, milestone=due.milestone)
+        self._checkpointer.save(step, state, stored, epoch=epoch, figures=figures, milestone=due.milestone, last=last)
         self._saved_step, self._saved_at = step, time.monotonic()
 
-    def annotate(self, position: Position, figures: Mapping[str, float | None]) -> None:
+    def annotate(self, position: Position, figures: Figures) -> None:
         """Adds the figures of a validation that comes after its checkpoint."""
         self._checkpointer.annotate(position.step, figures, position.to_json(to_dict(self._config)))
 

@@ -25,7 +25,6 @@ import numpy as np
 from jax.typing import DTypeLike
 
 from jaxtrain.checkpoint.checkpointer import Checkpointer
-from jaxtrain.checkpoint.manifest import manifested_steps
 from jaxtrain.checkpoint.resume_point import Position, ResumePoint
 from jaxtrain.config import Config, to_dict
 from jaxtrain.distributed import coordination
@@ -207,14 +206,15 @@ class _Trial:
         position = Position(step=step, examples=step * self._batch, dataset=self._run.data_record)
         with contextlib.closing(Checkpointer(self._directory.checkpoints)) as checkpoints:
             began = time.perf_counter()
-            checkpoints.save(step, state, position.to_json(to_dict(self._run.config)), epoch=-1)
-            checkpoints.wait()
-            save = time.perf_counter() - began
-            barrier("the smoke test has saved")
-            if manifested_steps(self._directory.checkpoints) != [step]:
-                raise WorkdirError(
+            try:
+                checkpoints.save(step, state, position.to_json(to_dict(self._run.config)), epoch=-1, last=True)
+                checkpoints.wait()
+            except WorkdirError as error:
+                text = (
                     f"A checkpoint could not be written to {self._directory.path}; set TMPDIR to a directory with room."
                 )
+                raise WorkdirError(text) from error
+            save = time.perf_counter() - began
             before = jax.tree.map(_on_host, state)
             jax.tree.map(lambda leaf: leaf.delete(), state)  # a resumed run has the memory of one state
             self._begin("restore")

@@ -108,6 +108,22 @@ def test_the_third_failed_save_in_a_row_ends_the_run_with_a_good_checkpoint(disk
     assert len(runs.losses(disk / "run")) == 24
 
 
+def test_the_last_save_that_fails_ends_the_run_and_is_made_up_for(disk: Path, monkeypatch):
+    """No later save would try again: a run that says that it is done has its last weights on the disk."""
+    monkeypatch.setenv("LEFT", "600000")
+    monkeypatch.setenv("FREED", "no")
+    said = (
+        r"step 6 in .* was not written \(No space left on device\), and no other save follows: .* goes on from step 3\."
+    )
+    with pytest.raises(WorkdirError, match=said):
+        here(disk / "run", FIELDS, train__steps=6)
+    assert not (disk / "run" / "result.json").exists()
+    os.unlink(disk / "filler")
+    result = here(disk / "run", FIELDS | {"data.name": "digits"}, checkpoint__allow_changes=True, train__steps=6)
+    assert manifested_steps(disk / "run" / "checkpoints")[-1] == result.result["steps"] == 6
+    assert len(runs.losses(disk / "run")) == 6
+
+
 def test_a_disk_without_room_for_one_checkpoint_is_refused_at_the_start(disk: Path, monkeypatch):
     monkeypatch.setenv("LEFT", "0")
     monkeypatch.setattr(session, "compile_run", lambda *_: pytest.fail("it was compiled first"))
