@@ -16,6 +16,7 @@ from jaxtrain.errors import ConfigError
 from jaxtrain.host.paths import require_local
 from jaxtrain.host.targets import GPUS, parse_target
 from jaxtrain.host.text import printable
+from jaxtrain.observability.rendering import size
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +70,7 @@ def _print(report: Mapping[str, Any]) -> None:
             f"{program['small_kernels']:,}",
             _moved(program["gigabytes"]),
             f"{program['gigabytes'] * 1e12 / report['bandwidth']:.2f}",
-            *(_size(program[f"{key}_bytes"]) for key in ("argument", "temporary", "peak")),
+            *(size(program[f"{key}_bytes"]) for key in ("argument", "temporary", "peak")),
         )
     console.print(table)
     for name, program in report["programs"].items():
@@ -81,7 +82,7 @@ def _print(report: Mapping[str, Any]) -> None:
 def _print_program(console: Any, name: str, program: Mapping[str, Any]) -> None:
     console.print()
     donated, results = program["donated_bytes"], program["output_bytes"]
-    console.print(f"{name}: of {_size(results)} of results {_size(donated)} take the place of arguments")
+    console.print(f"{name}: of {size(results)} of results {size(donated)} take the place of arguments")
     kinds = Table(
         "  kind", Column("kernels", justify="right"), Column("moved", justify="right"), box=None, pad_edge=False
     )
@@ -90,7 +91,7 @@ def _print_program(console: Any, name: str, program: Mapping[str, Any]) -> None:
     console.print(kinds)
     for each in program["collectives"]:
         axes = ", ".join(each["axes"]) or "no axis"
-        console.print(f"  {each['count']} x {each['kind']} over {axes}: {_size(each['bytes'])}")
+        console.print(f"  {each['count']} x {each['kind']} over {axes}: {size(each['bytes'])}")
     if program["f32_products"]:
         console.print(f"  {program['f32_products']} matrix products or convolutions have float32 operands")
     if program["host_callbacks"]:
@@ -108,8 +109,8 @@ def _print_verdict(console: Any, report: Mapping[str, Any]) -> None:
     for note in audit["notes"]:
         console.print(f"  {note}")
     peak, reserve, usable, memory = (report[f"{name}_bytes"] for name in ("peak", "reserve", "usable", "memory"))
-    need = f"{_size(peak)} at least, and {_size(reserve)} are reserved for cuDNN"
-    there = f"the {_size(usable)} that JAX takes of the GPU's {_size(memory)}"
+    need = f"{size(peak)} at least, and {size(reserve)} are reserved for cuDNN"
+    there = f"the {size(usable)} that JAX takes of the GPU's {size(memory)}"
     if report["fits"]:
         console.print(f"memory: fits {there}, as far as the programs show: {need}")
         return
@@ -122,7 +123,3 @@ def _print_verdict(console: Any, report: Mapping[str, Any]) -> None:
 
 def _moved(gigabytes: float) -> str:
     return f"{gigabytes:.2f} GB" if gigabytes >= 1 else f"{gigabytes * 1e3:.2f} MB"
-
-
-def _size(count: int) -> str:
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -32,6 +32,16 @@ def short_duration(seconds: float, digits: int = 0) -> str:
     return duration(seconds) if seconds >= 3599.5 else duration(seconds).removeprefix("0:").removeprefix("0")
 
 
+def size(count: int) -> str:
+    """Bytes in the largest unit that gives 1 or more: `512 B`, `3.5 MiB`, `29.6 GiB`."""
+    amount = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if amount < 1024:
+            return f"{amount:.0f} {unit}" if unit == "B" else f"{amount:.1f} {unit}"
+        amount /= 1024
+    return f"{amount:.1f} GiB"
+
+
 def percent(share: float) -> str:
     """A share in [0, 1] as `98.4 %`."""
     return f"{100 * share:.1f} %"

@@ -11,6 +11,7 @@ import jax
 
 from jaxtrain.config import Config
 from jaxtrain.data.base import SPLITS
+from jaxtrain.observability.rendering import size
 from jaxtrain.optim.schedules import peak_learning_rate, warmup_steps
 from jaxtrain.parallel.layout import Layout, Placement, bytes_per_device
 from jaxtrain.parallel.mesh import batch_ways
@@ -32,7 +33,7 @@ def summary(run: RunSpec, table: dict[str, list[Placement]], where: str) -> list
     mesh, config, optim = run.layout.mesh, run.config, run.config.optim
     axes = " x ".join(f"{name} {size}" for name, size in mesh.shape.items() if size > 1) or "one device"
     held = ", ".join(
-        f"{tree} {_size(bytes_per_device(leaves))}" for tree, leaves in table.items() if bytes_per_device(leaves)
+        f"{tree} {size(bytes_per_device(leaves))}" for tree, leaves in table.items() if bytes_per_device(leaves)
     )
     batch, count = config.data.global_batch, config.layout.microbatches
     ways = mesh.shape["replica"] * mesh.shape["data"]
@@ -70,7 +71,7 @@ def headlines(run: RunSpec, table: dict[str, list[Placement]], where: str) -> li
         f"{config.data.name}: {len(data.train):,} train, {len(data.validation):,} validation, {len(data.test):,} test; "
         f"{run.steps:,} steps of {config.data.global_batch}{f' in {count} microbatches' if count > 1 else ''}",
         f"{mesh.size} x {mesh.devices.flat[0].device_kind}{axes}, zero {config.layout.zero}; "
-        f"{_size(held)} a device at rest; data {where}",
+        f"{size(held)} a device at rest; data {where}",
         *(run.partition.describe() if run.partition else []),
         *notes(table),
     ]
@@ -147,11 +148,3 @@ def one_step_a_call(config: Config) -> str:
 
 def _elements(leaf: Placement) -> int:
     return functools.reduce(lambda a, b: a * b, leaf.shape, 1)
-
-
-def _size(count: int) -> str:
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count = count / 1024  # type: ignore[assignment]
-    raise AssertionError

@@ -12,7 +12,8 @@ from runs import command_line
 
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.targets import GPUS, parse_target
-from jaxtrain.parallel.gpu_program import Collective, read_program
+from jaxtrain.parallel import topology
+from jaxtrain.parallel.gpu_program import read_program
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -75,7 +76,6 @@ def test_a_programs_text_is_read():
         ("reduce-scatter", ("tensor",), 16),
         ("collective-permute", ("data",), 64),
     ]
-    assert isinstance(program.collectives[0], Collective)
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,8 @@ def has_compiler() -> bool:
     return any(found.get(f"jax-cuda{cuda}-pjrt") == found["jaxlib"] for cuda in (12, 13))
 
 
-compiles = pytest.mark.skipif(not has_compiler(), reason="the extra gpu-compiler is not installed")
+# 480 MB, which are in no environment but that of .ci/run's own step: there `jaxtrain compile` must have worked before.
+compiles = pytest.mark.skipif(not has_compiler(), reason="needs XLA's GPU compiler: pip install -e '.[gpu-compiler]'")
 
 TINY = {"model.depths": "(1,1,1,1)", "model.width": "32", "data.global_batch": "64", "model.bn_groups": "8"}
 
@@ -176,12 +177,15 @@ def test_a_run_that_does_not_fit_is_said(capfd):
     changed = [f"--config.{name}={value}" for name, value in fields.items()]
     words = ["compile", "--config", f"{CONFIGS / 'resnet18_cifar10.py'}:dp", "--target", "a100-40", *changed]
     assert command_line(words) == 1
-    assert "does not fit the 29.57 GiB that JAX takes of the GPU's 39.42 GiB" in " ".join(
-        capfd.readouterr().out.split()
-    )
+    assert "does not fit the 29.6 GiB that JAX takes of the GPU's 39.4 GiB" in " ".join(capfd.readouterr().out.split())
 
 
-@pytest.mark.skipif(has_compiler(), reason="the extra gpu-compiler is installed")
-def test_a_missing_compiler_is_said_with_the_command(capsys):
+@pytest.mark.parametrize(
+    ("plugin", "problem"), [("nowhere", "is not installed"), ("numpy", "does not fit jaxlib ")], ids=["none", "another"]
+)
+def test_a_compiler_that_does_not_fit_is_said_with_the_command(plugin, problem, monkeypatch, capsys):
+    monkeypatch.setattr(topology, "_PLUGINS", (plugin,))
     assert command_line(["compile", "--config", str(CONFIGS / "mlp_synthetic.py"), "--target", "8xh100"]) == 78
-    assert "is not installed. It needs no GPU: pip install 'jax[cuda1" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"a part of JAX's CUDA plugin, {problem}" in said
+    assert "It needs no GPU: pip install 'jax[cuda1" in said
