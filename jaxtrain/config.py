@@ -482,7 +482,8 @@ class TrainConfig(_Section):
     steps_per_call: Annotated[int, _at_least(1)] = 1
     """Optimizer steps that one program makes before the host hears of them, for models so small that a GPU waits for the host
     between steps. Numbers, rows and checkpoints are those of 1, and a call is cut short where something is due. With pipeline
-    stages or microbatches, and on a CPU with convolutions, a call makes one step whatever this says."""
+    stages or microbatches, and on a CPU with convolutions, a call makes one step whatever this says. At most 1024 are one
+    call."""
 
     hang_seconds: Annotated[float, _at_least(0)] = 60.0
     """A process that makes no progress for so many seconds, and for ten times the length of a step, writes the stacks of its

@@ -29,7 +29,7 @@ from jaxtrain.optim.schedules import learning_rate_schedule
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import make_mesh
 from jaxtrain.precision import precision_policy
-from jaxtrain.step.batch import Batch, Hyperparams, Resident
+from jaxtrain.step.batch import RATES, Batch, Hyperparams, Resident
 from jaxtrain.step.task import make_task
 from jaxtrain.step.train_state import create_state, initial_state
 from jaxtrain.step.train_step import MeshTrainStep, make_train_step
@@ -82,18 +82,21 @@ class Training:
         draw = np.random.default_rng(0)
         images = draw.integers(0, 256, (1, batch, *shape), np.uint8)  # never zeros: products of zeros run faster
         labels = draw.integers(0, classes, (1, batch), np.int32)
-        rates = np.float32(config.optim.learning_rate), np.float32(config.optim.weight_decay)
-        hyperparams = Hyperparams(*(_scalar(layout, number) for number in (*rates, np.int32(config.seed))))
+        rates = np.full(RATES, config.optim.learning_rate, np.float32)
+        numbers = (rates, np.int32(0), np.float32(config.optim.weight_decay), np.int32(config.seed))
+        hyperparams = Hyperparams(*(_replicated(layout, number) for number in numbers))
         first = Batch(
-            _scalar(layout, np.int32(0)), hyperparams, images=_put(layout, images), labels=_put(layout, labels)
+            _replicated(layout, np.int32(0)), hyperparams, images=_put(layout, images), labels=_put(layout, labels)
         )
         several = config.train.steps_per_call
         step = make_train_step(task, layout, state, first, Resident(), several)
         many = None
         if "call" in step.programs:
             places = step.programs["call"].input_shardings[0][1]
-            repeated = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[None], several, 0), first)
-            many = jax.device_put(repeated, places)
+            one = dataclasses.replace(first, hyperparams=())
+            repeated = jax.tree.map(lambda leaf: np.repeat(np.asarray(leaf)[None], several, 0), one)
+            many = jax.device_put(repeated, dataclasses.replace(places, hyperparams=()))
+            many = dataclasses.replace(many, hyperparams=hyperparams)
         return cls(step, state, first, many)
 
     def batches(self, steps: int) -> list[Batch]:
@@ -119,7 +122,7 @@ def _put(layout: Layout, value: np.ndarray) -> jax.Array:
     return jax.device_put(value, layout.images if value.ndim > 2 else layout.batch)
 
 
-def _scalar(layout: Layout, value: np.generic) -> jax.Array:
+def _replicated(layout: Layout, value: np.ndarray | np.generic) -> jax.Array:
     return jax.device_put(value, layout.sharding())
 
 

@@ -28,15 +28,28 @@ class EvalBatch:
 class Hyperparams:
     """Numbers that the programs take as arguments: runs that differ in them alone share their compiled programs.
 
+    Rates of many steps are one array, which goes to the devices once for all of these steps: a transfer a step costs the
+    host more than anything else that it does for a small model.
+
     Attributes:
-      learning_rate: float [], of this update.
+      rates: float [RATES], the learning rates of the steps `first`, `first + 1`, ...
+      first: int32 [].
       weight_decay: float [].
       seed: int32 [], of all random numbers.
     """
 
-    learning_rate: jax.Array
+    rates: jax.Array
+    first: jax.Array
     weight_decay: jax.Array
     seed: jax.Array
+
+    def learning_rate(self, step: jax.Array) -> jax.Array:
+        """The learning rate, float [], of the update `step` (int32 [])."""
+        return self.rates[step - self.first]
+
+
+RATES = 1024
+"""How many steps' learning rates are on the devices: as many updates at most can be one call."""
 
 
 @flax.struct.dataclass
@@ -45,7 +58,7 @@ class Batch:
 
     Attributes:
       step: int32 [], the update that this batch is for. A state at another step does not change.
-      hyperparams: of this update; `()` in an evaluation.
+      hyperparams: of the run; `()` in an evaluation. They are not stacked where the batches of several updates are.
       rows: int32 [M, B/M], the examples' row numbers in `Resident`.
       images: uint8 [M, B/M, H, W, C].
       labels: int32 [M, B/M].

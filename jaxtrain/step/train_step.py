@@ -134,10 +134,11 @@ def _compile_whole_step(
 
     def call(state: TrainState, batches: Batch, resident: Resident) -> tuple[TrainState, StepMetrics]:
         def one(state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+            batch = dataclasses.replace(batch, hyperparams=batches.hyperparams)
             after, metrics = step(state, batch, resident)
             return jax.lax.with_sharding_constraint(after, shardings), metrics
 
-        return jax.lax.scan(one, state, batches)
+        return jax.lax.scan(one, state, dataclasses.replace(batches, hyperparams=()))
 
     compiling = functools.partial(jax.jit, out_shardings=(shardings, layout.sharding()), donate_argnums=0)
     lowered = compiling(step).lower(state, batch, resident)
@@ -189,7 +190,8 @@ def stacked(batch: Batch, count: int) -> Batch:
     def shape(leaf: jax.Array) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((count, *leaf.shape), leaf.dtype, sharding=over_steps(leaf.sharding))
 
-    return jax.tree.map(shape, batch)
+    shapes = jax.tree.map(shape, dataclasses.replace(batch, hyperparams=()))
+    return dataclasses.replace(shapes, hyperparams=batch.hyperparams)
 
 
 def _slow_in_a_loop(layout: Layout, step: jax.stages.Lowered) -> bool:

@@ -22,7 +22,7 @@ from jaxtrain.trees import PyTree
 
 @flax.struct.dataclass
 class UpdateDecision:
-    """Whether an update is accepted, decided from numbers of the whole tree.
+    """Whether an update is accepted, decided from numbers of the whole tree; and the optimizer's numbers for it.
 
     Attributes:
       step: int32 [], updates done afterwards.
@@ -31,6 +31,8 @@ class UpdateDecision:
       skipped: bool [], the update is refused, the step is counted, and the run goes on without this batch.
       overflowed: bool [], it is skipped because fp16 overflowed, and the loss scale shrinks.
       norm: float [], the global norm of the gradients.
+      learning_rate: float [], of the step that the batch is for.
+      weight_decay: float [].
     """
 
     step: jax.Array
@@ -39,10 +41,19 @@ class UpdateDecision:
     skipped: jax.Array
     overflowed: jax.Array
     norm: jax.Array
+    learning_rate: jax.Array
+    weight_decay: jax.Array
 
 
 def decide_update(
-    step: jax.Array, loss_scale: PyTree, batch_step: jax.Array, loss: jax.Array, norm: jax.Array, *, skips: bool
+    step: jax.Array,
+    loss_scale: PyTree,
+    batch_step: jax.Array,
+    hyperparams: Hyperparams,
+    loss: jax.Array,
+    norm: jax.Array,
+    *,
+    skips: bool,
 ) -> UpdateDecision:
     """Accepts an update whose loss and gradient norm are finite.
 
@@ -51,6 +62,7 @@ def decide_update(
       loss_scale: `LossScale`, or ().
       batch_step: int32 [], the step that the batch is for. A state at another step does not change: when an update is
         refused, the updates that were already dispatched after it are refused too.
+      hyperparams: of the run.
       loss: float [], the mean over the global batch.
       norm: float [], the global norm of the gradients.
       skips: whether the run goes on after an update that is not finite (`Task.skips`).
@@ -63,7 +75,16 @@ def decide_update(
     overflowed = on_time & ~finite & can_shrink
     skipped = overflowed | (on_time & ~finite & skips)
     new_scale = _select(on_time, adjust_loss_scale(loss_scale, finite), loss_scale)
-    return UpdateDecision(step + accepted + skipped, new_scale, accepted, skipped, overflowed, norm)
+    return UpdateDecision(
+        step=step + accepted + skipped,
+        loss_scale=new_scale,
+        accepted=accepted,
+        skipped=skipped,
+        overflowed=overflowed,
+        norm=norm,
+        learning_rate=hyperparams.learning_rate(batch_step),
+        weight_decay=hyperparams.weight_decay,
+    )
 
 
 def unscale_gradients(loss_scale: PyTree, gradients: PyTree, updating: PyTree) -> PyTree:
@@ -87,7 +108,6 @@ def apply_update(
     gradients: PyTree,
     batch_stats: PyTree,
     decision: UpdateDecision,
-    hyperparams: Hyperparams,
 ) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
     """Applies `decision` to the state of the whole model, or of some of its layers.
 
@@ -99,7 +119,6 @@ def apply_update(
       gradients: float arrays, sharded as `updating`.
       batch_stats: the new running statistics.
       decision: from the whole tree.
-      hyperparams: of this update.
 
     Returns:
       The state after `decision`; and the global norms, float [] each, of the old parameters and of the update, which is
@@ -108,7 +127,7 @@ def apply_update(
     if task.optim.clip_norm:
         gradients = clip_by_global_norm(gradients, decision.norm, task.optim.clip_norm)
     old_params = jax.lax.with_sharding_constraint(state.params, updating)
-    optimizer = task.optimizer(hyperparams.learning_rate, hyperparams.weight_decay)
+    optimizer = task.optimizer(decision.learning_rate, decision.weight_decay)
     updates, opt_state = optimizer.update(gradients, state.opt_state, old_params)
     norms = (global_norm(old_params), global_norm(updates))
     accepted = _after_norms(decision.accepted, norms)
@@ -157,20 +176,19 @@ def update_state(
       state: before the update.
       sums: over all microbatches.
       step: int32 [], the step that the batch is for.
-      hyperparams: of this update.
+      hyperparams: of the run.
 
     Returns:
       The state after the update, or the same state where the update is refused; and the step's metrics.
     """
     gradients = unscale_gradients(state.loss_scale, sums.gradients, updating)
-    decision = decide_update(state.step, state.loss_scale, step, sums.loss, global_norm(gradients), skips=task.skips)
-    after, norms = apply_update(task, shardings, updating, state, gradients, sums.batch_stats, decision, hyperparams)
-    rate = hyperparams.learning_rate
-    return after, stack_metrics(step_metrics(rate, state.loss_scale, decision, sums.loss, sums.correct, *norms))
+    norm = global_norm(gradients)
+    decision = decide_update(state.step, state.loss_scale, step, hyperparams, sums.loss, norm, skips=task.skips)
+    after, norms = apply_update(task, shardings, updating, state, gradients, sums.batch_stats, decision)
+    return after, stack_metrics(step_metrics(state.loss_scale, decision, sums.loss, sums.correct, *norms))
 
 
 def step_metrics(
-    learning_rate: jax.Array,
     loss_scale: PyTree,
     decision: UpdateDecision,
     loss: jax.Array,
@@ -183,7 +201,6 @@ def step_metrics(
     `made` says whether the step counts: its batch is used up.
 
     Args:
-      learning_rate: float [].
       loss_scale: `LossScale` before the update, or ().
       decision: the update's.
       loss: float [], the mean over the global batch.
@@ -195,7 +212,7 @@ def step_metrics(
         "made": decision.accepted | decision.skipped,
         "loss": loss,
         "correct": correct,
-        "learning_rate": learning_rate,
+        "learning_rate": decision.learning_rate,
         "grad_norm": decision.norm,
         "param_norm": param_norm,
         "update_norm": update_norm,

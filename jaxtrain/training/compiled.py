@@ -18,7 +18,7 @@ from jaxtrain.checkpoint.resume_point import ResumePoint
 from jaxtrain.errors import DeviceMemoryError
 from jaxtrain.observability.text_log import FILE_ONLY, NOT_LIVE, to_screen
 from jaxtrain.parallel.audit import audit
-from jaxtrain.step.batch import Batch, EvalBatch
+from jaxtrain.step.batch import RATES, Batch, EvalBatch
 from jaxtrain.step.eval_step import EvalResult, EvalStep, make_eval_step
 from jaxtrain.step.pipeline.eval_step import PipelineEvalStep, make_pipeline_eval_step
 from jaxtrain.step.pipeline.train_step import make_pipeline_train_step
@@ -208,7 +208,7 @@ def compile_train_step(run: RunSpec, inputs: InputPipeline, state: TrainState, t
       state: shapes and shardings.
       trace: the file of `layout.trace_step`.
     """
-    batch, asked = inputs.train_shapes(run.config.data.global_batch), run.config.train.steps_per_call
+    batch, asked = inputs.train_shapes(run.config.data.global_batch), min(run.config.train.steps_per_call, RATES)
     if run.layout.stages > 1:
         step: TrainStep = make_pipeline_train_step(run.task, run.layout, state, batch, inputs.resident, trace)
     else:

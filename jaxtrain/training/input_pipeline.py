@@ -19,7 +19,7 @@ from jaxtrain.data.order import eval_batches, eval_subset, index_stream
 from jaxtrain.data.stream import default_threads, default_workers, eval_stream, train_stream
 from jaxtrain.distributed.coordination import on_this_host
 from jaxtrain.parallel.layout import Layout, over_steps
-from jaxtrain.step.batch import Batch, EvalBatch, Hyperparams, Resident
+from jaxtrain.step.batch import RATES, Batch, EvalBatch, Hyperparams, Resident
 
 # `data.residency=auto` keeps a data set on the devices up to this share of their memory, or this size where it is unknown.
 RESIDENT_SHARE = 0.1
@@ -64,10 +64,13 @@ class BatchSharder:
             return _on_devices(shape, dtype, sharding, shard)
         return _on_devices((len(rows), *shape), dtype, over_steps(sharding), shard)
 
-    def numbers(self, values: np.ndarray) -> jax.Array:
-        """Numbers of single steps, one each, replicated: [] for one step, [k] for k."""
-        values = values[0] if len(values) == 1 else values
-        return _on_devices(values.shape, values.dtype, self._replicated, lambda _: values)
+    def numbers(self, first: int, count: int = 1) -> jax.Array:
+        """Step numbers, replicated: int32 [] for one step, int32 [count] for `first`, `first + 1`, ..."""
+        return self.replicated(np.int32(first) if count == 1 else np.arange(first, first + count, dtype=np.int32))
+
+    def replicated(self, value: np.ndarray | np.generic) -> jax.Array:
+        """The same array on every device."""
+        return _on_devices(value.shape, value.dtype, self._replicated, lambda _: value)
 
 
 def _on_devices(
@@ -141,24 +144,30 @@ class InputPipeline:
             "first_example": first_example, "steps": steps,
         }  # fmt: skip
         calls = itertools.repeat(1, steps) if calls is None else calls
-        numbers = _numbering(sharder, schedule, weight_decay, seed)
+        hyperparams = _hyperparams(sharder, schedule, weight_decay, seed)
         if self.offsets:
             for number, chunk in _chunks(index_stream(len(source), **order), calls, first_step):
                 rows = sharder.batch(*(each + np.int32(self.offsets["train"]) for each in chunk))
-                yield Batch(*numbers(number, len(chunk)), rows=rows)
+                yield Batch(sharder.numbers(number, len(chunk)), hyperparams(number, len(chunk)), rows=rows)
             return
         with train_stream(source, workers=self.workers, threads=self.threads, **order) as stream:
             for number, chunk in _chunks(stream, calls, first_step):
                 images, labels = zip(*chunk, strict=True)
-                yield Batch(*numbers(number, len(chunk)), images=sharder.images(*images), labels=sharder.batch(*labels))
+                yield Batch(
+                    sharder.numbers(number, len(chunk)),
+                    hyperparams(number, len(chunk)),
+                    images=sharder.images(*images),
+                    labels=sharder.batch(*labels),
+                )
 
     def train_shapes(self, global_batch: int) -> Batch:
         """The shapes, types and shardings of what `train` yields."""
         shapes = self._shapes(global_batch, self.layout.config.microbatches)
         number = functools.partial(jax.ShapeDtypeStruct, (), sharding=self.layout.sharding())
-        rate: Any = number(jnp.result_type(float))
-        seed: Any = number(np.int32)
-        return dataclasses.replace(shapes, hyperparams=Hyperparams(rate, rate, seed))
+        dtype, whole = jnp.result_type(float), number(np.int32)
+        rates: Any = jax.ShapeDtypeStruct((RATES,), dtype, sharding=self.layout.sharding())
+        numbers: Any = (whole, number(dtype), whole)
+        return dataclasses.replace(shapes, hyperparams=Hyperparams(rates, *numbers))
 
     def evaluation_shapes(self, batch: int) -> EvalBatch:
         """The same for `evaluation`."""
@@ -189,7 +198,7 @@ class InputPipeline:
           Batches, the same whether resident or streamed.
         """
         sharder = BatchSharder(self.layout, 1, batch)
-        step, source = sharder.numbers(np.zeros(1, np.int32)), getattr(self.dataset, split)
+        step, source = sharder.numbers(0), getattr(self.dataset, split)
         if not len(source):
             return
         chosen = eval_subset(len(source), examples)
@@ -207,25 +216,26 @@ class InputPipeline:
                 )
 
 
-def _numbering(
+def _hyperparams(
     sharder: BatchSharder, schedule: optax.Schedule, weight_decay: float, seed: int
-) -> Callable[[int, int], tuple[jax.Array, Hyperparams]]:
-    """The numbers on the devices of the steps `first`, `first + 1`, ... as a function of (first, count).
+) -> Callable[[int, int], Hyperparams]:
+    """The hyperparameters on the devices as a function of (first step, number of steps).
 
-    It gives int32 [] or [count], and the steps' hyperparameters. The rates are computed by the host, in float64.
+    The rates are computed by the host, in float64, and go to the devices once for `RATES` steps.
     """
     dtype = jnp.result_type(float)
+    constants = sharder.replicated(np.asarray(weight_decay, dtype)), sharder.replicated(np.int32(seed))
+    steps, there = range(0), None
 
-    @functools.cache
-    def constants(count: int) -> tuple[jax.Array, jax.Array]:
-        return sharder.numbers(np.full(count, weight_decay, dtype)), sharder.numbers(np.full(count, seed, np.int32))
+    def of(first: int, count: int) -> Hyperparams:
+        nonlocal steps, there
+        if there is None or first not in steps or first + count > steps.stop:
+            steps = range(first, first + RATES)
+            rates = np.broadcast_to(schedule(np.arange(first, first + RATES)), RATES).astype(dtype)
+            there = Hyperparams(sharder.replicated(rates), sharder.replicated(np.int32(first)), *constants)
+        return there
 
-    def numbers(first: int, count: int) -> tuple[jax.Array, Hyperparams]:
-        steps = np.arange(first, first + count, dtype=np.int32)
-        rates = np.broadcast_to(schedule(steps), count).astype(dtype)
-        return sharder.numbers(steps), Hyperparams(sharder.numbers(rates), *constants(count))
-
-    return numbers
+    return of
 
 
 def _chunks(stream: Iterable[Any], sizes: Iterable[int], number: int) -> Iterator[tuple[int, list[Any]]]:

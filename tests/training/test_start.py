@@ -13,7 +13,7 @@ from jaxtrain import load_config
 from jaxtrain.config import Config
 from jaxtrain.host import xla_flags
 from jaxtrain.optim.schedules import make_schedule
-from jaxtrain.training import compiled
+from jaxtrain.training import compiled, input_pipeline
 from jaxtrain.training.jax_settings import compile_cache_note, no_compile_cache, settings
 
 
@@ -113,6 +113,18 @@ def test_xlas_alarms_are_hidden_on_a_cpu_and_where_nothing_is_trained(monkeypatc
     monkeypatch.setenv("TF_CPP_MIN_LOG_LEVEL", "0")
     xla_flags.hide_alarms(always=True)
     assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0", "the user's own is kept"
+
+
+@pytest.mark.parametrize("per_call", [1, 4])
+def test_rates_go_to_the_devices_again_where_those_that_are_there_end(tmp_path, monkeypatch, per_call):
+    """Steps 1 to 9 of a warm-up, with the rates of four at a time on the devices, from the step that a start goes on from."""
+    for module in (input_pipeline, compiled):
+        monkeypatch.setattr(module, "RATES", 4)
+    fields = SMALL | {"optim.warmup": "100 steps", "train.steps_per_call": per_call, "checkpoint.every": "0"}
+    here(tmp_path / "run", fields, train__steps=3)
+    rows = [row for row in here(tmp_path / "run", fields, train__steps=12).history if row["phase"] == "train"]
+    rates = make_schedule(load_config(RECIPE, fields), 128)(np.arange(3, 12)).astype(np.float32)
+    assert [row["learning_rate"] for row in rows] == rates.tolist()
 
 
 @pytest.mark.parity

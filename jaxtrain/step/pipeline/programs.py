@@ -14,7 +14,6 @@ import jax.numpy as jnp
 
 from jaxtrain.optim.updates import global_norm
 from jaxtrain.parallel.layout import Layout
-from jaxtrain.step.batch import Hyperparams
 from jaxtrain.step.gradients import GradientSums, add_sums, constrain_gradients, like_params, sums_shapes, zero_sums
 from jaxtrain.step.pipeline.chunks import ForwardBackward, ModelChunk, forward, weights_of
 from jaxtrain.step.task import Task
@@ -67,7 +66,7 @@ class StagePrograms:
       indices: which leaves of the whole state the stage has, in the order of its own leaves.
       structure: the tree structure of the stage's state.
       measure: (state, sums of each chunk) -> float [1, 3]; see `compile_stage`.
-      update: (state, sums of each chunk, decision, hyperparams) -> (state, float [1, 2]); it donates `state`.
+      update: (state, sums of each chunk, decision) -> (state, float [1, 2]); it donates `state`.
     """
 
     stage: int
@@ -285,7 +284,6 @@ def compile_stage(
     indices: Sequence[int],
     state: TrainState,
     decision: UpdateDecision,
-    hyperparams: Hyperparams,
     sums: tuple[GradientSums, ...],
 ) -> Compiling[StagePrograms]:
     """Compiles the two programs of one stage's update; for `compile_together`.
@@ -297,7 +295,6 @@ def compile_stage(
       indices: which leaves of the whole state the stage has.
       state: shapes of the stage's state.
       decision: shapes, on the stage's devices.
-      hyperparams: the same.
       sums: shapes of the accumulators of each of the stage's chunks.
     """
     layout = layout.on_stage(stage)
@@ -322,17 +319,17 @@ def compile_stage(
         return row(loss, correct, jnp.square(global_norm(gradients)))
 
     def update(
-        state: TrainState, sums: tuple[GradientSums, ...], decision: UpdateDecision, hyperparams: Hyperparams
+        state: TrainState, sums: tuple[GradientSums, ...], decision: UpdateDecision
     ) -> tuple[TrainState, jax.Array]:
         """The state after `decision`, and float [1, 2]: what it adds to the squared norms of the parameters and the update."""
         gradients, batch_stats = merged(sums)
         gradients = unscale_gradients(state.loss_scale, gradients, updating)
-        after, norms = apply_update(task, shardings, updating, state, gradients, batch_stats, decision, hyperparams)
+        after, norms = apply_update(task, shardings, updating, state, gradients, batch_stats, decision)
         return after, row(*map(jnp.square, norms))
 
     updater = jax.jit(update, out_shardings=(shardings, layout.sharding()), donate_argnums=0)
     programs = yield {
         "measure": jax.jit(measure, out_shardings=layout.sharding()).lower(state, sums),
-        "update": updater.lower(state, sums, decision, hyperparams),
+        "update": updater.lower(state, sums, decision),
     }
     return StagePrograms(stage, tuple(indices), jax.tree.structure(state), programs["measure"], programs["update"])

@@ -73,7 +73,7 @@ class PipelineTrainStep:
       chunks: the programs of the chunks on this process's stages, by the chunk's index.
       stages: the programs of this process's stages, by stage.
       transfers: between neighbouring chunks, by (source, target).
-      decide: (step, loss_scale, batch's step, learning rate, float [stages, 3]) -> (`UpdateDecision`, metrics).
+      decide: (step, loss_scale, batch's step, hyperparams, float [stages, 3]) -> (`UpdateDecision`, metrics).
       finish: (float [stages, 2], metrics) -> `StepMetrics`.
       executors: who dispatches.
       trace: whether and where to record the operations' times.
@@ -119,11 +119,10 @@ class PipelineTrainStep:
             self.trace.write(execution.events)
         sharding = self.layout.sharding(P("stage"))
         numbers = join(measured, (self.layout.stages, 3), sharding)
-        rate = batch.hyperparams.learning_rate
-        decision, metrics = self.decide(state.step, state.loss_scale, batch.step, rate, numbers)
-        decided = {stage: on_stage(self.layout, stage, (decision, batch.hyperparams)) for stage in self.stages}
+        decision, metrics = self.decide(state.step, state.loss_scale, batch.step, batch.hyperparams, numbers)
+        decisions = {stage: on_stage(self.layout, stage, decision) for stage in self.stages}
         updated = self.executors.run_all(
-            {stage: functools.partial(self._update, execution, stage, *decided[stage]) for stage in self.stages}
+            {stage: functools.partial(self._update, execution, stage, decisions[stage]) for stage in self.stages}
         )
         norms = join([stage_norms for _, stage_norms in updated], (self.layout.stages, 2), sharding)
         after = self._joined(leaves, [stage_state for stage_state, _ in updated])
@@ -134,10 +133,8 @@ class PipelineTrainStep:
         programs = self.stages[stage]
         return programs.structure.unflatten(on_stage(self.layout, stage, [leaves[i] for i in programs.indices]))
 
-    def _update(
-        self, execution: StepExecution, stage: int, decision: UpdateDecision, hyperparams: Hyperparams
-    ) -> tuple[TrainState, jax.Array]:
-        return self.stages[stage].update(execution.states[stage], execution.sums_of(stage), decision, hyperparams)
+    def _update(self, execution: StepExecution, stage: int, decision: UpdateDecision) -> tuple[TrainState, jax.Array]:
+        return self.stages[stage].update(execution.states[stage], execution.sums_of(stage), decision)
 
     def _joined(self, leaves: Sequence[jax.Array], states: Sequence[TrainState]) -> list[jax.Array]:
         """The leaves of the whole state, those of this process's stages replaced by those of `states`."""
@@ -453,9 +450,9 @@ def _compile_stages(
     makers = []
     for stage in stages:
         sums = tuple(programs.sums for programs in chunks if programs.chunk.stage == stage)
-        decided, hyperparams = shapes_on_stage((decision, shapes.batch.hyperparams), shapes.layout, stage)
+        on_its_devices = shapes_on_stage(decision, shapes.layout, stage)
         indices, state = shapes.indices[stage], shapes.states[stage]
-        makers.append(compile_stage(task, shapes.layout, stage, indices, state, decided, hyperparams, sums))
+        makers.append(compile_stage(task, shapes.layout, stage, indices, state, on_its_devices, sums))
     return compile_together(makers)
 
 
@@ -464,7 +461,7 @@ def _compile_decision(task: Task, shapes: StageShapes) -> tuple[Any, Any, Update
     layout, state = shapes.layout, shapes.whole
     row = functools.partial(jax.ShapeDtypeStruct, dtype=task.sums_dtype, sharding=layout.sharding(P("stage")))
     batch = shapes.batch
-    arguments = (state.step, state.loss_scale, batch.step, batch.hyperparams.learning_rate, row((layout.stages, 3)))
+    arguments = (state.step, state.loss_scale, batch.step, batch.hyperparams, row((layout.stages, 3)))
     function = functools.partial(_decide, task)
     decide = jax.jit(function, out_shardings=layout.sharding()).lower(*arguments).compile()
     decision, metrics = outputs_of(decide, jax.eval_shape(function, *arguments))
@@ -488,7 +485,7 @@ def _decide(
     step: jax.Array,
     loss_scale: PyTree,
     batch_step: jax.Array,
-    learning_rate: jax.Array,
+    hyperparams: Hyperparams,
     numbers: jax.Array,
 ) -> tuple[UpdateDecision, dict[str, Any]]:
     """Whether the update is accepted, and the step's metrics.
@@ -496,9 +493,10 @@ def _decide(
     numbers: float [stages, 3], each stage's loss, correct answers, and squared norm of the gradients.
     """
     loss, correct, gradients = jnp.sum(numbers, 0)
-    decision = decide_update(step, loss_scale, batch_step, loss, jnp.sqrt(gradients), skips=task.skips)
+    norm = jnp.sqrt(gradients)
+    decision = decide_update(step, loss_scale, batch_step, hyperparams, loss, norm, skips=task.skips)
     unknown = jnp.zeros((), numbers.dtype)  # `_finish` fills in the norms
-    return decision, step_metrics(learning_rate, loss_scale, decision, loss, correct, unknown, unknown)
+    return decision, step_metrics(loss_scale, decision, loss, correct, unknown, unknown)
 
 
 def _finish(squares: jax.Array, metrics: dict[str, Any]) -> StepMetrics:
