@@ -33,13 +33,16 @@ RESERVE = 1 << 30
 """Bytes for what a program's memory does not count: cuDNN's workspaces, and what is split into pieces. An estimate."""
 
 
-def compile_report(config: Config, target: Target, *, hlo: Path | None = None) -> dict[str, Any]:
+def compile_report(
+    config: Config, target: Target, *, hlo: Path | None = None, evaluation: bool = True
+) -> dict[str, Any]:
     """Compiles what the run would compile on `target`, as its process 0, without autotuning.
 
     Args:
       config: of the run.
       target: the devices.
       hlo: a folder for the programs' texts.
+      evaluation: whether its programs are compiled too.
 
     Returns:
       Plain values: `target`, `devices`, `mesh`, `precision`, `data`, `parameters`, `state_bytes` (per device, at rest),
@@ -58,7 +61,7 @@ def compile_report(config: Config, target: Target, *, hlo: Path | None = None) -
         run = make_run_spec(config, registry.outline(config.data, image_size=config.data.image_size), devices)
         inputs = _input_shapes(run, target)
         table = layout_table(run.layout, state_shapes(run.init, run.layout))
-        programs, verdict = _compile(run, inputs, table)
+        programs, verdict = _compile(run, inputs, table, evaluation=evaluation)
     if hlo is not None:
         hlo.mkdir(parents=True, exist_ok=True)
         for name, program in programs.items():
@@ -101,15 +104,17 @@ def _input_shapes(run: RunSpec, target: Target) -> InputPipeline:
     return InputPipeline(run.dataset, run.layout, resident, dict.fromkeys(splits, 0), 0)
 
 
-def _compile(run: RunSpec, inputs: InputPipeline, table: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+def _compile(
+    run: RunSpec, inputs: InputPipeline, table: Mapping[str, Any], *, evaluation: bool
+) -> tuple[dict[str, Any], dict[str, Any]]:
     """The programs by name, and the verdict of the audit."""
     state = state_shapes(run.init, run.layout)
     try:
         step = compile_train_step(run, inputs, state, Path("pipeline_trace.json"))
-        evaluation = _compile_evaluation(run, inputs, state)
+        programs = {**step.programs, **(_compile_evaluation(run, inputs, state) if evaluation else {})}
     except jax.errors.JaxRuntimeError as error:
         raise JaxtrainError(f"XLA does not compile this run: {str(error).splitlines()[0]}") from error
-    return {**step.programs, **evaluation}, _audit(run, table, step)
+    return programs, _audit(run, table, step)
 
 
 def _compile_evaluation(run: RunSpec, inputs: InputPipeline, state: Any) -> Mapping[str, Any]:
