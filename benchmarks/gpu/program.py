@@ -9,19 +9,19 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from benchmarks.gpu.ours import config_of
 from benchmarks.gpu.parts import CASES
+from jaxtrain.host.targets import parse_target
+from jaxtrain.training.program_report import compile_report
 
 
 def compiled(case: str, target: str, changes: dict[str, Any], hlo: Path | None = None) -> dict[str, Any]:
     """`jaxtrain.training.program_report.compile_report` of a case's step; `changes` by dotted names of the config."""
-    from benchmarks.gpu.ours import config_of
-    from jaxtrain.host.targets import parse_target
-    from jaxtrain.training.program_report import compile_report
-
     config = config_of(CASES[case], {"data.residency": "stream"} | changes)  # a batch that lies on the device
     return compile_report(config, parse_target(target), hlo=hlo, evaluation=False)
 
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="all figures")
     parser.add_argument("--hlo", type=Path, help="a folder for the programs' texts")
     arguments = parser.parse_args()
-    os.environ["JAX_PLATFORMS"] = "cpu"
+    jax.config.update("jax_platforms", "cpu")
     cases = [word for word in arguments.words if "=" not in word]
     changes = {key: _value(value) for key, _, value in (word.partition("=") for word in arguments.words if "=" in word)}
     for name in set(cases) - CASES.keys():
