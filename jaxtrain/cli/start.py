@@ -42,7 +42,7 @@ def console() -> Console:
 
 def progress() -> Progress:
     """The line of what a command does now; where it cannot be drawn, a line when that takes long."""
-    return Progress(make_console(), speaks=True)
+    return Progress(make_console(), prints=True)
 
 
 @contextlib.contextmanager
@@ -108,16 +108,16 @@ def resolved(arguments: argparse.Namespace) -> Resolved:
     """The config that the arguments name. Raises `ConfigError`, also where they name none."""
     if not arguments.config and not arguments.yaml:
         raise ConfigError(f"jaxtrain {arguments.command} needs --config FILE; see jaxtrain {arguments.command} --help.")
-    settings, said = flags.read_yaml(arguments.yaml) if arguments.yaml else ([], [])
+    settings, translations = flags.read_yaml(arguments.yaml) if arguments.yaml else ([], [])
     found = resolve(arguments.config or "", arguments.overrides, settings)
-    arguments.said = [*said, *arguments.said]
+    arguments.translations = [*translations, *arguments.translations]
     return found if arguments.config else dataclasses.replace(found, name=Path(arguments.yaml).stem)
 
 
 def say_what_flags_are(arguments: argparse.Namespace) -> None:
     """Prints a line on standard error that says which fields the flags of other trainers are; after `resolved`."""
-    if arguments.said:
-        note("; ".join(arguments.said))
+    if arguments.translations:
+        note("; ".join(arguments.translations))
 
 
 def check_devices(arguments: argparse.Namespace) -> None:
