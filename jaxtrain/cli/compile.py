@@ -15,7 +15,6 @@ from jaxtrain.cli import start
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.paths import require_local
 from jaxtrain.host.targets import parse_target
-from jaxtrain.host.text import printable
 from jaxtrain.observability.rendering import size
 
 
@@ -90,7 +89,8 @@ def _print_program(console: Any, name: str, program: Mapping[str, Any]) -> None:
         axes = ", ".join(each["axes"]) or "no axis"
         console.print(f"  {each['count']} x {each['kind']} over {axes}: {size(each['bytes'])}")
     if program["f32_products"]:
-        console.print(f"  {program['f32_products']} matrix products or convolutions have float32 operands")
+        places = ", ".join(f"{layer or 'no layer'} ({count})" for layer, count in program["f32_products"].items())
+        console.print(f"  matrix products and convolutions with float32 operands: {places}")
     if program["host_callbacks"]:
         console.print(f"  {program['host_callbacks']} calls of the host")
     console.print("  the kernels that move most:")
@@ -111,11 +111,12 @@ def _print_verdict(console: Any, report: Mapping[str, Any]) -> None:
     if report["fits"]:
         console.print(f"memory: fits {there}, as far as the programs show: {need}")
         return
-    text = (
-        f"does not fit {there}: {need}. In this order: raise config.layout.microbatches, use "
-        "config.train.remat=dots or full, raise config.layout.zero."
+    console.print(f"memory: does not fit {there}: {need}.")
+    console.print(
+        "what lowers it, the cheapest first:" if report["remedies"] else "use more or larger GPUs, or a smaller batch"
     )
-    console.print(f"memory: {printable(text)}")
+    for flags in report["remedies"]:
+        console.print(f"  {flags}")
 
 
 def _moved(gigabytes: float) -> str:

@@ -42,6 +42,7 @@ _COLLECTIVES = (
     "collective-permute",
     "collective-broadcast",
 )
+_PRODUCTS = ("dot", "convolution")
 _BODIES = {"while": r"body=%?([\w.\-]+)", "call": r"to_apply=%?([\w.\-]+)", "async-start": r"calls=%?([\w.\-]+)"}
 
 
@@ -206,8 +207,10 @@ def _kind(instruction: _Instruction, target: str) -> str:
 
 
 def _origin(instruction: _Instruction, computations: Mapping[str, Sequence[_Instruction]]) -> tuple[str, str]:
-    """The layer (see `Kernel`), and the last part of the JAX name, that most of an instruction comes from."""
+    """The layer (see `Kernel`), and the last part of the JAX name, that its product or most of an instruction comes from."""
     called = computations.get(instruction.attribute(r"calls=%?([\w.\-]+)"), ())
+    if products := [each for each in called if each.op in _PRODUCTS]:
+        instruction, *called = products
     names = [name for each in (instruction, *called) if (name := each.attribute(r'op_name="([^"]*)"'))]
     if not names:
         return "", ""
@@ -240,7 +243,7 @@ def _product_dtypes(
     for name in re.findall(r"calls=%?([\w.\-]+)", instruction.rest):
         inner = {each.name: each.shape for each in computations.get(name, ())}
         for each in computations.get(name, ()):
-            if each.op in ("dot", "convolution"):
+            if each.op in _PRODUCTS:
                 yield from (_dtype(inner.get(operand, "")) for operand in each.operands[:2])
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import collections
+import math
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ from jaxtrain.step.train_state import state_shapes
 from jaxtrain.training.compiled import compile_train_step
 from jaxtrain.training.input_pipeline import RESIDENT_SHARE, InputPipeline, is_resident
 from jaxtrain.training.jax_settings import no_compile_cache, settings
+from jaxtrain.training.remedies import remedies
 from jaxtrain.training.setup import RunSpec, make_run_spec, resolve_for_machine
 from jaxtrain.training.startup_report import layout_table
 
@@ -50,7 +52,7 @@ def compile_report(
       `programs` (by name: `kernels`, `small_kernels`, `gigabytes`, `argument_bytes`, `output_bytes`, `donated_bytes`,
       `temporary_bytes`, `peak_bytes`, `kinds`, `dearest`, `collectives`, `f32_products`, `host_callbacks`), `peak_bytes` (the
       largest program's, a lower bound), `reserve_bytes`, `memory_bytes` (a GPU's), `usable_bytes` (what JAX takes of them),
-      `fits` (as far as the programs show), `audit` (`passed`, `error`, `notes`).
+      `fits` (as far as the programs show), `remedies` (flags, where it does not), `audit` (`passed`, `error`, `notes`).
 
     Raises:
       ConfigError: the target is unknown, or the layout does not fit its devices.
@@ -70,6 +72,9 @@ def compile_report(
             (hlo / f"{name.replace(': ', '_').replace(' ', '_')}.txt").write_text(program.as_text() or "")
     described = {name: describe_program(program, run) for name, program in programs.items()}
     peak = max(program["peak_bytes"] for program in described.values())
+    resting = sum(bytes_per_device(table[name]) for name in ("params", "batch_stats", "opt_state", "ema"))
+    usable = usable_memory(target.memory)
+    fits = peak + RESERVE <= usable
     return {
         "target": target.name,
         "devices": target.devices,
@@ -78,14 +83,16 @@ def compile_report(
         "microbatches": run.layout.config.microbatches,
         "precision": run.config.train.precision,
         "data": "resident" if inputs.offsets else "streamed",
-        "state_bytes": sum(bytes_per_device(table[name]) for name in ("params", "batch_stats", "opt_state", "ema")),
+        "parameters": sum(math.prod(leaf.shape) for leaf in table["params"]),
+        "state_bytes": resting,
         "programs": described,
         "peak_bytes": peak,
         "reserve_bytes": RESERVE,
         "memory_bytes": target.memory,
-        "usable_bytes": usable_memory(target.memory),
+        "usable_bytes": usable,
         "bandwidth": target.bandwidth,
-        "fits": peak + RESERVE <= usable_memory(target.memory),
+        "fits": fits,
+        "remedies": [] if fits else remedies(run, devices, resting, peak, usable - RESERVE),
         "audit": verdict,
     }
 
@@ -161,7 +168,7 @@ def describe_program(program: Any, run: RunSpec) -> dict[str, Any]:
         },
         "dearest": [_described(kernel) for kernel in _dearest(read)],
         "collectives": _by_axis(read.collectives),
-        "f32_products": sum(kernel.times for kernel in read.kernels if "f32" in kernel.products),
+        "f32_products": _by_layer(kernel for kernel in read.kernels if "f32" in kernel.products),
         "host_callbacks": read.host_callbacks,
     }
 
@@ -178,6 +185,13 @@ def _described(kernel: Kernel) -> dict[str, Any]:
         "operation": kernel.operation,
         "times": kernel.times,
     }
+
+
+def _by_layer(kernels: Iterable[Kernel]) -> dict[str, int]:
+    counts: dict[str, int] = collections.Counter()
+    for kernel in kernels:
+        counts[kernel.layer] += kernel.times
+    return dict(sorted(counts.items()))
 
 
 def _by_axis(collectives: tuple[Collective, ...]) -> list[dict[str, Any]]:
