@@ -421,7 +421,10 @@ def test_counts_stay_exact_where_f32_would_stop_counting(task):
 def test_of_equal_logits_the_lower_class_comes_first(task):
     """As `top_k` has it, with many ties; and where the label's own logit is NaN, it is wrong."""
     random = np.random.default_rng(0)
-    logits, labels = random.integers(3, size=(200, 10)).astype(np.float32), random.integers(10, size=200, dtype=np.int32)
+    logits, labels = (
+        random.integers(3, size=(200, 10)).astype(np.float32),
+        random.integers(10, size=200, dtype=np.int32),
+    )
     best = np.asarray(jax.lax.top_k(logits, 5)[1])
     found = summarize(jax.device_get(add_to_sums(task, zero_sums_of(task), logits, labels, jnp.ones(200, bool))))
     assert found.accuracy == pytest.approx((best[:, 0] == labels).mean())
