@@ -30,7 +30,7 @@ def max_pool(x: jax.Array, size: int, stride: int, padding: int = 0) -> jax.Arra
 
     Args:
       x: [B, H, W, C].
-      size: of a window, in both directions.
+      size: of a window, in both directions; at most 15.
       stride: from one window to the next.
       padding: rows and columns of -inf around x.
 

@@ -51,8 +51,8 @@ class _BiasedConv(Layer):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         """x [B, H, W, C] -> [B, H, W, features]."""
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         kernel = self.param("kernel", kaiming_normal, (3, 3, x.shape[-1], self.features), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         numbers = ("NHWC", "HWIO", "NHWC")
         x = jax.lax.conv_general_dilated(
             x.astype(self.dtype), kernel.astype(self.dtype), (1, 1), "SAME", dimension_numbers=numbers
