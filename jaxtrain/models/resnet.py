@@ -53,8 +53,7 @@ class Stem(Layer):
         size, stride = (3, 1) if self.small else (7, 2)
         x = _conv(self.features, size, stride, name="conv", **self.types)(x)
         x = BatchNorm(self.param_dtype, rectify=self.small, name="bn")(x, context)
-        # The largest value before ReLU is the largest after it.
-        return x if self.small else relu(max_pool(x, 3, 2, padding=1))
+        return x if self.small else max_pool(x, 3, 2, padding=1, rectify=True)
 
 
 class Block(Layer):

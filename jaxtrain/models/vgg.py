@@ -39,8 +39,8 @@ class Conv(Layer):
         if self.batch_norm:
             x = BatchNorm(self.param_dtype, rectify=not self.pool, name="bn")(x, context)
         if self.pool:
-            x = max_pool(x, 2, 2)  # the largest value before ReLU is the largest after it
-        return x if self.batch_norm and not self.pool else relu(x)
+            return max_pool(x, 2, 2, rectify=True)
+        return x if self.batch_norm else relu(x)
 
 
 class _BiasedConv(Layer):

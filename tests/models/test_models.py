@@ -607,15 +607,17 @@ def test_softmax_keeps_its_gradient(x64):
         (5, 2, 2, (8, 9)),
     ],
 )
-def test_max_pool_is_that_of_linen(x64, size, stride, padding, sides):
+@pytest.mark.parametrize("rectify", [False, True])
+def test_max_pool_is_that_of_linen(x64, size, stride, padding, sides, rectify):
     """With its gradient, also of equal values, where windows overlap, and at the borders."""
     draw = np.random.default_rng(0)
     x = draw.integers(-2, 3, (2, *sides, 5)).astype(float)
 
     def linens(x):
+        x = jax.nn.relu(x) if rectify else x
         return nn.max_pool(x, (size, size), (stride, stride), padding=((padding, padding), (padding, padding)))
 
-    y, backward = jax.vjp(functools.partial(max_pool, size=size, stride=stride, padding=padding), x)
+    y, backward = jax.vjp(functools.partial(max_pool, size=size, stride=stride, padding=padding, rectify=rectify), x)
     wanted, wanted_backward = jax.vjp(linens, x)
     np.testing.assert_array_equal(y, wanted)
     g = draw.standard_normal(y.shape)
