@@ -22,7 +22,7 @@ from jaxtrain.config import ModelConfig
 from jaxtrain.models import settings
 from jaxtrain.models.classifier import Classifier, layer_name
 from jaxtrain.models.layers import BatchNorm, Context, Dense, Dropout, Layer, torch_kernel
-from jaxtrain.models.vgg import max_pool_2x2
+from jaxtrain.models.pooling import max_pool
 
 NAMES = ("convnet_fast",)
 
@@ -78,7 +78,7 @@ class Conv(Layer):
         """x [B, H, W, C] -> [B, H, W, features], or half of H and W, rounded down."""
         types = {"use_bias": False, "kernel_init": identity_first, "name": "conv", **self.types}
         x = nn.Conv(self.features, (3, 3), padding=1, **types)(x)
-        x = max_pool_2x2(x) if self.pool else x
+        x = max_pool(x, 2, 2) if self.pool else x
         # A low momentum: the statistics must follow the weights closely, which a short run changes to its last step.
         return nn.gelu(BatchNorm(self.param_dtype, scale_init=None, momentum=0.6, name="bn")(x, context))
 

@@ -99,6 +99,8 @@ class BatchNorm(nn.Module):
     """None: no scale."""
     momentum: float = 0.9
     epsilon: float = 1e-5
+    rectify: bool = False
+    """Whether ReLU follows."""
 
     @nn.compact
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
@@ -114,7 +116,8 @@ class BatchNorm(nn.Module):
         if not context.train:
             wide = x.astype(at_least_f32(x.dtype))  # XLA fuses it into its readers, so no wide copy is stored
             inverse_std = jax.lax.rsqrt(running_var.value + self.epsilon)
-            return _affine(wide, running_mean.value, inverse_std, scale, bias).astype(x.dtype)
+            y = _affine(wide, running_mean.value, inverse_std, scale, bias).astype(x.dtype)
+            return relu(y) if self.rectify else y
 
         groups = context.bn_groups
         grouped = x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
@@ -124,7 +127,7 @@ class BatchNorm(nn.Module):
                 f"config.model.bn_groups: BatchNorm {'/'.join(self.path)} would take its statistics over a single "
                 "value a channel, which leaves nothing of the input; use fewer groups or larger images."
             )
-        y, mean, var = normalize(grouped, scale, bias, self.epsilon)
+        y, mean, var = normalize(grouped, scale, bias, self.epsilon, rectify=self.rectify)
         if not self.is_initializing():
             unbiased = var * (count / (count - 1))
             for running, batch in ((running_mean, mean), (running_var, unbiased)):
@@ -134,55 +137,80 @@ class BatchNorm(nn.Module):
 
 
 def normalize(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, *, rectify: bool = False
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Normalizes each group of x, then applies scale and bias.
+    """Normalizes each group of x, then applies scale and bias, and ReLU if `rectify`.
 
     BatchNorm is bound by memory traffic, so both directions take two passes over the activations. The backward pass keeps x
     in its type (a bf16 run stores no copy in f32). With h = (x - mean) / std it gives
-    scale / std * (g - mean(g) - h * mean(g * h)), which is section 3 of Ioffe and Szegedy, rearranged.
+    scale / std * (g - mean(g) - h * mean(g * h)), which is section 3 of Ioffe and Szegedy, rearranged. It finds ReLU's mask
+    from x, which it reads anyway, and not from y.
 
     Args:
       x: [groups, n, ..., C].
       scale: [C].
       bias: [C].
       epsilon: added to the variance.
+      rectify: whether y is max(y, 0).
 
     Returns:
       y, of x's shape and type; mean and biased variance [groups, 1, ..., C], in at least f32, without gradient.
     """
-    return _normalize(x, scale, bias, epsilon)
+    return _normalize(x, scale, bias, epsilon, rectify)
 
 
-def _normalize_primal(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> Any:
-    return _normalize_forward(x, scale, bias, epsilon)[0]
+def _normalize_primal(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, rectify: bool) -> Any:
+    return _normalize_forward(x, scale, bias, epsilon, rectify)[0]
 
 
-def _normalize_forward(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float) -> tuple[Any, Any]:
+def _normalize_forward(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, rectify: bool
+) -> tuple[Any, Any]:
     wide = x.astype(at_least_f32(x.dtype))
-    axes = tuple(range(1, x.ndim - 1))
-    mean = jnp.mean(wide, axes, keepdims=True)
-    var = jnp.mean(jnp.square(wide), axes, keepdims=True) - jnp.square(mean)
+    count = math.prod(x.shape[1:-1])
+    mean, mean_square = (total / count for total in _sums(wide, jnp.square(wide)))
+    var = mean_square - jnp.square(mean)
     var = jnp.where(var > 0, var, 0)  # rounding can make it negative
     inverse_std = jax.lax.rsqrt(var + epsilon)
     y = _affine(wide, mean, inverse_std, scale, bias).astype(x.dtype)
-    return (y, mean, var), (x, mean, inverse_std, scale)
+    return (jnp.maximum(y, 0) if rectify else y, mean, var), (x, mean, inverse_std, scale, bias)
 
 
-def _normalize_backward(epsilon: float, saved: Any, gradients: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    x, mean, inverse_std, scale = saved
+def _normalize_backward(
+    epsilon: float, rectify: bool, saved: Any, gradients: Any
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    x, mean, inverse_std, scale, bias = saved
+    if rectify:
+        x = jax.lax.optimization_barrier(x)  # or XLA:GPU would store the mask in the forward pass
     wide, g = (a.astype(at_least_f32(x.dtype)) for a in (x, gradients[0]))
-    axes = tuple(range(1, x.ndim - 1))
+    if rectify:
+        g = jnp.where(_affine(wide, mean, inverse_std, scale, bias).astype(x.dtype) > 0, g, 0)
     h = (wide - mean) * inverse_std
-    count = math.prod(x.shape[1:-1])
-    sum_g, sum_gh = jnp.sum(g, axes, keepdims=True), jnp.sum(g * h, axes, keepdims=True)
-    dx = (scale.astype(g.dtype) * inverse_std) * (g - sum_g / count - h * (sum_gh / count))
-    dscale, dbias = (jnp.sum(total, (0, *axes)).astype(scale.dtype) for total in (sum_gh, sum_g))
+    sum_g, sum_gh = _sums(g, g * h)
+    share = 1 / math.prod(x.shape[1:-1])
+    dx = (scale.astype(g.dtype) * inverse_std) * (g - (sum_g + h * sum_gh) * share)
+    dscale, dbias = (jnp.sum(total, tuple(range(x.ndim - 1))).astype(scale.dtype) for total in (sum_gh, sum_g))
     return dx.astype(x.dtype), dscale, dbias
 
 
-_normalize = jax.custom_vjp(_normalize_primal, nondiff_argnums=(3,))
+_normalize = jax.custom_vjp(_normalize_primal, nondiff_argnums=(3, 4))
 _normalize.defvjp(_normalize_forward, _normalize_backward)
+
+
+def _sums(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The sums of a and of b, both [groups, n, ..., C], over each group: [groups, 1, ..., C]."""
+    axes = tuple(range(1, a.ndim - 1))
+
+    def apart(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        return jnp.sum(a, axes, keepdims=True), jnp.sum(b, axes, keepdims=True)
+
+    def together(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+        # As one sum of complex numbers: half the kernels. A reduction of two operands would have them as well, but over
+        # several devices XLA gathers its parts where it adds those of one operand.
+        both = jnp.sum(jax.lax.complex(a, b), axes, keepdims=True)
+        return both.real, both.imag
+
+    return jax.lax.platform_dependent(a, b, cuda=together, default=apart)
 
 
 def _affine(x: jax.Array, mean: jax.Array, inverse_std: jax.Array, scale: jax.Array, bias: jax.Array) -> jax.Array:
@@ -283,7 +311,8 @@ def relu(x: jax.Array) -> jax.Array:
 
 
 def _relu_forward(x: jax.Array) -> tuple[jax.Array, jax.Array]:
-    y = relu(x)
+    # Without the barrier XLA:GPU stores x as well, and has no product or convolution with ReLU in its kernel.
+    y = jax.lax.optimization_barrier(relu(x))
     return y, y
 
 
@@ -292,6 +321,24 @@ def _relu_backward(y: jax.Array, gradient: jax.Array) -> tuple[jax.Array]:
 
 
 relu.defvjp(_relu_forward, _relu_backward)
+
+
+@jax.custom_vjp
+def add_bias(x: jax.Array, bias: jax.Array) -> jax.Array:
+    """x [..., C] + bias [C], in x's type. The gradient of `bias` is summed in at least f32."""
+    return x + bias.astype(x.dtype)
+
+
+def _add_bias_forward(x: jax.Array, bias: jax.Array) -> tuple[jax.Array, jax.Array]:
+    return add_bias(x, bias), bias
+
+
+def _add_bias_backward(bias: jax.Array, g: jax.Array) -> tuple[jax.Array, jax.Array]:
+    total = jnp.sum(g, tuple(range(g.ndim - 1)), dtype=at_least_f32(g.dtype))
+    return g, total.astype(bias.dtype)
+
+
+add_bias.defvjp(_add_bias_forward, _add_bias_backward)
 
 
 @jax.custom_vjp

@@ -16,7 +16,8 @@ from jax.typing import DTypeLike
 from jaxtrain.config import ModelConfig
 from jaxtrain.models import settings
 from jaxtrain.models.classifier import Classifier, layer_name
-from jaxtrain.models.layers import BatchNorm, Context, Dense, Dropout, Layer, kaiming_normal, relu
+from jaxtrain.models.layers import BatchNorm, Context, Dense, Dropout, Layer, add_bias, kaiming_normal, relu
+from jaxtrain.models.pooling import max_pool
 
 DEPTHS = {"vgg11": (1, 1, 2, 2, 2), "vgg13": (2, 2, 2, 2, 2), "vgg16": (2, 2, 3, 3, 3), "vgg19": (2, 2, 4, 4, 4)}
 NAMES = tuple(name + suffix for name in DEPTHS for suffix in ("", "_bn"))
@@ -34,11 +35,29 @@ class Conv(Layer):
     @nn.compact
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """x [B, H, W, C] -> [B, H, W, features], or half of H and W, rounded down."""
-        x = nn.Conv(self.features, (3, 3), padding=1, kernel_init=kaiming_normal, name="conv", **self.types)(x)
+        x = _BiasedConv(**self.types, features=self.features, name="conv")(x)
         if self.batch_norm:
-            x = BatchNorm(self.param_dtype, name="bn")(x, context)
-        x = relu(x)
-        return max_pool_2x2(x) if self.pool else x
+            x = BatchNorm(self.param_dtype, rectify=not self.pool, name="bn")(x, context)
+        if self.pool:
+            return max_pool(x, 2, 2, rectify=True)
+        return x if self.batch_norm else relu(x)
+
+
+class _BiasedConv(Layer):
+    """A 3x3 convolution as that of Linen, but for the gradient of its bias: `add_bias`."""
+
+    features: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, H, W, C] -> [B, H, W, features]."""
+        kernel = self.param("kernel", kaiming_normal, (3, 3, x.shape[-1], self.features), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        numbers = ("NHWC", "HWIO", "NHWC")
+        x = jax.lax.conv_general_dilated(
+            x.astype(self.dtype), kernel.astype(self.dtype), (1, 1), "SAME", dimension_numbers=numbers
+        )
+        return add_bias(x, bias)
 
 
 class Hidden(Layer):
@@ -67,25 +86,6 @@ class Head(Layer):
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
         """x [B, C] -> logits [B, num_classes]."""
         return Dense(self.num_classes, kernel_init=linear_init, name="linear", **self.wide_types)(x)
-
-
-def max_pool_2x2(x: jax.Array) -> jax.Array:
-    """The largest value of each 2x2 square: x [B, H, W, C] -> [B, H / 2, W / 2, C], rounded down.
-
-    Among equal values the first, row by row, gets the gradient, as in PyTorch and in `nn.max_pool`.
-    """
-    batch, height, width, channels = x.shape
-    x = x[:, : height // 2 * 2, : width // 2 * 2].reshape(batch, height // 2, 2, width // 2, 2, channels)
-    upper, lower = (_larger(x[:, :, row, :, 0], x[:, :, row, :, 1]) for row in (0, 1))
-    return _larger(upper, lower)
-
-
-def _larger(a: jax.Array, b: jax.Array) -> jax.Array:
-    # Not `jnp.maximum` or `.max`: their gradients look for the values that equal the result. They miss them where XLA
-    # computes a value again and rounds it differently (seen with `.max` at XLA:CPU's optimization level 0). Here one of
-    # two always gets the whole gradient, the first if they are equal. `nn.max_pool`, whose gradient is a scatter, takes
-    # 118 ms with its gradient, and this takes 5 ms (two CPU cores, f32 [64, 32, 32, 64]).
-    return jnp.where((a < b) | jnp.isnan(b), b, a)
 
 
 def adaptive_average_pool(x: jax.Array, size: int) -> jax.Array:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 import re
@@ -21,7 +22,8 @@ from jaxtrain.data import augment
 from jaxtrain.errors import ConfigError
 from jaxtrain.models import convnet, mlp, registry, swin, vgg
 from jaxtrain.models.classifier import Classifier
-from jaxtrain.models.layers import BatchNorm, Context, Dropout, DropPath, matmul
+from jaxtrain.models.layers import BatchNorm, Context, Dropout, DropPath, add_bias, matmul
+from jaxtrain.models.pooling import max_pool
 from jaxtrain.plugins import load_dotted
 
 # One small model of each family; stochastic, so that every path is taken.
@@ -305,11 +307,57 @@ def test_statistics_of_microbatches_average_to_those_of_the_batch(x64):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-13), average, stats)
 
 
+@pytest.mark.parametrize("groups", [1, 2])
+def test_batch_norm_with_relu_is_relu_of_it(x64, groups):
+    rng = np.random.default_rng(groups)
+    x, g = rng.standard_normal((2, 8, 3, 5, 4))
+    leaves = {"scale": rng.uniform(-2, 2, 4), "bias": rng.standard_normal(4)}
+
+    def run(x, leaves, rectify):
+        norm, context = BatchNorm(jnp.float64, rectify=rectify), Context(jnp.arange(8), train=True, bn_groups=groups)
+        variables = {"params": leaves, "batch_stats": {"mean": jnp.zeros(4), "var": jnp.ones(4)}}
+        y, _ = norm.apply(variables, x, context, mutable=["batch_stats"])
+        return y if rectify else jax.nn.relu(y)
+
+    found, wanted = (jax.vjp(lambda x, p: run(x, p, rectify), x, leaves) for rectify in (True, False))  # noqa: B023
+    np.testing.assert_array_equal(found[0], wanted[0])
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-11, atol=1e-12), found[1](g), wanted[1](g))
+
+
 def test_batch_norm_refuses_groups_of_one_value():
     norm, x = BatchNorm(), jnp.ones((4, 1, 1, 3))
     variables = norm.init(jax.random.key(0), x, Context(jnp.arange(4)))
     with pytest.raises(ConfigError, match=r"model\.bn_groups.*single value"):
         norm.apply(variables, x, Context(jnp.arange(4), train=True, bn_groups=4), mutable=["batch_stats"])
+
+
+def test_what_a_gpu_computes_instead_is_the_same(x64, monkeypatch):
+    """Convolutions instead of products, the two sums of BatchNorm as one: on a CPU in f64, with all gradients."""
+    config, image_shape = TINY["resnet50"]
+    model = build(config, image_shape, dtype=jnp.float64, param_dtype=jnp.float64)
+    params, stats = filled(shapes(model, image_shape, jnp.float64))
+    x = jnp.asarray(np.random.default_rng(1).standard_normal((6, *image_shape)))
+    context = Context(jnp.arange(6), train=True, bn_groups=2)
+
+    def run():
+        def loss(params):
+            y, new = model.apply(params, stats, x, context, jax.random.key(0))
+            return jnp.sum(jnp.sin(y)), new
+
+        return jax.jit(jax.value_and_grad(loss, has_aux=True))(params)
+
+    wanted = run()
+    chosen = []
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *x, cuda, default: chosen.append(cuda) or cuda(*x))
+    found = run()
+    assert chosen
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-9, atol=1e-11), found, wanted)
+
+
+def test_the_gradient_of_a_bias_is_summed_in_float32():
+    g = jnp.ones((3, 1000, 2), jnp.bfloat16)  # in bf16, 256 + 1 is 256
+    _, backward = jax.vjp(add_bias, g, jnp.zeros(2))
+    np.testing.assert_array_equal(backward(g)[1], [3000, 3000])
 
 
 # ------------------------------------------------------------------------------------------------- per-example masks
@@ -548,12 +596,38 @@ def test_softmax_keeps_its_gradient(x64):
     assert swin.softmax_to(x.astype(jnp.float32), jnp.bfloat16).dtype == jnp.bfloat16
 
 
-def test_max_pool_gives_the_gradient_to_one_of_four():
-    x = jnp.array([[1, 5, 2, 2, 9], [3, 5, 2, 2, 9], [9, 9, 9, 9, 9]], jnp.float32)[None, :, :, None]
-    np.testing.assert_array_equal(vgg.max_pool_2x2(x)[0, :, :, 0], [[5, 2]])
-    gradient = jax.grad(lambda x: (vgg.max_pool_2x2(x)[0, :, :, 0] @ jnp.array([3.0, 4.0])).sum())(x)[0, :, :, 0]
-    np.testing.assert_array_equal(gradient, [[0, 3, 4, 0, 0], [0, 0, 0, 0, 0], [0, 0, 0, 0, 0]])
-    assert jnp.isnan(vgg.max_pool_2x2(x.at[0, 1, 1].set(jnp.nan))[0, 0, 0, 0])
+@pytest.mark.parametrize(
+    ("size", "stride", "padding", "sides"),
+    [
+        (3, 2, 1, (8, 8)),
+        (3, 2, 1, (9, 11)),
+        (2, 2, 0, (9, 11)),
+        (3, 1, 1, (5, 6)),
+        (2, 3, 0, (8, 9)),
+        (5, 2, 2, (8, 9)),
+    ],
+)
+@pytest.mark.parametrize("rectify", [False, True])
+def test_max_pool_is_that_of_linen(x64, size, stride, padding, sides, rectify):
+    """With its gradient, also of equal values, where windows overlap, and at the borders."""
+    draw = np.random.default_rng(0)
+    x = draw.integers(-2, 3, (2, *sides, 5)).astype(float)
+
+    def linens(x):
+        x = jax.nn.relu(x) if rectify else x
+        return nn.max_pool(x, (size, size), (stride, stride), padding=((padding, padding), (padding, padding)))
+
+    y, backward = jax.vjp(functools.partial(max_pool, size=size, stride=stride, padding=padding, rectify=rectify), x)
+    wanted, wanted_backward = jax.vjp(linens, x)
+    np.testing.assert_array_equal(y, wanted)
+    g = draw.standard_normal(y.shape)
+    np.testing.assert_allclose(backward(g)[0], wanted_backward(g)[0], rtol=1e-14, atol=1e-14)
+
+
+def test_max_pool_passes_nan_on():
+    x = jnp.array([[1, 5, jnp.nan], [3, 5, 2]], jnp.float32)[None, :, :, None]
+    np.testing.assert_array_equal(max_pool(x, 2, 1)[0, 0, :, 0], [5, jnp.nan])
+    assert jnp.isnan(max_pool(jnp.full((1, 2, 2, 1), jnp.nan), 2, 2)).all()
 
 
 def first_of_the_largest(window):
@@ -564,7 +638,7 @@ def first_of_the_largest(window):
 def test_of_equals_the_first_has_the_gradient_row_by_row(x64):
     draw = np.random.default_rng(0)
     x = draw.integers(0, 3, (1, 8, 8, 5)).astype(float)
-    found = jax.jit(jax.grad(lambda x: vgg.max_pool_2x2(x).sum()))(x)
+    found = jax.jit(jax.grad(lambda x: max_pool(x, 2, 2).sum()))(x)
     for row, column, channel in itertools.product(range(0, 8, 2), range(0, 8, 2), range(5)):
         square = np.s_[0, row : row + 2, column : column + 2, channel]
         np.testing.assert_array_equal(found[square], first_of_the_largest(x[square]))
