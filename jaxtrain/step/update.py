@@ -240,7 +240,7 @@ def _select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
-def _select_together(condition: jax.Array, new: PyTree, old: PyTree, whole: jax.sharding.Sharding) -> PyTree:
+def _select_together(condition: jax.Array, new: PyTree, old: PyTree, whole: Any) -> PyTree:
     """As `_select`, for a GPU: all leaves read the condition from one vector.
 
     XLA:GPU makes one kernel of leaves of one shape if they read an array in common, and a scalar does not count as one.
