@@ -3,21 +3,70 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxtrain.precision import at_least_f32
 from jaxtrain.trees import PyTree
 
 
-def global_norm(tree: PyTree) -> jax.Array:
+def global_norm(tree: PyTree, shardings: PyTree = None) -> jax.Array:
     """The Euclidean norm of all leaves together: a scalar [] of at least float32. 0 for a tree without leaves.
 
-    The leaves' sums are added in the tree's order, so that the result is always the same.
+    The order of the additions is fixed, so that the result is always the same.
+
+    Args:
+      tree: float arrays.
+      shardings: `NamedSharding`s like `tree`, as the leaves are sharded. With them the norm is a few kernels on a GPU;
+        without them it is two for each leaf.
     """
-    squares = [jnp.sum(jnp.square(leaf.astype(at_least_f32(leaf.dtype)))) for leaf in jax.tree.leaves(tree)]
-    return jnp.sqrt(functools.reduce(jnp.add, squares, 0.0))
+    leaves = [leaf.astype(at_least_f32(leaf.dtype)) for leaf in jax.tree.leaves(tree)]
+    if shardings is None or not leaves:
+        return jnp.sqrt(_squares_by_leaf(leaves))
+    joined = functools.partial(_squares_joined, shardings=jax.tree.leaves(shardings))
+    return jnp.sqrt(jax.lax.platform_dependent(leaves, cpu=_squares_by_leaf, default=joined))
+
+
+def _squares_by_leaf(leaves: Sequence[jax.Array]) -> jax.Array:
+    """The sum [] of all squares: each leaf's, added in their order."""
+    return functools.reduce(jnp.add, [jnp.sum(jnp.square(leaf)) for leaf in leaves], jnp.float32(0.0))
+
+
+def _squares_joined(leaves: Sequence[jax.Array], shardings: Sequence[NamedSharding]) -> jax.Array:
+    """The sum [] of all squares, for a GPU: leaves that are split alike are read by one kernel, as one long vector.
+
+    The barrier makes each leaf an array in memory: else XLA computes all of them again inside that kernel. Each device
+    reads its shards, so that nothing is gathered.
+    """
+    leaves = jax.lax.optimization_barrier(leaves)
+    axes = [_axes(sharding.spec) for sharding in shardings]
+
+    def of_device(shards: Sequence[jax.Array]) -> jax.Array:
+        totals = []
+        for along in dict.fromkeys(axes):
+            alike = [shard.reshape(-1) for shard, its in zip(shards, axes, strict=True) if its == along]
+            parts = [
+                jnp.sum(jnp.square(jnp.concatenate(alike[i : i + _OPERANDS]))) for i in range(0, len(alike), _OPERANDS)
+            ]
+            total = functools.reduce(jnp.add, parts)
+            totals.append(jax.lax.psum(total, along) if along else total)
+        return functools.reduce(jnp.add, totals)
+
+    specs = [sharding.spec for sharding in shardings]
+    return jax.shard_map(of_device, mesh=shardings[0].mesh, in_specs=(specs,), out_specs=P(), check_vma=False)(leaves)
+
+
+_OPERANDS = 90
+"""Of how many leaves a kernel is: XLA:GPU makes none of more than 96 operands and results."""
+
+
+def _axes(spec: P) -> tuple[str, ...]:
+    """The mesh axes that a spec splits an array over."""
+    return tuple(axis for axes in spec if axes for axis in (axes if isinstance(axes, tuple) else (axes,)))
 
 
 def clip_by_global_norm(gradients: PyTree, norm: jax.Array, max_norm: float) -> PyTree:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
+from jax.experimental.layout import Layout, with_layout_constraint
 
 from jaxtrain.optim.updates import clip_by_global_norm, ema_update, global_norm
 from jaxtrain.precision import LossScale, adjust_loss_scale, at_floor, scale_factor
@@ -96,7 +98,17 @@ def unscale_gradients(loss_scale: PyTree, gradients: PyTree, updating: PyTree) -
       updating: shardings, like the parameters: those of the optimizer's state.
     """
     gradients = jax.tree.map(lambda g: g / scale_factor(loss_scale, g.dtype), gradients)
-    return jax.lax.with_sharding_constraint(gradients, updating)
+    gradients = jax.lax.with_sharding_constraint(gradients, updating)
+    return jax.lax.platform_dependent(gradients, cpu=lambda tree: tree, default=_in_order)
+
+
+def _in_order(gradients: PyTree) -> PyTree:
+    """`gradients`, each in memory in the order of its dims, as the parameters are.
+
+    cuDNN leaves a kernel's gradient as [O, H, W, I]. Without the constraint XLA:GPU brings the parameter and its momentum
+    into that order, and the update back; so they are not updated in place, but copied first.
+    """
+    return jax.tree.map(lambda g: with_layout_constraint(g, Layout(tuple(range(g.ndim)))), gradients)
 
 
 @jax.named_scope("update")
@@ -129,7 +141,7 @@ def apply_update(
     old_params = jax.lax.with_sharding_constraint(state.params, updating)
     optimizer = task.optimizer(decision.learning_rate, decision.weight_decay)
     updates, opt_state = optimizer.update(gradients, state.opt_state, old_params)
-    norms = (global_norm(old_params), global_norm(updates))
+    norms = (global_norm(old_params, updating), global_norm(updates, updating))
     accepted = _after_norms(decision.accepted, norms)
     params = jax.lax.with_sharding_constraint(optax.apply_updates(old_params, updates), shardings.params)
     ema = state.ema
@@ -137,7 +149,8 @@ def apply_update(
         new = {"params": params, "batch_stats": batch_stats}
         ema = ema_update(state.ema, new, task.optim.ema, state.step)
     updated = TrainState(state.step, params, batch_stats, opt_state, ema, state.loss_scale)
-    after = _select(accepted, updated, state)
+    together = functools.partial(_select_together, whole=shardings.step)
+    after = jax.lax.platform_dependent(accepted, updated, state, cpu=_select, default=together)
     # The optimizer counts a skipped step too, so that its learning rate stays the schedule's at `step`.
     counted = jax.tree.map(
         lambda new, old: jnp.where(decision.skipped & _is_count(new), new, old), opt_state, after.opt_state
@@ -182,7 +195,7 @@ def update_state(
       The state after the update, or the same state where the update is refused; and the step's metrics.
     """
     gradients = unscale_gradients(state.loss_scale, sums.gradients, updating)
-    norm = global_norm(gradients)
+    norm = global_norm(gradients, updating)
     decision = decide_update(state.step, state.loss_scale, step, hyperparams, sums.loss, norm, skips=task.skips)
     after, norms = apply_update(task, shardings, updating, state, gradients, sums.batch_stats, decision)
     return after, stack_metrics(step_metrics(state.loss_scale, decision, sums.loss, sums.correct, *norms))
@@ -225,6 +238,24 @@ def step_metrics(
 def _select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     """`new` where `condition` (bool []) holds, otherwise `old`, leaf by leaf."""
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
+
+
+def _select_together(condition: jax.Array, new: PyTree, old: PyTree, whole: Any) -> PyTree:
+    """As `_select`, for a GPU: all leaves read the condition from one vector.
+
+    XLA:GPU makes one kernel of leaves of one shape if they read an array in common, and a scalar does not count as one.
+
+    Args:
+      condition: bool [].
+      new: arrays.
+      old: arrays like `new`.
+      whole: the sharding of what every device has. Otherwise XLA would split the vector like a leaf, and gather it for
+        the next one.
+    """
+    width = max((leaf.shape[-1] for leaf in jax.tree.leaves(old) if leaf.ndim), default=0)
+    vector = jax.lax.optimization_barrier(jnp.broadcast_to(condition, (width,)))
+    vector = jax.lax.with_sharding_constraint(vector, whole)
+    return jax.tree.map(lambda n, o: jnp.where(vector[: o.shape[-1]] if o.ndim else condition, n, o), new, old)
 
 
 def _is_count(leaf: jax.Array) -> bool:

@@ -215,6 +215,17 @@ def test_a_step_has_no_more_kernels_and_bytes_than_it_had(recipe, capfd):
 
 @compiles
 @pytest.mark.gpu_program
+def test_the_update_starts_few_kernels(tmp_path, capfd):
+    """Leaves of one shape share a kernel, norms are over all leaves, nothing is copied."""
+    changed = [f"--config.{name}={value}" for name, value in TINY.items()]
+    recipe = ["--config", f"{CONFIGS / 'resnet18_cifar10.py'}:dp", "--target", "h100", "--hlo", str(tmp_path)]
+    assert command_line(["compile", *recipe, *changed]) == 0, capfd.readouterr().err
+    program = read_program((tmp_path / "step.txt").read_text(), Mesh(np.array(jax.devices()[:1]), ("data",)))
+    assert sum(kernel.times for kernel in program.kernels if kernel.layer in ("update", "")) <= 1.05 * 34
+
+
+@compiles
+@pytest.mark.gpu_program
 def test_a_run_that_does_not_fit_is_said(capfd):
     fields = {
         "data.global_batch": "16384",

@@ -316,7 +316,7 @@ def compile_stage(
         """float [1, 3]: what this stage adds to the loss, the correct answers, and the squared norm of the gradients."""
         gradients = unscale_gradients(state.loss_scale, merged(sums)[0], updating)
         loss, correct = sum(total.loss for total in sums), sum(total.correct for total in sums)
-        return row(loss, correct, jnp.square(global_norm(gradients)))
+        return row(loss, correct, jnp.square(global_norm(gradients, updating)))
 
     def update(
         state: TrainState, sums: tuple[GradientSums, ...], decision: UpdateDecision
