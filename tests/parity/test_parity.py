@@ -87,6 +87,25 @@ def test_in_f32_rounding_alone_differs(model, layout):
         np.testing.assert_allclose(found[key], wanted[key], rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("model", "layout"),
+    [
+        ("resnet", "tensor2-data2-zero2-accumulate2"),
+        pytest.param("resnet", "zero3-accumulate4", marks=pytest.mark.parity),
+        pytest.param("mlp", "zero2-accumulate2", marks=pytest.mark.parity),
+    ],
+)
+def test_what_a_gpu_computes_instead_changes_no_number(model, layout, monkeypatch):
+    wanted = reference(model)
+
+    def gpus_choice(*arguments, default, cuda=None, cpu=None):
+        del cpu
+        return (cuda or default)(*arguments)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", gpus_choice)
+    parity.assert_equal(parity.numbers(parity.run(model, LAYOUTS[layout])), wanted, 1e-12)
+
+
 # ---------------------------------------------------------------------------------------------------------------- ties
 
 # The models with a max-pool, on images with areas that are flat or rise by whole levels; `data.mean` makes the colours'
