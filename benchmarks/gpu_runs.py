@@ -134,7 +134,6 @@ def run_all(arguments: argparse.Namespace) -> int:
     """Every recipe with every seed, as far as the budget goes. The exit code: 1 where one failed or has no data."""
     budget = Budget(arguments.budget_seconds)
     session = Session(arguments.results, machine(arguments.commit, arguments.smoke))
-    session.machine["command"] = " ".join(["python -m benchmarks.gpu_runs", *sys.argv[1:]])
     changes = [*arguments.changes, *(SMOKE if arguments.smoke else ())]
     why = ""
     if arguments.packs and not arguments.smoke:

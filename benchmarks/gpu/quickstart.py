@@ -89,7 +89,7 @@ class Runs:
     def _start(self, name: str) -> subprocess.Popen[bytes]:
         cpu = self._smoke or name == "cpu"
         environment = {**os.environ, "JAX_PLATFORMS": "cpu" if cpu else "cuda", "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.2"}
-        environment["JAX_COMPILATION_CACHE_DIR"] = str(self._scratch / "caches" / "xla")
+        environment["JAX_COMPILATION_CACHE_DIR"] = str(self._scratch / "xla")
         command = [sys.executable, "-m", "jaxtrain.main", "--config", str(ROOT / "configs" / "quickstart.py")]
         command += ["--workdir", str(self._scratch / name)]
         command += [f"--config.{each}" for each in (*SETTINGS, *(SMOKE if self._smoke else ()))]
