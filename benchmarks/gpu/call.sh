@@ -11,6 +11,7 @@ export JAXTRAIN_DATA_DIR=${JAXTRAIN_DATA_DIR:-$KEEP/data}
 mkdir -p "$OUT" "$KEEP/packs"
 failed=0
 
+# shellcheck disable=SC2034  # the calls exit with `failed`
 item() { # its name, the percentage of the call's seconds that it may take, its command
   python3 -m benchmarks.gpu.item "$@" || failed=1
 }
