@@ -145,13 +145,14 @@ def _collect(call: Call, name: str, scratch: Path) -> None:
         for path in _logs(scratch):
             file.write(f"\n==> {name}/{path.relative_to(scratch)}\n".encode() + path.read_bytes()[-LOG_BYTES:])
     caches, packed = scratch / "caches", call.out / f"caches_{name}.tar.gz"
-    if not caches.exists():
-        return
-    with tarfile.open(packed, "w:gz", compresslevel=1) as tar:
-        tar.add(caches, f"{name}/caches")
-    if packed.stat().st_size > CACHE_BYTES:
-        call.say(f"{name}: caches of {packed.stat().st_size / 2**20:.0f} MiB are not kept")
-        packed.unlink()
+    size = sum(path.stat().st_size for path in caches.rglob("*") if path.is_file())
+    if 0 < size < 10 * CACHE_BYTES:  # packing more would take the next item's seconds
+        with tarfile.open(packed, "w:gz", compresslevel=1) as tar:
+            tar.add(caches, f"{name}/caches")
+        size = packed.stat().st_size
+    if size > CACHE_BYTES:
+        call.say(f"{name}: caches of {size / 2**20:.0f} MiB are not kept")
+        packed.unlink(missing_ok=True)
 
 
 if __name__ == "__main__":
