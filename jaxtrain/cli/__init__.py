@@ -85,12 +85,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 def parse(argv: Sequence[str]) -> argparse.Namespace:
     """The command's arguments, with three more.
 
-    Those are `overrides`, a pair (dotted name, text) for each --config.KEY=VALUE; `said`, a text for each flag of another
-    trainer; and `rest`, the words after --. Raises `ConfigError`.
+    Those are `overrides`, a pair (dotted name, text) for each --config.KEY=VALUE; `translations`, a text for each
+    flag of another trainer; and `rest`, the words after --. Raises `ConfigError`.
     """
     argv = list(argv)
     end = argv.index("--") if "--" in argv else len(argv)
-    words, said = flags.translate(argv[:end]) if argv[:1] and argv[0] in _WITH_CONFIG else (argv[:end], [])
+    words, translations = flags.translate(argv[:end]) if argv[:1] and argv[0] in _WITH_CONFIG else (argv[:end], [])
     overrides, rest = split_overrides(words)
     parser = _Parser(prog="jaxtrain", description="Trains vision models in JAX.", allow_abbrev=False)
     parser.add_argument("--version", action=_Version, nargs=0, help="show the versions and exit")
@@ -110,7 +110,7 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"jaxtrain {arguments.command} does not know {' '.join(unknown)}.{''.join(hints)}")
     if overrides and not hasattr(arguments, "config"):
         raise ConfigError(f"--config.{overrides[0][0]}: jaxtrain {arguments.command} takes no config.")
-    arguments.overrides, arguments.said, arguments.rest = overrides, said, argv[end + 1 :]
+    arguments.overrides, arguments.translations, arguments.rest = overrides, translations, argv[end + 1 :]
     if arguments.rest and arguments.command != "launch":
         raise ConfigError(f"jaxtrain {arguments.command} takes no command after --: {' '.join(arguments.rest)}.")
     return arguments

@@ -135,7 +135,7 @@ def translate(argv: Sequence[str]) -> tuple[list[str], list[str]]:
     Raises:
       ConfigError: a flag lacks its value, or has one although it takes none.
     """
-    words, said = [], []
+    words, translations = [], []
     rest = list(argv)
     while rest:
         word = rest.pop(0)
@@ -155,8 +155,8 @@ def translate(argv: Sequence[str]) -> tuple[list[str], list[str]]:
         if "{}" in flag.value and not text:
             raise ConfigError(f"{option} needs a value.")
         words.append(flag.words(text))
-        said.append(f"{word} is {words[-1]}")
-    return words, said
+        translations.append(f"{word} is {words[-1]}")
+    return words, translations
 
 
 def hint(word: str, known: Iterable[str]) -> str:
@@ -202,13 +202,13 @@ def read_yaml(path: str) -> tuple[list[tuple[str, str]], list[str]]:
     if not isinstance(values, dict):
         raise ConfigError(f"--yaml {path}: must hold fields of the config, such as `train: {{epochs: 3}}`.")
     pairs: list[tuple[str, str]] = []
-    said: list[str] = []
+    translations: list[str] = []
     try:
         for key, value in _flat(values):
-            pairs.append(_field(key, value, said))
+            pairs.append(_field(key, value, translations))
     except ConfigError as error:
         raise ConfigError(f"--yaml {path}: {error}") from error
-    return pairs, said
+    return pairs, translations
 
 
 def _flat(values: dict[Any, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
@@ -219,15 +219,15 @@ def _flat(values: dict[Any, Any], prefix: str = "") -> Iterable[tuple[str, Any]]
             yield f"{prefix}{key}", value
 
 
-def _field(key: str, value: Any, said: list[str]) -> tuple[str, str]:
-    """The dotted name and the text of one entry of a YAML file; what it is goes to `said`, where that is not plain."""
+def _field(key: str, value: Any, translations: list[str]) -> tuple[str, str]:
+    """The dotted name and the text of one entry of a YAML file; `translations` gets what is not plain."""
     key = key.removeprefix("config.")
     if value is None:
         raise ConfigError(f"{key} has no value.")
     text = str(value).lower() if isinstance(value, bool) else str(_tuples(value))
     option = f"--{key.replace('_', '-')}"
     if key in SECTIONS and f"{key}.name" in flat_keys():
-        said.append(f"{key}: {text} is config.{key}.name")
+        translations.append(f"{key}: {text} is config.{key}.name")
         return f"{key}.name", text
     if key in flat_keys():
         return key, text
@@ -241,7 +241,7 @@ def _field(key: str, value: Any, said: list[str]) -> tuple[str, str]:
     if "{}" not in flag.value and value is not True:
         raise ConfigError(f"{key}: {text}: must be true, or left out.")
     name, _, written = flag.words(text).removeprefix("--config.").partition("=")
-    said.append(f"{key}: {text} is config.{name}={written}")
+    translations.append(f"{key}: {text} is config.{name}={written}")
     return name, written
 
 

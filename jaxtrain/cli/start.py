@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,10 @@ from jaxtrain.cli import flags
 from jaxtrain.config import flatten, to_dict
 from jaxtrain.distributed.cluster import detect_process
 from jaxtrain.errors import ConfigError
-from jaxtrain.host.native import native_stderr_dropped
+from jaxtrain.host.gpus import driver_missing
+from jaxtrain.host.native import cuda_messages_dropped
 from jaxtrain.host.search_path import add_working_directory
+from jaxtrain.host.targets import GPUS, parse_target
 from jaxtrain.host.text import note, printable
 from jaxtrain.observability.progress import Progress
 from jaxtrain.observability.text_log import make_console
@@ -42,7 +45,7 @@ def console() -> Console:
 
 def progress() -> Progress:
     """The line of what a command does now; where it cannot be drawn, a line when that takes long."""
-    return Progress(make_console(), speaks=True)
+    return Progress(make_console(), prints=True)
 
 
 @contextlib.contextmanager
@@ -85,6 +88,17 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--simulate-devices", type=int, default=0, metavar="N", help="make N CPU devices")
 
 
+def add_target_argument(parser: argparse.ArgumentParser) -> None:
+    """--target."""
+    parser.add_argument(
+        "--target",
+        default="",
+        metavar="[[HOSTSx]COUNTx]GPU",
+        help="GPUs that need not be there: 8xh100, 2x8xh200, ...; "
+        f"GPU is one of {', '.join(GPUS)}, or the file of an XLA target",
+    )
+
+
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
     """--coordinator, --num-processes, --process-id, --standalone, --start-timeout, --allow-version-skew."""
     parser.add_argument(
@@ -108,16 +122,16 @@ def resolved(arguments: argparse.Namespace) -> Resolved:
     """The config that the arguments name. Raises `ConfigError`, also where they name none."""
     if not arguments.config and not arguments.yaml:
         raise ConfigError(f"jaxtrain {arguments.command} needs --config FILE; see jaxtrain {arguments.command} --help.")
-    settings, said = flags.read_yaml(arguments.yaml) if arguments.yaml else ([], [])
+    settings, translations = flags.read_yaml(arguments.yaml) if arguments.yaml else ([], [])
     found = resolve(arguments.config or "", arguments.overrides, settings)
-    arguments.said = [*said, *arguments.said]
+    arguments.translations = [*translations, *arguments.translations]
     return found if arguments.config else dataclasses.replace(found, name=Path(arguments.yaml).stem)
 
 
 def say_what_flags_are(arguments: argparse.Namespace) -> None:
     """Prints a line on standard error that says which fields the flags of other trainers are; after `resolved`."""
-    if arguments.said:
-        note("; ".join(arguments.said))
+    if arguments.translations:
+        note("; ".join(arguments.translations))
 
 
 def check_devices(arguments: argparse.Namespace) -> None:
@@ -128,18 +142,51 @@ def check_devices(arguments: argparse.Namespace) -> None:
 
 
 def start_devices(arguments: argparse.Namespace) -> None:
+    """Starts JAX's devices, of a command of one process. Raises `ConfigError` for a negative number of devices."""
+    configure_devices(arguments)
+    start_backend()
+
+
+def configure_devices(arguments: argparse.Namespace) -> None:
     """Configures JAX before its backend starts. Raises `ConfigError` for a negative number of devices."""
     check_devices(arguments)
-    import jax  # noqa: PLC0415  wrong arguments are refused before JAX is loaded
+    with cuda_messages_dropped():
+        import jax  # noqa: PLC0415  wrong arguments are refused before JAX is loaded
 
     if arguments.simulate_devices:
-        jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", arguments.simulate_devices)
+    if arguments.simulate_devices or (driver_missing() and "JAX_PLATFORMS" not in os.environ):
+        jax.config.update("jax_platforms", "cpu")
+
+
+def planned_devices(arguments: argparse.Namespace) -> list[Any]:
+    """The devices of --target, or those of this machine that --devices and --simulate-devices choose."""
+    if not arguments.target:
+        start_devices(arguments)
+        from jaxtrain.training.setup import select_devices  # noqa: PLC0415
+
+        return select_devices(arguments.devices)
+    for option in ("devices", "simulate_devices"):
+        if getattr(arguments, option):
+            raise ConfigError(f"--target has its own devices; leave out --{option.replace('_', '-')}.")
+    target = parse_target(arguments.target)
+    without_devices()
+    from jaxtrain.parallel.topology import target_devices  # noqa: PLC0415
+
+    return target_devices(target)
+
+
+def start_backend() -> None:
+    """Starts JAX's devices; where this is a run of several processes, after these are connected."""
+    import jax  # noqa: PLC0415  `configure_devices` has loaded it
+
+    with cuda_messages_dropped():
+        jax.devices()
 
 
 def without_devices() -> None:
     """Configures JAX for a command that runs nothing on an accelerator: its devices stay free for a run."""
-    with native_stderr_dropped():  # CUDA's plugin says at the import that there is no driver
+    with cuda_messages_dropped():
         import jax  # noqa: PLC0415  wrong arguments are refused before JAX is loaded
 
     jax.config.update("jax_platforms", "cpu")

@@ -122,7 +122,7 @@ class ImageFolder(DatasetSpec):
         stored = image_check.stored_path(scan.root, data_dir(self.config))
         known = image_check.known_unreadable(scan, side, stored)
         if known is None:
-            return image_check.unreadable(scan, side, stored, store=store, progress=image_check.said)
+            return image_check.unreadable(scan, side, stored, store=store, progress=image_check.with_log_lines)
         return image_check.unreadable(scan, side, stored, store=True, names=known) if store and known else known
 
     @property

@@ -79,7 +79,7 @@ def known_unreadable(scan: Scan, side: int, stored: Path) -> dict[str, str] | No
     return found
 
 
-def said(names: Iterable[str]) -> Iterable[str]:
+def with_log_lines(names: Iterable[str]) -> Iterable[str]:
     """A progress for logs: says at first how many images are read, and every ten seconds how many are done."""
     names = list(names)
     log.info("reading %s images once, for config.data.skip_bad", f"{len(names):,}")

@@ -23,7 +23,7 @@ from jaxtrain.observability.text_log import can_redraw, in_notebook
 
 _TERMINAL_RATE = 8  # redraws a second
 _NOTEBOOK_SECONDS, _NOTEBOOK_WIDTH = 0.5, 100  # between redraws; columns
-_SPOKEN_SECONDS = 8.0
+_PRINTED_SECONDS = 8.0
 _ECHO = 2  # columns that are left for the terminal's ^C, which would wrap the line
 
 _erased = threading.Event()
@@ -43,14 +43,14 @@ _NO_SCREEN = 120  # columns of a line that goes to a file
 class Progress:
     """Shows the innermost of the activities that a run is in. Log lines of the same console stay above it."""
 
-    def __init__(self, console: Console | None = None, *, speaks: bool = False):
+    def __init__(self, console: Console | None = None, *, prints: bool = False):
         """Shows nothing yet.
 
         Args:
           console: that of the `TextLog`; None shows nothing at all (every process but the first).
-          speaks: where nothing can be drawn again, say now and then what takes long; for commands that have no log.
+          prints: where nothing can be drawn again, say now and then what takes long; for commands that have no log.
         """
-        self._console, self._speaks = console, speaks
+        self._console, self._prints = console, prints
         self._activities: list[Activity] = []
         self._display: Live | _Redrawn | None = None
 
@@ -95,10 +95,10 @@ class Progress:
             self._display = _TerminalLine(self, self._console)
             self._display.start(refresh=True)
             self._console.show_cursor(True)  # a process that is killed could not give it back
-        elif self._speaks:
-            self._display = _SpokenLines(self, self._console)
+        elif self._prints:
+            self._display = _PrintedLines(self, self._console)
 
-    def spoken(self) -> str:
+    def text(self) -> str:
         """What is done now and for how long, in words."""
         return "; ".join(
             f"{each.what}, {short_duration(time.monotonic() - each.began)}" for each in self._activities[-1:]
@@ -181,9 +181,9 @@ class _NotebookLine(_Redrawn):
         self._handle.update({"text/plain": ""}, raw=True)
 
 
-class _SpokenLines(_Redrawn):
+class _PrintedLines(_Redrawn):
     """A line after some seconds, and each time that these have doubled."""
 
     def __init__(self, progress: Progress, console: Console):
-        waits = (_SPOKEN_SECONDS * 2 ** max(count - 1, 0) for count in itertools.count())
-        super().__init__(lambda: console.print(f"jaxtrain: {progress.spoken()}", markup=False, soft_wrap=True), waits)
+        waits = (_PRINTED_SECONDS * 2 ** max(count - 1, 0) for count in itertools.count())
+        super().__init__(lambda: console.print(f"jaxtrain: {progress.text()}", markup=False, soft_wrap=True), waits)

@@ -122,12 +122,12 @@ def smoke(
         run = make_run_spec(config, load_data(config.data), devices)
         warn_of_settings(run)
         stack.enter_context(explain_out_of_memory())
-        whole = _Trial(run, directory, watchdog, interrupt).run(progress)
+        whole = _SmokeTest(run, directory, watchdog, interrupt).run(progress)
         barrier("the smoke test is over")
     return whole
 
 
-class _Trial:
+class _SmokeTest:
     """The parts of a run, one after the other; each says what it found."""
 
     def __init__(self, run: RunSpec, directory: Workdir, watchdog: Watchdog, interrupt: Interrupt):

@@ -55,7 +55,7 @@ def test_of_two_that_name_the_same_field_the_later_wins(capsys):
 
 def test_the_output_directory_is_the_work_directory():
     arguments = cli.parse(["train", "--config", "quickstart", "--output-dir", "runs/x"])
-    assert (arguments.workdir, arguments.said) == ("runs/x", ["--output-dir runs/x is --workdir=runs/x"])
+    assert (arguments.workdir, arguments.translations) == ("runs/x", ["--output-dir runs/x is --workdir=runs/x"])
 
 
 @pytest.mark.parametrize(

@@ -250,9 +250,9 @@ def test_a_file_is_no_terminal_whatever_the_colours(monkeypatch, tmp_path):
 
 
 def test_a_command_says_what_takes_long(monkeypatch):
-    monkeypatch.setattr("jaxtrain.observability.progress._SPOKEN_SECONDS", 0.01)
+    monkeypatch.setattr("jaxtrain.observability.progress._PRINTED_SECONDS", 0.01)
     console = Console(file=io.StringIO())
-    with Progress(console, speaks=True).activity("tracing"):
+    with Progress(console, prints=True).activity("tracing"):
         deadline = time.monotonic() + 30
         while not console.file.getvalue() and time.monotonic() < deadline:
             pass
