@@ -245,8 +245,10 @@ class _Comparison:
             while ways:
                 candidate = ways.pop(0)
                 price = dearest * (0.5 if candidate == OWN_GRAPH else 1.2) + LOOK_SECONDS
-                if self.found and ("error" in self.row["ours"] or (self._best and self.budget.left < price)):
-                    self.found[candidate] = {"left_out": f"{self.budget.left:.0f} s were left"}
+                late, alone = self._best and self.budget.left < price, self.found and "error" in self.row["ours"]
+                if late or alone:
+                    why = "nothing to compare with" if alone else f"{self.budget.left:.0f} s were left"
+                    self.found[candidate] = {"left_out": why}
                     continue
                 began = self.budget.left
                 self._candidate(ours, kind, candidate)
