@@ -37,7 +37,7 @@ from benchmarks.gpu.suite import machine
 WHEELS = (
     "tensorflow-datasets", "grain", "clu", "ml_collections", "tensorboardX", "array_record", "dm-tree", "immutabledict",
     "simple_parsing", "docstring-parser", "tensorflow-metadata", "googleapis-common-protos", "termcolor", "toml",
-    "cloudpickle", "portpicker", "importlib_resources", "protobuf",
+    "cloudpickle", "portpicker", "importlib_resources", "protobuf", "wrapt", "six",
 )  # fmt: skip
 SOURCES = (
     "promise",
