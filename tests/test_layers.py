@@ -69,6 +69,7 @@ def test_checking_a_config_loads_no_jax(modules):
     run(f"import sys, {modules}; assert 'jax' not in sys.modules and 'flax' not in sys.modules")
 
 
+@pytest.mark.parity
 def test_tensorflow_is_never_imported_by_a_run(tmp_path):
     """A decoy stands where TensorFlow would be, so that whoever tries to import it is seen."""
     decoy = tmp_path / "site" / "tensorflow"

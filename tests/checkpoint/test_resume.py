@@ -581,6 +581,7 @@ def stuck_later(config, image_size):
 """
 
 
+@pytest.mark.faults
 def test_a_changed_batch_neither_loses_nor_repeats_an_example(tmp_path, monkeypatch):
     (tmp_path / "ledger.py").write_text(LEDGER)
     monkeypatch.syspath_prepend(tmp_path)

@@ -702,6 +702,7 @@ def decoys(tmp_path) -> Path:
     return tmp_path / "here"
 
 
+@pytest.mark.faults
 def test_no_file_of_the_current_directory_is_run(decoys, finished):
     for argv in (
         ["-m", "jaxtrain", "evaluate", str(finished), "--devices", "1"],

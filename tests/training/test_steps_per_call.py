@@ -91,6 +91,7 @@ def test_every_row_has_the_time_of_its_call(tmp_path):
     assert result.result["throughput"] > 0
 
 
+@pytest.mark.parity
 def test_a_signal_stops_it_after_a_call_and_another_number_of_steps_goes_on(tmp_path, calls, monkeypatch):
     wanted = here(tmp_path / "whole", ONE_EPOCH)
     inner, points = Interrupt.poll, itertools.count(1)
@@ -124,6 +125,7 @@ def test_where_it_has_no_effect_one_line_says_so(tmp_path, calls, fields, why):
     assert log.count(f"train.steps_per_call=4 has no effect here, where each call makes one step: {why}") == 1
 
 
+@pytest.mark.parity
 def test_a_call_that_never_fits_between_two_pauses_is_told_of(tmp_path, calls):
     here(tmp_path / "run", SMALL | {"train.steps": 8, "checkpoint.every": "0"}, train__steps_per_call=5)
     assert calls == [1] * 8
