@@ -29,7 +29,7 @@ MARK = "GPU_ITEM"  # in the environment of all that an item starts
 # Shares of the call: an item that has less is left out; what an item leaves for the end of the call; what a command has
 # less than its item, to end by itself.
 LEAST, LAST, MARGIN = 0.04, 0.02, 0.03
-GRACE = 3.0  # seconds between SIGTERM and SIGKILL
+GRACE = 3.0  # seconds between SIGTERM and SIGKILL, of a long call
 LOG_BYTES = 300_000  # of each log
 CACHE_BYTES = 15 << 20  # of a packed cache: some machines give back only eight files of 16 MiB
 
@@ -62,7 +62,8 @@ def main() -> None:
     seconds = float(os.environ["CALL_SECONDS"])
     call = Call(Path(os.environ["OUT"]), Path(os.environ["KEEP"]), seconds, float(os.environ["CALL_BEGAN"]) + seconds)
     session = Session(call.out / "gpu.json", {"device": "", "command": " ".join(sys.argv[1:])})
-    least, limit = LEAST * seconds, min(float(percent) / 100 * seconds, call.left - LAST * seconds - GRACE)
+    grace = min(GRACE, LAST * seconds)
+    least, limit = max(1.0, LEAST * seconds), min(float(percent) / 100 * seconds, call.left - LAST * seconds - grace)
     if limit < least:
         session.leave_out(name, f"{call.left:.0f} s were left of the call")
         call.say(f"{name}: left out, {call.left:.0f} s were left")
@@ -78,7 +79,7 @@ def main() -> None:
         "ITEM_SCRATCH": str(scratch),
     }
     began = time.monotonic()
-    code = bounded(command, limit, given, scratch / "item.log")
+    code = bounded(command, limit, grace, given, scratch / "item.log")
     took = time.monotonic() - began
     lines = (scratch / "item.log").read_text(errors="replace").strip().splitlines()
     row = {"kind": "item", "name": name, "seconds": took, "limit_seconds": limit, "code": code}
@@ -90,8 +91,19 @@ def main() -> None:
     sys.exit(1 if code else 0)
 
 
-def bounded(command: Sequence[str], limit: float, given: Mapping[str, str], log: Path) -> int:
-    """The exit code of `command`, which ends after `limit` seconds with all that it has started."""
+def bounded(command: Sequence[str], limit: float, grace: float, given: Mapping[str, str], log: Path) -> int:
+    """Runs `command` until its limit, and ends all that it has started.
+
+    Args:
+      command: with its arguments.
+      limit: seconds, after which it gets SIGTERM.
+      grace: seconds from then to SIGKILL.
+      given: environment variables, beside those of this process.
+      log: for what it prints.
+
+    Returns:
+      Its exit code, 124 after the limit, 127 if it cannot be started.
+    """
     mark = f"{MARK}={os.getpid()}-{time.time()}"
     environment = {**os.environ, **given, MARK: mark.partition("=")[2]}
     with open(log, "wb") as file:
@@ -107,7 +119,7 @@ def bounded(command: Sequence[str], limit: float, given: Mapping[str, str], log:
         except subprocess.TimeoutExpired:
             process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(GRACE)
+                process.wait(grace)
             process.kill()
             return 124
         finally:
