@@ -77,6 +77,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 
 # XLA flags, each alone against the defaults; those that need several GPUs to matter are left out.
 FLAGS: Mapping[str, str] = {
+    "command buffers with convolutions": "--xla_gpu_enable_command_buffer=+CONVOLUTION",
     "command buffers off": "--xla_gpu_enable_command_buffer=",
     "command buffers from one kernel on": "--xla_gpu_graph_min_graph_size=1",
     "latency hiding on": "--xla_gpu_enable_latency_hiding_scheduler=true",
