@@ -24,12 +24,8 @@ from benchmarks.gpu.parts import ROOT, Budget, Row, Session, add_options, scratc
 from benchmarks.gpu.suite import machine
 
 SETTINGS = ("train.precision=f32", "train.deterministic=true", "train.log_every=1")
-SMOKE = (
-    "model.name=mlp",
-    "model.width=16",
-    "model.depths=[]",
-    "train.steps=400",
-)  # a model that compiles fast, and steps enough to stop it
+# A model that compiles fast, and steps enough to stop it.
+SMOKE = ("model.name=mlp", "model.width=16", "model.depths=[]", "train.steps=400")
 STOPPED = 75  # the exit code of a run that SIGTERM has ended
 COMPARED = (1, 10, 100)
 # Relative, of the first step's loss: the same weights and images, sums in another order.
