@@ -1,11 +1,12 @@
 """Whole runs on a GPU, from real data to a test accuracy: seconds, accuracy, curves, how busy the GPU was, MFU.
 
 python -m benchmarks.gpu_runs wheels .wheels                 # where there is a package index: what the GPU machine lacks
-python -m benchmarks.gpu_runs run resnet18_cifar10 resnet_fast_cifar10 --seeds 0,1,2 --wheels .wheels --data DIR
+python -m benchmarks.gpu_runs install .wheels SITE           # there, without an index; SITE is for PYTHONPATH
+python -m benchmarks.gpu_runs run resnet18_cifar10 resnet_fast_cifar10 --seeds 0,1,2 --data DIR
 python -m benchmarks.gpu_runs run resnet50_cifar100 --set train.epochs=30 --set data.global_batch=512
 
-The wheels are installed without an index into a directory of their own, before the first run. Rows go into the result file of
-`benchmarks.gpu.suite`, after every run. DIR is a JAXTRAIN_DATA_DIR, prepared or with the official files in downloads/manual.
+Rows go into the result file of `benchmarks.gpu.suite`, after every run. DIR is a JAXTRAIN_DATA_DIR, prepared or with the
+official files in downloads/manual; with --packs these are made of CIFAR-10's packs first.
 """
 
 from __future__ import annotations
@@ -18,31 +19,39 @@ import importlib
 import json
 import os
 import re
+import shutil
 import signal
 import statistics
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.parts import RESULTS, ROOT, Budget, Row, Session, peak_flops
+from benchmarks.gpu.parts import ROOT, Budget, Row, Session, add_options, peak_flops, scratch_folder
 from benchmarks.gpu.suite import machine
 
 # What a machine with JAX, Flax, Optax, Orbax and PyTorch does not have yet; their own needs are there.
 WHEELS = (
     "tensorflow-datasets", "grain", "clu", "ml_collections", "tensorboardX", "array_record", "dm-tree", "immutabledict",
     "simple_parsing", "docstring-parser", "tensorflow-metadata", "googleapis-common-protos", "termcolor", "toml",
-    "cloudpickle", "portpicker", "importlib_resources", "protobuf",
+    "cloudpickle", "portpicker", "importlib_resources", "protobuf", "wrapt", "six",
 )  # fmt: skip
 SOURCES = (
     "promise",
     str(ROOT),
 )  # the one has no wheel, though it is pure Python; the other's version a run wants to know
 PYTHON, PLATFORMS = "3.12", ("2_28", "2_27", "2_17", "2014", "1")
+
+# What `unpack` needs.
+PACKS = (
+    "unpack.py", *(f"cifar10/train_{number}.xz" for number in range(5)), "cifar10/test.xz",
+    "cifar10/labels.npz", "cifar10/names_train.xz", "cifar10/names_test.xz",
+)  # fmt: skip
+# The changes of a rehearsal on a CPU.
+SMOKE = ("data.name=synthetic", "data.examples=128", "data.global_batch=16", "train.steps=8", "model.width=8")
 
 # Multiply-adds of a forward pass an image, counted from the models (`benchmarks.gpu.ours.forward_macs`).
 GMACS: Mapping[str, float] = {"resnet18": 0.555, "resnet50": 1.298, "swin_tiny": 0.358}
@@ -55,22 +64,25 @@ def main() -> None:
     commands = parser.add_subparsers(dest="command", required=True)
     fetching = commands.add_parser("wheels", help="download what the GPU machine lacks")
     fetching.add_argument("directory", type=Path)
+    installing = commands.add_parser("install", help="install them where there is none")
+    installing.add_argument("directory", type=Path)
+    installing.add_argument("site", type=Path)
     running = commands.add_parser("run", help="train recipes end to end")
     running.add_argument("recipes", nargs="+", help="names of files in configs/, with arguments behind a colon")
     running.add_argument("--seeds", default="0", help="such as 0,1,2")
     running.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="changes")
     running.add_argument("--data", default=os.environ.get("JAXTRAIN_DATA_DIR", ""), help="a JAXTRAIN_DATA_DIR")
-    running.add_argument("--wheels", type=Path, help="install these first")
-    running.add_argument("--budget-seconds", type=float, default=520.0)
-    running.add_argument("--results", type=Path, default=RESULTS)
-    running.add_argument("--keep", type=Path, help="copy each run's logs and metrics here")
-    running.add_argument("--commit", default="")
+    running.add_argument("--packs", type=Path, help="make CIFAR-10's official files of the packs in this folder")
+    add_options(running)
     arguments = parser.parse_args()
     if arguments.command == "wheels":
         download(arguments.directory)
         return
+    if arguments.command == "install":
+        install(arguments.directory, arguments.site)
+        return
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    run_all(arguments)
+    sys.exit(run_all(arguments))
 
 
 def download(directory: Path) -> None:
@@ -86,46 +98,73 @@ def download(directory: Path) -> None:
 
 def install(wheels: Path, site: Path) -> None:
     """Into a directory for PYTHONPATH: a virtual environment would not see the packages of another one."""
-    options = ["--no-index", "--no-deps", "--no-compile", "--no-cache-dir", "--disable-pip-version-check", "-q"]
+    options = [
+        "--no-index",
+        "--no-deps",
+        "--no-compile",
+        "--no-cache-dir",
+        "--disable-pip-version-check",
+        "-q",
+        "--upgrade",
+    ]
     files = [str(path) for path in sorted(wheels.glob("*.whl"))]
     subprocess.run([sys.executable, "-m", "pip", "install", *options, "--target", str(site), *files], check=True)
 
 
-def run_all(arguments: argparse.Namespace) -> None:
-    """Every recipe with every seed, as far as the budget goes."""
+def unpack(packs: Path, data: Path, seconds: float) -> str:
+    """CIFAR-10's official files, where the trainer looks for them in `data`; why not, if that failed.
+
+    packs: a folder with unpack.py and cifar10/. The parts of a half come with each of two calls to the same machine.
+    """
+    manual = data / "downloads" / "manual"
+    if (manual / "cifar-10-batches-py" / "test_batch").exists():
+        return ""
+    missing = [name for name in PACKS if not (packs / name).exists()]
+    if missing:
+        return f"{', '.join(missing)} missing in {packs}: send the other half to the same machine first"
+    command = [sys.executable, str(packs / "unpack.py"), "cifar10", str(manual), "--official"]
+    try:
+        subprocess.run(command, check=True, timeout=seconds, stdout=subprocess.DEVNULL)
+    except (OSError, subprocess.SubprocessError) as error:
+        return str(error)
+    return ""
+
+
+def run_all(arguments: argparse.Namespace) -> int:
+    """Every recipe with every seed, as far as the budget goes. The exit code: 1 where one failed or has no data."""
     budget = Budget(arguments.budget_seconds)
-    session = Session(arguments.results, machine(arguments.commit, smoke=False))
-    session.machine["command"] = " ".join(["python -m benchmarks.gpu_runs", *sys.argv[1:]])
-    with tempfile.TemporaryDirectory(prefix="gpu-runs-", ignore_cleanup_errors=True) as scratch:
-        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(Path(scratch) / "xla")}
-        paths = [str(ROOT)]
-        if arguments.wheels:
-            _say(budget, f"installing {arguments.wheels}")
-            install(arguments.wheels, Path(scratch) / "site")
-            paths.append(str(Path(scratch) / "site"))
-        environment["PYTHONPATH"] = os.pathsep.join([*paths, *filter(None, [os.environ.get("PYTHONPATH")])])
+    session = Session(arguments.results, machine(arguments.commit, arguments.smoke))
+    changes = [*arguments.changes, *(SMOKE if arguments.smoke else ())]
+    why = ""
+    if arguments.packs and not arguments.smoke:
+        why = unpack(arguments.packs, Path(arguments.data), budget.left)
+        _say(budget, f"packs: {why or 'unpacked'}")
+    with scratch_folder(arguments.scratch) as scratch:
+        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(scratch / "caches" / "xla")}
+        environment["JAX_PLATFORMS"] = "cpu" if arguments.smoke else "cuda"
+        environment["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
         if arguments.data:
             environment["JAXTRAIN_DATA_DIR"] = arguments.data
         session.machine["versions"] |= _versions(environment)
         longest: dict[str, float] = {}
         for recipe in arguments.recipes:
             for seed in arguments.seeds.split(","):
-                name = " ".join([f"{recipe}, seed {seed}", *arguments.changes])
-                if budget.left < 1.1 * longest.get(recipe, 30.0):
-                    session.leave_out(name, f"{budget.left:.0f} s were left")
-                    _say(budget, f"{name}: left out")
+                name = " ".join([f"{recipe}, seed {seed}", *changes])
+                if why or budget.left < 1.1 * longest.get(recipe, 30.0):
+                    session.leave_out(name, why or f"{budget.left:.0f} s were left")
+                    _say(budget, f"{name}: left out; {why}")
                     continue
                 began = budget.left
-                workdir = Path(scratch) / f"{re.sub(r'[^a-zA-Z0-9]', '_', recipe)}-{seed}"
+                workdir = scratch / f"{re.sub(r'[^a-zA-Z0-9]', '_', recipe)}-{seed}"
+                shutil.rmtree(workdir, ignore_errors=True)  # of an earlier call
                 command = [sys.executable, "-m", "jaxtrain.main", "--config", _spec(recipe), "--workdir", str(workdir)]
-                command += [f"--config.{each}" for each in (f"seed={seed}", *arguments.changes)]
+                command += [f"--config.{each}" for each in (f"seed={seed}", *changes)]
                 row: Row = {"kind": "run", "name": name, "recipe": recipe, "seed": int(seed)}
                 row |= one_run(command, workdir, environment, budget)
                 session.put(row)
                 _say(budget, f"{name}: {row.get('error') or {key: row.get(key) for key in _SAID}}")
                 longest[recipe] = began - budget.left
-                if arguments.keep:
-                    _keep(workdir, arguments.keep)
+    return 1 if why or session.failures else 0
 
 
 _SAID = ("test_accuracy", "train_seconds", "total_seconds", "gpu_utilization", "mfu_of_datasheet", "images_per_second")
@@ -150,13 +189,6 @@ def _versions(environment: Mapping[str, str]) -> dict[str, str]:
     except (OSError, subprocess.SubprocessError):
         return {}
     return json.loads(found.stdout)
-
-
-def _keep(workdir: Path, directory: Path) -> None:
-    for path in [*workdir.glob("*.json*"), *workdir.glob("*.csv"), *workdir.glob("logs/*.log")]:
-        target = directory / f"{workdir.name}-{path.name}"
-        directory.mkdir(parents=True, exist_ok=True)
-        target.write_bytes(path.read_bytes()[-4_000_000:])
 
 
 def one_run(command: list[str], workdir: Path, environment: Mapping[str, str], budget: Budget) -> Row:

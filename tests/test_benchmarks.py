@@ -3,7 +3,12 @@
 import dataclasses
 import gzip
 import json
+import os
+import shutil
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -11,9 +16,9 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu_runs
-from benchmarks.gpu import ours, parts
+from benchmarks.gpu import ours, parts, quickstart, suite
 from benchmarks.gpu.child import Child, ChildError
-from benchmarks.gpu.parts import CASES, Budget, Session
+from benchmarks.gpu.parts import CASES, EAGER, OWN_GRAPH, PLAIN, Budget, Session
 
 
 def named(kind, pid, name, tid=0):
@@ -161,3 +166,215 @@ def test_a_whole_run_is_read_from_what_it_left(tmp_path):
     assert [row[key] for key in ("total_seconds", "train_seconds", "start_seconds")] == [35, 20.5, 10]
     assert [row[key] for key in ("curve", "gpu_utilization", "test_accuracy")] == [[[1, 11.0, 0.8403]], 95, 0.961]
     assert row["mfu_of_datasheet"] == pytest.approx(6 * 1.298e9 * 30000 / 989e12)
+
+
+# ------------------------------------------------------------------------------------------------- comparing, with stand-ins
+
+
+class Side:
+    """A child whose builds take seconds, fail or hang, and whose steps take what they are told to."""
+
+    def __init__(self, build, step_seconds):
+        self.build, self.step_seconds = build, step_seconds
+
+    def send(self, command, **arguments):
+        self.began, self.batch = time.monotonic(), arguments["batch"]
+
+    def answer(self, timeout):
+        build = self.build(self.batch) if callable(self.build) else self.build
+        if isinstance(build, str):
+            raise ChildError(build)
+        left = self.began + build - time.monotonic()
+        time.sleep(max(0.0, min(left, timeout)))
+        if left > timeout:
+            raise ChildError("build: no answer")
+        return {"seconds": build, "parameters": 1, "cache_hits": 0, "temporary_bytes": 0}
+
+    def ask(self, command, timeout, **arguments):
+        assert timeout > 0
+        if command == "block":
+            time.sleep(arguments["steps"] * self.step_seconds)
+        return {"device": "", "versions": {}} if command == "info" else {"seconds": self.step_seconds, "loss": 1.0}
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+
+def compared(monkeypatch, tmp_path, seconds, our_side, peers):
+    """The row of resnet18_32 with a budget of `seconds`. peers: by their ways of running; what is not there cannot be built."""
+    broken = Side("build: no compiler", 0)
+    monkeypatch.setattr(suite.Suite, "ours", lambda self, cache, flags="": our_side)
+    monkeypatch.setattr(suite.Suite, "peer", lambda self, cache: peers.get(cache.split("-", 2)[2], broken))
+    monkeypatch.setattr(suite, "BLOCK_SECONDS", 0.02)
+    monkeypatch.setattr(suite, "LOOK_SECONDS", 0.1)
+    session = Session(tmp_path / "gpu.json", {"versions": {}})
+    of = suite.Suite(session, Budget(seconds), tmp_path, smoke=False, ceiling=None)
+    suite.compare(of, "resnet18_32")
+    (stored,) = parts.read_results(tmp_path / "gpu.json")
+    return stored["rows"][0], session.failures
+
+
+def test_both_sides_are_built_at_once_and_the_fastest_way_to_run_the_peer_counts(monkeypatch, tmp_path):
+    peers = {
+        PLAIN: Side(0.5, 0.002),
+        "reduce-overhead": Side(0.1, 0.001),
+        "max-autotune-no-cudagraphs": Side(0.1, 0.004),
+    }
+    row, failures = compared(monkeypatch, tmp_path, 10, Side(0.5, 0.002), peers)
+    assert (row["peer"]["best"], failures) == ("reduce-overhead", [])
+    assert row["ratio"]["median"] == pytest.approx(0.5)
+    assert row["peer"]["candidates"]["max-autotune-no-cudagraphs"]["ratio"]["median"] == pytest.approx(2)
+    assert row["ours"]["step_seconds"]["median"] == pytest.approx(0.002)
+    # One after the other they would take longer than the budget.
+    row, failures = compared(monkeypatch, tmp_path / "again", 1.2, Side(0.7, 0.002), {PLAIN: Side(0.7, 0.002)})
+    assert (row["ratio"]["median"], failures) == (pytest.approx(1), [])
+
+
+def test_a_peer_that_hangs_or_cannot_be_built_leaves_time_for_one_that_is_not_compiled(monkeypatch, tmp_path):
+    row, failures = compared(monkeypatch, tmp_path, 3, Side(0.1, 0.002), {PLAIN: Side(60, 0), EAGER: Side(0.1, 0.006)})
+    assert (row["peer"]["best"], failures) == (EAGER, [])
+    assert row["ratio"]["median"] == pytest.approx(3)
+    found = row["peer"]["candidates"]
+    assert (found[PLAIN]["error"], list(found[OWN_GRAPH])) == ("build: no answer", ["left_out"])
+    row, failures = compared(monkeypatch, tmp_path / "none", 4, Side(0.1, 0.002), {})
+    assert failures == ["resnet18_32"]
+    assert row["ours"]["step_seconds"]["median"] == pytest.approx(0.002)
+
+
+def test_there_is_a_ratio_when_building_takes_nearly_the_whole_budget(monkeypatch, tmp_path):
+    row, failures = compared(monkeypatch, tmp_path, 3, Side(2.5, 0.002), {PLAIN: Side(2.55, 0.004)})
+    assert (row["ratio"]["median"], failures) == (pytest.approx(2), [])
+    assert "left_out" in row["peer"]["candidates"][OWN_GRAPH]
+
+
+def test_too_little_memory_halves_the_batch(monkeypatch, tmp_path):
+    def build(batch):
+        return 0.1 if batch <= 512 else "build: RESOURCE_EXHAUSTED: Out of memory"
+
+    row, failures = compared(monkeypatch, tmp_path, 10, Side(build, 0.002), {PLAIN: Side(0.1, 0.002)})
+    assert (row["batch"], failures) == (512, [])
+
+
+# ------------------------------------------------------------------------------------------------------------- the two calls
+
+# Stands in for python3: runs the items as they are, and in place of their commands what a test wants.
+PYTHON = """#!/bin/sh
+case "$*" in
+  "-m benchmarks.gpu.item "*) exec {python} "$@" ;;
+  *"suite probe"*)
+    mkdir -p "$ITEM_SCRATCH/caches"
+    echo x > "$ITEM_SCRATCH/caches/x"
+    echo seen > "$ITEM_SCRATCH/probe.log" ;;
+  *quickstart*)
+    trap '' TERM
+    setsid sh -c 'echo $$ >> "$KEEP/pids"; sleep 900' &
+    echo $$ >> "$KEEP/pids"
+    sleep 900; sleep 900 ;;
+  *"suite resnet18_32"*) kill -SEGV $$ ;;
+  *) echo "$ITEM_SECONDS" ;;
+esac
+"""
+
+
+def call(folder, script, seconds):
+    """Exit code, seconds, result file, lines of call.log of one of the two calls, with `PYTHON`."""
+    (folder / "bin").mkdir()
+    (folder / "bin" / "python3").write_text(PYTHON.format(python=sys.executable))
+    (folder / "bin" / "python3").chmod(0o755)
+    shutil.copytree(parts.ROOT / "benchmarks", folder / "tree" / "benchmarks")
+    given = {"OUT": str(folder / "out"), "KEEP": str(folder), "PATH": f"{folder / 'bin'}:{os.environ['PATH']}"}
+    began = time.monotonic()
+    path = folder / "tree" / "benchmarks" / "gpu" / script
+    done = subprocess.run(["bash", str(path), str(seconds)], env=os.environ | given, check=False, capture_output=True)
+    took = time.monotonic() - began
+    log = (folder / "out" / "call.log").read_text()
+    assert done.stdout.decode() == log
+    return done.returncode, took, parts.read_results(folder / "out" / "gpu.json"), log
+
+
+def runs(pid):
+    stat = Path("/proc", pid, "stat")
+    return stat.exists() and stat.read_text().rpartition(")")[2].split()[0] != "Z"
+
+
+def test_a_call_goes_on_when_an_item_hangs_or_crashes_and_nothing_stays_behind(tmp_path):
+    code, took, sessions, log = call(tmp_path, "first_call.sh", 12)
+    assert (code, took < 12) == (1, True)
+    rows = {row["name"]: row for session in sessions for row in session["rows"]}
+    codes = {name: row["code"] for name, row in rows.items()}
+    assert codes == {"ceilings": 0, "quickstart": 124, "resnet18_32": -11, "resnet50_224": 0, "flags": 0}
+    assert rows["quickstart"]["error"].startswith("ended after 2 s")
+    pids = (tmp_path / "pids").read_text().split()
+    assert len(pids) == 2
+    assert not any(map(runs, pids))
+    assert "quickstart: failed, exit code 124" in log
+    assert "==> ceilings/probe.log\nseen" in (tmp_path / "out" / "items.log").read_text()
+    assert (tmp_path / "out" / "caches_ceilings.tar.gz").exists()
+
+
+def test_a_call_without_time_says_what_it_left_out(tmp_path):
+    code, took, sessions, _ = call(tmp_path, "second_call.sh", 1)
+    assert (code, took < 10) == (1, True)
+    left = [each["name"] for session in sessions for each in session["left_out"]]
+    assert left == ["ceilings", "swin_tiny_224", "vgg19_224", "accuracy"]
+
+
+def test_the_quickstarts_losses_are_compared(tmp_path):
+    def write(name, change=0.0, at=0):
+        (tmp_path / name).mkdir(exist_ok=True)
+        losses = {step: 2.0 / step + (change if step >= at else 0) for step in range(1, 121)}
+        rows = [{"step": step, "phase": "train", "loss": loss, "grad_norm": 1.0} for step, loss in losses.items()]
+        (tmp_path / name / "metrics.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        result = {"last": {"test": {"accuracy": 0.9}}, "device_kind": "cpu"}
+        (tmp_path / name / "result.json").write_text(json.dumps(result))
+
+    (tmp_path / "stopped_at").write_text("50")
+    for name, change, at in (("gpu", 0, 0), ("cpu", 1e-3, 90), ("parts", 0, 0)):
+        write(name, change, at)
+    row = quickstart.compare(tmp_path)
+    assert "error" not in row
+    assert (row["loss_differs"]["10"], row["loss_differs"]["100"]) == (0, pytest.approx(1e-3 / (0.02 + 1e-3)))
+    machine = {"device": "x", "driver": "", "versions": {}, "date": ""}
+    row |= {"kind": "quickstart", "name": "quickstart"}
+    assert "stopped at step 50" in parts.table([{"machine": machine, "rows": [row]}])
+    write("parts", 1e-9, 51)
+    assert quickstart.compare(tmp_path)["error"] == "the resumed run differs from step 51 on"
+    write("parts")
+    write("cpu", 1e-3, 1)
+    assert "the first loss differs" in quickstart.compare(tmp_path)["error"]
+
+
+def test_packs_are_unpacked_when_both_halves_are_there(monkeypatch, tmp_path, capsys):
+    packs, data = tmp_path / "packs", tmp_path / "data"
+    (packs / "cifar10").mkdir(parents=True)
+    for name in gpu_runs.PACKS[:4]:
+        (packs / name).touch()
+    command = [
+        "run",
+        "resnet_fast_cifar10",
+        "--packs",
+        str(packs),
+        "--data",
+        str(data),
+        "--results",
+        str(tmp_path / "r"),
+    ]
+    monkeypatch.setattr(sys, "argv", ["gpu_runs", *command])
+    with pytest.raises(SystemExit, match="1"):
+        gpu_runs.main()
+    (session,) = parts.read_results(tmp_path / "r")
+    assert session["left_out"][0]["name"] == "resnet_fast_cifar10, seed 0"
+    assert session["left_out"][0]["why"].startswith("cifar10/train_3.xz, cifar10/train_4.xz, cifar10/test.xz, ")
+
+    for name in gpu_runs.PACKS:
+        (packs / name).touch()
+    (packs / "unpack.py").write_text(
+        "import sys, pathlib; pathlib.Path(sys.argv[2], *sys.argv[3:]).mkdir(parents=True)"
+    )
+    assert gpu_runs.unpack(packs, data, 60) == ""
+    assert (data / "downloads" / "manual" / "--official").exists()
+    (packs / "unpack.py").write_text("import time; time.sleep(60)")
+    assert "timed out" in gpu_runs.unpack(packs, data, 1)

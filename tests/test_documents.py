@@ -39,7 +39,7 @@ MADE = {
     # what the documents' own commands and examples write
     "my_project.py", "plan.svg", "step.svg", "results/gpu.json",
     # beside a checkout, in the CI
-    "../shared/data", "../shared/data/unpack.py",
+    "../shared/data", "../shared/data/unpack.py", "unpack.py",
 }  # fmt: skip
 
 # Options and words of other programs that no script here has, and packages whose dotted names are not looked up.

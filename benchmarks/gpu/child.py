@@ -40,7 +40,7 @@ class Child:
     """A module of this folder that calls `serve`, as a process of its own; it starts at once and is waited for later."""
 
     def __init__(self, module: str, log: Path, environment: Mapping[str, str]):
-        self._log, self._answers = log, queue.Queue[str | None]()
+        self._log, self._answers, self._asked = log, queue.Queue[str | None](), ""
         path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
         with open(log, "ab") as errors:
             self._process = subprocess.Popen(
@@ -62,13 +62,23 @@ class Child:
         self._answers.put(None)
 
     def ask(self, command: str, timeout: float, **arguments: Any) -> dict[str, Any]:
-        """What `command` returns. Raises `ChildError`; after a time-out the child is ended."""
+        """What `command` returns; `send` and `answer` at once."""
+        self.send(command, **arguments)
+        return self.answer(timeout)
+
+    def send(self, command: str, **arguments: Any) -> None:
+        """Has the child begin with `command`. Raises `ChildError` if it has ended."""
         assert self._process.stdin is not None
+        self._asked = command
         try:
             self._process.stdin.write(json.dumps({"command": command, **arguments}) + "\n")
             self._process.stdin.flush()
         except (OSError, ValueError):  # the pipe is broken, or closed after a time-out
             raise ChildError(f"{command}: the process has ended. {self._tail()}") from None
+
+    def answer(self, timeout: float) -> dict[str, Any]:
+        """What the command returns that was sent last. Raises `ChildError`; after a time-out the child is ended."""
+        command = self._asked
         try:
             line = self._answers.get(timeout=max(timeout, 1.0))
         except queue.Empty:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import argparse
+import contextlib
 import dataclasses
 import gzip
 import json
 import os
 import re
 import statistics
+import tempfile
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +20,9 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "gpu.json"
 
 Row = dict[str, Any]
+
+# Of the device's memory, each side's: both are there at the same time.
+MEMORY_SHARE = 0.45
 
 
 # ---------------------------------------------------------------------------------------------------------------- cases
@@ -52,6 +58,7 @@ class Case:
 
 
 PLAIN, _GRAPH, OWN_GRAPH, _TUNED = "default", "reduce-overhead", "whole-graph", "max-autotune-no-cudagraphs"
+EAGER = "eager"  # not compiled: only where nothing else could be built
 _BLOCKS = {"width": 8, "depths": (1, 1, 1, 1)}
 CASES: Mapping[str, Case] = {
     "resnet50_224": Case("resnet50", 224, 256, 1000, "sgd", 4.11, (PLAIN, OWN_GRAPH, _TUNED), _BLOCKS),
@@ -70,6 +77,7 @@ GROUPS: Mapping[str, tuple[str, ...]] = {
 
 # XLA flags, each alone against the defaults; those that need several GPUs to matter are left out.
 FLAGS: Mapping[str, str] = {
+    "command buffers with convolutions": "--xla_gpu_enable_command_buffer=+CONVOLUTION",
     "command buffers off": "--xla_gpu_enable_command_buffer=",
     "command buffers from one kernel on": "--xla_gpu_graph_min_graph_size=1",
     "latency hiding on": "--xla_gpu_enable_latency_hiding_scheduler=true",
@@ -142,6 +150,31 @@ class Budget:
     def share(self, parts: int) -> Budget:
         """An equal share of what is left for the first of `parts`."""
         return Budget(self.left / parts)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """What all commands take. Their defaults inside a call are the call's, as `benchmarks.gpu.item` has set them."""
+    given = os.environ
+    parser.add_argument("--budget-seconds", type=float, default=float(given.get("ITEM_SECONDS", "520")))
+    parser.add_argument("--results", type=Path, default=Path(given.get("ITEM_RESULTS", RESULTS)))
+    parser.add_argument(
+        "--scratch", type=Path, default=given.get("ITEM_SCRATCH"), help="keep logs and compile caches in this folder"
+    )
+    parser.add_argument("--commit", default=given.get("COMMIT", ""), help="of the source, where there is no git")
+    parser.add_argument(
+        "--smoke", action="store_true", default=bool(given.get("SMOKE")), help="on a CPU, with tiny shapes"
+    )
+
+
+@contextlib.contextmanager
+def scratch_folder(kept: Path | None) -> Iterator[Path]:
+    """`kept`, made where it is missing, or a temporary folder."""
+    if kept:
+        kept.mkdir(parents=True, exist_ok=True)
+        yield kept
+        return
+    with tempfile.TemporaryDirectory(prefix="gpu-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 # --------------------------------------------------------------------------------------------------------------- traces
@@ -251,6 +284,12 @@ class Session:
         self._write()
 
     @property
+    def failures(self) -> list[str]:
+        """The names of rows with an error, and of comparisons without a ratio."""
+        rows = self._session["rows"]
+        return [r["name"] for r in rows if "error" in r or (r["kind"] == "compare" and "ratio" not in r)]
+
+    @property
     def machine(self) -> Row:
         """Of this session; its versions grow as the processes name theirs."""
         return self._session["machine"]
@@ -278,11 +317,11 @@ def merge(sessions: Iterable[Row]) -> list[Row]:
 
 
 def latest(sessions: list[Row]) -> dict[tuple[str, str, str], tuple[Row, Row]]:
-    """(device, kind, name) -> (machine, row): the newest row of each that has a figure."""
+    """(device, kind, name) -> (machine, row): the newest row of each that has a figure, and a line in the table."""
     found = {}
     for session in sessions:
         for row in session["rows"]:
-            if "error" not in row:
+            if "error" not in row and row["kind"] in _LINES:
                 found[session["machine"].get("device", ""), row["kind"], row["name"]] = (session["machine"], row)
     return found
 
@@ -356,12 +395,18 @@ def _run_lines(name: str, row: Row) -> list[str]:
     return [f"| {name} | {accuracy}, {seconds}{share}{mfu} | | |"]
 
 
-def _no_lines(name: str, row: Row) -> list[str]:
-    return []
+def _quickstart_lines(name: str, row: Row) -> list[str]:
+    differs = ", ".join(f"{value:.1e} at step {step}" for step, value in row["loss_differs"].items())
+    return [
+        f"| {name}: {row['steps']} steps | test accuracy {row['test_accuracy']['gpu']:.4f} on the GPU, "
+        f"{row['test_accuracy']['cpu']:.4f} on its CPU | | |",
+        f"| {name}: the loss differs from the CPU's by | {differs} | | |",
+        f"| {name}: stopped at step {row['stopped_at']} and resumed | every loss the same | | |",
+    ]
 
 
 _LINES = {
-    "probe": _no_lines,
+    "quickstart": _quickstart_lines,
     "compare": _compare_lines,
     "sweep": _sweep_lines,
     "ceiling": _ceiling_lines,

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.child import serve
-from benchmarks.gpu.parts import CASES, Case, profile, read_trace
+from benchmarks.gpu.parts import CASES, EAGER, MEMORY_SHARE, OWN_GRAPH, PLAIN, Case, profile, read_trace
 
 # As `Any`: PyTorch is no dependency of this project, and type checkers may not find it.
 torch: Any = importlib.import_module("torch")
@@ -30,33 +30,25 @@ WARM_UP = 3
 
 
 def model_of(case: Case) -> Any:
-    """torchvision's ResNet (with a 3x3 stem and no pooling for small images) and VGG, timm's Swin; for the self-check,
-    their beginnings."""
+    """torchvision's ResNet (with a 3x3 stem and no pooling for small images) and VGG, timm's Swin; `_stand_in` for the
+    self-check, which may have neither library."""
+    if case.smoke:
+        return _stand_in(case)
     if case.model.startswith("swin"):
         timm = importlib.import_module("timm")
-        size: dict[str, Any] = {"img_size": case.image}
-        if case.image < 64:
-            size |= {"patch_size": 2, "window_size": 4}
-        if case.smoke:
-            size |= {"depths": (2,), "embed_dim": 32, "num_heads": (1,)}
-        name = "swin_tiny_patch4_window7_224"
+        name, size = "swin_tiny_patch4_window7_224", {"img_size": case.image}
         return timm.create_model(name, pretrained=False, num_classes=case.classes, drop_path_rate=0.2, **size)
-    models, nn = importlib.import_module("torchvision.models"), torch.nn
-    if case.model.startswith("vgg"):
-        if case.smoke:
-            return nn.Sequential(
-                nn.Conv2d(3, 64, 3, 1, 1), nn.ReLU(), nn.Flatten(), nn.Linear(64 * 32 * 32, case.classes)
-            )
-        return getattr(models, case.model)(num_classes=case.classes)
-    model = getattr(models, case.model)(num_classes=case.classes)
-    if case.smoke:
-        model.layer1 = model.layer1[:1]
-        model.layer2 = model.layer3 = model.layer4 = nn.Identity()
-        model.fc = nn.Linear(64 if case.model == "resnet18" else 256, case.classes)
+    model = getattr(importlib.import_module("torchvision.models"), case.model)(num_classes=case.classes)
     if case.image < 64:
-        model.conv1 = nn.Conv2d(3, 64, 3, 1, 1, bias=False)
-        model.maxpool = nn.Identity()
+        model.conv1 = torch.nn.Conv2d(3, 64, 3, 1, 1, bias=False)
+        model.maxpool = torch.nn.Identity()
     return model
+
+
+def _stand_in(case: Case) -> Any:
+    nn = torch.nn
+    layers = (nn.Conv2d(3, 8, 3, 2, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*layers, nn.Linear(8, case.classes))
 
 
 def optimizer_of(case: Case, model: Any, device: str, *, in_graph: bool) -> Any:
@@ -109,25 +101,19 @@ class Commands:
             return {"device": torch.cuda.get_device_name(0), "versions": versions}
         return {"device": "cpu", "versions": versions}
 
-    def build(
-        self, case: str, batch: int, smoke: bool, candidate: str, fraction: float, backend: str
-    ) -> dict[str, Any]:
+    def build(self, case: str, batch: int, smoke: bool, candidate: str, backend: str) -> dict[str, Any]:
         """Model, compiled step, first update. seconds: of all that, since the device was there."""
         shape = CASES[case].shrunk() if smoke else CASES[case]
         shape = dataclasses.replace(shape, batch=batch)
         torch.manual_seed(0)
         torch.set_float32_matmul_precision("high")
         if self.device == "cuda":
-            torch.cuda.set_per_process_memory_fraction(fraction)
+            torch.cuda.set_per_process_memory_fraction(MEMORY_SHARE)
             torch.backends.cudnn.benchmark = True
             torch.zeros(1, device="cuda")
             torch.cuda.synchronize()
         began = time.perf_counter()
-        whole = candidate == "whole-graph"
-        mode = "default" if whole else candidate
-        compiling = {"backend": backend} | ({"mode": mode} if backend == "inductor" else {})
-        if smoke:  # a few kernels do not pay for it
-            torch._inductor.config.cpp_cache_precompile_headers = False
+        whole = candidate == OWN_GRAPH
         net = model_of(shape).to(self.device, memory_format=torch.channels_last).train()
         optimizer = optimizer_of(shape, net, self.device, in_graph=whole)
 
@@ -142,8 +128,11 @@ class Commands:
                 logits = net(images)
             return F.cross_entropy(logits.float(), labels), (logits.argmax(1) == labels).sum()
 
-        compiled = torch.compile(forward, **compiling)
-        augmented = torch.compile(augment, backend=backend)
+        compiled, augmented = forward, augment
+        if candidate != EAGER:
+            mode = {"mode": PLAIN if whole else candidate} if backend == "inductor" else {}
+            compiled = torch.compile(forward, backend=backend, **mode)
+            augmented = torch.compile(augment, backend=backend)
         prepared = augmented(raw, mean, std).clone()
 
         def step(bare: bool) -> tuple[Any, Any]:
