@@ -370,6 +370,7 @@ def test_tests_that_are_named_exist(document):
     report(document, wrong())
 
 
+@pytest.mark.parity
 def test_ids_of_tests_that_are_named_are_collected():
     tests = {
         (file, function + brackets) for d in DOCUMENTS for _, file, function, brackets in named_tests(d) if brackets
@@ -523,6 +524,7 @@ def test_files_and_commands_of_the_ci_exist(script):
     report(script, wrong())
 
 
+@pytest.mark.parity
 def test_the_pictures_are_those_that_the_script_draws():
     """Where this fails, `python docs/pictures.py` draws them anew; look at them before they are committed."""
     for name, picture in runpy.run_path(str(ROOT / "docs/pictures.py"))["pictures"]().items():

@@ -6,6 +6,7 @@ import argparse
 import contextlib
 import dataclasses
 import logging
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,7 +19,8 @@ from jaxtrain.cli import flags
 from jaxtrain.config import flatten, to_dict
 from jaxtrain.distributed.cluster import detect_process
 from jaxtrain.errors import ConfigError
-from jaxtrain.host.native import native_stderr_dropped
+from jaxtrain.host.gpus import driver_missing
+from jaxtrain.host.native import cuda_messages_dropped
 from jaxtrain.host.search_path import add_working_directory
 from jaxtrain.host.text import note, printable
 from jaxtrain.observability.progress import Progress
@@ -128,18 +130,34 @@ def check_devices(arguments: argparse.Namespace) -> None:
 
 
 def start_devices(arguments: argparse.Namespace) -> None:
+    """Starts JAX's devices, of a command of one process. Raises `ConfigError` for a negative number of devices."""
+    configure_devices(arguments)
+    start_backend()
+
+
+def configure_devices(arguments: argparse.Namespace) -> None:
     """Configures JAX before its backend starts. Raises `ConfigError` for a negative number of devices."""
     check_devices(arguments)
-    import jax  # noqa: PLC0415  wrong arguments are refused before JAX is loaded
+    with cuda_messages_dropped():
+        import jax  # noqa: PLC0415  wrong arguments are refused before JAX is loaded
 
     if arguments.simulate_devices:
-        jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", arguments.simulate_devices)
+    if arguments.simulate_devices or (driver_missing() and "JAX_PLATFORMS" not in os.environ):
+        jax.config.update("jax_platforms", "cpu")
+
+
+def start_backend() -> None:
+    """Starts JAX's devices; where this is a run of several processes, after these are connected."""
+    import jax  # noqa: PLC0415  `configure_devices` has loaded it
+
+    with cuda_messages_dropped():
+        jax.devices()
 
 
 def without_devices() -> None:
     """Configures JAX for a command that runs nothing on an accelerator: its devices stay free for a run."""
-    with native_stderr_dropped():  # CUDA's plugin says at the import that there is no driver
+    with cuda_messages_dropped():
         import jax  # noqa: PLC0415  wrong arguments are refused before JAX is loaded
 
     jax.config.update("jax_platforms", "cpu")

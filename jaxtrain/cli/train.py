@@ -8,6 +8,7 @@ from jaxtrain.cli import start
 from jaxtrain.distributed.exit_report import ExitReport, as_peer_error
 from jaxtrain.errors import InterruptedRunError, JaxtrainError, PreemptedError
 from jaxtrain.host import xla_flags
+from jaxtrain.host.native import cuda_messages_dropped
 from jaxtrain.host.text import printable
 from jaxtrain.observability import progress
 from jaxtrain.plugins import whose_fault
@@ -37,16 +38,18 @@ def run(arguments: argparse.Namespace) -> None:
     start.check_devices(arguments)
     workdir = arguments.workdir or str(start.default_workdir(resolved.name))
     named(workdir)  # checks the text as written: `Path` folds the slashes of s3://bucket/run
-    from jaxtrain.distributed import coordination  # noqa: PLC0415  a wrong config is refused before JAX is loaded
-    from jaxtrain.distributed.interrupt import catch_signals  # noqa: PLC0415
+    with cuda_messages_dropped():
+        from jaxtrain.distributed import coordination  # noqa: PLC0415  a wrong config is refused before JAX is loaded
+        from jaxtrain.distributed.interrupt import catch_signals  # noqa: PLC0415
 
     with catch_signals(leave) as interrupt:
         try:
             chosen = resolved.config.train
             flags = xla_flags.for_run(chosen.precision, deterministic=chosen.deterministic)
             xla_flags.set_flags(flags)  # before the processes connect
-            start.start_devices(arguments)
+            start.configure_devices(arguments)
             start.start_processes(arguments, resolved, workdir)
+            start.start_backend()
             if coordination.index() == 0:
                 start.say_what_flags_are(arguments)
             from jaxtrain.training.session import train  # noqa: PLC0415  JAX is set up by now

@@ -21,6 +21,7 @@ from jaxtrain.distributed.self_test import check_all_devices
 from jaxtrain.errors import EnvironmentMismatchError
 from jaxtrain.host.backend import MUST_MATCH, versions
 from jaxtrain.host.cpus import usable_cpus
+from jaxtrain.host.native import cuda_messages_dropped
 from jaxtrain.host.text import note
 from jaxtrain.host.xla_flags import SEVERAL_PROCESSES, set_flags
 
@@ -100,6 +101,8 @@ def initialize(
             heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
             coordinator_bind_address=address if process.is_local else None,
         )
+        with cuda_messages_dropped():
+            jax.devices()
         check_all_devices()
     except (RuntimeError, ValueError) as error:
         raise EnvironmentMismatchError(

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
+import functools
 import importlib
+import importlib.util
 import os
 from pathlib import Path
 from typing import Any
@@ -95,6 +98,18 @@ class Gpus:
 def device_files() -> int:
     """How many GPUs the kernel's NVIDIA driver shows: the files /dev/nvidia0, /dev/nvidia1, ..."""
     return sum(path.name.removeprefix("nvidia").isdigit() for path in Path("/dev").glob("nvidia*"))
+
+
+@functools.cache
+def driver_missing() -> bool:
+    """Whether JAX's CUDA plugin is installed, perhaps for its compiler, on a machine without NVIDIA's driver."""
+    if not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)) or device_files():
+        return False
+    try:
+        ctypes.CDLL("libcuda.so.1")
+    except OSError:
+        return True
+    return False
 
 
 def visible_gpus() -> int:

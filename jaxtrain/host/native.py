@@ -7,6 +7,8 @@ import os
 import sys
 from collections.abc import Iterator
 
+from jaxtrain.host.gpus import driver_missing
+
 
 @contextlib.contextmanager
 def native_stderr_dropped() -> Iterator[None]:
@@ -21,3 +23,8 @@ def native_stderr_dropped() -> Iterator[None]:
     finally:
         os.dup2(kept, 2)
         os.close(kept)
+
+
+def cuda_messages_dropped() -> contextlib.AbstractContextManager[None]:
+    """Around what loads JAX or starts its devices: where CUDA's plugin is and NVIDIA's driver is not, drops what it says."""
+    return native_stderr_dropped() if driver_missing() else contextlib.nullcontext()

@@ -36,6 +36,8 @@ LAST = 12  # the last step of `SMALL` and `EXACT`
 KILLED = EXACT | {"train.precision": "f32", "train.epochs": 30, "checkpoint.every": "3", "checkpoint.keep": 2}
 MESH = ("--simulate-devices", "8", "--devices", "2")  # as in this process: XLA's sums depend on how many threads it has
 
+at_length = functools.partial(pytest.param, marks=pytest.mark.faults)
+
 
 @pytest.fixture(scope="module")
 def complete(tmp_path_factory):
@@ -157,6 +159,7 @@ def test_a_complete_run_started_again_only_writes_its_result_again(copy, complet
         assert new[key] == old[key]
 
 
+@pytest.mark.faults
 def test_a_complete_run_that_ended_within_an_epoch_keeps_that_epochs_row(tmp_path):
     fields = SMALL | {"train.steps": 6}
     here(tmp_path, fields)
@@ -187,6 +190,7 @@ def test_where_a_run_goes_on_from_and_what_lay_behind_is_kept(copy, complete, re
             assert (folder / name).read_bytes() == (complete[0] / name).read_bytes()
 
 
+@pytest.mark.faults
 def test_two_fresh_starts_within_a_second_keep_both_predecessors(copy):
     for _ in range(2):
         here(copy, SMALL, checkpoint__resume="none", train__epochs=1)
@@ -194,6 +198,7 @@ def test_two_fresh_starts_within_a_second_keep_both_predecessors(copy):
     assert [len(runs.losses(folder)) for folder in superseded(copy)] == [12, 4]
 
 
+@pytest.mark.faults
 def test_checkpoints_on_another_disk_are_set_aside_too(tmp_path, monkeypatch):
     run, other = tmp_path / "run", tmp_path / "other"
     for path in (run, other):
@@ -251,9 +256,9 @@ def test_a_run_that_began_at_a_path_goes_on_when_it_is_started_again(copy, compl
     [
         ({"JAXTRAIN_JOB": "a"}, {"JAXTRAIN_JOB": "a"}, True),
         ({"JAXTRAIN_JOB": "a"}, {"JAXTRAIN_JOB": "b"}, False),
-        ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "JAXTRAIN_JOB": "c"}, True),
-        ({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7"}, False),  # by hand, in an allocation
-        ({}, {}, False),
+        at_length({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "1", "JAXTRAIN_JOB": "c"}, True),
+        at_length({"SLURM_JOB_ID": "7"}, {"SLURM_JOB_ID": "7"}, False),  # by hand, in an allocation
+        at_length({}, {}, False),
     ],
 )
 def test_a_job_that_is_started_again_by_itself_keeps_what_it_has_done(tmp_path, monkeypatch, first, again, goes_on):
@@ -285,6 +290,7 @@ def test_what_is_not_there_is_refused_by_name(copy, tmp_path):
     assert superseded(copy) == []
 
 
+@pytest.mark.faults
 def test_the_best_and_the_milestones_stay_beside_the_latest(tmp_path):
     result = here(tmp_path, SMALL, checkpoint__keep=1, checkpoint__every="1", checkpoint__milestone_every="5")
     best = result.result["best"]["step"]
@@ -305,6 +311,7 @@ WILD = SMALL | {
 }
 
 
+@pytest.mark.faults
 def test_the_best_may_be_that_of_the_lowest_loss(tmp_path):
     """On both sides of a stop; and once the accuracy is asked for, it decides among what is there and what comes."""
     here(tmp_path, WILD, train__steps=6, checkpoint__best="val_loss")
@@ -423,12 +430,12 @@ def test_layout_logging_and_cadence_may_change(copy, complete):
     ("schedule", "changes", "allowed"),
     [
         ("constant", {"train.epochs": 4}, True),
-        ("constant", {"train.steps": 9}, True),
+        at_length("constant", {"train.steps": 9}, True),
         ("cosine", {"train.epochs": 4}, False),
-        ("cosine", {"train.steps": 12}, True),  # the same length in other words
-        ("wsd", {"train.epochs": 4}, True),  # 6 steps were run, and the rate falls after the ninth
-        ("wsd", {"train.epochs": 1}, False),
-        ("step", {"train.epochs": 2}, False),
+        at_length("cosine", {"train.steps": 12}, True),  # the same length in other words
+        at_length("wsd", {"train.epochs": 4}, True),  # 6 steps were run, and the rate falls after the ninth
+        at_length("wsd", {"train.epochs": 1}, False),
+        at_length("step", {"train.epochs": 2}, False),
     ],
 )
 def test_the_length_may_change_where_no_step_that_was_run_had_another_rate(tmp_path, schedule, changes, allowed):
@@ -443,6 +450,7 @@ def test_the_length_may_change_where_no_step_that_was_run_had_another_rate(tmp_p
     assert len(runs.losses(tmp_path)) == changes.get("train.steps", 4 * changes.get("train.epochs", 0))
 
 
+@pytest.mark.faults
 def test_a_longer_run_is_the_run_that_was_longer_from_the_start(tmp_path):
     here(tmp_path / "longer", SMALL, train__steps=6)  # ends within an epoch
     shorter = json.loads((tmp_path / "longer" / "result.json").read_text())
@@ -472,6 +480,7 @@ def test_allow_changes_goes_on_with_another_optimizer_at_the_rate_of_its_step(co
         np.testing.assert_allclose(row["update_norm"] / row["grad_norm"], rate, rtol=1e-5)
 
 
+@pytest.mark.faults
 @pytest.mark.parametrize("model", ["mlp", "tiny:resnet"])
 def test_a_moving_average_may_begin_in_the_middle_of_a_run(tmp_path, model):
     """With rate 0 from there, so that the average is what was restored; and the best checkpoint is from before it."""
@@ -496,6 +505,7 @@ def test_a_checkpoint_of_another_model_is_refused_even_then(copy):
     assert len(runs.losses(copy)) == LAST
 
 
+@pytest.mark.faults
 def test_what_auto_decided_at_the_first_start_stays(tmp_path):
     here(tmp_path, SMALL, train__precision="bf16", train__epochs=1)
     result = here(tmp_path, SMALL, train__epochs=2)
@@ -503,6 +513,7 @@ def test_what_auto_decided_at_the_first_start_stays(tmp_path):
     refused(WorkdirError, "'bf16' -> 'f32'", workdir=tmp_path, fields=SMALL | {"train.precision": "f32"})
 
 
+@pytest.mark.faults
 def test_a_batch_given_per_device_is_that_of_the_first_start(tmp_path):
     fields = SMALL | {"data.batch_per_device": 16, "data.global_batch": 128}
     here(tmp_path, fields, devices=2, train__epochs=1)
@@ -672,6 +683,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_that_update(tmp_path):
     refused(NumericError, f"of step {step} is not finite", workdir=tmp_path, fields=fields)
 
 
+@pytest.mark.faults
 def test_fp16_halves_its_scale_after_an_overflow_and_resumes_with_it(tmp_path, monkeypatch):
     (tmp_path / "steep.py").write_text(
         "from jaxtrain.optim.losses import loss_fn\n\n\ndef loss(logits, targets):\n"

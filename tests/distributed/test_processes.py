@@ -29,7 +29,6 @@ TOLERANCE = 1e-12  # relative, in f64: a wrong scale, order or random key shows 
 ACCUMULATED = EXACT | {"layout.microbatches": 4}
 
 ZEROS = (pytest.param(0, marks=pytest.mark.faults), 3)
-PLACEMENTS = {3: "spread", 0: "hosts"}  # which of `saved` has two stages over both processes, and which a process each
 
 
 @contextlib.contextmanager
@@ -80,26 +79,31 @@ def whole(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """`saved(zero)`: the directory of what two processes of two devices did in turn. They are started once for each `zero`.
-
-    Among it a run under ZeRO `zero`, and what two of one device made of its step 6.
-    """
+    """`saved(zero)`: a run of two processes of two devices each under ZeRO `zero`, and what two of one made of its step 6."""
 
     @functools.cache
     def start(zero: int) -> Path:
         path = tmp_path_factory.mktemp("saved")
         half = {"checkpoint__resume": path / "run" / "checkpoints" / str(HALF)}
-        jobs = [job(path / "run", zero), job(path / "2x1", zero, "--devices", "1", **half)]
-        jobs.append(job(path / "stages", 3, layout__stages=2, layout__stage_placement=PLACEMENTS[zero]))
-        if zero == 3:
-            jobs.append(job(path / "minutes", 0, checkpoint__every="0.000001 minutes", train__steps=3))
-            slow = {"data.name": "tiny:slow_digits", "data.residency": "stream", "data.workers": 0}
-            jobs.append(runs.arguments(path / "slow", SMALL | slow))
-            jobs.append(job(path / "smoke", zero, "--smoke"))
-        train_in_turn(path, 2, 2, *jobs)
+        train_in_turn(path, 2, 2, job(path / "run", zero), job(path / "2x1", zero, "--devices", "1", **half))
         return path
 
     return start
+
+
+@pytest.fixture(scope="module")
+def others(tmp_path_factory):
+    """The directory of other jobs that two processes of two devices did in turn."""
+    path = tmp_path_factory.mktemp("others")
+    stages = [
+        job(path / placement, 3, layout__stages=2, layout__stage_placement=placement)
+        for placement in ("spread", "hosts")
+    ]
+    minutes = job(path / "minutes", 0, checkpoint__every="0.000001 minutes", train__steps=3)
+    slow = {"data.name": "tiny:slow_digits", "data.residency": "stream", "data.workers": 0}
+    smoke = job(path / "smoke", 3, "--smoke")
+    train_in_turn(path, 2, 2, *stages, minutes, runs.arguments(path / "slow", SMALL | slow), smoke)
+    return path
 
 
 @pytest.mark.parametrize("zero", ZEROS)
@@ -149,13 +153,15 @@ def test_process_zero_alone_writes_what_is_shared(saved):
     assert {"ocdbt.process_0", "ocdbt.process_1"} <= parts
 
 
-def test_the_clock_of_process_zero_decides_when_to_save(saved):
-    assert runs.checkpoints(saved(3) / "minutes") == [1, 2, 3]
+@pytest.mark.faults
+def test_the_clock_of_process_zero_decides_when_to_save(others):
+    assert runs.checkpoints(others / "minutes") == [1, 2, 3]
 
 
-@pytest.mark.parametrize("zero", ZEROS, ids=PLACEMENTS.get)
-def test_stages_over_processes_have_the_numbers_of_one(saved, whole, tmp_path, zero):
-    run = saved(zero) / "stages"
+@pytest.mark.faults
+@pytest.mark.parametrize("placement", ["spread", "hosts"])  # two stages over both processes, or a process each
+def test_stages_over_processes_have_the_numbers_of_one(others, whole, tmp_path, placement):
+    run = others / placement
     assert_same(run, whole[0])
     copy = shutil.copytree(run, tmp_path / "copy")
     shutil.rmtree(copy / "checkpoints" / str(LAST))
@@ -170,16 +176,18 @@ def test_stages_of_four_processes(tmp_path, whole):
     assert_same(tmp_path / "run", whole[0])
 
 
-def test_a_smoke_test_of_two_processes_saves_to_a_directory_that_both_see(saved):
-    said = (saved(3) / "0.txt").read_text()
+@pytest.mark.faults
+def test_a_smoke_test_of_two_processes_saves_to_a_directory_that_both_see(others):
+    said = (others / "0.txt").read_text()
     assert "equal bit for bit" in said
     (directory,) = re.findall(r"smoke: quickstart in (\S+),", said)
     assert not Path(directory).exists()
-    assert not (saved(3) / "smoke").exists()
+    assert not (others / "smoke").exists()
 
 
-def test_a_process_with_slow_data_is_named(saved):
-    zero, one = ((saved(3) / "slow" / "logs" / f"process_{process}.log").read_text() for process in (0, 1))
+@pytest.mark.faults
+def test_a_process_with_slow_data_is_named(others):
+    zero, one = ((others / "slow" / "logs" / f"process_{process}.log").read_text() for process in (0, 1))
     assert f"WARNING imbalanced: process 1 on {socket.gethostname()} needs 0." in zero
     assert "WARNING slow data: training waited for its input" in one
     assert "imbalanced" not in one
@@ -213,6 +221,7 @@ def has_rows(workdir: Path, count: int) -> bool:
     return runs.count_rows(workdir) >= count
 
 
+@pytest.mark.faults
 def test_data_that_process_zero_cannot_prepare_end_all_with_its_sentence(tmp_path):
     fields = SMALL | {"data.name": f"folder:{tmp_path}/nowhere", "data.image_size": 8}
     port = runs.free_port()

@@ -2,6 +2,9 @@
 
 import importlib.metadata
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import jax
@@ -178,6 +181,15 @@ def test_a_run_that_does_not_fit_is_said(capfd):
     words = ["compile", "--config", f"{CONFIGS / 'resnet18_cifar10.py'}:dp", "--target", "a100-40", *changed]
     assert command_line(words) == 1
     assert "does not fit the 29.6 GiB that JAX takes of the GPU's 39.4 GiB" in " ".join(capfd.readouterr().out.split())
+
+
+@compiles
+@pytest.mark.gpu_program
+def test_without_a_driver_the_plugin_says_nothing_at_a_start():
+    command = ["-m", "jaxtrain", "layout", "--config", str(CONFIGS / "mlp_synthetic.py")]
+    environment = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    started = subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, check=True)
+    assert started.stderr == ""
 
 
 @pytest.mark.parametrize(

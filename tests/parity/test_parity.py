@@ -127,6 +127,7 @@ TIED = [
 ]
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
     ("source", "model", "images", "layout"),
     [

@@ -105,6 +105,7 @@ def sparse() -> dict[str, np.ndarray]:
     return parity.numbers(parity.run("mlp", LayoutConfig(data=1), **SPARSE))
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
     "which", [parity.case(which, default="middle" in which or "two" in which) for which in WITHOUT]
 )
@@ -124,6 +125,7 @@ def pairs() -> dict[str, np.ndarray]:
     return parity.numbers(parity.run("mlp", LayoutConfig(data=1), **PAIRS))
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
     "where",
     [
@@ -243,6 +245,7 @@ def clipped(where: str) -> dict[str, np.ndarray]:
     return parity.numbers(parity.run("mlp", layouts[where], **{"optim.clip_norm": 0.05} | DEEP["mlp"]))
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("fault", parity.planted(FAULTS, default=clip_by_stage))
 def test_a_planted_fault_shows(fault, monkeypatch):
     wanted = clipped("one")
@@ -310,6 +313,7 @@ def test_activations_in_flight_follow_the_schedule(schedule, monkeypatch):
     assert tuple(peaks[stage] for stage in range(stages)) == wanted
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(
     ("model", "precision", "zero"),
     [
@@ -353,6 +357,7 @@ def _stage_states(step, state):
 # ---------------------------------------------------------------------------------------------------------- checkpoints
 
 
+@pytest.mark.parity
 def test_a_checkpoint_fits_any_number_of_stages(tmp_path):
     """Four stages on eight devices, then one with ZeRO-3 on two, then two stages on two: the loss curve of one device."""
     whole = runs.here(tmp_path / "whole", runs.EXACT, model__name="tiny:resnet18")
@@ -372,6 +377,7 @@ def test_a_checkpoint_fits_any_number_of_stages(tmp_path):
     np.testing.assert_allclose(*evaluated, rtol=1e-12)
 
 
+@pytest.mark.parity
 def test_a_checkpoint_fits_stages_without_parameters(tmp_path):
     fields = runs.SMALL | {k: v for k, v in SPARSE.items() if k != "data.image_size"}
     fields |= {"train.precision": "f64", "optim.ema": 0.9}
@@ -404,6 +410,7 @@ def test_what_does_not_fit_is_answered_in_one_sentence(settings_, parts, capsys)
     assert all(part in said for part in parts), said
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize(("batch", "per_device"), [(16, 1), (32, 2)])
 def test_a_plan_asks_no_more_of_batch_norm_than_the_run(batch, per_device, capsys):
     """The last blocks see one pixel. A group of 2 or 4 examples has enough of them, however few a device has."""

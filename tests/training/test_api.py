@@ -240,6 +240,7 @@ def test_a_setting_without_effect_is_said(fields, said):
     assert len(after) == 1
 
 
+@pytest.mark.parity
 @pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "configs").glob("*.py")))
 def test_no_recipe_has_a_setting_without_effect(recipe):
     resolved = resolve(str(ROOT / "configs" / f"{recipe}.py")).config

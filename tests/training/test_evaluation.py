@@ -352,7 +352,7 @@ LAYOUTS = {
 
 
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=list(LAYOUTS))
-@pytest.mark.parametrize("residency", ["device", "stream"])
+@pytest.mark.parametrize("residency", ["device", pytest.param("stream", marks=pytest.mark.parity)])
 def test_the_figures_are_those_of_every_example_once(layout, residency):
     """40 examples in batches of 32 (by stages 16), so that the last is padded; two of twelve classes have none."""
     config = Config(

@@ -81,10 +81,10 @@ def test_a_work_directory_is_not_touched(tmp_path):
     "fields",
     [
         {"layout.stages": 2, "layout.microbatches": 2, "layout.zero": 1},
-        {"train.steps_per_call": 3, "layout.zero": 3},
-        {"data.residency": "stream", "data.workers": 0},
+        pytest.param({"train.steps_per_call": 3, "layout.zero": 3}, marks=pytest.mark.parity),
+        pytest.param({"data.residency": "stream", "data.workers": 0}, marks=pytest.mark.parity),
     ],
-    ids=str,
+    ids=["stages", "several steps a call", "streamed"],
 )
 def test_any_layout(fields):
     config = from_dict(nested_dicts(load_config(RECIPE, SMALL | fields)))

@@ -67,7 +67,7 @@ NUMBERS = {
         pytest.param(
             1, {"layout.microbatches": 2, "optim.name": "muon", "model.depths": "(16,)"}, marks=pytest.mark.parity
         ),
-        (2, {"layout.stages": 2, "optim.name": "adamw", "model.dropout": 0.2}),
+        pytest.param(2, {"layout.stages": 2, "optim.name": "adamw", "model.dropout": 0.2}, marks=pytest.mark.parity),
     ],
 )
 def test_a_run_that_differs_in_numbers_alone_compiles_nothing(tmp_path, devices, layout):
@@ -115,7 +115,7 @@ def test_xlas_alarms_are_hidden_on_a_cpu_and_where_nothing_is_trained(monkeypatc
     assert os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0", "the user's own is kept"
 
 
-@pytest.mark.parametrize("per_call", [1, 4])
+@pytest.mark.parametrize("per_call", [1, pytest.param(4, marks=pytest.mark.parity)])
 def test_rates_go_to_the_devices_again_where_those_that_are_there_end(tmp_path, monkeypatch, per_call):
     """Steps 1 to 9 of a warm-up, with the rates of four at a time on the devices, from the step that a start goes on from."""
     for module in (input_pipeline, compiled):

@@ -50,7 +50,9 @@ def assert_same_files(workdir: Path, wanted: Path) -> None:
     assert runs.checkpoints(workdir) == runs.checkpoints(wanted)
 
 
-@pytest.mark.parametrize(("more", "devices"), [({}, 1), (STREAMED, 2)], ids=["one", "streamed"])
+@pytest.mark.parametrize(
+    ("more", "devices"), [pytest.param({}, 1, marks=pytest.mark.parity), (STREAMED, 2)], ids=["one", "streamed"]
+)
 def test_the_run_is_that_of_single_steps_bit_for_bit(tmp_path, calls, more, devices):
     wanted = here(tmp_path / "ones", CUT | more, devices=devices)
     assert calls == [1] * 12
