@@ -26,7 +26,6 @@ LARGEST_WINDOW = 8
 
 _MASKED = -1e30  # finite: what is padded has a softmax too
 _PROGRAMS = 1024  # enough for every GPU's processors; each writes a sum of its own for the gradients of offset and bias
-_COMPILED = triton.CompilerParams(num_warps=4, num_stages=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,12 +35,10 @@ class Windows:
     Attributes:
       window: side of a window, in tokens, at most `LARGEST_WINDOW`. Height and width of the map are multiples of it.
       shift: by how much the map is rolled up and to the left before it is cut.
-      interpret: whether the kernel is run by JAX, on any device and slowly, and not compiled. For tests.
     """
 
     window: int
     shift: int
-    interpret: bool = False
 
     @property
     def side(self) -> int:
@@ -116,16 +113,14 @@ def _padded(bias: jax.Array, windows: Windows) -> jax.Array:
 def _forward(qkv: jax.Array, offset: jax.Array, bias: jax.Array, windows: Windows) -> jax.Array:
     heads, batch = qkv.shape[4], qkv.shape[0]
     out = jax.ShapeDtypeStruct((*qkv.shape[:3], heads, qkv.shape[5]), qkv.dtype)
-    call = pl.pallas_call(
+    return _call(
         functools.partial(_forward_kernel, windows=windows),
+        (qkv, offset, bias),
         grid=(heads, batch * windows.of_map(qkv.shape)),
         in_specs=[_of_head(qkv, 4), _of_head(offset, 1), _of_head(bias, 0)],
         out_specs=_of_head(out, 3),
         out_shape=out,
-        compiler_params=_COMPILED,
-        interpret=windows.interpret,
     )
-    return call(qkv, offset, bias)
 
 
 def _backward(
@@ -135,17 +130,26 @@ def _backward(
     each = next(n for n in range(max(count * heads // _PROGRAMS, 1), 0, -1) if count % n == 0)
     dqkv = jax.ShapeDtypeStruct(qkv.shape, qkv.dtype)
     parts = [jax.ShapeDtypeStruct((count // each, *array.shape), jnp.float32) for array in (offset, bias)]
-    call = pl.pallas_call(
+    dqkv, doffset, dbias = _call(
         functools.partial(_backward_kernel, windows=windows, each=each),
+        (qkv, offset, bias, g),
         grid=(heads, count // each),
         in_specs=[_of_head(qkv, 4), _of_head(offset, 1), _of_head(bias, 0), _of_head(g, 3)],
         out_specs=[_of_head(dqkv, 4), _of_head(parts[0], 2, grouped=True), _of_head(parts[1], 1, grouped=True)],
         out_shape=[dqkv, *parts],
-        compiler_params=_COMPILED,
-        interpret=windows.interpret,
     )
-    dqkv, doffset, dbias = call(qkv, offset, bias, g)
     return dqkv, jnp.sum(doffset, 0), jnp.sum(dbias, 0)
+
+
+def _call(kernel: Any, operands: Sequence[jax.Array], **options: Any) -> Any:
+    """The kernel, compiled; on what is no NVIDIA GPU run by JAX step by step, slowly: for tests, and to count operations."""
+    compiled, interpreted = (
+        pl.pallas_call(
+            kernel, compiler_params=triton.CompilerParams(num_warps=4, num_stages=1), interpret=interpret, **options
+        )
+        for interpret in (False, True)
+    )
+    return jax.lax.platform_dependent(*operands, cuda=compiled, default=interpreted)
 
 
 def _of_head(array: Any, dim: int, *, grouped: bool = False) -> pl.BlockSpec:

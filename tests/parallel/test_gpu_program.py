@@ -129,6 +129,7 @@ def report(capfd, recipe: str, target: str, **fields: str) -> dict:
 
 ALL_REDUCE, GATHER, SCATTER = ("all-reduce", "data"), ("all-gather", "data"), ("reduce-scatter", "data")
 # Collectives that a layout's programs must have, and those that they must not have.
+KERNEL = {"model.attention": "pallas"}
 SHORT = {"model.width": "32", "model.depths": "(2,1,1,1)", "data.global_batch": "32"}
 LAYOUTS = {
     "dp": ("quickstart.py:dp", "4xh100", {}, {ALL_REDUCE}, {GATHER, SCATTER}),
@@ -139,6 +140,14 @@ LAYOUTS = {
     "pipeline2": ("quickstart.py:pipeline2", "4xh100", {}, {ALL_REDUCE}, {GATHER}),
     "calls": ("mlp_synthetic.py:dp", "2xh100", {"train.steps_per_call": "4"}, {ALL_REDUCE}, {GATHER}),
     "swin": ("swin_tiny_cifar10.py:zero3", "2xb200", SHORT, {GATHER}, set()),
+    "swin kernel": (
+        "swin_tiny_cifar10.py:tensor2",
+        "4xh100",
+        SHORT | KERNEL,
+        {("all-reduce", "tensor"), ALL_REDUCE},
+        {GATHER},
+    ),
+    "swin kernel, stages": ("swin_tiny_cifar10.py:pipeline2", "2xh100", SHORT | KERNEL, set(), {GATHER}),
 }
 
 
