@@ -109,7 +109,7 @@ def layouts() -> str:
 def described(zero: int) -> dict[str, Any]:
     """What `jaxtrain layout --json` prints."""
     recipe = DOCS.parent / "configs/mlp_synthetic.py:pipeline2,tensor2"
-    return describe_layout(resolve(str(recipe), [("layout.zero", str(zero))]).config, DEVICES)
+    return describe_layout(resolve(str(recipe), [("layout.zero", str(zero))]).config, jax.devices()[:DEVICES])
 
 
 def _layouts(title: str, tables: Sequence[Mapping[str, Any]]) -> Iterator[str]:

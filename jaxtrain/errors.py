@@ -29,6 +29,10 @@ class CheckpointError(JaxtrainError):
     exit_code = 66
 
 
+class CompilerRefusalError(JaxtrainError):
+    """XLA does not compile a program of the run for the devices that were asked for."""
+
+
 class DeviceMemoryError(JaxtrainError):
     """The program does not fit the devices' memory; restarting it unchanged cannot help."""
 

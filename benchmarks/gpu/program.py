@@ -17,13 +17,13 @@ import jax
 from benchmarks.gpu.ours import config_of
 from benchmarks.gpu.parts import CASES
 from jaxtrain.host.targets import parse_target
-from jaxtrain.training.program_report import compile_report
+from jaxtrain.training.target_report import report_on
 
 
 def compiled(case: str, target: str, changes: dict[str, Any], hlo: Path | None = None) -> dict[str, Any]:
-    """`jaxtrain.training.program_report.compile_report` of a case's step; `changes` by dotted names of the config."""
+    """`jaxtrain.training.target_report.report_on` of a case's step; `changes` by dotted names of the config."""
     config = config_of(CASES[case], {"data.residency": "stream"} | changes)  # a batch that lies on the device
-    return compile_report(config, parse_target(target), hlo=hlo, evaluation=False)
+    return report_on(config, parse_target(target), hlo=hlo, evaluation=False)
 
 
 def row(case: str, report: dict[str, Any]) -> str:
@@ -37,6 +37,7 @@ def row(case: str, report: dict[str, Any]) -> str:
     return (
         f"{case}: {kernels:,} kernels, {small:,} of them < 4 MB; {moved:.1f} GB, at least {floor:.1f} ms; "
         f"temporaries {temporary / 1e9:.2f} GB"
+        f"{'; with ' if report['flags'] else ''}{report['flags']}"
     )
 
 

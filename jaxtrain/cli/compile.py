@@ -14,7 +14,7 @@ from rich.table import Column, Table
 from jaxtrain.cli import start
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.paths import require_local
-from jaxtrain.host.targets import GPUS, parse_target
+from jaxtrain.host.targets import parse_target
 from jaxtrain.host.text import printable
 from jaxtrain.observability.rendering import size
 
@@ -22,12 +22,7 @@ from jaxtrain.observability.rendering import size
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--config, --target, --json, --hlo."""
     start.add_config_argument(parser)
-    parser.add_argument(
-        "--target",
-        default="",
-        metavar="[[HOSTSx]COUNTx]GPU",
-        help=f"8xh100, 2x8xh200, ...; GPU is one of {', '.join(GPUS)}, or the file of an XLA target",
-    )
+    start.add_target_argument(parser)
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--hlo", default="", metavar="DIR", help="write the optimized programs into this folder")
 
@@ -40,11 +35,11 @@ def run(arguments: argparse.Namespace) -> int:
     target, resolved = parse_target(arguments.target), start.resolved(arguments)
     start.say_what_flags_are(arguments)
     start.without_devices()
-    from jaxtrain.training.program_report import compile_report  # noqa: PLC0415
+    from jaxtrain.training.target_report import report_on  # noqa: PLC0415
 
     hlo = Path(arguments.hlo) if arguments.hlo else None
     with start.progress().activity(f"compiling for {target.name}"):
-        report = compile_report(resolved.config, target, hlo=hlo)
+        report = report_on(resolved.config, target, hlo=hlo)
     if arguments.json:
         print(json.dumps(report, indent=2))
     else:
@@ -59,6 +54,8 @@ def _print(report: Mapping[str, Any]) -> None:
         f"{report['devices']} x {report['device_kind']} ({axes}), {report['precision']}, data {report['data']}, "
         f"{report['microbatches']} microbatch{'es' if report['microbatches'] > 1 else ''}; compiled, not measured"
     )
+    if report["flags"]:
+        console.print(f"compiled with XLA_FLAGS={report['flags']}, as XLA refused a program without it")
     console.print()
     table = Table(box=None, pad_edge=False)
     for name in ("program", "kernels", "< 4 MB", "moved", "at least ms", "arguments", "temporaries", "peak"):

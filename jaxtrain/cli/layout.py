@@ -20,7 +20,7 @@ _NO_LAYER = "no layer"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """--config, --leaves, --json, --schedule-plot, --trace, devices."""
+    """--config, --leaves, --json, --schedule-plot, --trace, --target, devices."""
     start.add_config_argument(parser)
     parser.add_argument(
         "--leaves", action="store_true", help="a row a leaf: its shape, PartitionSpec, stage, bytes a device"
@@ -30,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--trace", default="", metavar="RUN", help="also draw the step that this run recorded (layout.trace_step)"
     )
+    start.add_target_argument(parser)
     start.add_device_arguments(parser)
 
 
@@ -43,14 +44,14 @@ def run(arguments: argparse.Namespace) -> None:
         raise ConfigError("--trace needs --schedule-plot SVG.")
     start.say_what_flags_are(arguments)
     with start.progress().activity("tracing the model"):
-        start.start_devices(arguments)
+        devices = start.planned_devices(arguments)
         from jaxtrain.training.layout_report import describe_layout, draw_schedule  # noqa: PLC0415
         from jaxtrain.training.startup_report import once_each  # noqa: PLC0415
 
         if arguments.schedule_plot:
-            drawing = draw_schedule(resolved.config, arguments.devices, arguments.trace)
+            drawing = draw_schedule(resolved.config, devices, arguments.trace)
         else:
-            layout = describe_layout(resolved.config, arguments.devices)
+            layout = describe_layout(resolved.config, devices)
     if arguments.schedule_plot:
         atomic_write(Path(arguments.schedule_plot), drawing)
         print(printable(arguments.schedule_plot))

@@ -22,6 +22,7 @@ from jaxtrain.errors import ConfigError
 from jaxtrain.host.gpus import driver_missing
 from jaxtrain.host.native import cuda_messages_dropped
 from jaxtrain.host.search_path import add_working_directory
+from jaxtrain.host.targets import GPUS, parse_target
 from jaxtrain.host.text import note, printable
 from jaxtrain.observability.progress import Progress
 from jaxtrain.observability.text_log import make_console
@@ -87,6 +88,17 @@ def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--simulate-devices", type=int, default=0, metavar="N", help="make N CPU devices")
 
 
+def add_target_argument(parser: argparse.ArgumentParser) -> None:
+    """--target."""
+    parser.add_argument(
+        "--target",
+        default="",
+        metavar="[[HOSTSx]COUNTx]GPU",
+        help="GPUs that need not be there: 8xh100, 2x8xh200, ...; "
+        f"GPU is one of {', '.join(GPUS)}, or the file of an XLA target",
+    )
+
+
 def add_process_arguments(parser: argparse.ArgumentParser) -> None:
     """--coordinator, --num-processes, --process-id, --standalone, --start-timeout, --allow-version-skew."""
     parser.add_argument(
@@ -145,6 +157,23 @@ def configure_devices(arguments: argparse.Namespace) -> None:
         jax.config.update("jax_num_cpu_devices", arguments.simulate_devices)
     if arguments.simulate_devices or (driver_missing() and "JAX_PLATFORMS" not in os.environ):
         jax.config.update("jax_platforms", "cpu")
+
+
+def planned_devices(arguments: argparse.Namespace) -> list[Any]:
+    """The devices of --target, or those of this machine that --devices and --simulate-devices choose."""
+    if not arguments.target:
+        start_devices(arguments)
+        from jaxtrain.training.setup import select_devices  # noqa: PLC0415
+
+        return select_devices(arguments.devices)
+    for option in ("devices", "simulate_devices"):
+        if getattr(arguments, option):
+            raise ConfigError(f"--target has its own devices; leave out --{option.replace('_', '-')}.")
+    target = parse_target(arguments.target)
+    without_devices()
+    from jaxtrain.parallel.topology import target_devices  # noqa: PLC0415
+
+    return target_devices(target)
 
 
 def start_backend() -> None:

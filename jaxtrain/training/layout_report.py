@@ -19,18 +19,23 @@ from jaxtrain.errors import ConfigError
 from jaxtrain.host.paths import require_local
 from jaxtrain.models.layers import Context
 from jaxtrain.parallel.layout import Placement, bytes_by_stage, bytes_per_device
+from jaxtrain.parallel.mesh import Device
 from jaxtrain.step.pipeline import schedule as schedules
 from jaxtrain.step.pipeline.plot import svg
 from jaxtrain.step.pipeline.schedule import Op
 from jaxtrain.step.pipeline.timeline import Event, Timeline, simulate
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.training.jax_settings import settings
-from jaxtrain.training.setup import RunSpec, make_run_spec, resolve_for_machine, select_devices, unused_settings
+from jaxtrain.training.setup import RunSpec, make_run_spec, resolve_for_machine, unused_settings
 from jaxtrain.training.startup_report import idle_stages, layout_table
 
 
-def describe_layout(config: Config, num_devices: int = 0) -> dict[str, Any]:
+def describe_layout(config: Config, devices: list[Device]) -> dict[str, Any]:
     """The sharding table as plain values.
+
+    Args:
+      config: the run's.
+      devices: of all hosts; they need not be there (`parallel.topology.target_devices`).
 
     Returns:
       `parameters` (their number), `mesh` (size of each axis), `bytes_per_device` (by tree), and `leaves`: for each `tree`,
@@ -39,11 +44,10 @@ def describe_layout(config: Config, num_devices: int = 0) -> dict[str, Any]:
       (a line about each); `microbatches` is their number. `warnings`: what a user should know, among it settings that have no
       effect.
     """
-    return describe(*_planned(config, num_devices))
+    return describe(*_planned(config, devices))
 
 
-def _planned(config: Config, num_devices: int) -> tuple[RunSpec, dict[str, list[Placement]]]:
-    devices = select_devices(num_devices)
+def _planned(config: Config, devices: list[Device]) -> tuple[RunSpec, dict[str, list[Placement]]]:
     config = resolve_for_machine(config, None, devices)
     with settings(config):
         run = make_run_spec(config, registry.outline(config.data, image_size=config.data.image_size), devices)
@@ -107,7 +111,7 @@ def describe(run: RunSpec, table: dict[str, list[Placement]]) -> dict[str, Any]:
 _NOMINAL_FLOPS = 5e14
 
 
-def draw_schedule(config: Config, num_devices: int = 0, traced: str | Path = "") -> str:
+def draw_schedule(config: Config, devices: list[Device], traced: str | Path = "") -> str:
     """An SVG of the pipeline's planned step; with `traced`, a work directory, also of its recorded step, beside it.
 
     The plan takes what each chunk costs from the layers' operations at 500 TFLOP/s, or from the recorded step where there
@@ -115,13 +119,13 @@ def draw_schedule(config: Config, num_devices: int = 0, traced: str | Path = "")
 
     Args:
       config: the run's.
-      num_devices: of each host; 0 means all.
+      devices: of all hosts.
       traced: the work directory of a run that recorded a step (`layout.trace_step`).
 
     Raises:
       ConfigError: there are no stages, or no record.
     """
-    run, _ = _planned(config, num_devices)
+    run, _ = _planned(config, devices)
     if run.partition is None:
         raise ConfigError("config.layout.stages=1: there is no schedule to draw; use --config.layout.stages=2 or more.")
     layout = run.config.layout

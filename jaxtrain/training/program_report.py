@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import numpy as np
 
 from jaxtrain.config import Config
 from jaxtrain.data import registry
-from jaxtrain.errors import JaxtrainError
+from jaxtrain.errors import CompilerRefusalError
 from jaxtrain.host.targets import Target
 from jaxtrain.parallel.audit import AuditError, audit_programs
 from jaxtrain.parallel.gpu_program import Collective, GpuProgram, Kernel, read_program
@@ -54,6 +55,7 @@ def compile_report(
     Raises:
       ConfigError: the target is unknown, or the layout does not fit its devices.
       EnvironmentMismatchError: XLA's GPU compiler is not there.
+      CompilerRefusalError: XLA does not compile a program.
     """
     devices = target_devices(target)
     config = resolve_for_machine(config, None, devices)
@@ -113,8 +115,15 @@ def _compile(
         step = compile_train_step(run, inputs, state, Path("pipeline_trace.json"))
         programs = {**step.programs, **(_compile_evaluation(run, inputs, state) if evaluation else {})}
     except jax.errors.JaxRuntimeError as error:
-        raise JaxtrainError(f"XLA does not compile this run: {str(error).splitlines()[0]}") from error
+        raise _refusal(error) from error
     return programs, _audit(run, table, step)
+
+
+def _refusal(error: Exception) -> CompilerRefusalError:
+    """With the layer and the operation, where XLA's text names them."""
+    text = str(error).splitlines()[0]
+    name = re.search(r'op_name="([^"]+)"', text)
+    return CompilerRefusalError(f"XLA does not compile {name[1] if name else 'this run'}: {text[:200]}")
 
 
 def _compile_evaluation(run: RunSpec, inputs: InputPipeline, state: Any) -> Mapping[str, Any]:

@@ -53,7 +53,7 @@ def describe(model="mlp", devices=8, optimizer="adamw", **fields) -> dict[str, d
         optim=dataclasses.replace(MLP.optim, name=optimizer),
         layout=LayoutConfig(**fields),
     )
-    return {leaf["path"]: leaf for leaf in describe_layout(config, devices)["leaves"]}
+    return {leaf["path"]: leaf for leaf in describe_layout(config, jax.devices()[:devices])["leaves"]}
 
 
 def axes(leaf) -> set[str]:
@@ -160,7 +160,7 @@ def test_a_large_leaf_that_cannot_be_sharded_is_named():
 def test_it_is_named_where_the_user_looks():
     """784 x 512 values of 4 bytes do not divide by three devices."""
     config = dataclasses.replace(MLP, model=ModelConfig("mlp", width=512), layout=LayoutConfig(zero=3))
-    leaves = {leaf["path"]: leaf for leaf in describe_layout(config, 3)["leaves"]}
+    leaves = {leaf["path"]: leaf for leaf in describe_layout(config, jax.devices()[:3])["leaves"]}
     assert leaves["params/layers_00/linear/kernel"]["note"] == "no dim divides by data=3: kept whole"
     run = make_run_spec(config, registry.load(config.data), jax.devices()[:3])
     lines = summary(run, layout_table(run.layout, jax.eval_shape(run.init, 0)), "")
@@ -252,7 +252,7 @@ def test_tensor_and_zero_take_different_dims():
 def test_tensor_that_splits_no_layer_is_refused():
     config = dataclasses.replace(MLP, model=ModelConfig("mlp", width=17), layout=LayoutConfig(tensor=2))
     with pytest.raises(ConfigError, match=r"tensor=2 splits no layer \(.*layers_00/linear/kernel: 17 does not"):
-        describe_layout(config)
+        describe_layout(config, jax.devices())
 
 
 # ---------------------------------------------------------------------------------------------------------- user rules
