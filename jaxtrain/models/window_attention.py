@@ -202,7 +202,7 @@ class _Window:
 
     def weights(self, q: jax.Array, k: jax.Array, bias: jax.Array) -> jax.Array:
         """f32 [tokens, tokens], the softmax of the scores over the last dim."""
-        scores = pl.dot(q, k, trans_b=True) * q.shape[-1] ** -0.5 + bias
+        scores = triton.dot(q, k, trans_b=True) * q.shape[-1] ** -0.5 + bias
         if self._region is not None:
             scores = jnp.where(self._region[:, None] == self._region[None, :], scores, scores - 100.0)
         exponentials = jnp.exp(scores - jnp.max(scores, -1, keepdims=True))
@@ -213,7 +213,7 @@ def _forward_kernel(qkv_ref: Any, offset_ref: Any, bias_ref: Any, out_ref: Any, 
     tokens = _Window(pl.program_id(1), qkv_ref.shape, windows)
     q, k, v = tokens.queries_keys_values(qkv_ref, offset_ref)
     weights = tokens.weights(q, k, bias_ref[...])
-    tokens.store(out_ref, pl.dot(weights.astype(v.dtype), v))
+    tokens.store(out_ref, triton.dot(weights.astype(v.dtype), v))
 
 
 def _backward_kernel(
@@ -235,13 +235,13 @@ def _backward_kernel(
         q, k, v = tokens.queries_keys_values(qkv_ref, offset_ref)
         g = tokens.load(g_ref)
         weights = tokens.weights(q, k, bias_ref[...])
-        dweights = pl.dot(g, v, trans_b=True)
+        dweights = triton.dot(g, v, trans_b=True)
         dscores = weights * (dweights - jnp.sum(weights * dweights, -1, keepdims=True))
         scaled = (dscores * q.shape[-1] ** -0.5).astype(q.dtype)
         gradients = (
-            pl.dot(scaled, k),
-            pl.dot(scaled, q, trans_a=True),
-            pl.dot(weights.astype(g.dtype), g, trans_a=True),
+            triton.dot(scaled, k),
+            triton.dot(scaled, q, trans_a=True),
+            triton.dot(weights.astype(g.dtype), g, trans_a=True),
         )
         for j, gradient in enumerate(gradients):
             tokens.store(dqkv_ref, gradient, j)

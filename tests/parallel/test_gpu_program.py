@@ -177,6 +177,27 @@ def test_a_bf16_step_has_float32_products_in_its_head_alone(capfd):
     assert found["programs"]["step"]["f32_products"] == 3  # forward, and the gradients of its input and its weights
 
 
+# Kernels and gigabytes of a small Swin's step, as this compiler counts them. Fewer are welcome; more are a regression.
+SWIN_COUNTS = {"plain": (99999, 1000.0), "pallas": (99999, 1000.0)}
+
+
+@compiles
+@pytest.mark.gpu_program
+@pytest.mark.parametrize("attention", SWIN_COUNTS)
+def test_a_swins_step_moves_no_more_than_it_did(attention, capfd):
+    fields = {
+        "model.attention": attention,
+        "model.depths": "(2,1,1,1)",
+        "data.image_size": "224",
+        "data.global_batch": "32",
+    }
+    found = report(capfd, "swin_tiny_cifar10.py:dp", "h100", **fields)["programs"]["step"]
+    open("/tmp/w/ls/counts.txt", "a").write(f"{attention} {found['kernels']} {found['gigabytes']}\n")  # XXX
+    kernels, gigabytes = SWIN_COUNTS[attention]
+    assert found["kernels"] <= 1.05 * kernels
+    assert found["gigabytes"] <= 1.05 * gigabytes
+
+
 @compiles
 @pytest.mark.gpu_program
 def test_a_run_that_does_not_fit_is_said(capfd):
