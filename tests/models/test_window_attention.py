@@ -82,7 +82,7 @@ REFUSED = {
         {"width": 48},
         64,
         jnp.bfloat16,
-        "a power of two of channels, at least 16, and .*width makes heads of 48",
+        "takes heads of a power of two of channels, .*width makes heads of 48",
     ),
     "f64": ({}, 64, "float64", "computes in at most f32, and config.train.precision is 'f64'"),
 }
