@@ -37,6 +37,7 @@ BALANCES = ("cost", "memory", "time")
 STAGE_PLACEMENTS = ("spread", "hosts")
 BEST_BY = ("val_accuracy", "val_loss", "val_top5")
 STEMS = ("auto", "cifar", "imagenet")
+ATTENTIONS = ("plain", "pallas")
 
 
 # -------------------------------------------------------------------------------------------------------------- rules
@@ -338,6 +339,11 @@ class ModelConfig(_Section):
     window: Annotated[int, _at_least(0)] = 0
     """Side in patches of the windows in which a Swin computes attention. 0 decides by image size: 4 for images below 64
     pixels, else 7."""
+
+    attention: Annotated[str, _one_of(ATTENTIONS)] = "plain"
+    """How a Swin computes attention. `plain`: by operations of XLA. `pallas`: by one kernel, whose scores never reach the GPU's
+    memory (after FlashAttention, Dao 2022); only on NVIDIA GPUs, not in f64, and not yet measured on one. With several
+    GPUs the compile cache then does not keep the step. An evaluation of a checkpoint is always `plain`."""
 
     dropout: Annotated[float, _MODEL_RATE] = -1.0
     """Probability that an activation is dropped in training (Srivastava 2014). -1 is the model's own: VGG 0.5, MLP 0.3, the

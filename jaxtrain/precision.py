@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxtrain.errors import ConfigError
-from jaxtrain.host.backend import is_accelerator
+from jaxtrain.host.backend import is_accelerator, none_or_too_old
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,6 @@ _POLICIES = {
     "fp16": Policy(jnp.float32, jnp.float16, "default"),
     "f64": Policy(jnp.float64, jnp.float64, "highest"),
 }
-_AMPERE = 8.0  # the compute capability from which on a GPU has TF32
 
 
 def resolve_precision(name: str, backend: str) -> str:
@@ -83,9 +82,7 @@ def require_hardware(name: str, devices: Iterable[Any]) -> None:
     Only `tf32` needs a certain device: without TF32 it would be f32 by another name.
     """
     for device in devices if name == "tf32" else ():
-        capability = getattr(device, "compute_capability", "")  # "9.0"; "gfx942" of an AMD GPU; a CPU has none
-        if not capability[:1].isdigit() or float(capability) < _AMPERE:
-            which = f"{device.device_kind}, compute capability {capability}" if capability else device.device_kind
+        if which := none_or_too_old(device):
             raise ConfigError(
                 "config.train.precision='tf32': needs NVIDIA GPUs of compute capability 8.0 (Ampere) or newer, and the run "
                 f"is on {which}; use --config.train.precision=f32, or bf16."

@@ -122,7 +122,7 @@ def build(
 
     Arguments as of `registry.build`.
     """
-    settings.refuse(config, "stem", "patch", "window", "drop_path")
+    settings.refuse(config, "stem", "patch", "window", "attention", "drop_path")
     settings.require_side(config, image_shape, 9)
     width, types = config.width or 64, (dtype, param_dtype)
     layers: list[nn.Module] = [Stem(*types)]

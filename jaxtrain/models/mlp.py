@@ -51,7 +51,7 @@ def build(
 
     `config.depths=(n,)` means n hidden layers; 2 by default. Arguments as of `registry.build`.
     """
-    settings.refuse(config, "stem", "patch", "window", "drop_path")
+    settings.refuse(config, "stem", "patch", "window", "attention", "drop_path")
     width = config.width or 512
     if width < 2:
         raise ConfigError(

@@ -158,7 +158,7 @@ def build(
     param_dtype: DTypeLike,
 ) -> Classifier:
     """ResNet `config.name` with `config.width` (64) channels in the first stage. Arguments as of `registry.build`."""
-    settings.refuse(config, "patch", "window")
+    settings.refuse(config, "patch", "window", "attention")
     bottleneck, default_depths = VARIANTS[config.name]
     small = settings.stem(config, image_shape) == "cifar"
     settings.require_side(config, image_shape, 8 if small else 32, "" if small else " or config.model.stem='cifar'")

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 from jaxtrain.config import ModelConfig
 from jaxtrain.errors import ConfigError
+from jaxtrain.host.backend import none_or_too_old
 
 ImageShape = tuple[int, int, int]  # height, width, channels
 
@@ -78,6 +82,16 @@ def refuse(config: ModelConfig, *fields: str) -> None:
         value = getattr(config, field)
         if value != getattr(unset, field) and value != 0:
             raise ConfigError(f"config.model.{field}={value!r}: {config.name} has no such setting; leave it out.")
+
+
+def require_hardware(config: ModelConfig, devices: Iterable[Any]) -> None:
+    """Raises `ConfigError` where a device of a run cannot run the kernel of `config.attention`."""
+    for device in devices if config.attention == "pallas" else ():
+        if which := none_or_too_old(device):
+            raise ConfigError(
+                "config.model.attention='pallas': needs NVIDIA GPUs of compute capability 8.0 (Ampere) or newer, and the run "
+                f"is on {which}; use --config.model.attention=plain."
+            )
 
 
 def check_shapes(image_shape: ImageShape, num_classes: int) -> None:

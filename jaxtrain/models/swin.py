@@ -30,9 +30,11 @@ from jaxtrain.models.layers import (
     Layer,
     LayerNorm,
     gelu,
+    matmul,
     torch_bias,
     torch_kernel,
 )
+from jaxtrain.models.window_attention import LARGEST_WINDOW, Windows, region, window_attention
 from jaxtrain.precision import at_least_f32
 
 VARIANTS = {  # name: (width, blocks a stage, drop-path rate)
@@ -66,37 +68,80 @@ class PatchEmbed(Layer):
         return Dropout(self.dropout, name="dropout")(x, context)
 
 
+class QKV(Layer):
+    """The linear map to queries, keys and values, as `DenseGeneral` makes it, but its bias is yet to be added.
+
+    XLA:GPU would write a bias of several dims as large as the product, to add it.
+    """
+
+    heads: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """x [..., C] -> the product [..., 3, heads, head_dim], and the bias [3, heads, head_dim]."""
+        channels = x.shape[-1]
+        shape = (3, self.heads, channels // self.heads)
+        kernel = self.param("kernel", normal, (channels, *shape), self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+        return matmul(x, kernel.astype(self.dtype)), bias
+
+
 class WindowAttention(Layer):
     """Multi-head self-attention within windows, with a bias by relative position (Liu et al. 2021, equation 4).
+
+    The map is rolled up and to the left by `shift` before it is cut into windows. A value attends only to values of the same
+    region in its window. So parts of the map that only the roll has put side by side do not mix.
 
     Heads are a separate dim of the kernels, so that they can be split over devices: qkv [C, 3, heads, head_dim],
     proj [heads, head_dim, C], bias_table [(2 * window - 1)^2, heads].
     """
 
     heads: int
+    window: int
+    shift: int
+    how: str
+    """`model.attention`."""
 
     @nn.compact
-    def __call__(self, x: jax.Array, regions: np.ndarray) -> jax.Array:
-        """x [B, windows, N, C], with N = window^2, and regions int [windows, N] -> x's shape.
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """x [B, H, W, C], whose H and W are multiples of the window -> the same shape."""
+        height, width, channels = x.shape[1:]
+        plain = self.how == "plain"
+        if plain:
+            x = split_windows(jnp.roll(x, (-self.shift, -self.shift), (1, 2)), self.window)
+        qkv, offset = QKV(**self.types, heads=self.heads, name="qkv")(x)
+        table = self.param("bias_table", normal, ((2 * self.window - 1) ** 2, self.heads), self.param_dtype)
+        bias = relative_position_bias(table.astype(at_least_f32(self.dtype)), self.window)
+        if plain:
+            y = self._attend(
+                qkv + offset.astype(qkv.dtype), bias, shift_regions(height, width, self.window, self.shift)
+            )
+        else:
+            y = window_attention(qkv, offset, bias, Windows(self.window, self.shift))
+        y = DenseGeneral(channels, axis=(-2, -1), kernel_init=normal, name="proj", **self.types)(y)
+        return jnp.roll(join_windows(y, height, width), (self.shift, self.shift), (1, 2)) if plain else y
 
-        A value attends only to values of the same region in its window. So parts of the map that only a shift has put
-        side by side do not mix.
+    def _attend(self, qkv: jax.Array, bias: jax.Array, regions: np.ndarray) -> jax.Array:
+        """The plain operations.
+
+        Args:
+          qkv: [B, windows, N, 3, heads, head_dim].
+          bias: [heads, N, N].
+          regions: int [H, W].
+
+        Returns:
+          [B, windows, N, heads, head_dim].
         """
-        channels, window, wide = x.shape[-1], round(x.shape[-2] ** 0.5), at_least_f32(self.dtype)
-        head_dim = channels // self.heads
-        qkv = DenseGeneral((3, self.heads, head_dim), kernel_init=normal, name="qkv", **self.types)(x)
         q, k, v = jnp.moveaxis(qkv, -3, 0)
-
-        table = self.param("bias_table", normal, ((2 * window - 1) ** 2, self.heads), self.param_dtype)
-        bias = relative_position_bias(table.astype(wide), window)
-        if (regions != regions[:, :1]).any():
-            apart = regions[:, None, :, None] != regions[:, None, None, :]
-            bias = bias + jnp.where(apart, -100.0, 0.0).astype(wide)  # [windows, heads, N, N]; -100 as in the reference
-
+        if self.shift:
+            in_window = split_windows(regions[None, :, :, None], self.window)[0, :, :, 0]
+            apart = in_window[:, None, :, None] != in_window[:, None, None, :]
+            bias = bias + jnp.where(apart, -100.0, 0.0).astype(
+                bias.dtype
+            )  # [windows, heads, N, N]; as in the reference
         scores = jnp.einsum("bwnhd,bwmhd->bwhnm", q, k)
-        attention = softmax_to(scores.astype(wide) * head_dim**-0.5 + bias, self.dtype)
-        y = jnp.einsum("bwhnm,bwmhd->bwnhd", attention, v)
-        return DenseGeneral(channels, axis=(-2, -1), kernel_init=normal, name="proj", **self.types)(y)
+        attention = softmax_to(scores.astype(bias.dtype) * q.shape[-1] ** -0.5 + bias, self.dtype)
+        return jnp.einsum("bwhnm,bwmhd->bwnhd", attention, v)
 
 
 def relative_position_bias(table: jax.Array, window: int) -> jax.Array:
@@ -147,6 +192,7 @@ class Block(Layer):
     shifted: bool
     dropout: float
     drop_path: float
+    attention: str
 
     @nn.compact
     def __call__(self, x: jax.Array, context: Context) -> jax.Array:
@@ -158,10 +204,10 @@ class Block(Layer):
 
         y = _norm("norm1", self.types)(x)
         y = jnp.pad(y, ((0, 0), (0, padded[0] - height), (0, padded[1] - width), (0, 0)))
-        y = split_windows(jnp.roll(y, (-shift, -shift), (1, 2)), window)
-        regions = split_windows(shift_regions(*padded, window, shift)[None, :, :, None], window)[0, :, :, 0]
-        y = WindowAttention(self.dtype, self.param_dtype, self.heads, name="attn")(y, regions)
-        y = jnp.roll(join_windows(y, *padded), (shift, shift), (1, 2))[:, :height, :width]
+        attn = WindowAttention(
+            **self.types, heads=self.heads, window=window, shift=shift, how=self.attention, name="attn"
+        )
+        y = attn(y)[:, :height, :width]
         y = Dropout(self.dropout, name="dropout1")(y, context)
         x = x + DropPath(self.drop_path, name="drop_path1")(y, context)
 
@@ -203,11 +249,10 @@ def shift_regions(height: int, width: int, window: int, shift: int) -> np.ndarra
       int [height, width], the number of the region.
     """
 
-    def along(length: int) -> np.ndarray:
-        position = np.arange(length)
-        return (position >= length - window).astype(int) + (position >= length - shift)
-
-    return along(height)[:, None] * 3 + along(width) if shift else np.zeros((height, width), int)
+    if not shift:
+        return np.zeros((height, width), int)
+    rows, columns = (region(np.arange(length), length, window, shift) for length in (height, width))
+    return rows[:, None] * 3 + columns
 
 
 class PatchMerging(Layer):
@@ -248,6 +293,21 @@ def _norm(name: str, types: dict[str, Any]) -> LayerNorm:
     return LayerNorm(name=name, **types)
 
 
+def _require_kernel(config: ModelConfig, window: int, head_dims: Iterable[int], dtype: DTypeLike) -> None:
+    """Refuses a Swin that `window_attention` has no kernel for."""
+    problem = ""
+    if jnp.dtype(dtype) == jnp.float64:
+        problem = "computes in at most f32, and config.train.precision is 'f64'"
+    elif window > LARGEST_WINDOW:
+        problem = f"takes windows of at most {LARGEST_WINDOW} x {LARGEST_WINDOW}, and config.model.window is {window}"
+    elif odd := [n for n in head_dims if n < 16 or n & (n - 1)]:
+        problem = (
+            f"takes heads of a power of two of channels, at least 16, and config.model.width makes heads of {odd[0]}"
+        )
+    if problem:
+        raise ConfigError(f"config.model.attention='pallas': {problem}; use --config.model.attention=plain.")
+
+
 def build(
     config: ModelConfig,
     image_shape: settings.ImageShape,
@@ -273,6 +333,8 @@ def build(
             f"config.model.width={width}: does not divide into heads of about {HEAD_DIM} channels in every stage; "
             f"{low} and {high} do."
         )
+    if config.attention == "pallas":
+        _require_kernel(config, window, {width * 2**stage // _heads(width * 2**stage) for stage in stages}, dtype)
     dropout = settings.dropout(config, 0.0)
     types = (dtype, param_dtype)
 
@@ -282,7 +344,8 @@ def build(
         if stage > 0:
             layers.append(PatchMerging(*types))
         layers += [
-            Block(*types, _heads(width * 2**stage), window, i % 2 == 1, dropout, next(rates)) for i in range(depth)
+            Block(*types, _heads(width * 2**stage), window, i % 2 == 1, dropout, next(rates), config.attention)
+            for i in range(depth)
         ]
     return Classifier(
         layers=(*layers, Head(*types, num_classes)),

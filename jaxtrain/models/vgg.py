@@ -112,7 +112,7 @@ def build(
 
     Arguments as of `registry.build`.
     """
-    settings.refuse(config, "patch", "window", "drop_path")
+    settings.refuse(config, "patch", "window", "attention", "drop_path")
     settings.require_side(config, image_shape, 32)
     base, _, batch_norm = config.name.partition("_")
     width = config.width or 64

@@ -127,7 +127,7 @@ def _on_these(devices: Sequence[Device], config: Config) -> Config:
     return dataclasses.replace(
         config,
         layout=layout,
-        model=dataclasses.replace(config.model, bn_groups=1),
+        model=dataclasses.replace(config.model, bn_groups=1, attention="plain"),  # which every device computes
         optim=dataclasses.replace(config.optim, class_weights=""),  # of the training's loss alone
         train=dataclasses.replace(config.train, eval_examples=0),  # the whole split, whatever the run took
         data=dataclasses.replace(config.data, global_batch=-(-config.data.global_batch // ways) * ways),

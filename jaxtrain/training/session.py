@@ -26,6 +26,7 @@ from jaxtrain.distributed.coordination import barrier, broadcast_str, first_on_p
 from jaxtrain.distributed.interrupt import Interrupt, catch_signals
 from jaxtrain.distributed.watchdog import Watchdog, watching
 from jaxtrain.host import xla_flags
+from jaxtrain.models import settings as models
 from jaxtrain.observability import start_record
 from jaxtrain.observability.clock import StepClock
 from jaxtrain.observability.goodput import NullTimes, TimesFile
@@ -94,6 +95,7 @@ def train(
         resolve = functools.partial(resolve_for_machine, devices=devices)
         resume, config = resume_lib.where_to_start(directory, config, resolve)
         require_hardware(config.train.precision, devices)
+        models.require_hardware(config.model, devices)
         if first and (text := resume_lib.other_products(resume, config, devices[0].platform)):
             log.warning("%s", text)
         stack.enter_context(settings(config))

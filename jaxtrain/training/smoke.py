@@ -35,6 +35,7 @@ from jaxtrain.durations import Duration
 from jaxtrain.errors import CheckpointError, EnvironmentMismatchError, NumericError, WorkdirError
 from jaxtrain.host import xla_flags
 from jaxtrain.host.backend import on_cpu
+from jaxtrain.models import settings as models
 from jaxtrain.models.layers import Context
 from jaxtrain.observability.anomaly import AnomalyDetector
 from jaxtrain.observability.progress import Progress
@@ -117,6 +118,7 @@ def smoke(
         devices = select_devices(num_devices)
         config = resolve_for_machine(config, None, devices)
         require_hardware(config.train.precision, devices)
+        models.require_hardware(config.model, devices)
         stack.enter_context(settings(config))
         watchdog.feed("prepare the data")
         run = make_run_spec(config, load_data(config.data), devices)

@@ -536,7 +536,7 @@ def test_relative_position_bias_looks_up_the_offset(window):
 
 
 def test_shifted_windows_keep_what_is_not_adjacent_apart():
-    block = swin.Block(jnp.float32, jnp.float32, 1, 4, True, 0.0, 0.0)
+    block = swin.Block(jnp.float32, jnp.float32, 1, 4, True, 0.0, 0.0, "plain")
     x = jax.random.normal(jax.random.key(0), (8, 8, 8))
     changed = x + np.eye(64).reshape(64, 8, 8, 1) * np.arange(1.0, 9)  # one pixel changed in each of 64 examples
     context = Context(jnp.arange(65))

@@ -224,6 +224,29 @@ def test_the_update_starts_few_kernels(tmp_path, capfd):
     assert sum(kernel.times for kernel in program.kernels if kernel.layer in ("update", "")) <= 1.05 * 34
 
 
+# Kernels and gigabytes of a small Swin's step, as jax 0.10 compiles it. Fewer are welcome; more are a regression.
+SWIN_COUNTS = {"plain": (871, 12.68), "pallas": (765, 8.47)}
+
+
+@compiles
+@pytest.mark.skipif(
+    not jax.__version__.startswith("0.10."), reason="counted with jax 0.10; another compiler counts otherwise"
+)
+@pytest.mark.gpu_program
+@pytest.mark.parametrize("attention", SWIN_COUNTS)
+def test_a_swins_step_moves_no_more_than_it_did(attention, capfd):
+    fields = {
+        "model.attention": attention,
+        "model.depths": "(2,1,1,1)",
+        "data.image_size": "224",
+        "data.global_batch": "32",
+    }
+    found = report(capfd, "swin_tiny_cifar10.py:dp", "h100", **fields)["programs"]["step"]
+    kernels, gigabytes = SWIN_COUNTS[attention]
+    assert found["kernels"] <= 1.05 * kernels
+    assert found["gigabytes"] <= 1.05 * gigabytes
+
+
 @compiles
 @pytest.mark.gpu_program
 def test_a_run_that_does_not_fit_is_said(capfd):
