@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="all figures")
     parser.add_argument("--record", action="store_true", help="keep the figures, and renew the table")
     parser.add_argument("--hlo", type=Path, help="a folder for the programs' texts")
-    arguments = parser.parse_args()
+    arguments = parser.parse_intermixed_args()
     jax.config.update("jax_platforms", "cpu")
     cases = [word for word in arguments.words if "=" not in word]
     changes = {key: _value(value) for key, _, value in (word.partition("=") for word in arguments.words if "=" in word)}

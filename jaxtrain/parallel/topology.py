@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import importlib.metadata
+import inspect
 import sys
+from collections.abc import Iterator
 
 import jax
 from jax.experimental import topologies
@@ -32,6 +34,17 @@ def target_devices(target: Target) -> list[Device]:
             return list(described.devices)
     except Exception as error:  # XLA's own, of many kinds
         raise ConfigError(f"--target {target.name}: XLA does not take it: {str(error).splitlines()[0]}") from error
+
+
+@contextlib.contextmanager
+def lowering_for(device: Device) -> Iterator[None]:
+    """Inside the context, what is lowered may ask which GPU it is for, as Pallas does since jax 0.11."""
+    if "abstract_device" not in inspect.signature(jax.sharding.AbstractMesh).parameters:
+        yield
+        return
+    abstract = jax.sharding.AbstractDevice(device_kind=device.device_kind, num_cores=None, platform="cuda")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=abstract)):
+        yield
 
 
 def _check_plugin() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
@@ -11,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax.experimental.layout import Layout, with_layout_constraint
+from jax.sharding import PartitionSpec as P
 
 from jaxtrain.optim.updates import clip_by_global_norm, ema_update, global_norm
 from jaxtrain.precision import LossScale, adjust_loss_scale, at_floor, scale_factor
@@ -99,16 +101,37 @@ def unscale_gradients(loss_scale: PyTree, gradients: PyTree, updating: PyTree) -
     """
     gradients = jax.tree.map(lambda g: g / scale_factor(loss_scale, g.dtype), gradients)
     gradients = jax.lax.with_sharding_constraint(gradients, updating)
-    return jax.lax.platform_dependent(gradients, cpu=lambda tree: tree, default=_in_order)
+    in_order = functools.partial(_in_order, shardings=updating)
+    return jax.lax.platform_dependent(gradients, cpu=lambda tree: tree, default=in_order)
 
 
-def _in_order(gradients: PyTree) -> PyTree:
+def _in_order(gradients: PyTree, shardings: PyTree) -> PyTree:
     """`gradients`, each in memory in the order of its dims, as the parameters are.
 
     cuDNN leaves a kernel's gradient as [O, H, W, I]. Without the constraint XLA:GPU brings the parameter and its momentum
     into that order, and the update back; so they are not updated in place, but copied first.
     """
-    return jax.tree.map(lambda g: with_layout_constraint(g, Layout(tuple(range(g.ndim)))), gradients)
+
+    def of_device(shards: PyTree) -> PyTree:
+        return jax.tree.map(lambda g: with_layout_constraint(g, Layout(tuple(range(g.ndim)))), shards)
+
+    return _on_each_device(of_device, shardings, gradients)
+
+
+def _on_each_device(function: Callable[..., PyTree], shardings: PyTree, *trees: PyTree, whole: Any = ()) -> PyTree:
+    """`function(*trees, *whole)` of each device's shards: what XLA cannot split it would gather.
+
+    Args:
+      function: from shards of the trees, and `whole`, to a tree of shards.
+      shardings: `NamedSharding`s, of each tree and of the result.
+      *trees: arrays.
+      whole: arrays that every device has.
+    """
+    specs = jax.tree.map(lambda sharding: sharding.spec, shardings)
+    if not (leaves := jax.tree.leaves(shardings)):
+        return trees[0]
+    places = {"in_specs": (*(specs for _ in trees), *(P() for _ in whole)), "out_specs": specs}
+    return jax.shard_map(function, mesh=leaves[0].mesh, **places, check_vma=False)(*trees, *whole)
 
 
 @jax.named_scope("update")
@@ -149,7 +172,7 @@ def apply_update(
         new = {"params": params, "batch_stats": batch_stats}
         ema = ema_update(state.ema, new, task.optim.ema, state.step)
     updated = TrainState(state.step, params, batch_stats, opt_state, ema, state.loss_scale)
-    together = functools.partial(_select_together, whole=shardings.step)
+    together = functools.partial(_select_together, shardings=shardings)
     after = jax.lax.platform_dependent(accepted, updated, state, cpu=_select, default=together)
     # The optimizer counts a skipped step too, so that its learning rate stays the schedule's at `step`.
     counted = jax.tree.map(
@@ -240,7 +263,7 @@ def _select(condition: jax.Array, new: PyTree, old: PyTree) -> PyTree:
     return jax.tree.map(lambda n, o: jnp.where(condition, n, o), new, old)
 
 
-def _select_together(condition: jax.Array, new: PyTree, old: PyTree, whole: Any) -> PyTree:
+def _select_together(condition: jax.Array, new: TrainState, old: TrainState, shardings: TrainState) -> TrainState:
     """As `_select`, for a GPU: all leaves read the condition from one vector.
 
     XLA:GPU makes one kernel of leaves of one shape if they read an array in common, and a scalar does not count as one.
@@ -249,13 +272,15 @@ def _select_together(condition: jax.Array, new: PyTree, old: PyTree, whole: Any)
       condition: bool [].
       new: arrays.
       old: arrays like `new`.
-      whole: the sharding of what every device has. Otherwise XLA would split the vector like a leaf, and gather it for
-        the next one.
+      shardings: of both.
     """
-    width = max((leaf.shape[-1] for leaf in jax.tree.leaves(old) if leaf.ndim), default=0)
-    vector = jax.lax.optimization_barrier(jnp.broadcast_to(condition, (width,)))
-    vector = jax.lax.with_sharding_constraint(vector, whole)
-    return jax.tree.map(lambda n, o: jnp.where(vector[: o.shape[-1]] if o.ndim else condition, n, o), new, old)
+
+    def of_device(new: PyTree, old: PyTree, condition: jax.Array) -> PyTree:
+        width = max((leaf.shape[-1] for leaf in jax.tree.leaves(old) if leaf.ndim), default=0)
+        vector = jax.lax.optimization_barrier(jnp.broadcast_to(condition, (width,)))
+        return jax.tree.map(lambda n, o: jnp.where(vector[: o.shape[-1]] if o.ndim else condition, n, o), new, old)
+
+    return _on_each_device(of_device, shardings, new, old, whole=(condition,))
 
 
 def _is_count(leaf: jax.Array) -> bool:

@@ -20,7 +20,7 @@ from jaxtrain.host.targets import Target
 from jaxtrain.parallel.audit import AuditError, audit_programs
 from jaxtrain.parallel.gpu_program import Collective, GpuProgram, Kernel, read_program
 from jaxtrain.parallel.layout import bytes_per_device
-from jaxtrain.parallel.topology import target_devices
+from jaxtrain.parallel.topology import lowering_for, target_devices
 from jaxtrain.step.batch import Resident
 from jaxtrain.step.eval_step import make_eval_step
 from jaxtrain.step.pipeline.eval_step import make_pipeline_eval_step
@@ -61,7 +61,7 @@ def compile_report(
     """
     devices = target_devices(target)
     config = resolve_for_machine(config, None, devices)
-    with settings(config), no_compile_cache():
+    with settings(config), no_compile_cache(), lowering_for(devices[0]):
         run = make_run_spec(config, registry.outline(config.data, image_size=config.data.image_size), devices)
         inputs = _input_shapes(run, target)
         table = layout_table(run.layout, state_shapes(run.init, run.layout))
