@@ -71,6 +71,7 @@ BAD = [
     (ModelConfig, "stem", "Cifar", "one of auto, cifar, imagenet. Did you mean 'cifar'?"),
     (ModelConfig, "patch", -1, "at least 0"),
     (ModelConfig, "window", -1, "at least 0"),
+    (ModelConfig, "attention", "flash", "one of plain, pallas"),
     (ModelConfig, "dropout", 1.0, "at least 0 and below 1"),
     (ModelConfig, "dropout", -0.5, "at least 0 and below 1"),
     (ModelConfig, "drop_path", 1.5, "at least 0 and below 1"),
@@ -204,7 +205,7 @@ def test_every_field_has_a_meaning():
 
 def test_every_choice_of_a_field_is_explained_in_its_meaning():
     choices = {key: info for key, info in c.explain().items() if info.allowed.startswith("one of ")}
-    assert len(choices) == 11
+    assert len(choices) == 12
     for key, info in choices.items():
         named = info.allowed.removeprefix("one of ").replace("or your own ", "").split(", ")
         unexplained = [name for name in named if f"`{name}`" not in info.meaning]
