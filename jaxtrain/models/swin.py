@@ -136,9 +136,8 @@ class WindowAttention(Layer):
         if self.shift:
             in_window = split_windows(regions[None, :, :, None], self.window)[0, :, :, 0]
             apart = in_window[:, None, :, None] != in_window[:, None, None, :]
-            bias = bias + jnp.where(apart, -100.0, 0.0).astype(
-                bias.dtype
-            )  # [windows, heads, N, N]; as in the reference
+            # [windows, heads, N, N]; -100 as in the reference
+            bias = bias + jnp.where(apart, -100.0, 0.0).astype(bias.dtype)
         scores = jnp.einsum("bwnhd,bwmhd->bwhnm", q, k)
         attention = softmax_to(scores.astype(bias.dtype) * q.shape[-1] ** -0.5 + bias, self.dtype)
         return jnp.einsum("bwhnm,bwmhd->bwnhd", attention, v)
