@@ -144,6 +144,8 @@ def _macs(jaxpr: Any) -> int:
                 kernel = equation.params["dimension_numbers"].rhs_spec
                 taps = np.prod(shapes[1]) // shapes[1][kernel[0]]  # of one output channel
                 total += int(np.prod(out)) * int(taps)
+            case "cond":  # a branch for each platform
+                total += max(_macs(branch.jaxpr) for branch in equation.params["branches"])
             case _:
                 total += sum(_macs(inner) for inner in core.jaxprs_in_params(equation.params))
     return total
