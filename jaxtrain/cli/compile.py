@@ -5,6 +5,7 @@ Nothing is run and nothing is tuned: the figures are those of the compiled progr
 
 import argparse
 import json
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from rich.table import Column, Table
 
 from jaxtrain.cli import start
 from jaxtrain.errors import ConfigError
+from jaxtrain.host.files import writing
 from jaxtrain.host.paths import require_local
 from jaxtrain.host.targets import parse_target
 from jaxtrain.observability.rendering import size
@@ -36,7 +38,7 @@ def run(arguments: argparse.Namespace) -> int:
     start.without_devices()
     from jaxtrain.training.target_report import report_on  # noqa: PLC0415
 
-    hlo = Path(arguments.hlo) if arguments.hlo else None
+    hlo = _folder(arguments.hlo) if arguments.hlo else None
     with start.progress().activity(f"compiling for {target.name}"):
         report = report_on(resolved.config, target, hlo=hlo)
     if arguments.json:
@@ -44,6 +46,15 @@ def run(arguments: argparse.Namespace) -> int:
     else:
         _print(report)
     return 0 if report["audit"]["passed"] and report["fits"] else 1
+
+
+def _folder(name: str) -> Path:
+    """The folder, made if it is not there. Raises `WorkdirError` where nothing can be written into it."""
+    folder = Path(name)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            return folder
 
 
 def _print(report: Mapping[str, Any]) -> None:

@@ -97,6 +97,13 @@ def test_a_target_that_is_none_is_said(name, said):
     assert said in str(error.value)
 
 
+@pytest.mark.parametrize("name", ["/proc/programs", __file__], ids=["cannot be made", "a file"])
+def test_a_folder_that_cannot_be_written_is_said_before_anything_is_compiled(name, capsys):
+    words = ["compile", "--config", str(CONFIGS / "mlp_synthetic.py"), "--target", "h100", "--hlo", name]
+    assert command_line(words) == 73
+    assert f"{name} cannot be written (" in capsys.readouterr().err
+
+
 def test_a_file_may_be_a_target(tmp_path):
     file = tmp_path / "mine.txtpb"
     file.write_text(GPUS["h200"].text())
