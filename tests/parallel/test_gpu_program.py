@@ -208,9 +208,7 @@ COUNTS = {
 
 
 @compiles
-@pytest.mark.skipif(
-    not jax.__version__.startswith("0.10."), reason="counted with jax 0.10; another compiler counts otherwise"
-)
+@pytest.mark.skipif(not jax.__version__.startswith("0.10."), reason="these are the counts of jax 0.10's compiler")
 @pytest.mark.gpu_program
 @pytest.mark.parametrize("name", COUNTS)
 def test_a_step_has_no_more_kernels_and_bytes_than_it_had(name, capfd):
