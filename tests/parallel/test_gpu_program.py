@@ -14,6 +14,7 @@ import pytest
 from jax.sharding import Mesh
 from runs import command_line
 
+from jaxtrain import recipes
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.targets import GPUS, parse_target
 from jaxtrain.parallel import topology
@@ -195,6 +196,19 @@ def test_a_layout_is_in_the_gpus_program(name, capfd):
         wide = {layer.removesuffix(" backward") for p in programs.values() for layer in p["f32_products"]}
         assert len(wide - {"update"}) == 1, wide
         assert "update" not in wide or name == "resnet fast"
+
+
+@compiles
+@pytest.mark.slow
+@pytest.mark.parametrize("argument", recipes.LAYOUTS)
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in CONFIGS.glob("*.py")))
+def test_every_recipe_has_every_layout_on_gpus(recipe, argument, capfd):
+    """As they are, for eight H100s: over an hour."""
+    target = "8xh100"
+    if (recipe, argument) == ("mlp_synthetic", "pipeline4"):
+        assert command_line(["compile", "--config", f"{recipe}:{argument}", "--target", target]) == 64, "three layers"
+        return
+    assert report(capfd, f"{recipe}:{argument}", target)["audit"]["passed"]
 
 
 # Kernels and gigabytes of a small step. Fewer are welcome; more are a regression (benchmarks/NOTES.md).
