@@ -130,7 +130,8 @@ def _refusal(error: Exception) -> CompilerRefusalError:
     """With the layer and the operation, where XLA's text names them."""
     text = str(error).splitlines()[0]
     name = re.search(r'op_name="([^"]+)"', text)
-    return CompilerRefusalError(f"XLA does not compile {name[1] if name else 'this run'}: {text[:200]}")
+    said = text.partition(", metadata=")[0][:300].rstrip(".")
+    return CompilerRefusalError(f"XLA does not compile {name[1] if name else 'this run'}: {said}.")
 
 
 def _compile_evaluation(run: RunSpec, inputs: InputPipeline, state: Any) -> Mapping[str, Any]:
