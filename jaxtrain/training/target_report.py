@@ -21,13 +21,8 @@ def report_on(config: Config, target: Target, *, hlo: Path | None = None, evalua
     """What `compile_report` returns, and `flags`: what had to be added to $XLA_FLAGS, or "".
 
     Triton's matrix products are what XLA refuses ("Couldn't find output tile sizes"). Without autotuning it does not look
-    for another way by itself. The second try is in a process of its own: XLA reads its flags once.
-
-    Args:
-      config: of the run.
-      target: the devices.
-      hlo: a folder for the programs' texts.
-      evaluation: whether its programs are compiled too.
+    for another way by itself. The second try is in a process of its own: XLA reads its flags once. Arguments as of
+    `compile_report`.
 
     Raises:
       JaxtrainError: as `compile_report`; `CompilerRefusalError` if the second try is refused as well.
