@@ -189,13 +189,13 @@ def _sums_of(task: Task, logits: jax.Array, labels: jax.Array, mask: jax.Array) 
     classes = jax.nn.one_hot(labels, logits.shape[-1], dtype=task.sums_dtype)
     # How many classes come before the label: of equal logits the lower class. Not `top_k`: over several devices XLA gathers
     # the whole batch for it.
-    own = jnp.sum(jnp.where(classes > 0, logits, 0), -1, keepdims=True)
+    own = jnp.max(logits, -1, keepdims=True, where=classes > 0, initial=-jnp.inf)
     lower = jnp.arange(logits.shape[-1]) < labels[:, None]
     before = jnp.sum(~(logits <= own) | (lower & (logits == own)), -1)
     return EvalMetrics.single_from_model_output(
         loss=task.loss(logits, classes.astype(logits.dtype)).astype(task.sums_dtype),
         correct=before == 0,
-        top5=before < 5,
+        top5=before < min(5, logits.shape[-1]),
         classes=classes,
         mask=mask,
     )

@@ -419,7 +419,7 @@ def test_counts_stay_exact_where_f32_would_stop_counting(task):
 
 
 def test_of_equal_logits_the_lower_class_comes_first(task):
-    """As `top_k` has it, with many ties; and where the label's own logit is NaN, it is wrong."""
+    """As `top_k` has it, with many ties. Where the label's own logit is NaN, or no class has the label, it is wrong."""
     random = np.random.default_rng(0)
     logits, labels = (
         random.integers(3, size=(200, 10)).astype(np.float32),
@@ -429,6 +429,6 @@ def test_of_equal_logits_the_lower_class_comes_first(task):
     found = summarize(jax.device_get(add_to_sums(task, zero_sums_of(task), logits, labels, jnp.ones(200, bool))))
     assert found.accuracy == pytest.approx((best[:, 0] == labels).mean())
     assert found.top5 == pytest.approx((best == labels[:, None]).any(-1).mean())
-    logits[:] = np.nan
-    found = summarize(jax.device_get(add_to_sums(task, zero_sums_of(task), logits, labels, jnp.ones(200, bool))))
-    assert (found.accuracy, found.top5) == (0, 0)
+    for wrong, to in ((np.full_like(logits, np.nan), labels), (-1 - logits, np.full_like(labels, 10))):
+        found = summarize(jax.device_get(add_to_sums(task, zero_sums_of(task), wrong, to, jnp.ones(200, bool))))
+        assert (found.accuracy, found.top5) == (0, 0)
