@@ -15,7 +15,7 @@ from jaxtrain.errors import WorkdirError
 from jaxtrain.training import session
 
 # Slow enough that little is read ahead. Fills its disk once there is a checkpoint and none is being written (the older one goes
-# when it is whole, and would make room), and frees it four batches later: at most two saves fail.
+# when it is whole, and would make room), and frees it at the batch after a save has failed.
 FILLING = """
 import dataclasses
 import os
@@ -25,24 +25,26 @@ from jaxtrain.data import registry
 
 class Filling:
     def __init__(self, base, path):
-        self.base, self.shape, self.path, self.reads = base, base.shape, path, 0
-        self.filled = 0
+        self.base, self.shape, self.path = base, base.shape, path
+        self.filled = False
 
     def __len__(self):
         return len(self.base)
 
     def read(self, indices):
-        self.reads += 1
         time.sleep(0.1)
-        folder = os.path.join(os.path.dirname(self.path), "run", "checkpoints")
+        run = os.path.join(os.path.dirname(self.path), "run")
+        folder = os.path.join(run, "checkpoints")
         there = os.listdir(folder) if os.path.exists(folder) else []
         if not self.filled and len(there) == 1 and os.path.exists(os.path.join(folder, there[0], "manifest.json")):
-            self.filled = self.reads
+            self.filled = True
             free = os.statvfs(os.path.dirname(self.path))
             with open(self.path, "wb") as file:
                 file.write(b"x" * (free.f_bavail * free.f_frsize - int(os.environ["LEFT"])))
-        if self.filled and self.reads == self.filled + 4 and os.environ["FREED"] == "yes":
-            os.unlink(self.path)
+        elif os.path.exists(self.path) and os.environ["FREED"] == "yes":
+            with open(os.path.join(run, "logs", "process_0.log")) as log:
+                if "training goes on" in log.read():
+                    os.unlink(self.path)
         return self.base.read(indices)
 
 def digits(config, image_size):
