@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
 import itertools
@@ -25,6 +24,7 @@ from typing import Annotated, Any
 from jaxtrain.durations import Duration
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.paths import require_local
+from jaxtrain.host.text import did_you_mean
 
 AUGMENTATIONS = ("none", "light", "heavy", "resize_crop")
 RESIDENCIES = ("auto", "device", "stream")
@@ -106,23 +106,6 @@ def _rising_shares(values: tuple) -> bool:
 
 def _rising_numbers(values: tuple) -> bool:
     return all(isinstance(v, int) for v in values) and list(values) == sorted(set(values))
-
-
-def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """' Did you mean X?' when a known word is close to `word`, else ''.
-
-    Args:
-      word: what was written.
-      known: the words that exist.
-      prefix: is put before X.
-    """
-    close = nearest(word, known)
-    return f" Did you mean {prefix + close!r}?" if close else ""
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word that is closest to `word`; "" where none is close."""
-    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)), "")
 
 
 def without_effect(section: str, values: _Section, fields: Iterable[str], why: str) -> list[str]:

@@ -19,10 +19,11 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from jaxtrain.config import SECTIONS, Config, did_you_mean, flat_keys, flatten, from_dict, nested_dicts, to_dict
+from jaxtrain.config import SECTIONS, Config, flat_keys, flatten, from_dict, nested_dicts, to_dict
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.paths import require_local
 from jaxtrain.host.search_path import Importable
+from jaxtrain.host.text import did_you_mean
 
 # Every recipe takes these arguments. They change only where arrays live, never a number of the run.
 LAYOUTS: Mapping[str, Mapping[str, int]] = MappingProxyType(
