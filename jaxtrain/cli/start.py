@@ -22,7 +22,7 @@ from jaxtrain.errors import ConfigError
 from jaxtrain.host.gpus import driver_missing
 from jaxtrain.host.native import cuda_messages_dropped
 from jaxtrain.host.search_path import add_working_directory
-from jaxtrain.host.targets import GPUS, parse_target
+from jaxtrain.host.targets import GPUS, Target, parse_target
 from jaxtrain.host.text import note, printable
 from jaxtrain.observability.progress import Progress
 from jaxtrain.observability.text_log import make_console
@@ -174,6 +174,16 @@ def planned_devices(arguments: argparse.Namespace) -> list[Any]:
     from jaxtrain.parallel.topology import target_devices  # noqa: PLC0415
 
     return target_devices(target)
+
+
+def planned_target(arguments: argparse.Namespace) -> Target:
+    """The target of --target, or this machine's devices as one."""
+    devices = planned_devices(arguments)
+    if arguments.target:
+        return parse_target(arguments.target)
+    from jaxtrain.training.plan.problem import target_of  # noqa: PLC0415
+
+    return target_of(devices)
 
 
 def start_backend() -> None:

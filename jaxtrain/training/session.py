@@ -37,6 +37,7 @@ from jaxtrain.precision import require_hardware
 from jaxtrain.training.compiled import compile_run, explain_out_of_memory
 from jaxtrain.training.jax_settings import compile_cache_note, no_implicit_transfers, settings
 from jaxtrain.training.loop import Host, TrainLoop
+from jaxtrain.training.plan.auto import choose_layout, memory_remedies
 from jaxtrain.training.recovery import RollBack
 from jaxtrain.training.results import TrainResult
 from jaxtrain.training.setup import (
@@ -92,6 +93,9 @@ def train(
         first = jax.process_index() == 0
         times = TimesFile(directory.starts, clock, lambda: watchdog.beat().step) if first else NullTimes()
         stack.enter_context(contextlib.closing(times))
+        watchdog.feed("choose the layout")
+        with clock.charge("compile"), progress.activity("choosing the layout"):
+            config = choose_layout(config, directory.plan, devices)
         resolve = functools.partial(resolve_for_machine, devices=devices)
         resume, config = resume_lib.where_to_start(directory, config, resolve)
         require_hardware(config.train.precision, devices)
@@ -105,7 +109,7 @@ def train(
         dataset, resume = resume_lib.may_go_on(directory, resume, config, dataset)
         if first:
             registry.record_contents(config.data, dataset)
-        stack.enter_context(explain_out_of_memory())
+        stack.enter_context(explain_out_of_memory(functools.partial(memory_remedies, config, devices)))
         host = Host(directory, interrupt, watchdog, clock, progress, lease, times)
         for rollbacks_left in range(config.train.rollbacks, -1, -1):
             try:
