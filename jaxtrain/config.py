@@ -572,8 +572,8 @@ class LayoutConfig(_Section):
     activations pass between them."""
 
     strategy: Annotated[str, _one_of(STRATEGIES)] = "manual"
-    """`manual`: the layout is what these fields say. `auto`: a new run chooses `data`, `replica`, `tensor`, `zero`,
-    `microbatches`, `stages`, `schedule`, `chunks` and `train.remat` for its devices, as `jaxtrain plan` does
+    """Who chooses the layout. `manual`: it is what these fields say. `auto`: a new run chooses `data`, `replica`, `tensor`,
+    `zero`, `microbatches`, `stages`, `schedule`, `chunks` and `train.remat` for its devices, as `jaxtrain plan` does
     (docs/planning.md). A field that you set stays. The choice is stored, and kept while the devices stay the same."""
 
     keep: Annotated[tuple, _must_be(f"names among {', '.join(CHOSEN_FIELDS)}", _are_chosen_fields)] = ()

@@ -17,6 +17,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from jaxtrain.errors import ConfigError
+from jaxtrain.recipes import resolve
+from jaxtrain.training.plan.search import plan
+
 TARGET = "8xh100"
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "vgg19 at 224": ("vgg19_cifar10:224", {"data.global_batch": 1024}),
@@ -40,14 +44,11 @@ RESULTS = Path(__file__).resolve().parents[1] / "results" / "plan.json"
 
 def measure() -> list[dict[str, Any]]:
     """A row for each model and layout: `estimated` and `compiled` bytes of a device."""
-    from jaxtrain.errors import ConfigError
-    from jaxtrain.recipes import load_config
-    from jaxtrain.training.plan.search import plan
-
     rows = []
     for model, (recipe, changes) in MODELS.items():
         for layout, fields in LAYOUTS.items():
-            config = load_config(recipe, changes | fields | {"layout.keep": _EVERY_FIELD})
+            pairs = [(name, str(value)) for name, value in (changes | fields | {"layout.keep": _EVERY_FIELD}).items()]
+            config = resolve(recipe, pairs).config
             try:
                 report = plan(config, TARGET, compiled=1)
             except ConfigError as error:

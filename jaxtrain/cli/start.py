@@ -166,10 +166,7 @@ def planned_devices(arguments: argparse.Namespace) -> list[Any]:
         from jaxtrain.training.setup import select_devices  # noqa: PLC0415
 
         return select_devices(arguments.devices)
-    for option in ("devices", "simulate_devices"):
-        if getattr(arguments, option):
-            raise ConfigError(f"--target has its own devices; leave out --{option.replace('_', '-')}.")
-    target = parse_target(arguments.target)
+    target = _target(arguments)
     without_devices()
     from jaxtrain.parallel.topology import target_devices  # noqa: PLC0415
 
@@ -178,12 +175,22 @@ def planned_devices(arguments: argparse.Namespace) -> list[Any]:
 
 def planned_target(arguments: argparse.Namespace) -> Target:
     """The target of --target, or this machine's devices as one."""
-    devices = planned_devices(arguments)
     if arguments.target:
-        return parse_target(arguments.target)
+        target = _target(arguments)
+        without_devices()
+        return target
+    devices = planned_devices(arguments)
     from jaxtrain.training.plan.problem import target_of  # noqa: PLC0415
 
     return target_of(devices)
+
+
+def _target(arguments: argparse.Namespace) -> Target:
+    """That of --target. Raises `ConfigError` where devices of this machine are chosen too."""
+    for option in ("devices", "simulate_devices"):
+        if getattr(arguments, option):
+            raise ConfigError(f"--target has its own devices; leave out --{option.replace('_', '-')}.")
+    return parse_target(arguments.target)
 
 
 def start_backend() -> None:

@@ -212,14 +212,17 @@ class _Graph:
         read_whole = {v for each in self.operations if each.name in _WHOLE for v in each.reads}
         read_whole |= {*self.outputs, *kept}
         roots = {value: frozenset((value,)) for value in arguments}
+        exact = set(roots)  # what is in memory as it is, or as a view
         for each in self.operations:
             before = frozenset().union(*(roots.get(v, frozenset()) for v in each.reads))
+            size = sum(self._bytes[v] for v in before)
             for value in each.writes:
-                view = (
-                    each.name in _VIEWS and len(before) == 1 and self._bytes[value] == self._bytes[next(iter(before))]
-                )
+                view = each.name in _VIEWS and exact.issuperset(each.reads) and self._bytes[value] == size
                 written = each.name in (*_WHOLE, *_REDUCTIONS) or value in read_whole
-                roots[value] = frozenset((value,)) if written and not view and self._bytes[value] else before
+                new = written and not view and self._bytes[value] > 0
+                roots[value] = frozenset((value,)) if new else before
+                if new or view:
+                    exact.add(value)
         return roots
 
     def _kept(self, roots: Mapping[int, frozenset[int]], border: int) -> frozenset[int]:

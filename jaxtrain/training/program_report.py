@@ -69,9 +69,7 @@ def compile_report(
         table = layout_table(run.layout, state_shapes(run.init, run.layout))
         programs, verdict = _compile(run, inputs, table, evaluation=evaluation)
     if hlo is not None:
-        hlo.mkdir(parents=True, exist_ok=True)
-        for name, program in programs.items():
-            (hlo / f"{name.replace(': ', '_').replace(' ', '_')}.txt").write_text(program.as_text() or "")
+        _write_texts(hlo, programs)
     described = {name: describe_program(program, run) for name, program in programs.items()}
     peak = max(program["peak_bytes"] for program in described.values())
     resting = sum(bytes_per_device(table[name]) for name in ("params", "batch_stats", "opt_state", "ema"))
@@ -98,6 +96,12 @@ def compile_report(
         "remedies": [] if fits else remedies(run, devices, resting, peak, usable - RESERVE),
         "audit": verdict,
     }
+
+
+def _write_texts(folder: Path, programs: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, program in programs.items():
+        (folder / f"{name.replace(': ', '_').replace(' ', '_')}.txt").write_text(program.as_text() or "")
 
 
 def usable_memory(total: int) -> int:

@@ -93,9 +93,8 @@ def train(
         first = jax.process_index() == 0
         times = TimesFile(directory.starts, clock, lambda: watchdog.beat().step) if first else NullTimes()
         stack.enter_context(contextlib.closing(times))
-        watchdog.feed("choose the layout")
-        with clock.charge("compile"), progress.activity("choosing the layout"):
-            config = choose_layout(config, directory.plan, devices)
+        host = Host(directory, interrupt, watchdog, clock, progress, lease, times)
+        config = _choose_layout(config, host, devices)
         resolve = functools.partial(resolve_for_machine, devices=devices)
         resume, config = resume_lib.where_to_start(directory, config, resolve)
         require_hardware(config.train.precision, devices)
@@ -109,14 +108,20 @@ def train(
         dataset, resume = resume_lib.may_go_on(directory, resume, config, dataset)
         if first:
             registry.record_contents(config.data, dataset)
-        stack.enter_context(explain_out_of_memory(functools.partial(memory_remedies, config, devices)))
-        host = Host(directory, interrupt, watchdog, clock, progress, lease, times)
+        stack.enter_context(explain_out_of_memory(lambda: memory_remedies(config, devices)))
         for rollbacks_left in range(config.train.rollbacks, -1, -1):
             try:
                 return _train_from(resume, config, dataset, devices, host, rollbacks_left)
             except RollBack as asked:
                 dataset, resume = resume_lib.go_on_with(dataset, asked.resume, config)
     raise AssertionError("the last start rolls nothing back")
+
+
+def _choose_layout(config: Config, host: Host, devices: list[Device]) -> Config:
+    """The config with its layout, chosen for the devices where it asks for that."""
+    host.watchdog.feed("choose the layout")
+    with host.clock.charge("compile"), host.progress.activity("choosing the layout"):
+        return choose_layout(config, host.directory.plan, devices)
 
 
 def _train_from(

@@ -124,7 +124,7 @@ def smoke(
         watchdog.feed("prepare the data")
         run = make_run_spec(config, load_data(config.data), devices)
         warn_of_settings(run)
-        stack.enter_context(explain_out_of_memory(functools.partial(memory_remedies, config, devices)))
+        stack.enter_context(explain_out_of_memory(lambda: memory_remedies(config, devices)))
         whole = _SmokeTest(run, directory, watchdog, interrupt).run(progress)
         barrier("the smoke test is over")
     return whole

@@ -44,6 +44,12 @@ def mlp(**fields) -> Config:
     return change(config_of({"model.width": 64, "data.global_batch": 64}), **fields)
 
 
+def table_of(config: Config, dataset, devices):
+    """Where every leaf of the run lies; or the `ConfigError` of what does not go together."""
+    run = make_run_spec(config, dataset, devices)
+    return layout_table(run.layout, jax.eval_shape(run.init, 0))
+
+
 # ------------------------------------------------------------------------------------------------------------- formulas
 
 
@@ -59,7 +65,8 @@ def test_the_footprint_of_a_layer_is_what_its_products_read_and_write():
     assert found.stored + after * found.keeps_output == after  # ReLU's mask needs the product or its result, not both
     assert found.forward.flops == 2 * 8 * 64 * 128
     assert found.backward.flops == 2 * found.forward.flops
-    assert found.forward.product_bytes == pytest.approx(weights + before + after, rel=0.01)
+    assert found.forward.product_bytes == weights + before  # its result is written by the kernel of ReLU
+    assert found.forward.moved == weights + before + after
     rematerialized = layer_footprint(jax.checkpoint(layer), w, x, first=False, platform="cuda")
     assert rematerialized.stored == 0
     assert not rematerialized.keeps_output
@@ -93,19 +100,17 @@ def test_what_is_called_legal_a_run_takes_and_what_is_refused_it_refuses(fields)
     problem = make_problem(config, Machine.of(cpu_target(1, 8)))
     dataset, devices, legal, refused = registry.outline(config.data), jax.devices()[:8], 0, 0
     with settings(config):
-        for each in candidates(problem):
+        for each in itertools.islice(candidates(problem), 0, None, 5 if "data.examples" in fields else 1):
             layout = {f"layout.{name}": value for name, value in dataclasses.asdict(each.axes).items()}
             if isinstance(each, Legal):
                 layout["layout.microbatches"] = each.microbatches[-1]
-                run = make_run_spec(change(config, **layout), dataset, devices)
-                table = layout_table(run.layout, jax.eval_shape(run.init, 0))
+                table = table_of(change(config, **layout), dataset, devices)
                 found = {tree: [leaf.bytes_per_device for leaf in leaves] for tree, leaves in table.items()}
                 assert found.keys() == each.table.keys()
                 legal += 1
             elif "no leaf of" not in each.why:  # that is what the audit of the compiled run says
                 with pytest.raises(ConfigError):
-                    run = make_run_spec(change(config, **layout), dataset, devices)
-                    layout_table(run.layout, jax.eval_shape(run.init, 0))
+                    table_of(change(config, **layout), dataset, devices)
                 refused += 1
     assert legal > 3
     assert refused > 0 or fields.get("layout.tensor") == 2
@@ -151,15 +156,15 @@ def test_a_slower_link_between_hosts_changes_the_order():
 def test_what_is_predicted_to_fit_a_limit_fits_it_and_what_is_not_does_not():
     """The limit is between what two layouts need, as compiled for this machine's CPU devices."""
     free = mlp(**{"model.width": 512, "layout.keep": ("stages", "tensor", "replica")})
-    needs = {
-        zero: plan(change(free, **{"layout.zero": zero, "layout.keep": (*free.layout.keep, "zero")}), cpu_target(1, 4), compiled=1)
-        for zero in (0, 3)
-    }
+    needs = {}
+    for zero in (0, 3):
+        one = change(free, **{"layout.zero": zero, "layout.keep": (*free.layout.keep, "zero")})
+        needs[zero] = plan(one, cpu_target(1, 4), compiled=1)
     sizes = {zero: report["layouts"][0]["peak_bytes"] for zero, report in needs.items()}
     assert all(report["layouts"][0]["compiled"] for report in needs.values())
     assert sizes[3] < sizes[0]
     limit = (sizes[0] + sizes[3]) / 2 / 2**30
-    report = plan(change(free, **{"layout.memory_limit": limit}), cpu_target(1, 4), compiled=4)
+    report = plan(change(free, **{"layout.memory_limit": limit}), cpu_target(1, 4), compiled=2)
     fits = {row["fields"]["layout.zero"]: row["fits"] for row in report["layouts"] if row["compiled"]}
     assert fits[0] is False
     assert fits[3] is True
@@ -205,7 +210,9 @@ def test_a_run_chooses_its_layout_and_keeps_it_on_the_same_devices(tmp_path):
 
 
 def test_a_run_that_fits_nowhere_says_what_needs_least(tmp_path):
-    with pytest.raises(DeviceMemoryError, match=r"no layout of 2xcpu fits 1.0 MiB a device; what needs least, .* needs"):
+    with pytest.raises(
+        DeviceMemoryError, match=r"no layout of 2xcpu fits 1.0 MiB a device; what needs least, .* needs"
+    ):
         here(tmp_path / "run", AUTO | {"layout.memory_limit": 2**-10, "model.width": 2048}, devices=2)
 
 
@@ -260,7 +267,10 @@ def test_the_command_finds_the_fewest_gpus_and_their_cost(capsys):
         (["--target", "8xh100", "--fit"], "--fit counts GPUs itself"),
         (["--target", "h100", "--fit", "--price", "x"], "must be a price of a GPU an hour"),
         (["--target", "h100", "--fit", "--price", "h1000=2"], "there is no such GPU"),
-        (["--target", "8xh100", "--config.layout.keep=('zeros',)"], "config.layout.keep=('zeros',): must be names among"),
+        (
+            ["--target", "8xh100", "--config.layout.keep=('zeros',)"],
+            "config.layout.keep=('zeros',): must be names among",
+        ),
     ],
 )
 def test_wrong_words_end_in_a_sentence(words, said, capsys):

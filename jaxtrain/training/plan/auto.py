@@ -103,7 +103,10 @@ def memory_remedies(config: Config, devices: Sequence[Device]) -> list[str]:
         needs = plan(now, target, compiled=0)["layouts"][0]["peak_bytes"]
         default = LayoutConfig()
         free = {name: getattr(default, name) for name in ("replica", "tensor", "zero", "stages", "schedule", "chunks")}
-        wanted = {f"layout.{name}": value for name, value in free.items()} | {"layout.data": -1, "layout.boundaries": ()}
+        wanted = {f"layout.{name}": value for name, value in free.items()} | {
+            "layout.data": -1,
+            "layout.boundaries": (),
+        }
         anew = change(now, **wanted, **{"layout.keep": (), "layout.microbatches": 1, "train.remat": "none"})
         machine = Machine.of(target)
         limit = min(_LESS * needs, machine.usable) / GIB

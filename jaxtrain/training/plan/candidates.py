@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -11,7 +12,7 @@ from jax.sharding import AbstractMesh
 
 from jaxtrain.config import LayoutConfig
 from jaxtrain.errors import ConfigError
-from jaxtrain.parallel.layout import Layout, Placement
+from jaxtrain.parallel.layout import Layout, Placement, bytes_by_stage
 from jaxtrain.parallel.mesh import AXES
 from jaxtrain.step.pipeline import partition
 from jaxtrain.step.pipeline.partition import Partition
@@ -80,6 +81,11 @@ class Legal:
     microbatches: tuple[int, ...]
     remats: tuple[str, ...]
 
+    @functools.cached_property
+    def bytes(self) -> dict[str, dict[int, int]]:
+        """Bytes of a device, by tree and stage."""
+        return {tree: bytes_by_stage(leaves, self.axes.stages) for tree, leaves in self.table.items()}
+
 
 def candidates(problem: Problem) -> Iterator[Legal | Refused]:
     """Every layout of the machine's devices that keeps the kept fields, in a fixed order."""
@@ -138,7 +144,7 @@ def _checked(problem: Problem, axes: Axes) -> Legal | Refused:
         return Refused(axes, _no_microbatches(problem, axes))
     layout = layout_of(problem, axes, counts[0])
     try:
-        table = layout.table(problem.state) | {"gradients": layout.gradients(problem.state.params)}
+        table = _table(problem, layout)
     except ConfigError as error:
         if "splits no layer" in str(error):
             return Refused(axes, f"tensor={axes.tensor} splits no layer")
@@ -147,6 +153,14 @@ def _checked(problem: Problem, axes: Axes) -> Legal | Refused:
         return Refused(axes, why)
     remats = (problem.asked.train.remat,) if "remat" in problem.kept else _REMATS
     return Legal(axes, layout, table, counts, remats)
+
+
+def _table(problem: Problem, layout: Layout) -> dict[str, list[Placement]]:
+    """Where every leaf lies. It depends neither on replicas nor on the schedule. Raises `ConfigError` as `Layout.table`."""
+    key = (layout.mesh.shape["data"], layout.mesh.shape["tensor"], layout.config.zero, layout.chunks)
+    if key not in problem.tables:
+        problem.tables[key] = layout.table(problem.state) | {"gradients": layout.gradients(problem.state.params)}
+    return problem.tables[key]
 
 
 def layout_of(problem: Problem, axes: Axes, count: int) -> Layout:
@@ -171,8 +185,11 @@ def layout_of(problem: Problem, axes: Axes, count: int) -> Layout:
 def cut_of(problem: Problem, axes: Axes, count: int) -> Partition:
     """Which layers each chunk has. Arguments: as of `layout_of`."""
     config: LayoutConfig = dataclasses.replace(problem.asked.layout, **dataclasses.asdict(axes), microbatches=count)
-    costs = problem.costs_at(problem.batch / (count * axes.ways))
-    return partition.make_partition(config, costs, in_flight(axes, count))
+    flights = in_flight(axes, count) if config.balance == "memory" else (1,) * axes.stages
+    key = (axes.stages, axes.chunks, problem.batch / (count * axes.ways), flights)
+    if key not in problem.cuts:
+        problem.cuts[key] = partition.make_partition(config, problem.costs_at(key[2]), flights)
+    return problem.cuts[key]
 
 
 def in_flight(axes: Axes, count: int) -> tuple[int, ...]:

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 
 from jaxtrain.host.links import Link
 from jaxtrain.parallel.collective_cost import collective_seconds, wire_bytes
-from jaxtrain.parallel.layout import bytes_by_stage
 from jaxtrain.step.footprint import Footprint
 from jaxtrain.training.plan.candidates import Legal, cut_of, in_flight
 from jaxtrain.training.plan.problem import Problem
@@ -207,8 +206,7 @@ class Estimator:
 
     def _memory(self, legal: Legal, count: int, examples: int, spans: list[_Span]) -> dict[str, int]:
         """Bytes by cause, of the stage that needs most."""
-        stages, table = legal.axes.stages, legal.table
-        by_tree = {tree: bytes_by_stage(leaves, stages) for tree, leaves in table.items()}
+        stages, by_tree = legal.axes.stages, legal.bytes
         batch = self.problem.resident_bytes + 2 * self.problem.image_bytes * examples * count
         flights = in_flight(legal.axes, count) if stages > 1 else (1,)
         parts = []
@@ -243,15 +241,14 @@ class Estimator:
         """The accumulator; in a step of one microbatch the gradients themselves are among what is held at the peak."""
         if count == 1 and legal.axes.stages == 1:
             return 0
-        return bytes_by_stage(legal.table["gradients"], legal.axes.stages)[stage]
+        return legal.bytes["gradients"][stage]
 
     # ------------------------------------------------------------------------------------------------------- time
 
     def _update_seconds(self, legal: Legal) -> float:
         """Reading and writing the state and reading the gradients twice, for their norm and for the update."""
-        stages = legal.axes.stages
-        state = sum(max(bytes_by_stage(legal.table[t], stages).values()) for t in ("params", "opt_state", "ema"))
-        gradients = max(bytes_by_stage(legal.table["gradients"], stages).values())
+        state = sum(max(legal.bytes[tree].values()) for tree in ("params", "opt_state", "ema"))
+        gradients = max(legal.bytes["gradients"].values())
         return (2 * state + 2 * gradients) / self._bandwidth
 
     def _communication(self, legal: Legal, count: int, examples: int) -> tuple[dict[str, float], dict[str, float]]:
@@ -268,7 +265,7 @@ class Estimator:
             wire[axis] = wire.get(axis, 0.0) + times * wire_bytes(kind, size, members)
             seconds[f"{axis} collectives"] = seconds.get(f"{axis} collectives", 0.0) + cost
 
-        params = max(bytes_by_stage(legal.table["params"], axes.stages).values())
+        params = max(legal.bytes["params"].values())
         shards = axes.data if legal.layout.shards("params") else 1
         whole = params * shards
         if axes.data > 1 and axes.zero >= 2 and (count > 1 or axes.zero == 3):

@@ -17,13 +17,14 @@ from jaxtrain.data.base import nbytes
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.links import LINKS, Link
 from jaxtrain.host.targets import Target, cpu_target, gpu_target
+from jaxtrain.parallel.layout import Placement
 from jaxtrain.parallel.mesh import Device
 from jaxtrain.precision import resolve_precision
 from jaxtrain.recipes import change
 from jaxtrain.step.footprint import Footprint, Pass, layer_footprint
 from jaxtrain.step.layer_wrap import rematerialized
 from jaxtrain.step.pipeline import partition
-from jaxtrain.step.pipeline.partition import LayerCall, LayerCost
+from jaxtrain.step.pipeline.partition import LayerCall, LayerCost, Partition
 from jaxtrain.step.pipeline.plan import layer_calls
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.training.input_pipeline import RESIDENT_BYTES, RESIDENT_SHARE, is_resident
@@ -121,6 +122,9 @@ class Problem:
         self._costs: list[LayerCost] = []
         self._sampled: dict[str, tuple[list[Footprint], list[Footprint]]] = {}
         self._footprints: dict[tuple[int, str], list[Footprint]] = {}
+        # Of layouts that differ in other respects.
+        self.cuts: dict[Any, Partition] = {}
+        self.tables: dict[Any, dict[str, list[Placement]]] = {}
 
     def on(self, machine: Machine) -> Problem:
         """The same run on another machine of the same platform."""
