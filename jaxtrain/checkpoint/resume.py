@@ -156,8 +156,8 @@ def _with_best(position: Position, dataset: Dataset, resume: ResumePoint, config
     return dataclasses.replace(position, best=best, best_by=by)
 
 
-def other_products(resume: ResumePoint, config: Config, platform: str) -> str:
-    """A sentence where the products of f32 are computed otherwise than until now; '' elsewhere.
+def warn_of_other_products(resume: ResumePoint, config: Config, platform: str) -> None:
+    """Warns where the products of f32 are computed otherwise than until now.
 
     Args:
       resume: where the run resumes.
@@ -166,11 +166,11 @@ def other_products(resume: ResumePoint, config: Config, platform: str) -> str:
     """
     precisions = {each.train.precision for each in (config, resume.stored) if each}
     if resume.schema > 1 or platform != "gpu" or precisions != {"f32"}:
-        return ""
-    return (
-        f"step {resume.position.step} is of an older version, which rounded the products of f32 to TF32 on GPUs that have it; "
-        "they are exact from here on, and slower; for TF32 as before: --config.train.precision=tf32 "
-        "--config.checkpoint.allow_changes=true"
+        return
+    log.warning(
+        "step %d is of an older version, which rounded the products of f32 to TF32 on GPUs that have it; they are exact from "
+        "here on, and slower; for TF32 as before: --config.train.precision=tf32 --config.checkpoint.allow_changes=true",
+        resume.position.step,
     )
 
 

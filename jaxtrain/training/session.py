@@ -99,8 +99,8 @@ def train(
         resume, config = resume_lib.where_to_start(directory, config, resolve)
         require_hardware(config.train.precision, devices)
         models.require_hardware(config.model, devices)
-        if first and (text := resume_lib.other_products(resume, config, devices[0].platform)):
-            log.warning("%s", text)
+        if first:
+            resume_lib.warn_of_other_products(resume, config, devices[0].platform)
         stack.enter_context(settings(config))
         watchdog.feed("prepare the data", resume.position.step)
         with clock.charge("input"), progress.activity(f"reading the data set {config.data.name}"):

@@ -121,11 +121,20 @@ class Estimator:
     # ----------------------------------------------------------------------------------------------------- layers
 
     def _spans(self, legal: Legal, count: int, examples: int, remat: str) -> list[_Span]:
-        """The chunks' layers; without stages there is one chunk."""
+        """The chunks' layers; without stages there is one chunk.
+
+        In a program for several GPUs rematerialization saves nothing: XLA runs what is computed again before the weights'
+        gradients, and those last (docs/planning.md).
+        """
         tensor = legal.axes.tensor
         if legal.axes.stages == 1:
-            late = legal.axes.ways > 1 and not self.problem.has_batch_norm
-            return [self._span(0, self.problem.layers, examples, remat, tensor, whole=True, late=late)]
+            several = legal.axes.ways > 1 and self.problem.machine.target.platform == "cuda"
+            late = several and not self.problem.has_batch_norm
+            span = self._span(0, self.problem.layers, examples, remat, tensor, whole=True, late=late)
+            if several and remat != "none":
+                plain = self._span(0, self.problem.layers, examples, "none", tensor, whole=True, late=late)
+                span = dataclasses.replace(span, stored=plain.stored, peak=plain.peak)
+            return [span]
         cut = cut_of(self.problem, legal.axes, count)
         return [self._span(c.start, c.stop, examples, remat, tensor, whole=False, late=False) for c in cut.chunks]
 
