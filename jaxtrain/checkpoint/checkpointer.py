@@ -30,7 +30,7 @@ from jaxtrain.checkpoint.manifest import best_of, manifested_steps
 from jaxtrain.checkpoint.resume_point import readable
 from jaxtrain.distributed import coordination
 from jaxtrain.distributed.coordination import barrier
-from jaxtrain.errors import CheckpointError, JaxtrainError, WorkdirError
+from jaxtrain.errors import CheckpointError, TakenOverError, WorkdirError
 from jaxtrain.host.backend import versions
 from jaxtrain.parallel.arrays import is_everywhere, to_every_process, view
 from jaxtrain.step.train_state import TrainState
@@ -63,7 +63,7 @@ class Checkpointer:
           best_by: which figure decides what the best is (`checkpoint.best`).
           read_only: for a run that only restores.
           owner: identifies this start of the run in the manifests.
-          still_owner: raises `WorkdirError` if another run has taken over the directory.
+          still_owner: raises `TakenOverError` if another run has taken over the directory.
         """
         self.directory, self._keep, self._read_only = directory.absolute(), keep, read_only
         self._owner, self._still_owner, self._best_by = owner, still_owner, best_by
@@ -142,9 +142,16 @@ class Checkpointer:
             if jax.process_index() == 0:
                 folder = self.directory / str(step)
                 manifest.write_manifest(folder, self._still_owner, **fields)
-                manifest.delete_old(self.directory, self._keep, self._best_by)
+                self._delete_old()
         except Exception as error:  # any error must reach the main thread
             self._failure = error
+
+    def _delete_old(self) -> None:
+        """What cannot be deleted stays until the next save: the new checkpoint is there all the same."""
+        try:
+            manifest.delete_old(self.directory, self._keep, self._best_by)
+        except (OSError, CheckpointError) as error:
+            log.warning("Old checkpoints in %s were not deleted (%s).", self.directory, error)
 
     def check(self) -> None:
         """Raises or warns if the last save has failed by now. It is cheap: call it after every step."""
@@ -168,9 +175,9 @@ class Checkpointer:
         """
         error, self._failure = self._failure, None
         self._failures += 1
-        if isinstance(error, JaxtrainError):
+        if isinstance(error, TakenOverError):
             raise error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
         if any(word in str(error) for word in ("No space left", "ENOSPC", "RESOURCE_EXHAUSTED")):
             reason = os.strerror(errno.ENOSPC)
         text = f"The checkpoint of step {self._saving} in {self.directory} was not written ({reason})"
@@ -186,7 +193,8 @@ class Checkpointer:
         # The old manager counts the step as saved, and would refuse or skip later ones.
         with contextlib.suppress(Exception):
             self._manager.close()
-        manifest.discard_unfinished(self.directory)
+        with contextlib.suppress(CheckpointError):  # the next start deletes it
+            manifest.discard_unfinished(self.directory)
         self._manager = self._make_manager()
 
     def wait(self) -> None:
@@ -207,15 +215,18 @@ class Checkpointer:
         return best_of(readable(self.directory, manifested_steps(self.directory)), self._best_by)
 
     def annotate(self, step: int, figures: Mapping[str, float | None], position: dict[str, Any]) -> None:
-        """Adds what became known after a checkpoint was saved. Only process 0 writes.
+        """Adds what became known after a checkpoint was saved. Only process 0 writes, and not through a link.
 
         Args:
           step: of the checkpoint.
           figures: of its validation, by their names in the manifest.
           position: how far the run is now.
         """
-        if jax.process_index() == 0:
-            manifest.annotate(self.directory / str(step), position=position, **figures)
+        folder = self.directory / str(step)
+        if jax.process_index() == 0 and folder.is_symlink():
+            log.warning("%s is a link: the figures of its validation are not added to it.", folder)
+        elif jax.process_index() == 0:
+            manifest.annotate(folder, position=position, **figures)
 
     def restore(self, step: int, template: TrainState, *, allow_changes: bool = False) -> TrainState:
         """Reads the state of `step`.
@@ -230,7 +241,7 @@ class Checkpointer:
           The state, with the shardings of `template`.
 
         Raises:
-          CheckpointError: the checkpoint cannot be read or has other trees.
+          CheckpointError: the checkpoint cannot be read, has other trees, or is of another step.
         """
         stored = self._stored_shapes(step)
         trees, fresh = _tree(template), []
@@ -258,7 +269,7 @@ class Checkpointer:
 
         If the checkpoint has no EMA, since the run had none by then, the EMA is that of the weights themselves.
         """
-        trees = {name: tree for name, tree in _tree(template).items() if name in ("params", "batch_stats", "ema")}
+        trees = {name: tree for name, tree in _tree(template).items() if name not in ("opt_state", "loss_scale")}
         lacks_ema = "ema" in trees and not any(path.startswith("ema/") for path in self._stored_shapes(step))
         if lacks_ema:
             del trees["ema"]
@@ -266,9 +277,11 @@ class Checkpointer:
         if lacks_ema:
             log.warning("The checkpoint of step %d has no moving average; its weights are taken for it.", step)
             restored["ema"] = _average_of(restored, template)
-        return dataclasses.replace(template, **restored)
+        return dataclasses.replace(template, **restored | {"step": template.step})
 
     def _read(self, step: int, trees: dict[str, Any], mesh: Any) -> dict[str, Any]:
+        """The trees as they are stored, the step number among them, which must be that of the manifest."""
+
         def target(x: jax.Array) -> jax.ShapeDtypeStruct:
             where: Any = x.sharding
             if not is_everywhere(x):  # on a stage of other processes: all stages read it, and that stage keeps it
@@ -283,6 +296,11 @@ class Checkpointer:
             restored = self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"The checkpoint {self.directory / str(step)} cannot be read: {error}.") from error
+        if (found := int(restored["step"].addressable_data(0))) != step:
+            raise CheckpointError(
+                f"{self.directory / str(step)} does not hold step {step}: its manifest is of that step, and its state is that "
+                f"after step {found}; choose another checkpoint, or move this one away."
+            )
         return jax.tree.map(lambda new, old: new if is_everywhere(old) else view(new, old.sharding), restored, trees)
 
     def _stored_shapes(self, step: int) -> dict[str, tuple[tuple[int, ...], str]]:

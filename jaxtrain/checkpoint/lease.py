@@ -18,7 +18,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxtrain.errors import WorkdirError
+from jaxtrain.errors import TakenOverError, WorkdirError
 from jaxtrain.host.files import create, writing
 from jaxtrain.host.processes import start_ticks
 
@@ -79,10 +79,10 @@ class Lease:
         return self._owner.token
 
     def check(self) -> None:
-        """Raises `WorkdirError` if another run has taken over the directory."""
+        """Raises `TakenOverError` if another run has taken over the directory."""
         owner = _read(self._path)
         if owner is None or owner.token != self.token:
-            raise WorkdirError(
+            raise TakenOverError(
                 f"Another run has taken {self._path.parent} over ({owner or 'the lock is gone'}) while this one stood still; "
                 "this one stops and writes nothing more there."
             )

@@ -6,9 +6,11 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, TextIO, TypeVar
 
 from jaxtrain.errors import WorkdirError
 
@@ -69,6 +71,37 @@ def writing(path: Path) -> Iterator[None]:
         raise WorkdirError(f"{path} cannot be written ({reason}).") from error
 
 
+NOT_THERE = (FileNotFoundError, NotADirectoryError)
+_T = TypeVar("_T")
+_PAUSES = (0.1, 0.4, 1.5)  # seconds
+
+
+def patiently(read: Callable[[], _T]) -> _T:
+    """What `read` returns. It is called again where the system fails in a way that may pass, as EIO, ESTALE and EMFILE may.
+
+    Raises `OSError`: at once where it says what is there (nothing, a directory, a link to itself).
+    """
+    for pause in _PAUSES:
+        try:
+            return read()
+        except (*NOT_THERE, IsADirectoryError):
+            raise
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise
+            time.sleep(pause)
+    return read()
+
+
+def move(path: Path, to: Path) -> None:
+    """Moves a file or directory, also to another file system; of a link the link itself, which leads where it led."""
+    if path.is_symlink():
+        to.symlink_to(os.path.realpath(path))
+        path.unlink()
+    else:
+        shutil.move(path, to)
+
+
 @contextlib.contextmanager
 def reading(path: Path) -> Iterator[None]:
     """Turns an `OSError` inside the block into a `WorkdirError` about reading `path`."""
@@ -78,12 +111,20 @@ def reading(path: Path) -> Iterator[None]:
         raise WorkdirError(f"{path} cannot be read ({error.strerror}).") from error
 
 
+def parse_json(text: str | bytes) -> Any:
+    """As `json.loads` of UTF-8. Raises `ValueError` for all that it cannot parse, also where it is nested too deeply."""
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_json(path: Path) -> Any:
     """The parsed content, None where there is no such file. Raises `WorkdirError` when it cannot be read or is not JSON."""
     try:
         with reading(path):
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            return parse_json(path.read_bytes()) if path.exists() else None
+    except ValueError as error:
         raise WorkdirError(f"{path} is damaged ({error}); {ELSEWHERE}.") from error
 
 
