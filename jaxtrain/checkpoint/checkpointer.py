@@ -32,6 +32,7 @@ from jaxtrain.distributed import coordination
 from jaxtrain.distributed.coordination import barrier
 from jaxtrain.errors import CheckpointError, TakenOverError, WorkdirError
 from jaxtrain.host.backend import versions
+from jaxtrain.host.files import reading, writing
 from jaxtrain.parallel.arrays import is_everywhere, to_every_process, view
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.trees import PyTree, path_of
@@ -76,12 +77,14 @@ class Checkpointer:
     def _make_manager(self) -> ocp.CheckpointManager:
         # Orbax deletes nothing: `manifest.delete_old` does, when the next checkpoint is verified.
         options = ocp.CheckpointManagerOptions(create=not self._read_only)
+        opening = reading if self._read_only else writing
         # One replica writes whole leaves. To split them among replicas, Orbax compiles a slice program for each leaf and
         # device: 9 s in the loop at the first save of a small ResNet on 8 devices (measured).
         arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
         registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
         handlers = {"state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)}
-        return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
+        with opening(self.directory):
+            return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     # ---------------------------------------------------------------------------------------------------------- write
 

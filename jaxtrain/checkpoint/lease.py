@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -19,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxtrain.errors import TakenOverError, WorkdirError
-from jaxtrain.host.files import create, writing
+from jaxtrain.host.files import create, parse_json, writing
 from jaxtrain.host.processes import start_ticks
 
 LOCK_FILE = "lock.json"
@@ -176,6 +177,8 @@ def _create(path: Path, owner: Owner) -> bool:
                 file.write(json.dumps(dataclasses.asdict(owner)) + "\n")
             os.link(part, path)
         except FileExistsError:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)) from None
             return False
         finally:
             part.unlink(missing_ok=True)
@@ -198,9 +201,10 @@ def _take_over(path: Path, holder: Owner | None) -> None:
 
 def _read(path: Path) -> Owner | None:
     try:
-        return Owner(**json.loads(path.read_text()))
+        owner = Owner(**parse_json(path.read_bytes()))
     except (OSError, ValueError, TypeError):
         return None
+    return owner if isinstance(owner.pid, int) else None
 
 
 def _renewed(path: Path) -> int:

@@ -175,7 +175,7 @@ def _refuse_to_judge(path: Path, error: OSError) -> NoReturn:
 
 def step_of(name: str) -> int | None:
     """The step whose folder has this name; None where it is the name of none, as 040 and ² are not."""
-    return int(name) if re.fullmatch(r"0|[1-9][0-9]*", name) else None
+    return int(name) if re.fullmatch(r"0|[1-9][0-9]{0,17}", name) else None
 
 
 def is_complete(folder: Path) -> bool:

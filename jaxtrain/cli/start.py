@@ -153,6 +153,8 @@ def configure_devices(arguments: argparse.Namespace) -> None:
     with cuda_messages_dropped():
         import jax  # noqa: PLC0415  wrong arguments are refused before JAX is loaded
 
+        from jaxtrain.training.jax_settings import check_compile_cache  # noqa: PLC0415
+    check_compile_cache()  # also for what is compiled before `train`
     if arguments.simulate_devices:
         jax.config.update("jax_num_cpu_devices", arguments.simulate_devices)
     if arguments.simulate_devices or (driver_missing() and "JAX_PLATFORMS" not in os.environ):

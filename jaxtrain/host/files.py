@@ -9,10 +9,22 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO, TypeVar
+from typing import Any, Protocol, TextIO, TypeVar
 
 from jaxtrain.errors import WorkdirError
+
+
+class HasClose(Protocol):
+    """What must be closed."""
+
+    def close(self) -> None:
+        """Gives back what it holds."""
+
+
+_T = TypeVar("_T")
+_Closable = TypeVar("_Closable", bound=HasClose)
 
 
 def no_link(path: str, flags: int) -> int:
@@ -27,6 +39,30 @@ def create(path: Path) -> TextIO:
     """Opens a new file for writing text. A file or link of that name, such as a killed process left, is removed first."""
     path.unlink(missing_ok=True)
     return open(path, "x", encoding="utf-8", newline="\n")
+
+
+def open_to_append(path: Path) -> FileIO:
+    """Opens a file, not through a link, to which `write_all` adds."""
+    return open(path, "ab", buffering=0, opener=no_link)
+
+
+def write_all(file: FileIO, data: bytes) -> None:
+    """Writes all of `data` to an unbuffered file: a kill loses none of it, and closing has nothing left that could fail."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+@contextlib.contextmanager
+def closing(resource: _Closable) -> Iterator[_Closable]:
+    """As `contextlib.closing`, but where the block has failed, an error of closing does not take the place of its error."""
+    try:
+        yield resource
+    except BaseException:
+        with contextlib.suppress(Exception):
+            resource.close()
+        raise
+    resource.close()
 
 
 ELSEWHERE = "restore it from a copy, or choose another work directory with --workdir"
@@ -67,12 +103,11 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         # From `no_link`; the system's own text is "Too many levels of symbolic links".
         linked = error.errno == errno.ELOOP
-        reason = "it is a link, and is not written through; remove it" if linked else error.strerror
+        reason = "it is a link, and is not written through; remove it" if linked else error.strerror or error
         raise WorkdirError(f"{path} cannot be written ({reason}).") from error
 
 
 NOT_THERE = (FileNotFoundError, NotADirectoryError)
-_T = TypeVar("_T")
 _PAUSES = (0.1, 0.4, 1.5)  # seconds
 
 
@@ -123,7 +158,7 @@ def read_json(path: Path) -> Any:
     """The parsed content, None where there is no such file. Raises `WorkdirError` when it cannot be read or is not JSON."""
     try:
         with reading(path):
-            return parse_json(path.read_bytes()) if path.exists() else None
+            return parse_json(patiently(path.read_bytes)) if path.exists() else None
     except ValueError as error:
         raise WorkdirError(f"{path} is damaged ({error}); {ELSEWHERE}.") from error
 

@@ -16,8 +16,9 @@ from jaxtrain.checkpoint.resume_point import CheckpointStep, Position, find_chec
 from jaxtrain.config import Config, DataConfig, LayoutConfig, flatten, from_dict, to_dict
 from jaxtrain.data import record, registry
 from jaxtrain.data.base import Dataset, follow_classes
-from jaxtrain.errors import CheckpointError, ConfigError, DataError
+from jaxtrain.errors import CheckpointError, ConfigError, DataError, WorkdirError
 from jaxtrain.host import xla_flags
+from jaxtrain.host.files import ELSEWHERE, closing
 from jaxtrain.observability.progress import Progress
 from jaxtrain.observability.text_log import make_console
 from jaxtrain.parallel.mesh import Device, batch_ways, make_mesh
@@ -123,7 +124,7 @@ def _evaluate(
     ema = bool(config.optim.ema) if ema is None else ema
     xla_flags.set_flags(xla_flags.for_run(config.train.precision))
     showing = contextlib.closing(Progress(make_console(quiet=quiet)))
-    with showing as progress, contextlib.closing(Checkpointer(start.directory, read_only=True)) as checkpoints:
+    with showing as progress, closing(Checkpointer(start.directory, read_only=True)) as checkpoints:
         devices = select_devices(num_devices)
         config = _on_these(devices, config)
         with settings(config):
@@ -189,6 +190,8 @@ def _find(workdir: Path, checkpoint: str) -> tuple[CheckpointStep, Position, Con
 def _where_it_was(config: DataConfig, workdir: Path) -> DataConfig:
     """`config` with the place of the data at the run's latest start: the folder may have moved since a checkpoint."""
     latest = (Workdir(workdir).read_config() or {}).get("data", {})
+    if not isinstance(latest, dict):
+        raise WorkdirError(f"{Workdir(workdir).config} is damaged (its data is {latest!r}); {ELSEWHERE}.")
     name = latest.get("name", config.name)
     if not may_be_one_data_set(name, config.name):
         return config

@@ -317,6 +317,70 @@ def test_the_state_of_another_step_is_named(copy):
             use()
 
 
+# ------------------------------------------------------------------------------------- whatever a run directory holds
+
+
+def test_what_lies_beside_is_in_nobodys_way(copy, complete, capsys):
+    for name in ("040", "²", "٤٥", "-4", "4.0", "latest"):
+        (copy / "checkpoints" / name).mkdir()
+        shutil.copy(copy / "checkpoints" / "4" / "manifest.json", copy / "checkpoints" / name)
+    (copy / "checkpoints" / "5").symlink_to("nowhere")
+    for name in ("starts/1x.json", "starts/².json", "logs/process_x.log", "tensorboard/train/events.out.tfevents.².x"):
+        (copy / name).write_text("?")
+    with (copy / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 4, "phase": "val"}\n' + "[" * 99_999)
+    (copy / "manifest.json").write_text("[" * 99_999)
+    assert starts_at(copy).position.step == 6
+    here(copy, SMALL | EVERY, checkpoint__resume="4")
+    assert runs.losses(copy).tolist() == runs.losses(complete[0]).tolist()
+    assert (copy / "checkpoints" / "040").exists()
+    (superseded,) = (copy / "superseded").iterdir()
+    assert (superseded / "checkpoints" / "5").is_symlink()
+    for command in ("checkpoint list", "checkpoint verify", "goodput", "logs"):
+        assert runs.command_line([*command.split(), str(copy)]) == 0, capsys.readouterr().err
+    for resume in ("²", "٤٥", "9" * 5000, "epoch:" + "9" * 5000):
+        assert runs.command_line(["evaluate", str(copy), "--checkpoint", resume]) in (64, 66)
+
+
+DEEP = "[" * 99_999
+ODD = [
+    *(
+        (name, kind)
+        for name in ("checkpoints", "corrupt", "superseded", "starts", "tensorboard")
+        for kind in ("?", "link")
+    ),
+    *((name, "folder") for name in ("config.json", "metrics.csv", "metrics.jsonl", "lock.json", "result.json")),
+    *((name, kind) for name in ("config.json", "checkpoints/6/manifest.json") for kind in (DEEP, "[]", '{"data": 1}')),
+    *(("starts/000001.json", kind) for kind in (DEEP, "[]", "{}", "folder")),
+]
+
+
+def test_whatever_a_run_directory_holds_the_answer_is_a_sentence(complete, tmp_path, capsys):
+    for number, (name, kind) in enumerate(ODD):
+        copy = shutil.copytree(complete[0], tmp_path / str(number))
+        path = copy / name
+        if path.is_dir():
+            shutil.rmtree(path)
+        path.unlink(missing_ok=True)
+        if kind == "folder":
+            path.mkdir()
+        elif kind == "link":
+            path.symlink_to("nowhere")
+        else:
+            path.write_text(kind)
+        commands = [["checkpoint", "verify"], ["goodput"], ["logs"], ["evaluate", "--trust"]]
+        if path.parent == copy:
+            commands.append(["train"])
+        for command in commands:
+            words = [*command, str(copy)] if command != ["train"] else ["train", *runs.arguments(copy, SMALL | EVERY)]
+            code = runs.command_line(words)
+            said = capsys.readouterr().err
+            assert code in (0, 64, 66, 73), f"{command} with {name} as {kind[:9]}: {said[-2000:]}"
+            assert code == 0 or [line[:10] for line in said.splitlines()].count("jaxtrain: ") == 1, said
+            assert "Traceback" not in said
+            assert command != ["train"] or code == 73, f"{name} as {kind[:9]}"
+
+
 def test_old_ones_are_deleted_but_never_the_best_a_milestone_or_the_only_one(copy):
     directory = copy / "checkpoints"
     path = directory / "4" / "manifest.json"

@@ -167,7 +167,9 @@ def test_flush_syncs_the_rows_to_the_disk(run, monkeypatch):
 
 def test_jsonl_torn_at_any_byte_is_read_up_to_the_last_whole_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": s, "phase": "train", "loss": s / 7}) + "\n" for s in (1, 2, 3)))
+    path.write_text(
+        "".join(json.dumps({"step": s, "epoch": 0, "phase": "train", "loss": s / 7}) + "\n" for s in (1, 2, 3))
+    )
     data = path.read_bytes()
     third = data.rindex(b"{")
     for cut in range(third, len(data) + 1):
@@ -179,11 +181,31 @@ def test_jsonl_torn_at_any_byte_is_read_up_to_the_last_whole_line(tmp_path):
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1, "phase": "train"}\n{"ste\xff\n{"step": 3, "phase": "val"}\n')
+    head = '{"step": 1, "epoch": 0, "phase": "val"'
+    damaged = [
+        '{"ste\xff',
+        '{"step": 2, "phase": "val"}',
+        f'{head}, "loss": "low"}}',
+        f'{head}, "loss": {"9" * 400}}}',
+        "[" * 99_999,
+    ]
+    whole = [f"{head}}}", '{"step": 3, "epoch": 0, "phase": "train"}']
+    path.write_text("".join(f"{line}\n" for line in (whole[0], *damaged, whole[1])), encoding="latin-1")
     with caplog.at_level(logging.WARNING, "jaxtrain"):
         MetricsJsonl(path, step=9).close()
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
-    assert "line 2 is damaged" in caplog.text
+    assert path.read_text().splitlines() == whole
+    for number, _ in enumerate(damaged, 2):
+        assert f"line {number} is damaged" in caplog.text
+
+
+def test_no_flipped_bit_of_a_line_ends_in_a_traceback(run):
+    play(run, 0, 4)
+    data, draw = run.metrics_jsonl.read_bytes(), random.Random(3)
+    for _ in range(300):
+        flipped, bit = bytearray(data), draw.randrange(8 * len(data))
+        flipped[bit // 8] ^= 1 << bit % 8
+        run.metrics_jsonl.write_bytes(flipped)
+        MetricsWriter(run, step=4, epochs_done=1).close()
 
 
 # ----------------------------------------------------------------------------------------------------------- resume
