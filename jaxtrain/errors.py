@@ -56,7 +56,7 @@ class WorkdirError(JaxtrainError):
 
 
 class TakenOverError(WorkdirError):
-    """Another run has taken the work directory over: this one may write nothing more there."""
+    """Another run has taken the work directory over, or it is gone: this one may write nothing more there."""
 
 
 class NumericError(JaxtrainError):

@@ -68,23 +68,12 @@ class Checkpointer:
         """
         self.directory, self._keep, self._read_only = directory.absolute(), keep, read_only
         self._owner, self._still_owner, self._best_by = owner, still_owner, best_by
-        self._manager = self._make_manager()
+        logging.getLogger("absl").addFilter(_is_said_by_nobody_else)
+        self._manager = _manager(self.directory, create=not self._read_only)
         self._saving, self._last = 0, False  # the step of the last save, and whether none follows
         self._commit: threading.Thread | None = None
         self._failure: Exception | None = None  # of the last save; set by the thread that commits it
         self._failures = 0  # in a row
-
-    def _make_manager(self) -> ocp.CheckpointManager:
-        # Orbax deletes nothing: `manifest.delete_old` does, when the next checkpoint is verified.
-        options = ocp.CheckpointManagerOptions(create=not self._read_only)
-        opening = reading if self._read_only else writing
-        # One replica writes whole leaves. To split them among replicas, Orbax compiles a slice program for each leaf and
-        # device: 9 s in the loop at the first save of a small ResNet on 8 devices (measured).
-        arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
-        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-        handlers = {"state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)}
-        with opening(self.directory):
-            return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     # ---------------------------------------------------------------------------------------------------------- write
 
@@ -114,6 +103,7 @@ class Checkpointer:
           last: no other save follows, which could try again.
         """
         self._finish_commit()
+        self._still_owner()
         self._saving, self._last = step, last
         if _is_short_of(self.directory, _state_bytes(state)):
             self._failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -145,16 +135,9 @@ class Checkpointer:
             if jax.process_index() == 0:
                 folder = self.directory / str(step)
                 manifest.write_manifest(folder, self._still_owner, **fields)
-                self._delete_old()
+                _delete_old(self.directory, self._keep, self._best_by)
         except Exception as error:  # any error must reach the main thread
             self._failure = error
-
-    def _delete_old(self) -> None:
-        """What cannot be deleted stays until the next save: the new checkpoint is there all the same."""
-        try:
-            manifest.delete_old(self.directory, self._keep, self._best_by)
-        except (OSError, CheckpointError) as error:
-            log.warning("Old checkpoints in %s were not deleted (%s).", self.directory, error)
 
     def check(self) -> None:
         """Raises or warns if the last save has failed by now. It is cheap: call it after every step."""
@@ -180,10 +163,7 @@ class Checkpointer:
         self._failures += 1
         if isinstance(error, TakenOverError):
             raise error
-        reason = str(error).strip().splitlines()[0].rstrip(".") if str(error).strip() else type(error).__name__
-        if any(word in str(error) for word in ("No space left", "ENOSPC", "RESOURCE_EXHAUSTED")):
-            reason = os.strerror(errno.ENOSPC)
-        text = f"The checkpoint of step {self._saving} in {self.directory} was not written ({reason})"
+        text = f"The checkpoint of step {self._saving} in {self.directory} was not written ({_reason(error)})"
         if (alone and jax.process_count() > 1) or self._failures == FAILED_SAVES:
             raise WorkdirError(f"{text}; {self._failures} in a row." if self._failures > 1 else f"{text}.") from error
         if self._last:
@@ -198,7 +178,7 @@ class Checkpointer:
             self._manager.close()
         with contextlib.suppress(CheckpointError):  # the next start deletes it
             manifest.discard_unfinished(self.directory)
-        self._manager = self._make_manager()
+        self._manager = _manager(self.directory, create=not self._read_only)
 
     def wait(self) -> None:
         """Returns once the last save is on the disk, on every process."""
@@ -299,11 +279,7 @@ class Checkpointer:
             restored = self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"The checkpoint {self.directory / str(step)} cannot be read: {error}.") from error
-        if (found := int(restored["step"].addressable_data(0))) != step:
-            raise CheckpointError(
-                f"{self.directory / str(step)} does not hold step {step}: its manifest is of that step, and its state is that "
-                f"after step {found}; choose another checkpoint, or move this one away."
-            )
+        _require_step(self.directory / str(step), int(restored["step"].addressable_data(0)))
         return jax.tree.map(lambda new, old: new if is_everywhere(old) else view(new, old.sharding), restored, trees)
 
     def _stored_shapes(self, step: int) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -330,6 +306,51 @@ def check_space(directory: Path, state: TrainState) -> None:
         log.warning("%s: too little for two, and the old one is deleted only when the new one is complete.", text)
 
 
+def _manager(directory: Path, *, create: bool) -> ocp.CheckpointManager:
+    # Orbax deletes nothing: `manifest.delete_old` does, when the next checkpoint is verified.
+    options = ocp.CheckpointManagerOptions(create=create)
+    # One replica writes whole leaves. To split them among replicas, Orbax compiles a slice program for each leaf and
+    # device: 9 s in the loop at the first save of a small ResNet on 8 devices (measured).
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    handlers = {"state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)}
+    with writing(directory) if create else reading(directory):
+        return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+
+
+def _delete_old(directory: Path, keep: int, best_by: str) -> None:
+    """What cannot be deleted stays until the next save: the new checkpoint is there all the same."""
+    try:
+        manifest.delete_old(directory, keep, best_by)
+    except (OSError, CheckpointError) as error:
+        log.warning("Old checkpoints in %s were not deleted (%s).", directory, error)
+
+
+_OF_DISKS = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)))
+
+
+def _reason(error: Exception | None) -> str:
+    """Why a save has failed: the system's own words, where they are somewhere in what tensorstore says."""
+    text = str(error).strip() or type(error).__name__
+    if any(word in text for word in ("ENOSPC", "RESOURCE_EXHAUSTED")):
+        return os.strerror(errno.ENOSPC)
+    return next((words for words in _OF_DISKS if words in text), text.splitlines()[0].rstrip("."))
+
+
+def _require_step(folder: Path, found: int) -> None:
+    """Raises `CheckpointError` where the state is that after another step than its folder's and its manifest's."""
+    if str(found) != folder.name:
+        raise CheckpointError(
+            f"{folder} does not hold step {folder.name}: its manifest is of that step, and its state is that after step "
+            f"{found}; choose another checkpoint, or move this one away."
+        )
+
+
+def _is_said_by_nobody_else(record: logging.LogRecord) -> bool:
+    """A filter for absl's log, where Orbax writes the traceback of a failed save several times over: it is raised as well."""
+    return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
 def _no_other(directory: Path) -> str:
     """What is said of the last save of a run that fails."""
     steps = manifest.manifested_steps(directory)
@@ -339,7 +360,10 @@ def _no_other(directory: Path) -> str:
 
 def _is_short_of(directory: Path, needed: int) -> bool:
     """Whether the directory's disk has less room than `needed` bytes, as any process sees it."""
-    short = shutil.disk_usage(directory).free < needed
+    try:
+        short = shutil.disk_usage(directory).free < needed
+    except OSError:  # the save will say what is wrong there
+        short = False
     return "True" in coordination.allgather_str(
         coordination.unique_key("room for a checkpoint"), str(short), _SPACE_SECONDS
     )

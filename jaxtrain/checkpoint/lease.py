@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from jaxtrain.errors import TakenOverError, WorkdirError
-from jaxtrain.host.files import create, parse_json, writing
+from jaxtrain.host.files import create, parse_json, patiently, writing
 from jaxtrain.host.processes import start_ticks
 
 LOCK_FILE = "lock.json"
@@ -82,9 +82,14 @@ class Lease:
     def check(self) -> None:
         """Raises `TakenOverError` if another run has taken over the directory."""
         owner = _read(self._path)
-        if owner is None or owner.token != self.token:
+        if owner is None:
             raise TakenOverError(
-                f"Another run has taken {self._path.parent} over ({owner or 'the lock is gone'}) while this one stood still; "
+                f"The lock {self._path} is not there any more: the work directory was deleted or moved, or another run has "
+                "taken it over and has ended. This one stops, and writes nothing more there."
+            )
+        if owner.token != self.token:
+            raise TakenOverError(
+                f"Another run has taken {self._path.parent} over ({owner}) while this one stood still; "
                 "this one stops and writes nothing more there."
             )
 
@@ -201,7 +206,7 @@ def _take_over(path: Path, holder: Owner | None) -> None:
 
 def _read(path: Path) -> Owner | None:
     try:
-        owner = Owner(**parse_json(path.read_bytes()))
+        owner = Owner(**parse_json(patiently(path.read_bytes)))
     except (OSError, ValueError, TypeError):
         return None
     return owner if isinstance(owner.pid, int) else None

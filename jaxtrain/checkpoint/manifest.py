@@ -67,8 +67,11 @@ class Manifest:
 
 
 _FIGURE = (float, int, type(None))
+_POSITION = ("step", "examples", "epoch_loss", "epoch_correct", "epoch_examples")  # what every schema has
 _KINDS: dict[str, Any] = {
-    "step": int, "epoch": int, "milestone": bool, "val_accuracy": _FIGURE, "val_loss": _FIGURE, "val_top5": _FIGURE
+    "step": int, "epoch": int, "milestone": bool, "val_accuracy": _FIGURE, "val_loss": _FIGURE,
+    "val_top5": _FIGURE,
+    **{f"position.{name}": (int, float) for name in _POSITION},
 }  # fmt: skip
 
 
@@ -137,8 +140,9 @@ def read_manifest(folder: Path) -> Manifest:
         manifest = Manifest(**{**values, "files": files})
         _validation(manifest.position)
         position = manifest.position["step"]
-        if wrong := [name for name, kinds in _KINDS.items() if not isinstance(getattr(manifest, name), kinds)]:
-            raise TypeError(f"its {wrong[0]} is {getattr(manifest, wrong[0])!r}")
+        found = {**vars(manifest), **{f"position.{name}": manifest.position[name] for name in _POSITION}}
+        if wrong := [name for name, kinds in _KINDS.items() if not isinstance(found[name], kinds)]:
+            raise TypeError(f"its {wrong[0]} is {found[wrong[0]]!r}")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} is whole, but not as this version of jaxtrain writes it ({error}).") from None
     if {str(manifest.step), str(position)} != {folder.name}:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -131,7 +132,7 @@ def _start_at_path(path: Path, setting: str) -> CheckpointStep:
         return CheckpointStep(path.parent, step)
     if path.name in ("latest", "best") and (steps := manifested_steps(path.parent)):
         return CheckpointStep(path.parent, _named_step(path.parent, steps, path.name, "", setting))
-    if path.is_file():
+    if os.path.isfile(path):  # which raises nothing for a name that is too long
         raise ConfigError(
             f"{setting}={str(path)!r}: is a file, and a checkpoint of jaxtrain is a directory; those of other programs "
             "cannot be read."

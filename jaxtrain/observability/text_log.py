@@ -130,7 +130,8 @@ class _FileHandler(logging.Handler):
     def close(self) -> None:
         """Closes the file."""
         if self._descriptor >= 0:
-            os.close(self._descriptor)
+            with contextlib.suppress(OSError):  # as in `emit`
+                os.close(self._descriptor)
             self._descriptor = -1
         super().close()
 

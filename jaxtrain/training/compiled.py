@@ -17,6 +17,7 @@ from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.resume_point import ResumePoint
 from jaxtrain.errors import DeviceMemoryError
 from jaxtrain.host.files import closing
+from jaxtrain.host.limits import limits_named
 from jaxtrain.observability.text_log import FILE_ONLY, NOT_LIVE, to_screen
 from jaxtrain.parallel.audit import audit
 from jaxtrain.step.batch import RATES, Batch, EvalBatch
@@ -221,9 +222,10 @@ def compile_train_step(run: RunSpec, inputs: InputPipeline, state: TrainState, t
 
 @contextlib.contextmanager
 def explain_out_of_memory() -> Iterator[None]:
-    """Turns XLA's out-of-memory error into a `DeviceMemoryError` that says what helps."""
+    """Turns XLA's out-of-memory error into a `DeviceMemoryError` that says what helps; names the system's limits too."""
     try:
-        yield
+        with limits_named():
+            yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
             raise

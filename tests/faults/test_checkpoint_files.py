@@ -294,9 +294,16 @@ def test_a_folder_a_manifest_and_a_state_that_disagree_are_named(copy):
     folder = copy / "checkpoints"
     path = folder / "6" / "manifest.json"
     whole, position = path.read_text(), read_manifest(folder / "6").position
-    for changed in ({"step": 5}, {"position": {**position, "step": 5}}):
+    for changed, said in (
+        ({"step": 5}, "checkpoints/6 does not hold step 6: its manifest is of step 5"),
+        ({"position": {**position, "step": 5}}, "does not hold step 6: .* with the position of step 5"),
+        (
+            {"position": {**position, "examples": "many"}},
+            "not as this version of jaxtrain writes it .its position.examples",
+        ),
+    ):
         rewrite(folder / "6", **changed)
-        with pytest.raises(CheckpointError, match=r"checkpoints/6 does not hold step 6: its manifest is of step"):
+        with pytest.raises(CheckpointError, match=said):
             starts_at(copy)
         path.write_text(whole)
     (folder / "6").rename(folder / "9")
@@ -368,17 +375,19 @@ def test_whatever_a_run_directory_holds_the_answer_is_a_sentence(complete, tmp_p
             path.symlink_to("nowhere")
         else:
             path.write_text(kind)
-        commands = [["checkpoint", "verify"], ["goodput"], ["logs"], ["evaluate", "--trust"]]
+        commands = [["checkpoint", "verify"], ["goodput"], ["logs"]]
         if path.parent == copy:
             commands.append(["train"])
+        if path.suffix == ".json" and kind != "folder":
+            commands.append(["evaluate", "--trust"])
         for command in commands:
             words = [*command, str(copy)] if command != ["train"] else ["train", *runs.arguments(copy, SMALL | EVERY)]
             code = runs.command_line(words)
             said = capsys.readouterr().err
             assert code in (0, 64, 66, 73), f"{command} with {name} as {kind[:9]}: {said[-2000:]}"
-            assert code == 0 or [line[:10] for line in said.splitlines()].count("jaxtrain: ") == 1, said
+            assert code == 0 or said.splitlines()[-1].startswith("jaxtrain: "), said
             assert "Traceback" not in said
-            assert command != ["train"] or code == 73, f"{name} as {kind[:9]}"
+            assert command != ["train"] or code == 73 or name == "config.json", f"{name} as {kind[:9]}"
 
 
 def test_old_ones_are_deleted_but_never_the_best_a_milestone_or_the_only_one(copy):

@@ -161,7 +161,8 @@ def test_flush_syncs_the_rows_to_the_disk(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_ino), sync(descriptor)))
         records.flush()
-    assert run.metrics_jsonl.stat().st_ino in synced
+    sinks = [run.metrics_jsonl, *run.tensorboard.glob("*/events*")]
+    assert {path.stat().st_ino for path in sinks} == set(synced)
     records.close()
 
 
@@ -201,7 +202,7 @@ def test_a_damaged_line_in_the_middle_is_named(tmp_path, caplog):
 def test_no_flipped_bit_of_a_line_ends_in_a_traceback(run):
     play(run, 0, 4)
     data, draw = run.metrics_jsonl.read_bytes(), random.Random(3)
-    for _ in range(300):
+    for _ in range(100):
         flipped, bit = bytearray(data), draw.randrange(8 * len(data))
         flipped[bit // 8] ^= 1 << bit % 8
         run.metrics_jsonl.write_bytes(flipped)
@@ -366,6 +367,37 @@ def test_tensorboards_own_reader_sees_each_step_once(run):
     assert seen.Scalars("loss")[8].value == np.float32(1 / 9)
     seen = EventAccumulator(str(run.tensorboard / "val")).Reload()
     assert [event.step for event in seen.Scalars("loss")] == [4, 8]
+
+
+def shown(run, phase):
+    """{step: loss} as TensorBoard's own reader sees them."""
+    seen = EventAccumulator(str(run.tensorboard / phase)).Reload()
+    return [(e.step, np.float32(e.value)) for e in seen.Scalars("loss")] if "loss" in seen.Tags()["scalars"] else []
+
+
+def test_what_tensorboard_shows_equals_metrics_jsonl_after_any_kill(run):
+    """A kill is a writer that is never closed: what it had not given to the system is gone."""
+    killed = []
+    for start, last in ((0, 3), (0, 6), (4, 9), (8, 8), (8, 12)):
+        records = MetricsWriter(run, step=start, epochs_done=start // STEPS_AN_EPOCH)
+        killed.append(records)
+        if start == 4:  # a validation that the start before was stopped in
+            records.epoch(0, "val", 0.5, 0.25, 1000.0, step=4)
+        for step in range(start + 1, last + 1):
+            records.train_step({"step": step, "epoch": 0, "loss": 1 / step})
+            if step % STEPS_AN_EPOCH == 0:
+                records.epoch(0, "val", 3 / step, 0.25, 1000.0, step=step)
+        if last in (8, 12):  # the run is made longer afterwards
+            records.epoch(0, "test", 1 / last, 0.25, 1000.0, step=last)
+        for phase in ("train", "val", "test"):
+            rows = [(row["step"], np.float32(row["loss"])) for row in json_rows(run) if row["phase"] == phase]
+            assert sorted(shown(run, phase)) == sorted(rows), (start, phase)
+    for again in range(2):  # a complete run started again tests again
+        records = MetricsWriter(run, step=12, epochs_done=3)
+        records.epoch(0, "test", 0.5 + again, 0.25, 1000.0, step=12)
+        killed.append(records)
+        assert shown(run, "test")[-1] == (12, np.float32(0.5 + again))
+        assert [step for step, _ in shown(run, "test")].count(12) == 1
 
 
 def test_tensorboards_own_reader_sees_the_config(run):
