@@ -15,7 +15,19 @@ from typing import Any
 import jax
 
 from benchmarks.common import ROOT, machine, set_flags
-from benchmarks.cpu import calls, checkpoints, faults, inputs, overhead, peers, pipeline, scale, startup, steps
+from benchmarks.cpu import (
+    calls,
+    checkpoints,
+    collectives,
+    faults,
+    inputs,
+    overhead,
+    peers,
+    pipeline,
+    scale,
+    startup,
+    steps,
+)
 
 BENCHMARKS: dict[str, Callable[[], Any]] = {
     "steps": steps.per_model,
@@ -32,6 +44,7 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "dispatch": pipeline.dispatch,
     "efficiency": pipeline.efficiency,
     "scale": scale.measure,
+    "collectives": collectives.measure,
 }
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
@@ -142,6 +155,9 @@ def _rows(measured: dict[str, Any]) -> list[str]:
         for row in scaled["steps"]:
             name = f"two processes, {row['name']}, batch {row['batch']}"
             lines.append(_row(f"{name}: predicted {1e3 * row['predicted']:.1f} ms", row["measured"], 1e3, "ms"))
+    if "collectives" in measured:
+        what = "Collectives (gloo), measured -> predicted by the cost model, and the error of that:"
+        lines += ["", what, "", collectives.table(measured["collectives"])]
     return lines
 
 

@@ -3,6 +3,7 @@
     python -m jaxtrain.main --config configs/swin_tiny_cifar10.py
     python -m jaxtrain.main --config configs/swin_tiny_cifar10.py:tensor2 --simulate-devices 8 --config.train.steps=20
     python -m jaxtrain.main --config configs/swin_tiny_cifar10.py:long     # 600 epochs
+    python -m jaxtrain.main --config configs/swin_tiny_cifar10.py:224      # 224 px: resized to 256, cropped to 224
 
 Regularized as in Liu 2021: RandAugment, random erasing, mixup 0.8, cutmix 1.0, label smoothing 0.1, drop-path 0.2.
 `long` was not run at full length yet. A Swin-T from scratch needs it: openmixup's, with this regularization on CIFAR-100
@@ -30,9 +31,22 @@ def get_config(arg=""):
         ),
         train=TrainConfig(epochs=200),
     )
-    return recipe(config, arg, {"long": long})
+    return recipe(config, arg, {"long": long, "224": large})
 
 
 def long(config):
     """600 epochs, a warm-up of 20, the average of the weights."""
     return change(config, **{"train.epochs": 600, "optim.warmup": "20 epochs", "optim.ema": 0.9999})
+
+
+def large(config):
+    """224 px: resized to 256, cropped to 224 (patch 4, window 7, as published); the mean and deviation of ImageNet."""
+    return change(
+        config,
+        **{
+            "data.image_size": 224,
+            "data.augmentation": "resize_crop",
+            "data.mean": (0.485, 0.456, 0.406),
+            "data.std": (0.229, 0.224, 0.225),
+        },
+    )

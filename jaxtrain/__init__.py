@@ -1,9 +1,9 @@
 """jaxtrain: a data- and model-parallel trainer for vision models in JAX and Flax.
 
-    from jaxtrain import load_config, train, evaluate
+    from jaxtrain import load_config, train, evaluate, plan
     result = train(load_config("configs/quickstart.py"), workdir="runs/digits")
 
-The three are imported when they are first used, so that `jaxtrain.config` and the command line's checks need no JAX.
+They are imported when they are first used, so that `jaxtrain.config` and the command line's checks need no JAX.
 """
 
 import importlib  # nothing else: `python -m jaxtrain` has the current directory first in its path, see `host.search_path`
@@ -12,14 +12,16 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from jaxtrain.recipes import load_config
     from jaxtrain.training.evaluate import evaluate
+    from jaxtrain.training.plan.search import plan
     from jaxtrain.training.session import train
 
-__all__ = ["__version__", "evaluate", "load_config", "train"]
+__all__ = ["__version__", "evaluate", "load_config", "plan", "train"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "evaluate": "jaxtrain.training.evaluate",
     "load_config": "jaxtrain.recipes",
+    "plan": "jaxtrain.training.plan.search",
     "train": "jaxtrain.training.session",
 }
 

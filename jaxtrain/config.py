@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ast
 import dataclasses
-import difflib
 import functools
 import inspect
 import itertools
@@ -25,6 +24,7 @@ from typing import Annotated, Any
 from jaxtrain.durations import Duration
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.paths import require_local
+from jaxtrain.host.text import did_you_mean
 
 AUGMENTATIONS = ("none", "light", "heavy", "resize_crop")
 RESIDENCIES = ("auto", "device", "stream")
@@ -106,23 +106,6 @@ def _rising_shares(values: tuple) -> bool:
 
 def _rising_numbers(values: tuple) -> bool:
     return all(isinstance(v, int) for v in values) and list(values) == sorted(set(values))
-
-
-def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
-    """' Did you mean X?' when a known word is close to `word`, else ''.
-
-    Args:
-      word: what was written.
-      known: the words that exist.
-      prefix: is put before X.
-    """
-    close = nearest(word, known)
-    return f" Did you mean {prefix + close!r}?" if close else ""
-
-
-def nearest(word: str, known: Iterable[str]) -> str:
-    """The known word that is closest to `word`; "" where none is close."""
-    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)), "")
 
 
 def without_effect(section: str, values: _Section, fields: Iterable[str], why: str) -> list[str]:
@@ -526,6 +509,15 @@ class TrainConfig(_Section):
     the results of matrix products and convolutions. `full`: all but each layer's input."""
 
 
+STRATEGIES = ("manual", "auto")
+CHOSEN_FIELDS = ("data", "replica", "tensor", "zero", "microbatches", "stages", "schedule", "chunks", "remat")
+"""What `layout.strategy=auto` chooses: fields of `layout`, and `train.remat`."""
+
+
+def _are_chosen_fields(value: Any) -> bool:
+    return isinstance(value, tuple) and all(name in CHOSEN_FIELDS for name in value)
+
+
 @dataclasses.dataclass(frozen=True)
 class LayoutConfig(_Section):
     """Where every leaf of the state lives. It changes no number of the run (docs/architecture.md)."""
@@ -578,6 +570,19 @@ class LayoutConfig(_Section):
     """Which devices a stage has. `spread`: a part of every process's devices where that is possible, so that activations stay
     in their process. `hosts`: neighbouring devices, so that where possible a stage has processes of its own, and only
     activations pass between them."""
+
+    strategy: Annotated[str, _one_of(STRATEGIES)] = "manual"
+    """Who chooses the layout. `manual`: it is what these fields say. `auto`: a new run chooses `data`, `replica`, `tensor`,
+    `zero`, `microbatches`, `stages`, `schedule`, `chunks` and `train.remat` for its devices, as `jaxtrain plan` does
+    (docs/planning.md). A field that you set stays. The choice is stored, and kept while the devices stay the same."""
+
+    keep: Annotated[tuple, _must_be(f"names among {', '.join(CHOSEN_FIELDS)}", _are_chosen_fields)] = ()
+    """Fields that `strategy=auto` keeps though they have their default, such as ('zero', 'remat'). The command line puts
+    those there that a flag or a file sets; from Python they are named here."""
+
+    memory_limit: Annotated[float, _between(0, 1e6)] = 0.0
+    """GiB of a device that `strategy=auto` and `jaxtrain plan` may use. 0 is what JAX takes of a GPU, and on a CPU the memory
+    of the host, divided by its devices."""
 
     trace_step: Annotated[int, _at_least(0)] = 0
     """The step of a start, from 1, whose operations are timed for `jaxtrain layout --schedule-plot SVG --trace RUN`. It waits

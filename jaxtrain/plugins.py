@@ -13,9 +13,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.config import did_you_mean
 from jaxtrain.errors import REPORT_THIS, ConfigError
 from jaxtrain.host.search_path import add_working_directory
+from jaxtrain.host.text import did_you_mean
 
 OWN_CODE = ("model.name", "data.name", "data.augmentation", "optim.name", "optim.loss")
 """The fields that may name code."""

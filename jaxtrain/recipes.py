@@ -19,10 +19,11 @@ import ml_collections
 from absl import flags
 from ml_collections import config_flags
 
-from jaxtrain.config import SECTIONS, Config, did_you_mean, flat_keys, flatten, from_dict, nested_dicts, to_dict
+from jaxtrain.config import CHOSEN_FIELDS, SECTIONS, Config, flat_keys, flatten, from_dict, nested_dicts, to_dict
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.paths import require_local
 from jaxtrain.host.search_path import Importable
+from jaxtrain.host.text import did_you_mean
 
 # Every recipe takes these arguments. They change only where arrays live, never a number of the run.
 LAYOUTS: Mapping[str, Mapping[str, int]] = MappingProxyType(
@@ -153,7 +154,16 @@ def resolve(spec: str, overrides: Iterable[tuple[str, str]] = (), settings: Iter
         else "default"
         for key in final
     }  # fmt: skip
-    return Resolved(config, origins, file.stem)
+    return Resolved(_keeping(config, origins), origins, file.stem)
+
+
+def _keeping(config: Config, origins: Mapping[str, str]) -> Config:
+    """`config` with `layout.keep` naming what a flag, a file or an argument of the recipe has set, also to its default."""
+    if config.layout.strategy != "auto":
+        return config
+    names = {"train.remat" if name == "remat" else f"layout.{name}": name for name in CHOSEN_FIELDS}
+    given = [name for key, name in names.items() if origins[key] in ("flag", "file", "argument")]
+    return change(config, **{"layout.keep": tuple(dict.fromkeys([*config.layout.keep, *given]))})
 
 
 def packaged_recipes() -> dict[str, Path]:

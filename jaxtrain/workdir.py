@@ -56,6 +56,11 @@ class Workdir:
         return self.path / "bad_batches.jsonl"
 
     @property
+    def plan(self) -> Path:
+        """The layout that `layout.strategy=auto` chose, with its plan."""
+        return self.path / "plan.json"
+
+    @property
     def manifest(self) -> Path:
         """What each start ran on."""
         return self.path / "manifest.json"

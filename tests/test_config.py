@@ -130,6 +130,9 @@ BAD = [
     (LayoutConfig, "boundaries", (3, 2), "whole numbers, each larger than the one before"),
     (LayoutConfig, "balance", "flops", "one of cost, memory, time"),
     (LayoutConfig, "stage_placement", "host", "one of spread, hosts. Did you mean 'hosts'?"),
+    (LayoutConfig, "strategy", "automatic", "one of manual, auto"),
+    (LayoutConfig, "keep", ("zero", "zer"), "names among data, replica, tensor"),
+    (LayoutConfig, "memory_limit", -1.0, "at least 0"),
     (LayoutConfig, "trace_step", -1, "at least 0"),
     (LayoutConfig, "rules", ("kernel", ("tensor",)), "rules='kernel': must be a pair"),
     (LayoutConfig, "rules", (("kernel",),), "a pair"),
@@ -205,7 +208,7 @@ def test_every_field_has_a_meaning():
 
 def test_every_choice_of_a_field_is_explained_in_its_meaning():
     choices = {key: info for key, info in c.explain().items() if info.allowed.startswith("one of ")}
-    assert len(choices) == 12
+    assert len(choices) == 13
     for key, info in choices.items():
         named = info.allowed.removeprefix("one of ").replace("or your own ", "").split(", ")
         unexplained = [name for name in named if f"`{name}`" not in info.meaning]

@@ -20,7 +20,7 @@ CONFIGS = Path(__file__).parents[1] / "configs"
 OWN = {
     "resnet18_cifar10": ("short", "tuned"),
     "resnet50_cifar100": ("single", "multi", "production", "tuned"),
-    "swin_tiny_cifar10": ("long",),
+    "swin_tiny_cifar10": ("224", "long"),
     "vgg19_cifar10": ("224",),
 }
 
@@ -87,6 +87,10 @@ NUMBERS = {
         "model.window": 0, "optim.name": "adamw",
     },
     "swin_tiny_cifar10:long": {"train.epochs": 600, "optim.warmup": "20 epochs", "optim.ema": 0.9999},
+    "swin_tiny_cifar10:224": {
+        "data.image_size": 224, "data.augmentation": "resize_crop", "data.global_batch": 128, "model.name": "swin_tiny",
+        "train.epochs": 200,
+    },
     "transformer_pipeline_zero": {
         "data.global_batch": 4 * 32, "model.name": "swin_tiny", "layout.stages": 2, "layout.zero": 2,
     },

@@ -4,7 +4,10 @@ import math
 
 import pytest
 
+from benchmarks.cpu import collectives
 from benchmarks.cpu import scale_model as model
+from jaxtrain.host.links import Link
+from jaxtrain.parallel.collective_cost import collective_seconds
 
 FREE, SLOW = model.Link(0.0, math.inf), model.Link(1e-3, 1e6)
 MACHINE = model.Machine(8, model.Link(5e-6, 4e11), model.Link(1e-5, 4e10))
@@ -23,6 +26,14 @@ def test_a_ring_moves_twice_all_but_its_own_part(devices):
     assert model.ring(1e9, devices, link) == pytest.approx(2 * (devices - 1) / devices)
     assert model.traffic(1e9, devices, 1) / 1e9 == pytest.approx(model.ring(1e9, devices, link))
     assert model.traffic(1e9, devices, 3) == pytest.approx(1.5 * model.traffic(1e9, devices, 0))
+
+
+@pytest.mark.parametrize("kind", collectives.KINDS)
+def test_a_link_is_found_again_in_its_own_times(kind):
+    link = Link("fitted", 1e9, 1e-3)
+    times = {size: collective_seconds(kind, size, 4, 1, link, link) for size in collectives.FITTED}
+    found = collectives.fit(kind, 4, times)
+    assert (found.bandwidth, found.latency) == pytest.approx((link.bandwidth, link.latency))
 
 
 def test_small_messages_take_a_tree_and_large_ones_a_ring():

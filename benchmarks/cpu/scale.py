@@ -25,11 +25,12 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from benchmarks.common import Spread, block_seconds, settings, start, synthetic
-from benchmarks.cpu import scale_model
+from benchmarks.cpu import collectives, scale_model
 from benchmarks.cpu.pipeline import apart, free_port
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig
 from jaxtrain.distributed.cluster import ProcessInfo
 from jaxtrain.distributed.initialize import initialize, set_threads
+from jaxtrain.parallel.collective_cost import collective_seconds
 
 SIZES = tuple(1 << power for power in range(10, 27, 2))  # bytes of an all-reduce: 1 KiB to 64 MiB
 # name: (model, global batch)
@@ -47,7 +48,7 @@ def measure() -> dict[str, Any]:
     """reduces: seconds by size. latency, bandwidth: fitted to them. steps: measured and predicted, for each of MODELS."""
     port = free_port()
     reduces = apart((_reduces, 0, port), (_reduces, 1, port))[0]
-    link = fit(reduces)
+    link = collectives.fit("all-reduce", 2, reduces)
     rows = []
     for name, (model, batch) in MODELS.items():
         half = dataclasses.replace(model, bn_groups=1)
@@ -56,7 +57,7 @@ def measure() -> dict[str, Any]:
         port = free_port()
         both = apart((_step, model, batch, 0, port), (_step, model, batch, 1, port))[0]
         compute = statistics.mean(statistics.median(half["seconds"]) for half in halves)
-        communication = sum(scale_model.ring(size, 2, link) for size in both["reduces"])
+        communication = sum(collective_seconds("all-reduce", size, 2, 1, link, link) for size in both["reduces"])
         spread = Spread.of(both["seconds"])
         rows.append(
             {
@@ -78,14 +79,6 @@ def measure() -> dict[str, Any]:
         "bandwidth": link.bandwidth,
         "steps": rows,
     }
-
-
-def fit(seconds: dict[int, float]) -> scale_model.Link:
-    """The link between two devices whose ring (2 latency + size / bandwidth) is nearest, in relative terms."""
-    sizes, times = (np.array(list(each), float) for each in (seconds.keys(), seconds.values()))
-    columns = np.stack([2 / times, sizes / times], 1)
-    (latency, per_byte), *_ = np.linalg.lstsq(columns, np.ones(len(times)), rcond=None)
-    return scale_model.Link(max(float(latency), 0.0), 1 / float(per_byte))
 
 
 def _alone_on(core: int, port: int) -> None:

@@ -31,6 +31,7 @@ from jaxtrain.cli import (
     launch,
     layout,
     logs,
+    plan,
     train,
 )  # fmt: skip
 from jaxtrain.distributed.exit_report import ExitReport
@@ -42,10 +43,10 @@ from jaxtrain.recipes import split_override
 
 COMMANDS = {
     "train": train, "launch": launch, "evaluate": evaluate, "checkpoint": checkpoint, "data": data, "config": config,
-    "layout": layout, "compile": compile, "logs": logs, "goodput": goodput, "demo": demo, "doctor": doctor,
+    "layout": layout, "compile": compile, "plan": plan, "logs": logs, "goodput": goodput, "demo": demo, "doctor": doctor,
 }  # fmt: skip
 
-_WITH_CONFIG = ("train", "layout", "compile", "config")
+_WITH_CONFIG = ("train", "layout", "compile", "plan", "config")
 
 
 class _Parser(argparse.ArgumentParser):

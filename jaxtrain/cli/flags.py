@@ -13,9 +13,10 @@ from typing import Any
 
 import yaml
 
-from jaxtrain.config import SECTIONS, did_you_mean, flat_keys, nearest
+from jaxtrain.config import SECTIONS, flat_keys
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.paths import require_local
+from jaxtrain.host.text import did_you_mean, nearest
 from jaxtrain.recipes import unknown_field
 
 

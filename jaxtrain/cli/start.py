@@ -24,7 +24,7 @@ from jaxtrain.host import xla_flags
 from jaxtrain.host.gpus import device_files, driver_missing
 from jaxtrain.host.native import cuda_messages_dropped
 from jaxtrain.host.search_path import add_working_directory
-from jaxtrain.host.targets import GPUS, parse_target
+from jaxtrain.host.targets import GPUS, Target, parse_target
 from jaxtrain.host.text import note, printable
 from jaxtrain.observability.progress import Progress
 from jaxtrain.observability.text_log import make_console
@@ -171,14 +171,31 @@ def planned_devices(arguments: argparse.Namespace) -> list[Any]:
         from jaxtrain.training.setup import select_devices  # noqa: PLC0415
 
         return select_devices(arguments.devices)
-    for option in ("devices", "simulate_devices"):
-        if getattr(arguments, option):
-            raise ConfigError(f"--target has its own devices; leave out --{option.replace('_', '-')}.")
-    target = parse_target(arguments.target)
+    target = _target(arguments)
     without_devices()
     from jaxtrain.parallel.topology import target_devices  # noqa: PLC0415
 
     return target_devices(target)
+
+
+def planned_target(arguments: argparse.Namespace) -> Target:
+    """The target of --target, or this machine's devices as one."""
+    if arguments.target:
+        target = _target(arguments)
+        without_devices()
+        return target
+    devices = planned_devices(arguments)
+    from jaxtrain.training.plan.problem import target_of  # noqa: PLC0415
+
+    return target_of(devices)
+
+
+def _target(arguments: argparse.Namespace) -> Target:
+    """That of --target. Raises `ConfigError` where devices of this machine are chosen too."""
+    for option in ("devices", "simulate_devices"):
+        if getattr(arguments, option):
+            raise ConfigError(f"--target has its own devices; leave out --{option.replace('_', '-')}.")
+    return parse_target(arguments.target)
 
 
 def start_backend() -> None:

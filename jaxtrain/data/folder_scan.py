@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 
-from jaxtrain.config import did_you_mean
 from jaxtrain.data import images
 from jaxtrain.errors import ConfigError, DataError
+from jaxtrain.host.text import did_you_mean
 
 # Folder's name -> the split that it holds.
 SPLIT_FOLDERS = {

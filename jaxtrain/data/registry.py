@@ -10,7 +10,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from jaxtrain.config import DataConfig, did_you_mean
+from jaxtrain.config import DataConfig
 from jaxtrain.data import base, cifar, tfds_specs
 from jaxtrain.data.base import Dataset, Source
 from jaxtrain.data.digits import Digits
@@ -19,6 +19,7 @@ from jaxtrain.data.plugin import Plugin
 from jaxtrain.data.spec import DatasetSpec, Progress, data_dir
 from jaxtrain.data.synthetic import Synthetic
 from jaxtrain.errors import ConfigError, DataError
+from jaxtrain.host.text import did_you_mean
 from jaxtrain.plugins import is_factory
 
 _SPECS: dict[str, type[DatasetSpec]] = {

@@ -31,11 +31,10 @@ from tensorflow_datasets.core import constants, utils
 from tensorflow_datasets.core.download import checksums
 from tensorflow_datasets.proto import tf_example_pb2
 
-from jaxtrain.config import did_you_mean
 from jaxtrain.data import base, cifar, images
 from jaxtrain.errors import ConfigError, DataError
 from jaxtrain.host.files import create, no_link
-from jaxtrain.host.text import printable
+from jaxtrain.host.text import did_you_mean, printable
 
 _MANIFEST = "jaxtrain.json"
 _PROTOS: Any = tf_example_pb2  # its classes are made when it is loaded

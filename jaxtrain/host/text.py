@@ -1,10 +1,12 @@
-"""Text from outside, made safe for a terminal or a log."""
+"""Text from outside: made safe for a terminal or a log, or likened to the words that exist."""
 
 from __future__ import annotations
 
+import difflib
 import logging
 import sys
 import unicodedata
+from collections.abc import Iterable
 
 # Unicode's categories of characters that show nothing: control, surrogate, line and paragraph separator, format.
 _UNSHOWN = ("Cc", "Cs", "Zl", "Zp", "Cf")
@@ -43,3 +45,20 @@ def escape_message(record: logging.LogRecord) -> bool:
 def indented(text: str) -> str:
     """`printable` lines, all but the first indented: none can look like the beginning of another entry of a log."""
     return printable(text, lines=True).replace("\n", f"\n{INDENT}")
+
+
+def did_you_mean(word: str, known: Iterable[str], prefix: str = "") -> str:
+    """' Did you mean X?' when a known word is close to `word`, else ''.
+
+    Args:
+      word: what was written.
+      known: the words that exist.
+      prefix: is put before X.
+    """
+    close = nearest(word, known)
+    return f" Did you mean {prefix + close!r}?" if close else ""
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """The known word that is closest to `word`; "" where none is close."""
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.75)), "")

@@ -7,8 +7,9 @@ from typing import Any
 
 from jax.typing import DTypeLike
 
-from jaxtrain.config import ModelConfig, did_you_mean
+from jaxtrain.config import ModelConfig
 from jaxtrain.errors import ConfigError
+from jaxtrain.host.text import did_you_mean
 from jaxtrain.models import convnet, mlp, resnet, settings, swin, vgg
 from jaxtrain.models.classifier import Classifier
 from jaxtrain.plugins import load_dotted

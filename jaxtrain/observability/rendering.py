@@ -172,6 +172,10 @@ class Activity:
     ends_without: str = ""
     """What `ends` leaves out."""
 
+    def say(self, what: str) -> None:
+        """From now on it is doing this."""
+        self.what = what
+
 
 def live_line(activity: Activity, width: int, now: float, *, ascii_only: bool = False) -> Text:
     """The line that is drawn again and again, in fewer than `width` columns.

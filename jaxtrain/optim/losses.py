@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from jaxtrain.config import did_you_mean
 from jaxtrain.errors import ConfigError
+from jaxtrain.host.text import did_you_mean
 from jaxtrain.plugins import load_callable
 from jaxtrain.precision import at_least_f32
 

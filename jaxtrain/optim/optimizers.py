@@ -11,8 +11,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from jaxtrain.config import OptimConfig, did_you_mean, without_effect
+from jaxtrain.config import OptimConfig, without_effect
 from jaxtrain.errors import ConfigError
+from jaxtrain.host.text import did_you_mean
 from jaxtrain.optim.muon import Mask, muon
 from jaxtrain.optim.updates import global_norm
 from jaxtrain.plugins import load_callable

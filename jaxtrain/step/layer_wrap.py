@@ -45,9 +45,14 @@ def layer_wrapper(
                 layer_params = jax.lax.with_sharding_constraint(layer_params, shardings)
             return function(layer_params, *args)
 
-        return jax.checkpoint(call, policy=_REMAT_POLICIES[remat])
+        return rematerialized(call, remat)
 
     return wrap
+
+
+def rematerialized(function: Callable[..., Any], remat: str) -> Callable[..., Any]:
+    """`function`, whose forward pass stores what `train.remat` says."""
+    return jax.checkpoint(function, policy=_REMAT_POLICIES[remat])
 
 
 def _all_but_gathered(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -221,17 +221,21 @@ def compile_train_step(run: RunSpec, inputs: InputPipeline, state: TrainState, t
 
 
 @contextlib.contextmanager
-def explain_out_of_memory() -> Iterator[None]:
-    """Turns XLA's out-of-memory error into a `DeviceMemoryError` that says what helps; names the system's limits too."""
+def explain_out_of_memory(remedies: Callable[[], list[str]]) -> Iterator[None]:
+    """Turns XLA's out-of-memory error into a `DeviceMemoryError` that says what helps; names the system's limits too.
+
+    remedies: gives flags, the best first.
+    """
     try:
         with limits_named():
             yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
             raise
+        found = remedies()
+        what = f"These need less memory, the fastest first (modelled): {'; or '.join(found)}. " if found else ""
         raise DeviceMemoryError(
-            "The run does not fit the devices' memory. In this order: raise config.layout.microbatches, use "
-            "config.train.remat=dots or full, raise config.layout.zero, split the model with config.layout.stages, use more "
-            "devices, or lower config.data.global_batch. "
+            f"The run does not fit the devices' memory. {what}`jaxtrain plan` shows what each layout needs, and "
+            "--config.layout.strategy=auto chooses one. Else use more devices, or lower config.data.global_batch. "
             f"XLA said: {str(error).splitlines()[0]}"
         ) from error

@@ -19,14 +19,15 @@ from jaxtrain.errors import CompilerRefusalError
 from jaxtrain.host.targets import Target
 from jaxtrain.parallel.audit import AuditError, audit_programs
 from jaxtrain.parallel.gpu_program import Collective, GpuProgram, Kernel, read_program
-from jaxtrain.parallel.layout import bytes_per_device
+from jaxtrain.parallel.layout import Placement, bytes_by_stage, bytes_per_device
 from jaxtrain.parallel.topology import lowering_for, target_devices
 from jaxtrain.step.batch import Resident
 from jaxtrain.step.eval_step import make_eval_step
+from jaxtrain.step.pipeline import schedule as schedules
 from jaxtrain.step.pipeline.eval_step import make_pipeline_eval_step
 from jaxtrain.step.train_state import state_shapes
 from jaxtrain.training.compiled import compile_train_step
-from jaxtrain.training.input_pipeline import RESIDENT_SHARE, InputPipeline, is_resident
+from jaxtrain.training.input_pipeline import RESIDENT_BYTES, RESIDENT_SHARE, InputPipeline, is_resident
 from jaxtrain.training.jax_settings import no_compile_cache, settings
 from jaxtrain.training.remedies import remedies
 from jaxtrain.training.setup import RunSpec, make_run_spec, resolve_for_machine
@@ -51,7 +52,8 @@ def compile_report(
       Plain values: `target`, `devices`, `mesh`, `precision`, `data`, `parameters`, `state_bytes` (per device, at rest),
       `programs` (by name: `kernels`, `small_kernels`, `gigabytes`, `argument_bytes`, `output_bytes`, `donated_bytes`,
       `temporary_bytes`, `peak_bytes`, `kinds`, `dearest`, `collectives`, `f32_products`, `host_callbacks`), `peak_bytes` (the
-      largest program's, a lower bound), `reserve_bytes`, `memory_bytes` (a GPU's), `usable_bytes` (what JAX takes of them),
+      largest program's, a lower bound), `stage_peak_bytes` (with pipeline stages, what the programs of one keep together),
+      `reserve_bytes`, `memory_bytes` (a GPU's), `usable_bytes` (what JAX takes of them),
       `fits` (as far as the programs show), `remedies` (flags, where it does not), `audit` (`passed`, `error`, `notes`).
 
     Raises:
@@ -67,9 +69,7 @@ def compile_report(
         table = layout_table(run.layout, state_shapes(run.init, run.layout))
         programs, verdict = _compile(run, inputs, table, evaluation=evaluation)
     if hlo is not None:
-        hlo.mkdir(parents=True, exist_ok=True)
-        for name, program in programs.items():
-            (hlo / f"{name.replace(': ', '_').replace(' ', '_')}.txt").write_text(program.as_text() or "")
+        _write_texts(hlo, programs)
     described = {name: describe_program(program, run) for name, program in programs.items()}
     peak = max(program["peak_bytes"] for program in described.values())
     resting = sum(bytes_per_device(table[name]) for name in ("params", "batch_stats", "opt_state", "ema"))
@@ -87,6 +87,7 @@ def compile_report(
         "state_bytes": resting,
         "programs": described,
         "peak_bytes": peak,
+        "stage_peak_bytes": _stage_peak(run, table, described),
         "reserve_bytes": RESERVE,
         "memory_bytes": target.memory,
         "usable_bytes": usable,
@@ -97,6 +98,12 @@ def compile_report(
     }
 
 
+def _write_texts(folder: Path, programs: Mapping[str, Any]) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, program in programs.items():
+        (folder / f"{name.replace(': ', '_').replace(' ', '_')}.txt").write_text(program.as_text() or "")
+
+
 def usable_memory(total: int) -> int:
     """What JAX takes of a GPU's `total` bytes: 75 %, or $XLA_PYTHON_CLIENT_MEM_FRACTION of it."""
     return int(total * float(os.environ.get("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.75")))
@@ -104,7 +111,8 @@ def usable_memory(total: int) -> int:
 
 def _input_shapes(run: RunSpec, target: Target) -> InputPipeline:
     """The run's batches as shapes: on the devices or streamed, as the run would decide with the target's memory."""
-    if not is_resident(run.dataset, run.config.data.residency, usable_memory(target.memory) * RESIDENT_SHARE):
+    limit = RESIDENT_BYTES if target.platform == "cpu" else usable_memory(target.memory) * RESIDENT_SHARE
+    if not is_resident(run.dataset, run.config.data.residency, limit):
         return InputPipeline(run.dataset, run.layout, Resident(), {}, 0)
     splits = {name: getattr(run.dataset, name) for name in ("train", "validation", "test")}
     count = sum(len(source) for source in splits.values())
@@ -132,6 +140,28 @@ def _refusal(error: Exception) -> CompilerRefusalError:
     name = re.search(r'op_name="([^"]+)"', text)
     said = text.partition(", metadata=")[0][:300].rstrip(".")
     return CompilerRefusalError(f"XLA does not compile {name[1] if name else 'this run'}: {said}.")
+
+
+def _stage_peak(run: RunSpec, table: Mapping[str, list[Placement]], programs: Mapping[str, Any]) -> int:
+    """Bytes of the stage that needs most: its state, what waits for the backward passes, a program's temporaries; or 0.
+
+    What waits are the results of its forward programs, of as many microbatches as the schedule has in flight.
+    """
+    layout = run.layout
+    if layout.stages == 1:
+        return 0
+    config = layout.config
+    schedule = schedules.make_pipeline_schedule(config.schedule, config.stages, config.microbatches, config.chunks)
+    trees = [bytes_by_stage(leaves, layout.stages) for leaves in table.values()]
+    peaks = []
+    for stage, waiting in enumerate(schedules.in_flight(schedule)):
+        chunks = [f"chunk {k}: " for k in range(schedule.model_chunks) if schedule.stage_of(k) == stage]
+        mine = {name: each for name, each in programs.items() if name.startswith((*chunks, f"stage {stage}: "))}
+        prepared = sum(each["output_bytes"] for name, each in mine.items() if name.endswith("prepare"))
+        forward = max((each["output_bytes"] for name, each in mine.items() if name.endswith("forward")), default=0)
+        temporary = max((each["temporary_bytes"] for each in mine.values()), default=0)
+        peaks.append(sum(tree[stage] for tree in trees) + prepared + waiting * forward + temporary)
+    return max(peaks)
 
 
 def _compile_evaluation(run: RunSpec, inputs: InputPipeline, state: Any) -> Mapping[str, Any]:

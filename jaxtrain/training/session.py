@@ -38,6 +38,7 @@ from jaxtrain.precision import require_hardware
 from jaxtrain.training.compiled import compile_run, explain_out_of_memory
 from jaxtrain.training.jax_settings import compile_cache_note, no_implicit_transfers, settings
 from jaxtrain.training.loop import Host, TrainLoop
+from jaxtrain.training.plan.auto import choose_layout, memory_remedies
 from jaxtrain.training.recovery import RollBack
 from jaxtrain.training.results import TrainResult
 from jaxtrain.training.setup import (
@@ -93,6 +94,8 @@ def train(
         first = jax.process_index() == 0
         times = TimesFile(directory.starts, clock, lambda: watchdog.beat().step) if first else NullTimes()
         stack.enter_context(contextlib.closing(times))
+        host = Host(directory, interrupt, watchdog, clock, progress, lease, times)
+        config = _choose_layout(config, host, devices)
         resolve = functools.partial(resolve_for_machine, devices=devices)
         resume, config = resume_lib.where_to_start(directory, config, resolve)
         require_hardware(config.train.precision, devices)
@@ -106,14 +109,20 @@ def train(
         dataset, resume = resume_lib.may_go_on(directory, resume, config, dataset)
         if first:
             registry.record_contents(config.data, dataset)
-        stack.enter_context(explain_out_of_memory())
-        host = Host(directory, interrupt, watchdog, clock, progress, lease, times)
+        stack.enter_context(explain_out_of_memory(lambda: memory_remedies(config, devices)))
         for rollbacks_left in range(config.train.rollbacks, -1, -1):
             try:
                 return _train_from(resume, config, dataset, devices, host, rollbacks_left)
             except RollBack as asked:
                 dataset, resume = resume_lib.go_on_with(dataset, asked.resume, config)
     raise AssertionError("the last start rolls nothing back")
+
+
+def _choose_layout(config: Config, host: Host, devices: list[Device]) -> Config:
+    """The config with its layout, chosen for the devices where it asks for that."""
+    host.watchdog.feed("choose the layout")
+    with host.clock.charge("compile"), host.progress.activity("choosing the layout"):
+        return choose_layout(config, host.directory.plan, devices)
 
 
 def _train_from(

@@ -23,6 +23,7 @@ from jaxtrain.distributed import coordination
 from jaxtrain.distributed.coordination import first_on_process_zero
 from jaxtrain.durations import Duration
 from jaxtrain.errors import ConfigError, EnvironmentMismatchError
+from jaxtrain.host.backend import on_cpu
 from jaxtrain.models import registry as models
 from jaxtrain.optim import optimizers
 from jaxtrain.optim.losses import balanced_weights, check_own_loss, loss_fn
@@ -103,6 +104,11 @@ def resolve_for_machine(config: Config, stored: Config | None, devices: list[Dev
     Raises:
       ConfigError: the batch does not divide, or the layout does not fit the devices.
     """
+    if config.layout.strategy == "auto":
+        raise ConfigError(
+            "config.layout.strategy='auto': jaxtrain train chooses the layout, and jaxtrain plan shows what it would choose; "
+            "what works on one layout needs --config.layout.strategy=manual."
+        )
     ways = batch_ways(make_mesh(config.layout, devices))
     precision, batch = config.train.precision, config.data.global_batch
     if precision == "auto":
@@ -259,6 +265,7 @@ def _lay_out(
         task.preprocess.dtype,
         max(groups // count, 1),
         ways,
+        cpu=on_cpu(mesh.devices.flat),
     )
     names = tuple(tuple(partition.costs[i].name for i in layers) for layers in partition.chunks)
     return config, dataclasses.replace(layout, chunks=names), partition

@@ -48,6 +48,7 @@ from jaxtrain.step.train_state import TrainState, state_shapes
 from jaxtrain.training.cadence import Timetable
 from jaxtrain.training.compiled import CompiledRun, compile_run, explain_out_of_memory
 from jaxtrain.training.jax_settings import compile_cache_note, no_implicit_transfers, settings
+from jaxtrain.training.plan.auto import choose_layout, memory_remedies
 from jaxtrain.training.recovery import not_finite
 from jaxtrain.training.run_view import evaluation_left
 from jaxtrain.training.setup import (
@@ -117,14 +118,14 @@ def smoke(
         stack.enter_context(watching(watchdog, interrupt.leave, directory.log(process)))
         log.info("smoke: %s in %s, which is deleted at the end; no work directory is touched", recipe, directory.path)
         devices = select_devices(num_devices)
-        config = resolve_for_machine(config, None, devices)
+        config = resolve_for_machine(choose_layout(config, directory.plan, devices), None, devices)
         require_hardware(config.train.precision, devices)
         models.require_hardware(config.model, devices)
         stack.enter_context(settings(config))
         watchdog.feed("prepare the data")
         run = make_run_spec(config, load_data(config.data), devices)
         warn_of_settings(run)
-        stack.enter_context(explain_out_of_memory())
+        stack.enter_context(explain_out_of_memory(lambda: memory_remedies(config, devices)))
         whole = _SmokeTest(run, directory, watchdog, interrupt).run(progress)
         barrier("the smoke test is over")
     return whole

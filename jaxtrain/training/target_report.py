@@ -39,6 +39,23 @@ def report_on(config: Config, target: Target, *, hlo: Path | None = None, evalua
         return pool.submit(_report, config, target, hlo, evaluation).result() | {"flags": _INSTEAD}
 
 
+def program_figures(config: Config, target: Target) -> dict[str, Any] | None:
+    """Of the training step: `peak_bytes` (with stages, all that one keeps), `kernels`, `gigabytes`; None where XLA refuses it.
+
+    For a process of its own.
+    """
+    try:
+        report = report_on(config, target, evaluation=False)
+    except CompilerRefusalError:
+        return None
+    programs = report["programs"].values()
+    return {
+        "peak_bytes": max(report["peak_bytes"], report["stage_peak_bytes"]),
+        "kernels": sum(program["kernels"] for program in programs),
+        "gigabytes": round(sum(program["gigabytes"] for program in programs), 3),
+    }
+
+
 def _begin(flags: str) -> None:
     os.environ["XLA_FLAGS"] = f"{flags} {_INSTEAD}".strip()
 
@@ -50,4 +67,6 @@ def _report(config: Config, target: Target, hlo: Path | None, evaluation: bool) 
         from jaxtrain.training.program_report import compile_report  # noqa: PLC0415
 
     jax.config.update("jax_platforms", "cpu")  # GPUs that are there stay free for a run
+    if target.platform == "cpu":
+        jax.config.update("jax_num_cpu_devices", target.devices)
     return compile_report(config, target, hlo=hlo, evaluation=evaluation)

@@ -21,7 +21,6 @@ from jax.experimental import multihost_utils
 
 from jaxtrain.config import LayoutConfig
 from jaxtrain.errors import ConfigError
-from jaxtrain.host.backend import on_cpu
 from jaxtrain.trees import PyTree
 
 # Floating point operations in the time that moving one byte takes: on an accelerator (an H100 in bf16 has 990 TFLOP/s
@@ -46,6 +45,7 @@ class LayerCost:
       residuals: bytes that it stores for the backward pass.
       output: bytes of its output.
       seconds: forward and backward; 0 if not measured.
+      flops_per_byte: operations in the time that moving one byte takes.
     """
 
     name: str
@@ -56,12 +56,12 @@ class LayerCost:
     residuals: int
     output: int
     seconds: float = 0.0
+    flops_per_byte: int = FLOPS_PER_BYTE
 
     @property
     def cost(self) -> float:
         """In floating point operations: computing or moving, whichever takes longer (the roofline model; Williams 2009)."""
-        per_byte = CPU_FLOPS_PER_BYTE if on_cpu(jax.devices()) else FLOPS_PER_BYTE
-        return max(self.flops, float(self.moved) * per_byte)
+        return max(self.flops, float(self.moved) * self.flops_per_byte)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,16 +232,22 @@ class LayerCall:
     share: float = 1.0
 
 
-def measure(calls: Sequence[LayerCall], *, timed: bool) -> list[LayerCost]:
+def measure(calls: Sequence[LayerCall], *, timed: bool, cpu: bool) -> list[LayerCost]:
     """The cost of each layer. Layers with the same key are measured once.
 
-    With `timed`, process 0 also compiles and runs the layers, and tells the other processes. That is a collective.
+    Args:
+      calls: the layers.
+      timed: process 0 also compiles and runs the layers, and tells the other processes. That is a collective.
+      cpu: whether the run's devices are CPUs.
     """
     known: dict[tuple[Hashable, bool], LayerCost] = {}
     for call in calls:
         if (call.key, call.first) not in known:
             known[call.key, call.first] = _measure(call, timed=timed)
-    costs = [dataclasses.replace(known[call.key, call.first], name=call.name) for call in calls]
+    per_byte = CPU_FLOPS_PER_BYTE if cpu else FLOPS_PER_BYTE
+    costs = [
+        dataclasses.replace(known[call.key, call.first], name=call.name, flops_per_byte=per_byte) for call in calls
+    ]
     if timed and jax.process_count() > 1:
         seconds = multihost_utils.broadcast_one_to_all(np.array([c.seconds for c in costs]))
         costs = [dataclasses.replace(c, seconds=float(s)) for c, s in zip(costs, seconds, strict=True)]

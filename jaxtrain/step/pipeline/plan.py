@@ -73,6 +73,8 @@ def partition_model(
     dtype: DTypeLike,
     bn_groups: int,
     ways: int,
+    *,
+    cpu: bool,
 ) -> Partition:
     """Cuts the model's layers into the chunks of the stages.
 
@@ -85,12 +87,28 @@ def partition_model(
       dtype: of that input.
       bn_groups: BatchNorm groups in a microbatch, at least 1.
       ways: how many shards a microbatch is split into.
+      cpu: whether the run's devices are CPUs.
 
     Raises:
       ConfigError: there are more chunks than layers, or `layout.boundaries` does not fit.
     """
     partition.check_counts(config, len(model.layers))
     plan = schedule.make_pipeline_schedule(config.schedule, config.stages, config.microbatches, config.chunks)
+    calls = layer_calls(model, params, batch_stats, input_shape, dtype, bn_groups, ways)
+    costs = partition.measure(calls, timed=config.balance == "time", cpu=cpu)
+    return partition.make_partition(config, costs, schedule.in_flight(plan))
+
+
+def layer_calls(
+    model: Classifier,
+    params: PyTree,
+    batch_stats: PyTree,
+    input_shape: tuple[int, ...],
+    dtype: DTypeLike,
+    bn_groups: int,
+    ways: int,
+) -> list[LayerCall]:
+    """Each layer as a function of what one device has of a microbatch; the arguments are those of `partition_model`."""
     share = input_shape[0] // ways
     examples, groups = sample(share, input_shape[0], bn_groups)
     calls, x = [], jax.ShapeDtypeStruct((examples, *input_shape[1:]), dtype)
@@ -106,5 +124,4 @@ def partition_model(
 
         calls.append(LayerCall(name, function, layer_params, x, (layer, x.shape), index == 0, share / examples))
         x = jax.eval_shape(function, layer_params, x)
-    costs = partition.measure(calls, timed=config.balance == "time")
-    return partition.make_partition(config, costs, schedule.in_flight(plan))
+    return calls

@@ -20,8 +20,9 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from jaxtrain.config import PIPELINE_SCHEDULES as SCHEDULES
-from jaxtrain.config import are_listed, did_you_mean, nearest_multiples
+from jaxtrain.config import are_listed, nearest_multiples
 from jaxtrain.errors import ConfigError, JaxtrainError
+from jaxtrain.host.text import did_you_mean
 
 
 class ScheduleError(JaxtrainError):
