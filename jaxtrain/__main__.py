@@ -1,11 +1,9 @@
 """`python -m jaxtrain COMMAND ...`: the same as the console command `jaxtrain`."""
 
-import sys
-
 from jaxtrain.host import search_path
 
 if __name__ == "__main__":
     search_path.leave_out_the_current_directory()  # before anything else is imported
-    from jaxtrain.cli import main
+    from jaxtrain.cli import program
 
-    sys.exit(main())
+    program()

@@ -39,10 +39,24 @@ class DeviceMemoryError(JaxtrainError):
     exit_code = 70
 
 
+class DamagedError(CheckpointError):
+    """A checkpoint's files are not those that its manifest names."""
+
+
+class UnreadableError(CheckpointError):
+    """A checkpoint's files cannot be read now, which says nothing about what is in them."""
+
+    retry = True
+
+
 class WorkdirError(JaxtrainError):
     """The work directory cannot be written, or belongs to a run with another config."""
 
     exit_code = 73
+
+
+class TakenOverError(WorkdirError):
+    """Another run has taken the work directory over, or it is gone: this one may write nothing more there."""
 
 
 class NumericError(JaxtrainError):

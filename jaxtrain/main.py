@@ -6,6 +6,6 @@ from jaxtrain.host import search_path
 
 if __name__ == "__main__":
     search_path.leave_out_the_current_directory()  # before anything else is imported
-    from jaxtrain.cli import main
+    from jaxtrain.cli import program
 
-    sys.exit(main(["train", *sys.argv[1:]]))
+    program(["train", *sys.argv[1:]])

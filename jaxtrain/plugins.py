@@ -122,6 +122,19 @@ def whose_fault(error: BaseException) -> str:
     return REPORT_THIS
 
 
+def place_in_own_code(error: BaseException) -> str:
+    """`, at FILE:LINE`, where a user's code raised `error`, whoever has loaded it; "" where it was none."""
+    libraries = (os.path.dirname(os.__file__) + os.sep, os.path.dirname(__file__) + os.sep)
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if (
+            os.path.isabs(frame.filename)
+            and not frame.filename.startswith(libraries)
+            and "site-packages" not in frame.filename
+        ):
+            return f", at {frame.filename}:{frame.lineno}"
+    return ""
+
+
 def _is_own(package: str, file: str) -> bool:
     if package in _own_packages:
         return True

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.errors import WorkdirError
-from jaxtrain.host.files import ELSEWHERE, atomic_write, read_json, write_synced
+from jaxtrain.host.files import ELSEWHERE, atomic_write, read_json, write_synced, writing
 from jaxtrain.host.paths import require_local
 from jaxtrain.host.text import printable
 
@@ -98,6 +98,15 @@ class Workdir:
         """The text log of one process."""
         return self.logs / f"process_{process}.log"
 
+    def refuse_what_is_in_the_way(self) -> None:
+        """Raises `WorkdirError` where a file has the name of a directory of the run, or a directory that of a file."""
+        folders = [self.checkpoints, self.tensorboard, self.starts, self.path / "superseded", self.path / "corrupt"]
+        files = [self.config, self.dataset, self.metrics_csv, self.metrics_jsonl, self.bad_batches, self.manifest]
+        for path in (*folders, *files, self.result, self.skipped_images):
+            wanted, is_wanted = ("directory", path.is_dir()) if path in folders else ("file", path.is_file())
+            if os.path.lexists(path) and not is_wanted and (path in folders or path.exists()):
+                raise WorkdirError(f"{path} is no {wanted}; move it away, or choose another --workdir.")
+
     def read_config(self) -> dict[str, Any] | None:
         """The stored config as nested dicts, None where no run has started here. Raises `WorkdirError` when damaged."""
         if not self.config.exists():
@@ -120,7 +129,8 @@ class Workdir:
         if sentences:
             atomic_write(self.skipped_images, "".join(f"{printable(sentence)}\n" for sentence in sentences))
         else:
-            self.skipped_images.unlink(missing_ok=True)
+            with writing(self.skipped_images):
+                self.skipped_images.unlink(missing_ok=True)
 
 
 def named(path: str | Path) -> Path:
@@ -144,21 +154,30 @@ def prepare(path: str | Path) -> Workdir:
     if _CONTROL.search(name):
         raise WorkdirError(f"The work directory {name!r} has a control character in its name; choose another name.")
     workdir = Workdir(named(path).expanduser().absolute())
-    probe = workdir.path / f".probe.{os.getpid()}.{os.urandom(4).hex()}"
-    renamed = probe.with_name(probe.name + ".renamed")
+    directory = workdir.path
     try:
         workdir.log(0).parent.mkdir(parents=True, exist_ok=True)
-        try:
-            write_synced(probe, "probe")
-            os.replace(probe, renamed)
-        finally:
-            for leftover in (probe, renamed):
-                with contextlib.suppress(OSError):
-                    leftover.unlink(missing_ok=True)
+        for directory in (workdir.path, workdir.logs, workdir.checkpoints):  # these two may be on other disks
+            if directory.is_dir():
+                _probe(directory)
     except OSError as error:
         # a component of the path that is a file: EEXIST when it is the last one, ENOTDIR above that
         reason = "a file is in its way" if isinstance(error, (FileExistsError, NotADirectoryError)) else error.strerror
         raise WorkdirError(
-            f"The work directory {workdir.path} cannot be written ({reason}); choose another with --workdir."
+            f"The work directory {directory} cannot be written ({reason}); choose another with --workdir."
         ) from error
+    workdir.refuse_what_is_in_the_way()
     return workdir
+
+
+def _probe(directory: Path) -> None:
+    """Writes, syncs and renames a file in a directory, and leaves none there. Raises `OSError`."""
+    probe = directory / f".probe.{os.getpid()}.{os.urandom(4).hex()}"
+    renamed = probe.with_name(probe.name + ".renamed")
+    try:
+        write_synced(probe, "probe")
+        os.replace(probe, renamed)
+    finally:
+        for leftover in (probe, renamed):
+            with contextlib.suppress(OSError):
+                leftover.unlink(missing_ok=True)

@@ -30,8 +30,9 @@ from jaxtrain.checkpoint.manifest import best_of, manifested_steps
 from jaxtrain.checkpoint.resume_point import readable
 from jaxtrain.distributed import coordination
 from jaxtrain.distributed.coordination import barrier
-from jaxtrain.errors import CheckpointError, JaxtrainError, WorkdirError
+from jaxtrain.errors import CheckpointError, TakenOverError, WorkdirError
 from jaxtrain.host.backend import versions
+from jaxtrain.host.files import reading, writing
 from jaxtrain.parallel.arrays import is_everywhere, to_every_process, view
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.trees import PyTree, path_of
@@ -63,25 +64,16 @@ class Checkpointer:
           best_by: which figure decides what the best is (`checkpoint.best`).
           read_only: for a run that only restores.
           owner: identifies this start of the run in the manifests.
-          still_owner: raises `WorkdirError` if another run has taken over the directory.
+          still_owner: raises `TakenOverError` if another run has taken over the directory.
         """
         self.directory, self._keep, self._read_only = directory.absolute(), keep, read_only
         self._owner, self._still_owner, self._best_by = owner, still_owner, best_by
-        self._manager = self._make_manager()
+        logging.getLogger("absl").addFilter(_is_said_by_nobody_else)
+        self._manager = _manager(self.directory, create=not self._read_only)
         self._saving, self._last = 0, False  # the step of the last save, and whether none follows
         self._commit: threading.Thread | None = None
         self._failure: Exception | None = None  # of the last save; set by the thread that commits it
         self._failures = 0  # in a row
-
-    def _make_manager(self) -> ocp.CheckpointManager:
-        # Orbax deletes nothing: `manifest.delete_old` does, when the next checkpoint is verified.
-        options = ocp.CheckpointManagerOptions(create=not self._read_only)
-        # One replica writes whole leaves. To split them among replicas, Orbax compiles a slice program for each leaf and
-        # device: 9 s in the loop at the first save of a small ResNet on 8 devices (measured).
-        arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
-        registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
-        handlers = {"state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)}
-        return ocp.CheckpointManager(self.directory, options=options, item_handlers=handlers)
 
     # ---------------------------------------------------------------------------------------------------------- write
 
@@ -111,6 +103,7 @@ class Checkpointer:
           last: no other save follows, which could try again.
         """
         self._finish_commit()
+        self._still_owner()
         self._saving, self._last = step, last
         if _is_short_of(self.directory, _state_bytes(state)):
             self._failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -142,7 +135,7 @@ class Checkpointer:
             if jax.process_index() == 0:
                 folder = self.directory / str(step)
                 manifest.write_manifest(folder, self._still_owner, **fields)
-                manifest.delete_old(self.directory, self._keep, self._best_by)
+                _delete_old(self.directory, self._keep, self._best_by)
         except Exception as error:  # any error must reach the main thread
             self._failure = error
 
@@ -168,12 +161,9 @@ class Checkpointer:
         """
         error, self._failure = self._failure, None
         self._failures += 1
-        if isinstance(error, JaxtrainError):
+        if isinstance(error, TakenOverError):
             raise error
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-        if any(word in str(error) for word in ("No space left", "ENOSPC", "RESOURCE_EXHAUSTED")):
-            reason = os.strerror(errno.ENOSPC)
-        text = f"The checkpoint of step {self._saving} in {self.directory} was not written ({reason})"
+        text = f"The checkpoint of step {self._saving} in {self.directory} was not written ({_reason(error)})"
         if (alone and jax.process_count() > 1) or self._failures == FAILED_SAVES:
             raise WorkdirError(f"{text}; {self._failures} in a row." if self._failures > 1 else f"{text}.") from error
         if self._last:
@@ -186,8 +176,9 @@ class Checkpointer:
         # The old manager counts the step as saved, and would refuse or skip later ones.
         with contextlib.suppress(Exception):
             self._manager.close()
-        manifest.discard_unfinished(self.directory)
-        self._manager = self._make_manager()
+        with contextlib.suppress(CheckpointError):  # the next start deletes it
+            manifest.discard_unfinished(self.directory)
+        self._manager = _manager(self.directory, create=not self._read_only)
 
     def wait(self) -> None:
         """Returns once the last save is on the disk, on every process."""
@@ -207,15 +198,18 @@ class Checkpointer:
         return best_of(readable(self.directory, manifested_steps(self.directory)), self._best_by)
 
     def annotate(self, step: int, figures: Mapping[str, float | None], position: dict[str, Any]) -> None:
-        """Adds what became known after a checkpoint was saved. Only process 0 writes.
+        """Adds what became known after a checkpoint was saved. Only process 0 writes, and not through a link.
 
         Args:
           step: of the checkpoint.
           figures: of its validation, by their names in the manifest.
           position: how far the run is now.
         """
-        if jax.process_index() == 0:
-            manifest.annotate(self.directory / str(step), position=position, **figures)
+        folder = self.directory / str(step)
+        if jax.process_index() == 0 and folder.is_symlink():
+            log.warning("%s is a link: the figures of its validation are not added to it.", folder)
+        elif jax.process_index() == 0:
+            manifest.annotate(folder, position=position, **figures)
 
     def restore(self, step: int, template: TrainState, *, allow_changes: bool = False) -> TrainState:
         """Reads the state of `step`.
@@ -230,7 +224,7 @@ class Checkpointer:
           The state, with the shardings of `template`.
 
         Raises:
-          CheckpointError: the checkpoint cannot be read or has other trees.
+          CheckpointError: the checkpoint cannot be read, has other trees, or is of another step.
         """
         stored = self._stored_shapes(step)
         trees, fresh = _tree(template), []
@@ -258,7 +252,7 @@ class Checkpointer:
 
         If the checkpoint has no EMA, since the run had none by then, the EMA is that of the weights themselves.
         """
-        trees = {name: tree for name, tree in _tree(template).items() if name in ("params", "batch_stats", "ema")}
+        trees = {name: tree for name, tree in _tree(template).items() if name not in ("opt_state", "loss_scale")}
         lacks_ema = "ema" in trees and not any(path.startswith("ema/") for path in self._stored_shapes(step))
         if lacks_ema:
             del trees["ema"]
@@ -266,9 +260,11 @@ class Checkpointer:
         if lacks_ema:
             log.warning("The checkpoint of step %d has no moving average; its weights are taken for it.", step)
             restored["ema"] = _average_of(restored, template)
-        return dataclasses.replace(template, **restored)
+        return dataclasses.replace(template, **restored | {"step": template.step})
 
     def _read(self, step: int, trees: dict[str, Any], mesh: Any) -> dict[str, Any]:
+        """The trees as they are stored, the step number among them, which must be that of the manifest."""
+
         def target(x: jax.Array) -> jax.ShapeDtypeStruct:
             where: Any = x.sharding
             if not is_everywhere(x):  # on a stage of other processes: all stages read it, and that stage keeps it
@@ -283,6 +279,7 @@ class Checkpointer:
             restored = self._manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(f"The checkpoint {self.directory / str(step)} cannot be read: {error}.") from error
+        _require_step(self.directory / str(step), int(restored["step"].addressable_data(0)))
         return jax.tree.map(lambda new, old: new if is_everywhere(old) else view(new, old.sharding), restored, trees)
 
     def _stored_shapes(self, step: int) -> dict[str, tuple[tuple[int, ...], str]]:
@@ -309,6 +306,51 @@ def check_space(directory: Path, state: TrainState) -> None:
         log.warning("%s: too little for two, and the old one is deleted only when the new one is complete.", text)
 
 
+def _manager(directory: Path, *, create: bool) -> ocp.CheckpointManager:
+    # Orbax deletes nothing: `manifest.delete_old` does, when the next checkpoint is verified.
+    options = ocp.CheckpointManagerOptions(create=create)
+    # One replica writes whole leaves. To split them among replicas, Orbax compiles a slice program for each leaf and
+    # device: 9 s in the loop at the first save of a small ResNet on 8 devices (measured).
+    arrays = ocp.type_handlers.ArrayHandler(use_replica_parallel=False)
+    registry = ocp.type_handlers.create_type_handler_registry((jax.Array, arrays))
+    handlers = {"state": ocp.PyTreeCheckpointHandler(type_handler_registry=registry)}
+    with writing(directory) if create else reading(directory):
+        return ocp.CheckpointManager(directory, options=options, item_handlers=handlers)
+
+
+def _delete_old(directory: Path, keep: int, best_by: str) -> None:
+    """What cannot be deleted stays until the next save: the new checkpoint is there all the same."""
+    try:
+        manifest.delete_old(directory, keep, best_by)
+    except (OSError, CheckpointError) as error:
+        log.warning("Old checkpoints in %s were not deleted (%s).", directory, error)
+
+
+_OF_DISKS = tuple(map(os.strerror, (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EIO)))
+
+
+def _reason(error: Exception | None) -> str:
+    """Why a save has failed: the system's own words, where they are somewhere in what tensorstore says."""
+    text = str(error).strip() or type(error).__name__
+    if any(word in text for word in ("ENOSPC", "RESOURCE_EXHAUSTED")):
+        return os.strerror(errno.ENOSPC)
+    return next((words for words in _OF_DISKS if words in text), text.splitlines()[0].rstrip("."))
+
+
+def _require_step(folder: Path, found: int) -> None:
+    """Raises `CheckpointError` where the state is that after another step than its folder's and its manifest's."""
+    if str(found) != folder.name:
+        raise CheckpointError(
+            f"{folder} does not hold step {folder.name}: its manifest is of that step, and its state is that after step "
+            f"{found}; choose another checkpoint, or move this one away."
+        )
+
+
+def _is_said_by_nobody_else(record: logging.LogRecord) -> bool:
+    """A filter for absl's log, where Orbax writes the traceback of a failed save several times over: it is raised as well."""
+    return record.levelno < logging.ERROR or f"{os.sep}orbax{os.sep}" not in record.pathname
+
+
 def _no_other(directory: Path) -> str:
     """What is said of the last save of a run that fails."""
     steps = manifest.manifested_steps(directory)
@@ -318,7 +360,10 @@ def _no_other(directory: Path) -> str:
 
 def _is_short_of(directory: Path, needed: int) -> bool:
     """Whether the directory's disk has less room than `needed` bytes, as any process sees it."""
-    short = shutil.disk_usage(directory).free < needed
+    try:
+        short = shutil.disk_usage(directory).free < needed
+    except OSError:  # the save will say what is wrong there
+        short = False
     return "True" in coordination.allgather_str(
         coordination.unique_key("room for a checkpoint"), str(short), _SPACE_SECONDS
     )

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import json
 import logging
 import os
@@ -18,8 +19,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from jaxtrain.errors import WorkdirError
-from jaxtrain.host.files import create, writing
+from jaxtrain.errors import TakenOverError, WorkdirError
+from jaxtrain.host.files import create, parse_json, patiently, writing
 from jaxtrain.host.processes import start_ticks
 
 LOCK_FILE = "lock.json"
@@ -79,11 +80,16 @@ class Lease:
         return self._owner.token
 
     def check(self) -> None:
-        """Raises `WorkdirError` if another run has taken over the directory."""
+        """Raises `TakenOverError` if another run has taken over the directory."""
         owner = _read(self._path)
-        if owner is None or owner.token != self.token:
-            raise WorkdirError(
-                f"Another run has taken {self._path.parent} over ({owner or 'the lock is gone'}) while this one stood still; "
+        if owner is None:
+            raise TakenOverError(
+                f"The lock {self._path} is not there any more: the work directory was deleted or moved, or another run has "
+                "taken it over and has ended. This one stops, and writes nothing more there."
+            )
+        if owner.token != self.token:
+            raise TakenOverError(
+                f"Another run has taken {self._path.parent} over ({owner}) while this one stood still; "
                 "this one stops and writes nothing more there."
             )
 
@@ -176,6 +182,8 @@ def _create(path: Path, owner: Owner) -> bool:
                 file.write(json.dumps(dataclasses.asdict(owner)) + "\n")
             os.link(part, path)
         except FileExistsError:
+            if path.is_dir():
+                raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR)) from None
             return False
         finally:
             part.unlink(missing_ok=True)
@@ -198,9 +206,10 @@ def _take_over(path: Path, holder: Owner | None) -> None:
 
 def _read(path: Path) -> Owner | None:
     try:
-        return Owner(**json.loads(path.read_text()))
+        owner = Owner(**parse_json(patiently(path.read_bytes)))
     except (OSError, ValueError, TypeError):
         return None
+    return owner if isinstance(owner.pid, int) else None
 
 
 def _renewed(path: Path) -> int:

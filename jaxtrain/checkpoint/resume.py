@@ -13,13 +13,14 @@ from pathlib import Path
 import numpy as np
 
 from jaxtrain.checkpoint import config_changes
-from jaxtrain.checkpoint.manifest import best_of, discard_unfinished, manifested_steps
+from jaxtrain.checkpoint.manifest import best_of, discard_unfinished, later_folders, manifested_steps
 from jaxtrain.checkpoint.resume_point import CheckpointStep, Position, ResumePoint, find_resume_point, readable
 from jaxtrain.config import Config, to_dict
 from jaxtrain.data.base import Dataset, follow_classes
 from jaxtrain.data.record import changed_sentence, differences, refuse_other_rule, same_split
 from jaxtrain.distributed import coordination
 from jaxtrain.errors import DataError, WorkdirError
+from jaxtrain.host.files import move, writing
 from jaxtrain.optim.schedules import make_schedule
 from jaxtrain.workdir import Workdir
 
@@ -208,26 +209,26 @@ def set_aside(
             *metrics,
             directory.tensorboard,
             directory.result,
-            *(path for path in directory.starts.glob("*.json") if path != this_start),
+            *_own_starts(directory, this_start),
             directory.checkpoints,
         )
         copied, moved = [], [path for path in everything if path.exists()]
     else:
-        later = [saved for saved in manifested_steps(directory.checkpoints) if saved > step]
-        moved = [directory.checkpoints / str(saved) for saved in later]
+        moved = later_folders(directory.checkpoints, step)
         copied = metrics if moved or resume.position.data_since == step > 0 else []
         # A script that waits for the result must not see the old one while the run goes on.
         moved += [directory.result] if step < steps and directory.result.exists() else []
     if not (copied or moved):
         return
-    folder.mkdir(parents=True)
-    # Copies first: after a kill in between, the later steps are still here, and the next start does this again.
-    for path in copied:
-        shutil.copy2(path, folder)
-    for path in moved:
-        to = folder / path.relative_to(directory.path)
-        to.parent.mkdir(exist_ok=True)
-        shutil.move(path, to)  # a linked directory may be on another disk
+    with writing(folder):
+        folder.mkdir(parents=True)
+        # Copies first: after a kill in between, the later steps are still here, and the next start does this again.
+        for path in copied:
+            shutil.copy2(path, folder)
+        for path in moved:
+            to = folder / path.relative_to(directory.path)
+            to.parent.mkdir(exist_ok=True)
+            move(path, to)  # a linked directory may be on another disk
     if moved == [directory.result]:
         log.info(
             "this run goes on after its last step, %d; the result of the shorter run was moved to %s", step, folder
@@ -236,6 +237,13 @@ def set_aside(
         log.warning("What this directory held after step %d was moved to %s; move it back to undo this.", step, folder)
     else:
         log.warning("The metrics up to step %d were copied to %s.", step, folder)
+
+
+def _own_starts(directory: Workdir, this_start: Path | None) -> list[Path]:
+    """The files of earlier starts; none where their folder is a link: it may be another run's too."""
+    if directory.starts.is_symlink():
+        return []
+    return [path for path in directory.starts.glob("*.json") if path != this_start]
 
 
 def _is_another_history(directory: Workdir, resume: ResumePoint, config: Config) -> bool:

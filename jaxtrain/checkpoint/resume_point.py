@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,18 +13,22 @@ from typing import Any
 
 from jaxtrain.checkpoint.manifest import (
     SCHEMA,
+    DeletedError,
     Manifest,
     best_of,
+    is_complete,
     manifested_steps,
     problems,
     quarantine,
     read_manifest,
+    step_of,
+    unless_deleted,
 )
 from jaxtrain.config import Config, from_dict
 from jaxtrain.data.record import DatasetRecord
 from jaxtrain.distributed import coordination
 from jaxtrain.distributed.cluster import job_ids
-from jaxtrain.errors import CheckpointError, ConfigError, WorkdirError
+from jaxtrain.errors import CheckpointError, ConfigError, UnreadableError, WorkdirError
 from jaxtrain.host.paths import require_local
 from jaxtrain.workdir import Workdir
 
@@ -41,7 +46,7 @@ class CheckpointStep:
 
 def names_path(resume: str) -> bool:
     """Whether `checkpoint.resume` is a path, and not a rule for the run's own directory."""
-    return not re.fullmatch(r"auto|latest|best|none|\d+|epoch:\d+", resume)
+    return not re.fullmatch(r"auto|latest|best|none|[0-9]+|epoch:[0-9]{1,18}", resume)
 
 
 def find_checkpoint(
@@ -77,9 +82,9 @@ def find_checkpoint(
 def _named_step(directory: Path, steps: list[int], resume: str, best_by: str, setting: str) -> int:
     if resume in ("auto", "latest"):
         return steps[-1]
-    if resume.isdigit():
-        if int(resume) in steps:
-            return int(resume)
+    if re.fullmatch("[0-9]+", resume):
+        if (step := step_of(resume.lstrip("0") or "0")) in steps:
+            return step
         raise CheckpointError(f"{setting}={resume}: {directory} has only the steps {', '.join(map(str, steps))}.")
     manifests = readable(directory, steps)
     if resume == "best":
@@ -99,13 +104,16 @@ def _named_step(directory: Path, steps: list[int], resume: str, best_by: str, se
 
 
 def readable(directory: Path, steps: list[int]) -> list[Manifest]:
-    """The manifests of `steps`; a warning for each that cannot be read."""
+    """The manifests of `steps`; a warning for each that is damaged. One that was deleted meanwhile is left out."""
     manifests = []
     for step in steps:
         try:
             manifests.append(read_manifest(directory / str(step)))
+        except UnreadableError:  # who chooses among the others might choose another
+            raise
         except CheckpointError as error:
-            log.warning("%s", error)
+            if is_complete(directory / str(step)):
+                log.warning("%s", error)
     return manifests
 
 
@@ -120,11 +128,11 @@ def stored_best_by(directory: Path, manifests: Sequence[Manifest]) -> str:
 
 
 def _start_at_path(path: Path, setting: str) -> CheckpointStep:
-    if path.name.isdigit() and manifested_steps(path.parent).count(int(path.name)):
-        return CheckpointStep(path.parent, int(path.name))
+    if (step := step_of(path.name)) is not None and step in manifested_steps(path.parent):
+        return CheckpointStep(path.parent, step)
     if path.name in ("latest", "best") and (steps := manifested_steps(path.parent)):
         return CheckpointStep(path.parent, _named_step(path.parent, steps, path.name, "", setting))
-    if path.is_file():
+    if os.path.isfile(path):  # which raises nothing for a name that is too long
         raise ConfigError(
             f"{setting}={str(path)!r}: is a file, and a checkpoint of jaxtrain is a directory; those of other programs "
             "cannot be read."
@@ -229,12 +237,17 @@ def find_resume_point(directory: Workdir, config: Config) -> ResumePoint:
 
     A job that a launcher or a scheduler has restarted goes on from its own last checkpoint, wherever it began
     (`_effective_resume`). A damaged checkpoint of this directory is moved to `corrupt/`. Then the next older one is used,
-    unless the step was chosen by number. Raises `CheckpointError` if no checkpoint is there, or all are damaged.
+    unless the step was chosen by number. One of another run may be deleted while it is read; then that run has a newer one.
+    Raises `CheckpointError` if no checkpoint is there, or all are damaged.
     """
     wanted, best_by = _effective_resume(directory, config.checkpoint.resume), config.checkpoint.best
     start = find_checkpoint(directory.checkpoints, wanted, best_by)
     while start is not None and (damage := _damage(start)):
-        start = _next_older(directory, wanted, best_by, start, damage)
+        if _DELETED in damage:
+            log.warning("step %d of %s was deleted by its run while it was read", start.step, start.directory)
+            start = find_checkpoint(directory.checkpoints, wanted, best_by)
+        else:
+            start = _next_older(directory, wanted, best_by, start, damage)
     if start is None:
         values = directory.read_config() if wanted != "none" else None
         return ResumePoint(None, Position(), _stored(values, directory.config) if values else None)
@@ -245,6 +258,7 @@ def find_resume_point(directory: Workdir, config: Config) -> ResumePoint:
     )
 
 
+_DELETED = "deleted"  # stands for the damage of a checkpoint that is not there any more
 _VERIFY_SECONDS = 1800.0  # in which every process must have read its part of the files
 
 
@@ -257,10 +271,10 @@ def _effective_resume(directory: Workdir, resume: str) -> str:
     steps = manifested_steps(directory.checkpoints)
     if resume == "auto" or not steps:
         return resume
-    try:
-        position = read_manifest(directory.checkpoints / str(steps[-1])).position
-    except CheckpointError:
+    manifests = readable(directory.checkpoints, steps)  # the newest may be damaged: the run's is then that before it
+    if not manifests:
         return resume
+    position = manifests[-1].position
     same_job = not job_ids(again=True).isdisjoint(Position.from_json(position).jobs)
     same_path = names_path(resume) and position["config"]["checkpoint"]["resume"] == resume
     if not (same_job or same_path):
@@ -268,7 +282,7 @@ def _effective_resume(directory: Workdir, resume: str) -> str:
     text = (
         "this run began at checkpoint.resume=%s and goes on from step %d; choose another --workdir to begin there again"
     )
-    log.info(text, resume, steps[-1])
+    log.info(text, resume, manifests[-1].step)
     return "auto"
 
 
@@ -282,7 +296,12 @@ def how_to_go_on(config: Config) -> str:
 
 def _damage(start: CheckpointStep) -> list[str]:
     """What is wrong with a checkpoint's files, as found by all processes together."""
-    mine = problems(start.directory / str(start.step), (coordination.index(), coordination.count()))
+    folder = start.directory / str(start.step)
+    try:
+        with unless_deleted(folder):
+            mine = problems(folder, (coordination.index(), coordination.count()))
+    except DeletedError:
+        mine = [_DELETED]
     texts = coordination.allgather_str(coordination.unique_key("verify"), json.dumps(mine), _VERIFY_SECONDS)
     return sorted({problem for text in texts for problem in json.loads(text)})
 

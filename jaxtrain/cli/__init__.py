@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import contextlib
 import importlib.metadata
 import logging
 import os
@@ -34,7 +36,7 @@ from jaxtrain.cli import (
 )  # fmt: skip
 from jaxtrain.distributed.exit_report import ExitReport
 from jaxtrain.errors import ConfigError, JaxtrainError
-from jaxtrain.host import xla_flags
+from jaxtrain.host import limits, xla_flags
 from jaxtrain.host.text import escape_message, printable
 from jaxtrain.plugins import whose_fault
 from jaxtrain.recipes import split_override
@@ -80,7 +82,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # `jaxtrain layout | head` is not an error
         return 0
     except Exception as error:
+        known = limits.explained(error)
+        if isinstance(known, JaxtrainError):
+            return _fail(str(known), known.exit_code)
         return _fail(f"{whose_fault(error)}\n{traceback.format_exc()}", 70, lines=True)
+
+
+def _unless_late(unraisable: sys.UnraisableHookArgs) -> None:
+    """After a failed save, Orbax's other writes end when its event loop is closed, each with a traceback of its own."""
+    if "Event loop is closed" not in str(unraisable.exc_value):
+        sys.__unraisablehook__(unraisable)
+
+
+def program(argv: Sequence[str] | None = None) -> NoReturn:
+    """The whole program: `main`, and the end of the process. Threads that a failed save has left do not keep it alive."""
+    sys.unraisablehook = _unless_late
+    code = main(argv)
+    if not code:
+        sys.exit(0)
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):
+        sys.stdout.flush()
+    os._exit(code)
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -138,5 +161,6 @@ def split_overrides(argv: list[str]) -> tuple[list[tuple[str, str]], list[str]]:
 
 
 def _fail(text: str, code: int, *, lines: bool = False) -> int:
-    print(f"jaxtrain: {printable(text, lines=lines)}", file=sys.stderr, flush=True)
+    with contextlib.suppress(OSError):  # standard error is closed, or a file on the disk that is full
+        print(f"jaxtrain: {printable(text, lines=lines)}", file=sys.stderr, flush=True)
     return code

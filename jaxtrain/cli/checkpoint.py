@@ -8,9 +8,16 @@ from pathlib import Path
 
 from rich.table import Table
 
-from jaxtrain.checkpoint.manifest import best_of, manifested_steps, problems, read_manifest
+from jaxtrain.checkpoint.manifest import (
+    DeletedError,
+    best_of,
+    manifested_steps,
+    problems,
+    read_manifest,
+    unless_deleted,
+)
 from jaxtrain.cli import start
-from jaxtrain.errors import CheckpointError
+from jaxtrain.errors import CheckpointError, DamagedError
 from jaxtrain.workdir import named
 
 
@@ -25,10 +32,9 @@ def run(arguments: argparse.Namespace) -> None:
     """Prints a row for each checkpoint. Raises `CheckpointError` if there is none, or if `verify` finds a damaged one."""
     path = named(arguments.workdir)
     directory = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-    steps = manifested_steps(directory)
-    if not steps:
+    rows = _rows(directory, verify=arguments.action == "verify")
+    if not rows:
         raise CheckpointError(f"{arguments.workdir} holds no checkpoint.")
-    rows = [_row(directory / str(step), verify=arguments.action == "verify") for step in steps]
     _mark_best(directory, rows)
     if arguments.json:
         print(json.dumps(rows, indent=2))
@@ -41,7 +47,22 @@ def run(arguments: argparse.Namespace) -> None:
     damaged = [row for row in rows if row["problems"]]
     if damaged:
         found = "; ".join(f"{row['step']}: {row['problems'][0]}" for row in damaged)
-        raise CheckpointError(f"{len(damaged)} of {len(rows)} checkpoints in {directory} are damaged ({found}).")
+        states = " or ".join(sorted({row["state"] for row in damaged}))
+        raise CheckpointError(f"{len(damaged)} of {len(rows)} checkpoints in {directory} are {states} ({found}).")
+
+
+def _rows(directory: Path, *, verify: bool) -> list[dict]:
+    """A row for each checkpoint. One that a running run deletes meanwhile has none."""
+    while steps := manifested_steps(directory):
+        rows = []
+        for step in steps:
+            with contextlib.suppress(DeletedError):
+                with unless_deleted(directory / str(step)):
+                    row = _row(directory / str(step), verify=verify)
+                rows.append(row)
+        if rows:
+            return rows
+    return []
 
 
 def _mark_best(directory: Path, rows: list[dict]) -> None:
@@ -69,11 +90,13 @@ def _row(folder: Path, *, verify: bool) -> dict:
         "bytes": None,
         "time": None,
     }
-    found = problems(folder) if verify else []
     try:
+        found = problems(folder) if verify else []
         manifest = read_manifest(folder)
+    except DamagedError as error:
+        return row | {"state": "damaged", "problems": [str(error)]}
     except CheckpointError as error:
-        return row | {"state": "damaged", "problems": found or [str(error)]}
+        return row | {"state": "not readable", "problems": [str(error)]}
     row |= {name: value for name, value in dataclasses.asdict(manifest).items() if name in row}
     row["bytes"] = manifest.bytes
     row["epoch"] = manifest.epoch if manifest.epoch >= 0 else None

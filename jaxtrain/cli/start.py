@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +19,9 @@ from rich.text import Text
 from jaxtrain.cli import flags
 from jaxtrain.config import flatten, to_dict
 from jaxtrain.distributed.cluster import detect_process
-from jaxtrain.errors import ConfigError
-from jaxtrain.host.gpus import driver_missing
+from jaxtrain.errors import ConfigError, EnvironmentMismatchError
+from jaxtrain.host import xla_flags
+from jaxtrain.host.gpus import device_files, driver_missing
 from jaxtrain.host.native import cuda_messages_dropped
 from jaxtrain.host.search_path import add_working_directory
 from jaxtrain.host.targets import GPUS, Target, parse_target
@@ -148,11 +150,14 @@ def start_devices(arguments: argparse.Namespace) -> None:
 
 
 def configure_devices(arguments: argparse.Namespace) -> None:
-    """Configures JAX before its backend starts. Raises `ConfigError` for a negative number of devices."""
+    """Configures JAX before its backend starts. Raises `ConfigError` for a negative number of devices, or an unknown flag."""
     check_devices(arguments)
+    xla_flags.refuse_unknown()
     with cuda_messages_dropped():
         import jax  # noqa: PLC0415  wrong arguments are refused before JAX is loaded
 
+        from jaxtrain.training.jax_settings import check_compile_cache  # noqa: PLC0415
+    check_compile_cache()  # also for what is compiled before `train`
     if arguments.simulate_devices:
         jax.config.update("jax_num_cpu_devices", arguments.simulate_devices)
     if arguments.simulate_devices or (driver_missing() and "JAX_PLATFORMS" not in os.environ):
@@ -197,12 +202,24 @@ def start_backend() -> None:
     """Starts JAX's devices; where this is a run of several processes, after these are connected."""
     import jax  # noqa: PLC0415  `configure_devices` has loaded it
 
-    with cuda_messages_dropped():
-        jax.devices()
+    try:
+        with cuda_messages_dropped():
+            jax.devices()
+    except (RuntimeError, AssertionError) as error:  # JAX asserts that there is one, where it was told of GPUs alone
+        platforms = os.environ.get("JAX_PLATFORMS", "")
+        unknown = "not in the list of known backends" in str(error)
+        if not platforms or not (unknown or not device_files()):
+            raise
+        why = str(error).partition("\n")[0].partition(" (set JAX_PLATFORMS")[0].rstrip(".") or "there is none"
+        raise EnvironmentMismatchError(
+            f"JAX_PLATFORMS={platforms!r}: JAX finds no such devices on {socket.gethostname()} ({why}); unset it, or set it to "
+            "cpu or cuda. `jaxtrain doctor` says what is there."
+        ) from error
 
 
 def without_devices() -> None:
     """Configures JAX for a command that runs nothing on an accelerator: its devices stay free for a run."""
+    xla_flags.refuse_unknown()
     with cuda_messages_dropped():
         import jax  # noqa: PLC0415  wrong arguments are refused before JAX is loaded
 

@@ -13,7 +13,7 @@ from jaxtrain.config import DataConfig, without_effect
 from jaxtrain.data import base
 from jaxtrain.data.base import Dataset
 from jaxtrain.errors import ConfigError
-from jaxtrain.host.paths import require_local
+from jaxtrain.host.paths import home, require_local
 
 Progress = Callable[[Iterable[str]], Iterable[str]]
 """Wraps an iterable of files to show how many of them are done."""
@@ -23,7 +23,7 @@ def data_dir(config: DataConfig) -> Path:
     """`config.dir`, else `$JAXTRAIN_DATA_DIR`, else `~/.cache/jaxtrain/data`; absolute. Raises `ConfigError` for an address."""
     if not config.dir and (variable := os.environ.get("JAXTRAIN_DATA_DIR")):
         require_local(variable, f"$JAXTRAIN_DATA_DIR={variable!r}", ConfigError)
-    named = config.dir or os.environ.get("JAXTRAIN_DATA_DIR") or "~/.cache/jaxtrain/data"
+    named = config.dir or os.environ.get("JAXTRAIN_DATA_DIR") or home("JAXTRAIN_DATA_DIR") / ".cache/jaxtrain/data"
     return Path(named).expanduser().absolute()
 
 

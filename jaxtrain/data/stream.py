@@ -31,6 +31,7 @@ from jaxtrain.data import order
 from jaxtrain.data.base import Source
 from jaxtrain.errors import DataError, JaxtrainError
 from jaxtrain.host.cpus import usable_cpus
+from jaxtrain.plugins import place_in_own_code
 
 _READ_AHEAD = 2  # batches ready beside the one in use, in this process or in each worker
 _MOST_WORKERS = 16  # of one training process; each has a copy of the program (about 0.2 GB) and two batches
@@ -105,9 +106,8 @@ class _Steps:
         except Exception as error:  # a user's source may raise anything, also what a worker could not pickle
             shown = ", ".join(str(index) for index in indices[:8])
             reason = re.sub(r"<_io\.\w+ object at \w+>", "that has no name", str(error))  # Pillow's, of bytes in memory
-            raise DataError(
-                f"{type(self.source).__name__} failed to read examples {shown}, ... ({type(error).__name__}: {reason})."
-            ) from error
+            what = f"{type(error).__name__}: {reason}{place_in_own_code(error)}"
+            raise DataError(f"{type(self.source).__name__} failed to read examples {shown}, ... ({what}).") from error
 
 
 class Stream:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import signal
@@ -27,6 +26,7 @@ from jaxtrain.distributed.cluster import JOB
 from jaxtrain.distributed.exit_report import ERROR_FILE, ExitReport, read_report
 from jaxtrain.distributed.watchdog import HEARTBEAT_FILE, Beat, Wakes, read_beat
 from jaxtrain.errors import ConfigError, EnvironmentMismatchError, HangError, PeerError
+from jaxtrain.host.files import parse_json
 from jaxtrain.host.gpus import Gpus
 from jaxtrain.host.ports import free_port
 from jaxtrain.host.text import note, printable
@@ -211,7 +211,7 @@ class Supervisor:
 def missing_gpus(machine: Path, gpus: Gpus) -> list[str]:
     """UUIDs of GPUs that `jaxtrain doctor --write` found on this host and that are not there now; [] without its file."""
     try:
-        facts = json.loads(machine.read_text())
+        facts = parse_json(machine.read_bytes())
         known = [gpu["uuid"] for gpu in facts["gpus"]] if facts["host"] == socket.gethostname() else []
     except (OSError, ValueError, KeyError, TypeError):
         return []

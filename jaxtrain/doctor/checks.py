@@ -32,6 +32,7 @@ from jaxtrain.doctor.facts import (
     required,
 )
 from jaxtrain.errors import ConfigError, JaxtrainError
+from jaxtrain.host import compile_cache as compile_cache_lib
 from jaxtrain.host.backend import PACKAGES
 from jaxtrain.host.files import atomic_write
 from jaxtrain.host.paths import compile_cache
@@ -270,14 +271,29 @@ def check_data_directory() -> Check:
 
 
 def check_compile_cache(environment: Mapping[str, str]) -> Check:
-    """Compiled programs can be stored; otherwise every start compiles again."""
+    """Compiled programs can be stored, by this user alone, and are as they were stored; else they are compiled again."""
     cache = compile_cache(environment)
     if "://" in cache:
         return Check("compile cache", "ok", f"{cache}, on another machine")
+    if why := compile_cache_lib.why_refused(Path(cache)):
+        fix = "set JAX_COMPILATION_CACHE_DIR to a directory of this user's own: the entries are machine code"
+        return Check("compile cache", "warning", f"{cache} is not used: {why}", fix)
     if why := _unwritable(_existing(Path(cache).absolute())):
         fix = "set JAX_COMPILATION_CACHE_DIR to a directory that can be written, or every start compiles again"
         return Check("compile cache", "warning", f"{cache}: {why}", fix)
-    return Check("compile cache", "ok", f"{cache} can be written")
+    try:
+        damaged = compile_cache_lib.damaged(Path(cache))
+    except OSError as error:
+        fix = "run jaxtrain doctor --clear-cache, or see to the disk"
+        return Check("compile cache", "warning", f"{cache}: an entry cannot be read ({error.strerror})", fix)
+    if damaged:
+        text = f"{cache}: {len(damaged)} entries are damaged, so that their programs are compiled again"
+        return Check(
+            "compile cache", "warning", text, "run jaxtrain doctor --clear-cache, and see to the disk or the memory"
+        )
+    return Check(
+        "compile cache", "ok", f"{cache} can be written; {len(compile_cache_lib.entries(Path(cache)))} programs"
+    )
 
 
 def _existing(path: Path) -> Path:

@@ -6,11 +6,25 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterator
+import shutil
+import time
+from collections.abc import Callable, Iterator
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, Protocol, TextIO, TypeVar
 
 from jaxtrain.errors import WorkdirError
+
+
+class HasClose(Protocol):
+    """What must be closed."""
+
+    def close(self) -> None:
+        """Gives back what it holds."""
+
+
+_T = TypeVar("_T")
+_Closable = TypeVar("_Closable", bound=HasClose)
 
 
 def no_link(path: str, flags: int) -> int:
@@ -25,6 +39,30 @@ def create(path: Path) -> TextIO:
     """Opens a new file for writing text. A file or link of that name, such as a killed process left, is removed first."""
     path.unlink(missing_ok=True)
     return open(path, "x", encoding="utf-8", newline="\n")
+
+
+def open_to_append(path: Path) -> FileIO:
+    """Opens a file, not through a link, to which `write_all` adds."""
+    return open(path, "ab", buffering=0, opener=no_link)
+
+
+def write_all(file: FileIO, data: bytes) -> None:
+    """Writes all of `data` to an unbuffered file: a kill loses none of it, and closing has nothing left that could fail."""
+    rest = memoryview(data)
+    while rest:
+        rest = rest[file.write(rest) :]
+
+
+@contextlib.contextmanager
+def closing(resource: _Closable) -> Iterator[_Closable]:
+    """As `contextlib.closing`, but where the block has failed, an error of closing does not take the place of its error."""
+    try:
+        yield resource
+    except BaseException:
+        with contextlib.suppress(Exception):
+            resource.close()
+        raise
+    resource.close()
 
 
 ELSEWHERE = "restore it from a copy, or choose another work directory with --workdir"
@@ -65,8 +103,38 @@ def writing(path: Path) -> Iterator[None]:
     except OSError as error:
         # From `no_link`; the system's own text is "Too many levels of symbolic links".
         linked = error.errno == errno.ELOOP
-        reason = "it is a link, and is not written through; remove it" if linked else error.strerror
+        reason = "it is a link, and is not written through; remove it" if linked else error.strerror or error
         raise WorkdirError(f"{path} cannot be written ({reason}).") from error
+
+
+NOT_THERE = (FileNotFoundError, NotADirectoryError)
+_PAUSES = (0.1, 0.4, 1.5)  # seconds
+
+
+def patiently(read: Callable[[], _T]) -> _T:
+    """What `read` returns. It is called again where the system fails in a way that may pass, as EIO, ESTALE and EMFILE may.
+
+    Raises `OSError`: at once where it says what is there (nothing, a directory, a link to itself).
+    """
+    for pause in _PAUSES:
+        try:
+            return read()
+        except (*NOT_THERE, IsADirectoryError):
+            raise
+        except OSError as error:
+            if error.errno == errno.ELOOP:
+                raise
+            time.sleep(pause)
+    return read()
+
+
+def move(path: Path, to: Path) -> None:
+    """Moves a file or directory, also to another file system; of a link the link itself, which leads where it led."""
+    if path.is_symlink():
+        to.symlink_to(os.path.realpath(path))
+        path.unlink()
+    else:
+        shutil.move(path, to)
 
 
 @contextlib.contextmanager
@@ -78,12 +146,20 @@ def reading(path: Path) -> Iterator[None]:
         raise WorkdirError(f"{path} cannot be read ({error.strerror}).") from error
 
 
+def parse_json(text: str | bytes) -> Any:
+    """As `json.loads` of UTF-8. Raises `ValueError` for all that it cannot parse, also where it is nested too deeply."""
+    try:
+        return json.loads(text if isinstance(text, str) else text.decode("utf-8"))
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
+
+
 def read_json(path: Path) -> Any:
     """The parsed content, None where there is no such file. Raises `WorkdirError` when it cannot be read or is not JSON."""
     try:
         with reading(path):
-            return json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    except ValueError as error:  # JSONDecodeError and UnicodeDecodeError
+            return parse_json(patiently(path.read_bytes)) if path.exists() else None
+    except ValueError as error:
         raise WorkdirError(f"{path} is damaged ({error}); {ELSEWHERE}.") from error
 
 

@@ -7,12 +7,29 @@ import re
 from collections.abc import Mapping
 from pathlib import Path
 
+from jaxtrain.errors import ConfigError
+
 _ADDRESS = re.compile(r"\s*([^/\s][^/]*):(?:/|$)")
 
 
 def compile_cache(environment: Mapping[str, str] = os.environ) -> str:
     """Where JAX keeps compiled programs for later starts: `$JAX_COMPILATION_CACHE_DIR`, or a directory below ~/.cache."""
-    return environment.get("JAX_COMPILATION_CACHE_DIR") or str(Path.home() / ".cache" / "jaxtrain" / "xla")
+    return environment.get("JAX_COMPILATION_CACHE_DIR") or str(
+        home("JAX_COMPILATION_CACHE_DIR") / ".cache/jaxtrain/xla"
+    )
+
+
+def home(instead: str) -> Path:
+    """The user's home directory. Raises `ConfigError` where there is none: a container's user may have no entry in passwd.
+
+    instead: the variable that names another place.
+    """
+    try:
+        return Path.home()
+    except RuntimeError:
+        raise ConfigError(
+            f"User {os.geteuid()} has no home directory; set HOME, or {instead}, to a directory that can be written."
+        ) from None
 
 
 def can_be_written(directory: str | Path) -> bool:

@@ -11,6 +11,8 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import math
+import re
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.errors import WorkdirError
-from jaxtrain.host.files import replace_unsynced
+from jaxtrain.host.files import parse_json, replace_unsynced
 from jaxtrain.host.processes import start_time
 from jaxtrain.observability.clock import StepClock
 
@@ -78,7 +80,7 @@ class TimesFile(NullTimes):
         """
         with contextlib.suppress(OSError):  # as in `_write`
             folder.mkdir(exist_ok=True)
-        self.path = folder / f"{1 + max((int(path.stem) for path in folder.glob('[0-9]*.json')), default=0):06d}.json"
+        self.path = folder / f"{1 + max((int(path.stem) for path in _files_of_starts(folder)), default=0):06d}.json"
         self._clock, self._step = clock, step
         # In a program that trains a second time, the file of the first run has the time before it.
         self._before = 0.0 if next(_files) else time.time() - start_time() - clock.now().wall
@@ -150,14 +152,23 @@ class Goodput:
         return {"goodput": self.share, "wall_seconds": self.wall, **dataclasses.asdict(self)}
 
 
+def _files_of_starts(folder: Path) -> list[Path]:
+    """The files of all starts, in their order, without what has another name (1x.json)."""
+    return sorted(path for path in folder.glob("*.json") if re.fullmatch(r"[0-9]{1,18}", path.stem))
+
+
 def read_starts(folder: Path) -> list[StartTimes]:
     """The starts of a run, in their order. Raises `WorkdirError` where there is none, or a file is damaged."""
     starts = []
-    for path in sorted(folder.glob("[0-9]*.json")):
+    for path in _files_of_starts(folder):
         try:
-            starts.append(StartTimes(**json.loads(path.read_text())))
-        except (OSError, ValueError, TypeError) as error:
+            start = StartTimes(**parse_json(path.read_bytes()))
+            numbers = [start.began, start.first_step, start.step, start.lost_steps, *start.seconds.values()]
+            if "step" not in start.seconds or not all(math.isfinite(number) for number in numbers):
+                raise ValueError("it does not hold the times of a start")
+        except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
             raise WorkdirError(f"{path} cannot be read ({error}).") from None
+        starts.append(start)
     if not starts:
         raise WorkdirError(f"{folder} holds no start of a run.")
     return starts

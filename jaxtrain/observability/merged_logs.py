@@ -30,7 +30,9 @@ def merged(workdir: str | Path) -> list[Entry]:
     """All entries, by time, then by process. Raises `WorkdirError` where no run has logged anything."""
     entries: list[Entry] = []
     for path in sorted(Workdir(named(workdir)).logs.glob("process_*.log")):
-        process = int(path.stem.rpartition("_")[2])
+        if not (name := re.fullmatch(r"process_([0-9]{1,9})\.log", path.name)):
+            continue
+        process = int(name[1])
         with reading(path):
             lines = path.read_text(encoding="utf-8", errors="replace").removesuffix("\n").split("\n")
         of_process: list[Entry] = []

@@ -12,11 +12,12 @@ import logging
 import math
 import os
 from collections.abc import Iterable, Mapping
+from io import FileIO
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any
 
 from jaxtrain.errors import WorkdirError
-from jaxtrain.host.files import atomic_write, no_link, reading, writing
+from jaxtrain.host.files import atomic_write, open_to_append, parse_json, reading, write_all, writing
 
 log = logging.getLogger("jaxtrain")
 PHASES = ("train", "val", "test")
@@ -112,9 +113,8 @@ class MetricsCsv:
         if not self._add(row):
             self._rewrite()
             return
-        with writing(self._path), open(self._path, "a", encoding="utf-8", newline="\n", opener=no_link) as file:
-            file.write(f"{row}\n")
-            file.flush()
+        with writing(self._path), open_to_append(self._path) as file:
+            write_all(file, f"{row}\n".encode())
             os.fsync(file.fileno())  # once an epoch: milliseconds
 
     def _add(self, row: EpochRow) -> bool:
@@ -150,21 +150,23 @@ class MetricsJsonl:
         self._again = {(row["step"], row["phase"]) for row in kept if row["step"] == step}
         self._file = self._open()
 
-    def _open(self) -> TextIO:
+    def _open(self) -> FileIO:
         with writing(self._path):
-            return open(self._path, "a", encoding="utf-8", newline="\n", buffering=1, opener=no_link)
+            return open_to_append(self._path)
 
-    def append(self, row: Mapping[str, Any]) -> None:
-        """Adds one object. It replaces a row of the resumed step (an evaluation that is done again)."""
+    def append(self, row: Mapping[str, Any]) -> bool:
+        """Adds one object. It replaces a row of the resumed step (an evaluation that is done again): whether it did."""
         key = (row["step"], row["phase"])
-        if key in self._again:
+        replaces = key in self._again
+        if replaces:
             self._again.remove(key)
             self._file.close()
             others = [r for r in _read_rows(self._path) if (r["step"], r["phase"]) != key]
             atomic_write(self._path, "".join(map(_line, others)))
             self._file = self._open()
         with writing(self._path):
-            self._file.write(_line(row))
+            write_all(self._file, _line(row).encode())
+        return replaces
 
     def flush(self) -> None:
         """Syncs to the disk."""
@@ -174,8 +176,8 @@ class MetricsJsonl:
     def close(self) -> None:
         """Syncs and closes; may be called twice."""
         if not self._file.closed:
-            self.flush()
-            self._file.close()
+            with self._file:
+                self.flush()
 
 
 def _read_rows(path: Path) -> list[dict[str, Any]]:
@@ -185,14 +187,23 @@ def _read_rows(path: Path) -> list[dict[str, Any]]:
     rows = []
     for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line.decode("utf-8"))
-            if not isinstance(row["step"], int) or row["phase"] not in PHASES:
+            row = parse_json(line)
+            if not (isinstance(row["step"], int) and isinstance(row["epoch"], int) and row["phase"] in PHASES):
                 raise ValueError
+            epoch_row(row)
             rows.append(row)
-        except (ValueError, TypeError, KeyError):  # no prefix of a one-line object is itself an object
+        except (ValueError, TypeError, KeyError, OverflowError):  # no prefix of a one-line object is itself an object
             if number < len(lines):
                 log.warning("%s: line %d is damaged and was dropped.", path, number)
     return rows
+
+
+def epoch_row(row: Mapping[str, Any]) -> EpochRow:
+    """The row of `metrics.csv` for an evaluation's row of `metrics.jsonl`. Raises `ValueError`, `TypeError` or the like."""
+    loss, accuracy, throughput = (
+        float("nan") if row.get(key) is None else float(row[key]) for key in ("loss", "accuracy", "throughput")
+    )
+    return EpochRow(row["epoch"], row["phase"], loss, accuracy, throughput)
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -9,8 +9,8 @@ from types import MappingProxyType
 from typing import Any
 
 from jaxtrain.config import flatten
-from jaxtrain.host.files import atomic_write, no_link, writing
-from jaxtrain.observability.metrics_files import PHASES, EpochRow, MetricsCsv, MetricsJsonl, json_value
+from jaxtrain.host.files import atomic_write, closing, open_to_append, write_all, writing
+from jaxtrain.observability.metrics_files import PHASES, EpochRow, MetricsCsv, MetricsJsonl, epoch_row, json_value
 from jaxtrain.observability.tensorboard import EventFile
 from jaxtrain.workdir import Workdir
 
@@ -87,11 +87,11 @@ class MetricsWriter(NullMetricsWriter):
         # `step`, which is undone now, may have replaced an earlier one.
         whole = [row for row in self._csv.rows if row.epoch < epochs_done and step > since]
         evaluations = [row for row in self._jsonl.evaluations if row["step"] > since]
-        self._csv.replace(whole + [_epoch_row(row) for row in evaluations])
+        self._csv.replace(whole + [epoch_row(row) for row in evaluations])
         self._events = {phase: EventFile(workdir.tensorboard / phase, step) for phase in PHASES}
         # In the folder above, so that TensorBoard takes the numbers of all phases for those of this config.
         if config := workdir.read_config():
-            with contextlib.closing(EventFile(workdir.tensorboard, step)) as events:
+            with closing(EventFile(workdir.tensorboard, step)) as events:
                 events.hparams(step, flatten(config))
 
     def train_step(self, row: Mapping[str, Any]) -> None:
@@ -118,35 +118,30 @@ class MetricsWriter(NullMetricsWriter):
             self._events[phase].scalars(step, {f"epoch/{k}": v for k, v in _scalars(numbers).items()})
             self._jsonl.flush()
         else:
-            self._jsonl.append({"step": step, "epoch": epoch, "phase": phase, **numbers})
+            if self._jsonl.append({"step": step, "epoch": epoch, "phase": phase, **numbers}):
+                self._events[phase].drop(step)
             self._events[phase].scalars(step, _scalars(numbers))
         self._csv.append(EpochRow(epoch, phase, loss, accuracy, throughput))
 
     def bad_batch(self, values: Mapping[str, Any]) -> None:
         path = self._workdir.bad_batches
-        with writing(path), open(path, "a", encoding="utf-8", opener=no_link) as file:
-            file.write(json.dumps(json_value(values)) + "\n")
+        with writing(path), open_to_append(path) as file:
+            write_all(file, f"{json.dumps(json_value(values))}\n".encode())
 
     def result(self, values: Mapping[str, Any]) -> None:
         atomic_write(self._workdir.result, json.dumps(json_value(values), indent=2, allow_nan=False) + "\n")
 
     def flush(self) -> None:
-        self._jsonl.flush()
+        for sink in (self._jsonl, *self._events.values()):
+            sink.flush()
 
     def close(self) -> None:
-        self._jsonl.close()
-        for events in self._events.values():
-            events.close()
+        with contextlib.ExitStack() as stack:
+            for sink in (self._jsonl, *self._events.values()):
+                stack.callback(sink.close)
 
 
 def _scalars(numbers: Mapping[str, Any]) -> dict[str, float]:
     """The finite numbers among `numbers`, which TensorBoard can draw."""
     values = {key: json_value(value) for key, value in numbers.items()}
     return {k: float(v) for k, v in values.items() if isinstance(v, (int, float)) and not isinstance(v, bool)}
-
-
-def _epoch_row(row: Mapping[str, Any]) -> EpochRow:
-    loss, accuracy, throughput = (
-        float("nan") if row.get(key) is None else float(row[key]) for key in ("loss", "accuracy", "throughput")
-    )
-    return EpochRow(row["epoch"], row["phase"], loss, accuracy, throughput)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import socket
 import struct
 import time
@@ -16,18 +17,19 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.host.files import writing
-
-FLUSH_SECONDS = 30.0
+from jaxtrain.host.files import write_all, writing
 
 
 class EventFile:
-    """Appends records to a new event file in `directory`; TensorBoard shows all files of a directory as one run."""
+    """Appends records to a new event file in `directory`; TensorBoard shows all files of a directory as one run.
+
+    The operating system gets each record at once, so a killed process loses none. After `flush` they survive a power cut.
+    """
 
     def __init__(self, directory: Path, step: int, now: Callable[[], float] = time.time):
         """Opens a file.
 
-        Its first record makes TensorBoard drop the later steps of earlier files (`SessionLog.START`).
+        Its first record makes TensorBoard drop the later steps of earlier files.
 
         Args:
           directory: made if need be.
@@ -38,21 +40,22 @@ class EventFile:
         self._now = now
         # TensorBoard reads files in the order of their names: a new one must sort last, even if the clock was set back.
         taken = (path.name.split(".")[3] for path in directory.glob("events.out.tfevents.*"))
-        second = max([int(now()), *(int(t) + 1 for t in taken if t.isdigit())])
+        second = max([int(now()), *(int(t) + 1 for t in taken if re.fullmatch("[0-9]{10,12}", t))])
         with writing(directory):
             directory.mkdir(parents=True, exist_ok=True)
             path = directory / f"events.out.tfevents.{second:010d}.{socket.gethostname()}"
-            self._file = path.open("xb")  # fails where a link has its name
+            self._file = path.open("xb", buffering=0)  # fails where a link has its name
         self._write(_bytes(3, b"brain.Event:2"))
-        self._write(_integer(2, step + 1 if step else 0) + _bytes(7, _integer(1, _SESSION_START)))
-        self._flush()
+        self.drop(step + 1 if step else 0)
+
+    def drop(self, step: int) -> None:
+        """Makes TensorBoard drop what this directory has of `step` and later ones (`SessionLog.START`)."""
+        self._write(_integer(2, step) + _bytes(7, _integer(1, _SESSION_START)))
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Adds `values` at `step`."""
         summaries = (_bytes(1, _bytes(1, tag.encode()) + _key(2, 5) + _float32(value)) for tag, value in values.items())
         self._write(_integer(2, step) + _bytes(5, b"".join(summaries)))
-        if self._now() - self._flushed > FLUSH_SECONDS:
-            self._flush()
 
     def hparams(self, step: int, values: Mapping[str, Any]) -> None:
         """Adds a run's settings at `step`: a table under TEXT, and a row under HPARAMS. values: by dotted name."""
@@ -66,23 +69,22 @@ class EventFile:
         row = _value("_hparams_/session_start_info", "hparams", start, _integer(1, _FLOAT) + _bytes(2, b""))
         self._write(_integer(2, step) + _bytes(5, _bytes(1, text) + _bytes(1, row)))
 
+    def flush(self) -> None:
+        """Syncs to the disk."""
+        with writing(self._directory):
+            os.fsync(self._file.fileno())
+
     def close(self) -> None:
-        """Flushes and closes; may be called twice."""
+        """Syncs and closes; may be called twice."""
         if not self._file.closed:
-            self._flush()
-            self._file.close()
+            with self._file:
+                self.flush()
 
     def _write(self, fields: bytes) -> None:
         event = _key(1, 1) + struct.pack("<d", self._now()) + fields
         length = struct.pack("<Q", len(event))
         with writing(self._directory):
-            self._file.write(length + _checksum(length) + event + _checksum(event))
-
-    def _flush(self) -> None:
-        with writing(self._directory):
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        self._flushed = self._now()
+            write_all(self._file, length + _checksum(length) + event + _checksum(event))
 
 
 # ----------------------------------------------------------------------------------------------------------- the format

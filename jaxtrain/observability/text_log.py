@@ -71,14 +71,13 @@ class TextLog:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
         with contextlib.suppress(OSError):  # an older file that belongs to another user
             os.fchmod(descriptor, 0o600)
-        file = logging.StreamHandler(os.fdopen(descriptor, "a", encoding="utf-8", errors="backslashreplace"))
+        file = _FileHandler(descriptor)
         stamped = _Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
         stamped.converter = time.gmtime  # the logs of several hosts can be merged by sorting
         file.setFormatter(stamped)
         file.addFilter(lambda record: getattr(record, "only", "") != "screen")
         screen = _ConsoleHandler(console if console is not None else Console(stderr=True))
         screen.setLevel(logging.INFO if process == 0 else logging.WARNING)
-        self._file = file
         self._handlers = (file, screen)
         self._before = log.level, log.propagate
         log.setLevel(logging.INFO)
@@ -92,7 +91,6 @@ class TextLog:
             log.removeHandler(handler)
             handler.close()
         if self._handlers:
-            self._file.stream.close()
             log.setLevel(self._before[0])
             log.propagate = self._before[1]
         self._handlers = ()
@@ -109,6 +107,33 @@ class _Formatter(logging.Formatter):
 
     def format(self, record: logging.LogRecord) -> str:
         return indented(super().format(record))
+
+
+class _FileHandler(logging.Handler):
+    """Writes each entry at once. A disk that takes none is no reason to end a run, and is said once."""
+
+    def __init__(self, descriptor: int):
+        super().__init__()
+        self._descriptor, self._failed = descriptor, False
+
+    def emit(self, record: logging.LogRecord) -> None:
+        entry = f"{self.format(record)}\n".encode(errors="backslashreplace")
+        try:
+            os.write(self._descriptor, entry)
+        except OSError as error:
+            if not self._failed:
+                self._failed = True
+                log.warning(
+                    "The log cannot be written (%s); the run goes on.", error.strerror, extra={"only": "screen"}
+                )
+
+    def close(self) -> None:
+        """Closes the file."""
+        if self._descriptor >= 0:
+            with contextlib.suppress(OSError):  # as in `emit`
+                os.close(self._descriptor)
+            self._descriptor = -1
+        super().close()
 
 
 class _ConsoleHandler(logging.Handler):

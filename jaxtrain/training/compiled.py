@@ -16,6 +16,8 @@ import jax
 from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.resume_point import ResumePoint
 from jaxtrain.errors import DeviceMemoryError
+from jaxtrain.host.files import closing
+from jaxtrain.host.limits import limits_named
 from jaxtrain.observability.text_log import FILE_ONLY, NOT_LIVE, to_screen
 from jaxtrain.parallel.audit import audit
 from jaxtrain.step.batch import RATES, Batch, EvalBatch
@@ -115,7 +117,7 @@ def _restored(run: RunSpec, resume: ResumePoint, shapes: TrainState) -> TrainSta
     assert resume.start is not None
     changes = run.config.checkpoint.allow_changes  # then a tree may stay as it is in a fresh state
     template = create_state(run.init, run.layout, run.config.seed) if changes else shapes
-    with contextlib.closing(Checkpointer(resume.start.directory, read_only=True)) as checkpoints:
+    with closing(Checkpointer(resume.start.directory, read_only=True)) as checkpoints:
         state = checkpoints.restore(resume.start.step, template, allow_changes=changes)
     log.info("resumed from %s", resume.start.directory / str(resume.start.step))
     return state
@@ -220,12 +222,13 @@ def compile_train_step(run: RunSpec, inputs: InputPipeline, state: TrainState, t
 
 @contextlib.contextmanager
 def explain_out_of_memory(remedies: Callable[[], list[str]]) -> Iterator[None]:
-    """Turns XLA's out-of-memory error into a `DeviceMemoryError` that says what helps.
+    """Turns XLA's out-of-memory error into a `DeviceMemoryError` that says what helps; names the system's limits too.
 
     remedies: gives flags, the best first.
     """
     try:
-        yield
+        with limits_named():
+            yield
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
             raise

@@ -11,13 +11,14 @@ from pathlib import Path
 
 from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.config_changes import may_be_one_data_set
-from jaxtrain.checkpoint.manifest import manifested_steps, problems, read_manifest
+from jaxtrain.checkpoint.manifest import DeletedError, manifested_steps, problems, read_manifest, unless_deleted
 from jaxtrain.checkpoint.resume_point import CheckpointStep, Position, find_checkpoint
 from jaxtrain.config import Config, DataConfig, LayoutConfig, flatten, from_dict, to_dict
 from jaxtrain.data import record, registry
 from jaxtrain.data.base import Dataset, follow_classes
-from jaxtrain.errors import CheckpointError, ConfigError, DataError
+from jaxtrain.errors import CheckpointError, ConfigError, DataError, WorkdirError
 from jaxtrain.host import xla_flags
+from jaxtrain.host.files import ELSEWHERE, closing
 from jaxtrain.observability.progress import Progress
 from jaxtrain.observability.text_log import make_console
 from jaxtrain.parallel.mesh import Device, batch_ways, make_mesh
@@ -91,18 +92,39 @@ def evaluate(
     """
     if split not in SPLITS:
         raise ConfigError(f"split={split!r}: must be one of train, val, test.")
-    start, position, config = _find(named(workdir), checkpoint)
-    place = registry.found_at(config.data, str(data)) if data else config.data
+    how = (num_devices, allow_changes, trust, quiet)
+    while True:
+        try:
+            return _evaluate(named(workdir), split, str(data), checkpoint, ema, *how)
+        except DeletedError as error:  # its run goes on meanwhile, and has another
+            log.warning("%s", error)
+
+
+def _evaluate(
+    workdir: Path,
+    split: str,
+    data: str,
+    checkpoint: str,
+    ema: bool | None,
+    num_devices: int,
+    allow_changes: bool,
+    trust: bool,
+    quiet: bool,
+) -> Evaluated:
+    """As `evaluate`, once: `DeletedError` where the run deletes the checkpoint meanwhile."""
+    start, position, config = _find(workdir, checkpoint)
+    folder = start.directory / str(start.step)
+    place = registry.found_at(config.data, data) if data else config.data
     if not trust:
         named_by_user = {"data.name": ""} if place.name != config.data.name else {}
-        refuse_code(flatten(to_dict(config)) | named_by_user, start.directory / str(start.step))
+        refuse_code(flatten(to_dict(config)) | named_by_user, folder)
     config = dataclasses.replace(config, data=place)
     if ema and not config.optim.ema:
         raise ConfigError(f"{workdir} keeps no moving average of the weights (config.optim.ema=0).")
     ema = bool(config.optim.ema) if ema is None else ema
     xla_flags.set_flags(xla_flags.for_run(config.train.precision))
     showing = contextlib.closing(Progress(make_console(quiet=quiet)))
-    with showing as progress, contextlib.closing(Checkpointer(start.directory, read_only=True)) as checkpoints:
+    with showing as progress, closing(Checkpointer(start.directory, read_only=True)) as checkpoints:
         devices = select_devices(num_devices)
         config = _on_these(devices, config)
         with settings(config):
@@ -110,7 +132,8 @@ def evaluate(
             with progress.activity(f"reading the data set {config.data.name}"):
                 dataset = _load(config.data, position, split, bool(data), where, allow_changes)
             run = make_run_spec(*_as_trained(config, dataset, position), devices)
-            state = checkpoints.restore_weights(start.step, state_shapes(run.init, run.layout))
+            with unless_deleted(folder):
+                state = checkpoints.restore_weights(start.step, state_shapes(run.init, run.layout))
             feed = make_input_pipeline(dataset, run.layout, config.data.residency, config.data.workers)
             weights = state.ema if ema else {"params": state.params, "batch_stats": state.batch_stats}
             result = _shown(run, feed, SPLITS[split], weights["params"], weights["batch_stats"], progress)
@@ -156,9 +179,10 @@ def _find(workdir: Path, checkpoint: str) -> tuple[CheckpointStep, Position, Con
     if start is None:
         raise CheckpointError(f"{workdir} holds no checkpoint.")
     folder = start.directory / str(start.step)
-    if found := problems(folder):
-        raise CheckpointError(f"{folder} is damaged ({found[0]}); choose another with --checkpoint.")
-    stored = read_manifest(folder).position
+    with unless_deleted(folder):
+        if found := problems(folder):
+            raise CheckpointError(f"{folder} is damaged ({found[0]}); choose another with --checkpoint.")
+        stored = read_manifest(folder).position
     config = from_dict(stored["config"])
     return start, Position.from_json(stored), dataclasses.replace(config, data=_where_it_was(config.data, workdir))
 
@@ -166,6 +190,8 @@ def _find(workdir: Path, checkpoint: str) -> tuple[CheckpointStep, Position, Con
 def _where_it_was(config: DataConfig, workdir: Path) -> DataConfig:
     """`config` with the place of the data at the run's latest start: the folder may have moved since a checkpoint."""
     latest = (Workdir(workdir).read_config() or {}).get("data", {})
+    if not isinstance(latest, dict):
+        raise WorkdirError(f"{Workdir(workdir).config} is damaged (its data is {latest!r}); {ELSEWHERE}.")
     name = latest.get("name", config.name)
     if not may_be_one_data_set(name, config.name):
         return config

@@ -3,16 +3,73 @@
 from __future__ import annotations
 
 import contextlib
+import logging
+import os
 import random
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
+from jax._src import compilation_cache  # JAX has no public way to a cache of one's own (0.10-0.12)
+from jax._src.lru_cache import LRUCache
 
 from jaxtrain.config import Config
+from jaxtrain.host.compile_cache import CHECKED, program_in, why_refused, with_digest
 from jaxtrain.host.paths import can_be_written, compile_cache, is_address
 from jaxtrain.precision import product_precision, resolve_precision
+
+log = logging.getLogger("jaxtrain")
+
+
+class CheckedCache(LRUCache):
+    """JAX's cache of compiled programs. An entry that is damaged is deleted, and its program compiled again."""
+
+    def get(self, key: str) -> bytes | None:
+        """The program that is stored under `key`; None where there is none, or a damaged one."""
+        entry = super().get(key + CHECKED)
+        if entry is None:
+            return None
+        program = program_in(key, bytes(entry))
+        if program is None:
+            log.warning("an entry of the compile cache is damaged, and its program is compiled again: %s", key)
+            (self.path / f"{key}{CHECKED}-cache").unlink(missing_ok=True)
+        return program
+
+    def put(self, key: str, value: bytes) -> None:
+        """Stores a program. Where another process does so too, whoever reads a mixture of both takes it for damaged."""
+        super().put(key + CHECKED, with_digest(key, value))
+
+
+def _open_cache(path: str) -> tuple[CheckedCache, str] | None:
+    """In place of JAX's `get_file_cache`: no cache where others may have written."""
+    if not is_address(path):
+        if why := why_refused(Path(path)):
+            log.warning("the compile cache %s is not used: %s; name another with JAX_COMPILATION_CACHE_DIR", path, why)
+            return None
+        with contextlib.suppress(OSError):  # JAX goes on without it
+            os.makedirs(path, mode=0o700, exist_ok=True)
+    return CheckedCache(path, max_size=_jax_setting("jax_compilation_cache_max_size")), path
+
+
+def check_compile_cache() -> None:
+    """From now on, JAX runs no program from its cache that is not the one that was stored."""
+    if compilation_cache.get_file_cache is not _open_cache:
+        compilation_cache.get_file_cache = _open_cache
+        compilation_cache.reset_cache()
+
+
+@contextlib.contextmanager
+def _checked_compile_cache() -> Iterator[None]:
+    before = compilation_cache.get_file_cache
+    check_compile_cache()
+    try:
+        yield
+    finally:
+        if before is not _open_cache:
+            compilation_cache.get_file_cache = before
+            compilation_cache.reset_cache()
 
 
 @contextlib.contextmanager
@@ -30,10 +87,11 @@ def settings(config: Config) -> Iterator[None]:
         "jax_default_matmul_precision": product_precision(precision),
         "jax_threefry_partitionable": True,  # or a layout would change the random numbers
         "jax_persistent_cache_min_compile_time_secs": 0.0,  # pipelines have many small programs
+        "jax_persistent_cache_enable_xla_caches": "none",  # XLA checks nothing in its own ones
     }
     if not _jax_setting("jax_compilation_cache_dir"):
         wanted["jax_compilation_cache_dir"] = compile_cache()
-    with _jax_config(wanted):
+    with _jax_config(wanted), _checked_compile_cache():
         yield
 
 
@@ -42,6 +100,8 @@ def compile_cache_note() -> str:
     directory = _jax_setting("jax_compilation_cache_dir")
     if not _jax_setting("jax_enable_compilation_cache"):
         return "not kept for the next start: the compile cache is switched off"
+    if not is_address(directory) and (why := why_refused(Path(directory))):
+        return f"not kept for the next start: {directory} is not used, since {why}"
     if is_address(directory) or can_be_written(directory):
         return "the next start finds it in the compile cache"
     return f"not kept for the next start: {directory} cannot be written"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import json
 import math
 import statistics
 from pathlib import Path
@@ -16,6 +15,7 @@ from jaxtrain.config import Config
 from jaxtrain.data import registry
 from jaxtrain.data.augment import train_inputs
 from jaxtrain.errors import ConfigError
+from jaxtrain.host.files import parse_json
 from jaxtrain.host.paths import require_local
 from jaxtrain.models.layers import Context
 from jaxtrain.parallel.layout import Placement, bytes_by_stage, bytes_per_device
@@ -153,10 +153,17 @@ def read_trace(workdir: str | Path) -> Timeline:
     """The step that a run recorded (`layout.trace_step`). Raises `ConfigError` where there is none."""
     require_local(workdir, f"--trace {workdir}", ConfigError)
     paths = sorted((Path(workdir) / "logs").glob("pipeline_trace_*.json"))
-    rows = [row for path in paths for row in json.loads(path.read_text())]
+    try:
+        rows = [row for path in paths for row in parse_json(path.read_bytes())]
+        events = [
+            Event(
+                Op(row["kind"], row["chunk"], row["microbatch"]), row["stage"], float(row["start"]), float(row["end"])
+            )
+            for row in rows
+        ]
+        stages = 1 + max((int(event.stage) for event in events), default=0)
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{Path(workdir) / 'logs'} holds a recorded step that cannot be read ({error}).") from None
     if not rows:
         raise ConfigError(f"{workdir} holds no recorded step; train with --config.layout.trace_step=5, for example.")
-    events = [
-        Event(Op(row["kind"], row["chunk"], row["microbatch"]), row["stage"], row["start"], row["end"]) for row in rows
-    ]
-    return Timeline(1 + max(event.stage for event in events), tuple(events))
+    return Timeline(stages, tuple(events))

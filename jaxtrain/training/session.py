@@ -26,6 +26,7 @@ from jaxtrain.distributed.coordination import barrier, broadcast_str, first_on_p
 from jaxtrain.distributed.interrupt import Interrupt, catch_signals
 from jaxtrain.distributed.watchdog import Watchdog, watching
 from jaxtrain.host import xla_flags
+from jaxtrain.host.files import closing, writing
 from jaxtrain.models import settings as models
 from jaxtrain.observability import start_record
 from jaxtrain.observability.clock import StepClock
@@ -150,9 +151,9 @@ def _train_from(
         owner=host.lease.token,
         still_owner=host.lease.check,
     )
-    with contextlib.closing(checkpointer), no_implicit_transfers():
+    with closing(checkpointer), no_implicit_transfers():
         loop = TrainLoop(run, compiled, checkpointer, host, position, rollbacks_left)
-        with contextlib.closing(loop.reporter):
+        with closing(loop.reporter):
             return loop.run(state)
 
 
@@ -178,7 +179,8 @@ def _take_over(host: Host, resume: ResumePoint, config: Config, run: RunSpec) ->
         step = resume.position.step
         resume_lib.set_aside(directory, resume, config, run.steps, host.times.path)
         for old in directory.logs.glob("pipeline_trace_*.json"):  # of another start, maybe of other stages
-            old.unlink()
+            with writing(old):
+                old.unlink()
         directory.write_config(config_lib.to_dict(config))
         directory.write_dataset(dataclasses.asdict(run.data_record))
         directory.write_skipped_images(run.dataset.skipped)

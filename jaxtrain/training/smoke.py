@@ -35,6 +35,7 @@ from jaxtrain.durations import Duration
 from jaxtrain.errors import CheckpointError, EnvironmentMismatchError, NumericError, WorkdirError
 from jaxtrain.host import xla_flags
 from jaxtrain.host.backend import on_cpu
+from jaxtrain.host.files import closing
 from jaxtrain.models import settings as models
 from jaxtrain.models.layers import Context
 from jaxtrain.observability.anomaly import AnomalyDetector
@@ -207,7 +208,7 @@ class _SmokeTest:
         """Seconds of a save and of a restore. Raises `CheckpointError` where the state comes back as another."""
         self._begin("save")
         position = Position(step=step, examples=step * self._batch, dataset=self._run.data_record)
-        with contextlib.closing(Checkpointer(self._directory.checkpoints)) as checkpoints:
+        with closing(Checkpointer(self._directory.checkpoints)) as checkpoints:
             began = time.perf_counter()
             try:
                 checkpoints.save(step, state, position.to_json(to_dict(self._run.config)), epoch=-1, last=True)

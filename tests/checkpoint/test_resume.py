@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import runs
 from runs import EXACT, SMALL, here
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from jaxtrain import evaluate
 from jaxtrain.checkpoint.manifest import annotate, delete_old, read_manifest
@@ -104,6 +105,9 @@ def assert_never_disturbed(workdir: Path, undisturbed) -> None:
     assert len(runs.losses(workdir)) == 120
     for phase in ("train", "val", "test"):
         assert runs.rows(workdir, phase) == runs.rows(path, phase)  # in full precision: bit for bit
+        seen = EventAccumulator(str(workdir / "tensorboard" / phase)).Reload()
+        shown = [(event.step, event.value) for event in seen.Scalars("loss")]
+        assert shown == [(row["step"], float(np.float32(row["loss"]))) for row in runs.rows(workdir, phase)]
     assert runs.epochs(workdir) == runs.epochs(path)
     runs.assert_same_bits(found, wanted)
     assert not any((workdir / "checkpoints").glob("*tmp*"))

@@ -279,6 +279,21 @@ def test_a_compile_cache_that_cannot_be_written(tmp_path):
     assert check.state == "warning"
     assert "JAX_COMPILATION_CACHE_DIR" in check.fix
     assert checks.check_compile_cache({"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")}).state == "ok"
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache" / "jit_step-sha256-cache").write_bytes(b"what is this?")
+    check = checks.check_compile_cache({"JAX_COMPILATION_CACHE_DIR": str(tmp_path / "cache")})
+    assert (check.state, "1 entries are damaged" in check.found) == ("warning", True)
+    assert "--clear-cache" in check.fix
+
+
+def test_the_compile_cache_is_cleared_of_its_entries_alone(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(tmp_path))
+    monkeypatch.setattr("jaxtrain.cli.doctor.examine", lambda *_: SimpleNamespace(checks=[]))
+    for name in ("jit_step-sha256-cache", "jit_step-cache", "notes.txt"):
+        (tmp_path / name).touch()
+    assert runs.command_line(["doctor", "--clear-cache"]) == 0
+    assert f"deleted 2 programs from {tmp_path}" in capsys.readouterr().out
+    assert [path.name for path in tmp_path.iterdir()] == ["notes.txt"]
 
 
 def test_a_host_name_without_an_address(monkeypatch):

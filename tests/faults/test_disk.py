@@ -58,6 +58,59 @@ FIELDS = SMALL | {
 }  # fmt: skip
 
 
+# At its ninth batch, which comes after two checkpoints, something happens to the disk.
+BREAKING = """
+import dataclasses, os, resource, shutil, subprocess
+
+from jaxtrain.data import registry
+
+RUN = os.environ["RUN"]
+
+def full():
+    with open(os.path.join(os.path.dirname(RUN), "filler"), "wb", buffering=0) as file:
+        while file.write(b"x" * 4096):
+            pass
+
+def limited():
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+
+def gone():
+    shutil.rmtree(RUN)
+
+def no_more_files():
+    resource.setrlimit(resource.RLIMIT_NOFILE, (8, 8))
+    os.pipe()
+
+def read_only():
+    checkpoints = os.path.join(RUN, "checkpoints")
+    for options in (["--bind", checkpoints], ["-o", "remount,ro,bind"]):
+        subprocess.run(["mount", *options, checkpoints], check=True)
+
+def own():
+    raise ValueError("a fault of one's own")
+
+class Breaking:
+    def __init__(self, base):
+        self.base, self.shape, self.batches = base, base.shape, 0
+
+    def __len__(self):
+        return len(self.base)
+
+    def read(self, indices):
+        self.batches += 1
+        if self.batches == 9:
+            try:
+                globals()[os.environ["HAPPENS"]]()
+            except OSError:
+                pass
+        return self.base.read(indices)
+
+def digits(config, image_size):
+    found = registry.load(dataclasses.replace(config, name="digits"), image_size=image_size)
+    return dataclasses.replace(found, train=Breaking(found.train))
+"""
+
+
 @pytest.fixture
 def disk(tmp_path, monkeypatch):
     """A file system of 12 MiB; a checkpoint takes about 2."""
@@ -72,6 +125,7 @@ def disk(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     monkeypatch.setenv("FILLER", str(path / "filler"))
     yield path
+    subprocess.run(["umount", "-l", path / "run" / "checkpoints"], check=False, capture_output=True)
     subprocess.run(["umount", "-l", path], check=True)
 
 
@@ -134,3 +188,28 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused_at_the_start(disk: Pa
     (disk / "filler").write_bytes(b"x" * (11 << 20))
     with pytest.raises(WorkdirError, match="A checkpoint takes 2 MiB and"):
         here(disk / "run", FIELDS | {"data.name": "digits"})
+
+
+@pytest.mark.parametrize(
+    ("happens", "code", "said"),
+    [
+        ("full", 73, "(No space left on device)"),
+        ("read_only", 73, "was not written (Read-only file system); 3 in a row."),
+        pytest.param("limited", 73, "(File too large)", marks=pytest.mark.faults),
+        pytest.param("gone", 73, "is not there any more", marks=pytest.mark.faults),
+        pytest.param("no_more_files", 73, "(Too many open files)", marks=pytest.mark.faults),
+        pytest.param("own", 65, "(ValueError: a fault of one's own, at ", marks=pytest.mark.faults),
+    ],
+)
+def test_what_happens_in_the_middle_of_a_run_ends_it_with_one_sentence(disk: Path, monkeypatch, happens, code, said):
+    """An error of closing what is open does not take the place of the first one."""
+    (disk.parent / "breaking.py").write_text(BREAKING)
+    monkeypatch.setenv("HAPPENS", happens)
+    monkeypatch.setenv("RUN", str(disk / "run"))
+    fields = FIELDS | {"data.name": "breaking:digits", "train.steps": 200}
+    arguments = runs.arguments(disk / "run", fields, "--simulate-devices", "1")
+    with runs.Started(disk.parent / "output.txt", ["-m", "jaxtrain.main", *arguments], cwd=disk.parent) as run:
+        assert run.end() == code, run.output
+        assert "Traceback" not in run.output
+        assert run.output.splitlines()[-1].startswith("jaxtrain: ")
+        assert said in run.output.splitlines()[-1]

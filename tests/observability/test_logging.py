@@ -161,13 +161,16 @@ def test_flush_syncs_the_rows_to_the_disk(run, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", lambda descriptor: (synced.append(os.fstat(descriptor).st_ino), sync(descriptor)))
         records.flush()
-    assert run.metrics_jsonl.stat().st_ino in synced
+    sinks = [run.metrics_jsonl, *run.tensorboard.glob("*/events*")]
+    assert {path.stat().st_ino for path in sinks} == set(synced)
     records.close()
 
 
 def test_jsonl_torn_at_any_byte_is_read_up_to_the_last_whole_line(tmp_path):
     path = tmp_path / "metrics.jsonl"
-    path.write_text("".join(json.dumps({"step": s, "phase": "train", "loss": s / 7}) + "\n" for s in (1, 2, 3)))
+    path.write_text(
+        "".join(json.dumps({"step": s, "epoch": 0, "phase": "train", "loss": s / 7}) + "\n" for s in (1, 2, 3))
+    )
     data = path.read_bytes()
     third = data.rindex(b"{")
     for cut in range(third, len(data) + 1):
@@ -179,11 +182,31 @@ def test_jsonl_torn_at_any_byte_is_read_up_to_the_last_whole_line(tmp_path):
 
 def test_a_damaged_line_in_the_middle_is_named(tmp_path, caplog):
     path = tmp_path / "metrics.jsonl"
-    path.write_bytes(b'{"step": 1, "phase": "train"}\n{"ste\xff\n{"step": 3, "phase": "val"}\n')
+    head = '{"step": 1, "epoch": 0, "phase": "val"'
+    damaged = [
+        '{"ste\xff',
+        '{"step": 2, "phase": "val"}',
+        f'{head}, "loss": "low"}}',
+        f'{head}, "loss": {"9" * 400}}}',
+        "[" * 99_999,
+    ]
+    whole = [f"{head}}}", '{"step": 3, "epoch": 0, "phase": "train"}']
+    path.write_text("".join(f"{line}\n" for line in (whole[0], *damaged, whole[1])), encoding="latin-1")
     with caplog.at_level(logging.WARNING, "jaxtrain"):
         MetricsJsonl(path, step=9).close()
-    assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [1, 3]
-    assert "line 2 is damaged" in caplog.text
+    assert path.read_text().splitlines() == whole
+    for number, _ in enumerate(damaged, 2):
+        assert f"line {number} is damaged" in caplog.text
+
+
+def test_no_flipped_bit_of_a_line_ends_in_a_traceback(run):
+    play(run, 0, 4)
+    data, draw = run.metrics_jsonl.read_bytes(), random.Random(3)
+    for _ in range(100):
+        flipped, bit = bytearray(data), draw.randrange(8 * len(data))
+        flipped[bit // 8] ^= 1 << bit % 8
+        run.metrics_jsonl.write_bytes(flipped)
+        MetricsWriter(run, step=4, epochs_done=1).close()
 
 
 # ----------------------------------------------------------------------------------------------------------- resume
@@ -344,6 +367,37 @@ def test_tensorboards_own_reader_sees_each_step_once(run):
     assert seen.Scalars("loss")[8].value == np.float32(1 / 9)
     seen = EventAccumulator(str(run.tensorboard / "val")).Reload()
     assert [event.step for event in seen.Scalars("loss")] == [4, 8]
+
+
+def shown(run, phase):
+    """{step: loss} as TensorBoard's own reader sees them."""
+    seen = EventAccumulator(str(run.tensorboard / phase)).Reload()
+    return [(e.step, np.float32(e.value)) for e in seen.Scalars("loss")] if "loss" in seen.Tags()["scalars"] else []
+
+
+def test_what_tensorboard_shows_equals_metrics_jsonl_after_any_kill(run):
+    """A kill is a writer that is never closed: what it had not given to the system is gone."""
+    killed = []
+    for start, last in ((0, 3), (0, 6), (4, 9), (8, 8), (8, 12)):
+        records = MetricsWriter(run, step=start, epochs_done=start // STEPS_AN_EPOCH)
+        killed.append(records)
+        if start == 4:  # a validation that the start before was stopped in
+            records.epoch(0, "val", 0.5, 0.25, 1000.0, step=4)
+        for step in range(start + 1, last + 1):
+            records.train_step({"step": step, "epoch": 0, "loss": 1 / step})
+            if step % STEPS_AN_EPOCH == 0:
+                records.epoch(0, "val", 3 / step, 0.25, 1000.0, step=step)
+        if last in (8, 12):  # the run is made longer afterwards
+            records.epoch(0, "test", 1 / last, 0.25, 1000.0, step=last)
+        for phase in ("train", "val", "test"):
+            rows = [(row["step"], np.float32(row["loss"])) for row in json_rows(run) if row["phase"] == phase]
+            assert sorted(shown(run, phase)) == sorted(rows), (start, phase)
+    for again in range(2):  # a complete run started again tests again
+        records = MetricsWriter(run, step=12, epochs_done=3)
+        records.epoch(0, "test", 0.5 + again, 0.25, 1000.0, step=12)
+        killed.append(records)
+        assert shown(run, "test")[-1] == (12, np.float32(0.5 + again))
+        assert [step for step, _ in shown(run, "test")].count(12) == 1
 
 
 def test_tensorboards_own_reader_sees_the_config(run):

@@ -1,17 +1,26 @@
 """From the command to the first step: what is computed, what is not, and what is said meanwhile."""
 
+import errno
 import os
+import stat
 import subprocess
 import sys
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
+import runs
 from runs import RECIPE, ROOT, SMALL, here
 
 from jaxtrain import load_config
 from jaxtrain.config import Config
-from jaxtrain.host import xla_flags
+from jaxtrain.doctor import checks
+from jaxtrain.doctor.facts import data_dir
+from jaxtrain.errors import ConfigError, EnvironmentMismatchError
+from jaxtrain.host import compile_cache, limits, xla_flags
+from jaxtrain.host.gpus import device_files
+from jaxtrain.host.paths import compile_cache as compile_cache_path
 from jaxtrain.optim.schedules import make_schedule
 from jaxtrain.training import compiled, input_pipeline
 from jaxtrain.training.jax_settings import compile_cache_note, no_compile_cache, settings
@@ -102,6 +111,104 @@ def test_the_next_start_is_promised_the_programs_only_where_they_can_be_kept(tmp
             assert said in compile_cache_note()
             with no_compile_cache():
                 assert "switched off" in compile_cache_note()
+
+
+@pytest.fixture
+def own_cache(tmp_path):
+    """A compile cache of this test's own."""
+    before, cache = jax.config.jax_compilation_cache_dir, tmp_path / "programs"
+    jax.clear_caches()
+    jax.config.update("jax_compilation_cache_dir", str(cache))
+    jax.experimental.compilation_cache.compilation_cache.reset_cache()
+    yield cache
+    jax.config.update("jax_compilation_cache_dir", before)
+    jax.experimental.compilation_cache.compilation_cache.reset_cache()
+
+
+def test_a_damaged_compiled_program_is_compiled_again(tmp_path, own_cache):
+    """Every entry, each in one of these ways; a program that another entry's file holds is damaged too."""
+    here(tmp_path / "whole", SMALL, train__steps=4)
+    whole = {path: path.read_bytes() for path in compile_cache.entries(own_cache)}
+    assert stat.S_IMODE(own_cache.stat().st_mode) == 0o700
+    for number, (path, data) in enumerate(whole.items()):
+        flipped = bytearray(data)
+        flipped[len(data) // 2] ^= 4
+        ways = [bytes(flipped), data[: len(data) // 2], b"", os.urandom(len(data)), next(reversed(whole.values()))]
+        path.write_bytes(ways[number % len(ways)] if number < len(whole) - 1 else bytes(flipped))
+    assert compile_cache.damaged(own_cache) == sorted(whole)
+    jax.clear_caches()
+    here(tmp_path / "again", SMALL, train__steps=4)
+    assert runs.losses(tmp_path / "again").tolist() == runs.losses(tmp_path / "whole").tolist()
+    assert "an entry of the compile cache is damaged" in (tmp_path / "again/logs/process_0.log").read_text()
+    assert compile_cache.damaged(own_cache) == []
+    assert compile_cache.clear(own_cache) == len(whole)
+    assert compile_cache.entries(own_cache) == []
+
+
+def test_a_compile_cache_that_others_may_write_is_not_used(tmp_path, own_cache, monkeypatch):
+    own_cache.mkdir()
+    own_cache.chmod(0o777)
+    here(tmp_path / "run", SMALL, train__steps=1)
+    assert "is not used: anyone may write there" in (tmp_path / "run/logs/process_0.log").read_text()
+    assert list(own_cache.iterdir()) == []
+    own_cache.chmod(0o700)
+    assert compile_cache.why_refused(own_cache) == ""
+    monkeypatch.setattr(os, "geteuid", lambda: own_cache.stat().st_uid + 1)
+    assert f"user {own_cache.stat().st_uid} owns it" in compile_cache.why_refused(own_cache)
+    check = checks.check_compile_cache({"JAX_COMPILATION_CACHE_DIR": str(own_cache)})
+    assert (check.state, "is not used" in check.found) == ("warning", True)
+
+
+@pytest.mark.parametrize(
+    ("environment", "code", "said"),
+    [
+        ({"JAX_PLATFORMS": "cuda"}, 78, "JAX_PLATFORMS='cuda': JAX finds no such devices"),
+        ({"JAX_PLATFORMS": "CPU"}, 78, "JAX_PLATFORMS='CPU': JAX finds no such devices"),
+        ({"XLA_FLAGS": "--xla_nonsense=1"}, 64, "Unknown flag in XLA_FLAGS: --xla_nonsense=1"),
+        ({"XLA_FLAGS": "--xla_cpu_enable_fast_math=maybe"}, 64, "Couldn't interpret value maybe"),
+    ],
+)
+def test_an_environment_that_jax_cannot_start_in_is_named(environment, code, said):
+    if "cuda" in environment.values() and device_files():
+        pytest.skip("this machine has GPUs")
+    command = [sys.executable, "-m", "jaxtrain", "evaluate", "nowhere"]
+    found = subprocess.run(command, env=os.environ | environment, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert found.returncode == code, found.stderr
+    assert said in found.stderr
+    assert len(found.stderr.splitlines()) == 1
+
+
+def test_a_user_without_a_home_is_told_what_to_set(monkeypatch):
+    def nowhere():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", nowhere)
+    monkeypatch.delenv("JAXTRAIN_DATA_DIR", raising=False)
+    for place, variable in (
+        (lambda: compile_cache_path({}), "JAX_COMPILATION_CACHE_DIR"),
+        (data_dir, "JAXTRAIN_DATA_DIR"),
+    ):
+        with pytest.raises(ConfigError, match=f"has no home directory; set HOME, or {variable}"):
+            place()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EMFILE, "Too many open files"), "ulimit -n is"),
+        (MemoryError("no"), "ulimit -v is"),
+        (RuntimeError("can't start new thread"), "ulimit -u is"),
+    ],
+)
+def test_a_limit_of_the_system_is_named(error, said):
+    outer = ValueError("around it")
+    outer.__cause__ = error
+    for each in (error, outer):
+        found = limits.explained(each)
+        assert isinstance(found, EnvironmentMismatchError)
+        assert said in str(found)
+    assert limits.explained(known := ConfigError("as it is")) is known
+    assert limits.explained(other := ValueError("as it is")) is other
 
 
 def test_xlas_alarms_are_hidden_on_a_cpu_and_where_nothing_is_trained(monkeypatch):
