@@ -30,6 +30,7 @@ from jaxtrain.checkpoint.manifest import best_of, manifested_steps
 from jaxtrain.checkpoint.resume_point import readable
 from jaxtrain.distributed import coordination
 from jaxtrain.distributed.coordination import barrier
+from jaxtrain.distributed.exit_report import as_peer_error
 from jaxtrain.errors import CheckpointError, JaxtrainError, WorkdirError
 from jaxtrain.host.backend import versions
 from jaxtrain.parallel.arrays import is_everywhere, to_every_process, view
@@ -168,8 +169,9 @@ class Checkpointer:
         """
         error, self._failure = self._failure, None
         self._failures += 1
-        if isinstance(error, JaxtrainError):
-            raise error
+        assert error is not None
+        if isinstance(cause := as_peer_error(error), JaxtrainError):
+            raise cause
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if any(word in str(error) for word in ("No space left", "ENOSPC", "RESOURCE_EXHAUSTED")):
             reason = os.strerror(errno.ENOSPC)
