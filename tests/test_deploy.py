@@ -191,12 +191,12 @@ def test_slurm_gives_a_task_that_is_alone_on_its_node_all_gpus(stage):
     assert stage.calls("python")[0]["devices"] == "0,1,2,3"
 
 
-@pytest.mark.parametrize("code", [0, 64, 65, 66, 70, 73, 75, 76, 78, 130, 137])
+@pytest.mark.parametrize("code", [0, 64, 65, 66, 70, 73, 75, 76, 78, 130, 137, 143])
 def test_slurm_requeues_a_saved_run_and_nothing_else(stage, code):
     found, _ = slurm(stage, ends=code)
     assert found == code
     requeued = [call["arguments"] for call in stage.calls("scontrol")]
-    assert requeued == ([["requeue", "17"]] if code == 75 else [])
+    assert requeued == ([["requeue", "17"]] if code in (75, 143) else [])
 
 
 def test_slurm_does_not_requeue_for_ever(stage):

@@ -30,7 +30,8 @@ from jaxtrain.checkpoint.manifest import best_of, manifested_steps
 from jaxtrain.checkpoint.resume_point import readable
 from jaxtrain.distributed import coordination
 from jaxtrain.distributed.coordination import barrier
-from jaxtrain.errors import CheckpointError, TakenOverError, WorkdirError
+from jaxtrain.distributed.exit_report import as_peer_error
+from jaxtrain.errors import CheckpointError, PeerError, TakenOverError, WorkdirError
 from jaxtrain.host.backend import versions
 from jaxtrain.host.files import reading, writing
 from jaxtrain.parallel.arrays import is_everywhere, to_every_process, view
@@ -161,8 +162,9 @@ class Checkpointer:
         """
         error, self._failure = self._failure, None
         self._failures += 1
-        if isinstance(error, TakenOverError):
-            raise error
+        assert error is not None
+        if isinstance(cause := as_peer_error(error), (PeerError, TakenOverError)):
+            raise cause
         text = f"The checkpoint of step {self._saving} in {self.directory} was not written ({_reason(error)})"
         if (alone and jax.process_count() > 1) or self._failures == FAILED_SAVES:
             raise WorkdirError(f"{text}; {self._failures} in a row." if self._failures > 1 else f"{text}.") from error

@@ -1,12 +1,18 @@
-"""Show what a run's wall time went into, over all its starts: useful steps, repeated steps, starting, waiting, downtime."""
+"""Show what a run's wall time went into, over all its starts, and how each of them ended.
+
+The time went into useful steps, repeated steps, starting, waiting, downtime.
+"""
 
 import argparse
+import dataclasses
 import json
+import time
 
 from rich.table import Table
 
 from jaxtrain.cli.start import console
-from jaxtrain.observability.goodput import goodput, read_starts
+from jaxtrain.host.text import printable
+from jaxtrain.observability.goodput import StartTimes, goodput, read_starts
 from jaxtrain.observability.rendering import duration
 from jaxtrain.workdir import Workdir, named
 
@@ -19,15 +25,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints a row for each category. Raises `WorkdirError` if no run was started there."""
-    found = goodput(read_starts(Workdir(named(arguments.workdir)).starts))
+    starts = read_starts(Workdir(named(arguments.workdir)).starts)
+    found = goodput(starts)
     if arguments.json:
-        print(json.dumps(found.to_json()))
+        ends = [start.end and dataclasses.asdict(start.end) for start in starts]
+        print(json.dumps({**found.to_json(), "ends": ends}))
         return
     table = Table("what", "h:mm:ss", "share", box=None, pad_edge=False)
     for name, seconds in sorted(found.seconds.items(), key=lambda item: -item[1]):
         table.add_row(name, duration(seconds), f"{seconds / found.wall:.1%}" if found.wall else "")
     table.add_row("all", duration(found.wall), "100.0%")
     console().print(table)
+    for number, start in enumerate(starts, 1):
+        print(f"start {number}, {_ended(start)}")
     again = f", {found.lost_steps} done again" if found.lost_steps else ""
-    starts = "1 start" if found.starts == 1 else f"{found.starts} starts"
-    print(f"goodput {found.share:.1%}: {starts}, {found.steps} steps{again}")
+    count = "1 start" if found.starts == 1 else f"{found.starts} starts"
+    print(f"goodput {found.share:.1%}: {count}, {found.steps} steps{again}")
+
+
+def _ended(start: StartTimes) -> str:
+    """Where a start was, and how it ended, on one line."""
+    where = f"on {start.host or '?'}, steps {start.first_step} to {start.step}"
+    if start.end is None:
+        return printable(f"{where}: it runs, or nobody has seen it end yet")
+    when = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(start.end.time))
+    code = "" if start.end.code is None else f", exit code {start.end.code}"
+    return printable(f"{where}, ended {when}{code} (as {start.end.by} says): {start.end.message}")

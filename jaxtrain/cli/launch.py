@@ -7,12 +7,14 @@ from pathlib import Path
 from jaxtrain.distributed.supervisor import Options, Supervisor, missing_gpus, say
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.gpus import Gpus
+from jaxtrain.observability.goodput import end_start
 
 # Runs this same package, wherever it is installed. Not by `-m`, which would search the current directory first.
 _PARENT = str(Path(__file__).resolve().parents[2])
 _COMMAND = (
     *(sys.executable, "-P", "-c"),
-    f"import sys; sys.path.append({_PARENT!r}); from jaxtrain.cli import main; sys.exit(main())",
+    f"import sys; sys.path.append({_PARENT!r}); from jaxtrain.host.processes import end_with_launcher; end_with_launcher(); "
+    "from jaxtrain.cli import main; sys.exit(main())",
 )
 
 
@@ -76,4 +78,4 @@ def run(arguments: argparse.Namespace) -> int:
     gpus = Gpus()
     if missing := missing_gpus(Path("machine.json"), gpus):
         say(f"machine.json lists GPUs that are not found now: {', '.join(missing)}")
-    return Supervisor([*_COMMAND, *arguments.rest], options, gpus).run()
+    return Supervisor([*_COMMAND, *arguments.rest], options, gpus, end_start).run()

@@ -9,7 +9,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -226,13 +226,14 @@ def without_devices() -> None:
     jax.config.update("jax_platforms", "cpu")
 
 
-def start_processes(arguments: argparse.Namespace, resolved: Resolved, workdir: str) -> None:
+def start_processes(arguments: argparse.Namespace, resolved: Resolved, workdir: str, met: Callable[[], None]) -> None:
     """Connects to the other processes of the run, if it has several.
 
     Args:
       arguments: of the command.
       resolved: the config; processes compare theirs.
       workdir: processes compare theirs.
+      met: called when all have met (`initialize`).
 
     Raises:
       EnvironmentMismatchError: another process does not come in time, or was started with other settings.
@@ -249,7 +250,8 @@ def start_processes(arguments: argparse.Namespace, resolved: Resolved, workdir: 
         add_working_directory()
     modules = [name.partition(":")[0] for name in names]
     fingerprint = fingerprint_of(config, str(Path(workdir)), modules)
-    initialize(place, fingerprint, arguments.start_timeout, allow_version_skew=arguments.allow_version_skew)
+    skew = arguments.allow_version_skew
+    initialize(place, fingerprint, arguments.start_timeout, allow_version_skew=skew, met=met)
 
 
 def default_workdir(name: str) -> Path:

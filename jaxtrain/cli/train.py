@@ -1,15 +1,22 @@
 """Train. A run whose work directory holds checkpoints resumes from them by itself."""
 
 import argparse
+import contextlib
 import os
+import signal
 import sys
+import threading
+from collections.abc import Iterator
+from typing import NoReturn
 
 from jaxtrain.cli import start
-from jaxtrain.distributed.exit_report import ExitReport, as_peer_error
+from jaxtrain.distributed import peers
+from jaxtrain.distributed.exit_report import ExitReport
 from jaxtrain.errors import InterruptedRunError, JaxtrainError, PreemptedError
 from jaxtrain.host import xla_flags
 from jaxtrain.host.native import cuda_messages_dropped
-from jaxtrain.host.text import printable
+from jaxtrain.host.processes import STOPPING
+from jaxtrain.host.text import note
 from jaxtrain.observability import progress
 from jaxtrain.plugins import whose_fault
 from jaxtrain.workdir import named
@@ -34,51 +41,80 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Checks the config, starts devices and processes, and trains. With several processes, an error ends the process here."""
-    resolved = start.resolved(arguments)
-    start.check_devices(arguments)
-    workdir = arguments.workdir or str(start.default_workdir(resolved.name))
-    named(workdir)  # checks the text as written: `Path` folds the slashes of s3://bucket/run
-    with cuda_messages_dropped():
-        from jaxtrain.distributed import coordination  # noqa: PLC0415  a wrong config is refused before JAX is loaded
-        from jaxtrain.distributed.interrupt import catch_signals  # noqa: PLC0415
+    with _stopped_early():
+        resolved = start.resolved(arguments)
+        start.check_devices(arguments)
+        workdir = arguments.workdir or str(start.default_workdir(resolved.name))
+        named(workdir)  # checks the text as written: `Path` folds the slashes of s3://bucket/run
+        with cuda_messages_dropped():
+            from jaxtrain.distributed import coordination  # noqa: PLC0415  a wrong config is refused before JAX is loaded
+            from jaxtrain.distributed.interrupt import catch_signals  # noqa: PLC0415
 
-    with catch_signals(leave) as interrupt:
-        try:
-            chosen = resolved.config.train
-            flags = xla_flags.for_run(chosen.precision, deterministic=chosen.deterministic)
-            xla_flags.set_flags(flags)  # before the processes connect
-            start.configure_devices(arguments)
-            start.start_processes(arguments, resolved, workdir)
-            start.start_backend()
-            if coordination.index() == 0:
-                start.say_what_flags_are(arguments)
-            from jaxtrain.training.session import train  # noqa: PLC0415  JAX is set up by now
-            from jaxtrain.training.smoke import smoke  # noqa: PLC0415
+        with catch_signals(leave) as interrupt:
+            try:
+                chosen = resolved.config.train
+                flags = xla_flags.for_run(chosen.precision, deterministic=chosen.deterministic)
+                xla_flags.set_flags(flags)  # before the processes connect
+                start.configure_devices(arguments)
+                start.start_processes(arguments, resolved, workdir, interrupt.connect)
+                start.start_backend()
+                if coordination.index() == 0:
+                    start.say_what_flags_are(arguments)
+                from jaxtrain.training.session import train  # noqa: PLC0415  JAX is set up by now
+                from jaxtrain.training.smoke import smoke  # noqa: PLC0415
 
-            if arguments.smoke:
-                smoke(resolved.config, resolved.name, num_devices=arguments.devices, interrupt=interrupt)
-            else:
-                train(resolved.config, workdir, num_devices=arguments.devices, interrupt=interrupt)
-        except Exception as error:
-            stopped = isinstance(error, (PreemptedError, InterruptedRunError))
-            if coordination.count() > 1:
-                error = as_peer_error(error)
+                if arguments.smoke:
+                    smoke(resolved.config, resolved.name, num_devices=arguments.devices, interrupt=interrupt)
+                else:
+                    train(resolved.config, workdir, num_devices=arguments.devices, interrupt=interrupt)
+            except BaseException as raised:
+                error = interrupt.cause(raised)
+                stopped = raised is error and isinstance(error, (PreemptedError, InterruptedRunError))
                 interrupt.ends(None if stopped else error)
-            elif not stopped:
-                ExitReport.of(error, 0).write()
-                raise
-            leave(error)
+                if not stopped and peers.connected() is None:
+                    ExitReport.of(error, 0).write()
+                    if error is raised:
+                        raise
+                    raise error from None
+                leave(error)
+
+
+@contextlib.contextmanager
+def _stopped_early() -> Iterator[None]:
+    """Until the run catches signals itself, SIGTERM and SIGHUP end the process at once, with the code of a run that was saved.
+
+    The import of JAX alone takes seconds. A SIGHUP that is ignored (nohup) stays so.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught = [number for number in STOPPING if signal.getsignal(number) is signal.SIG_DFL]
+
+    def stop(*_: object) -> None:
+        _exit(PreemptedError("Stopped before the run began; the last checkpoint is as it was."), 0)
+
+    for number in caught:
+        signal.signal(number, stop)
+    try:
+        yield
+    finally:
+        for number in caught:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def leave(error: BaseException) -> None:
     """Ends the process at once, from any thread. JAX would wait 300 s for other processes, Python for a stuck thread."""
     from jaxtrain.distributed import coordination  # noqa: PLC0415
 
-    report = ExitReport.of(error, coordination.index())
+    _exit(error, coordination.index())
+
+
+def _exit(error: BaseException, process: int) -> NoReturn:
+    report = ExitReport.of(error, process)
     report.write()
-    progress.erase_line()
     known = isinstance(error, JaxtrainError)
-    text = report.message if known else f"{whose_fault(error)}\n{report.trace}"
-    print(f"jaxtrain: {printable(text, lines=not known)}", file=sys.stderr, flush=True)
-    sys.stdout.flush()
+    with contextlib.suppress(OSError):  # the terminal is gone
+        progress.erase_line()
+        note(report.message if known else f"{whose_fault(error)}\n{report.trace}", lines=not known)
+        sys.stdout.flush()
     os._exit(report.code)

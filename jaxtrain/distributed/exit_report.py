@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import os
+import re
 import socket
 import time
 import traceback
@@ -20,6 +21,8 @@ _PEER_GONE = (
     "Connection closed by peer", "Connection reset by peer", "Broken pipe", "Gloo", "NCCL", "heartbeat",
     "coordination service", "UNAVAILABLE", "DEADLINE_EXCEEDED", "Socket closed", "Connection refused",
 )  # fmt: skip
+
+_XLA_STATUS = re.compile(r"(UNKNOWN|UNAVAILABLE|ABORTED|INTERNAL|CANCELLED|DEADLINE_EXCEEDED|FAILED_PRECONDITION): ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,6 +43,12 @@ class ExitReport:
     """Whether the same command may succeed another time."""
     trace: str = ""
     """The traceback of an error that jaxtrain did not raise on purpose."""
+
+    @property
+    def sentence(self) -> str:
+        """Why it ended, on one line."""
+        text = " ".join(self.message.split())
+        return f"{self.error}: {text}" if self.trace else text
 
     @classmethod
     def of(cls, error: BaseException, process: int) -> ExitReport:
@@ -81,7 +90,8 @@ def as_peer_error(error: BaseException) -> BaseException:
     text = str(error)
     if isinstance(error, JaxtrainError) or not any(part in text for part in _PEER_GONE):
         return error
-    if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError"):
+    # Orbax raises what XLA says as a ValueError.
+    if type(error).__name__ not in ("JaxRuntimeError", "XlaRuntimeError") and not _XLA_STATUS.match(text):
         return error
     first = (text.splitlines() or [""])[0]
     return PeerError(f"Another process of this run ended or does not answer ({first[:200]}).")

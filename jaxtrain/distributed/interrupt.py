@@ -1,4 +1,4 @@
-"""Ctrl-C and SIGTERM ask a run to save and stop; a second signal stops it at once.
+"""Ctrl-C, SIGTERM and SIGHUP ask a run to save and stop; a second signal stops it at once.
 
 Of several processes none may stop alone: the others would wait for it in a collective. So all processes count the same
 points of the run, one between any two programs that they run together (`Interrupt.poll`). When one process gets a signal, a
@@ -9,25 +9,23 @@ has passed. (JAX's own preemption service knows no evaluations, no Ctrl-C and no
 from __future__ import annotations
 
 import contextlib
+import functools
 import itertools
-import json
 import os
 import signal
 import socket
 import threading
-import time
 from collections.abc import Callable, Iterator
-from typing import Any
 
-from jaxtrain.distributed import coordination
+from jaxtrain.distributed import coordination, peers
+from jaxtrain.distributed.exit_report import as_peer_error
+from jaxtrain.distributed.peers import Message, Peers
 from jaxtrain.errors import InterruptedRunError, JaxtrainError, PeerError, PreemptedError
+from jaxtrain.host.processes import STOPPING
 
-_LISTEN_SECONDS = 0.3  # between two looks at the messages
-_REQUESTS_A_SECOND = 2000  # of all processes together; process 0 answered 2,800 on two busy cores
 _AGREE_SECONDS = 20.0  # in which all processes must share their points
 _OWN_ERROR_SECONDS = 1.0  # in which a process can end by its own error, after another one has failed
-_EXIT_WAIT_SECONDS = 3.5  # that process 0 waits at most for the others to end before it, if all are alive
-_EXIT_SECONDS = 0.2  # from the announcement of a process's exit to its end
+_HEAR_SECONDS = 0.5  # in which a process hears that its error is the echo of another one's
 
 Leave = Callable[[JaxtrainError], None]
 _starts = itertools.count()  # every process starts the same runs in the same order
@@ -40,14 +38,16 @@ class Interrupt:
         """leave: ends the process at once, from any thread. Without it the run stops when it can."""
         self.signal: signal.Signals | None = None
         self.kept = "the last checkpoint is as it was"  # what is said of a run that is stopped at once
-        self.leave = leave
+        self.leave = leave and functools.partial(self._say_and_leave, leave)
+        self.last_words: Callable[[BaseException], None] = lambda error: None  # called before `leave`
         self._lock = threading.Lock()
         self._points = 0  # passed so far
         self._stop_at = 0  # the point where all stop; 0 until it is known
         self._agreed = threading.Event()
-        self._folder = ""  # of this start's keys; '' until it is connected
+        self._peers: Peers | None = None  # until it is connected
+        self._start = ""  # which one of this process this is
         self._closed = threading.Event()
-        self._listener: threading.Thread | None = None
+        self._cause: BaseException | None = None  # of the end, once it is known
 
     def poll(self) -> bool:
         """Whether all stop here. Every process must call it between any two programs that run on all."""
@@ -65,29 +65,53 @@ class Interrupt:
 
     def connect(self) -> None:
         """Starts to listen to the other processes. Does nothing in a run of one process, or a second time."""
-        if self._folder or coordination.count() == 1:
-            return
-        self._folder = f"jaxtrain/start {next(_starts)}"
-        self._listener = threading.Thread(target=self._listen, name="interrupts of other processes", daemon=True)
-        self._listener.start()
+        if self._peers is None and (others := peers.connected()) is not None:
+            self._peers, self._start = others, f"start {next(_starts)}"
+            others.listen(self._heard)
+
+    def cause(self, raised: BaseException) -> BaseException:
+        """Why the run really ends, where it raised `raised`: `raised` itself, or an error in its place.
+
+        That is a `PeerError` where another process has failed or ended before. What a user's code raises to end the process
+        is an error too: the run is not done. The answer to the first call stays.
+        """
+        if self._cause is None:
+            self._cause = self._find_cause(raised)
+        return self._cause
+
+    def _find_cause(self, raised: BaseException) -> BaseException:
+        if isinstance(raised, JaxtrainError):
+            # What it was raised from may be the echo of a process that was lost: a save or a read that failed, say.
+            if self._peers is not None and raised.__cause__ and (why := self._peers.failure(_HEAR_SECONDS, ["lost"])):
+                return PeerError(why)
+            return raised
+        if self._peers is not None and (why := self._peers.failure(_HEAR_SECONDS)):
+            return PeerError(why)
+        if isinstance(raised, KeyboardInterrupt):
+            return InterruptedRunError(f"Stopped at once; {self.kept}.")
+        if isinstance(raised, SystemExit):
+            text = f"sys.exit({raised.code!r}) was called in the middle of the run"
+            return RuntimeError(text).with_traceback(raised.__traceback__)
+        return as_peer_error(raised) if self._peers is not None else raised
 
     def ends(self, failure: BaseException | None = None) -> None:
         """Call it before this process ends early. It sends the failure to the others; None where all have agreed to stop."""
-        if not self._folder:
+        if self._peers is None:
             return
-        lost = isinstance(failure, PeerError)
-        if failure is not None:
-            text = str(failure) or type(failure).__name__
-            self._send(
-                "failed", {"process": coordination.index(), "host": socket.gethostname(), "text": text, "lost": lost}
-            )
-        self._announce_exit(lost)
+        mine = coordination.index()
+        if failure is None:
+            self._peers.send(Message("done", mine, start=self._start, signal=self.signal or 0))
+            return
+        text = str(failure) or type(failure).__name__
+        if not isinstance(failure, PeerError):
+            text = f"Process {mine} on {socket.gethostname()} failed: {text}"
+        self._peers.send(Message("failed", mine, text))
 
     def close(self) -> None:
-        """Stops the thread that listens."""
+        """Stops listening to the others."""
         self._closed.set()
-        if self._listener is not None:
-            self._listener.join()  # the interpreter must not end during its request
+        if self._peers is not None:
+            self._peers.listen(None)
 
     # ---------------------------------------------------------------------------------------------- in other threads
 
@@ -97,8 +121,8 @@ class Interrupt:
             self.signal = self.signal or number
             self._leave(f"Stopped at once; {self.kept}.")
             return
-        if self._folder:
-            self._send("stop", {"signal": number})
+        if self._peers is not None:
+            self._peers.send(Message("stop", coordination.index(), start=self._start, signal=number))
         self._stop(number)
 
     def _stop(self, number: signal.Signals) -> None:
@@ -108,66 +132,47 @@ class Interrupt:
                 return
             self.signal, next_point = number, self._points + 1  # `poll` takes the lock: no point is passed meanwhile
         points = [str(next_point)]
-        if self._folder:
-            points = coordination.allgather_str(f"{self._folder}/stop at", points[0], _AGREE_SECONDS)
+        try:
+            points = coordination.allgather_str(f"jaxtrain/{self._start}/stop at", points[0], _AGREE_SECONDS)
+        except (RuntimeError, AttributeError):  # JAX has yet to connect: no process makes a step without this one
+            if next_point > 1:
+                raise
         self._stop_at = max(map(int, points))
         self._agreed.set()
         if self._stop_at == 1:
-            if self._folder:
-                self._announce_exit()
-            self._leave(f"Stopped before the first step of this start; {self.kept}.")
+            self._stop_before_the_first_step()
+
+    def _stop_before_the_first_step(self) -> None:
+        self.ends()
+        self._leave(f"Stopped before the first step of this start; {self.kept}.")
 
     def _leave(self, text: str) -> None:
         if self.leave is not None:
             self.leave(self.error(text))
 
-    def _announce_exit(self, lost: bool = False) -> None:
-        """Tells the others that this process is about to end.
+    def _say_and_leave(self, leave: Leave, error: JaxtrainError) -> None:
+        self.last_words(error)
+        leave(error)
 
-        Process 0 then waits for the others, since it keeps the messages, and JAX aborts a process that loses process 0. It
-        waits less where some process is `lost`.
-        """
-        coordination.kv_set(f"{self._folder}/exits/{coordination.index()}", "")
-        if coordination.index() == 0:
-            until = time.monotonic() + (_OWN_ERROR_SECONDS if lost else _EXIT_WAIT_SECONDS)
-            while (
-                len(coordination.kv_list(f"{self._folder}/exits/")) < coordination.count() and time.monotonic() < until
-            ):
-                time.sleep(0.05)
-            time.sleep(_EXIT_SECONDS)
-
-    def _send(self, kind: str, message: dict[str, Any]) -> None:
-        coordination.kv_set(f"{self._folder}/messages/{kind}", json.dumps(message))
-
-    def _listen(self) -> None:
-        pause = max(_LISTEN_SECONDS, coordination.count() / _REQUESTS_A_SECOND)
-        while not self._closed.wait(pause):
-            try:
-                messages = coordination.kv_list(f"{self._folder}/messages/")
-            except RuntimeError as error:  # process 0 is gone
-                text = f"Process 0 of this run ended or does not answer ({str(error).splitlines()[0]})."
-                self._peer_failed(text, lost=True)
-                return
-            failure = json.loads(messages.get("failed", "null"))
-            if failure and failure["process"] != coordination.index():
-                self._peer_failed(
-                    f"Process {failure['process']} on {failure['host']} failed: {failure['text']}", failure["lost"]
-                )
-                return
-            if "stop" in messages:
-                self._stop(signal.Signals(json.loads(messages["stop"])["signal"]))
-
-    def _peer_failed(self, text: str, lost: bool) -> None:
-        # A process that has agreed to stop is about to end by itself.
-        seconds = _OWN_ERROR_SECONDS if self.signal is None else _AGREE_SECONDS
-        if self.leave is not None and not self._closed.wait(seconds):
-            self._announce_exit(lost)
-            self.leave(PeerError(text))
+    def _heard(self, message: Message) -> None:
+        """Handles what another process says."""
+        if message.kind in ("failed", "lost"):
+            # A process that has agreed to stop is about to end by itself, unless another one is gone.
+            stops = self.signal is not None and message.kind == "failed"
+            if not self._closed.wait(_AGREE_SECONDS if stops else _OWN_ERROR_SECONDS) and self.leave is not None:
+                self.leave(PeerError(message.text))
+        elif message.start == self._start and message.kind == "stop":
+            self._stop(signal.Signals(message.signal))
+        elif message.start == self._start and not self._agreed.is_set():  # it is done, without having asked the others
+            self.signal = signal.Signals(message.signal)
+            self._stop_before_the_first_step()
 
 
 @contextlib.contextmanager
 def catch_signals(leave: Leave | None = None) -> Iterator[Interrupt]:
-    """Catches SIGINT and SIGTERM inside the block; only the main thread can. leave: see `Interrupt`.
+    """Catches Ctrl-C and the `STOPPING` signals inside the block; only the main thread can. leave: see `Interrupt`.
+
+    A SIGTERM or SIGHUP that is ignored (nohup) stays so.
 
     A thread reads the signals from a pipe, so that they are handled while the main thread compiles or waits for another
     process.
@@ -177,7 +182,7 @@ def catch_signals(leave: Leave | None = None) -> Iterator[Interrupt]:
         yield interrupt
         interrupt.close()
         return
-    numbers = (signal.SIGINT, signal.SIGTERM)
+    numbers = (signal.SIGINT, *(number for number in STOPPING if signal.getsignal(number) is not signal.SIG_IGN))
     before = {number: signal.getsignal(number) for number in numbers}
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
@@ -200,7 +205,8 @@ def catch_signals(leave: Leave | None = None) -> Iterator[Interrupt]:
         # a shell lets a background job ignore Ctrl-C. Counted here: the thread may have handled the first one already.)
         if leave is None and next(handled) > 1:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+            for stopping in STOPPING:
+                signal.signal(stopping, signal.SIG_DFL)
             signal.raise_signal(number)
 
     thread = threading.Thread(target=listen, name="signals", daemon=True)

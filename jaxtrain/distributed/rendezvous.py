@@ -12,23 +12,26 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import os
 import resource
 import selectors
 import socket
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from jaxtrain.distributed.cluster import ProcessInfo
+from jaxtrain.distributed.cluster import ProcessInfo, job_ids
 from jaxtrain.errors import EnvironmentMismatchError
-from jaxtrain.host.text import note
+from jaxtrain.host.text import note, printable
 
 PORTS = 8  # that are tried in turn, where other programs listen at the first
 _BANNER = "jaxtrain-rendezvous"
 SKEW_SECONDS = 5.0  # a warning says so where two hosts' clocks differ by more
 _SOCKET_SECONDS = 2.0  # to connect, to read the banner or to send the answer
 _HANDSHAKE_BYTES = 1 << 20  # of a handshake at most
+_SILENT = 256  # connections that say nothing; of more the oldest are dropped
+_SHOWN = 200  # letters of a setting that is shown
 _BACKLOG = 4096  # connections that the kernel keeps until they are accepted; others try again after a second
 _TRIES_A_SECOND = 20_000  # of all processes together, while process 0 does not listen yet
 
@@ -48,10 +51,34 @@ class Handshake:
     """`versions` and `config`: what must be equal on all processes, each a flat mapping of JSON's values."""
     clock: float = dataclasses.field(default_factory=time.time)
     """Its host's, in seconds since 1970."""
+    jobs: Sequence[str] = ()
+    """Which jobs started it (`cluster.job_ids`)."""
+
+    @classmethod
+    def parse(cls, line: bytes | bytearray) -> Handshake | None:
+        """What a process has sent; None where no process of jaxtrain sends that."""
+        try:
+            found = cls(**json.loads(line))
+            repr(found)  # text and numbers in so many lists that Python cannot write them fail here
+            numbers = type(found.index) is type(found.processes) is int and 0 <= found.index < found.processes
+            clock = type(found.clock) in (int, float) and math.isfinite(found.clock)
+            fingerprint = isinstance(found.fingerprint, dict) and all(
+                isinstance(d, dict) for d in found.fingerprint.values()
+            )
+            texts = [found.host, *found.jobs]
+        except (ValueError, TypeError, RecursionError):
+            return None
+        right = numbers and clock and fingerprint and all(isinstance(text, str) for text in texts)
+        return found if right else None
 
 
 def rendezvous(
-    process: ProcessInfo, fingerprint: Fingerprint, timeout: float, *, allow_version_skew: bool = False
+    process: ProcessInfo,
+    fingerprint: Fingerprint,
+    timeout: float,
+    *,
+    allow_version_skew: bool = False,
+    connections: dict[int, socket.socket] | None = None,
 ) -> str:
     """Waits until all processes have joined, and checks that they fit together.
 
@@ -60,6 +87,7 @@ def rendezvous(
       fingerprint: what must be equal on all processes.
       timeout: seconds to wait for the others.
       allow_version_skew: ignores other versions; only process 0's value counts.
+      connections: gets the open connections to the others (process 0) or to process 0, by number; else they are closed.
 
     Returns:
       The address, HOST:PORT, where `jax.distributed` can start.
@@ -68,13 +96,17 @@ def rendezvous(
       EnvironmentMismatchError: a process is missing or does not fit; the same text on every process that has joined.
     """
     host, port = process.address
-    handshake = Handshake(process.index, process.processes, socket.gethostname(), fingerprint)
-    if process.index == 0:
-        answer = _gather(process, port, handshake, timeout, allow_version_skew)
-    else:
-        answer = _join(process, (host, port), handshake, timeout)
-    if "refused" in answer:
-        raise EnvironmentMismatchError(answer["refused"])
+    jobs = sorted(job_ids())
+    handshake = Handshake(process.index, process.processes, socket.gethostname(), fingerprint, jobs=jobs)
+    with contextlib.ExitStack() as stack:
+        if process.index == 0:
+            answer, found = _gather(process, port, handshake, timeout, allow_version_skew, stack)
+        else:
+            answer, found = _join(process, (host, port), handshake, timeout, stack)
+        if "refused" in answer:
+            raise EnvironmentMismatchError(answer["refused"])
+        if connections is not None:
+            connections |= {number: connection.dup() for number, connection in found.items()}
     return f"[{host}]:{answer['port']}" if ":" in host else f"{host}:{answer['port']}"
 
 
@@ -82,38 +114,59 @@ def rendezvous(
 
 
 def _gather(
-    process: ProcessInfo, port: int, mine: Handshake, timeout: float, allow_version_skew: bool
-) -> dict[str, Any]:
-    """Accepts the other processes. Returns the answer that it sent to all: {"port": ...} or {"refused": why}."""
+    process: ProcessInfo,
+    port: int,
+    mine: Handshake,
+    timeout: float,
+    allow_version_skew: bool,
+    stack: contextlib.ExitStack,
+) -> tuple[dict[str, Any], dict[int, socket.socket]]:
+    """Accepts the other processes, and answers all of them at once.
+
+    Args:
+      process: this one.
+      port: the first that it may listen at.
+      mine: its own handshake.
+      timeout: seconds to wait for the others.
+      allow_version_skew: ignores other versions.
+      stack: closes the connections.
+
+    Returns:
+      The answer, {"port": ...} or {"refused": why}, and the connections by process.
+    """
     server, port = _listen(process, port)
     _allow_files(process.processes)
-    joined: dict[int, socket.socket] = {}
     answer: dict[str, Any] = {}
     deadline = time.monotonic() + timeout
-    with contextlib.ExitStack() as stack:
-        with server, selectors.DefaultSelector() as selector:  # none waits for another: thousands may connect at once
-            server.setblocking(False)
-            selector.register(server, selectors.EVENT_READ)
-            while not answer:
-                if len(joined) == process.processes - 1:
-                    answer = {"port": port}
-                elif time.monotonic() > deadline:
-                    names = ", ".join(str(other) for other in range(1, process.processes) if other not in joined)
-                    answer = _refusal(
-                        f"process {names} of {process.processes} did not come to {process.coordinator} within {timeout:.0f} s."
-                    )
-                for key, _ in [] if answer else selector.select(0.2):
-                    if key.fileobj is server:
-                        _accept(server, selector, stack)
-                    elif why := _receive(key, selector, joined, mine, allow_version_skew):
-                        answer = _refusal(why)
-                        break
-        # The server is closed before the answer is sent: JAX listens at the same port next.
-        for connection in joined.values():
-            connection.settimeout(_SOCKET_SECONDS)
-            with contextlib.suppress(OSError):
-                connection.sendall((json.dumps(answer) + "\n").encode())
-    return answer
+    with server, _Visitors(mine, allow_version_skew, stack) as visitors:
+        server.setblocking(False)
+        visitors.selector.register(server, selectors.EVENT_READ)
+        while not answer:
+            complete = len(visitors.joined) == process.processes - 1
+            for key, _ in visitors.selector.select(0 if complete else 0.2):
+                if key.fileobj is server:
+                    visitors.accept(server)
+                elif why := visitors.receive(key.fileobj):
+                    answer = _refusal(why)
+                    break
+            missing = [str(other) for other in range(1, process.processes) if other not in visitors.joined]
+            if not answer and complete and not missing:  # none of them has gone meanwhile
+                answer = {"port": port}
+            elif not answer and missing and time.monotonic() > deadline:
+                answer = _refusal(
+                    f"process {', '.join(missing)} of {process.processes} did not come to {process.coordinator} within "
+                    f"{timeout:.0f} s{visitors.turned_away and f'; one that came was turned away: {visitors.turned_away}'}."
+                )
+    # The server is closed before the answer is sent: JAX listens at the same port next.
+    for connection in [*visitors.joined.values(), *visitors.refused]:
+        _answer(connection, answer)
+    return answer, visitors.joined
+
+
+def _answer(connection: socket.socket, answer: Mapping[str, Any]) -> None:
+    connection.settimeout(_SOCKET_SECONDS)
+    with contextlib.suppress(OSError):
+        connection.sendall((json.dumps(answer) + "\n").encode())
 
 
 def _allow_files(processes: int) -> None:
@@ -152,58 +205,114 @@ def _listen(process: ProcessInfo, first: int) -> tuple[socket.socket, int]:
     )
 
 
-def _accept(server: socket.socket, selector: selectors.BaseSelector, stack: contextlib.ExitStack) -> None:
-    """Accepts a connection, sends the banner, and waits for its handshake."""
-    with contextlib.suppress(OSError):  # it is closed again
-        connection = stack.enter_context(server.accept()[0])
-        connection.setblocking(False)
-        connection.send(f"{_BANNER}\n".encode())
-        selector.register(connection, selectors.EVENT_READ, bytearray())
+class _Visitors:
+    """Whoever connects to process 0: its own processes, those of another run by mistake, and strangers.
 
-
-def _receive(
-    key: selectors.SelectorKey,
-    selector: selectors.BaseSelector,
-    joined: dict[int, socket.socket],
-    mine: Handshake,
-    allow_version_skew: bool,
-) -> str:
-    """Reads from a connection; once its handshake is complete, puts it into `joined`.
-
-    Returns why the handshake is refused, else ''.
+    None waits for another: thousands may connect at once. A stranger is dropped, and so is a process of another run, which
+    is told so first.
     """
-    connection: Any = key.fileobj
-    buffer, received = key.data, b""
-    with contextlib.suppress(OSError):
-        received = connection.recv(1 << 16)
-    buffer += received
-    try:
-        if not received or len(buffer) > _HANDSHAKE_BYTES:
-            raise ValueError
+
+    def __init__(self, mine: Handshake, allow_version_skew: bool, stack: contextlib.ExitStack):
+        """Begins with nobody.
+
+        Args:
+          mine: the handshake of process 0.
+          allow_version_skew: ignores other versions.
+          stack: closes the connections.
+        """
+        self._mine, self._allow_version_skew, self._stack = mine, allow_version_skew, stack
+        self.selector = selectors.DefaultSelector()
+        self._silent: dict[
+            Any, bytearray
+        ] = {}  # what those have sent that have yet to say who they are; the oldest first
+        self.joined: dict[int, socket.socket] = {}
+        self.refused: list[socket.socket] = []  # they get the answer too
+        self.turned_away = ""  # why another run's process was, the last one
+
+    def __enter__(self) -> _Visitors:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.selector.close()
+
+    def accept(self, server: socket.socket) -> None:
+        """Accepts a connection, sends the banner, and waits for its handshake."""
+        try:
+            connection = self._stack.enter_context(server.accept()[0])
+            connection.setblocking(False)
+            connection.send(f"{_BANNER}\n".encode())
+        except OSError:  # it is closed again, or this process has no file left for it
+            full = bool(self._silent)
+        else:
+            self._silent[connection] = bytearray()
+            self.selector.register(connection, selectors.EVENT_READ)
+            full = len(self._silent) > _SILENT + self._mine.processes
+        if full:  # a process sends its handshake at once; if it is dropped here, it comes again
+            self._drop(next(iter(self._silent)))
+
+    def receive(self, connection: Any) -> str:
+        """Reads from a connection; once its handshake is complete, it has joined.
+
+        Returns why no run can come of it, else ''.
+        """
+        received, buffer = b"", self._silent.get(connection)
+        with contextlib.suppress(OSError):
+            received = connection.recv(1 << 16)
+        if buffer is None or not received or len(buffer) + len(received) > _HANDSHAKE_BYTES:
+            self._drop(connection)  # it is closed, or sends more than its handshake
+            return ""
+        buffer += received
         if not received.endswith(b"\n"):
             return ""  # the rest of the handshake comes later
-        other = Handshake(**json.loads(buffer))
-    except (ValueError, TypeError):  # it is closed, or not a process of a run, or sends more than its handshake
-        selector.unregister(connection)
-        for index in [index for index, known in joined.items() if known is connection]:
-            del joined[index]
+        other = Handshake.parse(buffer)
+        if other is None:
+            self._drop(connection)
+            return ""
+        del self._silent[connection]
+        if why := self._of_another_run(other):
+            note(f"{why}; it was turned away.")
+            self.turned_away = why
+            _answer(connection, _refusal(f"{why}; each run needs a port of its own."))
+            self._drop(connection)
+            return ""
+        return self._join(connection, other)
+
+    def _join(self, connection: socket.socket, other: Handshake) -> str:
+        if abs(skew := other.clock - time.time()) > SKEW_SECONDS:
+            ahead = "ahead of" if skew > 0 else "behind"
+            text = (
+                f"the clock of process {other.index} on {other.host} is {abs(skew):.0f} s {ahead} that of process 0; "
+                "nothing in the run depends on it, but the times in logs will not match."
+            )
+            note(text)
+        if other.index in self.joined or other.index == 0:
+            self.refused.append(connection)
+            return (
+                f"two processes say that they are process {other.index} of {self._mine.processes}; each needs its own "
+                "--process-id."
+            )
+        self.joined[other.index] = connection
+        if other.processes != self._mine.processes:
+            return (
+                f"process {other.index} was started with --num-processes {other.processes} and process 0 with "
+                f"{self._mine.processes}."
+            )
+        return difference(self._mine, other, allow_version_skew=self._allow_version_skew)
+
+    def _of_another_run(self, other: Handshake) -> str:
+        """Why it cannot be a process of this run that was only started wrongly, else ''."""
+        who = f"process {other.index} on {other.host} belongs to another run"
+        if self._mine.jobs and other.jobs and not set(self._mine.jobs) & set(other.jobs):
+            return f"{who} ({', '.join(other.jobs)} there and {', '.join(self._mine.jobs)} on process 0)"
+        here, there = (of.fingerprint.get("config", {}).get("--workdir") for of in (self._mine, other))
+        return f"{who} (--workdir is {_short(there)} there and {_short(here)} on process 0)" if here != there else ""
+
+    def _drop(self, connection: Any) -> None:
+        self.selector.unregister(connection)
+        self._silent.pop(connection, None)
+        for index in [index for index, known in self.joined.items() if known is connection]:
+            del self.joined[index]
         connection.close()
-        return ""
-    if abs(skew := other.clock - time.time()) > SKEW_SECONDS:
-        ahead = "ahead of" if skew > 0 else "behind"
-        text = (
-            f"the clock of process {other.index} on {other.host} is {abs(skew):.0f} s {ahead} that of process 0; "
-            "nothing in the run depends on it, but the times in logs will not match."
-        )
-        note(text)
-    before, joined[other.index] = joined.get(other.index), connection
-    if before is not None or other.index == 0:
-        if before is not None:
-            joined[-1] = before  # it gets the answer too
-        return f"two processes say that they are process {other.index} of {mine.processes}; each needs its own --process-id."
-    if other.processes != mine.processes:
-        return f"process {other.index} was started with --num-processes {other.processes} and process 0 with {mine.processes}."
-    return difference(mine, other, allow_version_skew=allow_version_skew)
 
 
 def difference(mine: Handshake, other: Handshake, *, allow_version_skew: bool = False) -> str:
@@ -224,7 +333,8 @@ def difference(mine: Handshake, other: Handshake, *, allow_version_skew: bool = 
         keys = [key for key in {**here, **there} if here.get(key) != there.get(key)]
         if keys:
             differing = "; ".join(
-                f"{key} is {there.get(key)!r} there and {here.get(key)!r} on process 0" for key in keys[:5]
+                f"{_short(key, str)} is {_short(there.get(key))} there and {_short(here.get(key))} on process 0"
+                for key in keys[:5]
             )
             more = f"; and {len(keys) - 5} more" if len(keys) > 5 else ""
             advice = (
@@ -234,48 +344,90 @@ def difference(mine: Handshake, other: Handshake, *, allow_version_skew: bool = 
     return ""
 
 
+def _short(value: Any, show: Callable[[Any], str] = repr) -> str:
+    """A setting as it is shown: another process may have sent anything."""
+    text = show(value)
+    return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
+
+
 # ----------------------------------------------------------------------------------------------------------- the others
 
 
-def _join(process: ProcessInfo, address: tuple[str, int], handshake: Handshake, timeout: float) -> dict[str, Any]:
-    """Sends the handshake to process 0, until it listens. Returns its answer, once JAX listens there."""
+def _join(
+    process: ProcessInfo, address: tuple[str, int], handshake: Handshake, timeout: float, stack: contextlib.ExitStack
+) -> tuple[dict[str, Any], dict[int, socket.socket]]:
+    """Sends the handshake to process 0, until it listens.
+
+    Args:
+      process: this one.
+      address: the first at which process 0 may listen.
+      handshake: of this process.
+      timeout: seconds to try for.
+      stack: closes the connection.
+
+    Returns:
+      Its answer, once JAX listens there, and the connection, as process 0's.
+    """
     deadline = time.monotonic() + timeout
     while True:
         for port in range(address[1], min(address[1] + PORTS, 65536)):
-            answer, error = _send_handshake((address[0], port), handshake, timeout)
-            if answer:
-                return answer if "refused" in answer else _wait_for_jax(process, (address[0], answer["port"]), timeout)
-            if error is not None and not isinstance(error, ConnectionRefusedError):
+            answer, result = _send_handshake((address[0], port), handshake, timeout, stack)
+            if "refused" in answer:
+                return answer, {}
+            if isinstance(result, socket.socket):
+                return _wait_for_jax(process, (address[0], answer["port"]), timeout), {0: result}
+            if result is not None and not isinstance(result, ConnectionRefusedError):
                 break  # there is no such host, or it cannot be reached
         if time.monotonic() > deadline:
-            return _refusal(
+            refusal = _refusal(
                 f"{process} on {handshake.host} cannot reach the coordinator {process.coordinator} after {timeout:.0f} s "
-                f"({error or 'another program answers there'}); is process 0 up there, and does no firewall or proxy stand "
+                f"({result or 'another program answers there'}); is process 0 up there, and does no firewall or proxy stand "
                 "between?"
             )
+            return refusal, {}
         time.sleep(max(0.1, PORTS * process.processes / _TRIES_A_SECOND))
 
 
 def _send_handshake(
-    address: tuple[str, int], handshake: Handshake, timeout: float
-) -> tuple[dict[str, Any], OSError | None]:
-    """The answer of process 0, {} where it does not listen there; and the error where no program does."""
+    address: tuple[str, int], handshake: Handshake, timeout: float, stack: contextlib.ExitStack
+) -> tuple[dict[str, Any], socket.socket | OSError | None]:
+    """Sends the handshake once.
+
+    Args:
+      address: where process 0 may listen.
+      handshake: of this process.
+      timeout: seconds that process 0 may wait for others.
+      stack: closes the connection.
+
+    Returns:
+      The answer of process 0 and the connection. {} where it does not listen there, and the error where no program does.
+    """
     try:
-        connection = socket.create_connection(address, timeout=_SOCKET_SECONDS)
+        connection = stack.enter_context(socket.create_connection(address, timeout=_SOCKET_SECONDS))
     except OSError as refused:
         return {}, refused
-    with connection:
-        try:
-            reader = connection.makefile(encoding="utf-8", errors="replace")
-            if reader.readline(64).strip() != _BANNER:
-                return {}, None
+    with contextlib.suppress(
+        OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError
+    ):  # it is not process 0
+        if _read_line(connection, 64) == f"{_BANNER}\n".encode():
             now = dataclasses.replace(handshake, clock=time.time())
             connection.sendall((json.dumps(dataclasses.asdict(now)) + "\n").encode())
             connection.settimeout(timeout + 10)  # process 0 may have begun to wait only now
-            answer = json.loads(reader.readline(1 << 16))
-        except (OSError, ValueError):
-            return {}, None
-    return answer, None
+            answer = json.loads(_read_line(connection, 1 << 16))
+            if isinstance(answer.get("refused"), str):
+                return _refusal(printable(answer["refused"])), None
+            if type(answer["port"]) is int and 0 < answer["port"] < 65536:
+                return {"port": answer["port"]}, connection
+    connection.close()
+    return {}, None
+
+
+def _read_line(connection: socket.socket, limit: int) -> bytes:
+    """A line, or so many bytes at most. Nothing behind it is read: the connection may stay open for other messages."""
+    line = bytearray()
+    while len(line) < limit and not line.endswith(b"\n") and (byte := connection.recv(1)):
+        line += byte
+    return bytes(line)
 
 
 def _wait_for_jax(process: ProcessInfo, address: tuple[str, int], timeout: float) -> dict[str, Any]:
@@ -291,5 +443,5 @@ def _wait_for_jax(process: ProcessInfo, address: tuple[str, int], timeout: float
 def _process_zero_listens(address: tuple[str, int]) -> bool:
     """Whether a process 0 of jaxtrain listens there."""
     with contextlib.suppress(OSError), socket.create_connection(address, timeout=0.5) as connection:
-        return connection.makefile(encoding="utf-8", errors="replace").readline(64).strip() == _BANNER
+        return _read_line(connection, 64) == f"{_BANNER}\n".encode()
     return False

@@ -18,7 +18,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import IO
 
@@ -29,6 +29,7 @@ from jaxtrain.errors import ConfigError, EnvironmentMismatchError, HangError, Pe
 from jaxtrain.host.files import parse_json
 from jaxtrain.host.gpus import Gpus
 from jaxtrain.host.ports import free_port
+from jaxtrain.host.processes import LAUNCHER, STOPPING
 from jaxtrain.host.text import note, printable
 
 _LOOK_SECONDS = 0.1
@@ -36,8 +37,10 @@ _REPORT_SECONDS = 4.0  # in which the others can report why they end, after one 
 _SAME_STEP = 3  # failures of the program itself without any progress are a crash loop
 _BACKOFF_SECONDS = (0.0, 1.0, 2.0, 4.0, 8.0, 16.0, 32.0, 60.0)
 _DEATHS_ON_A_GPU = 2
-# A process without a heartbeat for so long (one comes each second) may be why another failed that waited for it: JAX ends
-# those that wait after `initialize.HEARTBEAT_SECONDS` without its own heartbeats.
+# Saved and stopped, by SIGTERM or Ctrl-C; or SIGTERM came before Python could catch it.
+_STOPPED = (75, 130, -signal.SIGTERM, 128 + signal.SIGTERM)
+# A process without a heartbeat for so long (one comes each second) may be why another failed that waited for it: the watchdog
+# of one that waits, or a library, may end it before `hang` is over.
 _SILENT_SECONDS = 5.0
 
 
@@ -74,6 +77,11 @@ class Ended:
     """Why the supervisor ended it, if it did: what its heartbeat showed."""
 
     @property
+    def exit_code(self) -> int:
+        """As shells have it: 137 for SIGKILL."""
+        return 128 - self.code if self.code < 0 else self.code
+
+    @property
     def is_root(self) -> bool:
         """Whether it has a cause of its own, rather than the end of another process."""
         return bool(self.hung) or (self.report.error != PeerError.__name__ if self.report else self.code < 0)
@@ -106,8 +114,22 @@ class Ended:
 class Supervisor:
     """One job. `run` returns the exit code of the whole job."""
 
-    def __init__(self, command: Sequence[str], options: Options, gpus: Gpus | None = None):
-        self._command, self._options = list(command), options
+    def __init__(
+        self,
+        command: Sequence[str],
+        options: Options,
+        gpus: Gpus | None = None,
+        record_end: Callable[[Path, int, str], None] = lambda path, code, message: None,
+    ):
+        """Prepares the job.
+
+        Args:
+          command: what each process runs, without the flags that number the processes.
+          options: how to supervise.
+          gpus: of this host.
+          record_end: called for each start that failed, with its file, the exit code of the cause and a sentence.
+        """
+        self._command, self._options, self._record_end = list(command), options, record_end
         self._gpus = gpus if gpus is not None else Gpus()
         self._excluded: dict[str, str] = {}  # GPUs that are not used: UUID -> why
         self._deaths: dict[str, int] = {}  # on each GPU
@@ -127,11 +149,14 @@ class Supervisor:
                     ended = gang.watch(self._signals)
                     step, idle = gang.step(), 0 if gang.made_a_step() else idle + 1
                     cause = root_cause(ended)
-                    oom = gang.was_out_of_memory()
+                    oom, start_file = gang.was_out_of_memory(), gang.start_file
                 if cause is None:
                     return 0
-                say(f"{cause}{_about_memory(cause, oom)}")
-                if self._signals or cause.code in (75, 130):
+                text = f"{cause}{_about_memory(cause, oom)}"
+                say(text)
+                if start_file is not None and not (cause.process == 0 and cause.report):  # else it has said so itself
+                    self._record_end(start_file, cause.exit_code, text)
+                if self._signals or cause.code in _STOPPED:
                     return 130 if cause.code == 130 or self._signals[:1] == [signal.SIGINT] else 75
                 if cause.report and not cause.report.retry:
                     if self._takes_fewer_gpus(cause.report.code, gang.gpus):
@@ -257,6 +282,7 @@ class Gang:
         self._folder = tempfile.TemporaryDirectory(prefix="jaxtrain-launch-")
         self._ooms = _oom_kills()
         self._began: int | None = None  # the step that this start goes on from
+        self.start_file: Path | None = None  # where the run keeps how this start ends, once process 0 has come so far
         self._processes: list[subprocess.Popen[str]] = []
         port = free_port()
         for number, uuids in enumerate(self.gpus):
@@ -264,6 +290,7 @@ class Gang:
                 ERROR_FILE: str(self._file("error", number)),
                 HEARTBEAT_FILE: str(self._file("beat", number)),
                 JOB: job,
+                LAUNCHER: str(os.getpid()),
             }
             if uuids:
                 environment["CUDA_VISIBLE_DEVICES"] = ",".join(uuids)
@@ -314,12 +341,17 @@ class Gang:
                 if number not in ended and (code := process.poll()) is not None:
                     report = read_report(self._file("error", number))
                     ended[number] = Ended(number, process.pid, code, time.monotonic(), report)
-                    if code and code not in (75, 130):
-                        kill_at = min(kill_at, time.monotonic() + _REPORT_SECONDS)
+                    if (
+                        code
+                    ):  # after a stop the others end by themselves, unless they never met the one that was stopped
+                        seconds = self._options.grace if code in _STOPPED else _REPORT_SECONDS
+                        kill_at = min(kill_at, time.monotonic() + seconds)
             while passed_on < len(signals):
                 passed_on += 1
                 self._send(signals[passed_on - 1])
                 kill_at = min(kill_at, time.monotonic() + (self._options.grace if passed_on == 1 else 2.0))
+            if self.start_file is None and (beat := read_beat(self._file("beat", 0))) and beat.start_file:
+                self.start_file = Path(beat.start_file)
             if self._began is None and (steps := [beat.step for beat in self._beats() if beat.phase != "start"]):
                 self._began = min(steps)
             for number, hung in self._hung(ended, wakes.last):
@@ -391,8 +423,10 @@ def root_cause(ended: Sequence[Ended]) -> Ended | None:
 
 @contextlib.contextmanager
 def _caught(signals: list[int]) -> Iterator[None]:
-    """Collects SIGINT and SIGTERM, which would end the supervisor."""
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    """Collects Ctrl-C and the `STOPPING` signals, which would end the supervisor; not a SIGHUP that is ignored (nohup)."""
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, *STOPPING)}
+    if before[signal.SIGHUP] is signal.SIG_IGN:
+        del before[signal.SIGHUP]
     for number in before:
         signal.signal(number, lambda number, _: signals.append(number))
     try:

@@ -11,7 +11,6 @@ import dataclasses
 import faulthandler
 import json
 import os
-import signal
 import sys
 import threading
 import time
@@ -39,6 +38,8 @@ class Beat:
     phase: str
     step: int
     """The last one that was done."""
+    start_file: str = ""
+    """Where the run keeps how this start ends; '' for all but process 0."""
 
 
 class Wakes:
@@ -66,6 +67,7 @@ class Watchdog:
         self._limit = limit
         self._now = ("start", 0, time.monotonic())  # phase, step, since when; replaced as a whole
         self._step_seconds = 0.0
+        self.start_file = ""  # see `Beat`
         self.wakes = Wakes()
 
     def feed(self, phase: str, step: int = -1, step_seconds: float | None = None) -> None:
@@ -96,7 +98,7 @@ class Watchdog:
     def beat(self) -> Beat:
         """What to write to the heartbeat file."""
         phase, step, _ = self._now
-        return Beat(time.monotonic(), os.getpid(), phase, step)
+        return Beat(time.monotonic(), os.getpid(), phase, step, self.start_file)
 
 
 @contextlib.contextmanager
@@ -111,8 +113,6 @@ def watching(watchdog: Watchdog, leave: Callable[[JaxtrainError], None] | None, 
     closed = threading.Event()
     beats = os.environ.get(HEARTBEAT_FILE)
 
-    supervisor = os.getppid()
-
     def watch() -> None:
         if beats:
             write_beat(Path(beats), watchdog.beat())
@@ -120,9 +120,6 @@ def watching(watchdog: Watchdog, leave: Callable[[JaxtrainError], None] | None, 
             watchdog.wakes.look()
             if beats:
                 write_beat(Path(beats), watchdog.beat())
-                if os.getppid() != supervisor:  # the supervisor was killed: nobody would restart this process
-                    os.kill(os.getpid(), signal.SIGTERM)
-                    return
             if complaint := watchdog.complaint():
                 dump_stacks(log)
                 if leave is not None:

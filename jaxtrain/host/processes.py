@@ -1,11 +1,21 @@
-"""When processes of this host were started. Imports no JAX."""
+"""Processes of this host: when they were started, which signals stop a run, who ends with whom. Imports no JAX."""
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import os
+import signal
 import time
 from pathlib import Path
+
+STOPPING = (signal.SIGTERM, signal.SIGHUP)
+"""Signals that ask a run to save and stop, besides Ctrl-C: of a scheduler, and of a terminal that is closed."""
+
+LAUNCHER = "JAXTRAIN_LAUNCHER"
+"""Set by `jaxtrain launch` for the processes that it starts: its process number."""
+
+_PR_SET_PDEATHSIG = 1
 
 _IMPORTED = time.time()
 
@@ -28,3 +38,18 @@ def start_time() -> float:
         uptime = float(Path("/proc/uptime").read_text().split()[0])
         return time.time() - (uptime - int(start_ticks(os.getpid())) / os.sysconf("SC_CLK_TCK"))
     return _IMPORTED
+
+
+def end_with_launcher() -> None:
+    """Call this first in a process of `jaxtrain launch`: as `end_with`."""
+    end_with(int(os.environ[LAUNCHER]))
+
+
+def end_with(parent: int) -> None:
+    """When the process `parent`, which has started this one, dies, this one gets SIGTERM, at any moment.
+
+    If it is dead already, the process ends here.
+    """
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it died before the kernel knew
+        os._exit(128 + signal.SIGTERM)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import logging
 import sys
@@ -31,9 +32,13 @@ def _shown(letter: str, lines: bool) -> str:
     return letter.encode("unicode_escape").decode("ascii")
 
 
-def note(text: str, program: str = "jaxtrain") -> None:
-    """Prints `text` as a line on standard error, for what must be said before a run has a log."""
-    print(f"{program}: {printable(text)}", file=sys.stderr, flush=True)
+def note(text: str, program: str = "jaxtrain", *, lines: bool = False) -> None:
+    """Prints `text` as a line on standard error, for what must be said before a run has a log.
+
+    lines: as in `printable`. A terminal that is gone (ssh was closed) must not keep the program from what it does next.
+    """
+    with contextlib.suppress(OSError):
+        print(f"{program}: {printable(text, lines=lines)}", file=sys.stderr, flush=True)
 
 
 def escape_message(record: logging.LogRecord) -> bool:

@@ -1,6 +1,7 @@
 """Goodput: the share of a run's wall time, over all its starts, that went into steps that count; and where the rest went.
 
 Each start of a run has a file in `starts/`, which process 0 replaces every two seconds, so a kill loses at most two seconds.
+How the start ended stands there too. Where the process itself could not write it, its launcher does, or else the next start.
 (The term, and what it leaves out, are those of Google's "ML productivity goodput", 2023.)
 """
 
@@ -11,21 +12,42 @@ import contextlib
 import dataclasses
 import itertools
 import json
+import logging
 import math
 import re
+import socket
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.errors import WorkdirError
+from jaxtrain.errors import PeerError, WorkdirError
 from jaxtrain.host.files import parse_json, replace_unsynced
 from jaxtrain.host.processes import start_time
 from jaxtrain.observability.clock import StepClock
 
+log = logging.getLogger("jaxtrain")
+
 _WRITE_SECONDS = 2.0
 _files = itertools.count()  # that this process has made
+
+
+@dataclasses.dataclass(frozen=True)
+class StartEnd:
+    """How a start ended."""
+
+    time: float
+    """When, in seconds since 1970; for a start that only the next one found ended, when its file was last written."""
+    code: int | None
+    """The exit code: as shells have it, 137 for SIGKILL. None where nobody knows."""
+    message: str
+    """Why, in a sentence."""
+    step: int
+    """The last step that it did."""
+    host: str
+    by: str
+    """Who says so: `itself`, `its launcher` or `the next start`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,6 +64,10 @@ class StartTimes:
     """The steps that it rolled back itself."""
     seconds: Mapping[str, float]
     """Wall time by category: those of the `StepClock`, and `start` for the time before (imports, rendezvous)."""
+    host: str = ""
+    """Where process 0 ran."""
+    end: StartEnd | None = None
+    """None while it runs, or where nobody has said how it ended."""
 
     @property
     def wall(self) -> float:
@@ -53,6 +79,9 @@ class NullTimes:
     """Writes nothing; for every process but the first."""
 
     path: Path | None = None
+
+    def ends(self, code: int, message: str) -> None:
+        """Notes how this start ends, with which exit code and sentence. The first reason stays."""
 
     def goes_on_from(self, step: int) -> None:
         """The run goes on from `step`: at the start, or after a roll-back."""
@@ -80,13 +109,18 @@ class TimesFile(NullTimes):
         """
         with contextlib.suppress(OSError):  # as in `_write`
             folder.mkdir(exist_ok=True)
-        self.path = folder / f"{1 + max((int(path.stem) for path in _files_of_starts(folder)), default=0):06d}.json"
+        before = _files_of(folder)
+        for path in before:
+            _end_unsaid(path)
+        self.path = folder / f"{1 + max((int(path.stem) for path in before), default=0):06d}.json"
         self._clock, self._step = clock, step
         # In a program that trains a second time, the file of the first run has the time before it.
         self._before = 0.0 if next(_files) else time.time() - start_time() - clock.now().wall
         self._began = time.time() - clock.now().wall - self._before
         self._first: int | None = None
         self._lost = 0
+        self._end: StartEnd | None = None
+        self._writing = threading.Lock()
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._keep, name="start times", daemon=True)
         self._thread.start()
@@ -103,13 +137,20 @@ class TimesFile(NullTimes):
             return goodput(read_starts(self.path.parent))
         return None
 
+    def ends(self, code: int, message: str) -> None:
+        with self._writing:
+            if self._end is None:
+                self._end = StartEnd(time.time(), code, message, self._step(), socket.gethostname(), "itself")
+        self._write()
+
     def _write(self) -> None:
         step = self._step()
         first = step if self._first is None else self._first
         seconds = {"start": self._before, **self._clock.now().seconds}
-        times = StartTimes(self._began, first, max(step, first), self._lost, seconds)
-        with contextlib.suppress(OSError):  # a full disk must not end the run for this
-            replace_unsynced(self.path, json.dumps(dataclasses.asdict(times)) + "\n")
+        with self._writing:
+            host = socket.gethostname()
+            times = StartTimes(self._began, first, max(step, first), self._lost, seconds, host, self._end)
+            _replace(self.path, times)
 
     def close(self) -> None:
         self._closed.set()
@@ -152,26 +193,61 @@ class Goodput:
         return {"goodput": self.share, "wall_seconds": self.wall, **dataclasses.asdict(self)}
 
 
-def _files_of_starts(folder: Path) -> list[Path]:
-    """The files of all starts, in their order, without what has another name (1x.json)."""
-    return sorted(path for path in folder.glob("*.json") if re.fullmatch(r"[0-9]{1,18}", path.stem))
-
-
 def read_starts(folder: Path) -> list[StartTimes]:
     """The starts of a run, in their order. Raises `WorkdirError` where there is none, or a file is damaged."""
-    starts = []
-    for path in _files_of_starts(folder):
-        try:
-            start = StartTimes(**parse_json(path.read_bytes()))
-            numbers = [start.began, start.first_step, start.step, start.lost_steps, *start.seconds.values()]
-            if "step" not in start.seconds or not all(math.isfinite(number) for number in numbers):
-                raise ValueError("it does not hold the times of a start")
-        except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
-            raise WorkdirError(f"{path} cannot be read ({error}).") from None
-        starts.append(start)
+    starts = [_read(path) for path in _files_of(folder)]
     if not starts:
         raise WorkdirError(f"{folder} holds no start of a run.")
     return starts
+
+
+def _files_of(folder: Path) -> list[Path]:
+    """The files of the starts in their order. What has another name than they (1x.json) is none of them."""
+    return sorted(path for path in folder.glob("*.json") if re.fullmatch(r"[0-9]{1,18}", path.stem))
+
+
+def _read(path: Path) -> StartTimes:
+    try:
+        times = StartTimes(**parse_json(path.read_bytes()))
+        numbers = [times.began, times.first_step, times.step, times.lost_steps, *times.seconds.values()]
+        if "step" not in times.seconds or not all(math.isfinite(number) for number in numbers):
+            raise ValueError("it does not hold the times of a start")
+        return dataclasses.replace(times, end=StartEnd(**times.end)) if isinstance(times.end, dict) else times
+    except (OSError, ValueError, TypeError, AttributeError, OverflowError) as error:
+        raise WorkdirError(f"{path} cannot be read ({error}).") from None
+
+
+def _replace(path: Path, times: StartTimes) -> None:
+    with contextlib.suppress(OSError):  # a full disk must not end the run for this
+        replace_unsynced(path, json.dumps(dataclasses.asdict(times)) + "\n")
+
+
+def end_start(path: Path, code: int, message: str) -> None:
+    """Writes how a start ended whose processes have all ended; for their launcher. What process 0 has said of itself stays.
+
+    Args:
+      path: the start's file.
+      code: of the process that failed first.
+      message: why, in a sentence.
+    """
+    with contextlib.suppress(WorkdirError):
+        times = _read(path)
+        if (
+            times.end is None or times.end.code == PeerError.exit_code
+        ):  # process 0 may know less: only that another is gone
+            end = StartEnd(time.time(), code, message, times.step, socket.gethostname(), "its launcher")
+            _replace(path, dataclasses.replace(times, end=end))
+
+
+def _end_unsaid(path: Path) -> None:
+    """Ends an earlier start of which nobody has said how it ended: all that could have are gone."""
+    with contextlib.suppress(WorkdirError):
+        times = _read(path)
+        if times.end is None:
+            text = "It ended without a word: it was killed, or its host went down."
+            end = StartEnd(times.began + times.wall, None, text, times.step, times.host, "the next start")
+            _replace(path, dataclasses.replace(times, end=end))
+            log.warning("start %d of this run, on %s: %s", int(path.stem), times.host or "a host unknown", text)
 
 
 def goodput(starts: Sequence[StartTimes]) -> Goodput:

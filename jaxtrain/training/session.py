@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,10 @@ from jaxtrain.data import registry
 from jaxtrain.data.base import Dataset
 from jaxtrain.distributed import cluster, coordination
 from jaxtrain.distributed.coordination import barrier, broadcast_str, first_on_process_zero
+from jaxtrain.distributed.exit_report import ExitReport
 from jaxtrain.distributed.interrupt import Interrupt, catch_signals
 from jaxtrain.distributed.watchdog import Watchdog, watching
+from jaxtrain.errors import InterruptedRunError, PreemptedError
 from jaxtrain.host import xla_flags
 from jaxtrain.host.files import closing, writing
 from jaxtrain.models import settings as models
@@ -32,7 +34,7 @@ from jaxtrain.observability import start_record
 from jaxtrain.observability.clock import StepClock
 from jaxtrain.observability.goodput import NullTimes, TimesFile
 from jaxtrain.observability.progress import Progress
-from jaxtrain.observability.text_log import TextLog, make_console
+from jaxtrain.observability.text_log import FILE_ONLY, TextLog, make_console
 from jaxtrain.parallel.mesh import Device
 from jaxtrain.precision import require_hardware
 from jaxtrain.training.compiled import compile_run, explain_out_of_memory
@@ -93,7 +95,7 @@ def train(
         lease = _take_lease(directory, stack)
         first = jax.process_index() == 0
         times = TimesFile(directory.starts, clock, lambda: watchdog.beat().step) if first else NullTimes()
-        stack.enter_context(contextlib.closing(times))
+        stack.enter_context(_end_recorded(times, interrupt, watchdog))
         host = Host(directory, interrupt, watchdog, clock, progress, lease, times)
         config = _choose_layout(config, host, devices)
         resolve = functools.partial(resolve_for_machine, devices=devices)
@@ -155,6 +157,33 @@ def _train_from(
         loop = TrainLoop(run, compiled, checkpointer, host, position, rollbacks_left)
         with closing(loop.reporter):
             return loop.run(state)
+
+
+@contextlib.contextmanager
+def _end_recorded(times: NullTimes, interrupt: Interrupt, watchdog: Watchdog) -> Iterator[None]:
+    """Records how this start ends: at the end of the block, or wherever `interrupt` ends it.
+
+    Args:
+      times: has it in its file, and is closed.
+      interrupt: knows why the start ends, and may end it.
+      watchdog: tells the launcher where the file is.
+    """
+
+    def record(error: BaseException) -> None:
+        report = ExitReport.of(error, coordination.index())
+        times.ends(report.code, report.sentence)
+        level = logging.INFO if isinstance(error, (PreemptedError, InterruptedRunError)) else logging.ERROR
+        trace = report.trace and f"\n{report.trace}"
+        log.log(level, "exit code %d: %s%s", report.code, report.sentence, trace, extra=FILE_ONLY)
+
+    interrupt.last_words, watchdog.start_file = record, str(times.path or "")
+    with closing(times):
+        try:
+            yield
+        except BaseException as raised:
+            record(interrupt.cause(raised))
+            raise
+        times.ends(0, "The run is complete.")
 
 
 def _take_lease(directory: Workdir, stack: contextlib.ExitStack) -> Lease | NoLease:

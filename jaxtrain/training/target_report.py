@@ -11,6 +11,7 @@ from typing import Any
 from jaxtrain.config import Config
 from jaxtrain.errors import CompilerRefusalError
 from jaxtrain.host.native import cuda_messages_dropped
+from jaxtrain.host.processes import end_with
 from jaxtrain.host.targets import Target
 from jaxtrain.host.text import note
 
@@ -35,7 +36,7 @@ def report_on(config: Config, target: Target, *, hlo: Path | None = None, evalua
             raise
         note(f"{error} Tried again with {_INSTEAD}.")
     started = multiprocessing.get_context("spawn")
-    with concurrent.futures.ProcessPoolExecutor(1, started, initializer=_begin, initargs=(before,)) as pool:
+    with concurrent.futures.ProcessPoolExecutor(1, started, initializer=_begin, initargs=(before, os.getpid())) as pool:
         return pool.submit(_report, config, target, hlo, evaluation).result() | {"flags": _INSTEAD}
 
 
@@ -56,7 +57,8 @@ def program_figures(config: Config, target: Target) -> dict[str, Any] | None:
     }
 
 
-def _begin(flags: str) -> None:
+def _begin(flags: str, parent: int) -> None:
+    end_with(parent)
     os.environ["XLA_FLAGS"] = f"{flags} {_INSTEAD}".strip()
 
 

@@ -14,6 +14,7 @@ import runs
 from runs import SMALL, here
 
 from jaxtrain.distributed.watchdog import Watchdog
+from jaxtrain.observability.goodput import read_starts
 
 # Two processes of one device compute bit for bit what one process of two does.
 FIELDS = SMALL | {
@@ -147,6 +148,10 @@ def test_a_killed_process_costs_the_steps_since_the_last_checkpoint(tmp_path, un
         assert len(resumed) == 1
         assert int(resumed[0]) >= 5
     assert_undisturbed(tmp_path / "run", undisturbed)
+    ends = [start.end for start in read_starts(tmp_path / "run" / "starts")]
+    assert [(end.code, end.by) for end in ends if end] == [(137, "its launcher"), (0, "itself")]
+    assert ends[0] is not None
+    assert re.fullmatch(rf"process {process} \(pid \d+\) was killed by SIGKILL.*", ends[0].message)
 
 
 @pytest.mark.faults
@@ -198,6 +203,49 @@ def test_an_error_of_one_process_ends_all_soon_and_is_named(tmp_path):
         assert re.search(r"process 1 \(pid \d+\) on \S+ ended with DataError: .*a disk that is not there", job.output)
 
 
+# Named before any other, it is what `import jax` finds: an import that does not end.
+NO_JAX = """
+import os, pathlib, time
+
+pathlib.Path(__file__).parents[2].joinpath(f"imports-{os.getpid()}").touch()
+time.sleep(600)
+"""
+
+
+def importing(tmp_path: Path, monkeypatch, *words: str) -> runs.Started:
+    """`jaxtrain ...`, to be used in a with block, whose training processes do not get past `import jax`."""
+    (tmp_path / "fake" / "jax").mkdir(parents=True)
+    (tmp_path / "fake" / "jax" / "__init__.py").write_text(NO_JAX)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "fake"))
+    return runs.Started(tmp_path / "output.txt", ["-m", "jaxtrain", *words, *runs.arguments(tmp_path / "run", FIELDS)])
+
+
+def test_a_sigterm_during_the_import_of_jax_ends_as_a_saved_run_does(tmp_path, monkeypatch):
+    with importing(tmp_path, monkeypatch, "train") as run:
+        run.wait_for(lambda: any(tmp_path.glob("imports-*")), "the import")
+        run.send(signal.SIGTERM)
+        assert run.end() == 75
+        assert run.output.splitlines()[-1].startswith("jaxtrain: Stopped before the run began")
+
+
+def test_processes_end_with_their_launcher_while_they_import(tmp_path, monkeypatch):
+    with importing(tmp_path, monkeypatch, "launch", "--nproc", "2", "--", "train") as job:
+        job.wait_for(lambda: len(list(tmp_path.glob("imports-*"))) == 2, "the imports")
+        job.send(signal.SIGKILL)
+        job.end()
+        deadline = time.monotonic() + runs.SECONDS
+        while any(_runs(int(path.name.partition("-")[2])) for path in tmp_path.glob("imports-*")):
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+def _runs(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 @pytest.mark.faults
 @pytest.mark.parametrize("fault", ["stuck", "frozen", "stopped"])
 def test_a_process_that_stands_still_is_found(tmp_path, fault):
@@ -219,16 +267,29 @@ def test_a_process_that_stands_still_is_found(tmp_path, fault):
 
 @pytest.mark.faults
 def test_a_job_that_was_stopped_as_a_whole_goes_on(tmp_path, undisturbed):
-    """As by Slurm's suspend and resume, for longer than the process may stand still, for itself and for the launcher."""
+    """As by Slurm's suspend and resume, for longer than a process may stand still, for itself and for the launcher."""
     (tmp_path / "faulty.py").write_text(FAULTY)
     (tmp_path / "hold").touch()
     fields = FIELDS | {"data.name": "faulty:digits", "train.hang_seconds": 15}
-    arguments = runs.arguments(tmp_path / "run", fields, "--simulate-devices", "2")
-    command = ["-m", "jaxtrain", "launch", "--max-restarts", "0", "--hang", "15", "--", "train", *arguments]
+    arguments = runs.arguments(tmp_path / "run", fields, "--simulate-devices", "1")
+    command = [
+        "-m",
+        "jaxtrain",
+        "launch",
+        "--nproc",
+        "2",
+        "--max-restarts",
+        "0",
+        "--hang",
+        "15",
+        "--",
+        "train",
+        *arguments,
+    ]
     with runs.Started(tmp_path / "output.txt", command, cwd=tmp_path) as job:
         job.wait_for(functools.partial(has_rows, tmp_path / "run", 3), "a few steps")
         pids = [job.pid, *(int(pid) for pid in Path(f"/proc/{job.pid}/task/{job.pid}/children").read_text().split())]
-        assert len(pids) == 2
+        assert len(pids) == 3
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
         time.sleep(25)

@@ -9,6 +9,9 @@ import json
 import os
 import resource
 import socket
+import subprocess
+import sys
+import threading
 import time
 
 import pytest
@@ -94,6 +97,99 @@ def connect(port):
         except OSError:
             assert time.monotonic() < deadline
             time.sleep(0.02)
+
+
+MINE = {"index": 1, "processes": 2, "host": "h", "fingerprint": FINGERPRINT, "clock": 0.0}
+NO_HANDSHAKES = [
+    *(MINE | {"index": index} for index in ([1], {}, 7, -1, "1", 1.0, True, None)),
+    *(MINE | {"clock": clock} for clock in ("x", None, float("nan"), float("inf"), [])),
+    *(MINE | {"fingerprint": found} for found in (None, [], 3, {"versions": [], "config": 3})),
+    MINE | {"host": 3}, MINE | {"jobs": 5}, MINE | {"jobs": [1]}, MINE | {"more": 1}, {}, None, [1], 5,
+]  # fmt: skip
+NO_LINES = [b"[" * 60_000, b"1" * 60_000, b'{"index":' * 30_000, b"\xff\xfe", b"GET / HTTP/1.1", b"x" * (2 << 20)]
+
+
+def test_strangers_at_the_port_of_process_zero_are_dropped():
+    """What is no handshake, a process that is gone again, and 1,500 connections that say nothing."""
+    lines = [json.dumps(each).encode() for each in NO_HANDSHAKES] + NO_LINES
+    gone = json.dumps(MINE | {"clock": time.time()}).encode()
+    port = runs.free_port()
+    joining = [ProcessInfo(f"127.0.0.1:{port}", 2, index) for index in range(2)]
+    script = f"""
+import resource, socket, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (resource.getrlimit(resource.RLIMIT_NOFILE)[1],) * 2)
+held = [socket.create_connection(("127.0.0.1", {port})) for _ in range(1500)]
+print(flush=True)
+sys.stdin.read()
+"""
+    with contextlib.ExitStack() as stack, concurrent.futures.ThreadPoolExecutor(2) as pool:
+        zero = pool.submit(rendezvous, joining[0], FINGERPRINT, 60)
+        for line in lines:
+            with contextlib.suppress(OSError):  # it hung up before the end
+                stack.enter_context(connect(port)).sendall(line + b"\n")
+        silent = stack.enter_context(
+            subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+        )
+        assert silent.stdout is not None
+        silent.stdout.readline()
+        with connect(port) as connection:
+            connection.sendall(gone + b"\n")
+        one = pool.submit(rendezvous, joining[1], FINGERPRINT, 60)
+        assert zero.result(timeout=50) == f"127.0.0.1:{port}"
+        with socket.create_server(("127.0.0.1", port)):  # as JAX would
+            assert one.result(timeout=50) == f"127.0.0.1:{port}"
+        silent.communicate()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"fingerprint": FINGERPRINT | {"config": {"--workdir": "b"}}}, "--workdir is 'b' there and None on process 0"),
+        ({"jobs": ["SLURM_JOB_ID=8"]}, "SLURM_JOB_ID=8 there and SLURM_JOB_ID=7 on process 0"),
+    ],
+)
+def test_a_process_of_another_run_is_turned_away_and_the_others_meet(monkeypatch, change, said):
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    port = runs.free_port()
+    joining = [ProcessInfo(f"127.0.0.1:{port}", 2, index) for index in range(2)]
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        zero = pool.submit(rendezvous, joining[0], FINGERPRINT, 60)
+        with connect(port) as connection:
+            connection.sendall(json.dumps(MINE | {"clock": time.time()} | change).encode() + b"\n")
+            answer = json.loads(connection.makefile().readlines()[-1])
+        assert "process 1 on h belongs to another run" in answer["refused"]
+        assert said in answer["refused"]
+        one = pool.submit(rendezvous, joining[1], FINGERPRINT, 60)
+        assert zero.result(timeout=50) == f"127.0.0.1:{port}"
+        with socket.create_server(("127.0.0.1", port)):
+            assert one.result(timeout=50) == f"127.0.0.1:{port}"
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        *((answer, "cannot reach the coordinator") for answer in ("[]", "5", "{}", '{"port": "x"}', '{"refused": 5}')),
+        ("[" * 60_000, "cannot reach the coordinator"),
+        (r'{"refused": "\u001b[2J pwned\nroot# "}', r"\x1b[2J pwned\nroot# "),
+    ],
+)
+def test_a_stranger_at_the_coordinators_address_is_none(answer, said):
+    def serve(server: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            while True:
+                connection, _ = server.accept()
+                with connection:
+                    connection.sendall(b"jaxtrain-rendezvous\n")
+                    connection.recv(1 << 16)
+                    connection.sendall(answer.encode() + b"\n")
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        threading.Thread(target=serve, args=(server,), daemon=True).start()
+        process = ProcessInfo(f"127.0.0.1:{server.getsockname()[1]}", 2, 1)
+        with pytest.raises(EnvironmentMismatchError) as told:
+            rendezvous(process, FINGERPRINT, 0.2)
+        assert said in str(told.value)
+        server.shutdown(socket.SHUT_RDWR)
 
 
 def test_missing_joiningare_named():

@@ -6,7 +6,8 @@ import pytest
 import runs
 from runs import SMALL, here
 
-from jaxtrain.observability.goodput import StartTimes, goodput, read_starts
+from jaxtrain.errors import NumericError
+from jaxtrain.observability.goodput import StartTimes, end_start, goodput, read_starts
 
 
 def start(began, first, last, *, lost=0, **seconds):
@@ -41,6 +42,10 @@ def test_a_real_run_adds_up(tmp_path, capsys):
     assert (first.first_step, first.step, second.first_step, second.step) == (0, 6, 6, 12)
     assert second.began >= first.began + first.wall - 0.1
     assert second.seconds["start"] == 0, "what came before was the first one's"
+    assert [(each.end.code, each.end.step, each.end.by) for each in (first, second) if each.end] == [
+        (0, 6, "itself"),
+        (0, 12, "itself"),
+    ]
     assert result["starts"] == 2
     assert json.loads((run / "result.json").read_text())["goodput"] == result["goodput"] > 0
     assert runs.command_line(["goodput", str(run), "--json"]) == 0
@@ -49,6 +54,35 @@ def test_a_real_run_adds_up(tmp_path, capsys):
     assert (said["starts"], said["steps"], said["lost_steps"]) == (2, 12, 0)
     assert runs.command_line(["goodput", str(run)]) == 0
     assert "2 starts, 12 steps" in capsys.readouterr().out
+
+
+def test_every_end_is_told(tmp_path, capsys):
+    """A start that failed, one that was killed, and one whose end its launcher has told."""
+    run = tmp_path / "run"
+    with pytest.raises(NumericError):
+        here(run, SMALL, train__steps=6, optim__learning_rate=1e30)
+    assert "exit code 76: " in (run / "logs" / "process_0.log").read_text()
+    kept = json.loads((run / "starts" / "000001.json").read_text())
+    (run / "starts" / "000002.json").write_text(json.dumps(kept | {"end": None, "host": "far"}))
+    (run / "starts" / "000003.json").write_text(json.dumps({key: kept[key] for key in kept.keys() - {"end", "host"}}))
+    end_start(run / "starts" / "000003.json", 137, "process 1 (pid 7) was killed by SIGKILL")
+    end_start(run / "starts" / "000001.json", 137, "what it said itself stays")
+    (run / "starts" / "1x.json").write_text("what is this")
+    here(run, SMALL, train__steps=6, checkpoint__resume="none")
+    (folder,) = (run / "superseded").iterdir()
+    assert runs.command_line(["goodput", str(folder), "--json"]) == 0
+    ends = json.loads(capsys.readouterr().out)["ends"]
+    assert [(end["code"], end["by"]) for end in ends] == [
+        (76, "itself"),
+        (None, "the next start"),
+        (137, "its launcher"),
+    ]
+    assert "rollbacks allows no more" in ends[0]["message"]
+    assert ends[1]["host"] == "far"
+    assert runs.command_line(["goodput", str(folder)]) == 0
+    said = capsys.readouterr().out
+    assert "exit code 137 (as its launcher says): process 1 (pid 7) was killed by SIGKILL" in said
+    assert "start 2, on far, steps 0 to" in said
 
 
 def test_a_fresh_run_begins_a_new_account(tmp_path):

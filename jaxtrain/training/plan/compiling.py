@@ -19,6 +19,7 @@ from jaxtrain.config import Config, to_dict
 from jaxtrain.host.cpus import usable_cpus
 from jaxtrain.host.files import atomic_write
 from jaxtrain.host.paths import compile_cache, is_address
+from jaxtrain.host.processes import end_with
 from jaxtrain.host.targets import Target
 from jaxtrain.training.target_report import program_figures
 
@@ -49,7 +50,8 @@ def compile_layouts(
     if not missing:
         return results
     workers = min(len(missing), usable_cpus())
-    with concurrent.futures.ProcessPoolExecutor(workers, multiprocessing.get_context("spawn")) as pool:
+    spawn = multiprocessing.get_context("spawn")
+    with concurrent.futures.ProcessPoolExecutor(workers, spawn, initializer=end_with, initargs=(os.getpid(),)) as pool:
         jobs = {pool.submit(program_figures, configs[i], target): i for i in missing}
         for done, job in enumerate(concurrent.futures.as_completed(jobs), start=1):
             said(f"compiled {done} of {len(jobs)} layouts for {target.name}")
