@@ -164,9 +164,10 @@ class _Graph:
         """What `layer_footprint` returns; the arguments are variables of the jaxpr."""
         parameters = {self._values[var] for var in weights}
         x, (y, *_) = self._values[images], self.outputs
-        arguments = parameters | {x} | {self._values[var] for var in cotangents}
-        roots = self._roots(arguments, frozenset())
         made_by = {value: i for i, each in enumerate(self.operations) for value in each.writes}
+        constants = {v for each in self.operations for v in each.reads if v not in made_by}
+        arguments = parameters | {x} | {self._values[var] for var in cotangents} | constants
+        roots = self._roots(arguments, frozenset())
         border = max((made_by[value] for value in roots.get(y, ()) if value in made_by), default=-1)
         roots = self._roots(arguments, self._kept(roots, border))
         self._fuse_epilogues(roots)

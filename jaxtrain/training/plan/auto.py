@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import socket
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -43,10 +44,11 @@ def choose_layout(config: Config, file: Path, devices: Sequence[Device]) -> Conf
     """
     if config.layout.strategy != "auto":
         return config
-    answer = ""
+    names = coordination.allgather_str(coordination.unique_key("hosts"), socket.gethostname(), _SECONDS)
+    hosts, answer = len(set(names)), ""
     if coordination.index() == 0:
         try:
-            answer = json.dumps(_chosen(config, file, devices))
+            answer = json.dumps(_chosen(config, file, devices, hosts))
         except (ConfigError, DeviceMemoryError) as error:
             answer = json.dumps({"error": type(error).__name__, "text": str(error)})
     found = json.loads(coordination.broadcast_str("the layout", answer, _SECONDS))
@@ -56,10 +58,10 @@ def choose_layout(config: Config, file: Path, devices: Sequence[Device]) -> Conf
     return change(config, **found["fields"], **{"layout.strategy": "manual", "layout.keep": ()})
 
 
-def _chosen(config: Config, file: Path, devices: Sequence[Device]) -> dict[str, Any]:
+def _chosen(config: Config, file: Path, devices: Sequence[Device], hosts: int) -> dict[str, Any]:
     """`fields` of the layout, by dotted name; says what was chosen and why."""
-    target = target_of(devices)
-    asked = _asked(config, devices)
+    target = target_of(devices, hosts)
+    asked = _asked(config, devices, hosts)
     stored = _stored(file)
     if stored is not None and stored["asked"] == asked:
         log.info("layout (chosen at an earlier start, for the same devices): %s", stored["flags"] or "one device")
@@ -99,7 +101,7 @@ def memory_remedies(config: Config, devices: Sequence[Device]) -> list[str]:
     """
     now = change(config, **{"layout.keep": CHOSEN_FIELDS, "layout.memory_limit": 0.0})
     try:
-        target = target_of(devices)
+        target = target_of(devices, len({device.process_index for device in devices}))
         needs = plan(now, target, compiled=0)["layouts"][0]["peak_bytes"]
         default = LayoutConfig()
         free = {name: getattr(default, name) for name in ("replica", "tensor", "zero", "stages", "schedule", "chunks")}
@@ -116,9 +118,8 @@ def memory_remedies(config: Config, devices: Sequence[Device]) -> list[str]:
     return [row["flags"] for row in rows if row["step_seconds"] is not None and row["peak_bytes"] <= limit * GIB][:3]
 
 
-def _asked(config: Config, devices: Sequence[Device]) -> dict[str, Any]:
+def _asked(config: Config, devices: Sequence[Device], hosts: int) -> dict[str, Any]:
     """What a plan was made for: the devices, and what of the config decides."""
-    hosts = len({device.process_index for device in devices})
     kept = sorted(kept_fields(config))
     values = {name: getattr(config.train if name == "remat" else config.layout, name) for name in kept}
     return json.loads(

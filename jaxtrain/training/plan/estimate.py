@@ -23,8 +23,10 @@ PRODUCT_SHARE = 0.5
 BANDWIDTH_SHARE = 0.85
 KERNEL_SECONDS = 3e-6
 """Assumptions, to be replaced by measurements on a GPU."""
+COLLECTIVE_SECONDS = 8.4e-6
+"""What a collective takes before its first hop: NCCL's `baseLatencies`, ring, Simple (src/graph/tuning.cc)."""
 
-_F32 = 4
+_COMBINED = 30 << 20  # bytes of gradients that XLA reduces together (xla_gpu_all_reduce_combine_threshold_bytes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -95,6 +97,7 @@ class Estimator:
         self._flops, self._bandwidth = rates[precision] * PRODUCT_SHARE, target.bandwidth * BANDWIDTH_SHARE
         # A CPU starts no kernels: its operations are calls.
         self._start = 0.0 if target.platform == "cpu" else KERNEL_SECONDS
+        self._start_collective = 0.0 if target.platform == "cpu" else COLLECTIVE_SECONDS
         self._split: dict[int, dict[str, tuple[int, int]]] = {}
 
     def estimate(self, legal: Legal, count: int, remat: str) -> Estimate:
@@ -266,30 +269,35 @@ class Estimator:
 
         layers = self.problem.layers / axes.stages
 
-        def add(axis: str, kind: str, size: float, members: int, stride: int, times: float) -> None:
-            """Of parameters, gradients or activations: a collective for each layer."""
+        def add(
+            axis: str, kind: str, size: float, members: int, stride: int, times: float, pieces: float = layers
+        ) -> None:
+            """pieces: how many collectives there are; of gathered parameters and of activations one for each layer."""
             inside, across = self._spread(axes.stages, members, stride)
             within, between = self.problem.machine.within, self.problem.machine.between
-            cost = times * layers * collective_seconds(kind, size / layers, inside, across, within, between)
+            each = self._start_collective + collective_seconds(kind, size / pieces, inside, across, within, between)
+            cost = times * pieces * each
             wire[axis] = wire.get(axis, 0.0) + times * wire_bytes(kind, size, members)
             seconds[f"{axis} collectives"] = seconds.get(f"{axis} collectives", 0.0) + cost
 
         params = max(legal.bytes["params"].values())
         shards = axes.data if legal.layout.shards("params") else 1
         whole = params * shards
+        joined = max(1.0, min(layers, whole / _COMBINED))
         if axes.data > 1 and axes.zero >= 2 and (count > 1 or axes.zero == 3):
-            add("data", "reduce-scatter", whole / axes.data, axes.data, axes.tensor, count)
+            add("data", "reduce-scatter", whole / axes.data, axes.data, axes.tensor, count, joined)
             if axes.replica > 1:
-                add("replica", "all-reduce", whole / axes.data, axes.replica, axes.tensor * axes.data, count)
+                add("replica", "all-reduce", whole / axes.data, axes.replica, axes.tensor * axes.data, count, joined)
         elif axes.ways > 1:
-            add("data", "all-reduce", whole, axes.ways, axes.tensor, count)
+            add("data", "all-reduce", whole, axes.ways, axes.tensor, count, joined)
         if axes.data > 1 and axes.zero == 3:
             add("data", "all-gather", whole, axes.data, axes.tensor, count * (1 if axes.stages > 1 else 2))
         elif axes.data > 1 and axes.zero in (1, 2):
-            add("data", "all-gather", whole, axes.data, axes.tensor, 1)
+            add("data", "all-gather", whole, axes.data, axes.tensor, 1, joined)
         if axes.tensor > 1:
-            reduced = self._tensor_activations(examples, axes.tensor) / axes.stages
-            add("tensor", "all-reduce", reduced, axes.tensor, 1, 2 * count)
+            times, reduced = self._tensor_reductions(legal, examples)
+            if times:
+                add("tensor", "all-reduce", reduced, axes.tensor, 1, 2 * count, times)
         if axes.stages > 1:
             sent = max(
                 self.problem.costs_at(examples)[c.stop - 1].output
@@ -300,10 +308,15 @@ class Estimator:
             seconds["stage transfers"] = 2.0 * count * axes.chunks * (link.latency + sent / link.bandwidth)
         return wire, seconds
 
-    def _tensor_activations(self, examples: int, tensor: int) -> int:
-        """Bytes of the outputs of the layers that the tensor axis splits: what a pass reduces."""
-        costs = self.problem.costs_at(examples)
-        return sum(cost.output for i, cost in enumerate(costs) if self._split_share(i, tensor)[0])
+    def _tensor_reductions(self, legal: Legal, examples: int) -> tuple[float, float]:
+        """How many reductions a pass of a stage has over the tensor axis, and their bytes.
+
+        There is one behind each kernel whose inputs are split: its result, as large as the layer's output.
+        """
+        costs = {cost.name: cost for cost in self.problem.costs_at(examples)}
+        split = [leaf for leaf in legal.table["params"] if len(leaf.shape) > 1 and "tensor" in leaf.compute_spec[:-1]]
+        sizes = [costs[leaf.path.split("/")[0]].output for leaf in split]
+        return len(sizes) / legal.axes.stages, sum(sizes) / legal.axes.stages
 
     def _spread(self, stages: int, members: int, stride: int) -> tuple[int, int]:
         """Of `members` devices that are `stride` apart in a stage: how many a host has, and over how many hosts they are."""

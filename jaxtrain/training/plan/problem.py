@@ -70,9 +70,8 @@ class Machine:
         return cls(target, usable - reserve, within or own, between or LINKS["infiniband-ndr"])
 
 
-def target_of(devices: Sequence[Device]) -> Target:
-    """Devices that are there, as a target."""
-    hosts = len({device.process_index for device in devices})
+def target_of(devices: Sequence[Device], hosts: int = 1) -> Target:
+    """Devices that are there, as a target; with as many on each of `hosts`."""
     first, per_host = devices[0], len(devices) // hosts
     if first.platform == "cpu":
         return cpu_target(hosts, per_host)
@@ -109,6 +108,8 @@ class Problem:
         self.machine, self.asked, self.kept = machine, config, kept_fields(config)
         default = LayoutConfig()
         plain = {f"layout.{name}": getattr(default, name) for name in _OF_LAYOUT}
+        if config.model.drop_path != 0:
+            plain["model.drop_path"] = 0.0  # else each block would be another, and be traced by itself
         devices = jax.local_devices()[:1]
         precision = resolve_precision(config.train.precision, machine.target.platform)
         plain_config = resolve_for_machine(change(config, **plain, **{"train.precision": precision}), None, devices)

@@ -26,7 +26,7 @@ COMPILED = 4
 """How many layouts are compiled, as a rule."""
 NEAR = 0.3
 """A layout whose estimated peak is within this share of the limit is compiled before it is said to fit, or not to."""
-ALIKE = 0.02
+ALIKE = 0.1
 """Of layouts whose modelled times differ by less than this share, the simplest is taken."""
 _MOST_COMPILED = 12
 _MOST_DEVICES_COMPILED = 64
