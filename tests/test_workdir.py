@@ -174,7 +174,7 @@ def test_every_field_has_its_kind():
         "train.check_replicas_every",
         *("layout.data", "layout.replica", "layout.tensor", "layout.zero", "layout.microbatches", "layout.rules"),
         *("layout.stages", "layout.schedule", "layout.chunks", "layout.boundaries", "layout.balance"),
-        *("layout.stage_placement", "layout.trace_step"),
+        *("layout.stage_placement", "layout.trace_step", "layout.strategy", "layout.keep", "layout.memory_limit"),
         *("checkpoint.every", "checkpoint.keep", "checkpoint.milestone_every", "checkpoint.resume"),
         *("checkpoint.allow_changes", "checkpoint.best"),
     }
