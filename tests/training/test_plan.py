@@ -17,6 +17,7 @@ from jaxtrain.data import registry
 from jaxtrain.errors import ConfigError, DeviceMemoryError
 from jaxtrain.host.targets import cpu_target
 from jaxtrain.models.layers import relu
+from jaxtrain.parallel.topology import compiler_problem
 from jaxtrain.recipes import change
 from jaxtrain.step.footprint import layer_footprint
 from jaxtrain.step.pipeline import schedule as schedules
@@ -186,6 +187,32 @@ def test_remedies_of_a_run_without_memory_need_less_and_are_flags_that_it_takes(
 
 def _field(config: Config, name: str):
     return config_lib.flatten(config_lib.to_dict(config))[name]
+
+
+COMPILED = {
+    "mlp": {"model.width": 2048, "data.global_batch": 2048},
+    "mlp, 4 microbatches": {"model.width": 2048, "data.global_batch": 2048, "layout.zero": 2, "layout.microbatches": 4},
+    "vgg11": {"model.name": "vgg11", "model.width": 32, "data.global_batch": 512, "data.image_size": 64},
+    "resnet18, zero3": {
+        "model.name": "resnet18",
+        "model.width": 32,
+        "data.global_batch": 512,
+        "layout.zero": 3,
+        "model.bn_groups": 2,
+    },
+}
+
+
+@pytest.mark.skipif(bool(compiler_problem()), reason="needs XLA's GPU compiler: pip install -e '.[gpu-compiler]'")
+@pytest.mark.gpu_program
+@pytest.mark.parametrize("case", COMPILED)
+def test_estimates_are_near_the_compiled_program(case):
+    every = ("replica", "tensor", "zero", "microbatches", "stages", "schedule", "chunks", "remat")
+    report = plan(config_of(COMPILED[case] | {"layout.keep": every}), "2xh100", compiled=1)
+    (row,) = report["layouts"]
+    assert row["compiled"]
+    assert row["kernels"] > 0
+    assert row["estimated_peak_bytes"] == pytest.approx(row["peak_bytes"], rel=0.35)
 
 
 # ---------------------------------------------------------------------------------------------------------------- auto
