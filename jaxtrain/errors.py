@@ -46,8 +46,6 @@ class DamagedError(CheckpointError):
 class UnreadableError(CheckpointError):
     """A checkpoint's files cannot be read now, which says nothing about what is in them."""
 
-    retry = True
-
 
 class WorkdirError(JaxtrainError):
     """The work directory cannot be written, or belongs to a run with another config."""

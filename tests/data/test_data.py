@@ -1094,7 +1094,7 @@ def test_evaluation_stream_follows_its_masks():
     [
         ("damaged", 0, "shard-3: record 7 is damaged."),
         pytest.param("damaged", 2, "shard-3: record 7 is damaged.", marks=pytest.mark.faults),
-        ("bug", 2, r"Failing failed to read examples .* \(Odd: does not pickle\)"),
+        ("bug", 2, r"Failing failed to read examples .* \(Odd: does not pickle, at .*test_data\.py:\d+\)"),
         ("killed", 1, r"config.data.workers=1 failed .*exit code -9"),
     ],
 )
