@@ -232,10 +232,13 @@ def explain_out_of_memory(remedies: Callable[[], list[str]]) -> Iterator[None]:
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error) and "out of memory" not in str(error).lower():
             raise
-        found = remedies()
-        what = f"These need less memory, the fastest first (modelled): {'; or '.join(found)}. " if found else ""
+        what = (
+            f"These need less, the fastest first (modelled): {'; or '.join(found)}."
+            if (found := remedies())
+            else "Raise config.layout.microbatches or config.layout.zero, use config.train.remat, or config.layout.stages."
+        )
         raise DeviceMemoryError(
-            f"The run does not fit the devices' memory. {what}`jaxtrain plan` shows what each layout needs, and "
+            f"The run does not fit the devices' memory. {what} `jaxtrain plan` shows what each layout needs, and "
             "--config.layout.strategy=auto chooses one. Else use more devices, or lower config.data.global_batch. "
             f"XLA said: {str(error).splitlines()[0]}"
         ) from error
