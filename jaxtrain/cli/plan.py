@@ -174,13 +174,13 @@ def _fit(arguments: argparse.Namespace, resolved: Any, prices: Mapping[str, floa
         if not row["devices"]:
             table.add_row(row["gpu"], "-", "-", size(row["usable_bytes"]), "-", "-", "-", row["why_not"])
             continue
-        cost = "-" if row["cost"] is None else f"{row['cost']:.2f}"
+        cost = "-" if row["cost"] is None else f"{row['cost']:.3g}"
         table.add_row(
             row["gpu"], str(row["devices"]), size(row["peak_bytes"]), size(row["usable_bytes"]),
-            f"{row['epoch_seconds'] / 60:.1f}", f"{row['gpu_hours']:.2f}", cost, row["flags"] or "(the config as it is)",
+            f"{row['epoch_seconds'] / 60:.3g}", f"{row['gpu_hours']:.3g}", cost, row["flags"] or "(the config as it is)",
         )  # fmt: skip
     console = start.console()
-    console.print("the fewest of each GPU, by formulas; times are modelled, not measured")
+    console.print("the fewest of each GPU that leave 30 % to spare, by formulas; times are modelled, not measured")
     console.print()
     console.print(table)
     return 0 if any(row["devices"] for row in rows) else 1
