@@ -157,7 +157,7 @@ def test_a_slower_link_between_hosts_changes_the_order():
 @pytest.mark.parity
 def test_what_is_predicted_to_fit_a_limit_fits_it_and_what_is_not_does_not():
     """The limit is between what two layouts need, as compiled for this machine's CPU devices."""
-    free = mlp(**{"model.width": 512, "layout.keep": ("stages", "tensor", "replica")})
+    free = mlp(**{"model.width": 512, "layout.keep": ("stages", "tensor", "replica", "microbatches")})
     needs = {}
     for zero in (0, 3):
         one = change(free, **{"layout.zero": zero, "layout.keep": (*free.layout.keep, "zero")})
@@ -172,6 +172,31 @@ def test_what_is_predicted_to_fit_a_limit_fits_it_and_what_is_not_does_not():
     assert fits[3] is True
     assert report["best"]["fields"]["layout.zero"] > 0
     assert report["best"]["peak_bytes"] <= limit * 2**30
+
+
+@pytest.mark.parity
+def test_a_layout_that_does_not_fit_as_compiled_gets_more_microbatches():
+    one = mlp(
+        **{
+            "model.width": 64,
+            "data.global_batch": 4096,
+            "layout.keep": ("zero", "stages", "tensor", "replica", "remat"),
+        }
+    )
+    whole, parts = (
+        plan(
+            change(one, **{"layout.microbatches": count, "layout.keep": (*one.layout.keep, "microbatches")}),
+            cpu_target(1, 1),
+            compiled=1,
+        )
+        for count in (1, 8)
+    )
+    least, most = (report["layouts"][0]["peak_bytes"] for report in (parts, whole))
+    limit = (least + most) / 2 / 2**30
+    report = plan(change(one, **{"layout.memory_limit": limit}), cpu_target(1, 1), compiled=1)
+    assert report["best"]["compiled"]
+    assert report["best"]["peak_bytes"] <= limit * 2**30
+    assert report["best"]["fields"]["layout.microbatches"] > 1
 
 
 def test_remedies_of_a_run_without_memory_need_less_and_are_flags_that_it_takes():

@@ -183,8 +183,18 @@ def _compile(problem: Problem, rows: list[_Row], count: int, said: Said) -> None
         configs = [config_of(problem, row.legal.axes, row.best) for row in chosen]
         for row, compiled in zip(chosen, compile_layouts(configs, problem.machine.target, said), strict=True):
             row.compiled = compiled or {"peak_bytes": _REFUSED, "kernels": 0, "gigabytes": 0.0}
+            _make_smaller(problem, row)
         _sort(problem, rows)
         chosen = [row for row in rows[:1] if row.compiled is None]
+
+
+def _make_smaller(problem: Problem, row: _Row) -> None:
+    """Gives a layout that was compiled and does not fit the next microbatches or `remat` that should, if there are any."""
+    usable = problem.machine.usable
+    off = row.peak() / max(row.best.peak, 1)
+    smaller = [each for each in row.grid if each.peak * off <= usable and each.peak < row.best.peak]
+    if row.peak() > usable and smaller:
+        row.best, row.compiled = min(smaller, key=lambda each: (each.step_seconds, each.peak)), None
 
 
 def fields_of(axes: Axes, estimate: Estimate) -> dict[str, Any]:
