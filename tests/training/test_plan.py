@@ -262,6 +262,7 @@ def test_a_run_chooses_its_layout_and_keeps_it_on_the_same_devices(tmp_path):
     assert "layout chosen for 1xcpu" in log.read_text()
 
 
+@pytest.mark.faults
 def test_a_run_that_fits_nowhere_says_what_needs_least(tmp_path):
     with pytest.raises(
         DeviceMemoryError, match=r"no layout of 2xcpu fits 1.0 MiB a device; what needs least, .* needs"
