@@ -48,8 +48,8 @@ class Gpu:
       shared: bytes of shared memory a core, and the most that one block may have.
       threads: per core.
       nvlinks: active NVLink connections.
-      teraflops: 1e12 operations a second of dense matrix products, of 16 bits (summed in f32), of TF32 and of f32 (NVIDIA's
-        data sheets).
+      teraflops: 1e12 operations a second of dense matrix products, of 16 bits (summed in f32), of TF32 and of f32. Written
+        from memory of NVIDIA's data sheets, and not checked against them.
       link: the name in `links.LINKS` of what connects the GPUs of a host.
     """
 
@@ -132,7 +132,7 @@ GPUS: dict[str, Gpu] = {
         "NVIDIA RTX A6000", (8, 6), 84, 128, 1.8, 51041271808, 768096000000, 6291456, (102400, 101376),
         teraflops=(154.8, 77.4, 38.7), link="pcie4", threads=1536,
     ),
-    # Not among XLA's own: the memory is what CUDA reports, the other numbers are from NVIDIA's data sheets.
+    # Not among XLA's own. Written from memory of NVIDIA's data sheets and of what CUDA reports, and not checked against them.
     "a10g": Gpu(
         "NVIDIA A10G", (8, 6), 80, 128, 1.71, 23609475072, 600096000000, 6291456, (102400, 101376),
         teraflops=(70, 35, 31.2), link="pcie4", threads=1536,
