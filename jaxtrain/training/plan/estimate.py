@@ -26,7 +26,9 @@ KERNEL_SECONDS = 3e-6
 COLLECTIVE_SECONDS = 8.4e-6
 """What a collective takes before its first hop: NCCL's `baseLatencies`, ring, Simple (src/graph/tuning.cc)."""
 
-_COMBINED = 30 << 20  # bytes of gradients that XLA reduces together; assumed (4 to 6 reductions were seen in compiled steps)
+_COMBINED = (
+    30 << 20
+)  # bytes of gradients that XLA reduces together; assumed (4 to 6 reductions were seen in compiled steps)
 
 
 @dataclasses.dataclass(frozen=True)
