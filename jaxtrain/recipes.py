@@ -166,6 +166,11 @@ def _keeping(config: Config, origins: Mapping[str, str]) -> Config:
     return change(config, **{"layout.keep": tuple(dict.fromkeys([*config.layout.keep, *given]))})
 
 
+def with_overrides(config: Config, overrides: Iterable[tuple[str, str]]) -> Config:
+    """`config` with other values of some fields: pairs (dotted name, text). Raises `ConfigError`."""
+    return from_dict(nested_dicts(_override(ml_collections.ConfigDict(to_dict(config)).lock(), list(overrides))))
+
+
 def packaged_recipes() -> dict[str, Path]:
     """The recipes that come with jaxtrain, by name: in an installed package, or in the checkout that it is run from."""
     package = Path(__file__).resolve().parent

@@ -21,7 +21,7 @@ from pathlib import Path
 
 from jaxtrain.errors import TakenOverError, WorkdirError
 from jaxtrain.host.files import create, parse_json, patiently, writing
-from jaxtrain.host.processes import start_ticks
+from jaxtrain.host.processes import boot_id, start_ticks
 
 LOCK_FILE = "lock.json"
 LEASE_SECONDS = 30.0
@@ -49,21 +49,14 @@ class Owner:
     def here(cls) -> Owner:
         """This process."""
         since = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        return cls(os.urandom(8).hex(), socket.gethostname(), os.getpid(), _boot(), start_ticks(os.getpid()), since)
+        return cls(os.urandom(8).hex(), socket.gethostname(), os.getpid(), boot_id(), start_ticks(os.getpid()), since)
 
     def is_dead(self) -> bool:
         """Whether it is known to be dead: it ran on this host since its present boot, and does not run any more."""
-        return self.boot == _boot() and self.host == socket.gethostname() and start_ticks(self.pid) != self.born
+        return self.boot == boot_id() and self.host == socket.gethostname() and start_ticks(self.pid) != self.born
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}, since {self.since}"
-
-
-def _boot() -> str:
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return "unknown"
 
 
 class Lease:
@@ -202,6 +195,26 @@ def _take_over(path: Path, holder: Owner | None) -> None:
         else:
             log.warning("the lock of a run that is no more was taken over (%s)", holder or "unreadable")
         stale.unlink(missing_ok=True)
+
+
+@dataclasses.dataclass(frozen=True)
+class Holder:
+    """Who holds the lock of a work directory, as somebody sees it who only looks."""
+
+    owner: Owner
+    lives: bool
+    """Whether it runs on this host, or has renewed the lock lately."""
+
+
+def look(workdir: Path) -> Holder | None:
+    """Who holds the lock of `workdir`; None where nobody does."""
+    path = workdir / LOCK_FILE
+    owner = _read(path)
+    if owner is None:
+        return None
+    if owner.boot == boot_id() and owner.host == socket.gethostname():
+        return Holder(owner, start_ticks(owner.pid) == owner.born)
+    return Holder(owner, time.time() - _renewed(path) / 1e9 < LEASE_SECONDS)
 
 
 def _read(path: Path) -> Owner | None:

@@ -28,10 +28,16 @@ from jaxtrain.cli import (
     evaluate,
     flags,
     goodput,
+    init,
     launch,
     layout,
     logs,
     plan,
+    queue,
+    resume,
+    status,
+    stop,
+    submit,
     train,
 )  # fmt: skip
 from jaxtrain.distributed.exit_report import ExitReport
@@ -44,6 +50,7 @@ from jaxtrain.recipes import split_override
 COMMANDS = {
     "train": train, "launch": launch, "evaluate": evaluate, "checkpoint": checkpoint, "data": data, "config": config,
     "layout": layout, "compile": compile, "plan": plan, "logs": logs, "goodput": goodput, "demo": demo, "doctor": doctor,
+    "init": init, "submit": submit, "queue": queue, "status": status, "stop": stop, "resume": resume,
 }  # fmt: skip
 
 _WITH_CONFIG = ("train", "layout", "compile", "plan", "config")

@@ -1,20 +1,17 @@
 """Start a run's processes on this host, and restart them when one dies: `jaxtrain launch --nproc 2 -- train --config ...`."""
 
 import argparse
-import sys
 from pathlib import Path
 
 from jaxtrain.distributed.supervisor import Options, Supervisor, missing_gpus, say
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.gpus import Gpus
+from jaxtrain.host.processes import package_command
 from jaxtrain.observability.goodput import end_start
 
-# Runs this same package, wherever it is installed. Not by `-m`, which would search the current directory first.
-_PARENT = str(Path(__file__).resolve().parents[2])
-_COMMAND = (
-    *(sys.executable, "-P", "-c"),
-    f"import sys; sys.path.append({_PARENT!r}); from jaxtrain.host.processes import end_with_launcher; end_with_launcher(); "
-    "from jaxtrain.cli import main; sys.exit(main())",
+_COMMAND = package_command(
+    "from jaxtrain.host.processes import end_with_launcher; end_with_launcher(); from jaxtrain.cli import main; "
+    "sys.exit(main())"
 )
 
 

@@ -19,6 +19,7 @@ from jaxtrain.host.processes import STOPPING
 from jaxtrain.host.text import note
 from jaxtrain.observability import progress
 from jaxtrain.plugins import whose_fault
+from jaxtrain.recipes import Resolved
 from jaxtrain.workdir import named
 
 
@@ -40,47 +41,57 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> None:
-    """Checks the config, starts devices and processes, and trains. With several processes, an error ends the process here."""
-    with _stopped_early():
+    """Trains the config that the arguments name. With several processes, an error ends the process here."""
+    with stopped_early():
         resolved = start.resolved(arguments)
-        start.check_devices(arguments)
-        workdir = arguments.workdir or str(start.default_workdir(resolved.name))
-        named(workdir)  # checks the text as written: `Path` folds the slashes of s3://bucket/run
-        with cuda_messages_dropped():
-            from jaxtrain.distributed import coordination  # noqa: PLC0415  a wrong config is refused before JAX is loaded
-            from jaxtrain.distributed.interrupt import catch_signals  # noqa: PLC0415
+        run_resolved(arguments, resolved, arguments.workdir or str(start.default_workdir(resolved.name)))
 
-        with catch_signals(leave) as interrupt:
-            try:
-                chosen = resolved.config.train
-                flags = xla_flags.for_run(chosen.precision, deterministic=chosen.deterministic)
-                xla_flags.set_flags(flags)  # before the processes connect
-                start.configure_devices(arguments)
-                start.start_processes(arguments, resolved, workdir, interrupt.connect)
-                start.start_backend()
-                if coordination.index() == 0:
-                    start.say_what_flags_are(arguments)
-                from jaxtrain.training.session import train  # noqa: PLC0415  JAX is set up by now
-                from jaxtrain.training.smoke import smoke  # noqa: PLC0415
 
-                if arguments.smoke:
-                    smoke(resolved.config, resolved.name, num_devices=arguments.devices, interrupt=interrupt)
-                else:
-                    train(resolved.config, workdir, num_devices=arguments.devices, interrupt=interrupt)
-            except BaseException as raised:
-                error = interrupt.cause(raised)
-                stopped = raised is error and isinstance(error, (PreemptedError, InterruptedRunError))
-                interrupt.ends(None if stopped else error)
-                if not stopped and peers.connected() is None:
-                    ExitReport.of(error, 0).write()
-                    if error is raised:
-                        raise
-                    raise error from None
-                leave(error)
+def run_resolved(arguments: argparse.Namespace, resolved: Resolved, workdir: str) -> None:
+    """Starts devices and processes, and trains. With several processes, an error ends the process here.
+
+    Args:
+      arguments: those of the devices and the processes.
+      resolved: the config.
+      workdir: of the run.
+    """
+    start.check_devices(arguments)
+    named(workdir)  # checks the text as written: `Path` folds the slashes of s3://bucket/run
+    with cuda_messages_dropped():
+        from jaxtrain.distributed import coordination  # noqa: PLC0415  a wrong config is refused before JAX is loaded
+        from jaxtrain.distributed.interrupt import catch_signals  # noqa: PLC0415
+
+    with catch_signals(leave) as interrupt:
+        try:
+            chosen = resolved.config.train
+            flags = xla_flags.for_run(chosen.precision, deterministic=chosen.deterministic)
+            xla_flags.set_flags(flags)  # before the processes connect
+            start.configure_devices(arguments)
+            start.start_processes(arguments, resolved, workdir, interrupt.connect)
+            start.start_backend()
+            if coordination.index() == 0:
+                start.say_what_flags_are(arguments)
+            from jaxtrain.training.session import train  # noqa: PLC0415  JAX is set up by now
+            from jaxtrain.training.smoke import smoke  # noqa: PLC0415
+
+            if arguments.smoke:
+                smoke(resolved.config, resolved.name, num_devices=arguments.devices, interrupt=interrupt)
+            else:
+                train(resolved.config, workdir, num_devices=arguments.devices, interrupt=interrupt)
+        except BaseException as raised:
+            error = interrupt.cause(raised)
+            stopped = raised is error and isinstance(error, (PreemptedError, InterruptedRunError))
+            interrupt.ends(None if stopped else error)
+            if not stopped and peers.connected() is None:
+                ExitReport.of(error, 0).write()
+                if error is raised:
+                    raise
+                raise error from None
+            leave(error)
 
 
 @contextlib.contextmanager
-def _stopped_early() -> Iterator[None]:
+def stopped_early() -> Iterator[None]:
     """Until the run catches signals itself, SIGTERM and SIGHUP end the process at once, with the code of a run that was saved.
 
     The import of JAX alone takes seconds. A SIGHUP that is ignored (nohup) stays so.

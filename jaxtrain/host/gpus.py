@@ -86,6 +86,17 @@ class Gpus:
                 return dataclasses.replace(gpu, fault=f"{count} uncorrectable memory errors")
         return gpu
 
+    def memory_used(self, uuid: str) -> int | None:
+        """Bytes that processes use on a GPU, without what the driver keeps for itself where it says so. None: unknown.
+
+        Of all processes of the machine: NVML's list of them is empty in a container, this number is not.
+        """
+        nvml, handle = self._nvml, self._handles[uuid]
+        for version in ((nvml.nvmlMemory_v2,) if hasattr(nvml, "nvmlMemory_v2") else (), ()):
+            with contextlib.suppress(nvml.NVMLError):  # an older driver knows no second version
+                return nvml.nvmlDeviceGetMemoryInfo(handle, *version).used
+        return None
+
     def driver(self) -> str:
         """The driver's version, or ''."""
         if self._nvml is None:

@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import os
 import signal
+import sys
 import time
 from pathlib import Path
 
@@ -18,6 +19,25 @@ LAUNCHER = "JAXTRAIN_LAUNCHER"
 _PR_SET_PDEATHSIG = 1
 
 _IMPORTED = time.time()
+
+
+_PARENT = str(Path(__file__).resolve().parents[2])
+
+
+def package_command(code: str) -> list[str]:
+    """A command line that runs `code` with this same package, wherever it is installed, and `sys` at hand.
+
+    Not by `-m`, which would search the current directory first.
+    """
+    return [sys.executable, "-P", "-c", f"import sys; sys.path.append({_PARENT!r}); {code}"]
+
+
+def boot_id() -> str:
+    """The kernel's identifier of the host's present boot."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return "unknown"
 
 
 def start_ticks(pid: int) -> str:

@@ -68,6 +68,8 @@ class StartTimes:
     """Where process 0 ran."""
     end: StartEnd | None = None
     """None while it runs, or where nobody has said how it ended."""
+    last_step: int = 0
+    """The step at which the run is to end; 0 where that is not known yet."""
 
     @property
     def wall(self) -> float:
@@ -83,8 +85,8 @@ class NullTimes:
     def ends(self, code: int, message: str) -> None:
         """Notes how this start ends, with which exit code and sentence. The first reason stays."""
 
-    def goes_on_from(self, step: int) -> None:
-        """The run goes on from `step`: at the start, or after a roll-back."""
+    def goes_on_from(self, step: int, last_step: int) -> None:
+        """The run goes on from `step` to `last_step`: at the start, or after a roll-back."""
 
     def summary(self) -> Goodput | None:
         """The goodput over all starts; None where it is not known."""
@@ -118,6 +120,7 @@ class TimesFile(NullTimes):
         self._before = 0.0 if next(_files) else time.time() - start_time() - clock.now().wall
         self._began = time.time() - clock.now().wall - self._before
         self._first: int | None = None
+        self._last_step = 0
         self._lost = 0
         self._end: StartEnd | None = None
         self._writing = threading.Lock()
@@ -125,7 +128,8 @@ class TimesFile(NullTimes):
         self._thread = threading.Thread(target=self._keep, name="start times", daemon=True)
         self._thread.start()
 
-    def goes_on_from(self, step: int) -> None:
+    def goes_on_from(self, step: int, last_step: int) -> None:
+        self._last_step = last_step
         if self._first is None:
             self._first = step
         else:
@@ -149,7 +153,8 @@ class TimesFile(NullTimes):
         seconds = {"start": self._before, **self._clock.now().seconds}
         with self._writing:
             host = socket.gethostname()
-            times = StartTimes(self._began, first, max(step, first), self._lost, seconds, host, self._end)
+            done = max(step, first)
+            times = StartTimes(self._began, first, done, self._lost, seconds, host, self._end, self._last_step)
             _replace(self.path, times)
 
     def close(self) -> None:
@@ -199,6 +204,12 @@ def read_starts(folder: Path) -> list[StartTimes]:
     if not starts:
         raise WorkdirError(f"{folder} holds no start of a run.")
     return starts
+
+
+def read_last_start(folder: Path) -> StartTimes | None:
+    """The latest start of a run; None where there is none yet. Raises `WorkdirError` where its file is damaged."""
+    files = _files_of(folder)
+    return _read(files[-1]) if files else None
 
 
 def _files_of(folder: Path) -> list[Path]:

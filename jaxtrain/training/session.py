@@ -144,7 +144,7 @@ def _train_from(
         compiled, state = compile_run(run, resume, directory.trace(jax.process_index()))
     compiled.evaluate.begin(state)
     _take_over(host, resume, config, run)
-    host.times.goes_on_from(position.step)
+    host.times.goes_on_from(position.step, run.steps)
     checkpointer = Checkpointer(
         directory.checkpoints,
         config.checkpoint.keep,
