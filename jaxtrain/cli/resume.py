@@ -1,12 +1,12 @@
 """Go on with a run from its work directory alone, or put a job of the local queue that has ended back into it."""
 
 import argparse
-from pathlib import Path
 
 from jaxtrain.cli import start, train
 from jaxtrain.config import from_dict
-from jaxtrain.errors import ConfigError
-from jaxtrain.jobs.queue import default_queue
+from jaxtrain.errors import WorkdirError
+from jaxtrain.jobs.queue import Entry
+from jaxtrain.jobs.target import run_or_job
 from jaxtrain.recipes import Resolved, with_overrides
 from jaxtrain.workdir import Workdir
 
@@ -21,15 +21,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Trains with the config that the run has stored, or queues the job. Raises `JaxtrainError`."""
-    folder = Path(arguments.name)
-    if not folder.is_dir():
-        entry = default_queue().find(arguments.name)
-        entry.start_again()
-        print(f"{entry.id} waits in the queue again")
+    found = run_or_job(arguments.name)
+    if isinstance(found, Entry):
+        found.start_again()
+        print(f"{found.id} waits in the queue again")
         return
     with train.stopped_early():
-        stored = Workdir(folder).read_config()
+        stored = Workdir(found).read_config()
         if stored is None:
-            raise ConfigError(f"{folder}: no run was started there (it has no config.json).")
+            raise WorkdirError(f"{found} was deleted meanwhile.")
         config = with_overrides(from_dict(stored), arguments.overrides)
-        train.run_resolved(arguments, Resolved(config, {}, folder.name), str(folder))
+        train.run_resolved(arguments, Resolved(config, {}, found.name), str(found))

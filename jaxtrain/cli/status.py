@@ -13,6 +13,7 @@ from jaxtrain.errors import WorkdirError
 from jaxtrain.jobs import run_status
 from jaxtrain.jobs.queue import Entry, JobState, default_queue
 from jaxtrain.jobs.run_status import RunStatus, age, find_runs, read_status
+from jaxtrain.jobs.target import run_or_job
 from jaxtrain.observability.rendering import loss, percent, short_duration
 
 
@@ -34,12 +35,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints a row for each job and run. Reads files alone: what a run's config names is never run."""
-    queue = default_queue()
-    if arguments.names:
-        folders = [Path(name) for name in arguments.names if Path(name).is_dir()]
-        entries = [queue.find(name) for name in arguments.names if not Path(name).is_dir()]
-    else:
-        folders, entries = list(find_runs(Path(arguments.root))), queue.entries()
+    named = [run_or_job(name) for name in arguments.names]
+    folders = [each for each in named if isinstance(each, Path)] if named else find_runs(Path(arguments.root))
+    entries = [each for each in named if isinstance(each, Entry)] if named else default_queue().entries()
     jobs = [_job_status(entry) for entry in entries]
     runs = [read_status(folder) for folder in folders]
     if arguments.json:

@@ -12,6 +12,7 @@ from jaxtrain.errors import ConfigError, EnvironmentMismatchError
 from jaxtrain.host.processes import start_ticks
 from jaxtrain.jobs.queue import ENDED, Entry, default_queue
 from jaxtrain.jobs.run_status import here, read_status
+from jaxtrain.jobs.target import run_or_job
 
 _LOOK_SECONDS = 0.2
 _NOT_YET = 75  # the exit code where it has not ended in time
@@ -25,11 +26,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Asks it to end and waits until it has. Returns 75 where it has not by then. Raises `JaxtrainError`."""
-    folder = Path(arguments.name)
-    if not folder.is_dir():
-        return _stop_job(default_queue().find(arguments.name), arguments.timeout)
-    job = next((entry for entry in default_queue().entries() if _is_of(entry, folder)), None)
-    return _stop_job(job, arguments.timeout) if job else _stop_run(folder, arguments.timeout)
+    found = run_or_job(arguments.name)
+    if isinstance(found, Entry):
+        return _stop_job(found, arguments.timeout)
+    job = next((entry for entry in default_queue().entries() if _is_of(entry, found)), None)
+    return _stop_job(job, arguments.timeout) if job else _stop_run(found, arguments.timeout)
 
 
 def _is_of(entry: Entry, folder: Path) -> bool:

@@ -56,6 +56,12 @@ class RunStatus:
     """The exit code of the latest start."""
 
 
+def is_run(folder: Path) -> bool:
+    """Whether `folder` is the work directory of a run."""
+    workdir = Workdir(folder)
+    return workdir.config.is_file() and (workdir.starts.is_dir() or workdir.checkpoints.is_dir())
+
+
 def find_runs(root: Path) -> Iterator[Path]:
     """The work directories below `root`, or itself. Does not look into runs, hidden directories and links.
 
@@ -71,8 +77,7 @@ def find_runs(root: Path) -> Iterator[Path]:
                 entries = list(found)
         except OSError:  # deleted meanwhile, or not for this user
             continue
-        names = {entry.name for entry in entries}
-        if "config.json" in names and names & {"starts", "checkpoints"}:
+        if is_run(folder):
             yield folder
             continue
         below = sorted(

@@ -1,0 +1,28 @@
+"""What a user means: the work directory of a run, or a job of the local queue."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from jaxtrain.errors import ConfigError
+from jaxtrain.jobs.queue import Entry, default_queue
+from jaxtrain.jobs.run_status import is_run
+
+
+def run_or_job(name: str) -> Path | Entry:
+    """The run or the job of that name; a project may lie in a directory that is called as its job.
+
+    Args:
+      name: a work directory; or a job's id, number or name.
+
+    Raises:
+      ConfigError: there is neither.
+    """
+    folder = Path(name)
+    if is_run(folder):
+        return folder
+    try:
+        return default_queue().find(name)
+    except ConfigError as error:
+        where = f"{folder} holds no run" if folder.is_dir() else f"{folder} is no work directory"
+        raise ConfigError(f"{where}, and of jobs: {error}") from None
