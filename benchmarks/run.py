@@ -26,6 +26,7 @@ from benchmarks.cpu import (
     pipeline,
     scale,
     startup,
+    status,
     steps,
 )
 
@@ -45,6 +46,7 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "efficiency": pipeline.efficiency,
     "scale": scale.measure,
     "collectives": collectives.measure,
+    "status": status.measure,
 }
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
@@ -155,6 +157,10 @@ def _rows(measured: dict[str, Any]) -> list[str]:
         for row in scaled["steps"]:
             name = f"two processes, {row['name']}, batch {row['batch']}"
             lines.append(_row(f"{name}: predicted {1e3 * row['predicted']:.1f} ms", row["measured"], 1e3, "ms"))
+    if "status" in measured:
+        found = measured["status"]
+        for name, count in (("one", 1), ("many", found["runs"])):
+            lines.append(_row(f"jaxtrain status, {count:,} runs", found["seconds"][name], 1, "s", 2))
     if "collectives" in measured:
         what = "Collectives (gloo), measured -> predicted by the cost model, and the error of that:"
         lines += ["", what, "", collectives.table(measured["collectives"])]

@@ -37,7 +37,7 @@ MADE = {
     # the data directory
     "downloads/manual/",
     # what the documents' own commands and examples write
-    "my_project.py", "plan.svg", "step.svg", "results/gpu.json",
+    "my-project/job.yaml", "my_project.py", "plan.svg", "step.svg", "results/gpu.json",
     # beside a checkout, in the CI
     "../shared/data", "../shared/data/unpack.py", "unpack.py",
 }  # fmt: skip

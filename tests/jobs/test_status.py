@@ -87,11 +87,9 @@ def test_runs_that_are_damaged_deleted_or_being_written_stop_nobody(tmp_path, ca
     make_run(tmp_path / ".hidden" / "x")
     assert len(list(find_runs(tmp_path))) == 7
     assert main(["status", "--root", str(tmp_path)]) == 0
-    out = capsys.readouterr().out
-    assert "\x1b" not in out
-    assert out.count("damaged") == 2
+    assert "\x1b" not in capsys.readouterr().out
     assert main(["status", "--root", str(tmp_path), "--json"]) == 0
-    assert {run["state"] for run in json.loads(capsys.readouterr().out)["runs"]} == {"died", "damaged"}
+    assert [run["state"] for run in json.loads(capsys.readouterr().out)["runs"]] == ["damaged"] * 2 + ["died"] * 5
     assert main(["status", "--root", str(tmp_path / "absent")]) == 73
     assert main(["status", str(tmp_path / "absent")]) == 64
 
@@ -119,7 +117,7 @@ def test_what_does_not_run_is_not_stopped_and_a_process_of_that_number_is_left_a
 def test_resume_goes_on_from_the_directory_alone(tmp_path, capsys):
     whole = runs.here(tmp_path / "whole", runs.SMALL)
     runs.here(tmp_path / "run", runs.SMALL, train__epochs=2)
-    assert main(["resume", str(tmp_path / "run"), "--config.train.epochs=3"]) == 0
+    assert main(["resume", str(tmp_path / "run"), "--config.train.epochs=3", "--devices", "1"]) == 0
     assert read_status(tmp_path / "run").step == 12
     result = json.loads((tmp_path / "run" / "result.json").read_text())
     assert result["last"] == whole.result["last"]
