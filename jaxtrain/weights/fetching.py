@@ -81,8 +81,8 @@ def fetch(
             sync_directory(out.parent)
     except _NetworkError as error:
         raise WeightsError(
-            f"{url} cannot be fetched ({error}); without a network, fetch it elsewhere and put it at {out}; its SHA-256 must be "
-            f"{sha256.lower()}."
+            f"{url} cannot be fetched ({error}); without a network, fetch it elsewhere and put it at {out}; it must have the "
+            f"SHA-256 {sha256.lower()}."
         ) from None
     finally:
         with contextlib.suppress(OSError):
