@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import http.client
 import os
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -99,7 +100,7 @@ def _network() -> Iterator[None]:
     try:
         yield
     except (OSError, http.client.HTTPException) as error:
-        raise _NetworkError(getattr(error, "reason", "") or error) from None
+        raise _NetworkError(error.reason if type(error) is urllib.error.URLError else error) from None
 
 
 def _opened(part: Path) -> Any:
