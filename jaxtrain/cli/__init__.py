@@ -26,6 +26,7 @@ from jaxtrain.cli import (
     demo,
     doctor,
     evaluate,
+    export,
     flags,
     goodput,
     init,
@@ -39,6 +40,7 @@ from jaxtrain.cli import (
     stop,
     submit,
     train,
+    weights,
 )  # fmt: skip
 from jaxtrain.distributed.exit_report import ExitReport
 from jaxtrain.errors import ConfigError, JaxtrainError
@@ -50,7 +52,8 @@ from jaxtrain.recipes import split_override
 COMMANDS = {
     "train": train, "launch": launch, "evaluate": evaluate, "checkpoint": checkpoint, "data": data, "config": config,
     "layout": layout, "compile": compile, "plan": plan, "logs": logs, "goodput": goodput, "demo": demo, "doctor": doctor,
-    "init": init, "submit": submit, "queue": queue, "status": status, "stop": stop, "resume": resume,
+    "weights": weights, "export": export, "init": init, "submit": submit, "queue": queue, "status": status, "stop": stop,
+    "resume": resume,
 }  # fmt: skip
 
 _WITH_CONFIG = ("train", "layout", "compile", "plan", "config")
