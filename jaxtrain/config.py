@@ -53,6 +53,13 @@ def _require_local(field: str, value: str, path: str) -> None:
     require_local(path, f"config.{field}={value!r}", ConfigError)
 
 
+def _require_regex(field: str, regex: str) -> None:
+    try:
+        re.compile(regex)
+    except re.error as error:
+        raise ConfigError(f"config.{field}: {regex!r} is not a regular expression ({error}).") from None
+
+
 @dataclasses.dataclass(frozen=True)
 class _Rule:
     """Which values a field may have. It stands in the field's annotation, and both the check and `explain` read it there.
@@ -341,6 +348,10 @@ class ModelConfig(_Section):
     devices (synchronized BatchNorm); more is ghost BatchNorm (Hoffer 2017). It must be a multiple of
     `layout.microbatches`."""
 
+    freeze_bn: bool = False
+    """Whether all BatchNorms run as in evaluation: they use their running statistics, and do not change them. For fine-tuning
+    with small batches. Their scales and biases are trained, unless `optim.freeze` names them."""
+
 
 @dataclasses.dataclass(frozen=True)
 class OptimConfig(_Section):
@@ -406,6 +417,22 @@ class OptimConfig(_Section):
     final_scale: Annotated[float, _must_be("between 0 and 1", lambda value: 0 <= value <= 1)] = 0.0
     """The learning rate at the end of the run, as a share of the peak, under the schedules `cosine`, `linear` and `wsd`."""
 
+    freeze: tuple = ()
+    """Regexes of leaves that are not trained, such as ('layers_0[0-5]/',). They are searched in a leaf's path (`jaxtrain layout
+    --leaves` prints the paths). A frozen leaf gets no update, no gradient and no optimizer state, and does not count in
+    `optim.clip_norm`. A BatchNorm whose parameters are all frozen runs as in evaluation, and keeps its statistics."""
+
+    freeze_layers: int = 0
+    """How many of the first layers are not trained, as well as `optim.freeze`: 1 is the stem. A negative number counts from the
+    end: -1 is all layers but the head, a linear probe. 0 freezes none."""
+
+    layer_decay: Annotated[float, _must_be("above 0 and at most 1", lambda value: 0 < value <= 1)] = 1.0
+    """What the learning rate is multiplied by from each layer to the one below it (Bao 2022): the head has 1, the layer below
+    it `layer_decay`, the next its square. Decoupled weight decay follows, as in PyTorch's param groups. 1 is off."""
+
+    head_rate: Annotated[float, _must_be("above 0", lambda value: value > 0)] = 1.0
+    """What the learning rate of the head, the last layer, is multiplied by, such as 10 for a new head on trained layers."""
+
     clip_norm: Annotated[float, _at_least(0)] = 0.0
     """Gradients whose global norm (that of all parameters together) is larger are scaled down to this norm (Pascanu 2013). 0
     is off."""
@@ -427,6 +454,9 @@ class OptimConfig(_Section):
     the weights of the batch's labels, as in PyTorch's CrossEntropyLoss. Evaluation counts all examples alike."""
 
     def _validate(self) -> None:
+        for regex in self.freeze:
+            _require(isinstance(regex, str), "optim.freeze", regex, "a regular expression")
+            _require_regex("optim.freeze", regex)
         wanted = "'', 'balanced', or a number above 0 for each class, such as '1,2.5,0.5'"
         try:
             good = all(weight > 0 and math.isfinite(weight) for weight in self.numbered_class_weights)
@@ -596,10 +626,7 @@ class LayoutConfig(_Section):
         for rule in self.rules:
             ok = isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str) and isinstance(rule[1], tuple)
             _require(ok, "layout.rules", rule, "a pair ('regex', (axis or None per dim, ...))")
-            try:
-                re.compile(rule[0])
-            except re.error as error:
-                raise ConfigError(f"config.layout.rules: {rule[0]!r} is not a regular expression ({error}).") from None
+            _require_regex("layout.rules", rule[0])
             axes = [axis for axis in rule[1] if axis is not None]
             known = all(axis in ("data", "tensor") for axis in axes) and len(set(axes)) == len(axes)
             _require(known, "layout.rules", rule, "made of 'data', 'tensor' and None, each axis at most once")

@@ -28,6 +28,7 @@ from jaxtrain.models import registry as models
 from jaxtrain.optim import optimizers
 from jaxtrain.optim.losses import balanced_weights, check_own_loss, loss_fn
 from jaxtrain.optim.optimizers import make_optimizer
+from jaxtrain.optim.param_groups import unused_rates
 from jaxtrain.optim.schedules import make_schedule, total_steps
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import Device, batch_ways, make_mesh
@@ -244,7 +245,7 @@ def _lay_out(
     state: shapes. shape: [H, W, C] of an example.
     """
     model, batch, groups, ways = task.model, config.data.global_batch, config.model.bn_groups, batch_ways(mesh)
-    has_batch_norm = bool(jax.tree.leaves(state.batch_stats))
+    has_batch_norm = bool(jax.tree.leaves(task.moving(state.batch_stats)))
     count = microbatches(config.layout, batch, ways, groups * has_batch_norm, even=task.preprocess.mixes)
     config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, microbatches=count))
     layout = Layout(mesh, config.layout, config.layout.rules + model.tensor_rules)
@@ -283,8 +284,14 @@ def unused_settings(run: RunSpec) -> list[str]:
     if layout.stages == 1:
         fields = ("schedule", "chunks", "balance", "stage_placement", "trace_step")
         found += without_effect("layout", layout, fields, "there is one stage")
-    if not jax.tree.leaves(jax.eval_shape(run.init, 0).batch_stats):
-        found += without_effect("model", config.model, ["bn_groups"], f"{config.model.name} has no BatchNorm")
+    state = jax.eval_shape(run.init, 0)
+    found += unused_rates(run.task.groups, state.params)
+    if not jax.tree.leaves(state.batch_stats):
+        found += without_effect(
+            "model", config.model, ["bn_groups", "freeze_bn"], f"{config.model.name} has no BatchNorm"
+        )
+    elif not jax.tree.leaves(run.task.moving(state.batch_stats)):
+        found += without_effect("model", config.model, ["bn_groups"], "all BatchNorms use their running statistics")
     evaluates = Duration.parse(config.train.eval_every, "config.train.eval_every").value > 0
     if evaluates and not len(run.dataset.validation):
         found += without_effect("train", config.train, ["eval_every"], "there is no validation split")
