@@ -107,6 +107,10 @@ _CHANNELS = _must_be(
 )
 
 
+def _is_sha256(value: str) -> bool:
+    return re.fullmatch("([0-9a-fA-F]{64})?", value) is not None
+
+
 def _rising_shares(values: tuple) -> bool:
     return all(type(v) in (int, float) and 0 < v < 1 for v in values) and list(values) == sorted(values)
 
@@ -309,6 +313,14 @@ class ModelConfig(_Section):
     num_classes: Annotated[int, _must_be("0, or at least 2", lambda value: value == 0 or value >= 2)] = 0
     """Outputs of the classifier. 0 means the number of classes of the data set."""
 
+    init_from: str = ""
+    """The file that a new run takes its first weights from: safetensors, or `.npz` without pickle, with the names of
+    torchvision, timm or transformers, or jaxtrain's own; or a run of jaxtrain, or a checkpoint of one. A head of another number
+    of classes begins anew (docs/weights.md). A run that goes on does not read it again. "" draws all weights at random."""
+
+    init_sha256: Annotated[str, _must_be("a SHA-256 as 64 hexadecimal digits, or ''", _is_sha256)] = ""
+    """The SHA-256 that the file of `model.init_from` must have. "" takes any file; the run records what it had."""
+
     width: Annotated[int, _at_least(0)] = 0
     """Channels of the first stage (Swin-T and Swin-S: 96, Swin-B: 128, the other networks: 64), or units of the first hidden
     layer (MLP: 512). 0 is the model's own."""
@@ -351,6 +363,9 @@ class ModelConfig(_Section):
     freeze_bn: bool = False
     """Whether all BatchNorms run as in evaluation: they use their running statistics, and do not change them. For fine-tuning
     with small batches. Their scales and biases are trained, unless `optim.freeze` names them."""
+
+    def _validate(self) -> None:
+        _require_local("model.init_from", self.init_from, self.init_from)
 
 
 @dataclasses.dataclass(frozen=True)
