@@ -26,7 +26,8 @@ from jaxtrain.errors import ConfigError
 from jaxtrain.host.paths import require_local
 from jaxtrain.host.text import did_you_mean
 
-AUGMENTATIONS = ("none", "light", "heavy", "resize_crop")
+AUGMENTATIONS = ("none", "light", "heavy", "resize_crop", "random_resized_crop")
+INTERPOLATIONS = ("bilinear", "bicubic")
 RESIDENCIES = ("auto", "device", "stream")
 LR_SCALINGS = ("linear", "sqrt", "none")
 SCHEDULES = ("constant", "step", "cosine", "linear", "wsd")
@@ -113,6 +114,14 @@ def _is_sha256(value: str) -> bool:
 
 def _rising_shares(values: tuple) -> bool:
     return all(type(v) in (int, float) and 0 < v < 1 for v in values) and list(values) == sorted(values)
+
+
+def _are_shares(values: tuple) -> bool:
+    return len(values) == 2 and all(type(v) in (int, float) for v in values) and 0 < values[0] <= values[1] <= 1
+
+
+def _are_ratios(values: tuple) -> bool:
+    return len(values) == 2 and all(type(v) in (int, float) for v in values) and 1 / 16 <= values[0] <= values[1] <= 16
 
 
 def _rising_numbers(values: tuple) -> bool:
@@ -216,16 +225,41 @@ class DataConfig(_Section):
     augmentation: Annotated[str, _one_of(AUGMENTATIONS, own="package.module:function")] = "none"
     """How training images are changed at random. `none`: not at all. `light`: a crop of the padded image, and a horizontal
     flip. `heavy`: `light`, then RandAugment (Cubuk 2020), colour jitter and random erasing (Zhong 2020). `resize_crop`: the
-    image is resized to 8/7 of `data.image_size`, then a random crop and a flip; evaluation takes the centre crop. Or your own
+    image is resized to `data.image_size` / `data.crop_pct`, then a random crop and a flip. `random_resized_crop`: a random box
+    of the image is resized to `data.image_size`, then a flip, as torchvision's RandomResizedCrop; for images of ImageNet's kind.
+    Evaluation after these two takes the centre crop of the image resized as for `resize_crop`. Or your own
     `package.module:function`, (images uint8 [B, S, S, C], a random key for each [B]) -> uint8 [B, S, S, C]."""
 
     flip: bool = True
-    """Whether `light`, `heavy` and `resize_crop` mirror an image, left to right, with probability 1/2. `false` for digits,
+    """Whether `light`, `heavy` and both crops mirror an image, left to right, with probability 1/2. `false` for digits,
     text, and whatever else a mirror makes into something else."""
 
     crop_padding: Annotated[int, _at_least(-1)] = 0
     """Pixels of padding on each side before `light` and `heavy` crop an image. 0 is an eighth of the image's side: 4 for 32.
     -1 does not crop."""
+
+    crop_scale: Annotated[
+        tuple, _must_be("two shares of the area, above 0 and at most 1, the smaller first", _are_shares)
+    ] = (
+        0.08,
+        1.0,
+    )
+    """The smallest and the largest share of an image's area that a box of `random_resized_crop` has."""
+
+    crop_ratio: Annotated[tuple, _must_be("two ratios between 1/16 and 16, the smaller first", _are_ratios)] = (
+        0.75,
+        1.3333333333333333,
+    )
+    """The smallest and the largest width over height that a box of `random_resized_crop` has. Between them it is
+    log-uniform."""
+
+    crop_pct: Annotated[float, _must_be("above 0 and at most 1", lambda value: 0 < value <= 1)] = 0.875
+    """What `data.image_size` is of the side to which `resize_crop` and the evaluation of both crops resize an image before they
+    crop it: 0.875 makes 256 of 224. Images of a folder are stored at that side."""
+
+    interpolation: Annotated[str, _one_of(INTERPOLATIONS)] = "bilinear"
+    """How images are resized on the device, with antialiasing, as Pillow does it: `bilinear` or `bicubic`. A folder's images are
+    first resized to the side that they are stored at, always `bilinear`."""
 
     mixup: Annotated[float, _between(0.0, 32.0)] = 0.0
     """Mixup (Zhang 2018): alpha of the distribution Beta(alpha, alpha) from which the share of the second image is drawn. 0

@@ -111,6 +111,10 @@ def make_task(
         own=own_augmentation(config.data.augmentation),
         flip=config.data.flip,
         padding=config.data.crop_padding,
+        crop_scale=config.data.crop_scale,
+        crop_ratio=config.data.crop_ratio,
+        crop_pct=config.data.crop_pct,
+        interpolation=config.data.interpolation,
         dtype=dtype,
     )
     groups = ParamGroups(config.optim, tuple(map(layer_name, range(len(model.layers)))))

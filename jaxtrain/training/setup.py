@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtrain.config import Config, DataConfig, without_effect
 from jaxtrain.data import registry as datasets
 from jaxtrain.data.augment import check_own_augmentation, own_augmentation
-from jaxtrain.data.base import Dataset, Outline, count_classes, underlying
+from jaxtrain.data.base import CROPPED, Dataset, Outline, count_classes, underlying
 from jaxtrain.data.record import DatasetRecord
 from jaxtrain.distributed import coordination
 from jaxtrain.distributed.coordination import first_on_process_zero
@@ -283,6 +283,10 @@ def unused_settings(run: RunSpec) -> list[str]:
     augmentation = f"data.augmentation={data.augmentation!r}"
     if data.augmentation not in ("light", "heavy"):
         found += without_effect("data", data, ["crop_padding"], f"{augmentation} does not pad")
+    if data.augmentation != "random_resized_crop":
+        found += without_effect("data", data, ["crop_scale", "crop_ratio"], f"{augmentation} takes no random boxes")
+    if data.augmentation not in CROPPED:
+        found += without_effect("data", data, ["crop_pct"], f"{augmentation} does not crop to a share of the image")
     if run.task.preprocess.own is not None or data.augmentation == "none":
         found += without_effect("data", data, ["flip"], f"{augmentation} does not flip")
     if layout.stages == 1:
