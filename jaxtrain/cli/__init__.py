@@ -26,6 +26,7 @@ from jaxtrain.cli import (
     demo,
     doctor,
     evaluate,
+    export,
     flags,
     goodput,
     launch,
@@ -33,6 +34,7 @@ from jaxtrain.cli import (
     logs,
     plan,
     train,
+    weights,
 )  # fmt: skip
 from jaxtrain.distributed.exit_report import ExitReport
 from jaxtrain.errors import ConfigError, JaxtrainError
@@ -44,6 +46,7 @@ from jaxtrain.recipes import split_override
 COMMANDS = {
     "train": train, "launch": launch, "evaluate": evaluate, "checkpoint": checkpoint, "data": data, "config": config,
     "layout": layout, "compile": compile, "plan": plan, "logs": logs, "goodput": goodput, "demo": demo, "doctor": doctor,
+    "weights": weights, "export": export,
 }  # fmt: skip
 
 _WITH_CONFIG = ("train", "layout", "compile", "plan", "config")

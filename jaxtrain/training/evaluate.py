@@ -112,7 +112,7 @@ def _evaluate(
     quiet: bool,
 ) -> Evaluated:
     """As `evaluate`, once: `DeletedError` where the run deletes the checkpoint meanwhile."""
-    start, position, config = _find(workdir, checkpoint)
+    start, position, config = find_stored(workdir, checkpoint)
     folder = start.directory / str(start.step)
     place = registry.found_at(config.data, data) if data else config.data
     if not trust:
@@ -172,7 +172,7 @@ def _shown(
         return Evaluator(run, feed)(split, params, batch_stats, before_batch)
 
 
-def _find(workdir: Path, checkpoint: str) -> tuple[CheckpointStep, Position, Config]:
+def find_stored(workdir: Path, checkpoint: str) -> tuple[CheckpointStep, Position, Config]:
     """The checkpoint that is meant, whose files are whole; what is stored with it."""
     directory = workdir / "checkpoints"
     start = find_checkpoint(directory, checkpoint, setting="checkpoint") if manifested_steps(directory) else None
