@@ -37,6 +37,7 @@ PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
 BALANCES = ("cost", "memory", "time")
 STAGE_PLACEMENTS = ("spread", "hosts")
 BEST_BY = ("val_accuracy", "val_loss", "val_top5")
+WEIGHTS_REQUIRED = "required"
 STEMS = ("auto", "cifar", "imagenet")
 ATTENTIONS = ("plain", "pallas")
 
@@ -226,8 +227,7 @@ class DataConfig(_Section):
     """How training images are changed at random. `none`: not at all. `light`: a crop of the padded image, and a horizontal
     flip. `heavy`: `light`, then RandAugment (Cubuk 2020), colour jitter and random erasing (Zhong 2020). `resize_crop`: the
     image is resized to `data.image_size` / `data.crop_pct`, then a random crop and a flip. `random_resized_crop`: a random box
-    of the image is resized to `data.image_size`, then a flip, as torchvision's RandomResizedCrop; for images of ImageNet's kind.
-    Evaluation after these two takes the centre crop of the image resized as for `resize_crop`. Or your own
+    of the image is resized to `data.image_size`, then a flip, as torchvision's RandomResizedCrop does it. Evaluation after these two takes the centre crop of the image resized as for `resize_crop`. Or your own
     `package.module:function`, (images uint8 [B, S, S, C], a random key for each [B]) -> uint8 [B, S, S, C]."""
 
     flip: bool = True
@@ -258,8 +258,8 @@ class DataConfig(_Section):
     crop it: 0.875 makes 256 of 224. Images of a folder are stored at that side."""
 
     interpolation: Annotated[str, _one_of(INTERPOLATIONS)] = "bilinear"
-    """How images are resized on the device, with antialiasing, as Pillow does it: `bilinear` or `bicubic`. A folder's images are
-    first resized to the side that they are stored at, always `bilinear`."""
+    """How images are resized on the device, with antialiasing, as Pillow does it: `bilinear` or `bicubic`. A folder's images
+    are first resized to the side that they are stored at, always `bilinear`."""
 
     mixup: Annotated[float, _between(0.0, 32.0)] = 0.0
     """Mixup (Zhang 2018): alpha of the distribution Beta(alpha, alpha) from which the share of the second image is drawn. 0
@@ -350,7 +350,8 @@ class ModelConfig(_Section):
     init_from: str = ""
     """The file that a new run takes its first weights from: safetensors, or `.npz` without pickle, with the names of
     torchvision, timm or transformers, or jaxtrain's own; or a run of jaxtrain, or a checkpoint of one. A head of another number
-    of classes begins anew (docs/weights.md). A run that goes on does not read it again. "" draws all weights at random."""
+    of classes begins anew (docs/weights.md). A run that goes on does not read it again. "" draws all weights at random.
+    `required` stands in a recipe for a file that must be named: without one, a new run is refused."""
 
     init_sha256: Annotated[str, _must_be("a SHA-256 as 64 hexadecimal digits, or ''", _is_sha256)] = ""
     """The SHA-256 that the file of `model.init_from` must have. "" takes any file; the run records what it had."""

@@ -269,8 +269,8 @@ def _augment_by_own(pre: Preprocess, images: jax.Array, keys: jax.Array) -> jax.
 def resize(images: jax.Array, size: int, interpolation: str = "bilinear") -> jax.Array:
     """Resize of uint8 [B, H, W, C] to uint8 [B, size, size, C], with antialiasing when it gets smaller.
 
-    Equal to Pillow's `Image.resize(..., BILINEAR)` or `BICUBIC`, pixel for pixel: the same 22-bit weights, first along the width,
-    then along the height. It is a sum over the few taps: products with the nearly empty weight matrices took 3 to 10
+    Equal to Pillow's `Image.resize(..., BILINEAR)` or `BICUBIC`, pixel for pixel: the same 22-bit weights, first along the
+    width, then along the height. It is a sum over the few taps: products with the nearly empty weight matrices took 3 to 10
     times as long on a CPU (32 to 256 pixels, 256 to 224, 400 to 224).
     """
     return _resize_axis(_resize_axis(images, 2, size, interpolation), 1, size, interpolation)
