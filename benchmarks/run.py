@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 from collections.abc import Callable
 from typing import Any
 
@@ -141,13 +140,11 @@ def _rows(measured: dict[str, Any]) -> list[str]:
         lines.append(_row(f"fault: {row['name']}", row[key], 1, unit))
     if tuned := measured.get("finetune"):
         for row in tuned["rows"]:
-            low, high = min(row["accuracies"]), max(row["accuracies"])
+            low, middle, high = (100 * accuracy for accuracy in sorted(row["accuracies"]))
             name = (
                 f"ten new classes, 20 images each, {row['name']} (rate {row['rate']:g}): test accuracy of three seeds"
             )
-            lines.append(
-                f"| {name} | {100 * statistics.median(row['accuracies']):.1f} % | {100 * low:.1f} - {100 * high:.1f} |"
-            )
+            lines.append(f"| {name} | {middle:.1f} % | {low:.1f} - {high:.1f} |")
     for row in measured.get("bubble", []):
         name = f"bubble of {row['schedule']}, {row['stages']} stages, {row['microbatches']} microbatches"
         lines.append(_row(f"{name}: formula {100 * row['formula']:.1f} %", row["bubble"], 100, "%"))

@@ -7,9 +7,10 @@
     python -m jaxtrain.main --config configs/resnet50_cifar100.py:finetune --config.model.init_from=resnet50.safetensors
     python -m jaxtrain.main --config configs/resnet50_cifar100.py:finetune,probe --config.model.init_from=resnet50.safetensors
 
-The schedule (rate x 0.2 at 30, 60 and 80 % of 200 epochs) is weiaicunzai/pytorch-cifar100's, whose ResNet-50 has
-77.4 %. `tuned` and `finetune` were not run at full length yet. openmixup's ResNeXt-50, in 200 epochs under cosine, has 79.4 % without mixing,
-81.2 % with mixup (alpha 1), 81.5 % with cutmix (alpha 0.2); over 400 epochs mixup gains (82.5 %) and cutmix loses (78.5 %).
+The schedule (rate x 0.2 at 30, 60 and 80 % of 200 epochs) is weiaicunzai/pytorch-cifar100's, whose ResNet-50 has 77.4 %.
+`tuned` and `finetune` were not run at full length yet. openmixup's ResNeXt-50, in 200 epochs under cosine, has 79.4 % without
+mixing, 81.2 % with mixup (alpha 1), 81.5 % with cutmix (alpha 0.2); over 400 epochs mixup gains (82.5 %) and cutmix loses
+(78.5 %).
 """
 
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
@@ -17,7 +18,7 @@ from jaxtrain.recipes import change, recipe
 
 
 def get_config(arg=""):
-    """`single` (the default), `multi`, `production`, `tuned`, `finetune`, `probe`. The rate is 0.1 at a batch of 128, and grows with the batch."""
+    """`single` is the default. The rate is 0.1 at a batch of 128, and grows with the batch."""
     config = Config(
         data=DataConfig(name="cifar100", global_batch=128, augmentation="light"),
         model=ModelConfig(name="resnet50"),

@@ -7,8 +7,8 @@
     python -m jaxtrain.main --config configs/swin_tiny_cifar10.py:finetune --config.model.init_from=swin_tiny.safetensors
     python -m jaxtrain.main --config configs/swin_tiny_cifar10.py:finetune,probe --config.model.init_from=swin_tiny.safetensors
 
-Regularized as in Liu 2021: RandAugment, random erasing, mixup 0.8, cutmix 1.0, label smoothing 0.1, drop-path 0.2.
-`long` and `finetune` were not run at full length yet. A Swin-T from scratch needs it: openmixup's, with this regularization on CIFAR-100
+Regularized as in Liu 2021: RandAugment, random erasing, mixup 0.8, cutmix 1.0, label smoothing 0.1, drop-path 0.2. `long` and
+`finetune` were not run at full length yet. A Swin-T from scratch needs it: openmixup's, with this regularization on CIFAR-100
 enlarged to 224 px, has 81.3 % after 200 epochs and 84.4 % after 600; kentaroy47's, at 32 px, 90 % on CIFAR-10 after 400.
 """
 

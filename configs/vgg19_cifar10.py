@@ -11,7 +11,7 @@ from jaxtrain.recipes import change, recipe
 
 
 def get_config(arg=""):
-    """`224`: the ImageNet pipeline and classifier, 20 epochs. `finetune`: the same from given weights; `probe`: the head alone."""
+    """`224`: the ImageNet pipeline and classifier, 20 epochs. `finetune`: that from given weights. `probe`: the head alone."""
     config = Config(
         data=DataConfig(name="cifar10", global_batch=128, augmentation="light"),
         model=ModelConfig(name="vgg19_bn"),
@@ -49,7 +49,7 @@ def large(config):
 
 
 def finetune(config):
-    """From ImageNet's weights, with a new head: 10 epochs at a tenth of the rate. The mean and deviation are the weights' own."""
+    """From ImageNet's weights, with a new head: 10 epochs at a tenth of the rate, images normalized as the weights ask."""
     return change(
         large(config),
         **{

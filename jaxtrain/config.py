@@ -226,9 +226,10 @@ class DataConfig(_Section):
     augmentation: Annotated[str, _one_of(AUGMENTATIONS, own="package.module:function")] = "none"
     """How training images are changed at random. `none`: not at all. `light`: a crop of the padded image, and a horizontal
     flip. `heavy`: `light`, then RandAugment (Cubuk 2020), colour jitter and random erasing (Zhong 2020). `resize_crop`: the
-    image is resized to `data.image_size` / `data.crop_pct`, then a random crop and a flip. `random_resized_crop`: a random box
-    of the image is resized to `data.image_size`, then a flip, as torchvision's RandomResizedCrop does it. Evaluation after these two takes the centre crop of the image resized as for `resize_crop`. Or your own
-    `package.module:function`, (images uint8 [B, S, S, C], a random key for each [B]) -> uint8 [B, S, S, C]."""
+    image is resized to `data.image_size` / `data.crop_pct`, then a random crop and a flip. `random_resized_crop`: a random
+    box of the image is resized to `data.image_size`, then a flip, as torchvision's RandomResizedCrop does it. Evaluation
+    after these two takes the centre crop of the image resized as for `resize_crop`. Or your own `package.module:function`,
+    (images uint8 [B, S, S, C], a random key for each [B]) -> uint8 [B, S, S, C]."""
 
     flip: bool = True
     """Whether `light`, `heavy` and both crops mirror an image, left to right, with probability 1/2. `false` for digits,

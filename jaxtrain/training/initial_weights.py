@@ -60,8 +60,8 @@ def initial_weights(run: RunSpec, shapes: TrainState) -> tuple[dict[str, jax.Arr
         return {}, {}
     if run.config.model.init_from == WEIGHTS_REQUIRED:
         raise ConfigError(
-            "config.model.init_from='required': this recipe goes on from pretrained weights, and never begins from scratch; get "
-            "them as safetensors, such as timm's (docs/weights.md), and name the file with --config.model.init_from=FILE."
+            "config.model.init_from='required': this recipe goes on from pretrained weights, and never begins from scratch; "
+            "get them as safetensors, such as timm's (docs/weights.md), and name the file: --config.model.init_from=FILE."
         )
     with open_source(run.config.model.init_from) as file:
         matched = match_weights(run, file, shapes)
