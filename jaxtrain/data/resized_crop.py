@@ -19,7 +19,7 @@ WORDS = TRIES + 2
 
 _STEPS = 12  # bits of a word that choose a try's area, and as many that choose its ratio
 _FACTOR_BITS, _ROOT_BITS = 14, 3  # of fixed-point numbers below, whose product keeps within 32 bits
-_TABLE_BITS, _VALUE_BITS, _WEIGHT_BITS = 12, 14, 15
+_TABLE_BITS, _VALUE_BITS, _WEIGHT_BITS = 14, 15, 15
 
 
 def random_boxes(
@@ -86,7 +86,8 @@ def resize_boxes(
 ) -> jax.Array:
     """A box of each image, resized as `image.crop(box).resize((size, size), interpolation)` of Pillow, within a grey level.
 
-    Along the width first, then along the height, each rounded to whole numbers. Each is a matrix product: on a CPU a sum
+    Along the width first, then along the height, each rounded to whole numbers. (Pillow 13 takes the height first for some tall
+    boxes; bicubic values beyond black and white are then cut off elsewhere.) Each is a matrix product: on a CPU a sum
     over the taps, which are others for each example, took longer.
 
     Args:
