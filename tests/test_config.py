@@ -45,7 +45,12 @@ BAD = [
     (DataConfig, "crop_pct", 0.0, "above 0 and at most 1"),
     (DataConfig, "interpolation", "nearest", "one of bilinear, bicubic"),
     (DataConfig, "flip", "yes", "true or false"),
-    (DataConfig, "augmentation", "hevy", "resize_crop, or your own package.module:function. Did you mean 'heavy'?"),
+    (
+        DataConfig,
+        "augmentation",
+        "hevy",
+        "random_resized_crop, or your own package.module:function. Did you mean 'heavy'?",
+    ),
     (DataConfig, "mixup", -0.1, "at least 0"),
     (DataConfig, "mixup", NAN, "a finite number"),
     (DataConfig, "cutmix", INF, "a finite number"),

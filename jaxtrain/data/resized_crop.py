@@ -18,7 +18,7 @@ WORDS = TRIES + 2
 """Random words an example: one for the area and the ratio of each try, and two for the place of the box."""
 
 _STEPS = 12  # bits of a word that choose a try's area, and as many that choose its ratio
-_FACTOR_BITS, _ROOT_BITS = 14, 3  # of fixed-point numbers below, whose product keeps within 32 bits
+_FACTOR_BITS = 14  # of roots of areas and ratios as fixed-point numbers; those of a ratio of 16 have 16 bits
 _TABLE_BITS, _VALUE_BITS, _WEIGHT_BITS = 14, 15, 15
 
 
@@ -45,14 +45,16 @@ def random_boxes(
     roots = np.rint(np.sqrt(scale[0] + (scale[1] - scale[0]) * middles) * (1 << _FACTOR_BITS)).astype(np.uint32)
     log = np.log(ratio[0]) + (np.log(ratio[1]) - np.log(ratio[0])) * middles
     wide, high = (np.rint(np.exp(sign * log / 2) * (1 << _FACTOR_BITS)).astype(np.uint32) for sign in (1, -1))
-    root = np.uint32(round((height * width) ** 0.5 * (1 << _ROOT_BITS)))
+    root = (height * width) ** 0.5
+    root_bits = 15 - int(root).bit_length()  # as many as keep the product below within 32 bits
+    side_of_square = np.uint32(round(root * (1 << root_bits)))
     tries = words[:, :TRIES]
     area = jnp.asarray(roots)[tries >> (32 - _STEPS)]
 
     def side(factors: np.ndarray) -> jax.Array:
         factor = jnp.asarray(factors)[(tries >> (32 - 2 * _STEPS)) & ((1 << _STEPS) - 1)]
         share = _rounded(area * factor, _FACTOR_BITS)
-        return _rounded(share * root, _FACTOR_BITS + _ROOT_BITS).astype(jnp.int32)
+        return _rounded(share * side_of_square, _FACTOR_BITS + root_bits).astype(jnp.int32)
 
     widths, heights = side(wide), side(high)
     fits = (widths > 0) & (widths <= width) & (heights > 0) & (heights <= height)

@@ -341,7 +341,7 @@ def assert_near_pillow(images: Any, boxes: Any, size: int, interpolation: str) -
         wanted = from_pillow(wide.resize((size, size), RESAMPLING[interpolation])).astype(int)
         difference = np.abs(np.asarray(result) - wanted)
         assert difference.max() <= 1
-        assert (difference > 0).mean() < 0.02
+        assert (difference > 0).mean() < 0.06
 
 
 @pytest.mark.parametrize("interpolation", RESAMPLING)
