@@ -149,7 +149,7 @@ def train_images(pre: Preprocess, images: jax.Array, example: jax.Array, key: ja
 def _augment(pre: Preprocess, images: jax.Array, words: dict[str, jax.Array]) -> jax.Array:
     """jaxtrain's own augmentations of uint8 [B, H, W, C], by the words of `_words`: `pre.float_dtype` [B, S, S, C]."""
     if pre.augmentation == "random_resized_crop":
-        boxes = random_boxes(images.shape[1:3], pre.crop_scale, pre.crop_ratio, words["resized_crop"])
+        boxes = random_boxes((images.shape[1], images.shape[2]), pre.crop_scale, pre.crop_ratio, words["resized_crop"])
         images = resize_boxes(images, boxes, pre.image_size, pre.interpolation)
     if pre.augmentation != "none" and pre.flip:
         images = random_flip(images, words["flip"])  # before they are enlarged
