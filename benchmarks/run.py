@@ -20,6 +20,7 @@ from benchmarks.cpu import (
     checkpoints,
     collectives,
     faults,
+    finetune,
     inputs,
     overhead,
     peers,
@@ -41,6 +42,7 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "inputs": inputs.measure,
     "checkpoints": checkpoints.measure,
     "faults": faults.measure,
+    "finetune": finetune.measure,
     "bubble": pipeline.bubble,
     "dispatch": pipeline.dispatch,
     "efficiency": pipeline.efficiency,
@@ -138,6 +140,13 @@ def _rows(measured: dict[str, Any]) -> list[str]:
     for row in measured.get("faults", []):
         key, unit = ("steps", "steps") if "steps" in row else ("seconds", "s")
         lines.append(_row(f"fault: {row['name']}", row[key], 1, unit))
+    if tuned := measured.get("finetune"):
+        for row in tuned["rows"]:
+            low, middle, high = (100 * accuracy for accuracy in sorted(row["accuracies"]))
+            name = (
+                f"ten new classes, 20 images each, {row['name']} (rate {row['rate']:g}): test accuracy of three seeds"
+            )
+            lines.append(f"| {name} | {middle:.1f} % | {low:.1f} - {high:.1f} |")
     for row in measured.get("bubble", []):
         name = f"bubble of {row['schedule']}, {row['stages']} stages, {row['microbatches']} microbatches"
         lines.append(_row(f"{name}: formula {100 * row['formula']:.1f} %", row["bubble"], 100, "%"))

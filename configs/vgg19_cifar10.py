@@ -1,7 +1,9 @@
-"""VGG-19 on CIFAR-10, from scratch.
+"""VGG-19 on CIFAR-10, from scratch or from ImageNet's weights.
 
 python -m jaxtrain.main --config configs/vgg19_cifar10.py           # 32 px, with BatchNorm
 python -m jaxtrain.main --config configs/vgg19_cifar10.py:224       # 224 px: resized to 256, cropped to 224
+python -m jaxtrain.main --config configs/vgg19_cifar10.py:finetune --config.model.init_from=vgg19.safetensors
+python -m jaxtrain.main --config configs/vgg19_cifar10.py:finetune,probe --config.model.init_from=vgg19.safetensors
 """
 
 from jaxtrain.config import Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
@@ -9,7 +11,7 @@ from jaxtrain.recipes import change, recipe
 
 
 def get_config(arg=""):
-    """`224`: the ImageNet pipeline and classifier, without BatchNorm, 20 epochs."""
+    """`224`: the ImageNet pipeline and classifier, 20 epochs. `finetune`: that from given weights. `probe`: the head alone."""
     config = Config(
         data=DataConfig(name="cifar10", global_batch=128, augmentation="light"),
         model=ModelConfig(name="vgg19_bn"),
@@ -25,7 +27,7 @@ def get_config(arg=""):
         ),
         train=TrainConfig(epochs=200),
     )
-    return recipe(config, arg, {"224": large})
+    return recipe(config, arg, {"224": large, "finetune": finetune, "probe": probe})
 
 
 def large(config):
@@ -44,3 +46,23 @@ def large(config):
             "train.epochs": 20,
         },
     )
+
+
+def finetune(config):
+    """From ImageNet's weights, with a new head: 10 epochs at a tenth of the rate, images normalized as the weights ask."""
+    return change(
+        large(config),
+        **{
+            "data.mean": (),
+            "data.std": (),
+            "model.init_from": "required",
+            "optim.learning_rate": 0.001,
+            "optim.head_rate": 10.0,
+            "train.epochs": 10,
+        },
+    )
+
+
+def probe(config):
+    """All layers but the head stay as they are."""
+    return change(config, **{"optim.freeze_layers": -1})

@@ -26,7 +26,8 @@ from jaxtrain.errors import ConfigError
 from jaxtrain.host.paths import require_local
 from jaxtrain.host.text import did_you_mean
 
-AUGMENTATIONS = ("none", "light", "heavy", "resize_crop")
+AUGMENTATIONS = ("none", "light", "heavy", "resize_crop", "random_resized_crop")
+INTERPOLATIONS = ("bilinear", "bicubic")
 RESIDENCIES = ("auto", "device", "stream")
 LR_SCALINGS = ("linear", "sqrt", "none")
 SCHEDULES = ("constant", "step", "cosine", "linear", "wsd")
@@ -36,6 +37,7 @@ PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
 BALANCES = ("cost", "memory", "time")
 STAGE_PLACEMENTS = ("spread", "hosts")
 BEST_BY = ("val_accuracy", "val_loss", "val_top5")
+WEIGHTS_REQUIRED = "required"
 STEMS = ("auto", "cifar", "imagenet")
 ATTENTIONS = ("plain", "pallas")
 
@@ -51,6 +53,13 @@ def _require(condition: object, field: str, value: object, wanted: str, hint: st
 def _require_local(field: str, value: str, path: str) -> None:
     """Raises `ConfigError` where `path`, the part of `value` that names a file or a directory, is an address."""
     require_local(path, f"config.{field}={value!r}", ConfigError)
+
+
+def _require_regex(field: str, regex: str) -> None:
+    try:
+        re.compile(regex)
+    except re.error as error:
+        raise ConfigError(f"config.{field}: {regex!r} is not a regular expression ({error}).") from None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -106,6 +115,14 @@ def _is_sha256(value: str) -> bool:
 
 def _rising_shares(values: tuple) -> bool:
     return all(type(v) in (int, float) and 0 < v < 1 for v in values) and list(values) == sorted(values)
+
+
+def _are_shares(values: tuple) -> bool:
+    return len(values) == 2 and all(type(v) in (int, float) for v in values) and 0 < values[0] <= values[1] <= 1
+
+
+def _are_ratios(values: tuple) -> bool:
+    return len(values) == 2 and all(type(v) in (int, float) for v in values) and 1 / 16 <= values[0] <= values[1] <= 16
 
 
 def _rising_numbers(values: tuple) -> bool:
@@ -209,16 +226,41 @@ class DataConfig(_Section):
     augmentation: Annotated[str, _one_of(AUGMENTATIONS, own="package.module:function")] = "none"
     """How training images are changed at random. `none`: not at all. `light`: a crop of the padded image, and a horizontal
     flip. `heavy`: `light`, then RandAugment (Cubuk 2020), colour jitter and random erasing (Zhong 2020). `resize_crop`: the
-    image is resized to 8/7 of `data.image_size`, then a random crop and a flip; evaluation takes the centre crop. Or your own
-    `package.module:function`, (images uint8 [B, S, S, C], a random key for each [B]) -> uint8 [B, S, S, C]."""
+    image is resized to `data.image_size` / `data.crop_pct`, then a random crop and a flip. `random_resized_crop`: a random
+    box of the image is resized to `data.image_size`, then a flip, as torchvision's RandomResizedCrop does it. Evaluation
+    after these two takes the centre crop of the image resized as for `resize_crop`. Or your own `package.module:function`,
+    (images uint8 [B, S, S, C], a random key for each [B]) -> uint8 [B, S, S, C]."""
 
     flip: bool = True
-    """Whether `light`, `heavy` and `resize_crop` mirror an image, left to right, with probability 1/2. `false` for digits,
+    """Whether `light`, `heavy` and both crops mirror an image, left to right, with probability 1/2. `false` for digits,
     text, and whatever else a mirror makes into something else."""
 
     crop_padding: Annotated[int, _at_least(-1)] = 0
     """Pixels of padding on each side before `light` and `heavy` crop an image. 0 is an eighth of the image's side: 4 for 32.
     -1 does not crop."""
+
+    crop_scale: Annotated[
+        tuple, _must_be("two shares of the area, above 0 and at most 1, the smaller first", _are_shares)
+    ] = (
+        0.08,
+        1.0,
+    )
+    """The smallest and the largest share of an image's area that a box of `random_resized_crop` has."""
+
+    crop_ratio: Annotated[tuple, _must_be("two ratios between 1/16 and 16, the smaller first", _are_ratios)] = (
+        0.75,
+        1.3333333333333333,
+    )
+    """The smallest and the largest width over height that a box of `random_resized_crop` has. Between them it is
+    log-uniform."""
+
+    crop_pct: Annotated[float, _must_be("above 0 and at most 1", lambda value: 0 < value <= 1)] = 0.875
+    """What `data.image_size` is of the side to which `resize_crop` and the evaluation of both crops resize an image before they
+    crop it: 0.875 makes 256 of 224. Images of a folder are stored at that side."""
+
+    interpolation: Annotated[str, _one_of(INTERPOLATIONS)] = "bilinear"
+    """How images are resized on the device, with antialiasing, as Pillow does it: `bilinear` or `bicubic`. A folder's images
+    are first resized to the side that they are stored at, always `bilinear`."""
 
     mixup: Annotated[float, _between(0.0, 32.0)] = 0.0
     """Mixup (Zhang 2018): alpha of the distribution Beta(alpha, alpha) from which the share of the second image is drawn. 0
@@ -309,7 +351,8 @@ class ModelConfig(_Section):
     init_from: str = ""
     """The file that a new run takes its first weights from: safetensors, or `.npz` without pickle, with the names of
     torchvision, timm or transformers, or jaxtrain's own; or a run of jaxtrain, or a checkpoint of one. A head of another number
-    of classes begins anew (docs/weights.md). A run that goes on does not read it again. "" draws all weights at random."""
+    of classes begins anew (docs/weights.md). A run that goes on does not read it again. "" draws all weights at random.
+    `required` stands in a recipe for a file that must be named: without one, a new run is refused."""
 
     init_sha256: Annotated[str, _must_be("a SHA-256 as 64 hexadecimal digits, or ''", _is_sha256)] = ""
     """The SHA-256 that the file of `model.init_from` must have. "" takes any file; the run records what it had."""
@@ -352,6 +395,10 @@ class ModelConfig(_Section):
     """BatchNorm takes its statistics over this many groups of the global batch, each by itself. 1 is the whole batch, on all
     devices (synchronized BatchNorm); more is ghost BatchNorm (Hoffer 2017). It must be a multiple of
     `layout.microbatches`."""
+
+    freeze_bn: bool = False
+    """Whether all BatchNorms run as in evaluation: they use their running statistics, and do not change them. For fine-tuning
+    with small batches. Their scales and biases are trained, unless `optim.freeze` names them."""
 
     def _validate(self) -> None:
         _require_local("model.init_from", self.init_from, self.init_from)
@@ -421,6 +468,22 @@ class OptimConfig(_Section):
     final_scale: Annotated[float, _must_be("between 0 and 1", lambda value: 0 <= value <= 1)] = 0.0
     """The learning rate at the end of the run, as a share of the peak, under the schedules `cosine`, `linear` and `wsd`."""
 
+    freeze: tuple = ()
+    """Regexes of leaves that are not trained, such as ('layers_0[0-5]/',). They are searched in a leaf's path (`jaxtrain layout
+    --leaves` prints the paths). A frozen leaf gets no update, no gradient and no optimizer state, and does not count in
+    `optim.clip_norm`. A BatchNorm whose parameters are all frozen runs as in evaluation, and keeps its statistics."""
+
+    freeze_layers: int = 0
+    """How many of the first layers are not trained, as well as `optim.freeze`: 1 is the stem. A negative number counts from the
+    end: -1 is all layers but the head, a linear probe. 0 freezes none."""
+
+    layer_decay: Annotated[float, _must_be("above 0 and at most 1", lambda value: 0 < value <= 1)] = 1.0
+    """What the learning rate is multiplied by from each layer to the one below it (Bao 2022): the head has 1, the layer below
+    it `layer_decay`, the next its square. Decoupled weight decay follows, as in PyTorch's param groups. 1 is off."""
+
+    head_rate: Annotated[float, _must_be("above 0", lambda value: value > 0)] = 1.0
+    """What the learning rate of the head, the last layer, is multiplied by, such as 10 for a new head on trained layers."""
+
     clip_norm: Annotated[float, _at_least(0)] = 0.0
     """Gradients whose global norm (that of all parameters together) is larger are scaled down to this norm (Pascanu 2013). 0
     is off."""
@@ -442,6 +505,9 @@ class OptimConfig(_Section):
     the weights of the batch's labels, as in PyTorch's CrossEntropyLoss. Evaluation counts all examples alike."""
 
     def _validate(self) -> None:
+        for regex in self.freeze:
+            _require(isinstance(regex, str), "optim.freeze", regex, "a regular expression")
+            _require_regex("optim.freeze", regex)
         wanted = "'', 'balanced', or a number above 0 for each class, such as '1,2.5,0.5'"
         try:
             good = all(weight > 0 and math.isfinite(weight) for weight in self.numbered_class_weights)
@@ -611,10 +677,7 @@ class LayoutConfig(_Section):
         for rule in self.rules:
             ok = isinstance(rule, tuple) and len(rule) == 2 and isinstance(rule[0], str) and isinstance(rule[1], tuple)
             _require(ok, "layout.rules", rule, "a pair ('regex', (axis or None per dim, ...))")
-            try:
-                re.compile(rule[0])
-            except re.error as error:
-                raise ConfigError(f"config.layout.rules: {rule[0]!r} is not a regular expression ({error}).") from None
+            _require_regex("layout.rules", rule[0])
             axes = [axis for axis in rule[1] if axis is not None]
             known = all(axis in ("data", "tensor") for axis in axes) and len(set(axes)) == len(axes)
             _require(known, "layout.rules", rule, "made of 'data', 'tensor' and None, each axis at most once")

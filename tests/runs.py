@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -208,3 +209,25 @@ def assert_same_bits(found: TrainResult, wanted: TrainResult) -> None:
     a, b = leaves(found), leaves(wanted)
     assert a.keys() == b.keys()
     assert [name for name in a if a[name].tobytes() != b[name].tobytes() or a[name].dtype != b[name].dtype] == []
+
+
+@contextlib.contextmanager
+def several(folder: Path, *commands: list[str]) -> Iterator[list[Started]]:
+    """A process for each command."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(Started(folder / f"{process}.txt", command)) for process, command in enumerate(commands)
+        ]
+
+
+def train_in_turn(folder: Path, processes: int, devices: int, *jobs: list[str]) -> None:
+    """`processes` processes of `devices` devices each do these training jobs, one after the other."""
+    port, commands = free_port(), []
+    for process in range(processes):
+        mine = [["train", *job] for job in jobs]
+        mine[0] += ["--simulate-devices", str(devices), *joined(process, processes, port)]
+        commands.append([str(Path(__file__).with_name("jobs.py")), json.dumps(mine)])
+    with several(folder, *commands) as started:
+        for process in started:
+            assert process.end() == 0, process.output

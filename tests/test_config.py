@@ -39,8 +39,18 @@ BAD = [
     (DataConfig, "batch_per_device", -1, "at least 0"),
     (DataConfig, "image_size", -32, "at least 0"),
     (DataConfig, "crop_padding", -2, "at least -1"),
+    (DataConfig, "crop_scale", (0.0, 1.0), "two shares of the area"),
+    (DataConfig, "crop_scale", (0.5, 0.25), "the smaller first"),
+    (DataConfig, "crop_ratio", (0.01, 1.0), "two ratios between 1/16 and 16"),
+    (DataConfig, "crop_pct", 0.0, "above 0 and at most 1"),
+    (DataConfig, "interpolation", "nearest", "one of bilinear, bicubic"),
     (DataConfig, "flip", "yes", "true or false"),
-    (DataConfig, "augmentation", "hevy", "resize_crop, or your own package.module:function. Did you mean 'heavy'?"),
+    (
+        DataConfig,
+        "augmentation",
+        "hevy",
+        "random_resized_crop, or your own package.module:function. Did you mean 'heavy'?",
+    ),
     (DataConfig, "mixup", -0.1, "at least 0"),
     (DataConfig, "mixup", NAN, "a finite number"),
     (DataConfig, "cutmix", INF, "a finite number"),
@@ -78,6 +88,7 @@ BAD = [
     (ModelConfig, "dropout", -0.5, "at least 0 and below 1"),
     (ModelConfig, "drop_path", 1.5, "at least 0 and below 1"),
     (ModelConfig, "bn_groups", 0, "at least 1"),
+    (ModelConfig, "freeze_bn", 1, "true or false"),
     (OptimConfig, "learning_rate", -1e-9, "at least 0"),
     (OptimConfig, "learning_rate", NAN, "a finite number"),
     (OptimConfig, "learning_rate", "0.1", "a number"),
@@ -102,6 +113,12 @@ BAD = [
     (OptimConfig, "clip_norm", INF, "a finite number"),
     (OptimConfig, "label_smoothing", 1.0, "below 1"),
     (OptimConfig, "ema", 1.0, "below 1"),
+    (OptimConfig, "freeze", ("(",), "not a regular expression"),
+    (OptimConfig, "freeze", (3,), "a regular expression"),
+    (OptimConfig, "freeze_layers", "head", "a whole number"),
+    (OptimConfig, "layer_decay", 0.0, "above 0 and at most 1"),
+    (OptimConfig, "layer_decay", 1.1, "above 0 and at most 1"),
+    (OptimConfig, "head_rate", 0.0, "above 0"),
     (OptimConfig, "class_weights", "1,-2", "a number above 0 for each class"),
     (OptimConfig, "class_weights", "1,nan", "a number above 0 for each class"),
     (OptimConfig, "class_weights", "balance", "'balanced', or a number"),
@@ -158,7 +175,7 @@ def test_a_bad_value_names_field_value_and_requirement(section, field, value, wa
     assert wanted in text
     # of mean and std, whose lengths must agree, either may be named
     assert f"config.{prefix}{'std' if field == 'mean' else field}" in text
-    assert field == "rules" or repr(value) in text  # of the rules, the one that is wrong is shown
+    assert field in ("rules", "freeze") or repr(value) in text  # of the rules, the one that is wrong is shown
 
 
 def test_every_field_has_a_bad_value_in_the_table():
@@ -210,7 +227,7 @@ def test_every_field_has_a_meaning():
 
 def test_every_choice_of_a_field_is_explained_in_its_meaning():
     choices = {key: info for key, info in c.explain().items() if info.allowed.startswith("one of ")}
-    assert len(choices) == 13
+    assert len(choices) == 14
     for key, info in choices.items():
         named = info.allowed.removeprefix("one of ").replace("or your own ", "").split(", ")
         unexplained = [name for name in named if f"`{name}`" not in info.meaning]

@@ -19,9 +19,9 @@ from jaxtrain.recipes import LAYOUTS, change, load_config, packaged_recipes, rec
 CONFIGS = Path(__file__).parents[1] / "configs"
 OWN = {
     "resnet18_cifar10": ("short", "tuned"),
-    "resnet50_cifar100": ("single", "multi", "production", "tuned"),
-    "swin_tiny_cifar10": ("224", "long"),
-    "vgg19_cifar10": ("224",),
+    "resnet50_cifar100": ("single", "multi", "production", "tuned", "finetune", "probe"),
+    "swin_tiny_cifar10": ("long", "224", "finetune", "probe"),
+    "vgg19_cifar10": ("224", "finetune", "probe"),
 }
 
 # What the issue asks for. `rate`: the peak learning rate at the recipe's own batch.
@@ -82,6 +82,22 @@ NUMBERS = {
         "data.image_size": 224, "data.augmentation": "resize_crop", "data.global_batch": 256, "model.name": "vgg19",
         "optim.lr_reference_batch": 256, "train.epochs": 20, "rate": 0.01,
     },
+    "vgg19_cifar10:finetune": {
+        "data.image_size": 224, "data.augmentation": "resize_crop", "data.mean": (), "model.name": "vgg19",
+        "model.init_from": "required", "optim.head_rate": 10.0, "train.epochs": 10, "rate": 0.001,
+    },
+    "vgg19_cifar10:finetune,probe": {"optim.freeze_layers": -1, "model.init_from": "required", "train.epochs": 10},
+    "resnet50_cifar100:finetune": {
+        "data.image_size": 224, "data.augmentation": "random_resized_crop", "model.init_from": "required",
+        "optim.schedule": "cosine", "optim.head_rate": 10.0, "train.epochs": 20, "rate": 0.01,
+    },
+    "resnet50_cifar100:finetune,probe": {"optim.freeze_layers": -1, "optim.freeze": ()},
+    "swin_tiny_cifar10:finetune": {
+        "data.image_size": 224, "data.augmentation": "random_resized_crop", "data.interpolation": "bicubic",
+        "data.crop_pct": 0.9, "data.mixup": 0.0, "model.init_from": "required", "optim.layer_decay": 0.85,
+        "train.epochs": 20, "rate": 2e-4,
+    },
+    "swin_tiny_cifar10:finetune,probe": {"optim.freeze_layers": -1, "optim.layer_decay": 1.0},
     "swin_tiny_cifar10": {
         "data.name": "cifar10", "data.global_batch": 128, "model.name": "swin_tiny", "model.patch": 0,
         "model.window": 0, "optim.name": "adamw",

@@ -182,7 +182,7 @@ def test_every_field_has_its_kind():
     numbers = {
         "seed",
         *("data.name", "data.global_batch", "data.image_size", "data.augmentation", "data.crop_padding", "data.mixup"),
-        *("data.cutmix", "data.flip"),
+        *("data.cutmix", "data.flip", "data.crop_scale", "data.crop_ratio", "data.crop_pct", "data.interpolation"),
         *("data.mean", "data.std", "data.splits", "data.examples", "data.validation", "data.split_seed"),
         *(key for key in flat_keys() if key.startswith(("model.", "optim."))),
         "train.precision",

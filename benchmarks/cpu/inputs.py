@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import importlib.util
 import itertools
 import json
@@ -59,7 +60,8 @@ def measure() -> list[dict[str, Any]]:
             rows += _folder_rows(_photos(directory / size.replace(" ", ""), images, size), size, ask)
         rows += _waits(kind, directory)
     rows += [{"name": f"augmentation {name}, jitted, {cores.total()} cores", **_augmentation(name)} for name in
-             ("light", "heavy")]  # fmt: skip
+             ("light", "heavy", "random_resized_crop")]  # fmt: skip
+    rows += [_crop_over_light(side) for side in (32, SIDE)]
     return rows
 
 
@@ -331,6 +333,25 @@ def _waits(kind: str, directory: Path) -> list[dict[str, Any]]:
                      "ratio": _spread(ratios)})  # fmt: skip
         rows.append({"name": f"{what}: share of the step that waits for data", "share": _spread(shares[1:])})
     return rows
+
+
+def _crop_over_light(side: int) -> dict[str, Any]:
+    """What random boxes cost an image, over `light` at the same size: blocks of both in turns."""
+    random, count = np.random.default_rng(0), 256 if side == 32 else 16
+    stored = side if side == 32 else round(side / 0.875)
+    labels = jnp.zeros(count, jnp.int32)
+    runs, seconds = {}, {"light": [], "random_resized_crop": []}
+    for name, source in (("light", side), ("random_resized_crop", stored)):
+        images = jnp.asarray(random.integers(0, 256, (count, source, source, 3), np.uint8))
+        runs[name] = functools.partial(_preprocess(name, side), images, labels)
+        jax.block_until_ready(runs[name]())
+    for _ in range(TURNS):
+        for name, run in runs.items():
+            seconds[name].append(timed(run, 3).median)
+    ratios = [b / a for a, b in zip(seconds["light"], seconds["random_resized_crop"], strict=True)]
+    one = 1e3 * Spread.of(seconds["random_resized_crop"]).median / count
+    what = f"random_resized_crop of {stored} px to {side}, {one:.3f} ms an image on {cores.total()} cores"
+    return {"name": f"{what}: over light at {side}", "ratio": _spread(ratios)}
 
 
 def _augmentation(name: str) -> dict[str, Any]:

@@ -92,14 +92,24 @@ def totals(layout: Mapping[str, Any]) -> Table:
 def layer_rows(leaves: Sequence[Mapping[str, Any]]) -> Table:
     """A row a layer: its parameters, the axes that split any of them and of its optimizer state, its stage, MiB a device.
 
+    Where not all is trained alike: also how many parameters are trained, and at what multiple of the learning rate.
+
     leaves: of `describe_layout`.
     """
     layers = dict.fromkeys(leaf["path"].split("/")[1] for leaf in leaves if leaf["tree"] == "params")
     rows: dict[str, list[Mapping[str, Any]]] = {name: [] for name in (*layers, _NO_LAYER)}
     for leaf in leaves:
         rows[next((key for key in leaf["path"].split("/")[1:] if key in layers), _NO_LAYER)].append(leaf)
-    right = ("parameters", "stage", "MiB a device")
-    names = ("layer", "parameters", "params over", "opt_state over", "stage", "MiB a device")
+    right = ("parameters", "trained", "rate", "stage", "MiB a device")
+    tuned = any(leaf["rate"] != 1 for leaf in leaves if leaf["tree"] == "params")
+    names = (
+        "layer",
+        "parameters",
+        *(("trained", "rate") if tuned else ()),
+        "params over",
+        "opt_state over",
+        *right[-2:],
+    )
     table = _table(*(Column(name, justify="right" if name in right else "left") for name in names))
     for name, found in rows.items():
         trees = {tree: [leaf for leaf in found if leaf["tree"] == tree] for tree in ("params", "opt_state")}
@@ -107,12 +117,19 @@ def layer_rows(leaves: Sequence[Mapping[str, Any]]) -> Table:
         table.add_row(
             name,
             f"{sum(math.prod(leaf['shape']) for leaf in trees['params']):,}",
+            *(_trained(trees["params"]) if tuned else ()),
             _axes(trees["params"]),
             _axes(trees["opt_state"]),
             ", ".join(map(str, sorted(stages))) or "all",
             _mib(sum(leaf["bytes_per_device"] for leaf in found)),
         )
     return table
+
+
+def _trained(leaves: Sequence[Mapping[str, Any]]) -> tuple[str, str]:
+    """How many parameters of a layer are trained, and the multiple of the learning rate that they have."""
+    trained = [leaf for leaf in leaves if leaf["rate"]]
+    return f"{sum(math.prod(leaf['shape']) for leaf in trained):,}", f"{trained[0]['rate']:.3g}" if trained else "-"
 
 
 def leaf_rows(leaves: Sequence[Mapping[str, Any]]) -> Table:

@@ -20,8 +20,10 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from jaxtrain.data import random_bits
-from jaxtrain.data.base import resize_crop_side
+from jaxtrain.data.base import CROPPED, resized_side
+from jaxtrain.data.filters import FILTERS
 from jaxtrain.data.randaugment import color_jitter, rand_augment
+from jaxtrain.data.resized_crop import WORDS, random_boxes, resize_boxes
 from jaxtrain.errors import ConfigError
 from jaxtrain.plugins import load_callable
 
@@ -38,7 +40,8 @@ _ERASE_LOG_ASPECT = (math.log(0.3), math.log(3.3))  # height / width
 _ERASE_TRIES = 10
 
 # Random words an example, by purpose. All are drawn in one call: every call adds 0.2 s to the compilation on a CPU.
-_WORDS = {"flip": 1, "crop": 2, "rand_augment": 2, "color_jitter": 4, "random_erase": 3 + 2 * _ERASE_TRIES}
+_WORDS = {"flip": 1, "crop": 2, "rand_augment": 2, "color_jitter": 4, "random_erase": 3 + 2 * _ERASE_TRIES,
+          "resized_crop": WORDS}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,6 +69,14 @@ class Preprocess:
     """Whether jaxtrain's augmentations mirror images."""
     padding: int = 0
     """Pixels around an image before `light` and `heavy` crop it; 0 is an eighth of its side, -1 does not crop."""
+    crop_scale: tuple[float, ...] = (0.08, 1.0)
+    """The smallest and the largest share of the area that `random_resized_crop` takes."""
+    crop_ratio: tuple[float, ...] = (3 / 4, 4 / 3)
+    """The smallest and the largest width over height of what it takes."""
+    crop_pct: float = 0.875
+    """The share of `resized` that `image_size` is."""
+    interpolation: str = "bilinear"
+    """A name of `FILTERS`."""
     dtype: DTypeLike = jnp.float32
     """Of the returned images."""
 
@@ -86,8 +97,8 @@ class Preprocess:
 
     @property
     def resized(self) -> int:
-        """The side to which an image is resized before `resize_crop` crops it (256 for 224)."""
-        return resize_crop_side(self.image_size)
+        """The side to which an image is resized before it is cropped (256 for 224)."""
+        return resized_side(self.image_size, self.crop_pct)
 
 
 def train_inputs(
@@ -137,9 +148,13 @@ def train_images(pre: Preprocess, images: jax.Array, example: jax.Array, key: ja
 
 def _augment(pre: Preprocess, images: jax.Array, words: dict[str, jax.Array]) -> jax.Array:
     """jaxtrain's own augmentations of uint8 [B, H, W, C], by the words of `_words`: `pre.float_dtype` [B, S, S, C]."""
+    if pre.augmentation == "random_resized_crop":
+        boxes = random_boxes((images.shape[1], images.shape[2]), pre.crop_scale, pre.crop_ratio, words["resized_crop"])
+        images = resize_boxes(images, boxes, pre.image_size, pre.interpolation)
     if pre.augmentation != "none" and pre.flip:
-        images = random_flip(images, words["flip"])  # first, while they are small
-    images = resize(images, pre.resized if pre.augmentation == "resize_crop" else pre.image_size)
+        images = random_flip(images, words["flip"])  # before they are enlarged
+    side = pre.resized if pre.augmentation == "resize_crop" else pre.image_size
+    images = resize(images, side, pre.interpolation)
     if pre.pads:
         images = pad(images, pre.padding)
     if pre.pads or pre.augmentation == "resize_crop":
@@ -169,17 +184,17 @@ def train_targets(pre: Preprocess, labels: jax.Array, key: jax.Array) -> jax.Arr
 
 
 def eval_inputs(pre: Preprocess, images: jax.Array) -> jax.Array:
-    """Inputs for evaluation: uint8 [B, H, W, C] resized (and centre-cropped, for `resize_crop`) and normalised.
+    """Inputs for evaluation: uint8 [B, H, W, C] resized (and centre-cropped, where training crops) and normalised.
 
     Returns `pre.dtype` [B, S, S, C]. Raises `ConfigError` as `train_inputs` does.
     """
     _check_channels(pre, images)
-    if pre.augmentation == "resize_crop":
+    if pre.augmentation in CROPPED:
         start = round((pre.resized - pre.image_size) / 2)  # half to even, as torchvision's CenterCrop
         stop = start + pre.image_size
-        images = resize(images, pre.resized)[:, start:stop, start:stop]
+        images = resize(images, pre.resized, pre.interpolation)[:, start:stop, start:stop]
     else:
-        images = resize(images, pre.image_size)
+        images = resize(images, pre.image_size, pre.interpolation)
     return normalize(pre, images).astype(pre.dtype)
 
 
@@ -236,7 +251,7 @@ def check_own_augmentation(pre: Preprocess, images: jax.ShapeDtypeStruct) -> Non
 def _augment_by_own(pre: Preprocess, images: jax.Array, keys: jax.Array) -> jax.Array:
     """`pre.own` of uint8 [B, H, W, C] at the model's size: uint8 [B, S, S, C]. keys: [B]."""
     assert pre.own is not None
-    before = resize(images, pre.image_size)
+    before = resize(images, pre.image_size, pre.interpolation)
     after = pre.own(before, keys)
     returned = f"{after.dtype} {list(after.shape)}" if hasattr(after, "dtype") else f"a {type(after).__name__}"
     wanted = f"{before.dtype} {list(before.shape)}"
@@ -251,20 +266,20 @@ def _augment_by_own(pre: Preprocess, images: jax.Array, keys: jax.Array) -> jax.
 # -------------------------------------------------------------------------------------------- crops and flips, in uint8
 
 
-def resize(images: jax.Array, size: int) -> jax.Array:
-    """Bilinear resize of uint8 [B, H, W, C] to uint8 [B, size, size, C], with antialiasing when it gets smaller.
+def resize(images: jax.Array, size: int, interpolation: str = "bilinear") -> jax.Array:
+    """Resize of uint8 [B, H, W, C] to uint8 [B, size, size, C], with antialiasing when it gets smaller.
 
-    Equal to Pillow's `Image.resize(..., BILINEAR)`, pixel for pixel: the same 22-bit weights, first along the width,
-    then along the height. It is a sum over the few taps: products with the nearly empty weight matrices took 3 to 10
+    Equal to Pillow's `Image.resize(..., BILINEAR)` or `BICUBIC`, pixel for pixel: the same 22-bit weights, first along the
+    width, then along the height. It is a sum over the few taps: products with the nearly empty weight matrices took 3 to 10
     times as long on a CPU (32 to 256 pixels, 256 to 224, 400 to 224).
     """
-    return _resize_axis(_resize_axis(images, 2, size), 1, size)
+    return _resize_axis(_resize_axis(images, 2, size, interpolation), 1, size, interpolation)
 
 
-def _resize_axis(images: jax.Array, axis: int, size: int) -> jax.Array:
+def _resize_axis(images: jax.Array, axis: int, size: int, interpolation: str) -> jax.Array:
     if images.shape[axis] == size:
         return images
-    first, weights = _resize_weights(images.shape[axis], size)
+    first, weights = _resize_weights(images.shape[axis], size, interpolation)
     column = [-1 if i == axis else 1 for i in range(images.ndim)]
     total = jnp.int32(1 << 21)
     for tap in range(weights.shape[1]):
@@ -273,18 +288,22 @@ def _resize_axis(images: jax.Array, axis: int, size: int) -> jax.Array:
     return jnp.clip(total >> 22, 0, 255).astype(jnp.uint8)
 
 
-def _resize_weights(source: int, size: int) -> tuple[np.ndarray, np.ndarray]:
+def _resize_weights(source: int, size: int, interpolation: str) -> tuple[np.ndarray, np.ndarray]:
     """Output pixel i is the sum over t of weights[i, t] / 2**22 * input[first[i] + t].
 
-    Returns int32 first [size] and int32 weights [size, taps]: a triangle around the output pixel's centre, as wide as
-    two input pixels, or two output pixels where those are larger.
+    Returns int32 first [size] and int32 weights [size, taps]: the filter around the output pixel's centre, in units of input
+    pixels, or of output pixels where those are larger.
     """
     scale = source / size
     center = (np.arange(size)[:, None] + 0.5) * scale
-    triangle = np.maximum(1 - np.abs(np.arange(source) + 0.5 - center) / max(scale, 1.0), 0)
-    weights = np.floor(triangle / triangle.sum(1, keepdims=True) * 2**22 + 0.5).astype(np.int32)
-    taps = (weights > 0).sum(1).max()
-    first = np.minimum((weights > 0).argmax(1), source - taps)
+    function, _ = FILTERS[interpolation]
+    values = function(np.abs(np.arange(source) + 0.5 - center) / max(scale, 1.0))
+    weights = values / values.sum(1, keepdims=True) * 2**22
+    weights = np.trunc(weights + np.copysign(0.5, weights)).astype(np.int32)
+    used = weights != 0
+    begin, end = used.argmax(1), source - used[:, ::-1].argmax(1)
+    taps = (end - begin).max()
+    first = np.minimum(begin, source - taps)
     return first.astype(np.int32), np.take_along_axis(weights, first[:, None] + np.arange(taps), axis=1)
 
 

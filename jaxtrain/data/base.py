@@ -114,9 +114,13 @@ def channel_statistics(channels: int) -> tuple[tuple[float, ...], tuple[float, .
     return (0.5,) * channels, (0.25,) * channels
 
 
-def resize_crop_side(image_size: int) -> int:
-    """The side in pixels to which `resize_crop` resizes an image before it crops `image_size` (256 for 224)."""
-    return round(image_size * 8 / 7)
+CROPPED = ("resize_crop", "random_resized_crop")
+"""The augmentations whose evaluation crops the centre of a larger image."""
+
+
+def resized_side(image_size: int, crop_pct: float) -> int:
+    """The side in pixels to which an image is resized before `image_size` is cropped of it (256 for 224 and 0.875)."""
+    return round(image_size / crop_pct)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -112,7 +112,7 @@ def load(config: DataConfig, *, image_size: int = 0, needed: str = "", drawn: Se
     Args:
       config: the data section.
       image_size: side in pixels that the model sees. Images that all have one size keep it (the device resizes them).
-        Images that differ in size need it: they are stored at this side, or at 8/7 of it with `resize_crop` (224 -> 256).
+        Images that differ in size need it: they are stored at this side, or at the larger side that is cropped (224 -> 256).
       needed: the one split whose files must exist, "" for all. Another split whose files are missing is then empty.
       drawn: the only splits that may be drawn from training: those that a run had drawn; None: whatever is missing.
 

@@ -88,7 +88,8 @@ class DatasetSpec(abc.ABC):
 
     def stored_side(self, image_size: int) -> int:
         """The side in pixels at which images that differ in size are stored, for a model that sees `image_size`."""
-        return base.resize_crop_side(image_size) if self.config.augmentation == "resize_crop" else image_size
+        cropped = self.config.augmentation in base.CROPPED
+        return base.resized_side(image_size, self.config.crop_pct) if cropped else image_size
 
     def _refuse_chosen_splits(self) -> None:
         config = self.config

@@ -96,7 +96,8 @@ class Classifier:
                 function = wrap(function, name)
             layer_key = None if key is None else jax.random.fold_in(key, index)
             with jax.named_scope(name):  # for profiles, and for what `jaxtrain compile` says of kernels
-                x, stats = function(params.get(name, {}), batch_stats.get(name, {}), x, context, layer_key)
+                weights = params.get(name, {}), batch_stats.get(name, {})
+                x, stats = function(*weights, x, context.of_layer(name), layer_key)
             if stats:
                 new_stats[name] = stats
         return x, new_stats

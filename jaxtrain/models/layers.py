@@ -31,6 +31,14 @@ class Context:
     """Whether to use batch statistics and random masks, or running statistics and no masks."""
     bn_groups: int = flax.struct.field(pytree_node=False, default=1)
     """How many groups of consecutive examples in this microbatch BatchNorm normalizes separately."""
+    frozen_stats: frozenset[str] = flax.struct.field(pytree_node=False, default=frozenset())
+    """The paths of the BatchNorms that use their running statistics in training too: of the model ('layers_03/bn1') where the
+    model is called, and of the layer ('bn1') where a layer is."""
+
+    def of_layer(self, name: str) -> Context:
+        """The context of the layer `name`."""
+        paths = (path.partition("/") for path in self.frozen_stats)
+        return self.replace(frozen_stats=frozenset(own for layer, _, own in paths if layer == name))  # type: ignore[attr-defined]
 
 
 # -------------------------------------------------------------------------------------------------------- initialisers
@@ -113,7 +121,7 @@ class BatchNorm(nn.Module):
         running_mean = self.variable("batch_stats", "mean", jnp.zeros, channels, stats_dtype)
         running_var = self.variable("batch_stats", "var", jnp.ones, channels, stats_dtype)
 
-        if not context.train:
+        if not context.train or "/".join(self.path) in context.frozen_stats:
             wide = x.astype(at_least_f32(x.dtype))  # XLA fuses it into its readers, so no wide copy is stored
             inverse_std = jax.lax.rsqrt(running_var.value + self.epsilon)
             y = _affine(wide, running_mean.value, inverse_std, scale, bias).astype(x.dtype)

@@ -56,7 +56,7 @@ def muon(
         if params and not any(jax.tree.leaves(hidden)):
             raise ConfigError(
                 f"config.optim.name='muon': of the layers {', '.join(sorted(params))} none between the first and the "
-                "last has a kernel, which is what Muon updates; use adamw."
+                "last has a kernel to train, which is what Muon updates; use adamw."
             )
         return partition(hidden).init(params)
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jaxtrain.data.augment import train_inputs
 from jaxtrain.models.layers import Context
+from jaxtrain.optim.param_groups import merge
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.precision import scale_factor
 from jaxtrain.step.batch import Batch, Resident, all_labels, select_microbatch
@@ -26,8 +27,8 @@ class GradientSums:
     """Sums over the microbatches so far.
 
     Attributes:
-      gradients: of the mean loss over the global batch, times the loss scale; a tree like the parameters, in their
-        dtypes.
+      gradients: of the mean loss over the global batch, times the loss scale; a tree like the trained
+        parameters, in their dtypes.
       batch_stats: the new running statistics, each microbatch's divided by the number of microbatches.
       loss: [], the mean loss over the global batch, in `Task.sums_dtype`.
       correct: [], how many examples were classified correctly, in `Task.sums_dtype`.
@@ -39,23 +40,25 @@ class GradientSums:
     correct: jax.Array
 
 
-def zero_sums(params: PyTree, batch_stats: PyTree, dtype: Any) -> GradientSums:
+def zero_sums(task: Task, params: PyTree, batch_stats: PyTree) -> GradientSums:
     """The sums of no microbatch.
 
     Args:
+      task: says which parameters are trained.
       params: arrays or shapes; the gradients have their shapes and dtypes.
       batch_stats: arrays or shapes.
-      dtype: of the loss and of the count of correct answers.
     """
     zeros = functools.partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype))
-    return GradientSums(zeros(params), zeros(batch_stats), jnp.zeros((), dtype), jnp.zeros((), dtype))
+    numbers = (jnp.zeros((), task.sums_dtype) for _ in range(2))
+    return GradientSums(zeros(task.groups.trained(params)), zeros(batch_stats), *numbers)
 
 
 def sums_shapes(task: Task, layout: Layout, params: PyTree, batch_stats: PyTree) -> GradientSums:
     """The shapes of `zero_sums`, with the shardings of the accumulators: the gradients' from the layout, else replicated."""
-    shapes = jax.eval_shape(functools.partial(zero_sums, params, batch_stats, task.sums_dtype))
+    shapes = jax.eval_shape(functools.partial(zero_sums, task, params, batch_stats))
     replicated = jax.tree.map(lambda _: layout.sharding(), shapes)
-    return shapes_of(shapes, dataclasses.replace(replicated, gradients=like_params(layout, "gradients", params)))
+    gradients = like_params(layout, "gradients", shapes.gradients)
+    return shapes_of(shapes, dataclasses.replace(replicated, gradients=gradients))
 
 
 def add_sums(sums: GradientSums, more: GradientSums) -> GradientSums:
@@ -91,7 +94,7 @@ def train_context(
     """What the layers know about a microbatch, and its random keys.
 
     Args:
-      task: gives the BatchNorm groups of the global batch.
+      task: gives the BatchNorm groups of the global batch, and the BatchNorms that are frozen.
       layout: gives the number of microbatches.
       seed: int32 [], of the run.
       step: int32 [], updates done so far.
@@ -105,7 +108,8 @@ def train_context(
     example = index * size + jnp.arange(size, dtype=jnp.int32)
     groups = max(task.bn_groups // layout.config.microbatches, 1)
     augment, dropout = (jax.random.fold_in(role_key(seed, role), step) for role in (AUGMENT, DROPOUT))
-    return Context(example=example, train=True, bn_groups=groups), augment, dropout
+    context = Context(example=example, train=True, bn_groups=groups, frozen_stats=task.frozen_stats)
+    return context, augment, dropout
 
 
 def scaled_loss(
@@ -157,14 +161,16 @@ def microbatch_gradients(
         inputs, targets = train_inputs(task.preprocess, images, labels, context.example, augment)
     whole = all_labels(batch.labels, batch.rows, resident.labels)
 
-    def loss_fn(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, jax.Array, PyTree]]:
+    def loss_fn(trained: PyTree) -> tuple[jax.Array, tuple[jax.Array, jax.Array, PyTree]]:
+        params = merge(state.params, trained)  # layers below the first trained one get no backward pass
         logits, batch_stats = task.model.apply(
             params, state.batch_stats, inputs, context, dropout, wrap=layer_wrapper(layout, state.params, task.remat)
         )
         scaled, (loss, correct) = scaled_loss(task, logits, targets, labels, whole, state.loss_scale)
         return scaled, (loss, correct, batch_stats)
 
-    gradients, (loss, correct, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+    trained = task.groups.trained(state.params)
+    gradients, (loss, correct, batch_stats) = jax.grad(loss_fn, has_aux=True)(trained)
     gradients = constrain_gradients(layout, gradients)
     batch_stats = jax.tree.map(lambda s: s / layout.config.microbatches, batch_stats)
     batch_stats = jax.lax.with_sharding_constraint(batch_stats, like_params(layout, "batch_stats", batch_stats))

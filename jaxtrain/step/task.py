@@ -12,10 +12,12 @@ from jax.typing import DTypeLike
 
 from jaxtrain.config import Config, OptimConfig
 from jaxtrain.data.augment import Preprocess, own_augmentation
-from jaxtrain.models.classifier import Classifier
+from jaxtrain.models.classifier import Classifier, layer_name
 from jaxtrain.optim.losses import loss_fn
 from jaxtrain.optim.optimizers import is_own, make_optimizer
+from jaxtrain.optim.param_groups import ParamGroups, frozen_statistics, moving_statistics
 from jaxtrain.precision import at_least_f32
+from jaxtrain.trees import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,6 +30,8 @@ class Task:
       loss: (logits float [B, C], targets float [B, C]) -> float [B].
       preprocess: from uint8 images to the model's inputs.
       optim: the config's section.
+      groups: which parameters are trained, and their rates.
+      frozen_stats: the paths of the BatchNorms that run as in evaluation.
       class_weights: in the loss of training, one a class; () are all alike.
       bn_groups: BatchNorm groups in a global batch.
       remat: `train.remat`, what the forward pass stores for the backward pass.
@@ -40,6 +44,8 @@ class Task:
     loss: Callable[[jax.Array, jax.Array], jax.Array]
     preprocess: Preprocess
     optim: OptimConfig
+    groups: ParamGroups
+    frozen_stats: frozenset[str]
     class_weights: tuple[float, ...]
     bn_groups: int
     remat: str
@@ -48,14 +54,19 @@ class Task:
     def optimizer(
         self, learning_rate: float | jax.Array = 0.0, weight_decay: float | jax.Array = 0.0
     ) -> optax.GradientTransformation:
-        """The optimizer, of the whole tree of parameters or of some of its layers. Its state does not depend on the numbers.
+        """The optimizer of the trained parameters, of all layers or of some. Its state does not depend on the numbers.
 
         Args:
           learning_rate: float [], of one update. An optimizer of the user's own has the whole schedule instead.
           weight_decay: float [].
         """
         rate = self.schedule if is_own(self.optim.name) else lambda _: learning_rate
-        return make_optimizer(self.optim, rate, self.model.no_decay, weight_decay=weight_decay)
+        optimizer = make_optimizer(self.optim, rate, self.model.no_decay, weight_decay=weight_decay)
+        return self.groups.with_rates(optimizer)
+
+    def moving(self, batch_stats: PyTree) -> PyTree:
+        """The running statistics that training changes."""
+        return moving_statistics(batch_stats, self.frozen_stats)
 
     @property
     def sums_dtype(self) -> jnp.dtype:
@@ -100,14 +111,27 @@ def make_task(
         own=own_augmentation(config.data.augmentation),
         flip=config.data.flip,
         padding=config.data.crop_padding,
+        crop_scale=config.data.crop_scale,
+        crop_ratio=config.data.crop_ratio,
+        crop_pct=config.data.crop_pct,
+        interpolation=config.data.interpolation,
         dtype=dtype,
     )
+    groups = ParamGroups(config.optim, tuple(map(layer_name, range(len(model.layers)))))
+    frozen_stats: frozenset[str] = frozenset()
+    if config.optim.freeze or config.optim.freeze_layers or config.model.freeze_bn:
+        shape = (1, side, side, len(mean))
+        params, batch_stats = jax.eval_shape(lambda: model.init(jax.random.key(0), shape, dtype))
+        groups.check(params)
+        frozen_stats = frozen_statistics(groups, params, batch_stats, every=config.model.freeze_bn)
     return Task(
         model=model,
         schedule=rate,
         loss=loss_fn(config.optim.loss),
         preprocess=preprocess,
         optim=config.optim,
+        groups=groups,
+        frozen_stats=frozen_stats,
         class_weights=class_weights,
         bn_groups=config.model.bn_groups,
         remat=config.train.remat,

@@ -28,7 +28,7 @@ class TrainState:
       step: int32 [], updates done so far.
       params: float arrays, keyed by layer ('layers_03').
       batch_stats: running statistics, float arrays, keyed by layer.
-      opt_state: optax's, of the whole tree of parameters.
+      opt_state: optax's, of the trained parameters of all layers.
       ema: the moving averages {'params', 'batch_stats'}, or () if `optim.ema` is off.
       loss_scale: `LossScale` for fp16, otherwise ().
     """
@@ -73,7 +73,7 @@ def initial_state(
         step=jnp.zeros((), jnp.int32),
         params=params,
         batch_stats=batch_stats,
-        opt_state=task.optimizer().init(params),
+        opt_state=task.optimizer().init(task.groups.trained(params)),
         ema=average,
         loss_scale=initial_loss_scale(policy),
     )

@@ -155,7 +155,7 @@ def _compile_accumulating_step(
 ) -> MeshTrainStep:
     """Several microbatches: a program that adds a microbatch's gradients to the accumulators, and one for the update."""
     update, shardings = _update_function(task, layout, state)
-    zero = functools.partial(zero_sums, state.params, state.batch_stats, task.sums_dtype)
+    zero = functools.partial(zero_sums, task, state.params, state.batch_stats)
     sums = sums_shapes(task, layout, state.params, state.batch_stats)
     sums_shardings = jax.tree.map(lambda leaf: leaf.sharding, sums)
 
@@ -181,7 +181,8 @@ def _compile_accumulating_step(
 def _update_function(task: Task, layout: Layout, state: TrainState) -> tuple[Callable[..., Any], TrainState]:
     """`update_state` as a function (state, sums, step, hyperparams), and the shardings of the state."""
     shardings = layout.shardings(state)
-    return functools.partial(update_state, task, shardings, like_params(layout, "opt_state", state.params)), shardings
+    updating = like_params(layout, "opt_state", task.groups.trained(state.params))
+    return functools.partial(update_state, task, shardings, updating), shardings
 
 
 def stacked(batch: Batch, count: int) -> Batch:

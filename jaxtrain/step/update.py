@@ -14,6 +14,7 @@ import optax
 from jax.experimental.layout import Layout, with_layout_constraint
 from jax.sharding import PartitionSpec as P
 
+from jaxtrain.optim.param_groups import merge
 from jaxtrain.optim.updates import clip_by_global_norm, ema_update, global_norm
 from jaxtrain.precision import LossScale, adjust_loss_scale, at_floor, scale_factor
 from jaxtrain.step.batch import Hyperparams
@@ -96,8 +97,8 @@ def unscale_gradients(loss_scale: PyTree, gradients: PyTree, updating: PyTree) -
 
     Args:
       loss_scale: `LossScale`, or ().
-      gradients: float arrays, like the parameters.
-      updating: shardings, like the parameters: those of the optimizer's state.
+      gradients: float arrays, like the trained parameters.
+      updating: shardings, like them: those of the optimizer's state.
     """
     gradients = jax.tree.map(lambda g: g / scale_factor(loss_scale, g.dtype), gradients)
     gradients = jax.lax.with_sharding_constraint(gradients, updating)
@@ -149,28 +150,32 @@ def apply_update(
     Args:
       task: gives the kind of optimizer, clipping and the EMA.
       shardings: of the state.
-      updating: shardings like the parameters: those of the optimizer's state.
+      updating: shardings like the trained parameters: those of the optimizer's state.
       state: before the update.
       gradients: float arrays, sharded as `updating`.
       batch_stats: the new running statistics.
       decision: from the whole tree.
 
     Returns:
-      The state after `decision`; and the global norms, float [] each, of the old parameters and of the update, which is
-      computed even where it is refused.
+      The state after `decision`; and the global norms, float [] each, of the old trained parameters and of the update, which
+      is computed even where it is refused.
     """
     if task.optim.clip_norm:
         gradients = clip_by_global_norm(gradients, decision.norm, task.optim.clip_norm)
-    old_params = jax.lax.with_sharding_constraint(state.params, updating)
+    trained, moving = task.groups.trained, task.moving
+    old_params = jax.lax.with_sharding_constraint(trained(state.params), updating)
     optimizer = task.optimizer(decision.learning_rate, decision.weight_decay)
     updates, opt_state = optimizer.update(gradients, state.opt_state, old_params)
     norms = (global_norm(old_params, updating), global_norm(updates, updating))
     accepted = _after_norms(decision.accepted, norms)
-    params = jax.lax.with_sharding_constraint(optax.apply_updates(old_params, updates), shardings.params)
+    new = optax.apply_updates(old_params, updates)
+    new = jax.lax.with_sharding_constraint(new, trained(shardings.params)), moving(batch_stats)
+    params, batch_stats = merge(state.params, new[0]), merge(state.batch_stats, new[1])
     ema = state.ema
     if task.optim.ema:
-        new = {"params": params, "batch_stats": batch_stats}
-        ema = ema_update(state.ema, new, task.optim.ema, state.step)
+        old = trained(ema["params"]), moving(ema["batch_stats"])
+        averages = ema_update(old, new, task.optim.ema, state.step)
+        ema = {name: merge(ema[name], part) for name, part in zip(("params", "batch_stats"), averages, strict=True)}
     updated = TrainState(state.step, params, batch_stats, opt_state, ema, state.loss_scale)
     together = functools.partial(_select_together, shardings=shardings)
     after = jax.lax.platform_dependent(accepted, updated, state, cpu=_select, default=together)
@@ -208,7 +213,7 @@ def update_state(
     Args:
       task: what to compute.
       shardings: of the state.
-      updating: shardings like the parameters: those of the optimizer's state.
+      updating: shardings like the trained parameters: those of the optimizer's state.
       state: before the update.
       sums: over all microbatches.
       step: int32 [], the step that the batch is for.
@@ -241,7 +246,7 @@ def step_metrics(
       decision: the update's.
       loss: float [], the mean over the global batch.
       correct: float [], how many examples were classified correctly.
-      param_norm: float [], the global norm of the parameters before the update.
+      param_norm: float [], the global norm of the trained parameters before the update.
       update_norm: float [], the global norm of the update.
     """
     return {

@@ -94,7 +94,7 @@ def compile_run(
     began = time.perf_counter()
     shapes = state_shapes(run.init, run.layout)
     given, weights = initial_weights(run, shapes) if resume.start is None else ({}, {})
-    table = layout_table(run.layout, shapes)
+    table = layout_table(run, shapes)
     inputs = make_input_pipeline(run.dataset, run.layout, run.config.data.residency, run.config.data.workers)
     compiler = concurrent.futures.ThreadPoolExecutor(1, "compile")
     compiling = compiler.submit(compile_train_step, run, inputs, shapes, trace)
@@ -105,7 +105,7 @@ def compile_run(
         to_screen(line)
     for line in summary(run, table, inputs.where):
         log.info("%s", line, extra=FILE_ONLY)
-    if text := idle_stages(run, bool(table["batch_stats"])):
+    if text := idle_stages(run, shapes):
         log.warning("%s", text)
     log.info("compiling the step (%s)", compile_cache_note(), extra=NOT_LIVE)
     if state is None:

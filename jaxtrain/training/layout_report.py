@@ -40,7 +40,8 @@ def describe_layout(config: Config, devices: list[Device]) -> dict[str, Any]:
     Returns:
       `parameters` (their number), `mesh` (size of each axis), `bytes_per_device` (by tree), and `leaves`: for each `tree`,
       `path` (with the tree in front), `shape`, `dtype`, `spec` (axis or None for each dim; a list where a dim has several),
-      `stage`, `bytes_per_device`, `note`. With pipeline stages also `bytes_by_stage` (by tree, then stage), `stages`
+      `stage`, `bytes_per_device`, `note`, and for a trained parameter `rate`, what the learning rate is multiplied by (0 for
+      all else). With pipeline stages also `bytes_by_stage` (by tree, then stage), `stages`
       (a line about each); `microbatches` is their number. `warnings`: what a user should know, among it settings that have no
       effect.
     """
@@ -53,7 +54,7 @@ def _planned(config: Config, devices: list[Device]) -> tuple[RunSpec, dict[str, 
         run = make_run_spec(config, registry.outline(config.data, image_size=config.data.image_size), devices)
         state = jax.eval_shape(run.init, 0)
         _trace(run, state)
-        return run, layout_table(run.layout, state)
+        return run, layout_table(run, state)
 
 
 def _trace(run: RunSpec, state: TrainState) -> None:
@@ -74,6 +75,7 @@ def _trace(run: RunSpec, state: TrainState) -> None:
 
 def describe(run: RunSpec, table: dict[str, list[Placement]]) -> dict[str, Any]:
     """What `describe_layout` returns."""
+    groups = run.task.groups
     leaves = [
         {
             "tree": tree,
@@ -84,6 +86,7 @@ def describe(run: RunSpec, table: dict[str, list[Placement]]) -> dict[str, Any]:
             "stage": leaf.stage,
             "bytes_per_device": leaf.bytes_per_device,
             "note": leaf.note,
+            "rate": groups.rate(leaf.path) if tree == "params" and groups.is_trained(leaf.path) else 0.0,
         }
         for tree, placements in table.items()
         for leaf in placements
@@ -97,7 +100,7 @@ def describe(run: RunSpec, table: dict[str, list[Placement]]) -> dict[str, Any]:
         "microbatches": run.layout.config.microbatches,
         "stages": run.partition.describe() if run.partition else [],
         "warnings": [
-            *filter(None, [idle_stages(run, bool(table["batch_stats"]))]),
+            *filter(None, [idle_stages(run, jax.eval_shape(run.init, 0))]),
             *run.dataset.notes,
             *unused_settings(run),
         ],

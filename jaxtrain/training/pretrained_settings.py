@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import os
 
-from jaxtrain.config import Config
+from jaxtrain.config import WEIGHTS_REQUIRED, Config
 from jaxtrain.distributed import coordination
 from jaxtrain.training.weights_source import open_source
 from jaxtrain.weights.pretrained import PretrainedConfig
@@ -23,7 +23,9 @@ def with_weights_settings(config: Config, stored: Config | None) -> Config:
       config: of the run, as the user gave it.
       stored: the config of the run so far; None for a fresh run.
     """
-    if not config.model.init_from:
+    if config.model.init_from == WEIGHTS_REQUIRED and stored:
+        config = dataclasses.replace(config, model=dataclasses.replace(config.model, init_from=stored.model.init_from))
+    if config.model.init_from in ("", WEIGHTS_REQUIRED):
         return config
     path = os.path.abspath(os.path.expanduser(config.model.init_from))
     config = dataclasses.replace(config, model=dataclasses.replace(config.model, init_from=path))

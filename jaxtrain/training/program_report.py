@@ -66,7 +66,7 @@ def compile_report(
     with settings(config), no_compile_cache(), lowering_for(devices[0]):
         run = make_run_spec(config, registry.outline(config.data, image_size=config.data.image_size), devices)
         inputs = _input_shapes(run, target)
-        table = layout_table(run.layout, state_shapes(run.init, run.layout))
+        table = layout_table(run, state_shapes(run.init, run.layout))
         programs, verdict = _compile(run, inputs, table, evaluation=evaluation)
     if hlo is not None:
         _write_texts(hlo, programs)

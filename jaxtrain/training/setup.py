@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from jaxtrain.config import Config, DataConfig, without_effect
 from jaxtrain.data import registry as datasets
 from jaxtrain.data.augment import check_own_augmentation, own_augmentation
-from jaxtrain.data.base import Dataset, Outline, count_classes, underlying
+from jaxtrain.data.base import CROPPED, Dataset, Outline, count_classes, underlying
 from jaxtrain.data.record import DatasetRecord
 from jaxtrain.distributed import coordination
 from jaxtrain.distributed.coordination import first_on_process_zero
@@ -28,6 +28,7 @@ from jaxtrain.models import registry as models
 from jaxtrain.optim import optimizers
 from jaxtrain.optim.losses import balanced_weights, check_own_loss, loss_fn
 from jaxtrain.optim.optimizers import make_optimizer
+from jaxtrain.optim.param_groups import unused_rates
 from jaxtrain.optim.schedules import make_schedule, total_steps
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import Device, batch_ways, make_mesh
@@ -248,7 +249,7 @@ def _lay_out(
     state: shapes. shape: [H, W, C] of an example.
     """
     model, batch, groups, ways = task.model, config.data.global_batch, config.model.bn_groups, batch_ways(mesh)
-    has_batch_norm = bool(jax.tree.leaves(state.batch_stats))
+    has_batch_norm = bool(jax.tree.leaves(task.moving(state.batch_stats)))
     count = microbatches(config.layout, batch, ways, groups * has_batch_norm, even=task.preprocess.mixes)
     config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, microbatches=count))
     layout = Layout(mesh, config.layout, config.layout.rules + model.tensor_rules)
@@ -282,6 +283,10 @@ def unused_settings(run: RunSpec) -> list[str]:
     augmentation = f"data.augmentation={data.augmentation!r}"
     if data.augmentation not in ("light", "heavy"):
         found += without_effect("data", data, ["crop_padding"], f"{augmentation} does not pad")
+    if data.augmentation != "random_resized_crop":
+        found += without_effect("data", data, ["crop_scale", "crop_ratio"], f"{augmentation} takes no random boxes")
+    if data.augmentation not in CROPPED:
+        found += without_effect("data", data, ["crop_pct"], f"{augmentation} does not crop to a share of the image")
     if run.task.preprocess.own is not None or data.augmentation == "none":
         found += without_effect("data", data, ["flip"], f"{augmentation} does not flip")
     if layout.stages == 1:
@@ -289,8 +294,14 @@ def unused_settings(run: RunSpec) -> list[str]:
         found += without_effect("layout", layout, fields, "there is one stage")
     if not config.model.init_from:
         found += without_effect("model", config.model, ["init_sha256"], "config.model.init_from names no file")
-    if not jax.tree.leaves(jax.eval_shape(run.init, 0).batch_stats):
-        found += without_effect("model", config.model, ["bn_groups"], f"{config.model.name} has no BatchNorm")
+    state = jax.eval_shape(run.init, 0)
+    found += unused_rates(run.task.groups, state.params)
+    if not jax.tree.leaves(state.batch_stats):
+        found += without_effect(
+            "model", config.model, ["bn_groups", "freeze_bn"], f"{config.model.name} has no BatchNorm"
+        )
+    elif not jax.tree.leaves(run.task.moving(state.batch_stats)):
+        found += without_effect("model", config.model, ["bn_groups"], "all BatchNorms use their running statistics")
     evaluates = Duration.parse(config.train.eval_every, "config.train.eval_every").value > 0
     if evaluates and not len(run.dataset.validation):
         found += without_effect("train", config.train, ["eval_every"], "there is no validation split")

@@ -13,7 +13,7 @@ from jaxtrain.config import Config
 from jaxtrain.data.base import SPLITS
 from jaxtrain.observability.rendering import size
 from jaxtrain.optim.schedules import peak_learning_rate, warmup_steps
-from jaxtrain.parallel.layout import Layout, Placement, bytes_per_device
+from jaxtrain.parallel.layout import Placement, bytes_per_device
 from jaxtrain.parallel.mesh import batch_ways
 from jaxtrain.step.pipeline.plan import microbatches
 from jaxtrain.step.train_state import TrainState
@@ -23,9 +23,9 @@ from jaxtrain.training.setup import RunSpec, unused_settings
 log = logging.getLogger("jaxtrain")
 
 
-def layout_table(layout: Layout, state: TrainState) -> dict[str, list[Placement]]:
+def layout_table(run: RunSpec, state: TrainState) -> dict[str, list[Placement]]:
     """Where every leaf lies, by tree: the state's, and the gradient accumulator's as `gradients`."""
-    return layout.table(state) | {"gradients": layout.gradients(state.params)}
+    return run.layout.table(state) | {"gradients": run.layout.gradients(run.task.groups.trained(state.params))}
 
 
 def summary(run: RunSpec, table: dict[str, list[Placement]], where: str) -> list[str]:
@@ -45,6 +45,7 @@ def summary(run: RunSpec, table: dict[str, list[Placement]], where: str) -> list
         f"memory per device at rest: {held}",
         f"optimizer: {optim.name}, peak learning rate {peak_learning_rate(optim, batch):g} ({optim.learning_rate:g} at a batch "
         f"of {optim.lr_reference_batch}, scaling {optim.lr_scaling}), {optim.schedule}",
+        *finetuning(run, table),
         *(run.partition.describe() if run.partition else []),
         f"data: {config.data.name}, {len(run.dataset.train)} train, {len(run.dataset.validation)} validation, "
         f"{len(run.dataset.test)} test; {where}; {run.steps} steps",
@@ -72,9 +73,26 @@ def headlines(run: RunSpec, table: dict[str, list[Placement]], where: str) -> li
         f"{run.steps:,} steps of {config.data.global_batch}{f' in {count} microbatches' if count > 1 else ''}",
         f"{mesh.size} x {mesh.devices.flat[0].device_kind}{axes}, zero {config.layout.zero}; "
         f"{size(held)} a device at rest; data {where}",
+        *finetuning(run, table),
         *(run.partition.describe() if run.partition else []),
         *notes(table),
     ]
+
+
+def finetuning(run: RunSpec, table: dict[str, list[Placement]]) -> list[str]:
+    """What is trained where not all of it is, and the rates of the layers where they differ; else []."""
+    groups, optim, lines = run.task.groups, run.config.optim, []
+    trained = [leaf for leaf in table["params"] if groups.is_trained(leaf.path)]
+    if len(trained) < len(table["params"]):
+        count, total = (sum(map(_elements, leaves)) for leaves in (trained, table["params"]))
+        lines.append(f"trained: {count:,} of {total:,} parameters; the others are frozen (jaxtrain layout --leaves)")
+    if run.task.frozen_stats:
+        every = {leaf.path.rpartition("/")[0] for leaf in table["batch_stats"]}
+        lines.append(f"BatchNorms that keep their running statistics: {len(run.task.frozen_stats)} of {len(every)}")
+    if not optim.layer_decay == optim.head_rate == 1:
+        rates = {leaf.path.split("/", 1)[0]: groups.rate(leaf.path) for leaf in trained}
+        lines.append("learning rate times: " + ", ".join(f"{rate:.3g} {layer}" for layer, rate in rates.items()))
+    return lines
 
 
 def notes(table: dict[str, list[Placement]]) -> list[str]:
@@ -113,8 +131,8 @@ def warn_of_settings(run: RunSpec) -> None:
         log.warning(text, run.config.optim.warmup, warmup, run.steps)
 
 
-def idle_stages(run: RunSpec, has_batch_norm: bool) -> str:
-    """What to say where there are fewer microbatches than stages, or ''."""
+def idle_stages(run: RunSpec, state: TrainState) -> str:
+    """What to say where there are fewer microbatches than stages, or ''. state: shapes."""
     layout, groups, batch = run.layout, run.config.model.bn_groups, run.config.data.global_batch
     stages, count = layout.stages, layout.config.microbatches
     if count >= stages:
@@ -124,7 +142,7 @@ def idle_stages(run: RunSpec, has_batch_norm: bool) -> str:
     best = microbatches(chosen, batch, batch_ways(layout.mesh), 0, even=run.task.preprocess.mixes)
     if best <= count:
         fix = f"config.data.global_batch={batch} does not divide into more"
-    elif has_batch_norm and groups % best:
+    elif jax.tree.leaves(run.task.moving(state.batch_stats)) and groups % best:
         fix = (
             f"with config.model.bn_groups={groups} a microbatch holds whole BatchNorm groups only; "
             f"--config.model.bn_groups={best} "

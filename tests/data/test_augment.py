@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -15,7 +16,8 @@ import pytest
 from PIL import Image, ImageEnhance, ImageOps
 from scipy import stats
 
-from jaxtrain.data import augment, randaugment, random_bits
+from jaxtrain.config import DataConfig
+from jaxtrain.data import augment, base, randaugment, random_bits, registry, resized_crop
 from jaxtrain.errors import ConfigError
 
 OPS = randaugment.OPERATIONS
@@ -258,7 +260,7 @@ def test_flip_and_crop_can_be_left_out():
     windows = {np.pad(original, ((1, 1), (1, 1), (0, 0)))[y : y + 8, x : x + 8].tobytes() for y, x in np.ndindex(3, 3)}
     assert seen(flip=False) == windows
     assert seen() - windows  # mirrored ones too
-    for augmentation in ("heavy", "resize_crop"):
+    for augmentation in ("heavy", "resize_crop", "random_resized_crop"):
         assert seen(augmentation, flip=False) != seen(augmentation)
 
 
@@ -287,6 +289,130 @@ def test_evaluation_takes_the_centre(source, size):
     x = eval_inputs(preprocess(size, "resize_crop"), images)
     np.testing.assert_array_equal(to_pixels(x), reference)
     np.testing.assert_allclose(x, reference / 127.5 - 1, atol=1e-6)
+
+
+RESAMPLING = {"bilinear": Image.Resampling.BILINEAR, "bicubic": Image.Resampling.BICUBIC}
+
+
+def torchvision_box(height: int, width: int, scale, ratio, tries, place):
+    """`RandomResizedCrop.get_params` of torchvision 0.25; tries: pairs of numbers in [0, 1). place: one number each way."""
+    for area, aspect in tries:
+        target = height * width * (scale[0] + (scale[1] - scale[0]) * area)
+        shape = np.exp(np.log(ratio[0]) + np.log(ratio[1] / ratio[0]) * aspect)
+        w, h = np.sqrt(target * shape), np.sqrt(target / shape)
+        near_half = min(abs(side % 1 - 0.5) for side in (w, h)) < 0.01  # where fixed-point numbers may round otherwise
+        w, h = round(w), round(h)
+        if 0 < w <= width and 0 < h <= height:
+            return int(place[0] * (height - h + 1)), int(place[1] * (width - w + 1)), h, w, near_half
+    w = min(width, round(height * ratio[1])) if width / height > ratio[1] else width
+    h = min(height, round(width / ratio[0])) if width / height < ratio[0] else height
+    return (height - h) // 2, (width - w) // 2, h, w, False
+
+
+@pytest.mark.parametrize(
+    ("shape", "scale", "ratio"),
+    [
+        ((32, 32), (0.08, 1.0), (3 / 4, 4 / 3)), ((256, 256), (0.3, 0.5), (1.0, 1.0)), ((40, 64), (0.08, 1.0), (3 / 4, 4 / 3)),
+        ((64, 20), (0.9, 1.0), (1.0, 2.0)), ((20, 64), (0.9, 1.0), (0.5, 1.0)),
+    ],
+)  # fmt: skip
+def test_boxes_are_those_of_torchvision(shape, scale, ratio):
+    words: Any = words_of(2000, resized_crop.WORDS)
+    boxes = jax.jit(resized_crop.random_boxes, static_argnums=(0, 1, 2))(shape, scale, ratio, words)
+    unclear = 0
+    for word, box in zip(words, np.concatenate(boxes, axis=1), strict=True):
+        tries = zip(((word >> 20) + 0.5) / 4096, ((word >> 8) % 4096 + 0.5) / 4096, strict=True)
+        *wanted, near_half = torchvision_box(*shape, scale, ratio, list(tries)[:10], (word[10:] >> 16) / 2**16)
+        if near_half:
+            unclear += 1
+            continue
+        np.testing.assert_array_equal(box, wanted)
+    assert unclear < 200
+    inside = (boxes[0] + boxes[2] <= shape[0]) & (boxes[1] + boxes[3] <= shape[1]) & (boxes[0] >= 0) & (boxes[1] >= 0)
+    assert inside.all()
+
+
+def assert_near_pillow(images: Any, boxes: Any, size: int, interpolation: str, levels: int = 1) -> None:
+    found = jax.jit(resized_crop.resize_boxes, static_argnums=(2, 3))(images, boxes, size, interpolation)
+    for image, result, (top, left, h, w) in zip(images, found, np.concatenate(boxes, axis=1).tolist(), strict=True):
+        box = to_pillow(image).crop((left, top, left + w, top + h))  # as torchvision: nothing beyond the box is read
+        # First along the width, always: Pillow 13 takes the height first for some tall boxes, and cuts off other overshoots.
+        wide = box.resize((size, h), RESAMPLING[interpolation])
+        wanted = from_pillow(wide.resize((size, size), RESAMPLING[interpolation])).astype(int)
+        difference = np.abs(np.asarray(result) - wanted)
+        assert difference.max() <= levels
+        assert (difference > 0).mean() < 0.06
+
+
+@pytest.mark.parametrize("interpolation", RESAMPLING)
+@pytest.mark.parametrize(
+    ("height", "width", "size"), [(32, 32, 32), (32, 32, 96), (120, 120, 50), (40, 64, 24), (96, 96, 7)]
+)
+def test_a_resized_box_is_pillows(height, width, size, interpolation):
+    images: Any = np.random.default_rng(1).integers(0, 256, (12, height, width, 3), dtype=np.uint8)
+    images[6:] = np.where(images[6:] > 127, 255, 0)
+    boxes = resized_crop.random_boxes((height, width), (0.08, 1.0), (3 / 4, 4 / 3), words_of(12, resized_crop.WORDS))
+    # Between black and white, two roundings of bicubic values may add up.
+    assert_near_pillow(images[:6], boxes_of(boxes, slice(6)), size, interpolation)
+    levels = 2 if interpolation == "bicubic" else 1
+    assert_near_pillow(images[6:], boxes_of(boxes, slice(6, 12)), size, interpolation, levels)
+
+
+def boxes_of(boxes: Any, rows: slice) -> Any:
+    return tuple(each[rows] for each in boxes)
+
+
+def test_a_box_off_by_one_shows():
+    images = noise(4, 32)
+    top, *rest = resized_crop.random_boxes((32, 32), (0.3, 0.6), (1.0, 1.0), words_of(4, resized_crop.WORDS))
+    shifted = jax.jit(resized_crop.resize_boxes, static_argnums=(2, 3))(images, (top ^ 1, *rest), 32, "bilinear")
+    exact = jax.jit(resized_crop.resize_boxes, static_argnums=(2, 3))(images, (top, *rest), 32, "bilinear")
+    assert np.abs(np.asarray(shifted, int) - exact).max() > 50
+
+
+def test_boxes_of_real_photographs(tmp_path):
+    """CIFAR-10's own images, and JPEGs of several sizes in a folder, from the form in which they are stored."""
+    rng = np.random.default_rng(0)
+    for number, (width, height) in enumerate([(60, 40), (40, 90), (300, 200), (64, 64)]):
+        smooth = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8)).resize((width, height))
+        (tmp_path / f"class{number % 2}").mkdir(exist_ok=True)
+        smooth.save(tmp_path / f"class{number % 2}" / f"{number}.jpg", quality=95)
+    config = DataConfig(
+        name=f"folder:{tmp_path}", augmentation="random_resized_crop", image_size=28, validation=0.0, splits="test=none"
+    )
+    folder, _ = base.materialize(registry.load(config, image_size=28).train)
+    assert folder.shape == (4, 32, 32, 3)  # 28 / 0.875
+    sets = [folder]
+    if (Path(os.environ.get("JAXTRAIN_DATA_DIR", "/nowhere")) / "cifar10").is_dir():
+        sets.append(registry.load(DataConfig(name="cifar10"), image_size=0).train.read(np.arange(40))[0])
+    for images in sets:
+        words = words_of(len(images), resized_crop.WORDS)
+        boxes = resized_crop.random_boxes((32, 32), (0.08, 1.0), (3 / 4, 4 / 3), words)
+        for interpolation in RESAMPLING:
+            assert_near_pillow(images, boxes, 28, interpolation)
+
+
+@pytest.mark.parametrize("crop_pct", [0.875, 0.9, 1.0])
+def test_evaluation_crops_the_centre_of_the_resized_image(crop_pct):
+    images, side = noise(2, 40), round(28 / crop_pct)
+    start = round((side - 28) / 2)
+    wanted = [np.asarray(Image.fromarray(image).resize((side, side), RESAMPLING["bicubic"])) for image in images]
+    pre = preprocess(28, "random_resized_crop", crop_pct=crop_pct, interpolation="bicubic")
+    stop = start + 28
+    np.testing.assert_array_equal(to_pixels(eval_inputs(pre, images)), np.stack(wanted)[:, start:stop, start:stop])
+
+
+def test_random_resized_crop_in_the_step():
+    """The box of each example's own words, then the flip."""
+    images, labels, example = batch_of(noise(64, 16))
+    pre, key = preprocess(16, "random_resized_crop", crop_scale=(0.2, 0.6)), jax.random.key(4)
+    found = to_pixels(train_inputs(pre, images, labels, example, key)[0])
+    words = augment._words(augment._example_keys(key, example))
+    boxes = resized_crop.random_boxes((16, 16), (0.2, 0.6), pre.crop_ratio, words["resized_crop"])
+    straight = np.asarray(resized_crop.resize_boxes(images, boxes, 16, "bilinear"))
+    kept, mirrored = ((found == each).all((1, 2, 3)) for each in (straight, straight[:, :, ::-1]))
+    assert (kept | mirrored).all()
+    assert 16 < kept.sum() < 48
 
 
 @pytest.mark.parametrize("augmentation", ["none", "light", "heavy"])
@@ -379,7 +505,8 @@ def test_label_smoothing():
 
 
 @pytest.mark.parametrize(
-    ("augmentation", "channels"), [("light", 3), ("heavy", 3), ("heavy", 1), ("resize_crop", 3), ("tiny:speckle", 3)]
+    ("augmentation", "channels"),
+    [("light", 3), ("heavy", 3), ("heavy", 1), ("resize_crop", 3), ("random_resized_crop", 3), ("tiny:speckle", 3)],
 )
 def test_an_example_is_augmented_alike_in_any_batch(augmentation, channels):
     pre = preprocess(8, augmentation, channels)

@@ -10,7 +10,6 @@ import shutil
 import signal
 import socket
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,29 +28,6 @@ TOLERANCE = 1e-12  # relative, in f64: a wrong scale, order or random key shows 
 ACCUMULATED = EXACT | {"layout.microbatches": 4}
 
 ZEROS = (pytest.param(0, marks=pytest.mark.faults), 3)
-
-
-@contextlib.contextmanager
-def several(folder: Path, *commands: list[str]) -> Iterator[list[runs.Started]]:
-    """A process for each command."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with contextlib.ExitStack() as stack:
-        yield [
-            stack.enter_context(runs.Started(folder / f"{process}.txt", command))
-            for process, command in enumerate(commands)
-        ]
-
-
-def train_in_turn(folder: Path, processes: int, devices: int, *jobs: list[str]) -> None:
-    """`processes` processes of `devices` devices each do these training jobs, one after the other."""
-    port, commands = runs.free_port(), []
-    for process in range(processes):
-        mine = [["train", *job] for job in jobs]
-        mine[0] += ["--simulate-devices", str(devices), *runs.joined(process, processes, port)]
-        commands.append([str(Path(__file__).parents[1] / "jobs.py"), json.dumps(mine)])
-    with several(folder, *commands) as started:
-        for process in started:
-            assert process.end() == 0, process.output
 
 
 def job(workdir: Path, zero: int, *more: str, **fields: Any) -> list[str]:
@@ -85,7 +61,7 @@ def saved(tmp_path_factory):
     def start(zero: int) -> Path:
         path = tmp_path_factory.mktemp("saved")
         half = {"checkpoint__resume": path / "run" / "checkpoints" / str(HALF)}
-        train_in_turn(path, 2, 2, job(path / "run", zero), job(path / "2x1", zero, "--devices", "1", **half))
+        runs.train_in_turn(path, 2, 2, job(path / "run", zero), job(path / "2x1", zero, "--devices", "1", **half))
         return path
 
     return start
@@ -102,7 +78,7 @@ def others(tmp_path_factory):
     minutes = job(path / "minutes", 0, checkpoint__every="0.000001 minutes", train__steps=3)
     slow = {"data.name": "tiny:slow_digits", "data.residency": "stream", "data.workers": 0}
     smoke = job(path / "smoke", 3, "--smoke")
-    train_in_turn(path, 2, 2, *stages, minutes, runs.arguments(path / "slow", SMALL | slow), smoke)
+    runs.train_in_turn(path, 2, 2, *stages, minutes, runs.arguments(path / "slow", SMALL | slow), smoke)
     return path
 
 
@@ -133,7 +109,7 @@ def test_saved_by_two_of_two_resumed_by_two_of_one(saved, whole, zero):
 @pytest.mark.parametrize("zero", [0, 3])
 def test_saved_by_two_of_two_resumed_by_four_of_one(saved, whole, tmp_path, zero):
     copy = shutil.copytree(saved(zero) / "run", tmp_path / "copy")
-    train_in_turn(tmp_path, 4, 1, job(copy, zero, checkpoint__resume=HALF))
+    runs.train_in_turn(tmp_path, 4, 1, job(copy, zero, checkpoint__resume=HALF))
     assert_same(copy, whole[0])
     assert runs.epochs(copy)[0] == "epoch,phase,loss,accuracy"
     assert len(runs.epochs(copy)) == 1 + 3 + 3 + 1
@@ -172,7 +148,7 @@ def test_stages_over_processes_have_the_numbers_of_one(others, whole, tmp_path, 
 @pytest.mark.faults
 def test_stages_of_four_processes(tmp_path, whole):
     fields = {"layout__stages": 2, "layout__microbatches": 2, "checkpoint__every": "0"}
-    train_in_turn(tmp_path, 4, 1, job(tmp_path / "run", 2, **fields))
+    runs.train_in_turn(tmp_path, 4, 1, job(tmp_path / "run", 2, **fields))
     assert_same(tmp_path / "run", whole[0])
 
 
@@ -226,7 +202,7 @@ def test_data_that_process_zero_cannot_prepare_end_all_with_its_sentence(tmp_pat
     fields = SMALL | {"data.name": f"folder:{tmp_path}/nowhere", "data.image_size": 8}
     port = runs.free_port()
     command = ["-m", "jaxtrain.main", *runs.arguments(tmp_path / "run", fields)]
-    with several(tmp_path, *([*command, *runs.joined(process, 2, port)] for process in range(2))) as started:
+    with runs.several(tmp_path, *([*command, *runs.joined(process, 2, port)] for process in range(2))) as started:
         assert [process.end() for process in started] == [65, 65]
         said = {process.output.splitlines()[-1] for process in started}
     assert len(said) == 1
@@ -254,7 +230,7 @@ def test_processes_that_do_not_fit_together_say_why(tmp_path, numbers, counts, s
     port, seconds = runs.free_port(), 60 if len(set(numbers)) < len(numbers) or len(set(counts)) > 1 else 20
     command = ["-m", "jaxtrain.main", *runs.arguments(tmp_path / "run", SMALL, "--start-timeout", str(seconds))]
     places = [runs.joined(number, count, port) for number, count in zip(numbers, counts, strict=True)]
-    with several(tmp_path, *([*command, *place] for place in places)) as started:
+    with runs.several(tmp_path, *([*command, *place] for place in places)) as started:
         assert [process.end() for process in started] == [78] * len(started)
         for process in started:
             assert said in process.output.splitlines()[-1]
@@ -272,7 +248,7 @@ def test_the_next_port_is_taken_where_another_program_has_the_first(tmp_path):
     command = ["-m", "jaxtrain.main", *runs.arguments(tmp_path / "run", SMALL | {"train.steps": 1})]
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        with several(tmp_path, *([*command, *runs.joined(process, 2, port)] for process in range(2))) as started:
+        with runs.several(tmp_path, *([*command, *runs.joined(process, 2, port)] for process in range(2))) as started:
             assert [process.end() for process in started] == [0, 0]
 
 
@@ -282,7 +258,7 @@ def test_a_second_process_zero_is_told_of_the_first(tmp_path):
     command = ["-m", "jaxtrain.main", *runs.arguments(tmp_path / "run", SMALL), *runs.joined(0, 2, port)]
     with runs.main(tmp_path / "0.txt", *command[2:]) as first:
         first.wait_for(functools.partial(answers, port), "the first one")
-        with several(tmp_path / "again", command) as (second,):
+        with runs.several(tmp_path / "again", command) as (second,):
             assert second.end() == 78
             assert "another process 0 waits there already" in second.output.splitlines()[-1]
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import math
+import re
 import types
 from typing import Any
 
@@ -18,6 +19,7 @@ from jaxtrain.data.augment import Preprocess, mix_shares, train_targets
 from jaxtrain.errors import ConfigError
 from jaxtrain.models.registry import build
 from jaxtrain.optim import losses, optimizers, schedules, updates
+from jaxtrain.optim.param_groups import ParamGroups
 from jaxtrain.optim.schedules import make_schedule
 from jaxtrain.step.gradients import scaled_loss
 
@@ -341,6 +343,106 @@ def test_muon_refuses_a_model_without_hidden_kernels():
     params = {"layers_00": {"kernel": jnp.ones((2, 2))}, "layers_01": {"kernel": jnp.ones((2, 2))}}
     with pytest.raises(ConfigError, match=r"config\.optim\.name='muon'.*use adamw"):
         optimizers.make_optimizer(OptimConfig(name="muon"), lambda step: 0.1).init(params)
+
+
+# ---------------------------------------------------------------------------------------------------------- fine-tuning
+
+LAYERS = tuple(f"layers_{index:02d}" for index in range(4))
+TUNED = {"layer_decay": 0.6, "head_rate": 4.0, "freeze": ("attn/qkv", "layers_00/norm")}
+RATES = {"layers_00": 0.6**3, "layers_01": 0.6**2, "layers_02": 0.6, "layers_03": 4.0}
+
+
+def tuned(config, rates=None):
+    """As `ours`, for `ParamGroups`; with `rates` each leaf is from a run of all leaves at its own rate instead."""
+    groups = ParamGroups(config, LAYERS)
+    with jax.enable_x64(True):
+        params = groups.trained(jax.tree.map(jnp.asarray, nested(random_leaves(0))))
+
+        def after(config, wrap):
+            optimizer = wrap(
+                optimizers.make_optimizer(config, schedules.learning_rate_schedule(config, 3, 2, 256), NO_DECAY)
+            )
+
+            @jax.jit
+            def step(params, state, gradients):
+                clipped = updates.clip_by_global_norm(gradients, updates.global_norm(gradients), config.clip_norm)
+                changes, state = optimizer.update(clipped, state, params)
+                return optax.apply_updates(params, changes), state
+
+            weights, state = params, optimizer.init(params)
+            for gradients in gradients_of_steps():
+                weights, state = step(weights, state, groups.trained(nested(gradients)))
+            return flattened(weights), flattened(state)
+
+        if rates is None:
+            return after(config, groups.with_rates)
+        found = {}
+        for layer, rate in rates.items():
+            alone = dataclasses.replace(config, learning_rate=config.learning_rate * rate)
+            leaves, state = after(alone, lambda optimizer: optimizer)
+            found |= {path: leaf for path, leaf in leaves.items() if path.startswith(layer)}
+        return found, state
+
+
+@pytest.mark.parametrize("name", optimizers.OPTIMIZERS)
+def test_a_layers_rate_is_that_of_a_run_at_this_rate(name):
+    """Under every optimizer, weight decay and trust ratios too; what is frozen has no state."""
+    config = config_of(name, **TUNED)
+    (found, state), (wanted, _) = tuned(config), tuned(config, RATES)
+    assert not [path for path in (*found, *state) if "qkv" in path or "layers_00/norm" in path]
+    assert_equal({path: np.asarray(leaf) for path, leaf in found.items()}, wanted)
+
+
+@pytest.mark.parametrize("name", ["sgd", "adamw"])
+def test_rates_and_frozen_leaves_are_param_groups_of_torch(name):
+    torch = pytest.importorskip("torch", reason="torch is not installed: extra 'parity'")
+    config = config_of(name, **TUNED)
+    found, _ = tuned(config)
+    params = {path: torch.nn.Parameter(torch.tensor(leaf)) for path, leaf in random_leaves(0).items()}
+    for path, parameter in params.items():
+        parameter.requires_grad = path in found
+    groups = [
+        {"params": [params[path]], "weight_decay": decay_of(config, path), "scale": RATES[path[:9]]} for path in found
+    ]
+    if name == "sgd":
+        optimizer = torch.optim.SGD(groups, lr=1.0, momentum=config.momentum)
+    else:
+        optimizer = torch.optim.AdamW(groups, lr=1.0, betas=(config.b1, config.b2), eps=config.eps)
+    for step, gradients in enumerate(gradients_of_steps()):
+        for path in found:
+            params[path].grad = torch.tensor(gradients[path])
+        torch.nn.utils.clip_grad_norm_([params[path] for path in found], CLIP)
+        for group in optimizer.param_groups:
+            group["lr"] = rate_of(config, step) * group["scale"]
+        optimizer.step()
+    assert_equal(
+        {path: np.asarray(leaf) for path, leaf in found.items()},
+        {path: params[path].detach().numpy() for path in found},
+    )
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        (
+            {"freeze": ("layers_01/attn/qvk",)},
+            "'layers_01/attn/qvk' matches no parameter. Did you mean 'layers_01/attn/qkv",
+        ),
+        ({"freeze": ("layers_",)}, "freeze all parameters"),
+        ({"freeze": ("layers_03",), "freeze_layers": 3}, "freeze all parameters"),
+        ({"freeze_layers": 4}, "must be between -3 and 3, as the model has 4 layers"),
+        ({"freeze_layers": -4}, "must be between -3 and 3"),
+    ],
+)
+def test_a_pattern_without_a_leaf_and_a_run_without_a_trained_one_are_refused(fields, said):
+    with pytest.raises(ConfigError, match=re.escape(said)):
+        ParamGroups(config_of("sgd", **fields), LAYERS).check(nested(random_leaves(0)))
+
+
+@pytest.mark.parametrize(("count", "trained"), [(0, LAYERS), (1, LAYERS[1:]), (-1, LAYERS[3:]), (-2, LAYERS[2:])])
+def test_the_first_layers_are_frozen(count, trained):
+    groups = ParamGroups(config_of("sgd", freeze_layers=count), LAYERS)
+    assert {path[:9] for path in flattened(groups.trained(nested(random_leaves(0))))} == set(trained)
 
 
 # -------------------------------------------------------------------------------------------------------------- state

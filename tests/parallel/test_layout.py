@@ -163,7 +163,7 @@ def test_it_is_named_where_the_user_looks():
     leaves = {leaf["path"]: leaf for leaf in describe_layout(config, jax.devices()[:3])["leaves"]}
     assert leaves["params/layers_00/linear/kernel"]["note"] == "no dim divides by data=3: kept whole"
     run = make_run_spec(config, registry.load(config.data), jax.devices()[:3])
-    lines = summary(run, layout_table(run.layout, jax.eval_shape(run.init, 0)), "")
+    lines = summary(run, layout_table(run, jax.eval_shape(run.init, 0)), "")
     assert "params/layers_00/linear/kernel and 3 other leaves: no dim divides by data=3: kept whole" in lines
 
 

@@ -203,15 +203,15 @@ def sum_gradients(monkeypatch):
 
 
 def normalize_per_device(monkeypatch):
-    def context(example, train, bn_groups):
-        return Context(example=example, train=train, bn_groups=bn_groups * 2)
+    def context(bn_groups, **more):
+        return Context(bn_groups=bn_groups * 2, **more)
 
     monkeypatch.setattr(jaxtrain.step.gradients, "Context", context)
 
 
 def drop_the_same_on_every_device(monkeypatch):
-    def context(example, train, bn_groups):
-        return Context(example=example % (example.shape[0] // 2), train=train, bn_groups=bn_groups)
+    def context(example, **more):
+        return Context(example=example % (example.shape[0] // 2), **more)
 
     monkeypatch.setattr(jaxtrain.step.gradients, "Context", context)
 

@@ -59,7 +59,7 @@ class Started:
 
     def audit(self, **changed):
         """The audit, with some of its arguments exchanged."""
-        table = layout_table(self.layout, self.state)
+        table = layout_table(self.run, self.state)
         given = {"layout": self.layout, "table": table, "state": self.state, "step": self.step}
         return audit(**given | changed)
 
@@ -153,7 +153,7 @@ def test_hybrid_holds_what_one_replica_group_holds():
 
 
 def sharded(it: Started, tree: str) -> int:
-    return sum("data" in leaf.spec for leaf in layout_table(it.layout, it.state)[tree])
+    return sum("data" in leaf.spec for leaf in layout_table(it.run, it.state)[tree])
 
 
 @pytest.fixture(scope="module")

@@ -48,7 +48,7 @@ def mlp(**fields) -> Config:
 def table_of(config: Config, dataset, devices):
     """Where every leaf of the run lies; or the `ConfigError` of what does not go together."""
     run = make_run_spec(config, dataset, devices)
-    return layout_table(run.layout, jax.eval_shape(run.init, 0))
+    return layout_table(run, jax.eval_shape(run.init, 0))
 
 
 # ------------------------------------------------------------------------------------------------------------- formulas

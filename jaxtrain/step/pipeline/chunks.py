@@ -10,6 +10,7 @@ import jax
 from jax.extend.core import Literal, jaxpr_as_fun
 
 from jaxtrain.data.augment import train_images, train_targets
+from jaxtrain.optim.param_groups import ParamGroups
 from jaxtrain.parallel.arrays import view
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.step.batch import Batch, Resident, all_labels, select_from
@@ -31,6 +32,7 @@ class ModelChunk:
       names: of its layers.
       first: whether it is the model's first chunk, which takes the images.
       last: whether it is the model's last chunk, which computes the loss.
+      first_trained: the first chunk of the model that has trained parameters.
     """
 
     index: int
@@ -39,6 +41,31 @@ class ModelChunk:
     names: tuple[str, ...]
     first: bool
     last: bool
+    first_trained: int = 0
+
+    @property
+    def gets_gradient(self) -> bool:
+        """Whether the gradient of its output is needed. Chunks below the first trained one have no backward pass."""
+        return self.index >= self.first_trained
+
+    @property
+    def gives_gradient(self) -> bool:
+        """Whether its backward pass computes the gradient of its input, for the chunk before."""
+        return self.index > self.first_trained
+
+
+def training_chunks(layout: Layout, groups: ParamGroups, params: PyTree) -> list[ModelChunk]:
+    """`chunks_of`, with the first that is trained.
+
+    Args:
+      layout: of the run.
+      groups: says which parameters are trained.
+      params: of all layers, of arrays or shapes.
+    """
+    chunks = chunks_of(layout)
+    by_chunk = (groups.trained({name: params.get(name, {}) for name in chunk.names}) for chunk in chunks)
+    first = next(k for k, trained in enumerate(by_chunk) if jax.tree.leaves(trained))
+    return [dataclasses.replace(chunk, first_trained=first) for chunk in chunks]
 
 
 def chunks_of(layout: Layout) -> list[ModelChunk]:

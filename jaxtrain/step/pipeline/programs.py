@@ -12,6 +12,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 
+from jaxtrain.optim.param_groups import merge
 from jaxtrain.optim.updates import global_norm
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.step.gradients import GradientSums, add_sums, constrain_gradients, like_params, sums_shapes, zero_sums
@@ -152,7 +153,7 @@ def compile_chunk(
         passes = _trace(task, layout, chunk, params, batch_stats, x, inputs)
     arguments = (params, batch_stats, x, inputs)
     sums = sums_shapes(task, layout, stored, batch_stats)
-    zero = functools.partial(zero_sums, stored, batch_stats, task.sums_dtype)
+    zero = functools.partial(zero_sums, task, stored, batch_stats)
     lowered = {} if prepare is None else {"prepare": prepare}
     lowered["forward"], results = _lower_forward(layout, chunk, passes, arguments)
     lowered["zeros"] = jax.jit(zero, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, sums)).lower()
@@ -167,16 +168,20 @@ def compile_chunk(
 def _trace(
     task: Task, layout: Layout, chunk: ModelChunk, params: PyTree, batch_stats: PyTree, x: Any, inputs: dict[str, Any]
 ) -> ForwardBackward:
-    """The forward and the backward function of a chunk. The first chunk has no gradient for its input, the images."""
+    """The forward and the backward function of a chunk, whose gradients are those of the trained parameters and of its input.
+
+    The input has no gradient where no chunk before is trained, as the images have none.
+    """
 
     def traced(params: PyTree, batch_stats: PyTree, x: Any, inputs: Any) -> tuple[Any, Any, Any]:
-        def function(params: PyTree, x: Any) -> tuple[Any, Any]:
-            return forward(task, layout, chunk, params, batch_stats, x, inputs)
+        def function(trained: PyTree, x: Any) -> tuple[Any, Any]:
+            return forward(task, layout, chunk, merge(params, trained), batch_stats, x, inputs)
 
-        if chunk.first:
-            output, closure, aux = jax.vjp(lambda params: function(params, ()), params, has_aux=True)
+        trained = task.groups.trained(params)
+        if chunk.gives_gradient:
+            output, closure, aux = jax.vjp(function, trained, x, has_aux=True)
         else:
-            output, closure, aux = jax.vjp(function, params, x, has_aux=True)
+            output, closure, aux = jax.vjp(lambda trained: function(trained, x), trained, has_aux=True)
         return output, aux, closure
 
     return ForwardBackward.trace(traced, params, batch_stats, x, inputs)
@@ -242,17 +247,17 @@ def _lower_backward(
         x: Any,
         inputs: Any,
     ) -> tuple[GradientSums, Any]:
-        if chunk.last:
-            cotangent = jnp.ones(output.shape, output.dtype)
+        if chunk.last or not chunk.gets_gradient:
+            cotangent = jnp.full(output.shape, chunk.last, output.dtype)
         gradients, *x_gradient = passes.backward(cotangent, residuals, output, params, batch_stats, x, inputs)
         new_stats, metrics = aux
         loss, correct = metrics or (jnp.zeros_like(sums.loss), jnp.zeros_like(sums.correct))
         new = GradientSums(constrain_gradients(layout, gradients), new_stats, loss, correct)
-        return add_sums(sums, new), (() if chunk.first else x_gradient[0])
+        return add_sums(sums, new), (x_gradient[0] if chunk.gives_gradient else ())
 
     output, aux, residuals = results
-    shardings = (jax.tree.map(lambda leaf: leaf.sharding, sums), () if chunk.first else layout.examples)
-    cotangent = () if chunk.last else output
+    shardings = (jax.tree.map(lambda leaf: leaf.sharding, sums), layout.examples if chunk.gives_gradient else ())
+    cotangent = () if chunk.last or not chunk.gets_gradient else output
     program = jax.jit(backward, out_shardings=shardings, donate_argnums=0)
     return program.lower(sums, cotangent, residuals, output, aux, *arguments)
 
@@ -298,7 +303,7 @@ def compile_stage(
       sums: shapes of the accumulators of each of the stage's chunks.
     """
     layout = layout.on_stage(stage)
-    updating = like_params(layout, "opt_state", state.params)
+    updating = like_params(layout, "opt_state", task.groups.trained(state.params))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
     def merged(sums: tuple[GradientSums, ...]) -> tuple[PyTree, PyTree]:

@@ -32,10 +32,10 @@ from jaxtrain.step.pipeline import schedule as schedules
 from jaxtrain.step.pipeline.chunks import (
     ModelChunk,
     chunk_inputs,
-    chunks_of,
     forward,
     on_layers,
     on_stage,
+    training_chunks,
     weights_of,
 )
 from jaxtrain.step.pipeline.dispatch import TRANSFERS, StageExecutors, local_stages, make_executors
@@ -258,7 +258,7 @@ class StepExecution:
         programs, k = self.step.chunks[op.chunk], op.chunk
         chunk = programs.chunk
         inputs = self._inputs[k] | {"index": self.step.microbatches[chunk.stage][op.microbatch]}
-        needs_none = chunk.first if op.kind == "F" else chunk.last
+        needs_none = chunk.first if op.kind == "F" else chunk.last or not chunk.gets_gradient
         before = op.chunk - 1 if op.kind == "F" else op.chunk + 1
         arrived = () if needs_none else take(self._arrived, Op(op.kind, before, op.microbatch))
         began = time.time()
@@ -279,7 +279,7 @@ class StepExecution:
     def _send(self, op: Op, array: Any) -> None:
         transfer = self.step.transfers.get(edge(op))
         if transfer is None:
-            return  # the loss, or the gradient of the images
+            return  # the loss; or the chunk before needs no gradient
         if transfer.crosses:
             self._made[op].set_result(array)
         else:
@@ -383,11 +383,11 @@ class StageShapes:
             ]
         )
 
-    def accumulator(self, chunks: Sequence[ChunkPrograms]) -> PyTree:
+    def accumulator(self, task: Task, chunks: Sequence[ChunkPrograms]) -> PyTree:
         """The shardings of the gradients between microbatches: those of the programs of `chunks`, else the layout's."""
         shardings: dict[str, Any] = {}
         for stage, state in enumerate(self.states):
-            shardings |= like_params(self.layout.on_stage(stage), "gradients", state.params)
+            shardings |= like_params(self.layout.on_stage(stage), "gradients", task.groups.trained(state.params))
         for programs in chunks:
             shardings |= programs.zeros.output_shardings.gradients
         return shardings
@@ -408,7 +408,7 @@ def make_pipeline_train_step(
     """
     config, local = layout.config, local_stages(layout)
     schedule = schedules.make_pipeline_schedule(config.schedule, config.stages, config.microbatches, config.chunks)
-    chunks = chunks_of(layout)
+    chunks = training_chunks(layout, task.groups, state.params)
     shapes = StageShapes.of(layout, chunks, state, batch, resident)
     activations = activation_shapes(layout, chunks, functools.partial(shapes.run_chunk, task))
     chunk_programs = compile_together(
@@ -428,7 +428,7 @@ def make_pipeline_train_step(
     return PipelineTrainStep(
         programs=programs,
         after=shapes.after(stage_programs),
-        accumulator=shapes.accumulator(chunk_programs),
+        accumulator=shapes.accumulator(task, chunk_programs),
         layout=layout,
         schedule=schedule,
         order=schedules.total_order(schedule),

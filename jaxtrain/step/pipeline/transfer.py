@@ -108,12 +108,12 @@ def make_transfers(
       layout: of the run.
       chunks: of the model, in order.
       activations: the shape of what comes into each chunk.
-      back: whether gradients go back too.
+      back: whether gradients go back too, from the chunks that compute them.
     """
     transfers: dict[tuple[int, int], StageTransfer] = {}
     for before, after in itertools.pairwise(chunks):
         for source, target in ((before, after), (after, before))[: 2 if back else 1]:
-            transfers[source.index, target.index] = StageTransfer(
-                layout, source.stage, target.stage, activations[after.index]
-            )
+            if source is before or source.gives_gradient:
+                shape = activations[after.index]
+                transfers[source.index, target.index] = StageTransfer(layout, source.stage, target.stage, shape)
     return transfers

@@ -159,7 +159,9 @@ def _table(problem: Problem, layout: Layout) -> dict[str, list[Placement]]:
     """Where every leaf lies. It depends neither on replicas nor on the schedule. Raises `ConfigError` as `Layout.table`."""
     key = (layout.mesh.shape["data"], layout.mesh.shape["tensor"], layout.config.zero, layout.chunks)
     if key not in problem.tables:
-        problem.tables[key] = layout.table(problem.state) | {"gradients": layout.gradients(problem.state.params)}
+        problem.tables[key] = layout.table(problem.state) | {
+            "gradients": layout.gradients(problem.run.task.groups.trained(problem.state.params))
+        }
     return problem.tables[key]
 
 

@@ -117,7 +117,7 @@ class Problem:
         self.run: RunSpec = make_run_spec(plain_config, dataset, devices)
         self.config = self.run.config
         self.state: TrainState = jax.eval_shape(self.run.init, 0)
-        self.has_batch_norm = bool(jax.tree.leaves(self.state.batch_stats))
+        self.has_batch_norm = bool(jax.tree.leaves(self.run.task.moving(self.state.batch_stats)))
         self.layers = len(self.run.task.model.layers)
         # Of layers, whatever the devices: a copy for another machine shares them.
         self._costs: list[LayerCost] = []
