@@ -32,6 +32,7 @@ from jaxtrain.cli import (
     layout,
     logs,
     plan,
+    predict,
     train,
 )  # fmt: skip
 from jaxtrain.distributed.exit_report import ExitReport
@@ -42,8 +43,9 @@ from jaxtrain.plugins import whose_fault
 from jaxtrain.recipes import split_override
 
 COMMANDS = {
-    "train": train, "launch": launch, "evaluate": evaluate, "checkpoint": checkpoint, "data": data, "config": config,
-    "layout": layout, "compile": compile, "plan": plan, "logs": logs, "goodput": goodput, "demo": demo, "doctor": doctor,
+    "train": train, "launch": launch, "evaluate": evaluate, "predict": predict, "checkpoint": checkpoint, "data": data,
+    "config": config, "layout": layout, "compile": compile, "plan": plan, "logs": logs, "goodput": goodput,
+    "demo": demo, "doctor": doctor,
 }  # fmt: skip
 
 _WITH_CONFIG = ("train", "layout", "compile", "plan", "config")

@@ -19,22 +19,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR|NAME",
         help="where the run's data is now; or other data with the same classes: a folder of images, or a name as data.name",
     )
-    parser.add_argument("--checkpoint", default="best", help="best, latest, a step, or epoch:N (default: best)")
-    parser.add_argument(
-        "--ema",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="evaluate the moving average of the weights, or the weights; default: the average if the run keeps one",
-    )
     parser.add_argument(
         "--allow-changes",
         action="store_true",
         help="evaluate although the data set has changed since training, and warn of what has changed",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument(
-        "--trust", action="store_true", help="run the code that the run's config names, as package.module:attribute"
-    )
+    start.add_weights_arguments(parser)
     start.add_device_arguments(parser)
 
 

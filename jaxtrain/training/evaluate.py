@@ -11,12 +11,12 @@ from pathlib import Path
 
 from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.config_changes import may_be_one_data_set
-from jaxtrain.checkpoint.manifest import DeletedError, manifested_steps, problems, read_manifest, unless_deleted
-from jaxtrain.checkpoint.resume_point import CheckpointStep, Position, find_checkpoint
-from jaxtrain.config import Config, DataConfig, LayoutConfig, flatten, from_dict, to_dict
+from jaxtrain.checkpoint.manifest import DeletedError, unless_deleted
+from jaxtrain.checkpoint.resume_point import Position
+from jaxtrain.config import Config, DataConfig, LayoutConfig, flatten, to_dict
 from jaxtrain.data import record, registry
 from jaxtrain.data.base import Dataset, follow_classes
-from jaxtrain.errors import CheckpointError, ConfigError, DataError, WorkdirError
+from jaxtrain.errors import ConfigError, DataError, WorkdirError
 from jaxtrain.host import xla_flags
 from jaxtrain.host.files import ELSEWHERE, closing
 from jaxtrain.observability.progress import Progress
@@ -26,6 +26,7 @@ from jaxtrain.plugins import refuse_code
 from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.step.train_state import state_shapes
 from jaxtrain.training.compiled import Evaluator
+from jaxtrain.training.inference import find_stored, for_inference, uses_average
 from jaxtrain.training.input_pipeline import InputPipeline, make_input_pipeline
 from jaxtrain.training.jax_settings import compile_cache_note, settings
 from jaxtrain.training.setup import RunSpec, load_data, make_run_spec, select_devices
@@ -112,16 +113,15 @@ def _evaluate(
     quiet: bool,
 ) -> Evaluated:
     """As `evaluate`, once: `DeletedError` where the run deletes the checkpoint meanwhile."""
-    start, position, config = _find(workdir, checkpoint)
+    start, position, config = find_stored(workdir, checkpoint)
+    config = dataclasses.replace(config, data=_where_it_was(config.data, workdir))
     folder = start.directory / str(start.step)
     place = registry.found_at(config.data, data) if data else config.data
     if not trust:
         named_by_user = {"data.name": ""} if place.name != config.data.name else {}
         refuse_code(flatten(to_dict(config)) | named_by_user, folder)
     config = dataclasses.replace(config, data=place)
-    if ema and not config.optim.ema:
-        raise ConfigError(f"{workdir} keeps no moving average of the weights (config.optim.ema=0).")
-    ema = bool(config.optim.ema) if ema is None else ema
+    average = uses_average(workdir, config, ema)
     xla_flags.set_flags(xla_flags.for_run(config.train.precision))
     showing = contextlib.closing(Progress(make_console(quiet=quiet)))
     with showing as progress, closing(Checkpointer(start.directory, read_only=True)) as checkpoints:
@@ -135,9 +135,9 @@ def _evaluate(
             with unless_deleted(folder):
                 state = checkpoints.restore_weights(start.step, state_shapes(run.init, run.layout))
             feed = make_input_pipeline(dataset, run.layout, config.data.residency, config.data.workers)
-            weights = state.ema if ema else {"params": state.params, "batch_stats": state.batch_stats}
+            weights = state.ema if average else {"params": state.params, "batch_stats": state.batch_stats}
             result = _shown(run, feed, SPLITS[split], weights["params"], weights["batch_stats"], progress)
-    return Evaluated(result, start.step, SPLITS[split], "ema" if ema else "raw", dataset.class_names)
+    return Evaluated(result, start.step, SPLITS[split], "ema" if average else "raw", dataset.class_names)
 
 
 def _on_these(devices: Sequence[Device], config: Config) -> Config:
@@ -145,16 +145,10 @@ def _on_these(devices: Sequence[Device], config: Config) -> Config:
 
     Numbers do not depend on the layout.
     """
-    layout = LayoutConfig(zero=3)
-    ways = batch_ways(make_mesh(layout, devices))
-    return dataclasses.replace(
-        config,
-        layout=layout,
-        model=dataclasses.replace(config.model, bn_groups=1, attention="plain"),  # which every device computes
-        optim=dataclasses.replace(config.optim, class_weights=""),  # of the training's loss alone
-        train=dataclasses.replace(config.train, eval_examples=0),  # the whole split, whatever the run took
-        data=dataclasses.replace(config.data, global_batch=-(-config.data.global_batch // ways) * ways),
-    )
+    config = for_inference(config, LayoutConfig(zero=3))
+    ways = batch_ways(make_mesh(config.layout, devices))
+    batch = -(-config.data.global_batch // ways) * ways
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, global_batch=batch))
 
 
 def _shown(
@@ -170,21 +164,6 @@ def _shown(
             activity.done += 1
 
         return Evaluator(run, feed)(split, params, batch_stats, before_batch)
-
-
-def _find(workdir: Path, checkpoint: str) -> tuple[CheckpointStep, Position, Config]:
-    """The checkpoint that is meant, whose files are whole; what is stored with it."""
-    directory = workdir / "checkpoints"
-    start = find_checkpoint(directory, checkpoint, setting="checkpoint") if manifested_steps(directory) else None
-    if start is None:
-        raise CheckpointError(f"{workdir} holds no checkpoint.")
-    folder = start.directory / str(start.step)
-    with unless_deleted(folder):
-        if found := problems(folder):
-            raise CheckpointError(f"{folder} is damaged ({found[0]}); choose another with --checkpoint.")
-        stored = read_manifest(folder).position
-    config = from_dict(stored["config"])
-    return start, Position.from_json(stored), dataclasses.replace(config, data=_where_it_was(config.data, workdir))
 
 
 def _where_it_was(config: DataConfig, workdir: Path) -> DataConfig:
