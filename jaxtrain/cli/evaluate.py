@@ -1,16 +1,28 @@
 """Evaluate a run's checkpoint: accuracy, top-5, and the accuracy of each class."""
 
+from __future__ import annotations
+
 import argparse
 import json
 import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich.table import Table
 
 from jaxtrain.cli import start
+from jaxtrain.errors import ConfigError
+from jaxtrain.host.files import atomic_write
+from jaxtrain.host.paths import require_local
+from jaxtrain.observability.evaluation_page import evaluation_page
+
+if TYPE_CHECKING:
+    from jaxtrain.training.evaluate import Evaluated
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN, --split, --data, --checkpoint, --ema, --allow-changes, --json, --trust, devices."""
+    """RUN, --split, --data, --checkpoint, --ema, --allow-changes, --json, --tta, --report, --trust, devices."""
     parser.add_argument("workdir", metavar="RUN", help="the work directory of a run")
     parser.add_argument("--split", choices=("train", "val", "test"), default="test")
     parser.add_argument(
@@ -25,14 +37,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="evaluate although the data set has changed since training, and warn of what has changed",
     )
     parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument(
+        "--tta",
+        choices=("flip",),
+        default="",
+        help="test-time augmentation: the mean of the probabilities of each image and of its mirror image",
+    )
+    parser.add_argument(
+        "--report",
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="also write the confusion matrix, the calibration and the worst examples: FILE.html or FILE.json; may come twice",
+    )
     start.add_weights_arguments(parser)
     start.add_device_arguments(parser)
 
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the loss, the accuracies, and a row for each class, the worst first."""
+    _check_reports(arguments.report)
     start.start_devices(arguments)
     from jaxtrain.training.evaluate import evaluate  # noqa: PLC0415
+    from jaxtrain.training.inference import output_names  # noqa: PLC0415
 
     with start.warnings_shown():
         found = evaluate(
@@ -44,20 +71,25 @@ def run(arguments: argparse.Namespace) -> None:
             num_devices=arguments.devices,
             allow_changes=arguments.allow_changes,
             trust=arguments.trust,
+            tta=arguments.tta,
+            report=bool(arguments.report),
         )
+    for name in arguments.report:
+        _write_report(Path(name), arguments, found)
     result = found.result
-    # A model may have more outputs than the data has classes.
-    names = [*found.class_names, *(f"class {i}" for i in range(len(found.class_names), len(result.per_class)))]
-    names = [name if names.count(name) == 1 else f"{name} (class {i})" for i, name in enumerate(names)]
+    names = output_names(found.class_names, len(result.per_class))
     if arguments.json:
         classes = {n: None if math.isnan(a) else a for n, a in zip(names, result.per_class, strict=True)}
         numbers = {"loss": result.loss, "accuracy": result.accuracy, "top5": result.top5, "examples": result.examples}
         what = {"step": found.step, "split": arguments.split, "weights": found.weights}
+        what |= {"tta": arguments.tta} if arguments.tta else {}
         print(json.dumps({**what, **numbers, "per_class": classes}, indent=2))
         return
     console = start.console()
     which = f"step {found.step}{f' ({arguments.checkpoint})' if arguments.checkpoint in ('best', 'latest') else ''}"
     weights = "the average of the weights (EMA)" if found.weights == "ema" else "raw weights"
+    if arguments.tta:
+        weights += ", mean probability of each image and its mirror image"
     console.print(f"{which}, {weights}, {arguments.split}: {result.examples:,} examples")
     console.print(f"accuracy {result.accuracy:.4f}, top-5 {result.top5:.4f}, loss {result.loss:.4f}")
     console.print()
@@ -65,6 +97,29 @@ def run(arguments: argparse.Namespace) -> None:
     for name, accuracy in sorted(zip(names, result.per_class, strict=True), key=_worst_first):
         table.add_row(name, "-" if math.isnan(accuracy) else f"{accuracy:.4f}")
     console.print(table)
+
+
+def _check_reports(names: Sequence[str]) -> None:
+    """Raises `ConfigError` for a file that cannot be written in the end."""
+    for name in names:
+        require_local(name, f"--report {name}", ConfigError)
+        if Path(name).suffix not in (".html", ".json"):
+            raise ConfigError(f"--report {name}: must end with .html or .json.")
+        if not Path(name).absolute().parent.is_dir():
+            raise ConfigError(f"--report {name}: there is no such directory.")
+
+
+def _write_report(path: Path, arguments: argparse.Namespace, found: Evaluated) -> None:
+    assert found.report is not None
+    about = {
+        "run": arguments.workdir, "step": found.step, "weights": found.weights, "split": found.split,
+        "tta": arguments.tta or "none",
+    }  # fmt: skip
+    if path.suffix == ".json":
+        atomic_write(path, json.dumps({**about, **found.report.to_json()}) + "\n")
+        return
+    title = f"Evaluation of {arguments.workdir}"
+    atomic_write(path, evaluation_page(title, about, found.report.to_json(pictures=True)))
 
 
 def _worst_first(row: tuple[str, float]) -> float:

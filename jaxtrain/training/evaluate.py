@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from jaxtrain.checkpoint.checkpointer import Checkpointer
@@ -26,7 +26,8 @@ from jaxtrain.plugins import refuse_code
 from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.step.train_state import state_shapes
 from jaxtrain.training.compiled import Evaluator
-from jaxtrain.training.inference import find_stored, for_inference, uses_average
+from jaxtrain.training.evaluation_report import EvaluationReport, make_report
+from jaxtrain.training.inference import find_stored, for_inference, output_names, uses_average
 from jaxtrain.training.input_pipeline import InputPipeline, make_input_pipeline
 from jaxtrain.training.jax_settings import compile_cache_note, settings
 from jaxtrain.training.setup import RunSpec, load_data, make_run_spec, select_devices
@@ -42,7 +43,7 @@ class Evaluated:
     """The result, and what it is of.
 
     step: the checkpoint's. split: `train`, `validation` or `test`. weights: `raw`, or `ema` for their moving average.
-    class_names: of `result.per_class`.
+    class_names: of `result.per_class`. report: where it was asked for.
     """
 
     result: EvalResult
@@ -50,6 +51,7 @@ class Evaluated:
     split: str
     weights: str
     class_names: tuple[str, ...]
+    report: EvaluationReport | None = dataclasses.field(default=None, compare=False)
 
     def __repr__(self) -> str:
         """The result in a line: the classes of a large data set would fill a page."""
@@ -68,6 +70,8 @@ def evaluate(
     allow_changes: bool = False,
     trust: bool = False,
     quiet: bool = False,
+    tta: str = "",
+    report: bool = False,
 ) -> Evaluated:
     """Evaluates a checkpoint of the run in `workdir`, with the layout that fits these devices.
 
@@ -85,6 +89,8 @@ def evaluate(
       allow_changes: evaluate on a data set that has changed since, and say what has.
       trust: run the code that the run's config names (a model, optimizer, loss or data set of the user's own).
       quiet: show no bar.
+      tta: test-time augmentation: `flip` takes the mean of the probabilities of each image and of its mirror image.
+      report: also find the confusion matrix, the calibration and the examples with the highest loss.
 
     Raises:
       CheckpointError: the run has no such checkpoint. ConfigError: no such split, the run keeps no average, or its config names
@@ -93,7 +99,9 @@ def evaluate(
     """
     if split not in SPLITS:
         raise ConfigError(f"split={split!r}: must be one of train, val, test.")
-    how = (num_devices, allow_changes, trust, quiet)
+    if tta not in ("", "flip"):
+        raise ConfigError(f"tta={tta!r}: must be flip, or '' for none.")
+    how = (num_devices, allow_changes, trust, quiet, tta, report)
     while True:
         try:
             return _evaluate(named(workdir), split, str(data), checkpoint, ema, *how)
@@ -111,6 +119,8 @@ def _evaluate(
     allow_changes: bool,
     trust: bool,
     quiet: bool,
+    tta: str,
+    report: bool,
 ) -> Evaluated:
     """As `evaluate`, once: `DeletedError` where the run deletes the checkpoint meanwhile."""
     start, position, config = find_stored(workdir, checkpoint)
@@ -136,8 +146,8 @@ def _evaluate(
                 state = checkpoints.restore_weights(start.step, state_shapes(run.init, run.layout))
             feed = make_input_pipeline(dataset, run.layout, config.data.residency, config.data.workers)
             weights = state.ema if average else {"params": state.params, "batch_stats": state.batch_stats}
-            result = _shown(run, feed, SPLITS[split], weights["params"], weights["batch_stats"], progress)
-    return Evaluated(result, start.step, SPLITS[split], "ema" if average else "raw", dataset.class_names)
+            result, made = _shown(run, feed, SPLITS[split], weights, progress, tta, report)
+    return Evaluated(result, start.step, SPLITS[split], "ema" if average else "raw", dataset.class_names, made)
 
 
 def _on_these(devices: Sequence[Device], config: Config) -> Config:
@@ -152,8 +162,14 @@ def _on_these(devices: Sequence[Device], config: Config) -> Config:
 
 
 def _shown(
-    run: RunSpec, feed: InputPipeline, split: str, params: PyTree, batch_stats: PyTree, progress: Progress
-) -> EvalResult:
+    run: RunSpec,
+    feed: InputPipeline,
+    split: str,
+    weights: Mapping[str, PyTree],
+    progress: Progress,
+    tta: str,
+    report: bool,
+) -> tuple[EvalResult, EvaluationReport | None]:
     """Evaluates weights on a split, with a bar over its batches; until the first one comes, the program is compiled."""
     with progress.activity("compiling the evaluation", note=compile_cache_note()) as activity:
 
@@ -163,7 +179,14 @@ def _shown(
                 activity.began = time.monotonic()
             activity.done += 1
 
-        return Evaluator(run, feed)(split, params, batch_stats, before_batch)
+        evaluator, arguments = Evaluator(run, feed), (split, weights["params"], weights["batch_stats"], before_batch)
+        if not (tta or report):
+            return evaluator(*arguments), None
+        result, answers = evaluator.answers(*arguments, flip=tta == "flip")
+    if not report:
+        return result, None
+    names = output_names(run.dataset.class_names, len(result.per_class))
+    return result, make_report(result, answers, names, getattr(run.dataset, split))
 
 
 def _where_it_was(config: DataConfig, workdir: Path) -> DataConfig:
