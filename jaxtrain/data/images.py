@@ -124,6 +124,8 @@ def from_memory(image: Image.Image | np.ndarray, where: str, *, channels: int, s
         if isinstance(image, np.ndarray):
             if image.dtype != np.uint8:
                 raise ValueError(f"it has numbers of type {image.dtype}, and uint8 is read: convert it")
+            if image.ndim not in (2, 3):
+                raise ValueError(f"it has shape {image.shape}, and [H, W] or [H, W, channels] is read")
             image = Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image)
         return _pixels(image, channels, side, image.size)
     except Exception as error:  # as in `decode`: Pillow's images may be files that are read now
