@@ -100,6 +100,10 @@ _CHANNELS = _must_be(
 )
 
 
+def _is_sha256(value: str) -> bool:
+    return re.fullmatch("([0-9a-fA-F]{64})?", value) is not None
+
+
 def _rising_shares(values: tuple) -> bool:
     return all(type(v) in (int, float) and 0 < v < 1 for v in values) and list(values) == sorted(values)
 
@@ -302,6 +306,14 @@ class ModelConfig(_Section):
     num_classes: Annotated[int, _must_be("0, or at least 2", lambda value: value == 0 or value >= 2)] = 0
     """Outputs of the classifier. 0 means the number of classes of the data set."""
 
+    init_from: str = ""
+    """The file that a new run takes its first weights from: safetensors, or `.npz` without pickle, with the names of
+    torchvision, timm or transformers, or jaxtrain's own; or a run of jaxtrain, or a checkpoint of one. A head of another number
+    of classes begins anew (docs/weights.md). A run that goes on does not read it again. "" draws all weights at random."""
+
+    init_sha256: Annotated[str, _must_be("a SHA-256 as 64 hexadecimal digits, or ''", _is_sha256)] = ""
+    """The SHA-256 that the file of `model.init_from` must have. "" takes any file; the run records what it had."""
+
     width: Annotated[int, _at_least(0)] = 0
     """Channels of the first stage (Swin-T and Swin-S: 96, Swin-B: 128, the other networks: 64), or units of the first hidden
     layer (MLP: 512). 0 is the model's own."""
@@ -340,6 +352,9 @@ class ModelConfig(_Section):
     """BatchNorm takes its statistics over this many groups of the global batch, each by itself. 1 is the whole batch, on all
     devices (synchronized BatchNorm); more is ghost BatchNorm (Hoffer 2017). It must be a multiple of
     `layout.microbatches`."""
+
+    def _validate(self) -> None:
+        _require_local("model.init_from", self.init_from, self.init_from)
 
 
 @dataclasses.dataclass(frozen=True)

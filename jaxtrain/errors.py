@@ -29,6 +29,12 @@ class CheckpointError(JaxtrainError):
     exit_code = 66
 
 
+class WeightsError(JaxtrainError):
+    """A file of weights is missing, damaged, could run code, or belongs to another model."""
+
+    exit_code = 66
+
+
 class CompilerRefusalError(JaxtrainError):
     """XLA does not compile a program of the run for the devices that were asked for."""
 

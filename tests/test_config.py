@@ -64,6 +64,8 @@ BAD = [
     (DataConfig, "prepare_timeout", 0, "above 0 minutes"),
     (ModelConfig, "num_classes", 1, "0, or at least 2"),
     (ModelConfig, "num_classes", -1, "0, or at least 2"),
+    (ModelConfig, "init_from", "s3://bucket/vgg19.safetensors", "not a local path"),
+    (ModelConfig, "init_sha256", "abc", "a SHA-256 as 64 hexadecimal digits, or ''"),
     (ModelConfig, "width", -64, "at least 0"),
     (ModelConfig, "depths", (1, 0), "whole numbers above 0"),
     (ModelConfig, "depths", (1, 2.0), "whole numbers above 0"),

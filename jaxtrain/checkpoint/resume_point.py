@@ -172,6 +172,8 @@ class Position:
     """The step after which the run has trained on this data set."""
     jobs: tuple[str, ...] = ()
     """The jobs that brought the run this far (`cluster.job_ids`)."""
+    weights: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """What the run's first weights were taken from (`model.init_from`); empty where they were drawn."""
 
     def after_step(self, step: int, batch: int, loss: float, correct: float, *, skipped: bool) -> Position:
         """The position once update `step` is done, with its batch in the epoch's totals.

@@ -1,6 +1,8 @@
 """The train state: one tree, the same under every layout."""
 
 import os
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import flax.struct
@@ -12,7 +14,7 @@ from jaxtrain.host.backend import on_cpu
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.precision import Policy, initial_loss_scale
 from jaxtrain.step.task import Task
-from jaxtrain.trees import PyTree, shapes_of
+from jaxtrain.trees import PyTree, path_of, shapes_of
 
 # The roles of random keys: fold_in(key(seed), role), then fold_in(step). A key never depends on what was drawn before.
 INIT, AUGMENT, DROPOUT = range(3)
@@ -44,16 +46,27 @@ def role_key(seed: int | jax.Array, role: int) -> jax.Array:
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), role)
 
 
-def initial_state(seed: int | jax.Array, task: Task, policy: Policy, input_shape: tuple[int, ...]) -> TrainState:
+def initial_state(
+    seed: int | jax.Array,
+    given: Mapping[str, jax.Array] = types.MappingProxyType({}),
+    *,
+    task: Task,
+    policy: Policy,
+    input_shape: tuple[int, ...],
+) -> TrainState:
     """The state of a new run. Pure, for `jax.jit` and `jax.eval_shape`.
 
     Args:
       seed: of the run; a Python int or an integer [].
+      given: parameters and running statistics that are not drawn, by their paths (`params/...`, `batch_stats/...`).
       task: gives the layers, the optimizer, and whether there is a moving average.
       policy: the dtypes.
       input_shape: (H, W, C) of one example.
     """
     params, batch_stats = task.model.init(role_key(seed, INIT), (1, *input_shape), policy.compute_dtype)
+    drawn = {"params": params, "batch_stats": batch_stats}
+    weights = jax.tree.map_with_path(lambda path, leaf: given.get(path_of(path), leaf), drawn)
+    params, batch_stats = weights["params"], weights["batch_stats"]
     # The average starts at the weights. It is a copy, because a step donates both.
     average = jax.tree.map(jnp.copy, {"params": params, "batch_stats": batch_stats}) if task.optim.ema else ()
     return TrainState(
@@ -72,11 +85,20 @@ def state_shapes(init: Any, layout: Layout) -> TrainState:
     return shapes_of(shapes, layout.shardings(shapes))
 
 
-def create_state(init: Any, layout: Layout, seed: int) -> TrainState:
-    """Runs `init(seed)` under jit. Every leaf is created on the devices where the layout places it.
+def create_state(
+    init: Any, layout: Layout, seed: int, given: Mapping[str, jax.Array] = types.MappingProxyType({})
+) -> TrainState:
+    """Runs `init(seed, given)` under jit. Every leaf is created on the devices where the layout places it.
 
     The values do not depend on the layout: JAX's threefry keys are partitionable. The seed is an argument of the
     program, so that another seed finds it in the compile cache.
+
+    Args:
+      init: makes the state.
+      layout: places it.
+      seed: of the run.
+      given: leaves of the weights that are there already, with the layout's shardings. They are donated: they become the
+        state's own.
     """
     shardings, structure = jax.tree.flatten(layout.shardings(jax.eval_shape(init, 0)))
     leaves: list[Any] = [None] * len(shardings)
@@ -84,13 +106,15 @@ def create_state(init: Any, layout: Layout, seed: int) -> TrainState:
     for mesh in dict.fromkeys(sharding.mesh for sharding in shardings):
         wanted = [i for i, sharding in enumerate(shardings) if sharding.mesh == mesh]
 
-        def some(seed: jax.Array, wanted: list[int] = wanted) -> list[jax.Array]:
-            values = jax.tree.leaves(init(seed))
+        def some(seed: jax.Array, given: dict[str, jax.Array], wanted: list[int] = wanted) -> list[jax.Array]:
+            values = jax.tree.leaves(init(seed, given))
             return [values[i] for i in wanted]
 
+        here = {path: leaf for path, leaf in given.items() if leaf.sharding.mesh == mesh}  # type: ignore[union-attr]
         out_shardings = [shardings[i] for i in wanted]
-        program = jax.jit(some, out_shardings=out_shardings, compiler_options=_run_once_options(layout))
-        for i, leaf in zip(wanted, program(np.int32(seed)), strict=True):
+        options = _run_once_options(layout)
+        program = jax.jit(some, out_shardings=out_shardings, donate_argnums=1, compiler_options=options)
+        for i, leaf in zip(wanted, program(np.int32(seed), here), strict=True):
             leaves[i] = leaf
     return structure.unflatten(leaves)
 

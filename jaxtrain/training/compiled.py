@@ -7,7 +7,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable, Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from jaxtrain.step.pipeline.eval_step import PipelineEvalStep, make_pipeline_eva
 from jaxtrain.step.pipeline.train_step import make_pipeline_train_step
 from jaxtrain.step.train_state import TrainState, create_state, state_shapes
 from jaxtrain.step.train_step import TrainStep, make_train_step
+from jaxtrain.training.initial_weights import initial_weights
 from jaxtrain.training.input_pipeline import InputPipeline, make_input_pipeline
 from jaxtrain.training.jax_settings import compile_cache_note
 from jaxtrain.training.setup import RunSpec
@@ -45,12 +46,14 @@ class CompiledRun:
       step: one update, or several as one program.
       evaluate: weights, on a split.
       inputs: batches.
+      weights: what is recorded of the weights that were not drawn (`initial_weights`); empty where a run goes on.
     """
 
     run: RunSpec
     step: TrainStep
     evaluate: Evaluator
     inputs: InputPipeline
+    weights: Mapping[str, Any]
 
     @property
     def steps_per_call(self) -> int:
@@ -87,9 +90,11 @@ def compile_run(
     Raises:
       AuditError: something lies elsewhere than the layout says.
       CheckpointError: the checkpoint is damaged, or of another model.
+      WeightsError: the weights that a new run begins with are.
     """
     began = time.perf_counter()
     shapes = state_shapes(run.init, run.layout)
+    given, weights = initial_weights(run, shapes) if resume.start is None else ({}, {})
     table = layout_table(run.layout, shapes)
     inputs = make_input_pipeline(run.dataset, run.layout, run.config.data.residency, run.config.data.workers)
     compiler = concurrent.futures.ThreadPoolExecutor(1, "compile")
@@ -105,12 +110,12 @@ def compile_run(
         log.warning("%s", text)
     log.info("compiling the step (%s)", compile_cache_note(), extra=NOT_LIVE)
     if state is None:
-        state = create_state(run.init, run.layout, run.config.seed)
+        state = create_state(run.init, run.layout, run.config.seed, given)
     step = compiling.result()
     for note in audit(run.layout, table, state, step).notes:
         log.info("%s", note)
     log.info("compiled in %.1f s", time.perf_counter() - began)
-    return CompiledRun(run, step, Evaluator(run, inputs, compiler), inputs), state
+    return CompiledRun(run, step, Evaluator(run, inputs, compiler), inputs, weights), state
 
 
 def _restored(run: RunSpec, resume: ResumePoint, shapes: TrainState) -> TrainState:

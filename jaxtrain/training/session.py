@@ -17,7 +17,7 @@ from jaxtrain import workdir as workdir_lib
 from jaxtrain.checkpoint import resume as resume_lib
 from jaxtrain.checkpoint.checkpointer import Checkpointer, check_space
 from jaxtrain.checkpoint.lease import LEASE_SECONDS, Lease, NoLease, held, wait_to_see
-from jaxtrain.checkpoint.resume_point import ResumePoint
+from jaxtrain.checkpoint.resume_point import Position, ResumePoint
 from jaxtrain.config import Config
 from jaxtrain.data import registry
 from jaxtrain.data.base import Dataset
@@ -142,8 +142,9 @@ def _train_from(
     compiling = f"{f'reading step {position.step}, ' if resume.start else ''}compiling the step"
     with host.clock.charge("compile"), host.progress.activity(compiling, note=compile_cache_note()):
         compiled, state = compile_run(run, resume, directory.trace(jax.process_index()))
+    position = dataclasses.replace(position, weights=compiled.weights or start.weights)
     compiled.evaluate.begin(state)
-    _take_over(host, resume, config, run)
+    _take_over(host, resume, config, run, position)
     host.times.goes_on_from(position.step)
     checkpointer = Checkpointer(
         directory.checkpoints,
@@ -200,7 +201,7 @@ def _take_lease(directory: Workdir, stack: contextlib.ExitStack) -> Lease | NoLe
     return lease
 
 
-def _take_over(host: Host, resume: ResumePoint, config: Config, run: RunSpec) -> None:
+def _take_over(host: Host, resume: ResumePoint, config: Config, run: RunSpec, position: Position) -> None:
     """Process 0 makes the work directory this run's: sets aside what lies after its start, stores config, data, manifest."""
     directory = host.directory
     if jax.process_index() == 0:
@@ -212,5 +213,6 @@ def _take_over(host: Host, resume: ResumePoint, config: Config, run: RunSpec) ->
         directory.write_config(config_lib.to_dict(config))
         directory.write_dataset(dataclasses.asdict(run.data_record))
         directory.write_skipped_images(run.dataset.skipped)
-        start_record.append_start(directory.manifest, start_record.environment(step))
+        weights = {"weights": position.weights} if position.weights else {}
+        start_record.append_start(directory.manifest, start_record.environment(step) | weights)
     barrier("the work directory is this run's")

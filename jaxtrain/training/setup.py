@@ -36,6 +36,7 @@ from jaxtrain.step.pipeline.partition import Partition
 from jaxtrain.step.pipeline.plan import microbatches, partition_model
 from jaxtrain.step.task import Task, make_task
 from jaxtrain.step.train_state import TrainState, initial_state
+from jaxtrain.training.pretrained_settings import with_weights_settings
 
 log = logging.getLogger("jaxtrain")
 
@@ -44,14 +45,15 @@ log = logging.getLogger("jaxtrain")
 class RunSpec:
     """What a run computes and where.
 
-    init: makes the fresh state from a seed, int32 []; pure. steps: where the run ends. partition: the pipeline stages' layers.
+    init: makes the fresh state from a seed, int32 [], and from weights that are given (`initial_state`); pure. steps: where
+    the run ends. partition: the pipeline stages' layers.
     """
 
     config: Config
     dataset: Dataset
     layout: Layout
     task: Task
-    init: Callable[[int | jax.Array], TrainState]
+    init: Callable[..., TrainState]
     steps: int
     partition: Partition | None = None
 
@@ -103,12 +105,14 @@ def resolve_for_machine(config: Config, stored: Config | None, devices: list[Dev
 
     Raises:
       ConfigError: the batch does not divide, or the layout does not fit the devices.
+      WeightsError: `model.init_from` is no file of weights.
     """
     if config.layout.strategy == "auto":
         raise ConfigError(
             "config.layout.strategy='auto': jaxtrain train chooses the layout, and jaxtrain plan shows what it would choose; "
             "what works on one layout needs --config.layout.strategy=manual."
         )
+    config = with_weights_settings(config, stored)
     ways = batch_ways(make_mesh(config.layout, devices))
     precision, batch = config.train.precision, config.data.global_batch
     if precision == "auto":
@@ -283,6 +287,8 @@ def unused_settings(run: RunSpec) -> list[str]:
     if layout.stages == 1:
         fields = ("schedule", "chunks", "balance", "stage_placement", "trace_step")
         found += without_effect("layout", layout, fields, "there is one stage")
+    if not config.model.init_from:
+        found += without_effect("model", config.model, ["init_sha256"], "config.model.init_from names no file")
     if not jax.tree.leaves(jax.eval_shape(run.init, 0).batch_stats):
         found += without_effect("model", config.model, ["bn_groups"], f"{config.model.name} has no BatchNorm")
     evaluates = Duration.parse(config.train.eval_every, "config.train.eval_every").value > 0
