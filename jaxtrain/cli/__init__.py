@@ -48,7 +48,7 @@ COMMANDS = {
     "demo": demo, "doctor": doctor,
 }  # fmt: skip
 
-_WITH_CONFIG = ("train", "layout", "compile", "plan", "config")
+_WITH_CONFIG = ("train", "evaluate", "layout", "compile", "plan", "config")
 
 
 class _Parser(argparse.ArgumentParser):

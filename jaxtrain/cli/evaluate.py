@@ -20,10 +20,19 @@ from jaxtrain.observability.evaluation_page import evaluation_page
 if TYPE_CHECKING:
     from jaxtrain.training.evaluate import Evaluated
 
+_WEIGHTS = {"ema": "the average of the weights (EMA)", "raw": "raw weights", "file": "weights of a file"}
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """RUN, --split, --data, --checkpoint, --ema, --allow-changes, --json, --tta, --report, --trust, devices."""
-    parser.add_argument("workdir", metavar="RUN", help="the work directory of a run")
+    """RUN or --config, --split, --data, --checkpoint, --ema, --allow-changes, --json, --tta, --report, --trust, devices."""
+    parser.add_argument(
+        "workdir",
+        nargs="?",
+        default="",
+        metavar="RUN",
+        help="the work directory of a run; without one, --config FILE --config.model.init_from=FILE names weights",
+    )
+    start.add_config_argument(parser)
     parser.add_argument("--split", choices=("train", "val", "test"), default="test")
     parser.add_argument(
         "--data",
@@ -57,23 +66,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(arguments: argparse.Namespace) -> None:
     """Prints the loss, the accuracies, and a row for each class, the worst first."""
     _check_reports(arguments.report)
-    start.start_devices(arguments)
-    from jaxtrain.training.evaluate import evaluate  # noqa: PLC0415
-    from jaxtrain.training.inference import output_names  # noqa: PLC0415
+    found = _evaluated(arguments)
+    from jaxtrain.training.trained import output_names  # noqa: PLC0415
 
-    with start.warnings_shown():
-        found = evaluate(
-            arguments.workdir,
-            split=arguments.split,
-            data=arguments.data,
-            checkpoint=arguments.checkpoint,
-            ema=arguments.ema,
-            num_devices=arguments.devices,
-            allow_changes=arguments.allow_changes,
-            trust=arguments.trust,
-            tta=arguments.tta,
-            report=bool(arguments.report),
-        )
     for name in arguments.report:
         _write_report(Path(name), arguments, found)
     result = found.result
@@ -86,17 +81,45 @@ def run(arguments: argparse.Namespace) -> None:
         print(json.dumps({**what, **numbers, "per_class": classes}, indent=2))
         return
     console = start.console()
-    which = f"step {found.step}{f' ({arguments.checkpoint})' if arguments.checkpoint in ('best', 'latest') else ''}"
-    weights = "the average of the weights (EMA)" if found.weights == "ema" else "raw weights"
+    named = f" ({arguments.checkpoint})" if arguments.checkpoint in ("best", "latest") else ""
+    which = f"step {found.step}{named}, {_WEIGHTS[found.weights]}" if arguments.workdir else _WEIGHTS[found.weights]
     if arguments.tta:
-        weights += ", mean probability of each image and its mirror image"
-    console.print(f"{which}, {weights}, {arguments.split}: {result.examples:,} examples")
+        which += ", mean probability of each image and its mirror image"
+    console.print(f"{which}, {arguments.split}: {result.examples:,} examples")
     console.print(f"accuracy {result.accuracy:.4f}, top-5 {result.top5:.4f}, loss {result.loss:.4f}")
     console.print()
     table = Table("class, the worst first", "accuracy", box=None, pad_edge=False)
     for name, accuracy in sorted(zip(names, result.per_class, strict=True), key=_worst_first):
         table.add_row(name, "-" if math.isnan(accuracy) else f"{accuracy:.4f}")
     console.print(table)
+
+
+def _evaluated(arguments: argparse.Namespace) -> Evaluated:
+    """Of a run's checkpoint, or of the weights that a config names."""
+    asked = {"split": arguments.split, "tta": arguments.tta, "report": bool(arguments.report)}
+    of_run = {
+        "data": arguments.data, "checkpoint": arguments.checkpoint, "ema": arguments.ema,
+        "allow_changes": arguments.allow_changes, "trust": arguments.trust,
+    }  # fmt: skip
+    if arguments.workdir and (arguments.config or arguments.yaml or arguments.overrides):
+        raise ConfigError("jaxtrain evaluate takes a run or --config, and not both: a run has its own config.")
+    if not (arguments.workdir or arguments.config or arguments.yaml):
+        raise ConfigError("jaxtrain evaluate needs a run, or --config FILE and --config.model.init_from=FILE.")
+    if not arguments.workdir:
+        defaults = {"data": "", "checkpoint": "best", "ema": None, "allow_changes": False, "trust": False}
+        for name in (name for name, value in of_run.items() if value != defaults[name]):
+            raise ConfigError(
+                f"--{name.replace('_', '-')} is of a run; with --config, the config says what to evaluate."
+            )
+        config = start.resolved(arguments).config
+        start.say_what_flags_are(arguments)
+    start.start_devices(arguments)
+    from jaxtrain.training.evaluate import evaluate, evaluate_weights  # noqa: PLC0415
+
+    with start.warnings_shown():
+        if not arguments.workdir:
+            return evaluate_weights(config, num_devices=arguments.devices, **asked)
+        return evaluate(arguments.workdir, num_devices=arguments.devices, **of_run, **asked)
 
 
 def _check_reports(names: Sequence[str]) -> None:
@@ -112,13 +135,13 @@ def _check_reports(names: Sequence[str]) -> None:
 def _write_report(path: Path, arguments: argparse.Namespace, found: Evaluated) -> None:
     assert found.report is not None
     about = {
-        "run": arguments.workdir, "step": found.step, "weights": found.weights, "split": found.split,
-        "tta": arguments.tta or "none",
+        "run": arguments.workdir or arguments.config or arguments.yaml, "step": found.step, "weights": found.weights,
+        "split": found.split, "tta": arguments.tta or "none",
     }  # fmt: skip
     if path.suffix == ".json":
         atomic_write(path, json.dumps({**about, **found.report.to_json()}) + "\n")
         return
-    title = f"Evaluation of {arguments.workdir}"
+    title = f"Evaluation of {about['run']}"
     atomic_write(path, evaluation_page(title, about, found.report.to_json(pictures=True)))
 
 

@@ -20,8 +20,8 @@ from jaxtrain.host.paths import require_local
 from jaxtrain.host.text import note, printable, spreadsheet_cell
 
 if TYPE_CHECKING:
-    from jaxtrain.training.inference import Trained
     from jaxtrain.training.prediction import Prediction
+    from jaxtrain.training.trained import Trained
 
 _UNREADABLE = DataError.exit_code  # what is left has its predictions, and the command this exit code
 

@@ -9,6 +9,8 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import jax
+
 from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.config_changes import may_be_one_data_set
 from jaxtrain.checkpoint.manifest import DeletedError, unless_deleted
@@ -16,22 +18,27 @@ from jaxtrain.checkpoint.resume_point import Position
 from jaxtrain.config import Config, DataConfig, LayoutConfig, flatten, to_dict
 from jaxtrain.data import record, registry
 from jaxtrain.data.base import Dataset, follow_classes
-from jaxtrain.errors import ConfigError, DataError, WorkdirError
+from jaxtrain.errors import ConfigError, DataError, WeightsError, WorkdirError
 from jaxtrain.host import xla_flags
 from jaxtrain.host.files import ELSEWHERE, closing
 from jaxtrain.observability.progress import Progress
 from jaxtrain.observability.text_log import make_console
 from jaxtrain.parallel.mesh import Device, batch_ways, make_mesh
 from jaxtrain.plugins import refuse_code
+from jaxtrain.precision import resolve_precision
 from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.step.train_state import state_shapes
 from jaxtrain.training.compiled import Evaluator
 from jaxtrain.training.evaluation_report import EvaluationReport, make_report
-from jaxtrain.training.inference import find_stored, for_inference, output_names, uses_average
+from jaxtrain.training.inference import find_stored, for_inference, uses_average
+from jaxtrain.training.initial_weights import initial_weights
 from jaxtrain.training.input_pipeline import InputPipeline, make_input_pipeline
 from jaxtrain.training.jax_settings import compile_cache_note, settings
-from jaxtrain.training.setup import RunSpec, load_data, make_run_spec, select_devices
-from jaxtrain.trees import PyTree
+from jaxtrain.training.setup import RunSpec, check_names, load_data, make_run_spec, resolve_for_machine, select_devices
+from jaxtrain.training.trained import output_names
+from jaxtrain.trees import PyTree, path_of
+from jaxtrain.weights.file import open_weights
+from jaxtrain.weights.pretrained import pretrained_config
 from jaxtrain.workdir import Workdir, named
 
 SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
@@ -42,7 +49,8 @@ log = logging.getLogger("jaxtrain")
 class Evaluated:
     """The result, and what it is of.
 
-    step: the checkpoint's. split: `train`, `validation` or `test`. weights: `raw`, or `ema` for their moving average.
+    step: the checkpoint's; 0 of a file. split: `train`, `validation` or `test`. weights: `raw`, `ema` for their moving
+    average, or `file` for those of a file.
     class_names: of `result.per_class`. report: where it was asked for.
     """
 
@@ -97,10 +105,7 @@ def evaluate(
         code and `trust` is not set.
       DataError: the split does not hold what it held when the checkpoint was made, or `data` has other classes.
     """
-    if split not in SPLITS:
-        raise ConfigError(f"split={split!r}: must be one of train, val, test.")
-    if tta not in ("", "flip"):
-        raise ConfigError(f"tta={tta!r}: must be flip, or '' for none.")
+    check_question(split, tta)
     how = (num_devices, allow_changes, trust, quiet, tta, report)
     while True:
         try:
@@ -148,6 +153,81 @@ def _evaluate(
             weights = state.ema if average else {"params": state.params, "batch_stats": state.batch_stats}
             result, made = _shown(run, feed, SPLITS[split], weights, progress, tta, report)
     return Evaluated(result, start.step, SPLITS[split], "ema" if average else "raw", dataset.class_names, made)
+
+
+def evaluate_weights(
+    config: Config,
+    split: str = "test",
+    *,
+    num_devices: int = 0,
+    quiet: bool = False,
+    tta: str = "",
+    report: bool = False,
+) -> Evaluated:
+    """Evaluates the weights of `config.model.init_from` on `config.data`, without a run.
+
+    Classes are matched by their names where the file has the same ones as the data; else output k is the data's class k.
+
+    Args:
+      config: as for a run.
+      split: as of `evaluate`; so are the others.
+      num_devices: how many devices of each host.
+      quiet: show no bar.
+      tta: test-time augmentation.
+      report: also find what a report has.
+
+    Raises:
+      ConfigError: no such split, or the config names no weights. WeightsError: these do not fit the model, or have no head
+        for so many classes. DataError: the data set cannot be read.
+    """
+    check_question(split, tta)
+    if not config.model.init_from:
+        raise ConfigError("config.model.init_from='': name the weights to evaluate, or a run: jaxtrain evaluate RUN.")
+    check_names(config)
+    xla_flags.set_flags(xla_flags.for_run(resolve_precision(config.train.precision, jax.default_backend())))
+    with contextlib.closing(Progress(make_console(quiet=quiet))) as progress, settings(config):
+        devices = select_devices(num_devices)
+        config = _on_these(devices, resolve_for_machine(for_inference(config, LayoutConfig(zero=3)), None, devices))
+        with progress.activity(f"reading the data set {config.data.name}"):
+            dataset = _split_with_known_classes(config, split)
+        run = make_run_spec(config, dataset, devices)
+        shapes = state_shapes(run.init, run.layout)
+        given, found = initial_weights(run, shapes)
+        if found["new"]:
+            raise WeightsError(
+                f"{found['file']}: {next(iter(found['new'].values()))}, so that there is nothing to evaluate."
+            )
+        trees = {"params": shapes.params, "batch_stats": shapes.batch_stats}
+        weights = jax.tree.map_with_path(lambda path, _: given[path_of(path)], trees)
+        feed = make_input_pipeline(dataset, run.layout, config.data.residency, config.data.workers)
+        result, made = _shown(run, feed, SPLITS[split], weights, progress, tta, report)
+    return Evaluated(result, 0, SPLITS[split], "file", dataset.class_names, made)
+
+
+def _split_with_known_classes(config: Config, split: str) -> Dataset:
+    """The split, with its classes in the order of the weights' outputs where these have the same names."""
+    name = SPLITS[split]
+    dataset = load_data(config.data, name)
+    if not len(getattr(dataset, name)):
+        raise ConfigError(f"The data set {dataset.name} has no {split} split.")
+    with open_weights(config.model.init_from) as file:
+        known = pretrained_config(file).class_names
+    if set(known) == set(dataset.class_names):
+        dataset = follow_classes(dataset, known, extend=False)
+    elif known:
+        log.warning(
+            "the classes of %s have other names than those of the data: they are matched by number",
+            config.model.init_from,
+        )
+    return dataset.only(name)
+
+
+def check_question(split: str, tta: str) -> None:
+    """Raises `ConfigError` for a split or a test-time augmentation that there is not."""
+    if split not in SPLITS:
+        raise ConfigError(f"split={split!r}: must be one of train, val, test.")
+    if tta not in ("", "flip"):
+        raise ConfigError(f"tta={tta!r}: must be flip, or '' for none.")
 
 
 def _on_these(devices: Sequence[Device], config: Config) -> Config:

@@ -22,7 +22,7 @@ from jaxtrain.models.layers import Context
 from jaxtrain.parallel.mesh import batch_ways
 from jaxtrain.step.eval_step import IN_FLIGHT
 from jaxtrain.step.layer_wrap import layer_wrapper
-from jaxtrain.training.inference import Trained
+from jaxtrain.training.trained import Trained
 from jaxtrain.trees import PyTree
 
 BATCH = 64

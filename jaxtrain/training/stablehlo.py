@@ -15,7 +15,7 @@ from jaxtrain.data.augment import eval_inputs
 from jaxtrain.errors import EnvironmentMismatchError
 from jaxtrain.models.layers import Context
 from jaxtrain.precision import precision_policy
-from jaxtrain.training.inference import Trained
+from jaxtrain.training.trained import Trained
 
 PLATFORMS = ("cpu", "cuda")
 

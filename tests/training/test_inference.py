@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import safetensors.numpy
 from PIL import Image
 from runs import SMALL, here
 
@@ -25,15 +26,17 @@ from jaxtrain.data import registry
 from jaxtrain.data.augment import Preprocess, eval_inputs
 from jaxtrain.data.folder import file_of
 from jaxtrain.data.spec import data_dir
-from jaxtrain.errors import CheckpointError, ConfigError, DataError
+from jaxtrain.errors import CheckpointError, ConfigError, DataError, WeightsError
 from jaxtrain.models import registry as models
 from jaxtrain.models.layers import Context
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import make_mesh
+from jaxtrain.training.evaluate import evaluate_weights
 from jaxtrain.training.evaluation_report import calibration
-from jaxtrain.training.inference import Preprocessor, Trained, load_trained
+from jaxtrain.training.inference import load_trained
 from jaxtrain.training.prediction import image_files, predict
 from jaxtrain.training.stablehlo import to_stablehlo
+from jaxtrain.training.trained import Preprocessor, Trained
 
 HOSTILE = "<script>alert(1)<|script>"  # "/" is in no folder's name
 FORMULA = "=1+2"
@@ -365,6 +368,88 @@ def test_the_calibration_is_the_papers():
     filled = {round(each.high * 15): each.examples for each in bins if each.examples}
     assert filled == {1: 1, 3: 2, 10: 2, 15: 1}
     assert error == pytest.approx((1 * 0 + 2 * abs(0.5 - 0.175) + 2 * abs(0.5 - 0.63) + 1 * 0) / 6)
+
+
+# ---------------------------------------------------------------------------------------------------- a file of weights
+
+
+def write_resnet(path: Path, **config: object) -> Path:
+    """Random weights of a ResNet-18 of width 4 and one block a stage, with torchvision's names, for three classes."""
+    random, found = np.random.default_rng(0), {}
+
+    def draw_(name: str, *shape: int) -> None:
+        found[f"{name}.weight"] = random.normal(0, 0.3, shape).astype(np.float32)
+
+    def norm(name: str, channels: int) -> None:
+        for kind in ("weight", "bias", "running_mean", "running_var"):
+            found[f"{name}.{kind}"] = random.uniform(0.5, 1.5, channels).astype(np.float32)
+
+    draw_("conv1", 4, 3, 3, 3)
+    norm("bn1", 4)
+    for stage, (old, new) in enumerate(((4, 4), (4, 8), (8, 16), (16, 32)), 1):
+        for number, inputs in ((1, old), (2, new)):
+            draw_(f"layer{stage}.0.conv{number}", new, inputs, 3, 3)
+            norm(f"layer{stage}.0.bn{number}", new)
+        if old != new:
+            draw_(f"layer{stage}.0.downsample.0", new, old, 1, 1)
+            norm(f"layer{stage}.0.downsample.1", new)
+    draw_("fc", 3, 32)
+    found["fc.bias"] = np.zeros(3, np.float32)
+    safetensors.numpy.save_file(found, path, metadata={"pretrained_cfg": json.dumps(config)})
+    return path
+
+
+CONFIG = {"input_size": [3, SIDE, SIDE], "mean": [0.4] * 3, "std": [0.2] * 3, "interpolation": "bilinear"}
+
+
+def test_a_file_of_weights_is_a_model_too(made, tmp_path, capsys, caplog):
+    """Its own config says how images are prepared, and the order of its classes; the evaluation follows both."""
+    turned = ("plain", *CLASSES[:2])
+    file = write_resnet(tmp_path / "x.safetensors", **CONFIG, crop_pct=0.875, label_names=list(turned))
+    apply, variables, preprocess, class_names = load_model(file)
+    assert class_names == turned
+    logits = jax.jit(apply)(variables, preprocess(made.files))
+    labels = np.array([turned.index(CLASSES[label]) for label in made.labels])
+    data = DataConfig(name=f"folder:{made.data}", global_batch=16, image_size=SIDE, augmentation="resize_crop")
+    model = ModelConfig(name="resnet18", width=4, depths=(1, 1, 1, 1), stem="cifar", init_from=str(file))
+    for devices in (1, 3):
+        found = evaluate_weights(Config(data=data, model=model), num_devices=devices, quiet=True, report=True)
+        assert (found.class_names, found.weights, found.step) == (turned, "file", 0)
+        assert found.result.loss == pytest.approx(losses(logits, labels).mean(), rel=1e-4)
+        assert found.report is not None
+        confusion = np.zeros((3, 3), int)
+        np.add.at(confusion, (labels, np.asarray(logits).argmax(-1)), 1)
+        np.testing.assert_array_equal(found.report.confusion, confusion)
+    fields = {"data.name": data.name, "data.image_size": SIDE, "data.augmentation": "resize_crop"} | {
+        f"model.{name}": getattr(model, name) for name in ("name", "width", "depths", "stem", "init_from")
+    }
+    words = [f"--config.{name}={value}" for name, value in fields.items()]
+    assert cli.main(["evaluate", "--config", "quickstart", *words, "--devices", "1", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["loss"] == pytest.approx(found.result.loss, rel=1e-5)
+    assert cli.main(["predict", str(file), made.files[0], "--devices", "1"]) == 0
+    assert capsys.readouterr().out.startswith(made.files[0])
+    for wrong, said in (([], "name the weights to evaluate"), (["--ema"], "--ema is of a run")):
+        assert cli.main(["evaluate", "--config", "quickstart", *wrong]) == 64
+        assert said in capsys.readouterr().err
+    assert cli.main(["evaluate", str(made.run), "--config", "quickstart"]) == 64
+    assert cli.main(["evaluate"]) == 64
+    assert "does not say all of how" not in caplog.text
+    vague = write_resnet(tmp_path / "y.safetensors", input_size=[3, SIDE, SIDE], crop_pct=0.95)
+    assert load_model(vague).class_names == ("class 0", "class 1", "class 2")
+    assert "does not say all of how its images were prepared" in caplog.text
+    assert "of which the centre 0.950 is seen" in caplog.text
+
+
+def test_a_file_that_is_no_model_is_refused(made, tmp_path):
+    pickle = tmp_path / "x.pth"
+    pickle.write_bytes(b"\x80\x04cos\nsystem\n")
+    other = tmp_path / "own.safetensors"
+    safetensors.numpy.save_file({"params/layers_00/linear/kernel": np.zeros((4, 4), np.float32)}, other)
+    for path, said in ((pickle, "can run code|could run code|code"), (other, "does not say which model it is")):
+        with pytest.raises(WeightsError, match=said):
+            load_model(path)
+    with pytest.raises(ConfigError, match="has no checkpoints, and no moving average"):
+        load_model(other, ema=True)
 
 
 # -------------------------------------------------------------------------------------------------------------- formats
