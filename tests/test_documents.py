@@ -37,7 +37,8 @@ MADE = {
     # the data directory
     "downloads/manual/",
     # what the documents' own commands and examples write
-    "my_project.py", "plan.svg", "step.svg", "results/gpu.json",
+    "my_project.py", "plan.svg", "step.svg", "results/gpu.json", "pictures/", "predictions.csv", "predictions.json",
+    "features.npz", "report.html", "report.json", "digits.stablehlo", "digits.stablehlo.json", "vgg16.safetensors",
     # beside a checkout, in the CI
     "../shared/data", "../shared/data/unpack.py", "unpack.py",
 }  # fmt: skip

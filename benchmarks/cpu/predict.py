@@ -2,8 +2,8 @@
 
 Both: ResNet-18 of width 16 with the stem for small images, 64 pixels, f32, batches of 64; the shorter side resized (bilinear),
 the centre square, normalised; the five best classes of each file. Ours includes loading the compiled program from the compile
-cache. A JPEG is decoded at a reduced size by ours (Pillow's `draft`), as evaluation reads a folder, and whole by the DataLoader's
-loop, as torchvision's folders are read. Needs PyTorch.
+cache. Ours decodes a JPEG at a reduced size (Pillow's `draft`), as evaluation reads a folder; the DataLoader's loop decodes all
+of it, as torchvision's folders are read. Needs PyTorch.
 """
 
 from __future__ import annotations

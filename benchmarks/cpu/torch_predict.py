@@ -27,8 +27,8 @@ class Files(Dataset):
         return len(self.files)
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        with Image.open(self.files[index]) as image:
-            image = image.convert("RGB")
+        with Image.open(self.files[index]) as file:
+            image = file.convert("RGB")
         scale = SIDE / min(image.size)
         image = image.resize((round(image.width * scale), round(image.height * scale)), Image.Resampling.BILINEAR)
         left, top = (image.width - SIDE) // 2, (image.height - SIDE) // 2

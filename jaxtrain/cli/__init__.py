@@ -26,6 +26,7 @@ from jaxtrain.cli import (
     demo,
     doctor,
     evaluate,
+    export,
     flags,
     goodput,
     launch,
@@ -43,9 +44,9 @@ from jaxtrain.plugins import whose_fault
 from jaxtrain.recipes import split_override
 
 COMMANDS = {
-    "train": train, "launch": launch, "evaluate": evaluate, "predict": predict, "checkpoint": checkpoint, "data": data,
-    "config": config, "layout": layout, "compile": compile, "plan": plan, "logs": logs, "goodput": goodput,
-    "demo": demo, "doctor": doctor,
+    "train": train, "launch": launch, "evaluate": evaluate, "predict": predict, "export": export,
+    "checkpoint": checkpoint, "data": data, "config": config, "layout": layout, "compile": compile, "plan": plan, "logs": logs,
+    "goodput": goodput, "demo": demo, "doctor": doctor,
 }  # fmt: skip
 
 _WITH_CONFIG = ("train", "evaluate", "layout", "compile", "plan", "config")

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.metadata
 import importlib.util
+import json
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +15,7 @@ from jax import export
 
 from jaxtrain.data.augment import eval_inputs
 from jaxtrain.errors import EnvironmentMismatchError
+from jaxtrain.host.files import atomic_write, writing
 from jaxtrain.models.layers import Context
 from jaxtrain.precision import precision_policy
 from jaxtrain.training.trained import Trained
@@ -63,3 +66,18 @@ def to_stablehlo(model: Trained) -> tuple[bytes, dict[str, Any]]:
         "jax": importlib.metadata.version("jax"),
     }
     return bytes(exported.serialize()), about
+
+
+def write_stablehlo(model: Trained, out: Path) -> str:
+    """Writes the program to `out`, and beside it `out` + ".json" with what its user must know. Returns what it is, in words.
+
+    Raises `WorkdirError` where a file cannot be written.
+    """
+    program, about = to_stablehlo(model)
+    part = out.with_name(f".{out.name}.part")
+    with writing(out):
+        part.write_bytes(program)
+        part.replace(out)
+    atomic_write(out.with_name(f"{out.name}.json"), json.dumps(about, indent=1) + "\n")
+    side, channels = model.preprocess.side, model.preprocess.channels
+    return f"a program for {' and '.join(PLATFORMS)}: uint8 images [b, {side}, {side}, {channels}] to logits"

@@ -471,15 +471,19 @@ np.save("logits.npy", np.concatenate([program.call(images[:3]), program.call(ima
 """
 
 
-def test_a_program_of_stablehlo_needs_jax_alone(made, tmp_path):
+def test_a_program_of_stablehlo_needs_jax_alone(made, tmp_path, capsys):
     pytest.importorskip("flatbuffers")
+    words = ["export", str(made.run), "--format", "stablehlo", "--out", str(tmp_path / "model.stablehlo")]
+    assert cli.main([*words, "--devices", "1"]) == 0
+    assert "(EMA), a program for cpu and cuda: uint8 images [b, 18, 18, 3] to logits" in capsys.readouterr().out
+    assert cli.main(words) == 64
+    assert "is there already; --force replaces it" in capsys.readouterr().err
+    about = json.loads((tmp_path / "model.stablehlo.json").read_text())
     model = load_trained(made.run, devices=jax.devices()[:1])
-    program, about = to_stablehlo(model)
     images = np.stack([model.preprocess.square(file) for file in made.files])
     assert about["input"] == {"type": "uint8", "shape": ["b", *images.shape[1:]]}
     assert about["class_names"] == list(CLASSES)
     np.save(tmp_path / "images.npy", images)
-    (tmp_path / "model.stablehlo").write_bytes(program)
     subprocess.run([sys.executable, "-c", READER], cwd=tmp_path, check=True)
     np.testing.assert_allclose(np.load(tmp_path / "logits.npy"), answers(made), atol=1e-4)
 
