@@ -22,8 +22,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 import orbax.checkpoint as ocp
+from jax.sharding import PartitionSpec as P
 
 from jaxtrain.checkpoint import manifest
 from jaxtrain.checkpoint.manifest import best_of, manifested_steps
@@ -228,7 +230,7 @@ class Checkpointer:
         Raises:
           CheckpointError: the checkpoint cannot be read, has other trees, or is of another step.
         """
-        stored = self._stored_shapes(step)
+        stored = self.stored_shapes(step)
         trees, fresh = _tree(template), []
         for name in list(trees):
             difference = _difference(name, stored, trees[name])
@@ -255,7 +257,7 @@ class Checkpointer:
         If the checkpoint has no EMA, since the run had none by then, the EMA is that of the weights themselves.
         """
         trees = {name: tree for name, tree in _tree(template).items() if name not in ("opt_state", "loss_scale")}
-        lacks_ema = "ema" in trees and not any(path.startswith("ema/") for path in self._stored_shapes(step))
+        lacks_ema = "ema" in trees and not any(path.startswith("ema/") for path in self.stored_shapes(step))
         if lacks_ema:
             del trees["ema"]
         restored = self._read(step, trees, _mesh(template))
@@ -284,7 +286,23 @@ class Checkpointer:
         _require_step(self.directory / str(step), int(restored["step"].addressable_data(0)))
         return jax.tree.map(lambda new, old: new if is_everywhere(old) else view(new, old.sharding), restored, trees)
 
-    def _stored_shapes(self, step: int) -> dict[str, tuple[tuple[int, ...], str]]:
+    def restore_leaves(self, step: int, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
+        """Some leaves of `step`, by their paths in the state. targets: their shapes, dtypes and shardings."""
+        trees: dict[str, Any] = {}
+        for path, target in targets.items():
+            *parents, name = path.split("/")
+            node = trees
+            for key in parents:
+                node = node.setdefault(key, {})
+            node[name] = target
+        mesh: Any = next(iter(targets.values())).sharding.mesh  # type: ignore[union-attr]
+        trees["step"] = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.sharding.NamedSharding(mesh, P()))
+        restored = self._read(step, trees, mesh)
+        del restored["step"]
+        return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored)}
+
+    def stored_shapes(self, step: int) -> dict[str, tuple[tuple[int, ...], str]]:
+        """The shape and dtype of every leaf of `step`, by its path in the state."""
         try:
             tree = self._manager.item_metadata(step).state.tree
         except (OSError, ValueError, KeyError, AttributeError) as error:

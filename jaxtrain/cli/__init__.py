@@ -35,6 +35,7 @@ from jaxtrain.cli import (
     plan,
     predict,
     train,
+    weights,
 )  # fmt: skip
 from jaxtrain.distributed.exit_report import ExitReport
 from jaxtrain.errors import ConfigError, JaxtrainError
@@ -46,7 +47,7 @@ from jaxtrain.recipes import split_override
 COMMANDS = {
     "train": train, "launch": launch, "evaluate": evaluate, "predict": predict, "export": export,
     "checkpoint": checkpoint, "data": data, "config": config, "layout": layout, "compile": compile, "plan": plan, "logs": logs,
-    "goodput": goodput, "demo": demo, "doctor": doctor,
+    "goodput": goodput, "weights": weights, "demo": demo, "doctor": doctor,
 }  # fmt: skip
 
 _WITH_CONFIG = ("train", "evaluate", "layout", "compile", "plan", "config")

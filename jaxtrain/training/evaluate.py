@@ -36,9 +36,8 @@ from jaxtrain.training.input_pipeline import InputPipeline, make_input_pipeline
 from jaxtrain.training.jax_settings import compile_cache_note, settings
 from jaxtrain.training.setup import RunSpec, check_names, load_data, make_run_spec, resolve_for_machine, select_devices
 from jaxtrain.training.trained import output_names
+from jaxtrain.training.weights_source import open_source
 from jaxtrain.trees import PyTree, path_of
-from jaxtrain.weights.file import open_weights
-from jaxtrain.weights.pretrained import pretrained_config
 from jaxtrain.workdir import Workdir, named
 
 SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
@@ -210,8 +209,8 @@ def _split_with_known_classes(config: Config, split: str) -> Dataset:
     dataset = load_data(config.data, name)
     if not len(getattr(dataset, name)):
         raise ConfigError(f"The data set {dataset.name} has no {split} split.")
-    with open_weights(config.model.init_from) as file:
-        known = pretrained_config(file).class_names
+    with open_source(config.model.init_from) as source:
+        known = source.config().class_names
     if set(known) == set(dataset.class_names):
         dataset = follow_classes(dataset, known, extend=False)
     elif known:

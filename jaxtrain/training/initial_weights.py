@@ -12,11 +12,10 @@ from jaxtrain.distributed import coordination
 from jaxtrain.errors import EnvironmentMismatchError, WeightsError
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.training.setup import RunSpec
+from jaxtrain.training.weights_source import Source, open_source
 from jaxtrain.trees import path_of
 from jaxtrain.weights import matching
-from jaxtrain.weights.file import WeightsFile, open_weights
 from jaxtrain.weights.matching import Matched
-from jaxtrain.weights.reading import place
 
 log = logging.getLogger("jaxtrain")
 _SHA_SECONDS = 1800.0  # in which every process must have read the whole file
@@ -28,7 +27,7 @@ def weights_of(state: TrainState) -> dict[str, Any]:
     return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
 
 
-def match_weights(run: RunSpec, file: WeightsFile, shapes: TrainState) -> Matched:
+def match_weights(run: RunSpec, file: Source, shapes: TrainState) -> Matched:
     """Where the leaves of a run come from in a file of weights.
 
     Args:
@@ -58,16 +57,16 @@ def initial_weights(run: RunSpec, shapes: TrainState) -> tuple[dict[str, jax.Arr
     """
     if not run.config.model.init_from:
         return {}, {}
-    with open_weights(run.config.model.init_from) as file:
+    with open_source(run.config.model.init_from) as file:
         matched = match_weights(run, file, shapes)
         _check_sha256(file, run.config.model.init_sha256)
         record = record_of(file, matched)
         for line in described(record):
             log.info("%s", line)
-        return place(file, matched, weights_of(shapes)), record
+        return file.place(matched, weights_of(shapes)), record
 
 
-def _check_sha256(file: WeightsFile, wanted: str) -> None:
+def _check_sha256(file: Source, wanted: str) -> None:
     if wanted and file.sha256 != wanted.lower():
         raise WeightsError(
             f"config.model.init_sha256={wanted}: {file.path} has the SHA-256 {file.sha256}; it is another file."
@@ -80,7 +79,7 @@ def _check_sha256(file: WeightsFile, wanted: str) -> None:
         )
 
 
-def record_of(file: WeightsFile, matched: Matched) -> dict[str, Any]:
+def record_of(file: Source, matched: Matched) -> dict[str, Any]:
     """What a run keeps of the weights that it began with, as JSON has it."""
     return {
         "file": str(file.path),

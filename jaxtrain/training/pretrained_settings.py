@@ -8,8 +8,8 @@ import os
 
 from jaxtrain.config import Config
 from jaxtrain.distributed import coordination
-from jaxtrain.weights.file import open_weights
-from jaxtrain.weights.pretrained import PretrainedConfig, pretrained_config
+from jaxtrain.training.weights_source import open_source
+from jaxtrain.weights.pretrained import PretrainedConfig
 
 log = logging.getLogger("jaxtrain")
 
@@ -35,8 +35,8 @@ def with_weights_settings(config: Config, stored: Config | None) -> Config:
 
 def _normalization(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Mean and std of a file's own config; () where it has none."""
-    with open_weights(path) as file:
-        known = pretrained_config(file)
+    with open_source(path) as source:
+        known = source.config()
     if coordination.index() == 0:
         log.info("%s", normalization_line(path, known))
     return (known.mean, known.std) if known.mean and known.std else ((), ())

@@ -6,19 +6,34 @@ import collections
 import dataclasses
 import difflib
 from collections.abc import Iterable, Mapping
-from typing import Literal
+from pathlib import Path
+from typing import Literal, Protocol
 
 from jaxtrain.errors import WeightsError
 from jaxtrain.weights import architecture
 from jaxtrain.weights.architecture import Architecture
-from jaxtrain.weights.file import WeightsFile
 from jaxtrain.weights.naming import NAMINGS, RECOMPUTED, Naming
 from jaxtrain.weights.rows import Row, Shape, same
+from jaxtrain.weights.tensors import Tensor
 
 OWN = "jaxtrain"
 """The label of files that have our own paths as names."""
 _OWN_TREES = ("params/", "batch_stats/")
 Fate = Literal["loaded", "resized", "new"]
+
+
+class HasTensors(Protocol):
+    """What has a table of tensors: a file of weights, or a checkpoint."""
+
+    @property
+    def path(self) -> Path:
+        """For the errors."""
+        ...
+
+    @property
+    def tensors(self) -> Mapping[str, Tensor]:
+        """By name."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,12 +75,12 @@ def has_own_names(names: Iterable[str]) -> bool:
     return all(name.startswith(_OWN_TREES) for name in names)
 
 
-def shapes_in(file: WeightsFile) -> dict[str, Shape]:
+def shapes_in(file: HasTensors) -> dict[str, Shape]:
     """The shape of each tensor by its name."""
     return {name: tensor.shape for name, tensor in file.tensors.items()}
 
 
-def architecture_in(file: WeightsFile, naming: Naming) -> Architecture:
+def architecture_in(file: HasTensors, naming: Naming) -> Architecture:
     """What model a recognised file holds. Raises `WeightsError` where its shapes are those of none."""
     try:
         return naming.read(shapes_in(file))
@@ -75,7 +90,7 @@ def architecture_in(file: WeightsFile, naming: Naming) -> Architecture:
         ) from None
 
 
-def match(file: WeightsFile, model_name: str, depths: tuple[int, ...], ours: Mapping[str, Shape]) -> Matched:
+def match(file: HasTensors, model_name: str, depths: tuple[int, ...], ours: Mapping[str, Shape]) -> Matched:
     """Finds the tensors of a file for a run's leaves.
 
     Args:
@@ -122,7 +137,7 @@ def _last_layer(ours: Mapping[str, Shape]) -> str:
     return max(path.split("/")[1] for path in ours if path.startswith("params/"))
 
 
-def _matched(file: WeightsFile, row: Row, shapes: Mapping[str, Shape], shape: Shape, *, is_last: bool) -> Match:
+def _matched(file: HasTensors, row: Row, shapes: Mapping[str, Shape], shape: Shape, *, is_last: bool) -> Match:
     """Where one leaf comes from. is_last: whether it is in the model's last layer."""
     wanted = row.form_of(shape).theirs
     missing = [name for name in row.theirs if name not in shapes]
@@ -157,7 +172,7 @@ def _side(shape: Shape) -> int:
     return side if side**2 == shape[0] and side % 2 else 0
 
 
-def _check_dtype(file: WeightsFile, row: Row) -> None:
+def _check_dtype(file: HasTensors, row: Row) -> None:
     for name in row.theirs:
         dtype = file.tensors[name].dtype
         if dtype.kind not in "fV":  # NumPy has bfloat16 as a void
@@ -174,7 +189,7 @@ def _with_nearest(names: list[str], known: Iterable[str]) -> str:
     return ", ".join(shown) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def _unknown(file: WeightsFile) -> str:
+def _unknown(file: HasTensors) -> str:
     names = list(file.tensors)
     first = collections.Counter(name.partition(".")[0] for name in names)
     begin = next(iter(first))

@@ -440,6 +440,16 @@ def test_a_file_of_weights_is_a_model_too(made, tmp_path, capsys, caplog):
     assert "of which the centre 0.950 is seen" in caplog.text
 
 
+@pytest.mark.parametrize("naming", ["torchvision", "timm"])
+def test_what_is_exported_is_the_same_model_again(made, tmp_path, capsys, naming):
+    out = str(tmp_path / "x.safetensors")
+    assert cli.main(["export", str(made.run), "--naming", naming, "--out", out, "--devices", "1"]) == 0
+    assert "the average of the weights (EMA)" in capsys.readouterr().out
+    apply, variables, preprocess, class_names = load_model(out)
+    assert class_names == CLASSES
+    np.testing.assert_array_equal(apply(variables, preprocess(made.files)), answers(made))
+
+
 def test_a_file_that_is_no_model_is_refused(made, tmp_path):
     pickle = tmp_path / "x.pth"
     pickle.write_bytes(b"\x80\x04cos\nsystem\n")
