@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import http.client
 import os
+import urllib.error
 import urllib.parse
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -81,8 +82,8 @@ def fetch(
             sync_directory(out.parent)
     except _NetworkError as error:
         raise WeightsError(
-            f"{url} cannot be fetched ({error}); without a network, fetch it elsewhere and put it at {out}; its SHA-256 must be "
-            f"{sha256.lower()}."
+            f"{url} cannot be fetched ({error}); without a network, fetch it elsewhere and put it at {out}; it must have the "
+            f"SHA-256 {sha256.lower()}."
         ) from None
     finally:
         with contextlib.suppress(OSError):
@@ -99,7 +100,7 @@ def _network() -> Iterator[None]:
     try:
         yield
     except (OSError, http.client.HTTPException) as error:
-        raise _NetworkError(getattr(error, "reason", "") or error) from None
+        raise _NetworkError(error.reason if type(error) is urllib.error.URLError else error) from None
 
 
 def _opened(part: Path) -> Any:

@@ -16,7 +16,6 @@ import shlex
 import stat
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -69,8 +68,8 @@ def open_weights(path: str | Path) -> Iterator[WeightsFile]:
         raise WeightsError(f"The file of weights {path} cannot be read ({error.strerror}).") from error
     except ValueError as error:
         raise WeightsError(f"The file of weights {str(path)!r} cannot be read ({error}).") from error
-    with open(descriptor, "rb") as file:
-        size = _size(path, file)
+    with open(_regular(path, descriptor), "rb") as file:
+        size = os.fstat(file.fileno()).st_size
         begin = file.read(8)
         read, kind = (npz.read, "npz") if begin.startswith(b"PK") else (safetensors_header.read, "safetensors")
         if begin.startswith(b"\x80"):
@@ -92,17 +91,19 @@ def open_weights(path: str | Path) -> Iterator[WeightsFile]:
                 mapped.close()
 
 
-def _size(path: Path, file: BinaryIO) -> int:
-    found = os.fstat(file.fileno())
+def _regular(path: Path, descriptor: int) -> int:
+    """`descriptor`, which is that of a file with something in it; or it is closed, and a `WeightsError` says what is there."""
+    found = os.fstat(descriptor)
+    if stat.S_ISREG(found.st_mode) and found.st_size:
+        return descriptor
+    os.close(descriptor)
+    if stat.S_ISREG(found.st_mode):
+        raise WeightsError(f"{path} is empty.")
     if stat.S_ISDIR(found.st_mode):
         held = path / "model.safetensors"
         hint = f"; name the file, {held}" if held.is_file() else ""
-        raise WeightsError(f"{path} is a directory, and no run of jaxtrain{hint}.")
-    if not stat.S_ISREG(found.st_mode):
-        raise WeightsError(f"{path} is no regular file.")
-    if not found.st_size:
-        raise WeightsError(f"{path} is empty.")
-    return found.st_size
+        raise WeightsError(f"{path} is a directory, not a file of weights{hint}.")
+    raise WeightsError(f"{path} is no regular file.")
 
 
 def _refuse_pickle(path: Path, *, by_name: bool = False) -> None:

@@ -19,6 +19,7 @@ from jaxtrain.weights.tensors import Tensor
 OWN = "jaxtrain"
 """The label of files that have our own paths as names."""
 _OWN_TREES = ("params/", "batch_stats/")
+_HEAD = ("/linear/kernel", "/linear/bias")
 Fate = Literal["loaded", "resized", "new"]
 
 
@@ -117,10 +118,11 @@ def match(file: HasTensors, model_name: str, depths: tuple[int, ...], ours: Mapp
             )
         if found := architecture.difference(theirs, architecture.of_run(model_name, depths, ours)):
             raise WeightsError(f"{file.path} is {title}, and the run's model is {found}.")
-    head = _last_layer(ours)
-    matches = [_matched(file, row, shapes, ours[row.ours], is_last=row.ours.split("/")[1] == head) for row in rows]
     used = {name for row in rows for name in row.theirs}
     rest = [name for name in shapes if name not in used]
+    _require_all(file, rows, rest)
+    head = _last_layer(ours)
+    matches = [_matched(file, row, shapes, ours[row.ours], is_last=row.ours.split("/")[1] == head) for row in rows]
     ignored = [name for name in rest if name.endswith(RECOMPUTED)]
     if extra := [name for name in rest if name not in ignored]:
         raise WeightsError(
@@ -137,15 +139,21 @@ def _last_layer(ours: Mapping[str, Shape]) -> str:
     return max(path.split("/")[1] for path in ours if path.startswith("params/"))
 
 
+def _require_all(file: HasTensors, rows: list[Row], rest: list[str]) -> None:
+    """Raises `WeightsError` where a tensor is missing; a head may be, as a whole. rest: names that no row has."""
+    last = max(row.ours.split("/")[1] for row in rows)
+    head = [name for row in rows if row.ours.split("/")[1] == last and row.ours.endswith(_HEAD) for name in row.theirs]
+    missing = [name for row in rows for name in row.theirs if name not in file.tensors]
+    if missing and missing != head:
+        raise WeightsError(f"{file.path} lacks {_with_nearest(missing, rest)}.")
+
+
 def _matched(file: HasTensors, row: Row, shapes: Mapping[str, Shape], shape: Shape, *, is_last: bool) -> Match:
     """Where one leaf comes from. is_last: whether it is in the model's last layer."""
     wanted = row.form_of(shape).theirs
-    missing = [name for name in row.theirs if name not in shapes]
-    of_head = is_last and row.ours.endswith(("/linear/kernel", "/linear/bias"))
-    if missing and of_head:
+    of_head = is_last and row.ours.endswith(_HEAD)
+    if row.theirs[0] not in shapes:
         return Match(row, shape, "new", "the file has no head")
-    if missing:
-        raise WeightsError(f"{file.path} lacks {_with_nearest(missing, shapes)}.")
     found = shapes[row.theirs[0]]
     other = [name for name in row.theirs if shapes[name] != wanted]
     if not other:

@@ -1,9 +1,10 @@
 """Logits and one step's gradients against PyTorch modules that carry the same weights.
 
-ResNet and Swin are those of `transformers`, built from their configs without a download; VGG is written out below as in
-torchvision. All weights, BatchNorm statistics and bias tables are random. The reference is PyTorch in f64. jaxtrain
-must be as near as 1e-9 in f64, and 1e-5 in f32 with matrix products at highest precision: relative to the largest
-logit, and for gradients and new running statistics to the largest value of the leaf.
+ResNet and Swin are those of `transformers`, built from their configs without a download; VGG is written out below with
+torchvision's names. Weights go through a safetensors file and jaxtrain's own tables, under the names of each program that
+has the model: the tests rename them by tables of their own. All weights, BatchNorm statistics and bias tables are random.
+The reference is PyTorch in f64. jaxtrain must be as near as 1e-9 in f64, and 1e-5 in f32 with matrix products at highest
+precision: relative to the largest logit, and for gradients and new running statistics to the largest value of the leaf.
 
 The f32 gradients are those with running statistics. With batch statistics of so few examples a ResNet-50 is chaotic in
 f32: PyTorch's own f32 gradients are then up to 20 % off its f64 ones (and 3e-6 with running statistics).
@@ -12,6 +13,9 @@ f32: PyTorch's own f32 gradients are then up to 20 % off its f64 ones (and 3e-6 
 from __future__ import annotations
 
 import dataclasses
+import functools
+import importlib
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -25,11 +29,14 @@ import pytest
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.models import registry, vgg
-from jaxtrain.models.classifier import layer_name
 from jaxtrain.models.layers import Context
+from jaxtrain.trees import path_of
+from jaxtrain.weights import matching, reading
+from jaxtrain.weights.file import open_weights
 
 torch: Any = None
 transformers: Any = None
+safetensors_torch: Any = None
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,6 +45,7 @@ def _references() -> None:
     reasons = {"torch": "PyTorch is the reference", "transformers": "its ResNet and Swin are the reference"}
     for name, reason in reasons.items():
         setattr(sys.modules[__name__], name, pytest.importorskip(name, reason=f"{reason}; install jaxtrain[parity]"))
+    sys.modules[__name__].safetensors_torch = importlib.import_module("safetensors.torch")
 
 
 CLASSES, BATCH = 10, 2
@@ -47,8 +55,15 @@ TOLERANCE = {jnp.float32: 1e-5, jnp.float64: 1e-9}
 # ------------------------------------------------------------------------------------------ the references, in PyTorch
 
 
-def torch_resnet50(depths):
-    config = transformers.ResNetConfig(num_labels=CLASSES, depths=list(depths))
+def torch_resnet(depths, bottleneck, width):
+    sizes = [width * 2**stage * (4 if bottleneck else 1) for stage in range(4)]
+    config = transformers.ResNetConfig(
+        num_labels=CLASSES,
+        depths=list(depths),
+        embedding_size=width,
+        hidden_sizes=sizes,
+        layer_type="bottleneck" if bottleneck else "basic",
+    )
     return transformers.ResNetForImageClassification(config)
 
 
@@ -86,9 +101,14 @@ def torch_vgg(depths, batch_norm, width):
             layers += [nn.ReLU()]
             channels = outputs
         layers += [nn.MaxPool2d(2)]
-    layers += [nn.AdaptiveAvgPool2d(7), nn.Flatten()]
-    layers += [nn.Linear(channels * 49, hidden), nn.ReLU(), nn.Linear(hidden, hidden), nn.ReLU()]
-    return nn.Sequential(*layers, nn.Linear(hidden, CLASSES))
+    model = nn.Sequential()
+    model.features, model.avgpool, model.flatten = nn.Sequential(*layers), nn.AdaptiveAvgPool2d(7), nn.Flatten()
+    first, second = nn.Linear(channels * 49, hidden), nn.Linear(hidden, hidden)
+    rates = [nn.Dropout(0.0) for _ in range(2)]
+    model.classifier = nn.Sequential(
+        first, nn.ReLU(), rates[0], second, nn.ReLU(), rates[1], nn.Linear(hidden, CLASSES)
+    )
+    return model
 
 
 def randomize(model, rng):
@@ -108,119 +128,138 @@ def randomize(model, rng):
         tensor.copy_(torch.from_numpy(values))
 
 
-# -------------------------------------------------------- PyTorch's names and shapes -> ours; gradients go the same way
+# ------------------------------------------------------- the names of each program: tables of the tests' own, by patterns
 
 
-class Import:
-    """Moves PyTorch's tensors (weights, or their gradients) into our trees; each must be taken exactly once."""
-
-    def __init__(self, tensors):
-        self.left = dict(tensors)
-        self.params, self.stats = {}, {}
-
-    def put(self, tree, path, value):
-        *parents, name = path
-        for key in parents:
-            tree = tree.setdefault(layer_name(key) if isinstance(key, int) else key, {})
-        assert name not in tree
-        tree[name] = value
-
-    def leaf(self, path, name, change=lambda value: value):
-        if name in self.left:
-            self.put(self.params, path, change(self.left.pop(name)))
-
-    def conv(self, path, name):
-        self.leaf((*path, "kernel"), f"{name}.weight", lambda value: value.transpose(2, 3, 1, 0))
-        self.leaf((*path, "bias"), f"{name}.bias")
-
-    def linear(self, path, name):
-        self.leaf((*path, "kernel"), f"{name}.weight", np.transpose)
-        self.leaf((*path, "bias"), f"{name}.bias")
-
-    def norm(self, path, name):
-        self.leaf((*path, "scale"), f"{name}.weight")
-        self.leaf((*path, "bias"), f"{name}.bias")
-        for ours in ("mean", "var"):
-            if f"{name}.running_{ours}" in self.left:
-                self.put(self.stats, (*path, ours), self.left.pop(f"{name}.running_{ours}").copy())
+def renamed(tensors, patterns):
+    """Tensors under other names: each by the first pattern that its whole name fits; one that fits none is an error."""
+    found = {}
+    for name, value in tensors.items():
+        to = next(re.sub(pattern, to, name) for pattern, to in patterns if re.fullmatch(pattern, name))
+        assert to not in found
+        found[to] = value
+    return found
 
 
-def resnet_import(tensors, depths):
-    trees = Import(tensors)
-
-    def unit(index, suffix, name, prefix=""):
-        trees.conv((index, f"{prefix}conv{suffix}"), f"{name}.convolution")
-        trees.norm((index, f"{prefix}bn{suffix}"), f"{name}.normalization")
-
-    unit(0, "", "resnet.embedder.embedder")
-    index = 1
-    for stage, depth in enumerate(depths):
-        for block in range(depth):
-            name = f"resnet.encoder.stages.{stage}.layers.{block}"
-            for i in range(3):
-                unit(index, str(i + 1), f"{name}.layer.{i}")
-            if block == 0:
-                unit(index, "", f"{name}.shortcut", "shortcut_")
-            index += 1
-    trees.linear((index, "linear"), "classifier.1")
-    return trees
-
-
-def vgg_import(tensors, depths, batch_norm):
-    trees, index, theirs = Import(tensors), 0, 0
-    for depth in depths:
-        for _ in range(depth):
-            trees.conv((index, "conv"), str(theirs))
-            if batch_norm:
-                trees.norm((index, "bn"), str(theirs + 1))
-            index, theirs = index + 1, theirs + (3 if batch_norm else 2)
-        theirs += 1
-    theirs += 2
-    # We flatten [H, W, C], PyTorch [C, H, W].
-    first = trees.left[f"{theirs}.weight"]
-    hidden = len(first)
-    trees.left[f"{theirs}.weight"] = first.reshape(hidden, -1, 7, 7).transpose(0, 2, 3, 1).reshape(hidden, -1)
-    for i in range(3):
-        trees.linear((index + i, "linear"), str(theirs + 2 * i))
-    return trees
+def resnet_of_torchvision(tensors):
+    """Stages there are counted from 1, and so are the convolutions of a block."""
+    counted = {
+        re.sub(r"stages\.(\d)\.", lambda m: f"stages.{int(m[1]) + 1}.", name): value for name, value in tensors.items()
+    }
+    counted = {
+        re.sub(r"\.layer\.(\d)\.", lambda m: f".layer.{int(m[1]) + 1}.", name): value for name, value in counted.items()
+    }
+    return renamed(
+        counted,
+        [
+            (r"resnet\.embedder\.embedder\.convolution\.(.*)", r"conv1.\1"),
+            (r"resnet\.embedder\.embedder\.normalization\.(.*)", r"bn1.\1"),
+            (r"resnet\.encoder\.stages\.(\d)\.layers\.(\d+)\.layer\.(\d)\.convolution\.(.*)", r"layer\1.\2.conv\3.\4"),
+            (r"resnet\.encoder\.stages\.(\d)\.layers\.(\d+)\.layer\.(\d)\.normalization\.(.*)", r"layer\1.\2.bn\3.\4"),
+            (
+                r"resnet\.encoder\.stages\.(\d)\.layers\.(\d+)\.shortcut\.convolution\.(.*)",
+                r"layer\1.\2.downsample.0.\3",
+            ),
+            (
+                r"resnet\.encoder\.stages\.(\d)\.layers\.(\d+)\.shortcut\.normalization\.(.*)",
+                r"layer\1.\2.downsample.1.\3",
+            ),
+            (r"classifier\.1\.(.*)", r"fc.\1"),
+        ],
+    )
 
 
-def swin_import(tensors, depths):
-    trees = Import(tensors)
-    trees.conv((0, "conv"), "swin.embeddings.patch_embeddings.projection")
-    trees.norm((0, "norm"), "swin.embeddings.norm")
-    index = 1
-    for stage, depth in enumerate(depths):
-        for block in range(depth):
-            name = f"swin.encoder.layers.{stage}.blocks.{block}"
-            attention = f"{name}.attention"
-            table = f"{attention}.relative_position_bias.relative_position_bias_table"
-            heads = trees.left[table].shape[1]
-            kernels = [trees.left.pop(f"{attention}.{part}_proj.weight").T for part in "qkv"]
-            biases = [trees.left.pop(f"{attention}.{part}_proj.bias") for part in "qkv"]
-            channels = len(kernels[0])
-            kernel = np.stack([value.reshape(channels, heads, -1) for value in kernels], 1)
-            trees.put(trees.params, (index, "attn", "qkv", "kernel"), kernel)
-            bias = np.stack([value.reshape(heads, -1) for value in biases])
-            trees.put(trees.params, (index, "attn", "qkv", "bias"), bias)
-            split = (heads, channels // heads, channels)
-            proj = (index, "attn", "proj")
-            trees.leaf((*proj, "kernel"), f"{attention}.o_proj.weight", lambda value, s=split: value.T.reshape(s))
-            trees.leaf((*proj, "bias"), f"{attention}.o_proj.bias")
-            trees.leaf((index, "attn", "bias_table"), table)
-            trees.norm((index, "norm1"), f"{name}.layernorm_before")
-            trees.norm((index, "norm2"), f"{name}.layernorm_after")
-            trees.linear((index, "fc1"), f"{name}.mlp.fc1")
-            trees.linear((index, "fc2"), f"{name}.mlp.fc2")
-            index += 1
-        if stage < len(depths) - 1:
-            name = f"swin.encoder.layers.{stage}.downsample"
-            trees.norm((index, "norm"), f"{name}.norm")
-            trees.linear((index, "linear"), f"{name}.reduction")
-            index += 1
-    trees.norm((index, "norm"), "swin.layernorm")
-    trees.linear((index, "linear"), "classifier")
-    return trees
+def fused(tensors):
+    """Queries, keys and values as one tensor, in this order, as all but transformers have them."""
+    found = dict(tensors)
+    for name in tensors:
+        if ".q_proj." in name:
+            parts = [found.pop(name.replace(".q_proj.", f".{part}_proj.")) for part in "qkv"]
+            found[name.replace(".q_proj.", ".qkv.")] = torch.cat(parts)
+    return found
+
+
+BLOCK = r"swin\.encoder\.layers\.(\d)\.blocks\.(\d+)\."
+IN_A_BLOCK = [
+    (r"attention\.qkv\.(.*)", r"attn.qkv.\3"),
+    (r"attention\.o_proj\.(.*)", r"attn.proj.\3"),
+    (r"attention\.relative_position_bias\.(relative_position_bias_table|relative_position_index)", r"attn.\3"),
+    (r"layernorm_before\.(.*)", r"norm1.\3"),
+    (r"layernorm_after\.(.*)", r"norm2.\3"),
+]
+
+
+def swin_of_timm(tensors, *, old):
+    """old: as in the original, and in timm before 0.9: a merging of patches belongs to the stage before it."""
+    patterns = [
+        (r"swin\.embeddings\.patch_embeddings\.projection\.(.*)", r"patch_embed.proj.\1"),
+        (r"swin\.embeddings\.norm\.(.*)", r"patch_embed.norm.\1"),
+        *((BLOCK + inner, rf"layers.\1.blocks.\2.{to}") for inner, to in IN_A_BLOCK),
+        (BLOCK + r"mlp\.(.*)", r"layers.\1.blocks.\2.mlp.\3"),
+        (r"swin\.encoder\.layers\.(\d)\.downsample\.(.*)", r"layers.\1.downsample.\2"),
+        (r"swin\.layernorm\.(.*)", r"norm.\1"),
+        (r"classifier\.(.*)", r"head.\1" if old else r"head.fc.\1"),
+    ]
+    found = renamed(fused(tensors), patterns)
+    if old:
+        return found
+    later = re.compile(r"layers\.(\d)\.downsample")
+    return {later.sub(lambda m: f"layers.{int(m[1]) + 1}.downsample", name): value for name, value in found.items()}
+
+
+def swin_of_torchvision(tensors):
+    """Patches, stages and mergings are counted together."""
+    patterns = [
+        (r"patch_embed\.proj\.(.*)", r"features.0.0.\1"),
+        (r"patch_embed\.norm\.(.*)", r"features.0.2.\1"),
+        (r"layers\.(\d)\.blocks\.(.*)\.mlp\.fc1\.(.*)", r"features.<\1>.\2.mlp.0.\3"),
+        (r"layers\.(\d)\.blocks\.(.*)\.mlp\.fc2\.(.*)", r"features.<\1>.\2.mlp.3.\3"),
+        (r"layers\.(\d)\.blocks\.(.*)", r"features.<\1>.\2"),
+        (r"layers\.(\d)\.downsample\.(.*)", r"features.<<\1>>.\2"),
+        (r"(norm|head)\.(.*)", r"\1.\2"),
+    ]
+    found = renamed(swin_of_timm(tensors, old=True), patterns)
+    after = {re.sub("<<(.)>>", lambda m: str(2 * int(m[1]) + 2), name): value for name, value in found.items()}
+    return {re.sub("<(.)>", lambda m: str(2 * int(m[1]) + 1), name): value for name, value in after.items()}
+
+
+def swin_of_transformers(tensors):
+    """As `save_pretrained` writes them, and as they are published."""
+    parts = {"q_proj": "self.query", "k_proj": "self.key", "v_proj": "self.value", "o_proj": "output.dense"}
+    patterns = [
+        *((f"(.*)\\.attention\\.{ours}\\.(.*)", rf"\1.attention.{theirs}.\2") for ours, theirs in parts.items()),
+        (r"(.*)\.attention\.relative_position_bias\.(.*)", r"\1.attention.self.\2"),
+        (r"(.*)\.mlp\.fc1\.(.*)", r"\1.intermediate.dense.\2"),
+        (r"(.*)\.mlp\.fc2\.(.*)", r"\1.output.dense.\2"),
+        (r"(.*)", r"\1"),
+    ]
+    return renamed(tensors, patterns)
+
+
+def vgg_of_timm(tensors):
+    """The hidden layers are convolutions there."""
+    shapes = {"classifier.0.weight": (-1, 7, 7), "classifier.3.weight": (-1, 1, 1)}
+    theirs = {"classifier.0": "pre_logits.fc1", "classifier.3": "pre_logits.fc2", "classifier.6": "head.fc"}
+    found = {}
+    for name, value in tensors.items():
+        module, _, leaf = name.rpartition(".")
+        found[f"{theirs.get(module, module)}.{leaf}"] = (
+            value.reshape(len(value), *shapes[name]) if name in shapes else value
+        )
+    return found
+
+
+NAMES = {
+    "resnet": {"transformers": dict, "torchvision": resnet_of_torchvision},
+    "vgg": {"torchvision": dict, "timm": vgg_of_timm},
+    "swin": {
+        "transformers 5": dict,
+        "transformers": swin_of_transformers,
+        "timm": lambda tensors: swin_of_timm(tensors, old=False),
+        "timm before 0.9": lambda tensors: swin_of_timm(tensors, old=True),
+        "torchvision": swin_of_torchvision,
+    },
+}
 
 
 # --------------------------------------------------------------------------------------------------------- comparisons
@@ -231,21 +270,24 @@ class Case:
     config: ModelConfig
     image_size: int
     build: Callable  # () -> the PyTorch module
-    convert: Callable  # {PyTorch's name: array} -> Import
     seed: int = 0
     f32: bool = True
 
+    @property
+    def names(self) -> dict[str, Callable]:
+        """{whose names: PyTorch's tensors by name -> theirs}."""
+        return next(names for family, names in NAMES.items() if self.config.name.startswith(family))
 
-def resnet_case(depths, f32=True):
-    config = ModelConfig(name="resnet50", depths=depths)
-    return Case(config, 64, lambda: torch_resnet50(depths), lambda tensors: resnet_import(tensors, depths), f32=f32)
+
+def resnet_case(name, depths, width=64, f32=True):
+    config = ModelConfig(name=name, depths=depths, width=width)
+    bottleneck = name not in ("resnet18", "resnet34")
+    return Case(config, 64, lambda: torch_resnet(depths, bottleneck, width), f32=f32)
 
 
 def swin_case(image_size, patch, window, depths, f32=True):
     config = ModelConfig(name="swin_tiny", patch=patch, window=window, depths=depths, drop_path=0.0)
-    reference = (image_size, patch, window, depths)
-    build, convert = lambda: torch_swin(*reference), lambda tensors: swin_import(tensors, depths)
-    return Case(config, image_size, build, convert, f32=f32)
+    return Case(config, image_size, lambda: torch_swin(image_size, patch, window, depths), f32=f32)
 
 
 def vgg_case(name, image_size, width, seed=0, f32=True):
@@ -257,14 +299,18 @@ def vgg_case(name, image_size, width, seed=0, f32=True):
             model = torch_vgg(depths, batch_norm, width)
         return model.to_empty(device="cpu")
 
-    return Case(config, image_size, build, lambda tensors: vgg_import(tensors, depths, batch_norm), seed, f32)
+    return Case(config, image_size, build, seed, f32)
 
 
 # By default the short and the narrow ones. VGG's layers at full width would take 5 GB, of which most is one matrix.
 CASES = {
-    "resnet50": resnet_case((3, 4, 6, 3)),
-    "resnet50, short": resnet_case((2, 1, 1, 1), f32=False),
+    "resnet18": resnet_case("resnet18", (2, 2, 2, 2)),
+    "resnet50": resnet_case("resnet50", (3, 4, 6, 3)),
+    "resnet101, narrow": resnet_case("resnet101", (3, 4, 23, 3), width=16, f32=False),
+    "resnet50, short": resnet_case("resnet50", (2, 1, 1, 1), f32=False),
+    "vgg16": vgg_case("vgg16", 64, 8, f32=False),
     "vgg19": vgg_case("vgg19", 64, 16, seed=2),
+    "vgg19_bn, narrow": vgg_case("vgg19_bn", 64, 8, f32=False),
     "vgg11_bn, narrow": vgg_case("vgg11_bn", 96, 8, f32=False),
     # As at 224 px with window 7: 8, 4, 2 and 1 windows a side.
     "swin_tiny": swin_case(96, 4, 3, (2, 2, 6, 2)),
@@ -275,20 +321,44 @@ CASES = {
 }
 
 
-def arrays(tensors):
-    return {name: value.detach().numpy() for name, value in tensors if value.dtype.is_floating_point}
+def ours(case, tensors, folder, whose=""):
+    """(parameters, statistics) from PyTorch's tensors by name: through a file with `whose` names, as jaxtrain reads it."""
+    whose = whose or next(iter(case.names))
+    path = folder / "weights.safetensors"
+    named = {name: value.detach().contiguous() for name, value in case.names[whose](tensors).items()}
+    safetensors_torch.save_file(named, path)
+    shapes, structure = own_shapes(case)
+    with open_weights(path) as file:
+        matched = matching.match(file, case.config.name, case.config.depths, shapes)
+        assert (matched.label, len(matched.of("loaded"))) == (whose, len(shapes))
+        read = {m.row.ours: reading.read(file, m, tuple(map(slice, m.shape)), np.dtype(float)) for m in matched.matches}
+    trees = structure.unflatten([read[p] for p in shapes])
+    return trees["params"], trees["batch_stats"]
 
 
-def pytorch_step(case, model, images, labels, train):
+@functools.cache
+def own_shapes(case):
+    """The shapes of our leaves by path, in the order of the trees, and the trees' structure."""
+    shape = (case.image_size, case.image_size, 3)
+    model = registry.build(case.config, shape, CLASSES, jnp.float32, jnp.float32)
+    own = jax.eval_shape(lambda key: model.init(key, (1, *shape), jnp.float32), jax.random.key(0))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(dict(zip(("params", "batch_stats"), own, strict=True)))
+    return {path_of(path): leaf.shape for path, leaf in leaves}, structure
+
+
+def floats(named_tensors):
+    return {name: value for name, value in named_tensors if value.dtype.is_floating_point}
+
+
+def pytorch_step(case, model, images, labels, train, folder):
     """(logits, gradients, new statistics), in f64 and in our names and shapes."""
     model.train(train).zero_grad()
     logits = model(torch.from_numpy(images).double().permute(0, 3, 1, 2))
     logits = getattr(logits, "logits", logits)
     torch.nn.functional.cross_entropy(logits, torch.from_numpy(labels)).backward()
-    gradients = case.convert(arrays((name, value.grad) for name, value in model.named_parameters()))
-    assert not gradients.left
-    stats = case.convert(arrays(model.state_dict().items())).stats if train else {}
-    return logits.detach().numpy(), gradients.params, stats
+    state = floats(model.state_dict().items())
+    gradients, stats = ours(case, state | {name: value.grad for name, value in model.named_parameters()}, folder)
+    return logits.detach().numpy(), gradients, stats if train else {}
 
 
 def our_step(case, trees, dtype, train):
@@ -335,22 +405,24 @@ DEFAULT = ("resnet50, short", "vgg11_bn, narrow", "swin_tiny, padded")
 
 
 @pytest.mark.parametrize("name", [parity.case(name, default=name in DEFAULT) for name in CASES])
-def test_logits_gradients_and_statistics_are_those_of_pytorch(name):
+def test_logits_gradients_and_statistics_are_those_of_pytorch(name, tmp_path):
     case = CASES[name]
     rng = np.random.default_rng(case.seed)
     model = case.build()
     randomize(model, rng)
     model = model.double()
-    start = case.convert(arrays(model.state_dict().items()))
-    assert not start.left
+    start = ours(case, floats(model.state_dict().items()), tmp_path)
+    for whose in case.names:
+        trees = ours(case, dict(model.state_dict()), tmp_path, whose)
+        assert all(map(np.array_equal, jax.tree.leaves(trees), jax.tree.leaves(start))), whose
 
     def compare(dtype, train, batches=1):
         """The errors, each the smallest of up to so many batches."""
-        ours, found = our_step(case, (start.params, start.stats), dtype, train), []
+        ours, found = our_step(case, start, dtype, train), []
         for _ in range(batches):
             images = rng.standard_normal((BATCH, case.image_size, case.image_size, 3), np.float32)
             labels = rng.integers(CLASSES, size=BATCH)
-            found.append(errors(pytorch_step(case, model, images, labels, train), ours(images, labels)))
+            found.append(errors(pytorch_step(case, model, images, labels, train, tmp_path), ours(images, labels)))
             if max(found[-1].values()) <= TOLERANCE[dtype]:
                 break
         return {path: min(batch[path] for batch in found) for path in found[0]}
@@ -360,7 +432,7 @@ def test_logits_gradients_and_statistics_are_those_of_pytorch(name):
         # One ReLU whose input is within rounding of 0 moves all gradients before it by 1e-3. A fault spares no batch.
         found["f32"] = compare(jnp.float32, train=False, batches=4)
     with jax.enable_x64(True):
-        if start.stats:
+        if start[1]:
             found["f64, running statistics"] = compare(jnp.float64, train=False)
         found["f64, training"] = compare(jnp.float64, train=True)  # last: it moves PyTorch's running statistics
     for kind, by_path in found.items():
