@@ -25,6 +25,7 @@ from benchmarks.cpu import (
     overhead,
     peers,
     pipeline,
+    predict,
     scale,
     startup,
     status,
@@ -40,6 +41,7 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "startup": startup.measure,
     "quickstart": startup.quickstart,
     "inputs": inputs.measure,
+    "predict": predict.measure,
     "checkpoints": checkpoints.measure,
     "faults": faults.measure,
     "finetune": finetune.measure,
@@ -134,6 +136,9 @@ def _rows(measured: dict[str, Any]) -> list[str]:
                 lines.append(_row(f"input, {row['name']}", row[key], factor, unit, digits))
         if not units.keys() & row.keys():
             lines.append(f"| input, {row['name']} | | |")
+    for row in measured.get("predict", []):
+        key, unit, digits = ("ratio", "x", 2) if "ratio" in row else ("seconds", "s", 2)
+        lines.append(_row(f"predicting 1,000 JPEGs of 500 x 375: {row['name']}", row[key], 1, unit, digits))
     for row in measured.get("checkpoints", []):
         for key in ("blocked", "whole", "manifest", "verify", "restore"):
             lines.append(_row(f"checkpoint of {row['name']} ({row['bytes'] / 1e6:.0f} MB), {key}", row[key], 1, "s", 3))

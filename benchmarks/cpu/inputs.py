@@ -189,16 +189,17 @@ def _compare(
             rates.setdefault(f"DataLoader, {name}", []).append(rate)
     if ask is not None:
         ask(None)
-    rows = [{"name": f"{work}, a core: {name}", "images_per_second": _spread(found)} for name, found in rates.items()]
+    rows = [{"name": f"{work}, a core: {name}", "images_per_second": spread(found)} for name, found in rates.items()]
     if ask is not None:
         best = max((name for name in rates if name.startswith("DataLoader")), key=lambda n: Spread.of(rates[n]).median)
         for name in ours:
             ratios = [a / b for a, b in zip(rates[name], rates[best], strict=True)]
-            rows.append({"name": f"{work}, a core: {name}, over {best}", "ratio": _spread(ratios)})
+            rows.append({"name": f"{work}, a core: {name}, over {best}", "ratio": spread(ratios)})
     return rows
 
 
-def _spread(values: list[float]) -> dict[str, float]:
+def spread(values: list[float]) -> dict[str, float]:
+    """Of repeats, for a results file."""
     return dataclasses.asdict(Spread.of(values))
 
 
@@ -330,8 +331,8 @@ def _waits(kind: str, directory: Path) -> list[dict[str, Any]]:
         what = f"ResNet-18 of width 8, batch {batch}, streamed {what}, {cores.total()} cores"
         milliseconds = 1e3 * Spread.of(seconds["cached"][1:]).median / steps
         rows.append({"name": f"{what}: a step over one of {milliseconds:.1f} ms on a cached batch",
-                     "ratio": _spread(ratios)})  # fmt: skip
-        rows.append({"name": f"{what}: share of the step that waits for data", "share": _spread(shares[1:])})
+                     "ratio": spread(ratios)})  # fmt: skip
+        rows.append({"name": f"{what}: share of the step that waits for data", "share": spread(shares[1:])})
     return rows
 
 

@@ -39,13 +39,13 @@ def _conv_norm(inputs: int, features: int, size: int, stride: int) -> list[nn.Mo
     return [nn.Conv2d(inputs, features, size, stride, size // 2, bias=False), nn.BatchNorm2d(features)]
 
 
-def resnet(classes: int, depths: Sequence[int], *, bottleneck: bool) -> nn.Module:
+def resnet(classes: int, depths: Sequence[int], *, bottleneck: bool, width: int = 64) -> nn.Module:
     """A ResNet with the stem for small images."""
-    layers: list[nn.Module] = [*_conv_norm(3, 64, 3, 1), nn.ReLU(inplace=True)]
-    channels = 64
+    layers: list[nn.Module] = [*_conv_norm(3, width, 3, 1), nn.ReLU(inplace=True)]
+    channels = width
     for stage, depth in enumerate(depths):
         for i in range(depth):
-            c, s = 64 * 2**stage, 2 if stage and not i else 1
+            c, s = width * 2**stage, 2 if stage and not i else 1
             plan = ((1, c, 1), (3, c, s), (1, 4 * c, 1)) if bottleneck else ((3, c, s), (3, c, 1))
             layers.append(Block(channels, plan))
             channels = plan[-1][1]

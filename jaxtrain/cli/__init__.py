@@ -34,6 +34,7 @@ from jaxtrain.cli import (
     layout,
     logs,
     plan,
+    predict,
     queue,
     resume,
     status,
@@ -50,13 +51,13 @@ from jaxtrain.plugins import whose_fault
 from jaxtrain.recipes import split_override
 
 COMMANDS = {
-    "train": train, "launch": launch, "evaluate": evaluate, "checkpoint": checkpoint, "data": data, "config": config,
-    "layout": layout, "compile": compile, "plan": plan, "logs": logs, "goodput": goodput, "demo": demo, "doctor": doctor,
-    "weights": weights, "export": export, "init": init, "submit": submit, "queue": queue, "status": status, "stop": stop,
-    "resume": resume,
+    "train": train, "launch": launch, "evaluate": evaluate, "predict": predict, "export": export,
+    "checkpoint": checkpoint, "data": data, "config": config, "layout": layout, "compile": compile, "plan": plan, "logs": logs,
+    "goodput": goodput, "weights": weights, "demo": demo, "doctor": doctor, "init": init, "submit": submit, "queue": queue,
+    "status": status, "stop": stop, "resume": resume,
 }  # fmt: skip
 
-_WITH_CONFIG = ("train", "layout", "compile", "plan", "config")
+_WITH_CONFIG = ("train", "evaluate", "layout", "compile", "plan", "config")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -84,6 +84,27 @@ def add_config_argument(parser: argparse.ArgumentParser) -> None:
     flags.add_arguments(parser)
 
 
+def add_model_argument(parser: argparse.ArgumentParser) -> None:
+    """RUN, for commands that use what it has trained."""
+    parser.add_argument(
+        "run", metavar="RUN", help="the work directory of a run, or one of its checkpoints (RUN/checkpoints/STEP)"
+    )
+
+
+def add_weights_arguments(parser: argparse.ArgumentParser) -> None:
+    """--checkpoint, --ema, --trust: which weights of a run."""
+    parser.add_argument("--checkpoint", default="best", help="best, latest, a step, or epoch:N (default: best)")
+    parser.add_argument(
+        "--ema",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help="take the moving average of the weights, or the weights; default: the average if the run keeps one",
+    )
+    parser.add_argument(
+        "--trust", action="store_true", help="run the code that the run's config names, as package.module:attribute"
+    )
+
+
 def add_device_arguments(parser: argparse.ArgumentParser) -> None:
     """--devices and --simulate-devices."""
     parser.add_argument("--devices", type=int, default=0, metavar="N", help="use the first N devices of the host")

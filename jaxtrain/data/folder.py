@@ -178,6 +178,14 @@ class FolderSource(base.DecodedSource):
         return pixels, self.labels[indices]
 
 
+def file_of(source: base.Source, index: int) -> str:
+    """The path below its folder of an example of `source`; "" where examples are no files."""
+    while isinstance(source, (base.Subset, base.Relabelled)):
+        index = int(source.indices[index]) if isinstance(source, base.Subset) else index
+        source = source.base
+    return source.files[index] if isinstance(source, FolderSource) else ""
+
+
 def _raw_splits(scan: Scan, side: int, chosen: Mapping[str, str], unreadable: Mapping[str, str]) -> base.RawSplits:
     """The folder's splits, before those that it lacks are drawn.
 

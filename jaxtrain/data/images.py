@@ -53,26 +53,27 @@ _MAX_SIDE, _MAX_PIXELS = 1 << 16, 1 << 26
 _MAX_STORED, _MAX_PROGRESSIVE = 1 << 28, 1 << 27
 
 
-def read_file(path: Path, class_name: str, side: int) -> np.ndarray:
+def read_file(path: Path, class_name: str, side: int, *, channels: int = 3) -> np.ndarray:
     """The colours of an image file, cut to a square.
 
     Args:
       path: the file.
-      class_name: its class, for errors.
+      class_name: its class, for errors; "" where nobody knows it.
       side: in pixels, of the square.
+      channels: 1, 3 or 4.
 
     Returns:
-      uint8 [side, side, 3].
+      uint8 [side, side, channels].
 
     Raises:
       DataError: the file cannot be read, or `decode` cannot decode it.
     """
-    where = f"{path} (class {class_name!r})"
+    where = f"{path} (class {class_name!r})" if class_name else str(path)
     try:
         data = path.read_bytes()
     except OSError as error:
         raise DataError(f"{where} cannot be read ({error.strerror}).") from None
-    return decode(data, where, channels=3, side=side)
+    return decode(data, where, channels=channels, side=side)
 
 
 def decode(data: bytes, where: str, *, channels: int, side: int = 0) -> np.ndarray:
@@ -95,18 +96,58 @@ def decode(data: bytes, where: str, *, channels: int, side: int = 0) -> np.ndarr
         raise DataError(f"{where} is empty.")
     try:
         with _open(data) as image:
-            if image.mode.startswith(("I", "F")):  # Pillow would cut off what is above 255
-                raise ValueError(f"its pixels are of mode {image.mode}, and 8-bit ones are read: convert it")
             # JPEG only: its decoder can leave out the frequencies that the smaller image could not show.
             stored = image.size
             reduced = image.draft(None, (side, side)) if side else None
             _check_size(image, stored, may_be_reduced=side > 0 and reduced is None)
-            size = reduced[1][2:] if reduced else image.size
-            pixels = image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
-            array = np.asarray(_centre_square(pixels, side, *size) if side else pixels)
+            return _pixels(image, channels, side, reduced[1][2:] if reduced else image.size)
     except Exception as error:  # Pillow's decoders raise OSError, SyntaxError, ValueError, struct.error, EOFError, ...
         raise DataError(f"{where} is not a readable image ({error or type(error).__name__}).") from None
+
+
+def from_memory(image: Image.Image | np.ndarray, where: str, *, channels: int, side: int) -> np.ndarray:
+    """An image that is decoded already, as `decode` gives one: its colours, cut to a square.
+
+    Args:
+      image: Pillow's, or uint8 [H, W] or [H, W, 1, 3 or 4].
+      where: names it in errors.
+      channels: 1, 3 or 4.
+      side: in pixels, of the square.
+
+    Returns:
+      uint8 [side, side, channels].
+
+    Raises:
+      DataError: its pixels are not of 8 bits, or it has another shape.
+    """
+    try:
+        if isinstance(image, np.ndarray):
+            if image.dtype != np.uint8:
+                raise ValueError(f"it has numbers of type {image.dtype}, and uint8 is read: convert it")
+            if image.ndim not in (2, 3):
+                raise ValueError(f"it has shape {image.shape}, and [H, W] or [H, W, channels] is read")
+            image = Image.fromarray(image[:, :, 0] if image.shape[2:] == (1,) else image)
+        return _pixels(image, channels, side, image.size)
+    except Exception as error:  # as in `decode`: Pillow's images may be files that are read now
+        raise DataError(f"{where} is not a readable image ({error or type(error).__name__}).") from None
+
+
+def _pixels(image: Image.Image, channels: int, side: int, size: tuple[float, float]) -> np.ndarray:
+    """The colours, uint8 [H, W, channels]; the centre square where `side` is above 0. size: as of `_centre_square`."""
+    if image.mode.startswith(("I", "F")):  # Pillow would cut off what is above 255
+        raise ValueError(f"its pixels are of mode {image.mode}, and 8-bit ones are read: convert it")
+    pixels = image if image.mode == _MODES[channels] else image.convert(_MODES[channels])
+    array = np.asarray(_centre_square(pixels, side, *size) if side else pixels)
     return array[:, :, None] if array.ndim == 2 else array
+
+
+def as_png(pixels: np.ndarray, most: int) -> bytes:
+    """uint8 [H, W, C] as a PNG of at most so many pixels a side; of other than 1, 3 or 4 channels the first alone."""
+    mode = pixels.shape[2] in _MODES and pixels.shape[2] > 1
+    image, file = Image.fromarray(pixels if mode else pixels[:, :, 0]), io.BytesIO()
+    image.thumbnail((most, most))
+    image.save(file, "PNG")
+    return file.getvalue()
 
 
 def _open(data: bytes) -> ImageFile.ImageFile:

@@ -32,6 +32,12 @@ def _shown(letter: str, lines: bool) -> str:
     return letter.encode("unicode_escape").decode("ascii")
 
 
+def spreadsheet_cell(text: str) -> str:
+    """`text` for a cell of a CSV file, `printable`; one that a spreadsheet would take for a formula has a quote in front."""
+    shown = printable(text)
+    return f"'{shown}" if text[:1] in ("=", "+", "-", "@", "\t", "\r", "\n") else shown
+
+
 def note(text: str, program: str = "jaxtrain", *, lines: bool = False) -> None:
     """Prints `text` as a line on standard error, for what must be said before a run has a log.
 

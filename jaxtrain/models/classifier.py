@@ -102,6 +102,27 @@ class Classifier:
                 new_stats[name] = stats
         return x, new_stats
 
+    def embed(
+        self,
+        params: Tree,
+        batch_stats: Tree,
+        x: jax.Array,
+        context: Context,
+        *,
+        wrap: Callable[[LayerFn, str], LayerFn] | None = None,
+    ) -> tuple[jax.Array, jax.Array]:
+        """Logits [B, num_classes] and features [B, D]: what the head's last linear map takes (its input, if it has none).
+
+        The arguments are those of `apply`.
+        """
+        last = len(self.layers) - 1
+        x, _ = self.apply(params, batch_stats, x, context, wrap=wrap, layers=range(last))
+        logits, _ = self.apply(params, batch_stats, x, context, wrap=wrap, layers=range(last, last + 1))
+        name, function = layer_name(last), _head_input(self.layers[last])
+        wrapped = function if wrap is None else wrap(function, name)
+        features, _ = wrapped(params.get(name, {}), batch_stats.get(name, {}), x, context, None)
+        return logits, features
+
 
 def layer_function(layer: nn.Module) -> LayerFn:
     """`layer` as a pure function of its parameters, statistics, input and key."""
@@ -114,5 +135,25 @@ def layer_function(layer: nn.Module) -> LayerFn:
         mutable = ["batch_stats"] if stats and context.train else []
         y, updated = layer.apply(variables, x, context, rngs=rngs, mutable=mutable)
         return y, dict(updated["batch_stats"]) if mutable else stats
+
+    return function
+
+
+def _head_input(head: nn.Module) -> LayerFn:
+    """As `layer_function`, but in place of the logits the input of the last linear map, [B, D]."""
+
+    def function(
+        params: Tree, stats: Tree, x: jax.Array, context: Context, key: jax.Array | None
+    ) -> tuple[jax.Array, Tree]:
+        seen = [x]
+
+        def look(call: Callable[..., Any], args: Any, kwargs: Any, of: nn.module.InterceptorContext) -> Any:
+            if isinstance(of.module, nn.Dense) and of.method_name == "__call__":
+                seen.append(args[0])
+            return call(*args, **kwargs)
+
+        with nn.intercept_methods(look):
+            layer_function(head)(params, stats, x, context, key)
+        return seen[-1].reshape(x.shape[0], -1), stats
 
     return function

@@ -15,6 +15,7 @@ import numpy as np
 from clu.metrics import Average, Collection
 
 from jaxtrain.data.augment import eval_inputs
+from jaxtrain.models.classifier import Classifier
 from jaxtrain.models.layers import Context
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.step.batch import EvalBatch, Resident, select_microbatch
@@ -165,10 +166,23 @@ def _add(
 ) -> Collection:
     """`add_to_sums` of the model's logits for `batch`."""
     images, labels = select_microbatch(batch.batch, resident, 0, layout)
-    inputs = eval_inputs(task.preprocess, images)
-    context = Context(example=jnp.arange(labels.shape[0], dtype=jnp.int32))
-    logits, _ = task.model.apply(params, batch_stats, inputs, context, wrap=layer_wrapper(layout, params, "none"))
+    logits = logits_of(task.model, layout, params, batch_stats, eval_inputs(task.preprocess, images))
     return add_to_sums(task, sums, logits, labels, batch.mask[0])
+
+
+def logits_of(model: Classifier, layout: Layout, params: PyTree, batch_stats: PyTree, inputs: jax.Array) -> jax.Array:
+    """The logits, float [B, C], of the model's inputs, float [B, S, S, channels], by the running statistics.
+
+    Args:
+      model: the layers.
+      layout: of the weights.
+      params: float arrays, keyed by layer.
+      batch_stats: the running statistics, keyed by layer.
+      inputs: as `eval_inputs` gives them.
+    """
+    context = Context(example=jnp.arange(inputs.shape[0], dtype=jnp.int32))
+    logits, _ = model.apply(params, batch_stats, inputs, context, wrap=layer_wrapper(layout, params, "none"))
+    return logits
 
 
 def add_to_sums(task: Task, sums: Collection, logits: jax.Array, labels: jax.Array, mask: jax.Array) -> Collection:

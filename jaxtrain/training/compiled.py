@@ -20,6 +20,7 @@ from jaxtrain.host.files import closing
 from jaxtrain.host.limits import limits_named
 from jaxtrain.observability.text_log import FILE_ONLY, NOT_LIVE, to_screen
 from jaxtrain.parallel.audit import audit
+from jaxtrain.step.answers import Answers, make_answer_step
 from jaxtrain.step.batch import RATES, Batch, EvalBatch
 from jaxtrain.step.eval_step import EvalResult, EvalStep, make_eval_step
 from jaxtrain.step.pipeline.eval_step import PipelineEvalStep, make_pipeline_eval_step
@@ -158,15 +159,38 @@ class Evaluator:
     ) -> EvalResult:
         """Evaluates weights; calls `before_batch` before every batch."""
 
+        program = self._program(params, batch_stats).result()
+        with self._batches(split, before_batch) as batches:
+            return program(params, batch_stats, batches, self._inputs.resident)
+
+    def answers(
+        self,
+        split: str,
+        params: PyTree,
+        batch_stats: PyTree,
+        before_batch: Callable[[], None] = lambda: None,
+        *,
+        flip: bool = False,
+    ) -> tuple[EvalResult, Answers]:
+        """As a call, with the answer to each example; not with pipeline stages. flip: see `make_answer_step`."""
+        batch = self._inputs.evaluation_shapes(self._run.evaluation_batch)
+        weights = (params, batch_stats, batch, self._inputs.resident)
+        step = make_answer_step(self._run.task, self._run.layout, *weights, flip=flip)
+        with self._batches(split, before_batch) as batches:
+            return step(params, batch_stats, batches, self._inputs.resident)
+
+    @contextlib.contextmanager
+    def _batches(self, split: str, before_batch: Callable[[], None]) -> Iterator[Iterator[EvalBatch]]:
+        """The batches of a split; `before_batch` is called before each."""
+
         def watched(batches: Iterator[EvalBatch]) -> Iterator[EvalBatch]:
             for batch in batches:
                 before_batch()
                 yield batch
 
-        program = self._program(params, batch_stats).result()
         size, examples = self._run.evaluation_batch, self._run.config.train.eval_examples
         with contextlib.closing(self._inputs.evaluation(split, size, examples)) as batches:
-            return program(params, batch_stats, watched(batches), self._inputs.resident)
+            yield watched(batches)
 
     def of_state(
         self, state: TrainState, split: str, before_batch: Callable[[], None] = lambda: None

@@ -6,30 +6,38 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+import jax
 
 from jaxtrain.checkpoint.checkpointer import Checkpointer
 from jaxtrain.checkpoint.config_changes import may_be_one_data_set
-from jaxtrain.checkpoint.manifest import DeletedError, manifested_steps, problems, read_manifest, unless_deleted
-from jaxtrain.checkpoint.resume_point import CheckpointStep, Position, find_checkpoint
-from jaxtrain.config import Config, DataConfig, LayoutConfig, flatten, from_dict, to_dict
+from jaxtrain.checkpoint.manifest import DeletedError, unless_deleted
+from jaxtrain.checkpoint.resume_point import Position
+from jaxtrain.config import Config, DataConfig, LayoutConfig, flatten, to_dict
 from jaxtrain.data import record, registry
 from jaxtrain.data.base import Dataset, follow_classes
-from jaxtrain.errors import CheckpointError, ConfigError, DataError, WorkdirError
+from jaxtrain.errors import ConfigError, DataError, WeightsError, WorkdirError
 from jaxtrain.host import xla_flags
 from jaxtrain.host.files import ELSEWHERE, closing
 from jaxtrain.observability.progress import Progress
 from jaxtrain.observability.text_log import make_console
 from jaxtrain.parallel.mesh import Device, batch_ways, make_mesh
 from jaxtrain.plugins import refuse_code
+from jaxtrain.precision import resolve_precision
 from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.step.train_state import state_shapes
 from jaxtrain.training.compiled import Evaluator
+from jaxtrain.training.evaluation_report import EvaluationReport, make_report
+from jaxtrain.training.inference import find_stored, for_inference, uses_average
+from jaxtrain.training.initial_weights import initial_weights
 from jaxtrain.training.input_pipeline import InputPipeline, make_input_pipeline
 from jaxtrain.training.jax_settings import compile_cache_note, settings
-from jaxtrain.training.setup import RunSpec, load_data, make_run_spec, select_devices
-from jaxtrain.trees import PyTree
+from jaxtrain.training.setup import RunSpec, check_names, load_data, make_run_spec, resolve_for_machine, select_devices
+from jaxtrain.training.trained import output_names
+from jaxtrain.training.weights_source import open_source
+from jaxtrain.trees import PyTree, path_of
 from jaxtrain.workdir import Workdir, named
 
 SPLITS = {"train": "train", "val": "validation", "validation": "validation", "test": "test"}
@@ -40,8 +48,9 @@ log = logging.getLogger("jaxtrain")
 class Evaluated:
     """The result, and what it is of.
 
-    step: the checkpoint's. split: `train`, `validation` or `test`. weights: `raw`, or `ema` for their moving average.
-    class_names: of `result.per_class`.
+    step: the checkpoint's; 0 of a file. split: `train`, `validation` or `test`. weights: `raw`, `ema` for their moving
+    average, or `file` for those of a file.
+    class_names: of `result.per_class`. report: where it was asked for.
     """
 
     result: EvalResult
@@ -49,6 +58,7 @@ class Evaluated:
     split: str
     weights: str
     class_names: tuple[str, ...]
+    report: EvaluationReport | None = dataclasses.field(default=None, compare=False)
 
     def __repr__(self) -> str:
         """The result in a line: the classes of a large data set would fill a page."""
@@ -67,6 +77,8 @@ def evaluate(
     allow_changes: bool = False,
     trust: bool = False,
     quiet: bool = False,
+    tta: str = "",
+    report: bool = False,
 ) -> Evaluated:
     """Evaluates a checkpoint of the run in `workdir`, with the layout that fits these devices.
 
@@ -84,15 +96,16 @@ def evaluate(
       allow_changes: evaluate on a data set that has changed since, and say what has.
       trust: run the code that the run's config names (a model, optimizer, loss or data set of the user's own).
       quiet: show no bar.
+      tta: test-time augmentation: `flip` takes the mean of the probabilities of each image and of its mirror image.
+      report: also find the confusion matrix, the calibration and the examples with the highest loss.
 
     Raises:
       CheckpointError: the run has no such checkpoint. ConfigError: no such split, the run keeps no average, or its config names
         code and `trust` is not set.
       DataError: the split does not hold what it held when the checkpoint was made, or `data` has other classes.
     """
-    if split not in SPLITS:
-        raise ConfigError(f"split={split!r}: must be one of train, val, test.")
-    how = (num_devices, allow_changes, trust, quiet)
+    check_question(split, tta)
+    how = (num_devices, allow_changes, trust, quiet, tta, report)
     while True:
         try:
             return _evaluate(named(workdir), split, str(data), checkpoint, ema, *how)
@@ -110,18 +123,19 @@ def _evaluate(
     allow_changes: bool,
     trust: bool,
     quiet: bool,
+    tta: str,
+    report: bool,
 ) -> Evaluated:
     """As `evaluate`, once: `DeletedError` where the run deletes the checkpoint meanwhile."""
     start, position, config = find_stored(workdir, checkpoint)
+    config = dataclasses.replace(config, data=_where_it_was(config.data, workdir))
     folder = start.directory / str(start.step)
     place = registry.found_at(config.data, data) if data else config.data
     if not trust:
         named_by_user = {"data.name": ""} if place.name != config.data.name else {}
         refuse_code(flatten(to_dict(config)) | named_by_user, folder)
     config = dataclasses.replace(config, data=place)
-    if ema and not config.optim.ema:
-        raise ConfigError(f"{workdir} keeps no moving average of the weights (config.optim.ema=0).")
-    ema = bool(config.optim.ema) if ema is None else ema
+    average = uses_average(workdir, config, ema)
     xla_flags.set_flags(xla_flags.for_run(config.train.precision))
     showing = contextlib.closing(Progress(make_console(quiet=quiet)))
     with showing as progress, closing(Checkpointer(start.directory, read_only=True)) as checkpoints:
@@ -135,9 +149,84 @@ def _evaluate(
             with unless_deleted(folder):
                 state = checkpoints.restore_weights(start.step, state_shapes(run.init, run.layout))
             feed = make_input_pipeline(dataset, run.layout, config.data.residency, config.data.workers)
-            weights = state.ema if ema else {"params": state.params, "batch_stats": state.batch_stats}
-            result = _shown(run, feed, SPLITS[split], weights["params"], weights["batch_stats"], progress)
-    return Evaluated(result, start.step, SPLITS[split], "ema" if ema else "raw", dataset.class_names)
+            weights = state.ema if average else {"params": state.params, "batch_stats": state.batch_stats}
+            result, made = _shown(run, feed, SPLITS[split], weights, progress, tta, report)
+    return Evaluated(result, start.step, SPLITS[split], "ema" if average else "raw", dataset.class_names, made)
+
+
+def evaluate_weights(
+    config: Config,
+    split: str = "test",
+    *,
+    num_devices: int = 0,
+    quiet: bool = False,
+    tta: str = "",
+    report: bool = False,
+) -> Evaluated:
+    """Evaluates the weights of `config.model.init_from` on `config.data`, without a run.
+
+    Classes are matched by their names where the file has the same ones as the data; else output k is the data's class k.
+
+    Args:
+      config: as for a run.
+      split: as of `evaluate`; so are the others.
+      num_devices: how many devices of each host.
+      quiet: show no bar.
+      tta: test-time augmentation.
+      report: also find what a report has.
+
+    Raises:
+      ConfigError: no such split, or the config names no weights. WeightsError: these do not fit the model, or have no head
+        for so many classes. DataError: the data set cannot be read.
+    """
+    check_question(split, tta)
+    if not config.model.init_from:
+        raise ConfigError("config.model.init_from='': name the weights to evaluate, or a run: jaxtrain evaluate RUN.")
+    check_names(config)
+    xla_flags.set_flags(xla_flags.for_run(resolve_precision(config.train.precision, jax.default_backend())))
+    with contextlib.closing(Progress(make_console(quiet=quiet))) as progress, settings(config):
+        devices = select_devices(num_devices)
+        config = _on_these(devices, resolve_for_machine(for_inference(config, LayoutConfig(zero=3)), None, devices))
+        with progress.activity(f"reading the data set {config.data.name}"):
+            dataset = _split_with_known_classes(config, split)
+        run = make_run_spec(config, dataset, devices)
+        shapes = state_shapes(run.init, run.layout)
+        given, found = initial_weights(run, shapes)
+        if found["new"]:
+            raise WeightsError(
+                f"{found['file']}: {next(iter(found['new'].values()))}, so that there is nothing to evaluate."
+            )
+        trees = {"params": shapes.params, "batch_stats": shapes.batch_stats}
+        weights = jax.tree.map_with_path(lambda path, _: given[path_of(path)], trees)
+        feed = make_input_pipeline(dataset, run.layout, config.data.residency, config.data.workers)
+        result, made = _shown(run, feed, SPLITS[split], weights, progress, tta, report)
+    return Evaluated(result, 0, SPLITS[split], "file", dataset.class_names, made)
+
+
+def _split_with_known_classes(config: Config, split: str) -> Dataset:
+    """The split, with its classes in the order of the weights' outputs where these have the same names."""
+    name = SPLITS[split]
+    dataset = load_data(config.data, name)
+    if not len(getattr(dataset, name)):
+        raise ConfigError(f"The data set {dataset.name} has no {split} split.")
+    with open_source(config.model.init_from) as source:
+        known = source.config().class_names
+    if set(known) == set(dataset.class_names):
+        dataset = follow_classes(dataset, known, extend=False)
+    elif known:
+        log.warning(
+            "the classes of %s have other names than those of the data: they are matched by number",
+            config.model.init_from,
+        )
+    return dataset.only(name)
+
+
+def check_question(split: str, tta: str) -> None:
+    """Raises `ConfigError` for a split or a test-time augmentation that there is not."""
+    if split not in SPLITS:
+        raise ConfigError(f"split={split!r}: must be one of train, val, test.")
+    if tta not in ("", "flip"):
+        raise ConfigError(f"tta={tta!r}: must be flip, or '' for none.")
 
 
 def _on_these(devices: Sequence[Device], config: Config) -> Config:
@@ -145,21 +234,21 @@ def _on_these(devices: Sequence[Device], config: Config) -> Config:
 
     Numbers do not depend on the layout.
     """
-    layout = LayoutConfig(zero=3)
-    ways = batch_ways(make_mesh(layout, devices))
-    return dataclasses.replace(
-        config,
-        layout=layout,
-        model=dataclasses.replace(config.model, bn_groups=1, attention="plain"),  # which every device computes
-        optim=dataclasses.replace(config.optim, class_weights=""),  # of the training's loss alone
-        train=dataclasses.replace(config.train, eval_examples=0),  # the whole split, whatever the run took
-        data=dataclasses.replace(config.data, global_batch=-(-config.data.global_batch // ways) * ways),
-    )
+    config = for_inference(config, LayoutConfig(zero=3))
+    ways = batch_ways(make_mesh(config.layout, devices))
+    batch = -(-config.data.global_batch // ways) * ways
+    return dataclasses.replace(config, data=dataclasses.replace(config.data, global_batch=batch))
 
 
 def _shown(
-    run: RunSpec, feed: InputPipeline, split: str, params: PyTree, batch_stats: PyTree, progress: Progress
-) -> EvalResult:
+    run: RunSpec,
+    feed: InputPipeline,
+    split: str,
+    weights: Mapping[str, PyTree],
+    progress: Progress,
+    tta: str,
+    report: bool,
+) -> tuple[EvalResult, EvaluationReport | None]:
     """Evaluates weights on a split, with a bar over its batches; until the first one comes, the program is compiled."""
     with progress.activity("compiling the evaluation", note=compile_cache_note()) as activity:
 
@@ -169,22 +258,14 @@ def _shown(
                 activity.began = time.monotonic()
             activity.done += 1
 
-        return Evaluator(run, feed)(split, params, batch_stats, before_batch)
-
-
-def find_stored(workdir: Path, checkpoint: str) -> tuple[CheckpointStep, Position, Config]:
-    """The checkpoint that is meant, whose files are whole; what is stored with it."""
-    directory = workdir / "checkpoints"
-    start = find_checkpoint(directory, checkpoint, setting="checkpoint") if manifested_steps(directory) else None
-    if start is None:
-        raise CheckpointError(f"{workdir} holds no checkpoint.")
-    folder = start.directory / str(start.step)
-    with unless_deleted(folder):
-        if found := problems(folder):
-            raise CheckpointError(f"{folder} is damaged ({found[0]}); choose another with --checkpoint.")
-        stored = read_manifest(folder).position
-    config = from_dict(stored["config"])
-    return start, Position.from_json(stored), dataclasses.replace(config, data=_where_it_was(config.data, workdir))
+        evaluator, arguments = Evaluator(run, feed), (split, weights["params"], weights["batch_stats"], before_batch)
+        if not (tta or report):
+            return evaluator(*arguments), None
+        result, answers = evaluator.answers(*arguments, flip=tta == "flip")
+    if not report:
+        return result, None
+    names = output_names(run.dataset.class_names, len(result.per_class))
+    return result, make_report(result, answers, names, getattr(run.dataset, split))
 
 
 def _where_it_was(config: DataConfig, workdir: Path) -> DataConfig:

@@ -9,7 +9,7 @@ import numpy as np
 
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.paths import require_local
-from jaxtrain.training.stored_model import StoredModel
+from jaxtrain.training.trained import Trained
 from jaxtrain.trees import path_of
 from jaxtrain.weights.pretrained import PretrainedConfig
 from jaxtrain.weights.writing import position_indices, renamed, rows_for, write_safetensors
@@ -26,38 +26,37 @@ def check_out(out: str | Path, *, force: bool) -> Path:
     return path
 
 
-def export_safetensors(stored: StoredModel, naming: str, out: Path) -> int:
+def export_safetensors(model: Trained, naming: str, out: Path) -> int:
     """Writes the weights of a model as safetensors. Returns how many tensors it has.
 
     Args:
-      stored: the model.
+      model: on one device.
       naming: `torchvision`, `timm`, `transformers` or `jaxtrain`.
       out: the file.
 
     Raises:
       ConfigError: there are no such names of this model. WorkdirError: the file cannot be written.
     """
-    trees = {"params": stored.params, "batch_stats": stored.batch_stats}
-    leaves = {path_of(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(trees)}
-    model, images = stored.config.model, stored.images
-    rows, _ = rows_for(naming, model.name, model.depths, {path: leaf.shape for path, leaf in leaves.items()})
+    leaves = {path_of(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(model.variables)}
+    kind, inputs = model.config.model, model.preprocess.inputs
+    rows, _ = rows_for(naming, kind.name, kind.depths, {path: leaf.shape for path, leaf in leaves.items()})
     tensors = renamed(rows, leaves)
     if naming == "torchvision":
         tensors |= position_indices(rows, leaves)
-    write_safetensors(out, tensors, config_of(stored), len(images.mean), images.num_classes)
+    write_safetensors(out, tensors, config_of(model), len(inputs.mean), inputs.num_classes)
     return len(tensors)
 
 
-def config_of(stored: StoredModel) -> PretrainedConfig:
+def config_of(model: Trained) -> PretrainedConfig:
     """How images become the model's input. A run evaluates whole images, or their centre: 7/8 of the resized ones."""
-    images, data = stored.images, stored.config.data
-    cropped = data.augmentation == "resize_crop"
+    inputs = model.preprocess.inputs
+    cropped = inputs.augmentation == "resize_crop"
     return PretrainedConfig(
-        architecture=stored.config.model.name,
-        image_size=images.image_size,
-        mean=images.mean,
-        std=images.std,
+        architecture=model.config.model.name,
+        image_size=inputs.image_size,
+        mean=inputs.mean,
+        std=inputs.std,
         interpolation="bilinear",
         crop_pct=0.875 if cropped else 1.0,
-        class_names=images.class_names,
+        class_names=model.class_names,
     )
