@@ -352,7 +352,7 @@ def _crop_over_light(side: int) -> dict[str, Any]:
     ratios = [b / a for a, b in zip(seconds["light"], seconds["random_resized_crop"], strict=True)]
     one = 1e3 * Spread.of(seconds["random_resized_crop"]).median / count
     what = f"random_resized_crop of {stored} px to {side}, {one:.3f} ms an image on {cores.total()} cores"
-    return {"name": f"{what}: over light at {side}", "ratio": _spread(ratios)}
+    return {"name": f"{what}: over light at {side}", "ratio": spread(ratios)}
 
 
 def _augmentation(name: str) -> dict[str, Any]:

@@ -100,6 +100,11 @@ class Preprocess:
         """The side to which an image is resized before it is cropped (256 for 224)."""
         return resized_side(self.image_size, self.crop_pct)
 
+    @property
+    def evaluated_side(self) -> int:
+        """The side of the square that an image is resized to before the evaluation takes the whole of it, or its centre."""
+        return self.resized if self.augmentation in CROPPED else self.image_size
+
 
 def train_inputs(
     pre: Preprocess, images: jax.Array, labels: jax.Array, example: jax.Array, key: jax.Array

@@ -7,6 +7,7 @@ from pathlib import Path
 import jax
 import numpy as np
 
+from jaxtrain.data.base import CROPPED
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.paths import require_local
 from jaxtrain.training.trained import Trained
@@ -48,15 +49,14 @@ def export_safetensors(model: Trained, naming: str, out: Path) -> int:
 
 
 def config_of(model: Trained) -> PretrainedConfig:
-    """How images become the model's input. A run evaluates whole images, or their centre: 7/8 of the resized ones."""
+    """How images become the model's input. A run evaluates whole images, or the centre of resized ones."""
     inputs = model.preprocess.inputs
-    cropped = inputs.augmentation == "resize_crop"
     return PretrainedConfig(
         architecture=model.config.model.name,
         image_size=inputs.image_size,
         mean=inputs.mean,
         std=inputs.std,
         interpolation="bilinear",
-        crop_pct=0.875 if cropped else 1.0,
+        crop_pct=inputs.crop_pct if inputs.augmentation in CROPPED else 1.0,
         class_names=model.class_names,
     )

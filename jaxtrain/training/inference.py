@@ -155,6 +155,8 @@ def _load_trained(
         mean=stored.mean,
         std=stored.std,
         num_classes=stored.num_classes,
+        crop_pct=config.data.crop_pct,
+        interpolation=config.data.interpolation,
         dtype=types.compute_dtype,
     )
     weights = state.ema if average else {"params": state.params, "batch_stats": state.batch_stats}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,6 @@ import numpy as np
 from jax import export
 
 from jaxtrain.data.augment import eval_inputs
-from jaxtrain.errors import EnvironmentMismatchError
 from jaxtrain.host.files import atomic_write, writing
 from jaxtrain.models.layers import Context
 from jaxtrain.precision import precision_policy
@@ -32,12 +30,7 @@ def to_stablehlo(model: Trained) -> tuple[bytes, dict[str, Any]]:
 
     Args:
       model: on one device.
-
-    Raises:
-      EnvironmentMismatchError: the package flatbuffers, in which `jax.export` writes, is not installed.
     """
-    if importlib.util.find_spec("flatbuffers") is None:
-        raise EnvironmentMismatchError("jax.export writes with the package flatbuffers: pip install flatbuffers.")
     weights = jax.device_get(model.variables)
     products = precision_policy(model.config.train.precision).products
 

@@ -35,7 +35,7 @@ class Preprocessor:
     @property
     def side(self) -> int:
         """In pixels, of the square that an image is resized and cropped to before `inputs` does the rest."""
-        return self.inputs.resized if self.inputs.augmentation == "resize_crop" else self.inputs.image_size
+        return self.inputs.evaluated_side
 
     @property
     def channels(self) -> int:

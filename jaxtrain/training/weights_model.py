@@ -52,7 +52,7 @@ def model_in_file(path: Path, devices: list[Device]) -> Trained:
         if not found.classes:
             raise WeightsError(f"{path} has no head, and so no classes.")
         inputs, names = _inputs(path, pretrained_config(file), found)
-        data = DataConfig(augmentation=inputs.augmentation)
+        data = DataConfig(augmentation=inputs.augmentation, crop_pct=inputs.crop_pct)
         config = Config(
             data=data, model=_model_config(found), layout=LayoutConfig(zero=3), train=TrainConfig(precision="f32")
         )
@@ -86,13 +86,11 @@ def _inputs(path: Path, known: PretrainedConfig, found: Architecture) -> tuple[P
             "%s does not say all of how its images were prepared: %d pixels, mean %s, std %s, %.3f of the resized image",
             path, side, mean, std, crop,
         )  # fmt: skip
-    if crop not in (1.0, _CROP) or known.interpolation not in ("", "bilinear"):
-        log.warning(
-            "%s asks for %s images, of which the centre %.3f is seen; taken are bilinear ones and %.3f",
-            path, known.interpolation or "bilinear", crop, 1.0 if crop == 1.0 else _CROP,
-        )  # fmt: skip
+    if known.interpolation not in ("", "bilinear"):
+        log.warning("%s asks for %s resizing; images are resized bilinear", path, known.interpolation)
     augmentation = "none" if crop == 1.0 else "resize_crop"
-    return Preprocess(side, augmentation, mean, std, found.classes), output_names(known.class_names, found.classes)
+    inputs = Preprocess(side, augmentation, mean, std, found.classes, crop_pct=crop)
+    return inputs, output_names(known.class_names, found.classes)
 
 
 def _placed(

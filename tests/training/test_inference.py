@@ -434,10 +434,12 @@ def test_a_file_of_weights_is_a_model_too(made, tmp_path, capsys, caplog):
     assert cli.main(["evaluate", str(made.run), "--config", "quickstart"]) == 64
     assert cli.main(["evaluate"]) == 64
     assert "does not say all of how" not in caplog.text
-    vague = write_resnet(tmp_path / "y.safetensors", input_size=[3, SIDE, SIDE], crop_pct=0.95)
-    assert load_model(vague).class_names == ("class 0", "class 1", "class 2")
+    vague = write_resnet(tmp_path / "y.safetensors", input_size=[3, SIDE, SIDE], crop_pct=0.95, interpolation="bicubic")
+    loaded = load_model(vague)
+    assert loaded.class_names == ("class 0", "class 1", "class 2")
+    assert loaded.preprocess.side == round(SIDE / 0.95)
     assert "does not say all of how its images were prepared" in caplog.text
-    assert "of which the centre 0.950 is seen" in caplog.text
+    assert "asks for bicubic resizing; images are resized bilinear" in caplog.text
 
 
 @pytest.mark.parametrize("naming", ["torchvision", "timm"])
@@ -482,7 +484,6 @@ np.save("logits.npy", np.concatenate([program.call(images[:3]), program.call(ima
 
 
 def test_a_program_of_stablehlo_needs_jax_alone(made, tmp_path, capsys):
-    pytest.importorskip("flatbuffers")
     words = ["export", str(made.run), "--format", "stablehlo", "--out", str(tmp_path / "model.stablehlo")]
     assert cli.main([*words, "--devices", "1"]) == 0
     assert "(EMA), a program for cpu and cuda: uint8 images [b, 18, 18, 3] to logits" in capsys.readouterr().out
@@ -500,7 +501,6 @@ def test_a_program_of_stablehlo_needs_jax_alone(made, tmp_path, capsys):
 
 @pytest.mark.parity
 def test_other_families_become_a_program_for_any_batch():
-    pytest.importorskip("flatbuffers")
     from jax import export  # noqa: PLC0415
 
     for name, fields in {

@@ -18,6 +18,7 @@ import parity
 import pytest
 import runs
 import safetensors.numpy
+from jaxtrain.training.stored_model import read_model
 
 from jaxtrain import load_config
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, from_dict, nested_dicts
@@ -26,7 +27,6 @@ from jaxtrain.errors import WeightsError, WorkdirError
 from jaxtrain.step.train_state import create_state, state_shapes
 from jaxtrain.training.initial_weights import initial_weights, weights_of
 from jaxtrain.training.setup import load_data, make_run_spec, resolve_for_machine
-from jaxtrain.training.stored_model import read_model
 from jaxtrain.trees import path_of
 from jaxtrain.weights.fetching import fetch
 from jaxtrain.weights.file import open_weights
