@@ -35,6 +35,7 @@ REMATS = ("none", "full", "dots")
 PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
 BALANCES = ("cost", "memory", "time")
 STAGE_PLACEMENTS = ("spread", "hosts")
+REDUCTIONS = ("auto", "ring", "tree", "hierarchical")
 BEST_BY = ("val_accuracy", "val_loss", "val_top5")
 STEMS = ("auto", "cifar", "imagenet")
 ATTENTIONS = ("plain", "pallas")
@@ -570,6 +571,15 @@ class LayoutConfig(_Section):
     """Which devices a stage has. `spread`: a part of every process's devices where that is possible, so that activations stay
     in their process. `hosts`: neighbouring devices, so that where possible a stage has processes of its own, and only
     activations pass between them."""
+
+    reduce: Annotated[str, _one_of(REDUCTIONS)] = "auto"
+    """How gradients are added up over `replica` x `data` (docs/communication.md). `auto`: by XLA's own collectives. `ring`:
+    a reduce-scatter and an all-gather, each of messages between neighbours. `tree`: recursive halving and doubling, with
+    fewer messages. `hierarchical`: a ring inside each replica, one across replicas with the part of each device, and one
+    inside again, so that the links between replicas carry 1 / `data` of the bytes."""
+
+    reduce_bucket: Annotated[float, _must_be("above 0 MiB", lambda value: value > 0)] = 25.0
+    """MiB of gradients that are sent together under a `layout.reduce` of its own; a larger leaf goes alone."""
 
     strategy: Annotated[str, _one_of(STRATEGIES)] = "manual"
     """Who chooses the layout. `manual`: it is what these fields say. `auto`: a new run chooses `data`, `replica`, `tensor`,

@@ -125,6 +125,11 @@ class Layout:
         """
         return self.config.zero >= ZERO_FROM["params"]
 
+    @property
+    def reduces_itself(self) -> bool:
+        """Whether gradients are added up by the messages of `parallel.reduce`, and not by XLA's collectives."""
+        return self.config.reduce != "auto" and batch_ways(self.mesh) > 1
+
     def _stage(self, path: str) -> int | None:
         """The stage of the layer that `path` belongs to; `None` for what belongs to no layer and lives on all stages."""
         if self.stages == 1:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jaxtrain.data.augment import train_inputs
 from jaxtrain.models.layers import Context
 from jaxtrain.parallel.layout import Layout
+from jaxtrain.parallel.mesh import BATCH_AXES
+from jaxtrain.parallel.reduce import reduce_leaves
 from jaxtrain.precision import scale_factor
 from jaxtrain.step.batch import Batch, Resident, all_labels, select_microbatch
 from jaxtrain.step.layer_wrap import layer_wrapper
@@ -105,7 +109,8 @@ def train_context(
     example = index * size + jnp.arange(size, dtype=jnp.int32)
     groups = max(task.bn_groups // layout.config.microbatches, 1)
     augment, dropout = (jax.random.fold_in(role_key(seed, role), step) for role in (AUGMENT, DROPOUT))
-    return Context(example=example, train=True, bn_groups=groups), augment, dropout
+    axes = BATCH_AXES if layout.reduces_itself else ()
+    return Context(example=example, train=True, bn_groups=groups, batch_axes=axes), augment, dropout
 
 
 def scaled_loss(
@@ -157,15 +162,81 @@ def microbatch_gradients(
         inputs, targets = train_inputs(task.preprocess, images, labels, context.example, augment)
     whole = all_labels(batch.labels, batch.rows, resident.labels)
 
-    def loss_fn(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, jax.Array, PyTree]]:
-        logits, batch_stats = task.model.apply(
-            params, state.batch_stats, inputs, context, dropout, wrap=layer_wrapper(layout, state.params, task.remat)
-        )
-        scaled, (loss, correct) = scaled_loss(task, logits, targets, labels, whole, state.loss_scale)
-        return scaled, (loss, correct, batch_stats)
-
-    gradients, (loss, correct, batch_stats) = jax.grad(loss_fn, has_aux=True)(state.params)
+    function = functools.partial(_gradients, task, layer_wrapper(layout, state.params, task.remat))
+    if layout.reduces_itself:
+        function = reduced_over_batch(layout, function)
+    gradients, batch_stats, (loss, correct) = function(
+        (state.params, state.batch_stats), (inputs, targets, labels, context), (whole, dropout, state.loss_scale)
+    )
     gradients = constrain_gradients(layout, gradients)
     batch_stats = jax.tree.map(lambda s: s / layout.config.microbatches, batch_stats)
     batch_stats = jax.lax.with_sharding_constraint(batch_stats, like_params(layout, "batch_stats", batch_stats))
     return GradientSums(gradients, batch_stats, loss, correct)
+
+
+def _gradients(
+    task: Task, wrap: Any, weights: tuple[Any, ...], examples: tuple[Any, ...], shared: tuple[Any, ...]
+) -> tuple[PyTree, PyTree, tuple[jax.Array, jax.Array]]:
+    """The gradients of a microbatch's examples, or of one device's part of them.
+
+    Args:
+      task: what to compute.
+      wrap: of `layer_wrapper`.
+      weights: parameters and running statistics.
+      examples: inputs float [B/M, H, W, C], targets float [B/M, C], labels int32 [B/M], and the layers' `Context`.
+      shared: labels of all microbatches int32 [M, B/M], the key of dropout, `TrainState.loss_scale`.
+
+    Returns:
+      The gradients, the new running statistics, and what the examples add to the loss and to the correct answers.
+    """
+    (params, batch_stats), (inputs, targets, labels, context), (whole, dropout, loss_scale) = weights, examples, shared
+
+    def loss_fn(params: PyTree) -> tuple[jax.Array, tuple[jax.Array, jax.Array, PyTree]]:
+        logits, new_stats = task.model.apply(params, batch_stats, inputs, context, dropout, wrap=wrap)
+        scaled, (loss, correct) = scaled_loss(task, logits, targets, labels, whole, loss_scale)
+        return scaled, (loss, correct, new_stats)
+
+    gradients, (loss, correct, new_stats) = jax.grad(loss_fn, has_aux=True)(params)
+    return gradients, new_stats, (loss, correct)
+
+
+def reduced_over_batch(layout: Layout, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, run by each device on its own examples alone; its gradients are added up by `parallel.reduce`.
+
+    Args:
+      layout: of the parameters and the batch.
+      function: as `_gradients` without its first two arguments.
+    """
+
+    def of_device(weights: PyTree, examples: PyTree, shared: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        gradients, batch_stats, sums = function(weights, examples, shared)
+        # The new statistics are linear in those of the groups, as in BatchNorm over microbatches.
+        batch_stats, sums = jax.lax.pmean(batch_stats, BATCH_AXES), jax.lax.psum(sums, BATCH_AXES)
+        return jax.tree.map(lambda g: g[None], gradients), batch_stats, sums
+
+    def reduced(weights: PyTree, examples: PyTree, shared: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        # XLA splits what the tensor axis splits, as it does outside; the batch's axes are split by hand.
+        by_hand = {"mesh": layout.mesh, "axis_names": set(BATCH_AXES), "check_vma": False}
+        batch = P(BATCH_AXES)
+        weights = jax.lax.with_sharding_constraint(weights, tuple(like_params(layout, "computing", w) for w in weights))
+        mapped = jax.shard_map(of_device, in_specs=(P(), batch, P()), out_specs=(batch, P(), P()), **by_hand)
+        gradients, *more = mapped(weights, examples, shared)
+        return reduce_gradients(layout, gradients), *more
+
+    return reduced
+
+
+def reduce_gradients(layout: Layout, gradients: PyTree) -> PyTree:
+    """The sum of `gradients`, a tree like the parameters with a first dim for the device that computed them."""
+    leaves, structure = jax.tree.flatten(gradients)
+    shardings = jax.tree.leaves(like_params(layout, "computing", jax.tree.map(lambda g: g[0], gradients)))
+    specs, config = [sharding.spec for sharding in shardings], layout.config
+
+    def of_device(leaves: list[jax.Array]) -> list[jax.Array]:
+        bucket = int(config.reduce_bucket * 2**20)
+        return reduce_leaves([leaf[0] for leaf in leaves], config.reduce, BATCH_AXES, bucket)
+
+    with jax.named_scope("reduce_gradients"):
+        each = [P(BATCH_AXES, *spec) for spec in specs]
+        mapped = jax.shard_map(of_device, mesh=layout.mesh, in_specs=(each,), out_specs=specs, check_vma=False)
+        return structure.unflatten(mapped(leaves))

@@ -1,0 +1,169 @@
+"""Sums over the devices of a mesh axis, from messages between pairs of devices (`ppermute`): what `psum` does, spelled out.
+
+All functions are for the inside of `jax.shard_map`. They give every device the same bits, since each part of a sum is
+added up on one device and then copied. An axis may be one name, or several names for the devices of all of them. Among n
+devices, for S bytes on each:
+
+| algorithm | messages, one after the other | bytes that a device sends |
+| -- | -- | -- |
+| `ring`: reduce-scatter, all-gather (Patarasuk and Yuan 2009) | 2 (n - 1) | 2 (n - 1) / n S |
+| `tree`: recursive halving, recursive doubling (Thakur, Rabenseifner and Gropp 2005), n a power of two | 2 log2(n) | 2 (n - 1) / n S |
+| `tree` otherwise; p is the power of two below n | 2 log2(p) + 2 | 2 (p - 1) / p S, and S more on the n - p that have a partner, S on each partner |
+| `hierarchical`: reduce-scatter inside, `ring` across, all-gather inside; i devices inside, a across | 2 (i - 1) + 2 (a - 1) | inside 2 (i - 1) / i S, across 2 (a - 1) / a S / i |
+
+So among 3 devices `tree` folds the third onto the first, adds up between the first two, and copies the result to the third.
+Among 6 it folds the last two onto the first two, and adds up among the first four. The copies double what the busiest device
+sends: there `ring` is the better choice for large sums.
+
+No reduce-scatter of XLA is used: that of gloo gives wrong sums of large arrays (jax#40830).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import jax
+import jax.numpy as jnp
+
+Axis = str | tuple[str, ...]
+
+
+def ring(x: jax.Array, axis: Axis) -> jax.Array:
+    """The sum of x [k] over the devices of `axis`."""
+    return ring_all_gather(ring_reduce_scatter(x, axis), axis)[: x.size]
+
+
+def ring_reduce_scatter(x: jax.Array, axis: Axis) -> jax.Array:
+    """Adds up x [k] over the n devices of `axis`, and leaves a part of the sum on each: [ceil(k / n)].
+
+    Device i has part i + 1, modulo n. The last part is padded with zeros.
+    """
+    n = jax.lax.axis_size(axis)
+    parts, here = _padded(x, n).reshape(n, -1), jax.lax.axis_index(axis)
+    sums = parts[here]
+    for step in range(1, n):
+        sums = jax.lax.ppermute(sums, axis, _ring(n)) + parts[(here - step) % n]
+    return sums
+
+
+def ring_all_gather(part: jax.Array, axis: Axis) -> jax.Array:
+    """The whole [n c] of the parts [c] that `ring_reduce_scatter` left on the n devices."""
+    n = jax.lax.axis_size(axis)
+    found = [part]
+    for _ in range(1, n):
+        found.append(jax.lax.ppermute(found[-1], axis, _ring(n)))
+    # found[step] is part `here + 1 - step`; backwards they are in order, and turned so that part 0 comes first
+    return jnp.roll(jnp.stack(found[::-1]), jax.lax.axis_index(axis) + 2, 0).reshape(-1)
+
+
+def tree(x: jax.Array, axis: Axis) -> jax.Array:
+    """The sum of x [k] over the devices of `axis`."""
+    n, here = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
+    power = 1 << (n.bit_length() - 1)
+    rest = range(power, n)
+    sums = _padded(x, power)
+    if rest:  # who receives nothing receives zeros
+        sums = sums + jax.lax.ppermute(sums, axis, [(device, device - power) for device in rest])
+    distances = [1 << bit for bit in range(power.bit_length() - 1)]
+    for distance in reversed(distances):
+        first, second = jnp.split(sums, 2)
+        is_second = (here & distance) > 0
+        sent, kept = jnp.where(is_second, first, second), jnp.where(is_second, second, first)
+        sums = kept + jax.lax.ppermute(sent, axis, _pairs(power, distance))
+    for distance in distances:
+        other = jax.lax.ppermute(sums, axis, _pairs(power, distance))
+        is_second = (here & distance) > 0
+        sums = jnp.where(is_second, jnp.concatenate([other, sums]), jnp.concatenate([sums, other]))
+    if rest:
+        copied = jax.lax.ppermute(sums, axis, [(device - power, device) for device in rest])
+        sums = jnp.where(here >= power, copied, sums)
+    return sums[: x.size]
+
+
+def hierarchical(x: jax.Array, axis: Axis) -> jax.Array:
+    """The sum of x [k] over the devices of `axis`: the first name is the slow axis, across; the others are inside."""
+    across, *inside = (axis,) if isinstance(axis, str) else axis
+    part = ring_reduce_scatter(x, tuple(inside))
+    return ring_all_gather(ring(part, across), tuple(inside))[: x.size]
+
+
+ALGORITHMS: dict[str, Callable[[jax.Array, Axis], jax.Array]] = {
+    "ring": ring,
+    "tree": tree,
+    "hierarchical": hierarchical,
+}
+"""By `layout.reduce`: (x [k], axis) -> the sum [k]."""
+
+
+def reduce_leaves(leaves: Sequence[jax.Array], algorithm: str, axis: Axis, bucket_bytes: int) -> list[jax.Array]:
+    """The sum of each leaf over the devices of `axis`, in its shape and dtype.
+
+    Args:
+      leaves: arrays of any shapes and dtypes.
+      algorithm: a key of `ALGORITHMS`.
+      axis: of the mesh.
+      bucket_bytes: leaves are sent together as long as they have no more bytes than this.
+    """
+    found: list[jax.Array] = list(leaves)
+    for bucket in buckets(leaves, bucket_bytes):
+        packed = jnp.concatenate([leaves[i].reshape(-1) for i in bucket])
+        sums = ALGORITHMS[algorithm](packed, axis)
+        ends = [sum(leaves[j].size for j in bucket[: k + 1]) for k in range(len(bucket))]
+        for i, part in zip(bucket, jnp.split(sums, ends[:-1]), strict=True):
+            found[i] = part.reshape(leaves[i].shape)
+    return found
+
+
+def buckets(leaves: Sequence[jax.Array], bucket_bytes: int) -> list[list[int]]:
+    """Which leaves are sent together, by their numbers: neighbours among those of one dtype.
+
+    A bucket has at most `bucket_bytes`, or a single leaf. Leaves without elements are in none.
+    """
+    found: list[list[int]] = []
+    for dtype in dict.fromkeys(leaf.dtype for leaf in leaves):
+        held = math.inf
+        for i, leaf in enumerate(leaves):
+            if leaf.dtype != dtype or not leaf.size:
+                continue
+            size = leaf.size * dtype.itemsize
+            if held + size > bucket_bytes:
+                found.append([])
+                held = 0
+            found[-1].append(i)
+            held += size
+    return found
+
+
+def sent_bytes(algorithm: str, size: float, inside: int, across: int = 1) -> tuple[float, float]:
+    """The bytes that the busiest device sends, for a sum of `size` bytes among `inside` x `across` devices.
+
+    Returns:
+      All bytes, and those of them that go across: between devices with another coordinate on the slow axis. Of `ring` and
+      `tree` these are the bytes of the device at the end of its group, whose every message goes across.
+    """
+    n = inside * across
+    if n == 1:
+        return 0.0, 0.0
+    if algorithm == "hierarchical":
+        far = 2 * (across - 1) / across * size / inside
+        return 2 * (inside - 1) / inside * size + far, far
+    power = 1 << (n.bit_length() - 1)
+    if algorithm == "ring" or power == n:
+        sent = 2 * (n - 1) / n * size
+    else:
+        sent = 2 * (power - 1) / power * size + size
+    return sent, sent if across > 1 else 0.0
+
+
+def _ring(n: int) -> list[tuple[int, int]]:
+    return [(device, (device + 1) % n) for device in range(n)]
+
+
+def _pairs(n: int, distance: int) -> list[tuple[int, int]]:
+    return [(device, device ^ distance) for device in range(n)]
+
+
+def _padded(x: jax.Array, parts: int) -> jax.Array:
+    """x [k] with zeros behind it, so that its length divides by `parts`."""
+    return jnp.pad(x, (0, -x.size % parts))
