@@ -109,8 +109,7 @@ def train_context(
     example = index * size + jnp.arange(size, dtype=jnp.int32)
     groups = max(task.bn_groups // layout.config.microbatches, 1)
     augment, dropout = (jax.random.fold_in(role_key(seed, role), step) for role in (AUGMENT, DROPOUT))
-    axes = BATCH_AXES if layout.reduces_itself else ()
-    return Context(example=example, train=True, bn_groups=groups, batch_axes=axes), augment, dropout
+    return Context(example=example, train=True, bn_groups=groups), augment, dropout
 
 
 def scaled_loss(
@@ -209,21 +208,37 @@ def reduced_over_batch(layout: Layout, function: Callable[..., Any]) -> Callable
     """
 
     def of_device(weights: PyTree, examples: PyTree, shared: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-        gradients, batch_stats, sums = function(weights, examples, shared)
-        # The new statistics are linear in those of the groups, as in BatchNorm over microbatches.
-        batch_stats, sums = jax.lax.pmean(batch_stats, BATCH_AXES), jax.lax.psum(sums, BATCH_AXES)
-        return jax.tree.map(lambda g: g[None], gradients), batch_stats, sums
+        gradients, batch_stats, sums = function(weights, of_one_device(examples), shared)
+        return jax.tree.map(lambda g: g[None], gradients), *add_over_batch(batch_stats, sums)
 
     def reduced(weights: PyTree, examples: PyTree, shared: PyTree) -> tuple[PyTree, PyTree, PyTree]:
-        # XLA splits what the tensor axis splits, as it does outside; the batch's axes are split by hand.
-        by_hand = {"mesh": layout.mesh, "axis_names": set(BATCH_AXES), "check_vma": False}
-        batch = P(BATCH_AXES)
         weights = jax.lax.with_sharding_constraint(weights, tuple(like_params(layout, "computing", w) for w in weights))
-        mapped = jax.shard_map(of_device, in_specs=(P(), batch, P()), out_specs=(batch, P(), P()), **by_hand)
+        batch = P(BATCH_AXES)
+        mapped = by_device(layout, of_device, (P(), batch, P()), (batch, P(), P()))
         gradients, *more = mapped(weights, examples, shared)
         return reduce_gradients(layout, gradients), *more
 
     return reduced
+
+
+def by_device(layout: Layout, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`function`, run by each device on its part of the batch. What the tensor axis splits, XLA splits as everywhere."""
+    by_hand = {"mesh": layout.mesh, "axis_names": set(BATCH_AXES), "check_vma": False}
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, **by_hand)
+
+
+def of_one_device(examples: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`examples`, whose last is the layers' `Context`: inside `by_device`, layers must know that there are more elsewhere."""
+    *arrays, context = examples
+    return (*arrays, context.replace(batch_axes=BATCH_AXES))
+
+
+def add_over_batch(batch_stats: PyTree, sums: PyTree) -> tuple[PyTree, PyTree]:
+    """Inside `by_device`: the running statistics of the whole microbatch, and `sums` added up.
+
+    New statistics are linear in those of the groups, and each device has as many examples: their mean is exact.
+    """
+    return jax.lax.pmean(batch_stats, BATCH_AXES), jax.lax.psum(sums, BATCH_AXES)
 
 
 def reduce_gradients(layout: Layout, gradients: PyTree) -> PyTree:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtrain.optim.updates import global_norm
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.step.gradients import GradientSums, add_sums, constrain_gradients, like_params, sums_shapes, zero_sums
+from jaxtrain.step.pipeline.by_device import ForwardBackwardByDevice
 from jaxtrain.step.pipeline.chunks import ForwardBackward, ModelChunk, forward, weights_of
 from jaxtrain.step.task import Task
 from jaxtrain.step.train_state import TrainState
@@ -166,8 +167,10 @@ def compile_chunk(
 
 def _trace(
     task: Task, layout: Layout, chunk: ModelChunk, params: PyTree, batch_stats: PyTree, x: Any, inputs: dict[str, Any]
-) -> ForwardBackward:
+) -> ForwardBackward | ForwardBackwardByDevice:
     """The forward and the backward function of a chunk. The first chunk has no gradient for its input, the images."""
+    if layout.reduces_itself:
+        return ForwardBackwardByDevice.trace(task, layout, chunk, params, batch_stats, x, inputs)
 
     def traced(params: PyTree, batch_stats: PyTree, x: Any, inputs: Any) -> tuple[Any, Any, Any]:
         def function(params: PyTree, x: Any) -> tuple[Any, Any]:
@@ -182,7 +185,7 @@ def _trace(
     return ForwardBackward.trace(traced, params, batch_stats, x, inputs)
 
 
-def _lower_prepare(layout: Layout, passes: ForwardBackward, params: PyTree) -> tuple[jax.stages.Lowered | None, PyTree]:
+def _lower_prepare(layout: Layout, passes: ForwardBackward | ForwardBackwardByDevice, params: PyTree) -> tuple[jax.stages.Lowered | None, PyTree]:
     """The program that casts and gathers parameters, once a step, and the shapes of its results.
 
     Without it, each microbatch would cast and gather them again. `None` if it would change neither a dtype nor a sharding.
@@ -199,7 +202,7 @@ def _lower_prepare(layout: Layout, passes: ForwardBackward, params: PyTree) -> t
     return jax.jit(prepare, out_shardings=gathered).lower(params), prepared
 
 
-def _cast_dtypes(passes: ForwardBackward, params: PyTree) -> PyTree:
+def _cast_dtypes(passes: ForwardBackward | ForwardBackwardByDevice, params: PyTree) -> PyTree:
     """For each parameter the narrower dtype that all of its uses cast it to, or else its own dtype."""
     jaxpr = passes.jaxpr
     dtypes = []
@@ -212,11 +215,11 @@ def _cast_dtypes(passes: ForwardBackward, params: PyTree) -> PyTree:
 
 
 def _lower_forward(
-    layout: Layout, chunk: ModelChunk, passes: ForwardBackward, arguments: tuple[Any, ...]
+    layout: Layout, chunk: ModelChunk, passes: ForwardBackward | ForwardBackwardByDevice, arguments: tuple[Any, ...]
 ) -> tuple[jax.stages.Lowered, PyTree]:
     """The forward program, and the shapes of its results (output, aux, residuals)."""
     shapes = jax.eval_shape(passes.forward, *arguments)
-    output = layout.sharding() if chunk.last else layout.examples
+    output = layout.sharding() if shapes[0].ndim == 0 else layout.examples
     aux = jax.tree.map(lambda _: layout.sharding(), shapes[1])
     return jax.jit(passes.forward, out_shardings=(output, aux, None)).lower(*arguments), shapes
 
@@ -224,7 +227,7 @@ def _lower_forward(
 def _lower_backward(
     layout: Layout,
     chunk: ModelChunk,
-    passes: ForwardBackward,
+    passes: ForwardBackward | ForwardBackwardByDevice,
     sums: GradientSums,
     results: tuple[Any, Any, Any],
     arguments: tuple[Any, ...],
