@@ -36,6 +36,8 @@ PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
 BALANCES = ("cost", "memory", "time")
 STAGE_PLACEMENTS = ("spread", "hosts")
 REDUCTIONS = ("auto", "ring", "tree", "hierarchical")
+NCCL_ALGORITHMS = ("auto", "ring", "tree", "nvls", "collnetdirect", "collnetchain")
+NCCL_PROTOCOLS = ("auto", "ll", "ll128", "simple")
 BEST_BY = ("val_accuracy", "val_loss", "val_top5")
 STEMS = ("auto", "cifar", "imagenet")
 ATTENTIONS = ("plain", "pallas")
@@ -579,7 +581,17 @@ class LayoutConfig(_Section):
     inside again, so that the links between replicas carry 1 / `data` of the bytes."""
 
     reduce_bucket: Annotated[float, _must_be("above 0 MiB", lambda value: value > 0)] = 25.0
-    """MiB of gradients that are sent together under a `layout.reduce` of its own; a larger leaf goes alone."""
+    """MiB of gradients that are sent together by `ring`, `tree` and `hierarchical`; a larger leaf goes alone."""
+
+    nccl_algo: Annotated[str, _one_of(NCCL_ALGORITHMS)] = "auto"
+    """The algorithm of NCCL's all-reduce on NVIDIA GPUs, where `layout.reduce` is `auto`: NCCL_ALGO of the environment. `auto`:
+    NCCL chooses. `ring`. `tree`: double binary trees. `nvls`, `collnetdirect` and `collnetchain` need switches that add. NCCL
+    refuses what the hardware does not have."""
+
+    nccl_protocol: Annotated[str, _one_of(NCCL_PROTOCOLS)] = "auto"
+    """NCCL's protocol: NCCL_PROTO of the environment. `auto`: NCCL chooses. `simple`: for bandwidth. `ll`: for latency, at a
+    quarter to a half of the bandwidth. `ll128`: both, but wrong numbers where the hardware does not store 128 bytes at once,
+    so leave that choice to NCCL."""
 
     strategy: Annotated[str, _one_of(STRATEGIES)] = "manual"
     """Who chooses the layout. `manual`: it is what these fields say. `auto`: a new run chooses `data`, `replica`, `tensor`,
@@ -613,6 +625,11 @@ class LayoutConfig(_Section):
             axes = [axis for axis in rule[1] if axis is not None]
             known = all(axis in ("data", "tensor") for axis in axes) and len(set(axes)) == len(axes)
             _require(known, "layout.rules", rule, "made of 'data', 'tensor' and None, each axis at most once")
+
+    @property
+    def bucket_bytes(self) -> int:
+        """`reduce_bucket` in bytes."""
+        return int(self.reduce_bucket * 2**20)
 
 
 @dataclasses.dataclass(frozen=True)

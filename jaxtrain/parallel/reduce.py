@@ -1,15 +1,14 @@
 """Sums over the devices of a mesh axis, from messages between pairs of devices (`ppermute`): what `psum` does, spelled out.
 
 All functions are for the inside of `jax.shard_map`. They give every device the same bits, since each part of a sum is
-added up on one device and then copied. An axis may be one name, or several names for the devices of all of them. Among n
-devices, for S bytes on each:
+added up on one device and then copied. Among n devices, for S bytes on each:
 
-| algorithm | messages, one after the other | bytes that a device sends |
-| -- | -- | -- |
-| `ring`: reduce-scatter, all-gather (Patarasuk and Yuan 2009) | 2 (n - 1) | 2 (n - 1) / n S |
-| `tree`: recursive halving, recursive doubling (Thakur, Rabenseifner and Gropp 2005), n a power of two | 2 log2(n) | 2 (n - 1) / n S |
-| `tree` otherwise; p is the power of two below n | 2 log2(p) + 2 | 2 (p - 1) / p S, and S more on the n - p that have a partner, S on each partner |
-| `hierarchical`: reduce-scatter inside, `ring` across, all-gather inside; i devices inside, a across | 2 (i - 1) + 2 (a - 1) | inside 2 (i - 1) / i S, across 2 (a - 1) / a S / i |
+- `ring`: a reduce-scatter and an all-gather (Patarasuk and Yuan 2009). 2 (n - 1) messages one after the other, of S / n each.
+- `tree`: recursive halving, then recursive doubling (Thakur, Rabenseifner and Gropp 2005). 2 log2(n) messages, of S / 2, S / 4
+  and so on: where n is a power of two the bytes are those of a ring. Otherwise, with p the power of two below n, the first
+  n - p devices take part for two: there is a message of S to each before, and one of S back afterwards.
+- `hierarchical`: a reduce-scatter over the i devices inside, a ring across over the a groups with what each device has, and an
+  all-gather inside. 2 (i - 1) messages of S / i inside, and 2 (a - 1) of S / i / a across.
 
 So among 3 devices `tree` folds the third onto the first, adds up between the first two, and copies the result to the third.
 Among 6 it folds the last two onto the first two, and adds up among the first four. The copies double what the busiest device
@@ -83,7 +82,7 @@ def tree(x: jax.Array, axis: Axis) -> jax.Array:
 
 def hierarchical(x: jax.Array, axis: Axis) -> jax.Array:
     """The sum of x [k] over the devices of `axis`: the first name is the slow axis, across; the others are inside."""
-    across, *inside = (axis,) if isinstance(axis, str) else axis
+    across, *inside = axis
     part = ring_reduce_scatter(x, tuple(inside))
     return ring_all_gather(ring(part, across), tuple(inside))[: x.size]
 
@@ -135,6 +134,15 @@ def buckets(leaves: Sequence[jax.Array], bucket_bytes: int) -> list[list[int]]:
     return found
 
 
+def messages(algorithm: str, inside: int, across: int = 1) -> int:
+    """How many messages, one after the other, a sum among `inside` x `across` devices takes (the table above)."""
+    n = inside * across
+    if algorithm == "hierarchical":
+        return 2 * (inside - 1) + 2 * (across - 1)
+    power = 1 << (n.bit_length() - 1)
+    return 2 * (n - 1) if algorithm == "ring" else 2 * (power.bit_length() - 1) + 2 * (power < n)
+
+
 def sent_bytes(algorithm: str, size: float, inside: int, across: int = 1) -> tuple[float, float]:
     """The bytes that the busiest device sends, for a sum of `size` bytes among `inside` x `across` devices.
 
@@ -149,10 +157,8 @@ def sent_bytes(algorithm: str, size: float, inside: int, across: int = 1) -> tup
         far = 2 * (across - 1) / across * size / inside
         return 2 * (inside - 1) / inside * size + far, far
     power = 1 << (n.bit_length() - 1)
-    if algorithm == "ring" or power == n:
-        sent = 2 * (n - 1) / n * size
-    else:
-        sent = 2 * (power - 1) / power * size + size
+    parts = power if algorithm == "tree" else n
+    sent = 2 * (parts - 1) / parts * size + (n - parts > 0) * size
     return sent, sent if across > 1 else 0.0
 
 

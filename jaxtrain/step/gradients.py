@@ -248,8 +248,7 @@ def reduce_gradients(layout: Layout, gradients: PyTree) -> PyTree:
     specs, config = [sharding.spec for sharding in shardings], layout.config
 
     def of_device(leaves: list[jax.Array]) -> list[jax.Array]:
-        bucket = int(config.reduce_bucket * 2**20)
-        return reduce_leaves([leaf[0] for leaf in leaves], config.reduce, BATCH_AXES, bucket)
+        return reduce_leaves([leaf[0] for leaf in leaves], config.reduce, BATCH_AXES, config.bucket_bytes)
 
     with jax.named_scope("reduce_gradients"):
         each = [P(BATCH_AXES, *spec) for spec in specs]

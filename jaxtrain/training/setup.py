@@ -36,6 +36,7 @@ from jaxtrain.step.pipeline.partition import Partition
 from jaxtrain.step.pipeline.plan import microbatches, partition_model
 from jaxtrain.step.task import Task, make_task
 from jaxtrain.step.train_state import TrainState, initial_state
+from jaxtrain.trees import path_of
 
 log = logging.getLogger("jaxtrain")
 
@@ -249,6 +250,7 @@ def _lay_out(
     config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, microbatches=count))
     layout = Layout(mesh, config.layout, config.layout.rules + model.tensor_rules)
     layout.check_batch(batch, groups, has_batch_norm)
+    _check_reduce(config, layout, state)
     if task.preprocess.mixes and count > 1 and batch // count % 2:
         raise ConfigError(
             f"config.layout.microbatches={count}: mixup and cutmix mix neighbours, so that a microbatch needs an even number "
@@ -271,6 +273,26 @@ def _lay_out(
     return config, dataclasses.replace(layout, chunks=names), partition
 
 
+def _check_reduce(config: Config, layout: Layout, state: TrainState) -> None:
+    """Raises `ConfigError` where a device cannot compute its own examples alone, which `layout.reduce` needs. state: shapes."""
+    if not layout.reduces_itself:
+        return
+    reduce = f"config.layout.reduce={layout.config.reduce!r}"
+    if config.model.attention == "pallas":
+        raise ConfigError(
+            f"{reduce} does not go with config.model.attention='pallas', whose kernel XLA must split; use "
+            "--config.model.attention=plain or --config.layout.reduce=auto."
+        )
+    statistics: dict[str, set[str]] = {}
+    for path, _ in jax.tree_util.tree_leaves_with_path(state.batch_stats):
+        statistics.setdefault(path_of(path[:-1]), set()).add(path_of(path[-1:]))
+    if own := [layer for layer, names in statistics.items() if names != {"mean", "var"}]:
+        raise ConfigError(
+            f"{reduce}: {own[0]} has statistics of the model's own, which would be those of one device's examples; take "
+            "them from jaxtrain.models.layers.BatchNorm, or use --config.layout.reduce=auto."
+        )
+
+
 def unused_settings(run: RunSpec) -> list[str]:
     """A sentence for each setting that was changed from its default and can have no effect on this run."""
     config, data, optim, layout = run.config, run.config.data, run.config.optim, run.config.layout
@@ -283,6 +305,7 @@ def unused_settings(run: RunSpec) -> list[str]:
     if layout.stages == 1:
         fields = ("schedule", "chunks", "balance", "stage_placement", "trace_step")
         found += without_effect("layout", layout, fields, "there is one stage")
+    found += _unused_reduction(run.layout)
     if not jax.tree.leaves(jax.eval_shape(run.init, 0).batch_stats):
         found += without_effect("model", config.model, ["bn_groups"], f"{config.model.name} has no BatchNorm")
     evaluates = Duration.parse(config.train.eval_every, "config.train.eval_every").value > 0
@@ -293,4 +316,19 @@ def unused_settings(run: RunSpec) -> list[str]:
     if not (len(run.dataset.validation) or len(run.dataset.test)):
         why = "there is neither a validation nor a test split"
         found += without_effect("train", config.train, ["eval_examples"], why)
+    return found
+
+
+def _unused_reduction(layout: Layout) -> list[str]:
+    """The sentences of `unused_settings` on how gradients are added up."""
+    config, found = layout.config, []
+    if batch_ways(layout.mesh) == 1:
+        found += without_effect("layout", config, ["reduce"], "one device has the whole batch")
+    elif config.reduce == "hierarchical" and 1 in (config.replica, layout.mesh.shape["data"]):
+        why = f"layout.replica={config.replica} x layout.data={layout.mesh.shape['data']} has one level: it acts as 'ring'"
+        found += without_effect("layout", config, ["reduce"], why)
+    if not layout.reduces_itself:
+        found += without_effect("layout", config, ["reduce_bucket"], "XLA packs the gradients")
+    if on_cpu(layout.mesh.devices.flat):
+        found += without_effect("layout", config, ["nccl_algo", "nccl_protocol"], "a CPU has no NCCL")
     return found

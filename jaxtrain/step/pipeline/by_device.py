@@ -47,9 +47,7 @@ class ForwardBackwardByDevice:
             first, *others = of_one_device(examples)
 
             def function(params: PyTree, x: Any) -> tuple[Any, Any]:
-                output, (stats, metrics) = apply_chunk(
-                    task, layout, chunk, (params, batch_stats), (x, *others), shared
-                )
+                output, (stats, metrics) = apply_chunk(task, layout, chunk, (params, batch_stats), (x, *others), shared)
                 return output, add_over_batch(stats, metrics)
 
             if chunk.first:
@@ -89,7 +87,14 @@ class ForwardBackwardByDevice:
         return output, aux, (selected, residuals)
 
     def backward(
-        self, cotangent: Any, residuals: Sequence[Any], output: Any, params: PyTree, batch_stats: PyTree, x: Any, inputs: Any
+        self,
+        cotangent: Any,
+        residuals: Sequence[Any],
+        output: Any,
+        params: PyTree,
+        batch_stats: PyTree,
+        x: Any,
+        inputs: Any,
     ) -> tuple[Any, ...]:
         """The gradients of the parameters, added up over the batch axes; and of `x` but in the first chunk.
 

@@ -185,7 +185,9 @@ def _trace(
     return ForwardBackward.trace(traced, params, batch_stats, x, inputs)
 
 
-def _lower_prepare(layout: Layout, passes: ForwardBackward | ForwardBackwardByDevice, params: PyTree) -> tuple[jax.stages.Lowered | None, PyTree]:
+def _lower_prepare(
+    layout: Layout, passes: ForwardBackward | ForwardBackwardByDevice, params: PyTree
+) -> tuple[jax.stages.Lowered | None, PyTree]:
     """The program that casts and gathers parameters, once a step, and the shapes of its results.
 
     Without it, each microbatch would cast and gather them again. `None` if it would change neither a dtype nor a sharding.
