@@ -35,6 +35,7 @@ REMATS = ("none", "full", "dots")
 PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
 BALANCES = ("cost", "memory", "time")
 STAGE_PLACEMENTS = ("spread", "hosts")
+COMPRESSORS = ("none", "bf16", "int8")
 REDUCTIONS = ("auto", "ring", "tree", "hierarchical")
 NCCL_ALGORITHMS = ("auto", "ring", "tree", "nvls", "collnetdirect", "collnetchain")
 NCCL_PROTOCOLS = ("auto", "ll", "ll128", "simple")
@@ -422,6 +423,11 @@ class OptimConfig(_Section):
 
     loss: str = "cross_entropy"
     """The loss: `cross_entropy`, or your own `package.module:function`, (logits [B, C], targets [B, C]) -> [B]."""
+
+    compress: Annotated[str, _one_of(COMPRESSORS)] = "none"
+    """What gradients are rounded to when devices add them up, for slow links (docs/communication.md). `none`. `bf16`: half of
+    the bytes of f32. `int8`: a quarter. The rounding is random and without bias (Alistarh 2017), so it changes the run's
+    numbers, and does so differently on another number of devices. It takes the place of `layout.reduce`."""
 
     class_weights: str = ""
     """Weights of the classes in the loss of training, for uneven data. "": all alike. `balanced`: N / (K N_k) for a class that

@@ -100,6 +100,7 @@ BAD = [
     (OptimConfig, "clip_norm", INF, "a finite number"),
     (OptimConfig, "label_smoothing", 1.0, "below 1"),
     (OptimConfig, "ema", 1.0, "below 1"),
+    (OptimConfig, "compress", "int4", "one of none, bf16, int8. Did you mean 'int8'?"),
     (OptimConfig, "class_weights", "1,-2", "a number above 0 for each class"),
     (OptimConfig, "class_weights", "1,nan", "a number above 0 for each class"),
     (OptimConfig, "class_weights", "balance", "'balanced', or a number"),
@@ -212,7 +213,7 @@ def test_every_field_has_a_meaning():
 
 def test_every_choice_of_a_field_is_explained_in_its_meaning():
     choices = {key: info for key, info in c.explain().items() if info.allowed.startswith("one of ")}
-    assert len(choices) == 16
+    assert len(choices) == 17
     for key, info in choices.items():
         named = info.allowed.removeprefix("one of ").replace("or your own ", "").split(", ")
         unexplained = [name for name in named if f"`{name}`" not in info.meaning]

@@ -100,7 +100,12 @@ def _check_reductions(layout: Layout, collectives: Mapping[str, collections.Coun
         raise AuditError(
             f"layout.replica={shape['replica']}, layout.data={shape['data']}: no program reduces the gradients."
         )
-    if layout.reduces_itself:
+    if layout.reduces_itself and layout.compress != "none":
+        if not (gradients["all-to-all"] and gradients["all-gather"]):
+            raise AuditError(
+                f"optim.compress={layout.compress} had no effect: the gradient programs exchange no parts."
+            )
+    elif layout.reduces_itself:
         wanted = messages(layout.config.reduce, shape["data"], shape["replica"])
         if gradients["collective-permute"] < wanted:
             raise AuditError(

@@ -39,7 +39,7 @@ def ring_reduce_scatter(x: jax.Array, axis: Axis) -> jax.Array:
     Device i has part i + 1, modulo n. The last part is padded with zeros.
     """
     n = jax.lax.axis_size(axis)
-    parts, here = _padded(x, n).reshape(n, -1), jax.lax.axis_index(axis)
+    parts, here = padded(x, n).reshape(n, -1), jax.lax.axis_index(axis)
     sums = parts[here]
     for step in range(1, n):
         sums = jax.lax.ppermute(sums, axis, _ring(n)) + parts[(here - step) % n]
@@ -61,7 +61,7 @@ def tree(x: jax.Array, axis: Axis) -> jax.Array:
     n, here = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
     power = 1 << (n.bit_length() - 1)
     rest = range(power, n)
-    sums = _padded(x, power)
+    sums = padded(x, power)
     if rest:  # who receives nothing receives zeros
         sums = sums + jax.lax.ppermute(sums, axis, [(device, device - power) for device in rest])
     distances = [1 << bit for bit in range(power.bit_length() - 1)]
@@ -104,10 +104,23 @@ def reduce_leaves(leaves: Sequence[jax.Array], algorithm: str, axis: Axis, bucke
       axis: of the mesh.
       bucket_bytes: leaves are sent together as long as they have no more bytes than this.
     """
+    return each_bucket(leaves, bucket_bytes, lambda packed, _: ALGORITHMS[algorithm](packed, axis))
+
+
+def each_bucket(
+    leaves: Sequence[jax.Array], bucket_bytes: int, add_up: Callable[[jax.Array, int], jax.Array]
+) -> list[jax.Array]:
+    """`add_up` of each bucket of leaves; the leaves that it gives, in their shapes.
+
+    Args:
+      leaves: arrays of any shapes and dtypes.
+      bucket_bytes: of `buckets`.
+      add_up: (a bucket's values [k], the bucket's number) -> the same many values.
+    """
     found: list[jax.Array] = list(leaves)
-    for bucket in buckets(leaves, bucket_bytes):
+    for number, bucket in enumerate(buckets(leaves, bucket_bytes)):
         packed = jnp.concatenate([leaves[i].reshape(-1) for i in bucket])
-        sums = ALGORITHMS[algorithm](packed, axis)
+        sums = add_up(packed, number)
         ends = [sum(leaves[j].size for j in bucket[: k + 1]) for k in range(len(bucket))]
         for i, part in zip(bucket, jnp.split(sums, ends[:-1]), strict=True):
             found[i] = part.reshape(leaves[i].shape)
@@ -170,6 +183,6 @@ def _pairs(n: int, distance: int) -> list[tuple[int, int]]:
     return [(device, device ^ distance) for device in range(n)]
 
 
-def _padded(x: jax.Array, parts: int) -> jax.Array:
+def padded(x: jax.Array, parts: int) -> jax.Array:
     """x [k] with zeros behind it, so that its length divides by `parts`."""
     return jnp.pad(x, (0, -x.size % parts))

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain.data.augment import train_inputs
 from jaxtrain.models.layers import Context
+from jaxtrain.parallel.compressors import compressed_leaves
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import BATCH_AXES
 from jaxtrain.parallel.reduce import reduce_leaves
@@ -21,7 +22,7 @@ from jaxtrain.precision import scale_factor
 from jaxtrain.step.batch import Batch, Resident, all_labels, select_microbatch
 from jaxtrain.step.layer_wrap import layer_wrapper
 from jaxtrain.step.task import Task
-from jaxtrain.step.train_state import AUGMENT, DROPOUT, TrainState, role_key
+from jaxtrain.step.train_state import AUGMENT, COMPRESS, DROPOUT, TrainState, role_key
 from jaxtrain.trees import PyTree, path_of, shapes_of
 
 
@@ -163,7 +164,7 @@ def microbatch_gradients(
 
     function = functools.partial(_gradients, task, layer_wrapper(layout, state.params, task.remat))
     if layout.reduces_itself:
-        function = reduced_over_batch(layout, function)
+        function = reduced_over_batch(layout, function, compress_key(batch.hyperparams.seed, state.step, index))
     gradients, batch_stats, (loss, correct) = function(
         (state.params, state.batch_stats), (inputs, targets, labels, context), (whole, dropout, state.loss_scale)
     )
@@ -199,12 +200,13 @@ def _gradients(
     return gradients, new_stats, (loss, correct)
 
 
-def reduced_over_batch(layout: Layout, function: Callable[..., Any]) -> Callable[..., Any]:
-    """`function`, run by each device on its own examples alone; its gradients are added up by `parallel.reduce`.
+def reduced_over_batch(layout: Layout, function: Callable[..., Any], key: jax.Array) -> Callable[..., Any]:
+    """`function`, run by each device on its own examples alone; its gradients are added up by `reduce_gradients`.
 
     Args:
       layout: of the parameters and the batch.
       function: as `_gradients` without its first two arguments.
+      key: of `compress_key`.
     """
 
     def of_device(weights: PyTree, examples: PyTree, shared: PyTree) -> tuple[PyTree, PyTree, PyTree]:
@@ -216,7 +218,7 @@ def reduced_over_batch(layout: Layout, function: Callable[..., Any]) -> Callable
         batch = P(BATCH_AXES)
         mapped = by_device(layout, of_device, (P(), batch, P()), (batch, P(), P()))
         gradients, *more = mapped(weights, examples, shared)
-        return reduce_gradients(layout, gradients), *more
+        return reduce_gradients(layout, gradients, key), *more
 
     return reduced
 
@@ -241,16 +243,44 @@ def add_over_batch(batch_stats: PyTree, sums: PyTree) -> tuple[PyTree, PyTree]:
     return jax.lax.pmean(batch_stats, BATCH_AXES), jax.lax.psum(sums, BATCH_AXES)
 
 
-def reduce_gradients(layout: Layout, gradients: PyTree) -> PyTree:
-    """The sum of `gradients`, a tree like the parameters with a first dim for the device that computed them."""
+def compress_key(seed: jax.Array, step: jax.Array, index: Any, chunk: int = 0) -> jax.Array:
+    """The random key of the rounding in `optim.compress`.
+
+    Args:
+      seed: int32 [], of the run.
+      step: int32 [], updates done so far.
+      index: int32 [] or a Python int, the microbatch.
+      chunk: of a pipeline.
+    """
+    key = jax.random.fold_in(role_key(seed, COMPRESS), step)
+    return jax.random.fold_in(jax.random.fold_in(key, index), chunk)
+
+
+def reduce_gradients(layout: Layout, gradients: PyTree, key: jax.Array) -> PyTree:
+    """The sum of `gradients`, a tree like the parameters with a first dim for the device that computed them.
+
+    key: of `compress_key`, for the rounding where `layout.compress` rounds.
+    """
     leaves, structure = jax.tree.flatten(gradients)
     shardings = jax.tree.leaves(like_params(layout, "computing", jax.tree.map(lambda g: g[0], gradients)))
     specs, config = [sharding.spec for sharding in shardings], layout.config
 
-    def of_device(leaves: list[jax.Array]) -> list[jax.Array]:
-        return reduce_leaves([leaf[0] for leaf in leaves], config.reduce, BATCH_AXES, config.bucket_bytes)
+    def of_device(leaves: list[jax.Array], key: jax.Array) -> list[jax.Array]:
+        mine = [leaf[0] for leaf in leaves]
+        if layout.compress == "none":
+            return reduce_leaves(mine, config.reduce, BATCH_AXES, config.bucket_bytes)
+        # What the tensor axis does not split must be rounded alike on all of its devices, so it is in buckets of its own.
+        sums = dict.fromkeys(range(len(mine)))
+        for split in (False, True):
+            numbers = [i for i, spec in enumerate(specs) if ("tensor" in spec) == split]
+            some = [mine[i] for i in numbers]
+            some = compressed_leaves(
+                some, layout.compress, BATCH_AXES, config.bucket_bytes, jax.random.fold_in(key, split)
+            )
+            sums |= dict(zip(numbers, some, strict=True))
+        return list(sums.values())
 
     with jax.named_scope("reduce_gradients"):
         each = [P(BATCH_AXES, *spec) for spec in specs]
-        mapped = jax.shard_map(of_device, mesh=layout.mesh, in_specs=(each,), out_specs=specs, check_vma=False)
-        return structure.unflatten(mapped(leaves))
+        mapped = jax.shard_map(of_device, mesh=layout.mesh, in_specs=(each, P()), out_specs=specs, check_vma=False)
+        return structure.unflatten(mapped(leaves, key))

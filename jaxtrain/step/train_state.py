@@ -15,7 +15,7 @@ from jaxtrain.step.task import Task
 from jaxtrain.trees import PyTree, shapes_of
 
 # The roles of random keys: fold_in(key(seed), role), then fold_in(step). A key never depends on what was drawn before.
-INIT, AUGMENT, DROPOUT = range(3)
+INIT, AUGMENT, DROPOUT, COMPRESS = range(4)
 
 
 @flax.struct.dataclass
@@ -40,7 +40,7 @@ class TrainState:
 
 
 def role_key(seed: int | jax.Array, role: int) -> jax.Array:
-    """The random key of one role (`INIT`, `AUGMENT`, `DROPOUT`): a typed threefry key []."""
+    """The random key of one role (`INIT`, `AUGMENT`, `DROPOUT`, `COMPRESS`): a typed threefry key []."""
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), role)
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxtrain.config import Config, DataConfig, without_effect
+from jaxtrain.config import Config, DataConfig, OptimConfig, without_effect
 from jaxtrain.data import registry as datasets
 from jaxtrain.data.augment import check_own_augmentation, own_augmentation
 from jaxtrain.data.base import Dataset, Outline, count_classes, underlying
@@ -248,7 +248,7 @@ def _lay_out(
     has_batch_norm = bool(jax.tree.leaves(state.batch_stats))
     count = microbatches(config.layout, batch, ways, groups * has_batch_norm, even=task.preprocess.mixes)
     config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, microbatches=count))
-    layout = Layout(mesh, config.layout, config.layout.rules + model.tensor_rules)
+    layout = Layout(mesh, config.layout, config.layout.rules + model.tensor_rules, compress=config.optim.compress)
     layout.check_batch(batch, groups, has_batch_norm)
     _check_reduce(config, layout, state)
     if task.preprocess.mixes and count > 1 and batch // count % 2:
@@ -277,11 +277,19 @@ def _check_reduce(config: Config, layout: Layout, state: TrainState) -> None:
     """Raises `ConfigError` where a device cannot compute its own examples alone, which `layout.reduce` needs. state: shapes."""
     if not layout.reduces_itself:
         return
-    reduce = f"config.layout.reduce={layout.config.reduce!r}"
+    reduce, compress = layout.config.reduce, config.optim.compress
+    if compress != "none" and reduce != "auto":
+        raise ConfigError(
+            f"config.optim.compress={compress!r} has an exchange of its own in place of config.layout.reduce={reduce!r}; set "
+            "one of the two."
+        )
+    reduce, off = f"config.layout.reduce={reduce!r}", "--config.layout.reduce=auto"
+    if compress != "none":
+        reduce, off = f"config.optim.compress={compress!r}", "--config.optim.compress=none"
     if config.model.attention == "pallas":
         raise ConfigError(
             f"{reduce} does not go with config.model.attention='pallas', whose kernel XLA must split; use "
-            "--config.model.attention=plain or --config.layout.reduce=auto."
+            f"--config.model.attention=plain or {off}."
         )
     statistics: dict[str, set[str]] = {}
     for path, _ in jax.tree_util.tree_leaves_with_path(state.batch_stats):
@@ -289,7 +297,7 @@ def _check_reduce(config: Config, layout: Layout, state: TrainState) -> None:
     if own := [layer for layer, names in statistics.items() if names != {"mean", "var"}]:
         raise ConfigError(
             f"{reduce}: {own[0]} has statistics of the model's own, which would be those of one device's examples; take "
-            "them from jaxtrain.models.layers.BatchNorm, or use --config.layout.reduce=auto."
+            f"them from jaxtrain.models.layers.BatchNorm, or use {off}."
         )
 
 
@@ -305,7 +313,7 @@ def unused_settings(run: RunSpec) -> list[str]:
     if layout.stages == 1:
         fields = ("schedule", "chunks", "balance", "stage_placement", "trace_step")
         found += without_effect("layout", layout, fields, "there is one stage")
-    found += _unused_reduction(run.layout)
+    found += _unused_reduction(run.layout, optim)
     if not jax.tree.leaves(jax.eval_shape(run.init, 0).batch_stats):
         found += without_effect("model", config.model, ["bn_groups"], f"{config.model.name} has no BatchNorm")
     evaluates = Duration.parse(config.train.eval_every, "config.train.eval_every").value > 0
@@ -319,11 +327,12 @@ def unused_settings(run: RunSpec) -> list[str]:
     return found
 
 
-def _unused_reduction(layout: Layout) -> list[str]:
+def _unused_reduction(layout: Layout, optim: OptimConfig) -> list[str]:
     """The sentences of `unused_settings` on how gradients are added up."""
     config, found = layout.config, []
     if batch_ways(layout.mesh) == 1:
         found += without_effect("layout", config, ["reduce"], "one device has the whole batch")
+        found += without_effect("optim", optim, ["compress"], "one device has the whole batch")
     elif config.reduce == "hierarchical" and 1 in (config.replica, layout.mesh.shape["data"]):
         why = f"layout.replica={config.replica} x layout.data={layout.mesh.shape['data']} has one level: it acts as 'ring'"
         found += without_effect("layout", config, ["reduce"], why)

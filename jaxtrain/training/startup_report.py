@@ -88,7 +88,8 @@ def collectives(layout: Layout) -> str:
         text += f" ({told})"
     if not layout.reduces_itself:
         return f"{text}; gradients by XLA's"
-    return f"{text}; gradients by {config.reduce}, in buckets of {config.reduce_bucket:g} MiB"
+    how = config.reduce if layout.compress == "none" else f"parts in {layout.compress}"
+    return f"{text}; gradients by {how}, in buckets of {config.reduce_bucket:g} MiB"
 
 
 def notes(table: dict[str, list[Placement]]) -> list[str]:

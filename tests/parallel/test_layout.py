@@ -404,7 +404,7 @@ def test_microbatches_must_hold_whole_batchnorm_groups():
 def planned(name: str, **fields):
     """The run of model `name` on eight devices. fields: of the layout."""
     layout_config = LayoutConfig(**fields)
-    model = ModelConfig(name, width=16, bn_groups=2)
+    model = ModelConfig(name, width=16)
     data = dataclasses.replace(MLP.data, image_size=8)
     config = dataclasses.replace(MLP, model=model, data=data, layout=layout_config)
     return make_run_spec(config, registry.load(config.data), jax.devices())

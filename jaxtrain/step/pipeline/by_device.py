@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import BATCH_AXES
-from jaxtrain.step.gradients import add_over_batch, by_device, of_one_device, reduce_gradients
+from jaxtrain.step.gradients import add_over_batch, by_device, compress_key, of_one_device, reduce_gradients
 from jaxtrain.step.pipeline.chunks import ForwardBackward, ModelChunk, apply_chunk, select_inputs
 from jaxtrain.step.task import Task
 from jaxtrain.trees import PyTree
@@ -100,7 +100,6 @@ class ForwardBackwardByDevice:
 
         The arguments are those of `ForwardBackward.backward`.
         """
-        del inputs
         ((first, *others), shared), saved = residuals
         examples = (first if self.chunk.first else x, *others)
 
@@ -113,4 +112,5 @@ class ForwardBackwardByDevice:
         outputs = (_BATCH,) if self.chunk.first else (_BATCH, _BATCH)
         mapped = by_device(self.layout, of_device, (_BATCH, _BATCH, _BATCH, P(), P(), _BATCH, P()), outputs)
         gradients, *more = mapped(cotangent, saved, output, params, batch_stats, examples, shared)
-        return (reduce_gradients(self.layout, gradients), *more)
+        key = compress_key(inputs["seed"], inputs["step"], inputs["index"], self.chunk.index)
+        return (reduce_gradients(self.layout, gradients, key), *more)
