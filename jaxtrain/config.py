@@ -36,6 +36,10 @@ REMATS = ("none", "full", "dots")
 PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
 BALANCES = ("cost", "memory", "time")
 STAGE_PLACEMENTS = ("spread", "hosts")
+COMPRESSORS = ("none", "bf16", "int8")
+REDUCTIONS = ("auto", "ring", "tree", "hierarchical")
+NCCL_ALGORITHMS = ("auto", "ring", "tree", "nvls", "collnetdirect", "collnetchain")
+NCCL_PROTOCOLS = ("auto", "ll", "ll128", "simple")
 BEST_BY = ("val_accuracy", "val_loss", "val_top5")
 WEIGHTS_REQUIRED = "required"
 STEMS = ("auto", "cifar", "imagenet")
@@ -498,6 +502,11 @@ class OptimConfig(_Section):
     loss: str = "cross_entropy"
     """The loss: `cross_entropy`, or your own `package.module:function`, (logits [B, C], targets [B, C]) -> [B]."""
 
+    compress: Annotated[str, _one_of(COMPRESSORS)] = "none"
+    """What gradients are rounded to when devices add them up, for slow links (docs/communication.md). `none`. `bf16`: half of
+    the bytes of f32. `int8`: a quarter. The rounding is random and without bias (Alistarh 2017), so it changes the run's
+    numbers, and does so differently on another number of devices. It takes the place of `layout.reduce`."""
+
     class_weights: str = ""
     """Weights of the classes in the loss of training, for uneven data. "": all alike. `balanced`: N / (K N_k) for a class that
     N_k of the N training examples are of, where K classes have any; 1 for a class without. Or a number above 0 for each class,
@@ -652,6 +661,25 @@ class LayoutConfig(_Section):
     in their process. `hosts`: neighbouring devices, so that where possible a stage has processes of its own, and only
     activations pass between them."""
 
+    reduce: Annotated[str, _one_of(REDUCTIONS)] = "auto"
+    """How gradients are added up over `replica` x `data` (docs/communication.md). `auto`: by XLA's own collectives. `ring`:
+    a reduce-scatter and an all-gather, each of messages between neighbours. `tree`: recursive halving and doubling, with
+    fewer messages. `hierarchical`: a ring inside each replica, one across replicas with the part of each device, and one
+    inside again, so that the links between replicas carry 1 / `data` of the bytes."""
+
+    reduce_bucket: Annotated[float, _must_be("above 0 MiB", lambda value: value > 0)] = 25.0
+    """MiB of gradients that are sent together by `ring`, `tree` and `hierarchical`; a larger leaf goes alone."""
+
+    nccl_algo: Annotated[str, _one_of(NCCL_ALGORITHMS)] = "auto"
+    """The algorithm of NCCL's all-reduce on NVIDIA GPUs, where `layout.reduce` is `auto`: NCCL_ALGO of the environment. `auto`:
+    NCCL chooses. `ring`. `tree`: double binary trees. `nvls`, `collnetdirect` and `collnetchain` need switches that add. NCCL
+    refuses what the hardware does not have."""
+
+    nccl_protocol: Annotated[str, _one_of(NCCL_PROTOCOLS)] = "auto"
+    """NCCL's protocol: NCCL_PROTO of the environment. `auto`: NCCL chooses. `simple`: for bandwidth. `ll`: for latency, at a
+    quarter to a half of the bandwidth. `ll128`: both, but wrong numbers where the hardware does not store 128 bytes at once,
+    so leave that choice to NCCL."""
+
     strategy: Annotated[str, _one_of(STRATEGIES)] = "manual"
     """Who chooses the layout. `manual`: it is what these fields say. `auto`: a new run chooses `data`, `replica`, `tensor`,
     `zero`, `microbatches`, `stages`, `schedule`, `chunks` and `train.remat` for its devices, as `jaxtrain plan` does
@@ -681,6 +709,11 @@ class LayoutConfig(_Section):
             axes = [axis for axis in rule[1] if axis is not None]
             known = all(axis in ("data", "tensor") for axis in axes) and len(set(axes)) == len(axes)
             _require(known, "layout.rules", rule, "made of 'data', 'tensor' and None, each axis at most once")
+
+    @property
+    def bucket_bytes(self) -> int:
+        """`reduce_bucket` in bytes."""
+        return int(self.reduce_bucket * 2**20)
 
 
 @dataclasses.dataclass(frozen=True)

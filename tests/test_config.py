@@ -119,6 +119,7 @@ BAD = [
     (OptimConfig, "layer_decay", 0.0, "above 0 and at most 1"),
     (OptimConfig, "layer_decay", 1.1, "above 0 and at most 1"),
     (OptimConfig, "head_rate", 0.0, "above 0"),
+    (OptimConfig, "compress", "int4", "one of none, bf16, int8. Did you mean 'int8'?"),
     (OptimConfig, "class_weights", "1,-2", "a number above 0 for each class"),
     (OptimConfig, "class_weights", "1,nan", "a number above 0 for each class"),
     (OptimConfig, "class_weights", "balance", "'balanced', or a number"),
@@ -149,6 +150,10 @@ BAD = [
     (LayoutConfig, "boundaries", (3, 2), "whole numbers, each larger than the one before"),
     (LayoutConfig, "balance", "flops", "one of cost, memory, time"),
     (LayoutConfig, "stage_placement", "host", "one of spread, hosts. Did you mean 'hosts'?"),
+    (LayoutConfig, "reduce", "rings", "one of auto, ring, tree, hierarchical. Did you mean 'ring'?"),
+    (LayoutConfig, "reduce_bucket", 0.0, "above 0 MiB"),
+    (LayoutConfig, "nccl_algo", "trees", "one of auto, ring, tree, nvls"),
+    (LayoutConfig, "nccl_protocol", "ll64", "one of auto, ll, ll128, simple"),
     (LayoutConfig, "strategy", "automatic", "one of manual, auto"),
     (LayoutConfig, "keep", ("zero", "zer"), "names among data, replica, tensor"),
     (LayoutConfig, "memory_limit", -1.0, "at least 0"),
@@ -227,7 +232,7 @@ def test_every_field_has_a_meaning():
 
 def test_every_choice_of_a_field_is_explained_in_its_meaning():
     choices = {key: info for key, info in c.explain().items() if info.allowed.startswith("one of ")}
-    assert len(choices) == 14
+    assert len(choices) == 18
     for key, info in choices.items():
         named = info.allowed.removeprefix("one of ").replace("or your own ", "").split(", ")
         unexplained = [name for name in named if f"`{name}`" not in info.meaning]

@@ -175,6 +175,7 @@ def test_every_field_has_its_kind():
         *("layout.data", "layout.replica", "layout.tensor", "layout.zero", "layout.microbatches", "layout.rules"),
         *("layout.stages", "layout.schedule", "layout.chunks", "layout.boundaries", "layout.balance"),
         *("layout.stage_placement", "layout.trace_step", "layout.strategy", "layout.keep", "layout.memory_limit"),
+        *("layout.reduce", "layout.reduce_bucket", "layout.nccl_algo", "layout.nccl_protocol"),
         *("checkpoint.every", "checkpoint.keep", "checkpoint.milestone_every", "checkpoint.resume"),
         *("checkpoint.allow_changes", "checkpoint.best"),
     }

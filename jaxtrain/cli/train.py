@@ -13,7 +13,6 @@ from jaxtrain.cli import start
 from jaxtrain.distributed import peers
 from jaxtrain.distributed.exit_report import ExitReport
 from jaxtrain.errors import InterruptedRunError, JaxtrainError, PreemptedError
-from jaxtrain.host import xla_flags
 from jaxtrain.host.native import cuda_messages_dropped
 from jaxtrain.host.processes import STOPPING
 from jaxtrain.host.text import note
@@ -63,9 +62,9 @@ def run_resolved(arguments: argparse.Namespace, resolved: Resolved, workdir: str
 
     with catch_signals(leave) as interrupt:
         try:
-            chosen = resolved.config.train
-            flags = xla_flags.for_run(chosen.precision, deterministic=chosen.deterministic)
-            xla_flags.set_flags(flags)  # before the processes connect
+            from jaxtrain.training.jax_settings import set_environment  # noqa: PLC0415
+
+            set_environment(resolved.config)  # before the processes connect
             start.configure_devices(arguments)
             start.start_processes(arguments, resolved, workdir, interrupt.connect)
             start.start_backend()

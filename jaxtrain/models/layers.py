@@ -6,6 +6,7 @@ function of the key, the module's path and the example's index in the global bat
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from typing import Any
@@ -34,6 +35,9 @@ class Context:
     frozen_stats: frozenset[str] = flax.struct.field(pytree_node=False, default=frozenset())
     """The paths of the BatchNorms that use their running statistics in training too: of the model ('layers_03/bn1') where the
     model is called, and of the layer ('bn1') where a layer is."""
+    batch_axes: tuple[str, ...] = flax.struct.field(pytree_node=False, default=())
+    """Mesh axes that the microbatch is split over, inside a `jax.shard_map` where a layer sees its own device's examples
+    alone; () where it sees the whole microbatch."""
 
     def of_layer(self, name: str) -> Context:
         """The context of the layer `name`."""
@@ -94,6 +98,40 @@ class Layer(nn.Module):
         return {"dtype": at_least_f32(self.dtype), "param_dtype": self.param_dtype}
 
 
+@dataclasses.dataclass(frozen=True)
+class Groups:
+    """The groups of BatchNorm that a layer sees, whole or in part.
+
+    Attributes:
+      here: how many there are here: contiguous examples, equally many of each group.
+      share: the examples of a whole group, divided by those of it that are here together; 1 where groups are whole.
+      total: groups of the microbatch.
+      axes: `Context.batch_axes`.
+    """
+
+    here: int
+    share: int
+    total: int
+    axes: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, context: Context, examples: int) -> Groups:
+        """The groups in the `examples` that are here: those of a device where `context.batch_axes` are named, else all."""
+        ways = jax.lax.axis_size(context.batch_axes) if context.batch_axes else 1
+        whole = examples * ways // context.bn_groups
+        together = math.gcd(examples, whole)  # a device may have parts of several groups
+        return cls(examples // together, whole // together, context.bn_groups, context.batch_axes)
+
+    def sums(self, *totals: jax.Array) -> tuple[jax.Array, ...]:
+        """The sums over whole groups of `totals` [here, ...], the sums over the examples that are here."""
+        if self.share == 1:
+            return totals
+        first = jax.lax.axis_index(self.axes) * self.here
+        group = (first + jnp.arange(self.here)) // self.share
+        rows = (jnp.zeros((self.total, *total.shape[1:]), total.dtype).at[group].add(total) for total in totals)
+        return tuple(rows[group] for rows in jax.lax.psum(tuple(rows), self.axes))
+
+
 class BatchNorm(nn.Module):
     """Batch normalization (Ioffe and Szegedy 2015) over each of `context.bn_groups` groups of consecutive examples.
 
@@ -127,25 +165,31 @@ class BatchNorm(nn.Module):
             y = _affine(wide, running_mean.value, inverse_std, scale, bias).astype(x.dtype)
             return relu(y) if self.rectify else y
 
-        groups = context.bn_groups
-        grouped = x.reshape(groups, x.shape[0] // groups, *x.shape[1:])
-        count = x.size // (groups * x.shape[-1])
+        groups = Groups.of(context, x.shape[0])
+        grouped = x.reshape(groups.here, -1, *x.shape[1:])
+        count = groups.share * x.size // (groups.here * x.shape[-1])
         if count < 2:
             raise ConfigError(
                 f"config.model.bn_groups: BatchNorm {'/'.join(self.path)} would take its statistics over a single "
                 "value a channel, which leaves nothing of the input; use fewer groups or larger images."
             )
-        y, mean, var = normalize(grouped, scale, bias, self.epsilon, rectify=self.rectify)
+        y, mean, var = normalize(grouped, scale, bias, self.epsilon, rectify=self.rectify, groups=groups)
         if not self.is_initializing():
             unbiased = var * (count / (count - 1))
             for running, batch in ((running_mean, mean), (running_var, unbiased)):
-                new = jax.lax.stop_gradient(jnp.mean(batch.reshape(groups, -1), 0).astype(stats_dtype))
+                new = jax.lax.stop_gradient(jnp.mean(batch.reshape(groups.here, -1), 0).astype(stats_dtype))
                 running.value = self.momentum * running.value + (1 - self.momentum) * new
         return y.reshape(x.shape)
 
 
 def normalize(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, *, rectify: bool = False
+    x: jax.Array,
+    scale: jax.Array,
+    bias: jax.Array,
+    epsilon: float,
+    *,
+    rectify: bool = False,
+    groups: Groups | None = None,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Normalizes each group of x, then applies scale and bias, and ReLU if `rectify`.
 
@@ -160,23 +204,26 @@ def normalize(
       bias: [C].
       epsilon: added to the variance.
       rectify: whether y is max(y, 0).
+      groups: where x has parts of groups, the rest of which other devices have; `None`: x has whole groups.
 
     Returns:
       y, of x's shape and type; mean and biased variance [groups, 1, ..., C], in at least f32, without gradient.
     """
-    return _normalize(x, scale, bias, epsilon, rectify)
+    return _normalize(x, scale, bias, epsilon, rectify, groups or Groups(x.shape[0], 1, x.shape[0]))
 
 
-def _normalize_primal(x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, rectify: bool) -> Any:
-    return _normalize_forward(x, scale, bias, epsilon, rectify)[0]
+def _normalize_primal(
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, rectify: bool, groups: Groups
+) -> Any:
+    return _normalize_forward(x, scale, bias, epsilon, rectify, groups)[0]
 
 
 def _normalize_forward(
-    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, rectify: bool
+    x: jax.Array, scale: jax.Array, bias: jax.Array, epsilon: float, rectify: bool, groups: Groups
 ) -> tuple[Any, Any]:
     wide = x.astype(at_least_f32(x.dtype))
-    count = math.prod(x.shape[1:-1])
-    mean, mean_square = (total / count for total in _sums(wide, jnp.square(wide)))
+    count = groups.share * math.prod(x.shape[1:-1])
+    mean, mean_square = (total / count for total in groups.sums(*_sums(wide, jnp.square(wide))))
     var = mean_square - jnp.square(mean)
     var = jnp.where(var > 0, var, 0)  # rounding can make it negative
     inverse_std = jax.lax.rsqrt(var + epsilon)
@@ -185,7 +232,7 @@ def _normalize_forward(
 
 
 def _normalize_backward(
-    epsilon: float, rectify: bool, saved: Any, gradients: Any
+    epsilon: float, rectify: bool, groups: Groups, saved: Any, gradients: Any
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     x, mean, inverse_std, scale, bias = saved
     if rectify:
@@ -194,14 +241,16 @@ def _normalize_backward(
     if rectify:
         g = jnp.where(_affine(wide, mean, inverse_std, scale, bias).astype(x.dtype) > 0, g, 0)
     h = (wide - mean) * inverse_std
-    sum_g, sum_gh = _sums(g, g * h)
-    share = 1 / math.prod(x.shape[1:-1])
+    here = _sums(g, g * h)
+    sum_g, sum_gh = groups.sums(*here)
+    share = 1 / (groups.share * math.prod(x.shape[1:-1]))
     dx = (scale.astype(g.dtype) * inverse_std) * (g - (sum_g + h * sum_gh) * share)
-    dscale, dbias = (jnp.sum(total, tuple(range(x.ndim - 1))).astype(scale.dtype) for total in (sum_gh, sum_g))
+    # the parameters' gradients are this device's part: they are reduced with all others
+    dscale, dbias = (jnp.sum(total, tuple(range(x.ndim - 1))).astype(scale.dtype) for total in reversed(here))
     return dx.astype(x.dtype), dscale, dbias
 
 
-_normalize = jax.custom_vjp(_normalize_primal, nondiff_argnums=(3, 4))
+_normalize = jax.custom_vjp(_normalize_primal, nondiff_argnums=(3, 4, 5))
 _normalize.defvjp(_normalize_forward, _normalize_backward)
 
 

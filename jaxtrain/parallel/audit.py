@@ -18,6 +18,7 @@ import jax
 from jaxtrain.errors import JaxtrainError
 from jaxtrain.parallel.layout import Layout, Placement, bytes_per_device
 from jaxtrain.parallel.mesh import batch_ways
+from jaxtrain.parallel.reduce import messages
 from jaxtrain.trees import PyTree
 
 _COLLECTIVE = re.compile(r"= .*? (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
@@ -99,6 +100,18 @@ def _check_reductions(layout: Layout, collectives: Mapping[str, collections.Coun
         raise AuditError(
             f"layout.replica={shape['replica']}, layout.data={shape['data']}: no program reduces the gradients."
         )
+    if layout.reduces_itself and layout.compress != "none":
+        if not (gradients["all-to-all"] and gradients["all-gather"]):
+            raise AuditError(
+                f"optim.compress={layout.compress} had no effect: the gradient programs exchange no parts."
+            )
+    elif layout.reduces_itself:
+        wanted = messages(layout.config.reduce, shape["data"], shape["replica"])
+        if gradients["collective-permute"] < wanted:
+            raise AuditError(
+                f"layout.reduce={layout.config.reduce} had no effect: the gradient programs have "
+                f"{gradients['collective-permute']} messages (collective-permute), and one bucket needs {wanted}."
+            )
     if shape["tensor"] > 1 and not gradients:
         raise AuditError(f"layout.tensor={shape['tensor']} had no effect: the gradient program has no collective.")
 

@@ -47,6 +47,40 @@ def collective_seconds(kind: str, size: float, inside: int, across: int, within:
     return _seconds(kind, near, inside, within) + _seconds(kind, far, across, between)
 
 
+def reduce_seconds(
+    algorithm: str, size: float, data: int, replica: int, local: int, within: Link, between: Link
+) -> float:
+    """Modelled seconds of an all-reduce by `parallel.reduce`, over `replica` x `data` devices.
+
+    A message waits for the slowest of those that are sent with it, which goes between hosts if any does.
+
+    Args:
+      algorithm: `ring`, `tree` or `hierarchical`.
+      size: bytes of the sum.
+      data: size of the axis `data`, the inner one.
+      replica: size of the axis `replica`.
+      local: how many neighbours among these devices a host has.
+      within: the link between devices of a host.
+      between: the link of each device to another host.
+    """
+    n = data * replica
+
+    def link(reach: int) -> Link:
+        return between if reach > local else within
+
+    def ring(size: float, devices: int, reach: int) -> float:
+        return 2 * (devices - 1) * (link(reach).latency + size / devices / link(reach).bandwidth)
+
+    if algorithm == "ring":
+        return ring(size, n, n)
+    if algorithm == "hierarchical":
+        return ring(size, data, data) + ring(size / data, replica, n)
+    power = 1 << (n.bit_length() - 1)
+    steps = [(2 * distance, size * distance / power) for distance in map((1).__lshift__, range(power.bit_length() - 1))]
+    steps += [(n, size)] * (power < n)
+    return sum(2 * (link(reach).latency + sent / link(reach).bandwidth) for reach, sent in steps)
+
+
 def wire_bytes(kind: str, size: float, devices: int) -> float:
     """Bytes that each device sends in one collective with a result of `size` bytes (the table above)."""
     return _traffic(kind, size, devices)[1]

@@ -12,7 +12,7 @@ import dataclasses
 import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -164,6 +164,21 @@ def read_program(hlo: str, mesh: Mesh) -> GpuProgram:
         kernels.append(Kernel(_kind(instruction, target), times, moved, layer, operation, products))
     header = hlo.partition("\n")[0]
     return GpuProgram(tuple(kernels), tuple(collectives), len(re.findall(r"(?:may|must)-alias", header)), callbacks)
+
+
+def permuted_bytes(hlo: str, counted: Callable[[int, int], bool] = lambda sender, receiver: True) -> dict[int, int]:
+    """The bytes that each partition sends in the `collective-permute`s of one call, by its number.
+
+    Args:
+      hlo: the text of `Compiled.as_text()`, for GPUs or a CPU.
+      counted: (sender, receiver) -> whether what goes between them counts.
+    """
+    sent: collections.Counter[int] = collections.Counter()
+    for instruction, times, _ in _executed(*_computations(hlo), 1):
+        if instruction.op.removesuffix("-start") == "collective-permute":
+            for sender, receiver in _groups(instruction.rest, 0):
+                sent[sender] += times * _result_bytes(instruction) * counted(sender, receiver)
+    return dict(sent)
 
 
 def _computations(hlo: str) -> tuple[dict[str, list[_Instruction]], str]:

@@ -80,12 +80,14 @@ class Layout:
         model's. The first match wins.
       chunks: the names of the layers ('layers_03', ...) in each chunk of the model; chunk k lives on stage k % stages.
         () without pipeline stages.
+      compress: `optim.compress`, what gradients are rounded to when they are added up.
     """
 
     mesh: Mesh
     config: LayoutConfig
     rules: tuple[Rule, ...] = ()
     chunks: tuple[tuple[str, ...], ...] = ()
+    compress: str = "none"
 
     # -------------------------------------------------------------------------------------------------- single leaves
 
@@ -124,6 +126,11 @@ class Layout:
         XLA rounds differently: the numbers of an fp16 run changed.
         """
         return self.config.zero >= ZERO_FROM["params"]
+
+    @property
+    def reduces_itself(self) -> bool:
+        """Whether a device computes its own examples alone, and gradients are added up by `parallel.reduce` or compressed."""
+        return (self.config.reduce != "auto" or self.compress != "none") and batch_ways(self.mesh) > 1
 
     def _stage(self, path: str) -> int | None:
         """The stage of the layer that `path` belongs to; `None` for what belongs to no layer and lives on all stages."""

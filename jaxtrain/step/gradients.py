@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import flax.struct
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from jaxtrain.data.augment import train_inputs
 from jaxtrain.models.layers import Context
 from jaxtrain.optim.param_groups import merge
+from jaxtrain.parallel.compressors import compressed_leaves
 from jaxtrain.parallel.layout import Layout
+from jaxtrain.parallel.mesh import BATCH_AXES
+from jaxtrain.parallel.reduce import reduce_leaves
 from jaxtrain.precision import scale_factor
 from jaxtrain.step.batch import Batch, Resident, all_labels, select_microbatch
 from jaxtrain.step.layer_wrap import layer_wrapper
 from jaxtrain.step.task import Task
-from jaxtrain.step.train_state import AUGMENT, DROPOUT, TrainState, role_key
+from jaxtrain.step.train_state import AUGMENT, COMPRESS, DROPOUT, TrainState, role_key
 from jaxtrain.trees import PyTree, path_of, shapes_of
 
 
@@ -161,17 +166,127 @@ def microbatch_gradients(
         inputs, targets = train_inputs(task.preprocess, images, labels, context.example, augment)
     whole = all_labels(batch.labels, batch.rows, resident.labels)
 
-    def loss_fn(trained: PyTree) -> tuple[jax.Array, tuple[jax.Array, jax.Array, PyTree]]:
-        params = merge(state.params, trained)  # layers below the first trained one get no backward pass
-        logits, batch_stats = task.model.apply(
-            params, state.batch_stats, inputs, context, dropout, wrap=layer_wrapper(layout, state.params, task.remat)
-        )
-        scaled, (loss, correct) = scaled_loss(task, logits, targets, labels, whole, state.loss_scale)
-        return scaled, (loss, correct, batch_stats)
-
-    trained = task.groups.trained(state.params)
-    gradients, (loss, correct, batch_stats) = jax.grad(loss_fn, has_aux=True)(trained)
+    function = functools.partial(_gradients, task, layer_wrapper(layout, state.params, task.remat))
+    if layout.reduces_itself:
+        function = reduced_over_batch(layout, function, compress_key(batch.hyperparams.seed, state.step, index))
+    gradients, batch_stats, (loss, correct) = function(
+        (state.params, state.batch_stats), (inputs, targets, labels, context), (whole, dropout, state.loss_scale)
+    )
     gradients = constrain_gradients(layout, gradients)
     batch_stats = jax.tree.map(lambda s: s / layout.config.microbatches, batch_stats)
     batch_stats = jax.lax.with_sharding_constraint(batch_stats, like_params(layout, "batch_stats", batch_stats))
     return GradientSums(gradients, batch_stats, loss, correct)
+
+
+def _gradients(
+    task: Task, wrap: Any, weights: tuple[Any, ...], examples: tuple[Any, ...], shared: tuple[Any, ...]
+) -> tuple[PyTree, PyTree, tuple[jax.Array, jax.Array]]:
+    """The gradients of a microbatch's examples, or of one device's part of them.
+
+    Args:
+      task: what to compute.
+      wrap: of `layer_wrapper`.
+      weights: parameters and running statistics.
+      examples: inputs float [B/M, H, W, C], targets float [B/M, C], labels int32 [B/M], and the layers' `Context`.
+      shared: labels of all microbatches int32 [M, B/M], the key of dropout, `TrainState.loss_scale`.
+
+    Returns:
+      The gradients of the trained parameters, the new running statistics, and what the examples add to the loss and to the
+      correct answers.
+    """
+    (params, batch_stats), (inputs, targets, labels, context), (whole, dropout, loss_scale) = weights, examples, shared
+
+    def loss_fn(trained: PyTree) -> tuple[jax.Array, tuple[jax.Array, jax.Array, PyTree]]:
+        whole_params = merge(params, trained)  # layers below the first trained one get no backward pass
+        logits, new_stats = task.model.apply(whole_params, batch_stats, inputs, context, dropout, wrap=wrap)
+        scaled, (loss, correct) = scaled_loss(task, logits, targets, labels, whole, loss_scale)
+        return scaled, (loss, correct, new_stats)
+
+    gradients, (loss, correct, new_stats) = jax.grad(loss_fn, has_aux=True)(task.groups.trained(params))
+    return gradients, new_stats, (loss, correct)
+
+
+def reduced_over_batch(layout: Layout, function: Callable[..., Any], key: jax.Array) -> Callable[..., Any]:
+    """`function`, run by each device on its own examples alone; its gradients are added up by `reduce_gradients`.
+
+    Args:
+      layout: of the parameters and the batch.
+      function: as `_gradients` without its first two arguments.
+      key: of `compress_key`.
+    """
+
+    def of_device(weights: PyTree, examples: PyTree, shared: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        gradients, batch_stats, sums = function(weights, of_one_device(examples), shared)
+        return jax.tree.map(lambda g: g[None], gradients), *add_over_batch(batch_stats, sums)
+
+    def reduced(weights: PyTree, examples: PyTree, shared: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        weights = jax.lax.with_sharding_constraint(weights, tuple(like_params(layout, "computing", w) for w in weights))
+        batch = P(BATCH_AXES)
+        mapped = by_device(layout, of_device, (P(), batch, P()), (batch, P(), P()))
+        gradients, *more = mapped(weights, examples, shared)
+        return reduce_gradients(layout, gradients, key), *more
+
+    return reduced
+
+
+def by_device(layout: Layout, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
+    """`function`, run by each device on its part of the batch. What the tensor axis splits, XLA splits as everywhere."""
+    by_hand = {"mesh": layout.mesh, "axis_names": set(BATCH_AXES), "check_vma": False}
+    return jax.shard_map(function, in_specs=in_specs, out_specs=out_specs, **by_hand)
+
+
+def of_one_device(examples: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`examples`, whose last is the layers' `Context`: inside `by_device`, layers must know that there are more elsewhere."""
+    *arrays, context = examples
+    return (*arrays, context.replace(batch_axes=BATCH_AXES))
+
+
+def add_over_batch(batch_stats: PyTree, sums: PyTree) -> tuple[PyTree, PyTree]:
+    """Inside `by_device`: the running statistics of the whole microbatch, and `sums` added up.
+
+    New statistics are linear in those of the groups, and each device has as many examples: their mean is exact.
+    """
+    return jax.lax.pmean(batch_stats, BATCH_AXES), jax.lax.psum(sums, BATCH_AXES)
+
+
+def compress_key(seed: jax.Array, step: jax.Array, index: Any, chunk: int = 0) -> jax.Array:
+    """The random key of the rounding in `optim.compress`.
+
+    Args:
+      seed: int32 [], of the run.
+      step: int32 [], updates done so far.
+      index: int32 [] or a Python int, the microbatch.
+      chunk: of a pipeline.
+    """
+    key = jax.random.fold_in(role_key(seed, COMPRESS), step)
+    return jax.random.fold_in(jax.random.fold_in(key, index), chunk)
+
+
+def reduce_gradients(layout: Layout, gradients: PyTree, key: jax.Array) -> PyTree:
+    """The sum of `gradients`, a tree like the parameters with a first dim for the device that computed them.
+
+    key: of `compress_key`, for the rounding where `layout.compress` rounds.
+    """
+    leaves, structure = jax.tree.flatten(gradients)
+    shardings = jax.tree.leaves(like_params(layout, "computing", jax.tree.map(lambda g: g[0], gradients)))
+    specs, config = [sharding.spec for sharding in shardings], layout.config
+
+    def of_device(leaves: list[jax.Array], key: jax.Array) -> list[jax.Array]:
+        mine = [leaf[0] for leaf in leaves]
+        if layout.compress == "none":
+            return reduce_leaves(mine, config.reduce, BATCH_AXES, config.bucket_bytes)
+        # What the tensor axis does not split must be rounded alike on all of its devices, so it is in buckets of its own.
+        sums: dict[int, jax.Array] = {}
+        for split in (False, True):
+            numbers = [i for i, spec in enumerate(specs) if ("tensor" in spec) == split]
+            some = [mine[i] for i in numbers]
+            some = compressed_leaves(
+                some, layout.compress, BATCH_AXES, config.bucket_bytes, jax.random.fold_in(key, split)
+            )
+            sums |= dict(zip(numbers, some, strict=True))
+        return [sums[i] for i in range(len(mine))]
+
+    with jax.named_scope("reduce_gradients"):
+        each = [P(BATCH_AXES, *spec) for spec in specs]
+        mapped = jax.shard_map(of_device, mesh=layout.mesh, in_specs=(each, P()), out_specs=specs, check_vma=False)
+        return structure.unflatten(mapped(leaves, key))

@@ -17,7 +17,7 @@ from jaxtrain.step.task import Task
 from jaxtrain.trees import PyTree, path_of, shapes_of
 
 # The roles of random keys: fold_in(key(seed), role), then fold_in(step). A key never depends on what was drawn before.
-INIT, AUGMENT, DROPOUT = range(3)
+INIT, AUGMENT, DROPOUT, COMPRESS = range(4)
 
 
 @flax.struct.dataclass
@@ -42,7 +42,7 @@ class TrainState:
 
 
 def role_key(seed: int | jax.Array, role: int) -> jax.Array:
-    """The random key of one role (`INIT`, `AUGMENT`, `DROPOUT`): a typed threefry key []."""
+    """The random key of one role (`INIT`, `AUGMENT`, `DROPOUT`, `COMPRESS`): a typed threefry key []."""
     return jax.random.fold_in(jax.random.key(seed, impl="threefry2x32"), role)
 
 

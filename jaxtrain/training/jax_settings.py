@@ -16,7 +16,9 @@ from jax._src import compilation_cache  # JAX has no public way to a cache of on
 from jax._src.lru_cache import LRUCache
 
 from jaxtrain.config import Config
+from jaxtrain.host import xla_flags
 from jaxtrain.host.compile_cache import CHECKED, program_in, why_refused, with_digest
+from jaxtrain.host.nccl import set_nccl
 from jaxtrain.host.paths import can_be_written, compile_cache, is_address
 from jaxtrain.precision import product_precision, resolve_precision
 
@@ -70,6 +72,12 @@ def _checked_compile_cache() -> Iterator[None]:
         if before is not _open_cache:
             compilation_cache.get_file_cache = before
             compilation_cache.reset_cache()
+
+
+def set_environment(config: Config) -> None:
+    """Sets what XLA and NCCL read from the environment when they start. Raises `ConfigError` where it says something else."""
+    xla_flags.set_flags(xla_flags.for_run(config.train.precision, deterministic=config.train.deterministic))
+    set_nccl(config.layout.nccl_algo, config.layout.nccl_protocol)
 
 
 @contextlib.contextmanager

@@ -27,7 +27,6 @@ from jaxtrain.distributed.exit_report import ExitReport
 from jaxtrain.distributed.interrupt import Interrupt, catch_signals
 from jaxtrain.distributed.watchdog import Watchdog, watching
 from jaxtrain.errors import InterruptedRunError, PreemptedError
-from jaxtrain.host import xla_flags
 from jaxtrain.host.files import closing, writing
 from jaxtrain.models import settings as models
 from jaxtrain.observability import start_record
@@ -38,7 +37,7 @@ from jaxtrain.observability.text_log import FILE_ONLY, TextLog, make_console
 from jaxtrain.parallel.mesh import Device
 from jaxtrain.precision import require_hardware
 from jaxtrain.training.compiled import compile_run, explain_out_of_memory
-from jaxtrain.training.jax_settings import compile_cache_note, no_implicit_transfers, settings
+from jaxtrain.training.jax_settings import compile_cache_note, no_implicit_transfers, set_environment, settings
 from jaxtrain.training.loop import Host, TrainLoop
 from jaxtrain.training.plan.auto import choose_layout, memory_remedies
 from jaxtrain.training.recovery import RollBack
@@ -78,7 +77,7 @@ def train(
       JaxtrainError: one of the types in `jaxtrain.errors`, with one clear sentence. Never exits the process.
     """
     config = config if isinstance(config, Config) else config_lib.from_dict(config_lib.nested_dicts(config))
-    xla_flags.set_flags(xla_flags.for_run(config.train.precision, deterministic=config.train.deterministic))
+    set_environment(config)
     check_names(config)
     directory = workdir_lib.prepare(workdir)
     with contextlib.ExitStack() as stack:

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxtrain.config import Config, DataConfig, without_effect
+from jaxtrain.config import Config, DataConfig, OptimConfig, without_effect
 from jaxtrain.data import registry as datasets
 from jaxtrain.data.augment import check_own_augmentation, own_augmentation
 from jaxtrain.data.base import CROPPED, Dataset, Outline, count_classes, underlying
@@ -38,6 +38,7 @@ from jaxtrain.step.pipeline.plan import microbatches, partition_model
 from jaxtrain.step.task import Task, make_task
 from jaxtrain.step.train_state import TrainState, initial_state
 from jaxtrain.training.pretrained_settings import with_weights_settings
+from jaxtrain.trees import path_of
 
 log = logging.getLogger("jaxtrain")
 
@@ -252,8 +253,9 @@ def _lay_out(
     has_batch_norm = bool(jax.tree.leaves(task.moving(state.batch_stats)))
     count = microbatches(config.layout, batch, ways, groups * has_batch_norm, even=task.preprocess.mixes)
     config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, microbatches=count))
-    layout = Layout(mesh, config.layout, config.layout.rules + model.tensor_rules)
+    layout = Layout(mesh, config.layout, config.layout.rules + model.tensor_rules, compress=config.optim.compress)
     layout.check_batch(batch, groups, has_batch_norm)
+    _check_reduce(config, layout, state)
     if task.preprocess.mixes and count > 1 and batch // count % 2:
         raise ConfigError(
             f"config.layout.microbatches={count}: mixup and cutmix mix neighbours, so that a microbatch needs an even number "
@@ -276,6 +278,34 @@ def _lay_out(
     return config, dataclasses.replace(layout, chunks=names), partition
 
 
+def _check_reduce(config: Config, layout: Layout, state: TrainState) -> None:
+    """Raises `ConfigError` where a device cannot compute its own examples alone, which `layout.reduce` needs. state: shapes."""
+    if not layout.reduces_itself:
+        return
+    reduce, compress = layout.config.reduce, config.optim.compress
+    if compress != "none" and reduce != "auto":
+        raise ConfigError(
+            f"config.optim.compress={compress!r} has an exchange of its own in place of config.layout.reduce={reduce!r}; set "
+            "one of the two."
+        )
+    reduce, off = f"config.layout.reduce={reduce!r}", "--config.layout.reduce=auto"
+    if compress != "none":
+        reduce, off = f"config.optim.compress={compress!r}", "--config.optim.compress=none"
+    if config.model.attention == "pallas":
+        raise ConfigError(
+            f"{reduce} does not go with config.model.attention='pallas', whose kernel XLA must split; use "
+            f"--config.model.attention=plain or {off}."
+        )
+    statistics: dict[str, set[str]] = {}
+    for path, _ in jax.tree_util.tree_leaves_with_path(state.batch_stats):
+        statistics.setdefault(path_of(path[:-1]), set()).add(path_of(path[-1:]))
+    if own := [layer for layer, names in statistics.items() if names != {"mean", "var"}]:
+        raise ConfigError(
+            f"{reduce}: {own[0]} has statistics of the model's own, which would be those of one device's examples; take "
+            f"them from jaxtrain.models.layers.BatchNorm, or use {off}."
+        )
+
+
 def unused_settings(run: RunSpec) -> list[str]:
     """A sentence for each setting that was changed from its default and can have no effect on this run."""
     config, data, optim, layout = run.config, run.config.data, run.config.optim, run.config.layout
@@ -292,6 +322,7 @@ def unused_settings(run: RunSpec) -> list[str]:
     if layout.stages == 1:
         fields = ("schedule", "chunks", "balance", "stage_placement", "trace_step")
         found += without_effect("layout", layout, fields, "there is one stage")
+    found += _unused_reduction(run.layout, optim)
     if not config.model.init_from:
         found += without_effect("model", config.model, ["init_sha256"], "config.model.init_from names no file")
     state = jax.eval_shape(run.init, 0)
@@ -310,4 +341,20 @@ def unused_settings(run: RunSpec) -> list[str]:
     if not (len(run.dataset.validation) or len(run.dataset.test)):
         why = "there is neither a validation nor a test split"
         found += without_effect("train", config.train, ["eval_examples"], why)
+    return found
+
+
+def _unused_reduction(layout: Layout, optim: OptimConfig) -> list[str]:
+    """The sentences of `unused_settings` on how gradients are added up."""
+    config, found = layout.config, []
+    if batch_ways(layout.mesh) == 1:
+        found += without_effect("layout", config, ["reduce"], "one device has the whole batch")
+        found += without_effect("optim", optim, ["compress"], "one device has the whole batch")
+    elif config.reduce == "hierarchical" and 1 in (config.replica, layout.mesh.shape["data"]):
+        why = f"layout.replica={config.replica} x layout.data={layout.mesh.shape['data']} has one level: it acts as 'ring'"
+        found += without_effect("layout", config, ["reduce"], why)
+    if not layout.reduces_itself:
+        found += without_effect("layout", config, ["reduce_bucket"], "XLA packs the gradients")
+    if on_cpu(layout.mesh.devices.flat):
+        found += without_effect("layout", config, ["nccl_algo", "nccl_protocol"], "a CPU has no NCCL")
     return found

@@ -33,7 +33,6 @@ from jaxtrain.distributed.interrupt import Interrupt, catch_signals
 from jaxtrain.distributed.watchdog import Watchdog, watching
 from jaxtrain.durations import Duration
 from jaxtrain.errors import CheckpointError, EnvironmentMismatchError, NumericError, WorkdirError
-from jaxtrain.host import xla_flags
 from jaxtrain.host.backend import on_cpu
 from jaxtrain.host.files import closing
 from jaxtrain.models import settings as models
@@ -47,7 +46,7 @@ from jaxtrain.precision import require_hardware
 from jaxtrain.step.train_state import TrainState, state_shapes
 from jaxtrain.training.cadence import Timetable
 from jaxtrain.training.compiled import CompiledRun, compile_run, explain_out_of_memory
-from jaxtrain.training.jax_settings import compile_cache_note, no_implicit_transfers, settings
+from jaxtrain.training.jax_settings import compile_cache_note, no_implicit_transfers, set_environment, settings
 from jaxtrain.training.plan.auto import choose_layout, memory_remedies
 from jaxtrain.training.recovery import not_finite
 from jaxtrain.training.run_view import evaluation_left
@@ -103,7 +102,7 @@ def smoke(
     Raises:
       JaxtrainError: what the run would raise. EnvironmentMismatchError: the hosts of the run share no temporary directory.
     """
-    xla_flags.set_flags(xla_flags.for_run(config.train.precision, deterministic=config.train.deterministic))
+    set_environment(config)
     check_names(config)
     with contextlib.ExitStack() as stack:
         interrupt = interrupt or stack.enter_context(catch_signals())

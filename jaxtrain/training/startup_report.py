@@ -11,9 +11,10 @@ import jax
 
 from jaxtrain.config import Config
 from jaxtrain.data.base import SPLITS
+from jaxtrain.host.nccl import chosen
 from jaxtrain.observability.rendering import size
 from jaxtrain.optim.schedules import peak_learning_rate, warmup_steps
-from jaxtrain.parallel.layout import Placement, bytes_per_device
+from jaxtrain.parallel.layout import Layout, Placement, bytes_per_device
 from jaxtrain.parallel.mesh import batch_ways
 from jaxtrain.step.pipeline.plan import microbatches
 from jaxtrain.step.train_state import TrainState
@@ -43,6 +44,7 @@ def summary(run: RunSpec, table: dict[str, list[Placement]], where: str) -> list
         f"batch: {batch} global, {batch // jax.process_count()} a process, {batch // ways} a device, "
         f"{batch // count // ways} a device and microbatch ({count})",
         f"memory per device at rest: {held}",
+        *([f"collectives: {collectives(run.layout)}"] if mesh.size > 1 else []),
         f"optimizer: {optim.name}, peak learning rate {peak_learning_rate(optim, batch):g} ({optim.learning_rate:g} at a batch "
         f"of {optim.lr_reference_batch}, scaling {optim.lr_scaling}), {optim.schedule}",
         *finetuning(run, table),
@@ -93,6 +95,19 @@ def finetuning(run: RunSpec, table: dict[str, list[Placement]]) -> list[str]:
         rates = {leaf.path.split("/", 1)[0]: groups.rate(leaf.path) for leaf in trained}
         lines.append("learning rate times: " + ", ".join(f"{rate:.3g} {layer}" for layer, rate in rates.items()))
     return lines
+
+
+def collectives(layout: Layout) -> str:
+    """What carries the collectives of a run of several devices, and how its gradients are added up."""
+    platform, config = layout.mesh.devices.flat[0].platform, layout.config
+    carrier = {"cpu": "gloo" if jax.process_count() > 1 else "XLA:CPU's, in this process", "gpu": "NCCL"}
+    text: str = carrier.get(platform) or platform
+    if platform == "gpu" and (told := chosen()):
+        text += f" ({told})"
+    if not layout.reduces_itself:
+        return f"{text}; gradients by XLA's"
+    how = config.reduce if layout.compress == "none" else f"parts in {layout.compress}"
+    return f"{text}; gradients by {how}, in buckets of {config.reduce_bucket:g} MiB"
 
 
 def notes(table: dict[str, list[Placement]]) -> list[str]:

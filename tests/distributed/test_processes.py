@@ -75,10 +75,11 @@ def others(tmp_path_factory):
         job(path / placement, 3, layout__stages=2, layout__stage_placement=placement)
         for placement in ("spread", "hosts")
     ]
+    reduced = job(path / "hierarchical", 2, layout__reduce="hierarchical", layout__replica=2)
     minutes = job(path / "minutes", 0, checkpoint__every="0.000001 minutes", train__steps=3)
     slow = {"data.name": "tiny:slow_digits", "data.residency": "stream", "data.workers": 0}
     smoke = job(path / "smoke", 3, "--smoke")
-    runs.train_in_turn(path, 2, 2, *stages, minutes, runs.arguments(path / "slow", SMALL | slow), smoke)
+    runs.train_in_turn(path, 2, 2, *stages, reduced, minutes, runs.arguments(path / "slow", SMALL | slow), smoke)
     return path
 
 
@@ -103,6 +104,19 @@ def test_saved_by_two_of_two_resumed_by_one_of_four(saved, whole, tmp_path, zero
 @pytest.mark.parametrize("zero", ZEROS)
 def test_saved_by_two_of_two_resumed_by_two_of_one(saved, whole, zero):
     assert_same(saved(zero) / "2x1", whole[0], first=HALF + 1)
+
+
+def test_gradients_by_messages_between_processes_change_no_number(others, whole):
+    assert_same(others / "hierarchical", whole[0])
+    assert "collectives: gloo; gradients by hierarchical" in (others / "hierarchical/logs/process_0.log").read_text()
+
+
+@pytest.mark.faults
+def test_the_other_reductions_between_processes_change_no_number(whole, tmp_path):
+    jobs = {reduce: job(tmp_path / reduce, 0, layout__reduce=reduce) for reduce in ("ring", "tree")}
+    runs.train_in_turn(tmp_path, 2, 2, *jobs.values())
+    for reduce in jobs:
+        assert_same(tmp_path / reduce, whole[0])
 
 
 @pytest.mark.faults

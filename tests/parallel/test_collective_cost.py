@@ -6,7 +6,7 @@ import pytest
 
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.links import LINKS, Link, parse_link
-from jaxtrain.parallel.collective_cost import collective_seconds, wire_bytes
+from jaxtrain.parallel.collective_cost import collective_seconds, reduce_seconds, wire_bytes
 
 NEAR, FAR = Link("near", 100e9, 2e-6), Link("far", 10e9, 10e-6)
 FREE = Link("free", float("inf"), 0.0)
@@ -57,6 +57,23 @@ def test_devices_of_a_host_share_what_goes_between_hosts(kind):
         size = 1e6 / inside if kind == "reduce-scatter" else 1e6
         together = collective_seconds(kind, size, inside, across, FREE, slow)
         assert together == pytest.approx(collective_seconds(kind, 1e6, 1, across, FREE, slow) / inside)
+
+
+def test_reductions_of_our_own_by_hand():
+    """8 MB among 8 devices, 4 on a host; microseconds."""
+
+    def found(algorithm: str, data: int, replica: int) -> float:
+        return reduce_seconds(algorithm, 8e6, data, replica, 4, NEAR, FAR) * 1e6
+
+    assert found("ring", 4, 1) == pytest.approx(6 * (2 + 20))  # 6 messages of 2 MB
+    assert found("ring", 4, 2) == pytest.approx(14 * (10 + 100))  # 14 of 1 MB, each as slow as that between hosts
+    assert found("tree", 8, 1) == pytest.approx(
+        2 * (10 + 400) + 2 * (2 + 20) + 2 * (2 + 10)
+    )  # 4 MB across, 2 and 1 inside
+    assert found("tree", 3, 1) == pytest.approx(2 * (2 + 40) + 2 * (2 + 80))  # 4 MB, and the third device's 8 MB
+    assert found("hierarchical", 4, 2) == pytest.approx(6 * (2 + 20) + 2 * (10 + 100))  # across 1 MB: half of 2 MB
+    for algorithm in ("ring", "tree", "hierarchical"):
+        assert found(algorithm, 1, 1) == 0
 
 
 def test_a_link_is_known_or_is_given_in_numbers():

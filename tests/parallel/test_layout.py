@@ -14,12 +14,13 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.data import registry
 from jaxtrain.errors import ConfigError
+from jaxtrain.host.nccl import chosen, set_nccl
 from jaxtrain.optim.optimizers import OPTIMIZERS
 from jaxtrain.parallel.layout import LARGE_LEAF_BYTES, Layout, bytes_per_device
 from jaxtrain.parallel.mesh import AXES, batch_ways, make_mesh, mesh_shape
 from jaxtrain.training.layout_report import describe_layout
-from jaxtrain.training.setup import make_run_spec
-from jaxtrain.training.startup_report import layout_table, summary
+from jaxtrain.training.setup import make_run_spec, unused_settings
+from jaxtrain.training.startup_report import collectives, layout_table, summary
 
 TREES = ("params", "opt_state", "ema", "gradients")
 
@@ -395,3 +396,52 @@ def test_microbatches_must_hold_whole_batchnorm_groups():
     for groups in (1, 2, 6):
         with pytest.raises(ConfigError, match=rf"bn_groups={groups} does not .*--config\.model\.bn_groups=4"):
             four.check_batch(48, groups, True)
+
+
+# ------------------------------------------------------------------------------------------------------------ reductions
+
+
+def planned(name: str, **fields):
+    """The run of model `name` on eight devices. fields: of the layout."""
+    layout_config = LayoutConfig(**fields)
+    model = ModelConfig(name, width=16)
+    data = dataclasses.replace(MLP.data, image_size=8)
+    config = dataclasses.replace(MLP, model=model, data=data, layout=layout_config)
+    return make_run_spec(config, registry.load(config.data), jax.devices())
+
+
+def test_statistics_of_the_models_own_need_the_whole_batch():
+    with pytest.raises(ConfigError, match=r"layout\.reduce='ring': layers_02 has statistics of the model's own"):
+        planned("tiny:sparse", reduce="ring")
+
+
+def test_a_reduction_that_has_nothing_to_reduce_says_so():
+    one_level = unused_settings(planned("mlp", reduce="hierarchical"))
+    assert one_level == [
+        "config.layout.reduce='hierarchical' has no effect: layout.replica=1 x layout.data=8 has one level: it acts as 'ring'"
+    ]
+    assert not unused_settings(planned("mlp", reduce="hierarchical", replica=2, reduce_bucket=1.0))
+    unread = unused_settings(planned("mlp", reduce_bucket=1.0, nccl_algo="ring"))
+    assert [text.partition(" has")[0] for text in unread] == [
+        "config.layout.reduce_bucket=1.0",
+        "config.layout.nccl_algo='ring'",
+    ]
+
+
+def test_a_run_says_what_carries_its_collectives():
+    assert collectives(planned("mlp").layout) == "XLA:CPU's, in this process; gradients by XLA's"
+    text = collectives(planned("mlp", reduce="tree", reduce_bucket=0.5).layout)
+    assert text == "XLA:CPU's, in this process; gradients by tree, in buckets of 0.5 MiB"
+
+
+def test_what_is_asked_of_nccl_goes_to_its_environment(monkeypatch):
+    for variable in ("NCCL_ALGO", "NCCL_PROTO"):
+        monkeypatch.setenv(variable, "")
+        monkeypatch.delenv(variable)
+    set_nccl("auto", "auto")
+    assert chosen() == ""
+    set_nccl("tree", "auto")
+    set_nccl("tree", "simple")
+    assert chosen() == "NCCL_ALGO=tree, NCCL_PROTO=simple"
+    with pytest.raises(ConfigError, match=r"nccl_algo='ring': the environment has NCCL_ALGO=tree; unset it"):
+        set_nccl("ring", "auto")

@@ -44,6 +44,10 @@ LAYOUTS = {
     "tensor2": LayoutConfig(data=1, tensor=2),
     "tensor2-data2-zero3": LayoutConfig(data=2, tensor=2, zero=3),
     "tensor2-data2-zero2-accumulate2": LayoutConfig(data=2, tensor=2, zero=2, microbatches=2),
+    "ring8": LayoutConfig(data=8, reduce="ring"),
+    "tree4-zero2-accumulate2": LayoutConfig(data=4, zero=2, microbatches=2, reduce="tree", reduce_bucket=0.001),
+    "hierarchical-zero3": LayoutConfig(data=4, replica=2, zero=3, reduce="hierarchical"),
+    "hierarchical-tensor2-zero1": LayoutConfig(data=2, replica=2, tensor=2, zero=1, reduce="hierarchical"),
 }
 
 
@@ -54,13 +58,27 @@ def reference(model: str) -> dict[str, np.ndarray]:
 
 # By default each kind of layout with the cheapest model; of the others what differs in kind (BatchNorm, split channels).
 DEFAULT = {
-    "mlp": ("data8", "accumulate4", "zero1", "zero2-accumulate2", "zero3", "hybrid", "tensor2-data2-zero3"),
-    "resnet": ("zero3-accumulate4", "tensor2-data2-zero2-accumulate2"),
+    "mlp": ("data8", "accumulate4", "zero1", "zero2-accumulate2", "zero3", "hybrid", "tensor2-data2-zero3", "ring8"),
+    "resnet": ("zero3-accumulate4", "tensor2-data2-zero2-accumulate2", "hierarchical-tensor2-zero1"),
     "vgg": (),
     "convnet": ("zero2-accumulate2",),
     "swin": (),
 }
-CASES = [parity.case(model, layout, default=layout in DEFAULT[model]) for model in parity.MODELS for layout in LAYOUTS]
+# Reductions of our own see no layers but BatchNorm: of the dear models one each, and the rest in the slow group.
+FEW = {
+    "mlp": None,
+    "resnet": ("ring8", "hierarchical-tensor2-zero1"),
+    "vgg": (),
+    "convnet": (),
+    "swin": ("hierarchical-zero3",),
+}
+CASES = [
+    pytest.param(model, layout, marks=pytest.mark.slow)
+    if LAYOUTS[layout].reduce != "auto" and FEW[model] is not None and layout not in FEW[model]
+    else parity.case(model, layout, default=layout in DEFAULT[model])
+    for model in parity.MODELS
+    for layout in LAYOUTS
+]
 
 
 @pytest.mark.parametrize(("model", "layout"), CASES)
@@ -119,6 +137,7 @@ THREE = {
     "data3": LayoutConfig(data=3),
     "accumulate3": LayoutConfig(data=1, microbatches=3),
     "data3-accumulate3-zero2": LayoutConfig(data=3, zero=2, microbatches=3),
+    "ring3": LayoutConfig(data=3, reduce="ring"),
 }
 
 
@@ -141,6 +160,7 @@ TIED = [
     ("convnet", "plain", "data3"),
     ("convnet", "plain", "accumulate3"),
     ("convnet", "mixed", "data3-accumulate3-zero2"),
+    ("convnet", "mixed", "ring3"),
     ("vgg", "plain", "data3-accumulate3-zero2"),
     ("resnet", "plain", "data3-accumulate3-zero2"),
 ]
@@ -150,7 +170,7 @@ TIED = [
 @pytest.mark.parametrize(
     ("source", "model", "images", "layout"),
     [
-        parity.case(source, *tied, default=(source, *tied[:2]) == ("flat", "convnet", "mixed"))
+        parity.case(source, *tied, default=(source, *tied) == ("flat", *TIED[2]))
         for source in ("flat", "cifar")
         for tied in TIED
     ],

@@ -74,11 +74,25 @@ TABLE = {
     "interleaved-2-zero2": layout("interleaved_1f1b", 2, 2, 2),
     "1f1b-2-hybrid": layout("1f1b", 2, 2, 3, replica=2),
     "1f1b-2-tensor2": layout("1f1b", 2, 2, 1, tensor=2),
+    "1f1b-2-ring-tensor2": layout("1f1b", 2, 2, 1, tensor=2, reduce="ring"),
+    "interleaved-2-hierarchical-zero3": layout("interleaved_1f1b", 2, 2, 3, replica=2, reduce="hierarchical"),
+    "gpipe-2-tree-zero2": layout("gpipe", 2, 4, 2, reduce="tree"),
 }
 # By default each schedule and each kind of sharding in it, with the cheapest model; `pairs`, below, has BatchNorm.
-DEFAULT = ("gpipe-3-zero1", "interleaved-2-zero2", "1f1b-2-hybrid", "1f1b-2-tensor2")
+DEFAULT = (
+    "gpipe-3-zero1",
+    "interleaved-2-zero2",
+    "1f1b-2-hybrid",
+    "1f1b-2-tensor2",
+    "interleaved-2-hierarchical-zero3",
+)
+# Reductions of our own with the cheapest model, and in `pairs` with BatchNorm; the rest is in the slow group.
 CASES = [
-    parity.case(model, name, default=model == "mlp" and name in DEFAULT) for model in parity.MODELS for name in TABLE
+    pytest.param(model, name, marks=pytest.mark.slow)
+    if TABLE[name].reduce != "auto" and model != "mlp"
+    else parity.case(model, name, default=model == "mlp" and name in DEFAULT)
+    for model in parity.MODELS
+    for name in TABLE
 ]
 
 
@@ -131,6 +145,7 @@ def pairs() -> dict[str, np.ndarray]:
     [
         pytest.param(layout(data=4, balance="time"), id="timed", marks=pytest.mark.parity),
         pytest.param(layout(data=2, replica=2, zero=3, parts=0), id="microbatches chosen"),
+        pytest.param(layout(data=2, replica=2, parts=2, reduce="tree"), id="by messages"),
     ],
 )
 def test_a_batch_norm_group_may_span_the_devices_of_a_stage(where):

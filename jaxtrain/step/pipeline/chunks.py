@@ -163,6 +163,21 @@ def forward(
       The activation for the next chunk, float [B/M, ...], sharded over the batch axes; or the last chunk's scaled loss,
       []. Then the new running statistics, and the last chunk's (loss, correct), scalars [] (otherwise `()`).
     """
+    examples, shared = select_inputs(task, layout, chunk, x, inputs)
+    y, aux = apply_chunk(task, layout, chunk, (params, batch_stats), examples, shared)
+    return (y if chunk.last else jax.lax.with_sharding_constraint(y, layout.examples)), aux
+
+
+def select_inputs(
+    task: Task, layout: Layout, chunk: ModelChunk, x: Any, inputs: Mapping[str, Any]
+) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
+    """What a chunk computes a microbatch from. The arguments are those of `forward`.
+
+    Returns:
+      Of each example: the chunk's input float [B/M, ...], labels int32 [B/M] and targets float [B/M, C] (`()` but in the last
+      chunk), and the layers' `Context`. And of all: the key of dropout; in the last chunk the labels of all microbatches,
+      int32 [M, B/M], and the loss scale.
+    """
     if chunk.first:
         images = select_from(inputs["images"], inputs["rows"], inputs["resident_images"], inputs["index"], layout)
     size = images.shape[0] if chunk.first else x.shape[0]
@@ -170,15 +185,39 @@ def forward(
     if chunk.first:
         with jax.named_scope("augmentation"):
             x = train_images(task.preprocess, images, context.example, augment)
+    if not chunk.last:
+        return (x, (), (), context), (dropout,)
+    whole = inputs["labels"], inputs["rows"], inputs["resident_labels"]
+    labels = select_from(*whole, inputs["index"], layout)
+    targets = train_targets(task.preprocess, labels, augment)
+    return (x, labels, targets, context), (dropout, all_labels(*whole), inputs["loss_scale"])
+
+
+def apply_chunk(
+    task: Task,
+    layout: Layout,
+    chunk: ModelChunk,
+    weights: tuple[PyTree, PyTree],
+    examples: tuple[Any, ...],
+    shared: tuple[Any, ...],
+) -> tuple[jax.Array, tuple[PyTree, Any]]:
+    """`forward` from what `select_inputs` returns.
+
+    Args:
+      task: what to compute.
+      layout: of the chunk's stage.
+      chunk: which layers.
+      weights: their parameters, gathered, and running statistics.
+      examples: of `select_inputs`; or one device's part of them.
+      shared: of `select_inputs`.
+    """
+    (params, batch_stats), (x, labels, targets, context), (dropout, *of_loss) = weights, examples, shared
     wrap = layer_wrapper(layout, params, task.remat, gathered=True)
     y, new_stats = task.model.apply(params, batch_stats, x, context, dropout, wrap=wrap, layers=chunk.layers)
     new_stats = jax.tree.map(lambda s: s / layout.config.microbatches, new_stats)
     if not chunk.last:
-        return jax.lax.with_sharding_constraint(y, layout.examples), (new_stats, ())
-    whole = inputs["labels"], inputs["rows"], inputs["resident_labels"]
-    labels = select_from(*whole, inputs["index"], layout)
-    targets = train_targets(task.preprocess, labels, augment)
-    scaled, metrics = scaled_loss(task, y, targets, labels, all_labels(*whole), inputs["loss_scale"])
+        return y, (new_stats, ())
+    scaled, metrics = scaled_loss(task, y, targets, labels, *of_loss)
     return scaled, (new_stats, metrics)
 
 

@@ -16,6 +16,7 @@ from jaxtrain.optim.param_groups import merge
 from jaxtrain.optim.updates import global_norm
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.step.gradients import GradientSums, add_sums, constrain_gradients, like_params, sums_shapes, zero_sums
+from jaxtrain.step.pipeline.by_device import ForwardBackwardByDevice
 from jaxtrain.step.pipeline.chunks import ForwardBackward, ModelChunk, forward, weights_of
 from jaxtrain.step.task import Task
 from jaxtrain.step.train_state import TrainState
@@ -167,11 +168,13 @@ def compile_chunk(
 
 def _trace(
     task: Task, layout: Layout, chunk: ModelChunk, params: PyTree, batch_stats: PyTree, x: Any, inputs: dict[str, Any]
-) -> ForwardBackward:
+) -> ForwardBackward | ForwardBackwardByDevice:
     """The forward and the backward function of a chunk, whose gradients are those of the trained parameters and of its input.
 
     The input has no gradient where no chunk before is trained, as the images have none.
     """
+    if layout.reduces_itself:
+        return ForwardBackwardByDevice.trace(task, layout, chunk, params, batch_stats, x, inputs)
 
     def traced(params: PyTree, batch_stats: PyTree, x: Any, inputs: Any) -> tuple[Any, Any, Any]:
         def function(trained: PyTree, x: Any) -> tuple[Any, Any]:
@@ -187,7 +190,9 @@ def _trace(
     return ForwardBackward.trace(traced, params, batch_stats, x, inputs)
 
 
-def _lower_prepare(layout: Layout, passes: ForwardBackward, params: PyTree) -> tuple[jax.stages.Lowered | None, PyTree]:
+def _lower_prepare(
+    layout: Layout, passes: ForwardBackward | ForwardBackwardByDevice, params: PyTree
+) -> tuple[jax.stages.Lowered | None, PyTree]:
     """The program that casts and gathers parameters, once a step, and the shapes of its results.
 
     Without it, each microbatch would cast and gather them again. `None` if it would change neither a dtype nor a sharding.
@@ -204,7 +209,7 @@ def _lower_prepare(layout: Layout, passes: ForwardBackward, params: PyTree) -> t
     return jax.jit(prepare, out_shardings=gathered).lower(params), prepared
 
 
-def _cast_dtypes(passes: ForwardBackward, params: PyTree) -> PyTree:
+def _cast_dtypes(passes: ForwardBackward | ForwardBackwardByDevice, params: PyTree) -> PyTree:
     """For each parameter the narrower dtype that all of its uses cast it to, or else its own dtype."""
     jaxpr = passes.jaxpr
     dtypes = []
@@ -217,11 +222,11 @@ def _cast_dtypes(passes: ForwardBackward, params: PyTree) -> PyTree:
 
 
 def _lower_forward(
-    layout: Layout, chunk: ModelChunk, passes: ForwardBackward, arguments: tuple[Any, ...]
+    layout: Layout, chunk: ModelChunk, passes: ForwardBackward | ForwardBackwardByDevice, arguments: tuple[Any, ...]
 ) -> tuple[jax.stages.Lowered, PyTree]:
     """The forward program, and the shapes of its results (output, aux, residuals)."""
     shapes = jax.eval_shape(passes.forward, *arguments)
-    output = layout.sharding() if chunk.last else layout.examples
+    output = layout.sharding() if shapes[0].ndim == 0 else layout.examples
     aux = jax.tree.map(lambda _: layout.sharding(), shapes[1])
     return jax.jit(passes.forward, out_shardings=(output, aux, None)).lower(*arguments), shapes
 
@@ -229,7 +234,7 @@ def _lower_forward(
 def _lower_backward(
     layout: Layout,
     chunk: ModelChunk,
-    passes: ForwardBackward,
+    passes: ForwardBackward | ForwardBackwardByDevice,
     sums: GradientSums,
     results: tuple[Any, Any, Any],
     arguments: tuple[Any, ...],

@@ -14,10 +14,11 @@ import math
 from collections.abc import Mapping
 
 from jaxtrain.host.links import Link
-from jaxtrain.parallel.collective_cost import collective_seconds, wire_bytes
+from jaxtrain.parallel.collective_cost import collective_seconds, reduce_seconds, wire_bytes
+from jaxtrain.parallel.reduce import messages, sent_bytes
 from jaxtrain.step.footprint import Footprint
 from jaxtrain.training.plan.candidates import Legal, cut_of, in_flight
-from jaxtrain.training.plan.problem import Problem
+from jaxtrain.training.plan.problem import Machine, Problem
 
 PRODUCT_SHARE = 0.5
 BANDWIDTH_SHARE = 0.85
@@ -86,6 +87,24 @@ class _Span:
     @property
     def seconds(self) -> float:
         return self.products + self.memory + self.kernels
+
+
+def _own_reduction(legal: Legal, count: int, whole: float, local: int, machine: Machine) -> tuple[float, float]:
+    """Bytes sent in a step, and seconds, of `layout.reduce`.
+
+    Args:
+      legal: the layout.
+      count: microbatches.
+      whole: bytes of the gradients.
+      local: how many neighbours of the devices that hold the batch a host has.
+      machine: gives the links.
+    """
+    config, shape = legal.layout.config, (legal.axes.data, legal.axes.replica)
+    buckets = max(1.0, whole / config.bucket_bytes)
+    each = reduce_seconds(config.reduce, whole / buckets, *shape, local, machine.within, machine.between)
+    if machine.target.platform != "cpu":
+        each += messages(config.reduce, *shape) * COLLECTIVE_SECONDS
+    return count * sent_bytes(config.reduce, whole, *shape)[0], count * buckets * each
 
 
 class Estimator:
@@ -241,13 +260,12 @@ class Estimator:
         return max(parts, key=lambda part: sum(part.values()))
 
     def _gathered(self, legal: Legal, stage: int) -> int:
-        """Bytes of parameters that ZeRO-3 holds gathered: a layer's, twice; with stages those of the stage."""
+        """Bytes of parameters that ZeRO-3 holds gathered: a layer's, twice; those of a stage; with `layout.reduce` all."""
         if not legal.layout.shards("params"):
             return 0
-        if legal.axes.stages > 1:
-            names = {
-                name for k, chunk in enumerate(legal.layout.chunks) if k % legal.axes.stages == stage for name in chunk
-            }
+        if legal.axes.stages > 1 or legal.layout.reduces_itself:
+            chunks = legal.layout.chunks or ([cost.name for cost in self.problem.costs],)
+            names = {name for k, chunk in enumerate(chunks) if k % legal.axes.stages == stage for name in chunk}
             return sum(c.parameter_bytes for c in self.problem.costs if c.name in names) // legal.axes.tensor
         return 2 * max(c.parameter_bytes for c in self.problem.costs) // legal.axes.tensor
 
@@ -286,14 +304,19 @@ class Estimator:
         shards = axes.data if legal.layout.shards("params") else 1
         whole = params * shards
         joined = max(1.0, min(layers, whole / _COMBINED))
-        if axes.data > 1 and axes.zero >= 2 and (count > 1 or axes.zero == 3):
+        gathers = count * (1 if axes.stages > 1 or legal.layout.reduces_itself else 2)
+        if legal.layout.reduces_itself:
+            wire["data"], seconds["data collectives"] = _own_reduction(
+                legal, count, whole, self._spread(axes.stages, axes.ways, axes.tensor)[0], self.problem.machine
+            )
+        elif axes.data > 1 and axes.zero >= 2 and (count > 1 or axes.zero == 3):
             add("data", "reduce-scatter", whole / axes.data, axes.data, axes.tensor, count, joined)
             if axes.replica > 1:
                 add("replica", "all-reduce", whole / axes.data, axes.replica, axes.tensor * axes.data, count, joined)
         elif axes.ways > 1:
             add("data", "all-reduce", whole, axes.ways, axes.tensor, count, joined)
         if axes.data > 1 and axes.zero == 3:
-            add("data", "all-gather", whole, axes.data, axes.tensor, count * (1 if axes.stages > 1 else 2))
+            add("data", "all-gather", whole, axes.data, axes.tensor, gathers)
         elif axes.data > 1 and axes.zero in (1, 2):
             add("data", "all-gather", whole, axes.data, axes.tensor, 1, joined)
         if axes.tensor > 1:
