@@ -270,7 +270,7 @@ def reduce_gradients(layout: Layout, gradients: PyTree, key: jax.Array) -> PyTre
         if layout.compress == "none":
             return reduce_leaves(mine, config.reduce, BATCH_AXES, config.bucket_bytes)
         # What the tensor axis does not split must be rounded alike on all of its devices, so it is in buckets of its own.
-        sums = dict.fromkeys(range(len(mine)))
+        sums = dict(enumerate(mine))
         for split in (False, True):
             numbers = [i for i, spec in enumerate(specs) if ("tensor" in spec) == split]
             some = [mine[i] for i in numbers]
