@@ -276,7 +276,7 @@ def reduce_gradients(layout: Layout, gradients: PyTree, key: jax.Array) -> PyTre
         if layout.compress == "none":
             return reduce_leaves(mine, config.reduce, BATCH_AXES, config.bucket_bytes)
         # What the tensor axis does not split must be rounded alike on all of its devices, so it is in buckets of its own.
-        sums: dict[int, jax.Array] = {}
+        sums = dict(enumerate(mine))
         for split in (False, True):
             numbers = [i for i, spec in enumerate(specs) if ("tensor" in spec) == split]
             some = [mine[i] for i in numbers]
@@ -284,7 +284,7 @@ def reduce_gradients(layout: Layout, gradients: PyTree, key: jax.Array) -> PyTre
                 some, layout.compress, BATCH_AXES, config.bucket_bytes, jax.random.fold_in(key, split)
             )
             sums |= dict(zip(numbers, some, strict=True))
-        return [sums[i] for i in range(len(mine))]
+        return list(sums.values())
 
     with jax.named_scope("reduce_gradients"):
         each = [P(BATCH_AXES, *spec) for spec in specs]

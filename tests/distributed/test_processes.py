@@ -114,9 +114,12 @@ def test_gradients_by_messages_between_processes_change_no_number(others, whole)
 @pytest.mark.faults
 def test_the_other_reductions_between_processes_change_no_number(whole, tmp_path):
     jobs = {reduce: job(tmp_path / reduce, 0, layout__reduce=reduce) for reduce in ("ring", "tree")}
-    runs.train_in_turn(tmp_path, 2, 2, *jobs.values())
+    int8 = job(tmp_path / "int8", 0, optim__compress="int8")
+    runs.train_in_turn(tmp_path, 2, 2, *jobs.values(), int8)
     for reduce in jobs:
         assert_same(tmp_path / reduce, whole[0])
+    here(tmp_path / "one process", ACCUMULATED | {"optim.compress": "int8"}, devices=4)
+    assert_same(tmp_path / "int8", tmp_path / "one process")
 
 
 @pytest.mark.faults
