@@ -24,9 +24,9 @@ from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, Optim
 from jaxtrain.data import registry
 from jaxtrain.errors import WeightsError, WorkdirError
 from jaxtrain.step.train_state import create_state, state_shapes
+from jaxtrain.training.inference import load_trained
 from jaxtrain.training.initial_weights import initial_weights, weights_of
 from jaxtrain.training.setup import load_data, make_run_spec, resolve_for_machine
-from jaxtrain.training.stored_model import read_model
 from jaxtrain.trees import path_of
 from jaxtrain.weights.fetching import fetch
 from jaxtrain.weights.file import open_weights
@@ -280,8 +280,8 @@ def begun_on(config: Config, devices: int = 1):
 
 def stored_numbers(run: Path, *, ema: bool) -> dict[str, np.ndarray]:
     """The weights of a run's latest checkpoint."""
-    stored = read_model(run, checkpoint="latest", ema=ema)
-    leaves = jax.tree_util.tree_leaves_with_path({"params": stored.params, "batch_stats": stored.batch_stats})
+    stored = load_trained(run, checkpoint="latest", ema=ema, devices=jax.devices()[:1])
+    leaves = jax.tree_util.tree_leaves_with_path(stored.variables)
     return {path_of(path): np.asarray(leaf) for path, leaf in leaves}
 
 
