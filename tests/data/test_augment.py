@@ -407,7 +407,7 @@ def test_random_resized_crop_in_the_step():
     images, labels, example = batch_of(noise(64, 16))
     pre, key = preprocess(16, "random_resized_crop", crop_scale=(0.2, 0.6)), jax.random.key(4)
     found = to_pixels(train_inputs(pre, images, labels, example, key)[0])
-    words = augment._words(augment._example_keys(key, example))
+    words = augment._words(pre, augment._example_keys(key, example))
     boxes = resized_crop.random_boxes((16, 16), (0.2, 0.6), pre.crop_ratio, words["resized_crop"])
     straight = np.asarray(resized_crop.resize_boxes(images, boxes, 16, "bilinear"))
     kept, mirrored = ((found == each).all((1, 2, 3)) for each in (straight, straight[:, :, ::-1]))
