@@ -286,21 +286,6 @@ class Checkpointer:
         _require_step(self.directory / str(step), int(restored["step"].addressable_data(0)))
         return jax.tree.map(lambda new, old: new if is_everywhere(old) else view(new, old.sharding), restored, trees)
 
-    def restore_leaves(self, step: int, targets: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
-        """Some leaves of `step`, by their paths in the state. targets: their shapes, dtypes and shardings."""
-        trees: dict[str, Any] = {}
-        for path, target in targets.items():
-            *parents, name = path.split("/")
-            node = trees
-            for key in parents:
-                node = node.setdefault(key, {})
-            node[name] = target
-        mesh: Any = next(iter(targets.values())).sharding.mesh  # type: ignore[union-attr]
-        trees["step"] = jax.ShapeDtypeStruct((), jnp.int32, sharding=jax.sharding.NamedSharding(mesh, P()))
-        restored = self._read(step, trees, mesh)
-        del restored["step"]
-        return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored)}
-
     def stored_shapes(self, step: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """The shape and dtype of every leaf of `step`, by its path in the state."""
         try:
@@ -308,6 +293,33 @@ class Checkpointer:
         except (OSError, ValueError, KeyError, AttributeError) as error:
             raise CheckpointError(f"The checkpoint {self.directory / str(step)} cannot be read: {error}.") from error
         return _shapes(tree)
+
+
+def restore_leaves(
+    checkpoints: Checkpointer, step: int, targets: Mapping[str, jax.ShapeDtypeStruct]
+) -> dict[str, jax.Array]:
+    """Reads some leaves of a checkpoint.
+
+    Args:
+      checkpoints: the directory.
+      step: of the checkpoint.
+      targets: the leaves' shapes, dtypes and shardings, by their paths in the state.
+
+    Raises:
+      CheckpointError: they cannot be read, or the checkpoint is of another step.
+    """
+    mesh: Any = next(iter(targets.values())).sharding.mesh  # type: ignore[union-attr]
+    everywhere = jax.sharding.NamedSharding(mesh, P())
+    trees: dict[str, Any] = {"step": jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)}
+    for path, target in targets.items():
+        *parents, name = path.split("/")
+        node = trees
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[name] = target
+    restored = checkpoints._read(step, trees, mesh)
+    del restored["step"]
+    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored)}
 
 
 def _mesh(state: TrainState) -> Any:

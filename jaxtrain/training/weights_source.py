@@ -13,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.checkpoint.checkpointer import Checkpointer
+from jaxtrain.checkpoint.checkpointer import Checkpointer, restore_leaves
 from jaxtrain.checkpoint.manifest import MANIFEST, problems, read_manifest
 from jaxtrain.checkpoint.resume_point import CheckpointStep, Position, find_checkpoint
 from jaxtrain.errors import CheckpointError, ConfigError, WeightsError
@@ -112,7 +112,7 @@ class _Checkpoint:
             everywhere = jax.sharding.NamedSharding(target.sharding.mesh, P())
             wanted[match.row.ours] = jax.ShapeDtypeStruct(stored.shape, target.dtype, sharding=everywhere)
         named = {f"{self.prefix}{path}": target for path, target in wanted.items()}
-        placed = self.checkpoints.restore_leaves(self.start.step, named)
+        placed = restore_leaves(self.checkpoints, self.start.step, named)
         placed = {name.removeprefix(self.prefix): leaf for name, leaf in placed.items()}
         for match in matched.of("resized"):
             placed[match.row.ours] = _resized(placed[match.row.ours], targets[match.row.ours])

@@ -15,6 +15,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import importlib
+import json
 import re
 import sys
 from collections.abc import Callable
@@ -26,10 +27,12 @@ import numpy as np
 import optax
 import parity
 import pytest
+import runs
 
 from jaxtrain.config import ModelConfig
 from jaxtrain.models import registry, vgg
 from jaxtrain.models.layers import Context
+from jaxtrain.training.stored_model import read_model
 from jaxtrain.trees import path_of
 from jaxtrain.weights import matching, reading
 from jaxtrain.weights.file import open_weights
@@ -439,3 +442,52 @@ def test_logits_gradients_and_statistics_are_those_of_pytorch(name, tmp_path):
         worst = max(by_path, key=by_path.__getitem__)
         print(f"{name}: {kind}: {by_path[worst]:.1e} in {worst}")
         assert by_path[worst] <= TOLERANCE[jnp.float32 if kind == "f32" else jnp.float64], (kind, worst)
+
+
+# --------------------------------------------------------------------------------------------------------- there and back
+
+
+@pytest.mark.parity
+def test_trained_weights_are_exported_to_pytorch(tmp_path):
+    """From PyTorch, two steps, and back: both give the same logits. The mean and std are those of the weights."""
+    rng = np.random.default_rng(0)
+    model = torch_resnet((1, 1, 1, 1), False, 8)
+    with torch.no_grad():
+        randomize(model, rng)
+    path, out, run = tmp_path / "in.safetensors", tmp_path / "out.safetensors", tmp_path / "run"
+    metadata = {"pretrained_cfg": json.dumps({"mean": [0.5] * 3, "std": [0.25] * 3})}
+    safetensors_torch.save_file(
+        {name: value.contiguous() for name, value in model.state_dict().items()}, path, metadata
+    )
+    fields = {
+        "data.name": "synthetic", "data.global_batch": 8, "data.examples": 16, "data.image_size": 64, "model.width": 8,
+        "model.name": "resnet18", "model.depths": "(1,1,1,1)", "model.init_from": str(path), "train.steps": 2,
+        "train.precision": "f64", "optim.warmup": "0", "train.eval_every": "0",
+    }  # fmt: skip
+    with jax.enable_x64(True):
+        runs.here(run, runs.SMALL | fields)
+        command = ["export", str(run), "--naming", "transformers", "--checkpoint", "latest", "--out", str(out)]
+        assert runs.command_line(command) == 0
+        stored = read_model(run, checkpoint="latest")
+        images = rng.standard_normal((BATCH, 64, 64, 3))
+        logits, _ = stored.model.apply(
+            stored.params, stored.batch_stats, jnp.asarray(images), Context(jnp.arange(BATCH))
+        )
+    assert (stored.images.mean, stored.images.std) == ((0.5,) * 3, (0.25,) * 3)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    model = model.double()
+    missing = model.load_state_dict(safetensors_torch.load_file(out), strict=False).missing_keys
+    assert all(name.endswith("num_batches_tracked") for name in missing)
+    assert not torch.equal(before["classifier.1.weight"].double(), model.state_dict()["classifier.1.weight"])
+    with torch.no_grad():
+        expected = model.eval()(torch.from_numpy(images).permute(0, 3, 1, 2)).logits.numpy()
+    assert largest(np.asarray(logits) - expected) <= TOLERANCE[jnp.float64] * largest(expected)
+
+
+@pytest.mark.parametrize(("old", "new"), [(7, 12), (12, 7), (4, 7), (7, 2)])
+def test_a_table_is_resized_as_pytorch_resizes_it(old, new):
+    table = np.random.default_rng(0).standard_normal(((2 * old - 1) ** 2, 3))
+    square = torch.from_numpy(table).T.reshape(1, 3, 2 * old - 1, 2 * old - 1)
+    expected = torch.nn.functional.interpolate(square, size=(2 * new - 1,) * 2, mode="bicubic")
+    found = reading.resized_table(table, (2 * new - 1) ** 2)
+    np.testing.assert_allclose(found, expected.reshape(3, -1).T.numpy(), rtol=0, atol=1e-12)

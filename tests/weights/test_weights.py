@@ -93,11 +93,16 @@ def with_weights(model: ModelConfig, path: str, **more) -> ModelConfig:
 
 # -------------------------------------------------------------------------------------------------------------- layouts
 
-LAYOUTS = {"zero3": (4, {"zero": 3}), "tensor": (2, {"tensor": 2}), "stages": (4, {"stages": 2, "zero": 3})}
+# Devices, and the layout.
+BOTH = (4, {"stages": 2, "zero": 3})
+LAYOUTS = (BOTH, (4, {"zero": 3}), (2, {}), (2, {"tensor": 2}))
 
 
-@pytest.mark.parametrize("family", [parity.case(family, default=family == "resnet") for family in MODELS])
-def test_every_layout_begins_with_the_weights_of_the_file(family, tmp_path):
+@pytest.mark.parametrize(
+    ("family", "layouts"),
+    [parity.case("resnet", [BOTH], default=True), *(parity.case(f, LAYOUTS, default=False) for f in MODELS)],
+)
+def test_every_layout_begins_with_the_weights_of_the_file(family, layouts, tmp_path):
     """Also the moving average; a head of another size is drawn, as the run without weights draws it."""
     model = MODELS[family]
     tensors = tensors_for(ModelConfig(**{**vars(model), "num_classes": 12}))
@@ -110,7 +115,7 @@ def test_every_layout_begins_with_the_weights_of_the_file(family, tmp_path):
     assert record["sha256"] == hashlib.sha256(Path(path).read_bytes()).hexdigest()
     for leaf, values in expected.items():
         assert np.array_equal(values, drawn[leaf]) == (leaf in record["new"])
-    for devices, layout in LAYOUTS.values():
+    for devices, layout in layouts:
         state, _ = begun(config_for(with_weights(model, path), **layout), devices)
         for found in (numbers(state), numbers(type(first)(**{**vars(state), **state.ema}))):
             for leaf, values in expected.items():
