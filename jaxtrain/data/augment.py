@@ -40,8 +40,8 @@ _ERASE_LOG_ASPECT = (math.log(0.3), math.log(3.3))  # height / width
 _ERASE_TRIES = 10
 
 # Random words an example, by purpose. All are drawn in one call: every call adds 0.2 s to the compilation on a CPU.
-_WORDS = {"flip": 1, "crop": 2, "rand_augment": 2, "color_jitter": 4, "random_erase": 3 + 2 * _ERASE_TRIES,
-          "resized_crop": WORDS}  # fmt: skip
+_WORDS = {"flip": 1, "crop": 2, "rand_augment": 2, "color_jitter": 4, "random_erase": 3 + 2 * _ERASE_TRIES}
+_BOX_WORDS = {"flip": 1, "resized_crop": WORDS}  # of `random_resized_crop`, which needs no others
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +144,11 @@ def train_images(pre: Preprocess, images: jax.Array, example: jax.Array, key: ja
     """
     _check_channels(pre, images)
     keys = _example_keys(key, example)
-    x = _augment(pre, images, _words(keys)) if pre.own is None else normalize(pre, _augment_by_own(pre, images, keys))
+    x = (
+        _augment(pre, images, _words(pre, keys))
+        if pre.own is None
+        else normalize(pre, _augment_by_own(pre, images, keys))
+    )
     if pre.mixes:
         pixels, _ = mix_shares(pre, key)
         x = pixels * x + (1 - pixels) * _partners(x)
@@ -219,10 +223,11 @@ def _example_keys(key: jax.Array, example: jax.Array) -> jax.Array:
     return jax.vmap(lambda index: jax.random.fold_in(root, index))(example)
 
 
-def _words(keys: jax.Array) -> dict[str, jax.Array]:
-    """Purpose -> uint32 [B, words as in `_WORDS`], for PRNG keys [B]."""
-    ends = list(itertools.accumulate(_WORDS.values()))
-    return dict(zip(_WORDS, jnp.split(random_bits.words(keys, ends[-1]), ends[:-1], axis=1), strict=True))
+def _words(pre: Preprocess, keys: jax.Array) -> dict[str, jax.Array]:
+    """Purpose -> uint32 [B, words as in `_WORDS` or `_BOX_WORDS`], for PRNG keys [B]."""
+    counts = _BOX_WORDS if pre.augmentation == "random_resized_crop" else _WORDS
+    ends = list(itertools.accumulate(counts.values()))
+    return dict(zip(counts, jnp.split(random_bits.words(keys, ends[-1]), ends[:-1], axis=1), strict=True))
 
 
 # --------------------------------------------------------------------------------------------------- the user's own

@@ -88,7 +88,7 @@ def resize_boxes(
 ) -> jax.Array:
     """A box of each image, resized as `image.crop(box).resize((size, size), interpolation)` of Pillow, within a grey level.
 
-    Two levels under bicubic between black and white, where two roundings add up.
+    Two levels for a few pixels of noise under bicubic, where two roundings add up.
 
     Along the width first, then along the height, each rounded to whole numbers. (Pillow 13 takes the height first for some tall
     boxes; bicubic values beyond black and white are then cut off elsewhere.) Each is a matrix product: on a CPU a sum

@@ -118,12 +118,6 @@ def make_task(
         dtype=dtype,
     )
     groups = ParamGroups(config.optim, tuple(map(layer_name, range(len(model.layers)))))
-    frozen_stats: frozenset[str] = frozenset()
-    if config.optim.freeze or config.optim.freeze_layers or config.model.freeze_bn:
-        shape = (1, side, side, len(mean))
-        params, batch_stats = jax.eval_shape(lambda: model.init(jax.random.key(0), shape, dtype))
-        groups.check(params)
-        frozen_stats = frozen_statistics(groups, params, batch_stats, every=config.model.freeze_bn)
     return Task(
         model=model,
         schedule=rate,
@@ -131,9 +125,20 @@ def make_task(
         preprocess=preprocess,
         optim=config.optim,
         groups=groups,
-        frozen_stats=frozen_stats,
+        frozen_stats=_frozen_stats(config, model, groups, (1, side, side, len(mean)), dtype),
         class_weights=class_weights,
         bn_groups=config.model.bn_groups,
         remat=config.train.remat,
         skips=config.train.nonfinite_skips > 0,
     )
+
+
+def _frozen_stats(
+    config: Config, model: Classifier, groups: ParamGroups, shape: tuple[int, ...], dtype: DTypeLike
+) -> frozenset[str]:
+    """`Task.frozen_stats`. shape: of a batch of images. Raises `ConfigError` where what is frozen does not fit the model."""
+    if not (config.optim.freeze or config.optim.freeze_layers or config.model.freeze_bn):
+        return frozenset()
+    params, batch_stats = jax.eval_shape(lambda: model.init(jax.random.key(0), shape, dtype))
+    groups.check(params)
+    return frozen_statistics(groups, params, batch_stats, every=config.model.freeze_bn)
