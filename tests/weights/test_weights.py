@@ -18,7 +18,6 @@ import parity
 import pytest
 import runs
 import safetensors.numpy
-from jaxtrain.training.stored_model import read_model
 
 from jaxtrain import load_config
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, from_dict, nested_dicts
