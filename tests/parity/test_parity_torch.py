@@ -32,7 +32,7 @@ import runs
 from jaxtrain.config import ModelConfig
 from jaxtrain.models import registry, vgg
 from jaxtrain.models.layers import Context
-from jaxtrain.training.stored_model import read_model
+from jaxtrain.training.inference import load_trained
 from jaxtrain.trees import path_of
 from jaxtrain.weights import matching, reading
 from jaxtrain.weights.file import open_weights
@@ -468,12 +468,11 @@ def test_trained_weights_are_exported_to_pytorch(tmp_path):
         runs.here(run, runs.SMALL | fields)
         command = ["export", str(run), "--naming", "transformers", "--checkpoint", "latest", "--out", str(out)]
         assert runs.command_line(command) == 0
-        stored = read_model(run, checkpoint="latest")
+        stored = load_trained(run, checkpoint="latest", devices=jax.devices()[:1])
         images = rng.standard_normal((BATCH, 64, 64, 3))
-        logits, _ = stored.model.apply(
-            stored.params, stored.batch_stats, jnp.asarray(images), Context(jnp.arange(BATCH))
-        )
-    assert (stored.images.mean, stored.images.std) == ((0.5,) * 3, (0.25,) * 3)
+        weights = stored.variables["params"], stored.variables["batch_stats"]
+        logits, _ = stored.classifier.apply(*weights, jnp.asarray(images), Context(jnp.arange(BATCH)))
+    assert (stored.preprocess.inputs.mean, stored.preprocess.inputs.std) == ((0.5,) * 3, (0.25,) * 3)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     model = model.double()
     missing = model.load_state_dict(safetensors_torch.load_file(out), strict=False).missing_keys
