@@ -335,11 +335,11 @@ def test_a_recipe_that_comes_with_jaxtrain_is_found_by_its_name(tmp_path, monkey
 
 def test_an_installed_package_has_the_recipes_in_it(tmp_path, monkeypatch):
     project = tomllib.loads((CONFIGS.parent / "pyproject.toml").read_text())
-    (target,) = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"].items()
-    assert target == ("configs", "jaxtrain/configs")
-    shutil.copytree(CONFIGS, tmp_path / target[1])
+    included = project["tool"]["hatch"]["build"]["targets"]["wheel"]["force-include"]
+    assert included == {"configs": "jaxtrain/configs", "launch": "jaxtrain/launch"}
+    shutil.copytree(CONFIGS, tmp_path / included["configs"])
     monkeypatch.setattr("jaxtrain.recipes.__file__", str(tmp_path / "jaxtrain" / "recipes.py"))
-    assert set(packaged_recipes().values()) == set((tmp_path / target[1]).glob("*.py"))
+    assert set(packaged_recipes().values()) == set((tmp_path / included["configs"]).glob("*.py"))
     assert resolve("quickstart").name == "quickstart"
 
 

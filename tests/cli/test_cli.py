@@ -515,6 +515,7 @@ def test_layout_as_json(capsys):
         "stage": 0,
         "bytes_per_device": 784 * 16 * 4 // 8,
         "note": "",
+        "rate": 1.0,
     }
     assert by_path["step"]["spec"] == by_path["step"]["shape"] == []
     assert by_path["gradients/layers_00/linear/kernel"]["spec"] == ["data", "tensor"]
