@@ -7,9 +7,10 @@ import logging
 import os
 
 from jaxtrain.config import WEIGHTS_REQUIRED, Config
+from jaxtrain.data.base import channel_statistics
 from jaxtrain.distributed import coordination
 from jaxtrain.training.weights_source import open_source
-from jaxtrain.weights.pretrained import PretrainedConfig
+from jaxtrain.weights import matching
 
 log = logging.getLogger("jaxtrain")
 
@@ -36,19 +37,16 @@ def with_weights_settings(config: Config, stored: Config | None) -> Config:
 
 
 def _normalization(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Mean and std of a file's own config; () where it has none."""
+    """The mean and std that a run takes from its weights; () for the data set's own. Process 0 says which."""
     with open_source(path) as source:
-        known = source.config()
-    if coordination.index() == 0:
-        log.info("%s", normalization_line(path, known))
-    return (known.mean, known.std) if known.mean and known.std else ((), ())
-
-
-def normalization_line(path: str, known: PretrainedConfig) -> str:
-    """Says which mean and std a run takes."""
+        known, naming = source.config(), matching.recognised(source.tensors)
+        in_colour = naming is not None and matching.architecture_in(source, naming).channels == 3
     if known.mean and known.std:
-        return f"images are normalized as {path} asks: mean {known.mean}, std {known.std}"
-    return (
-        f"{path} does not say how its images were normalized: the data set's own mean and std are taken; else set "
-        "config.data.mean and config.data.std"
-    )
+        mean, std, text = known.mean, known.std, f"as {path} asks"
+    elif in_colour:  # what torchvision, timm and transformers publish was trained on ImageNet
+        (mean, std), text = channel_statistics(3), f"as for ImageNet, since {path} does not say how its own were"
+    else:
+        mean, std, text = (), (), f"as the data set's own are, since {path} does not say how its own were"
+    if coordination.index() == 0:
+        log.info("images are normalized %s%s", text, f": mean {mean}, std {std}" if mean else "")
+    return mean, std

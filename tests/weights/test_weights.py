@@ -249,6 +249,24 @@ def test_a_run_records_its_weights_and_does_not_read_them_again(trained, tmp_pat
         runs.here(copy, TINY, model__init_from="other.safetensors")
 
 
+def test_weights_that_do_not_say_how_images_were_normalized(tmp_path):
+    """ImageNet's for what others publish, in colour; the data set's own for the rest; what a user says comes first."""
+    model = MODELS["resnet"]
+    grey = tensors_for(model) | {"conv1.weight": np.ones((8, 1, 7, 7), np.float32)}
+    own = {path: np.ones(shape, np.float32) for path, shape in shapes_for(model).items()}
+    for name, tensors, given, wanted in (
+        ("colour", tensors_for(model), (), ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))),
+        ("grey", grey, (), ((), ())),
+        ("own", own, (), ((), ())),
+        ("said", tensors_for(model), (0.1, 0.2, 0.3), ((0.1, 0.2, 0.3),) * 2),
+    ):
+        path = written(tmp_path / f"{name}.safetensors", tensors)
+        data = DataConfig("synthetic", global_batch=8, image_size=64, mean=given, std=given)
+        config = Config(data=data, model=with_weights(model, path))
+        resolved = resolve_for_machine(config, None, jax.devices()[:1]).data
+        assert (resolved.mean, resolved.std) == wanted, name
+
+
 @pytest.mark.parametrize("naming", ["torchvision", "timm", "transformers", "jaxtrain"])
 def test_export_and_import_give_the_same_bits(naming, trained, tmp_path, capsys):
     run, _ = trained
