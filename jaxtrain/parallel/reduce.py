@@ -117,7 +117,8 @@ def each_bucket(
       bucket_bytes: of `buckets`.
       add_up: (a bucket's values [k], the bucket's number) -> the same many values.
     """
-    found: list[jax.Array] = list(leaves)
+    # A result for each leaf without elements too: jaxlib 0.11.2 crashes on a CPU if it is handed through as it came.
+    found = [leaf if leaf.size else jnp.zeros(leaf.shape, leaf.dtype) for leaf in leaves]
     for number, bucket in enumerate(buckets(leaves, bucket_bytes)):
         packed = jnp.concatenate([leaves[i].reshape(-1) for i in bucket])
         sums = add_up(packed, number)
