@@ -61,14 +61,9 @@ def model_in_file(path: Path, devices: list[Device]) -> Trained:
 
 def _model_config(found: Architecture) -> ModelConfig:
     """The config of a model; one whose depths have no name is a kind of another one."""
-    kinds = {
-        "vgg": "vgg16_bn" if found.batch_norm else "vgg16",
-        "resnet": "resnet50" if found.bottleneck else "resnet18",
-        "swin": "swin_tiny",
-    }
     stem = "auto" if found.family == "swin" else "imagenet" if found.stem == 7 else "cifar"
     return ModelConfig(
-        name=found.name or kinds[found.family],
+        name=found.base,
         depths=found.depths,
         width=found.width,
         stem=stem,

@@ -40,8 +40,25 @@ class Architecture:
 
     @property
     def name(self) -> str:
-        """As `model.name` has it; "" for depths that have no name."""
-        return next((name for name, known in _named(self.family).items() if known == self._kind), "")
+        """As `model.name` has it; "" for depths that have no name. Of two Swins of the same depths the one of this width."""
+        names = [name for name, known in _named(self.family).items() if known == self._kind]
+        return next((name for name in names if self.width == _width(name)), names[0] if names else "")
+
+    @property
+    def base(self) -> str:
+        """The `model.name` with which, and its own depths and width, the config describes it."""
+        if self.family == "vgg":
+            return self.name or ("vgg16_bn" if self.batch_norm else "vgg16")
+        if self.family == "resnet":
+            return self.name or ("resnet50" if self.bottleneck else "resnet18")
+        return self.name or "swin_tiny"
+
+    @property
+    def flags(self) -> list[str]:
+        """Of the config, for its name, depths and width."""
+        flags = [f"--config.model.name={self.base}"]
+        flags += [] if self.name else [f"--config.model.depths='{self.depths}'"]
+        return flags + ([f"--config.model.width={self.width}"] if self.width != _width(self.base) else [])
 
     @property
     def _kind(self) -> tuple:
@@ -53,18 +70,19 @@ class Architecture:
         """For a sentence: "a ResNet-50", "a VGG-16 with BatchNorm of width 8", "a ResNet of depths (1, 1, 1, 1)"."""
         family, name = _TITLES[self.family], self.name
         if self.family == "swin":
-            narrow = {"swin_tiny": 96, "swin_small": 96}
-            name = "swin_base" if name and self.width == 128 and self.depths == (2, 2, 18, 2) else name
-            usual = {"swin_base": 128}.get(name, narrow.get(name, 0))
             title = _SWINS[name] if name else f"Swin of depths {self.depths}"
         else:
-            usual = 64
             base = name.removesuffix("_bn")
             title = f"{family}-{base.removeprefix(self.family)}" if name else f"{family} of depths {self.depths}"
             if not name and self.family == "resnet":
                 title += " of bottleneck blocks" if self.bottleneck else " of basic blocks"
             title += " with BatchNorm" if self.batch_norm else ""
-        return f"a {title}" + (f" of width {self.width}" if self.width != usual else "")
+        return f"a {title}" + (f" of width {self.width}" if self.width != _width(self.base) else "")
+
+
+def _width(name: str) -> int:
+    """Of the first stage of a model by its name."""
+    return swin.VARIANTS[name][0] if name in swin.VARIANTS else 64
 
 
 def _named(family: str) -> dict[str, tuple]:
@@ -111,16 +129,8 @@ def window_of(shapes: Mapping[str, Shape], suffix: str) -> int:
 
 def difference(theirs: Architecture, ours: Architecture) -> str:
     """What keeps weights of one model out of another, with the flags that help; "" where nothing does."""
-    flags = []
-    if theirs.family != ours.family or theirs._kind != ours._kind:
-        known = theirs.name or {"vgg": "vgg16", "resnet": "resnet50" if theirs.bottleneck else "resnet18"}.get(
-            theirs.family, "swin_tiny"
-        )
-        flags += [f"name={known}"] + ([] if theirs.name else [f"depths='{theirs.depths}'"])
-    if theirs.width != ours.width:
-        flags += [f"width={theirs.width}"]
-    if flags:
-        return f"{ours.title}; use {' '.join(f'--config.model.{flag}' for flag in flags)}"
+    if theirs.family != ours.family or theirs._kind != ours._kind or theirs.width != ours.width:
+        return f"{ours.title}; use {' '.join(theirs.flags)}"
     if theirs.stem != ours.stem and theirs.family == "resnet":
         stems = {7: "imagenet", 3: "cifar"}
         flag = f"; use --config.model.stem={stems[theirs.stem]}" if theirs.stem in stems else ""

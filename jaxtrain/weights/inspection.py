@@ -56,9 +56,7 @@ def inspect(file: WeightsFile) -> Inspection:
     elif naming is not None:
         found = matching.architecture_in(file, naming)
         rows = naming.rows(found)
-        kind = f"name={found.name}" if found.name else f"depths='{found.depths}'"
-        flags = [f"--config.model.{kind}"]
-        flags += [f"--config.model.width={found.width}"] if " of width " in found.title else []
+        flags = found.flags
         flags += ["--config.model.stem=imagenet"] if found.stem == 7 else []
         flags += [f"--config.model.{name}={value}" for name in ("patch", "window") if (value := getattr(found, name))]
         known = {

@@ -28,6 +28,7 @@ from jaxtrain.training.inference import load_trained
 from jaxtrain.training.initial_weights import initial_weights, weights_of
 from jaxtrain.training.setup import load_data, make_run_spec, resolve_for_machine
 from jaxtrain.trees import path_of
+from jaxtrain.weights.architecture import Architecture
 from jaxtrain.weights.fetching import fetch
 from jaxtrain.weights.file import open_weights
 from jaxtrain.weights.matching import architecture_in, recognised
@@ -247,6 +248,21 @@ def test_a_run_records_its_weights_and_does_not_read_them_again(trained, tmp_pat
     assert manifest["position"]["weights"] == record
     with pytest.raises(WorkdirError, match=r"model\.init_from"):
         runs.here(copy, TINY, model__init_from="other.safetensors")
+
+
+def test_the_flags_of_a_model():
+    """Of two Swins of the same depths the width decides; a model without a name is a kind of one that has."""
+    for found, title, flags in (
+        (Architecture("swin", (2, 2, 18, 2), 128), "a Swin-B", ["name=swin_base"]),
+        (Architecture("swin", (2, 2, 18, 2), 96), "a Swin-S", ["name=swin_small"]),
+        (Architecture("swin", (2, 2, 18, 2), 32), "a Swin-S of width 32", ["name=swin_small", "width=32"]),
+        (Architecture("vgg", (1, 1, 1, 1, 1), 64, batch_norm=True), "a VGG of depths (1, 1, 1, 1, 1) with BatchNorm",
+         ["name=vgg16_bn", "depths='(1, 1, 1, 1, 1)'"]),
+        (Architecture("resnet", (1, 2, 1, 1), 8, bottleneck=True),
+         "a ResNet of depths (1, 2, 1, 1) of bottleneck blocks of width 8",
+         ["name=resnet50", "depths='(1, 2, 1, 1)'", "width=8"]),
+    ):  # fmt: skip
+        assert (found.title, found.flags) == (title, [f"--config.model.{flag}" for flag in flags])
 
 
 def test_weights_that_do_not_say_how_images_were_normalized(tmp_path):
