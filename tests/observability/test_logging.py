@@ -35,6 +35,7 @@ from jaxtrain.host.backend import PACKAGES
 from jaxtrain.observability import clock as clocks
 from jaxtrain.observability import diagnostics, start_record
 from jaxtrain.observability.goodput import TimesFile
+from jaxtrain.observability.merged_logs import Follower
 from jaxtrain.observability.metrics_files import EpochRow, MetricsCsv, MetricsJsonl
 from jaxtrain.observability.metrics_writer import MetricsWriter, NullMetricsWriter
 from jaxtrain.observability.tensorboard import EventFile
@@ -881,5 +882,34 @@ def test_the_logs_of_all_processes_are_merged_by_time(tmp_path, capsys):
     assert rows[-1] == {
         "time": "2026-01-02T03:04:07.000Z", "process": 0, "level": "ERROR", "message": "b\nTraceback\n  more"
     }  # fmt: skip
-    assert command_line(["logs", str(tmp_path / "nothing")]) == 73
-    assert "holds no logs" in capsys.readouterr().err
+    assert command_line(["logs", str(tmp_path), "--follow"]) == 0  # of a run that has ended
+    assert len(capsys.readouterr().out.splitlines()) == 6
+    for more in ([], ["--follow"]):
+        assert command_line(["logs", str(tmp_path / "nothing"), *more]) == 73
+        assert "holds no logs" in capsys.readouterr().err
+
+
+def test_logs_are_followed(tmp_path):
+    """An entry comes once, whole: not before its last line is written, unless nothing follows."""
+    (tmp_path / "logs").mkdir()
+    logs = Follower(tmp_path)
+
+    def write(process: int, text: str) -> None:
+        with (tmp_path / "logs" / f"process_{process}.log").open("a") as file:
+            file.write(text)
+
+    def new(**last: bool) -> list[tuple[int, str]]:
+        return [(entry.process, entry.message) for entry in logs.new(**last)]
+
+    assert new() == []
+    write(0, "2026-01-02T03:04:05.100Z INFO a\n2026-01-02T03:04:06.000Z ERR")
+    assert new() == []
+    write(0, "OR b\n    more\n")
+    write(1, "2026-01-02T03:04:04.000Z INFO c\n")
+    assert new() == [(0, "a")]
+    write(0, "    and more\n")
+    assert new() == [(1, "c")]
+    assert new() == [(0, "b\nmore\nand more")]
+    write(0, "2026-01-02T03:04:07.000Z INFO d\n2026-01-02T03:04:08.000Z INFO e")
+    assert new(last=True) == [(0, "d"), (0, "e")]
+    assert new(last=True) == []
