@@ -190,8 +190,8 @@ class Supervisor:
     # ------------------------------------------------------------------------------------------------------------ GPUs
 
     def _assign_gpus(self) -> list[tuple[str, ...]]:
-        """The UUIDs of each process's GPUs; () where the host has none."""
-        gpus = self._gpus.all()
+        """The UUIDs of each process's GPUs; () where the host has none, or shows none."""
+        gpus = self._gpus.visible()
         for gpu in gpus:
             if gpu.fault and gpu.uuid not in self._excluded:
                 self._excluded[gpu.uuid] = gpu.fault

@@ -61,6 +61,22 @@ class Gpus:
         self._collect_xids()
         return [self._examine(uuid, handle) for uuid, handle in self._handles.items()]
 
+    def visible(self) -> list[Gpu]:
+        """Those of `all` that $CUDA_VISIBLE_DEVICES names, by number in NVML's order or by UUID; all where it is not set.
+
+        As for CUDA, a name that fits none ends the list. So there are none where it names parts of a GPU (MIG).
+        """
+        named, gpus = os.environ.get("CUDA_VISIBLE_DEVICES"), self.all()
+        if named is None:
+            return gpus
+        found: list[Gpu] = []
+        for name in (word.strip() for word in named.split(",")):
+            fits = [gpu for number, gpu in enumerate(gpus) if name == str(number) or _begins(gpu.uuid, name)]
+            if len(fits) != 1:
+                break
+            found += fits
+        return list(dict.fromkeys(found))
+
     def _collect_xids(self) -> None:
         if self._events is None:
             return
@@ -104,6 +120,11 @@ class Gpus:
         with contextlib.suppress(self._nvml.NVMLError):
             return _text(self._nvml.nvmlSystemGetDriverVersion())
         return ""
+
+
+def _begins(uuid: str, name: str) -> bool:
+    """Whether `name` is a UUID, or the beginning of one, as CUDA takes it."""
+    return name.startswith("GPU-") and uuid.startswith(name)
 
 
 def device_files() -> int:

@@ -99,6 +99,13 @@ class Entry:
         """How it is. Raises `WorkdirError` where that is damaged."""
         return self._parse("state.json", JobState)
 
+    def state_written(self) -> int:
+        """When the state was written, in nanoseconds of its file system's clock; 0 where there is none."""
+        try:
+            return (self.path / "state.json").stat().st_mtime_ns
+        except OSError:
+            return 0
+
     def write_state(self, state: JobState) -> None:
         """For the server, and for the submitter before the server sees it."""
         atomic_write(self.path / "state.json", json.dumps(dataclasses.asdict(state)) + "\n")

@@ -48,6 +48,9 @@ class Server:
         self._runners: dict[str, subprocess.Popen[bytes]] = {}  # that this server has started, by the job's id
         self._codes: dict[str, int] = {}  # of runners that have ended
         self._damaged: set[str] = set()  # jobs that were named
+        self._ended: dict[
+            str, tuple[int, JobState]
+        ] = {}  # of jobs that have ended: when their state was written, and it
 
     def serve(self, *, until_empty: bool = False) -> None:
         """Serves until a signal comes. The jobs that run then go on, and the next server finds them.
@@ -75,7 +78,7 @@ class Server:
             elif state.status == WAITING and entry.is_to_stop():
                 states[entry] = _write(entry, state, status=STOPPED, ended=time.time(), reason="it was stopped")
         running = {entry: entry.job() for entry, state in states.items() if state.status == RUNNING}
-        free = [gpu for gpu in self._gpus.all() if self._is_free(gpu, states)]
+        free = [gpu for gpu in self._gpus.visible() if self._is_free(gpu, states)]
         for entry, state in states.items():
             if state.status != WAITING:
                 continue
@@ -96,15 +99,25 @@ class Server:
         found = {}
         for entry in self._queue.entries():
             try:
-                state = entry.state()
-                if state.status not in ENDED:
-                    entry.job()
-                found[entry] = state
+                found[entry] = self._state(entry)
             except WorkdirError as error:
                 if entry.id not in self._damaged:
                     self._damaged.add(entry.id)
                     _say(f"{entry.id} is left out: {error}")
         return found
+
+    def _state(self, entry: Entry) -> JobState:
+        """Of a job whose description can be read too, unless it has ended. One that has ended is not read again."""
+        written = entry.state_written()
+        known = self._ended.get(entry.id)
+        if known and known[0] == written:
+            return known[1]
+        state = entry.state()
+        if state.status in ENDED:
+            self._ended[entry.id] = written, state
+        else:
+            entry.job()
+        return state
 
     def _lives(self, entry: Entry) -> bool:
         process = self._runners.get(entry.id)
@@ -171,7 +184,7 @@ class Server:
 
 def exceeds_host(job: Job, gpus: Gpus) -> str:
     """Why a job can never run on this host, as it is now; "" where it can."""
-    wanted, healthy = job.resources, [gpu for gpu in gpus.all() if not gpu.fault]
+    wanted, healthy = job.resources, [gpu for gpu in gpus.visible() if not gpu.fault]
     for what, needed, there in (
         ("GPUs that work", wanted.gpu, len(healthy)),
         ("CPUs", wanted.cpu, usable_cpus()),

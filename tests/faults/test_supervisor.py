@@ -410,6 +410,18 @@ def test_health_is_read_from_nvml(monkeypatch):
     assert gpus.all()[0].fault == "it does not answer: GPU is lost"
 
 
+@pytest.mark.parametrize(
+    ("named", "used"),
+    [("GPU-1", "GPU-1"), ("2,0", "GPU-2,GPU-0"), ("GPU-2,7,GPU-0", "GPU-2"), ("", ""), ("MIG-1/2/3", "MIG-1/2/3")],
+)
+def test_gpus_that_are_hidden_are_not_used(tmp_path, monkeypatch, named, used):
+    """By whoever started the launcher: a queue that has leased others, or a user."""
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", named)
+    gpus = NoGpus(*(Gpu(f"GPU-{number}", "H100", 80 << 30) for number in range(3)))
+    assert supervise(tmp_path, "pass", gpus, processes=1) == 0
+    assert starts(tmp_path) == [used]
+
+
 def test_a_host_without_nvml_has_no_gpus(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
     assert Gpus().all() == []
