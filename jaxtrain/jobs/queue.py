@@ -18,6 +18,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -268,7 +269,7 @@ def lease(gpu: str, patience: float = 1.0) -> contextlib.AbstractContextManager[
     Raises:
       WorkdirError: the directory of the leases cannot be made, or is not this user's.
     """
-    folder = Path(f"/tmp/jaxtrain-{os.getuid()}")
+    folder = Path(tempfile.gettempdir(), f"jaxtrain-{os.getuid()}")
     with writing(folder):
         folder.mkdir(mode=0o700, exist_ok=True)
         if folder.is_symlink() or folder.stat().st_uid != os.getuid():
