@@ -280,7 +280,7 @@ def test_what_is_deleted_while_it_is_read_is_not_damaged(copy, monkeypatch, caps
     assert runs.command_line(["checkpoint", "verify", str(copy), "--json"]) == 0
     assert [row["step"] for row in json.loads(capsys.readouterr().out)] == [4, 6]
     deleted.clear()
-    monkeypatch.setattr("jaxtrain.training.evaluate.problems", deleting)
+    monkeypatch.setattr("jaxtrain.training.inference.problems", deleting)
     assert evaluate(copy, checkpoint="latest", trust=True).step == 4
     assert deleted == ["6"]
     deleted.clear()

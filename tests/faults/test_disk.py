@@ -26,17 +26,27 @@ from jaxtrain.data import registry
 class Filling:
     def __init__(self, base, path):
         self.base, self.shape, self.path = base, base.shape, path
-        self.filled = False
+        self.filled, self.reads = False, 0
 
     def __len__(self):
         return len(self.base)
 
     def read(self, indices):
         time.sleep(0.1)
+        self.reads += 1
         run = os.path.join(os.path.dirname(self.path), "run")
         folder = os.path.join(run, "checkpoints")
-        there = os.listdir(folder) if os.path.exists(folder) else []
-        if not self.filled and len(there) == 1 and os.path.exists(os.path.join(folder, there[0], "manifest.json")):
+
+        def checkpoints():
+            return os.listdir(folder) if os.path.exists(folder) else []
+
+        def is_first_written(there):
+            return len(there) == 1 and os.path.exists(os.path.join(folder, there[0], "manifest.json"))
+
+        # The first checkpoint is that of step 3: the fifth batch comes when it is written, however long that takes.
+        while self.reads > 4 and len(checkpoints()) < 2 and not is_first_written(checkpoints()):
+            time.sleep(0.01)
+        if not self.filled and is_first_written(checkpoints()):
             self.filled = True
             free = os.statvfs(os.path.dirname(self.path))
             with open(self.path, "wb") as file:
