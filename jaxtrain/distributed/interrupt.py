@@ -26,6 +26,7 @@ from jaxtrain.host.processes import STOPPING
 _AGREE_SECONDS = 20.0  # in which all processes must share their points
 _OWN_ERROR_SECONDS = 1.0  # in which a process can end by its own error, after another one has failed
 _HEAR_SECONDS = 0.5  # in which a process hears that its error is the echo of another one's
+_ECHO_SECONDS = 3.0  # the same where the error itself says so; fewer than the launcher waits for the reports of all
 
 Leave = Callable[[JaxtrainError], None]
 _starts = itertools.count()  # every process starts the same runs in the same order
@@ -80,12 +81,13 @@ class Interrupt:
         return self._cause
 
     def _find_cause(self, raised: BaseException) -> BaseException:
+        seconds = _ECHO_SECONDS if isinstance(as_peer_error(raised), PeerError) else _HEAR_SECONDS
         if isinstance(raised, JaxtrainError):
             # What it was raised from may be the echo of a process that was lost: a save or a read that failed, say.
-            if self._peers is not None and raised.__cause__ and (why := self._peers.failure(_HEAR_SECONDS, ["lost"])):
+            if self._peers is not None and raised.__cause__ and (why := self._peers.failure(seconds, ["lost"])):
                 return PeerError(why)
             return raised
-        if self._peers is not None and (why := self._peers.failure(_HEAR_SECONDS)):
+        if self._peers is not None and (why := self._peers.failure(seconds)):
             return PeerError(why)
         if isinstance(raised, KeyboardInterrupt):
             return InterruptedRunError(f"Stopped at once; {self.kept}.")
