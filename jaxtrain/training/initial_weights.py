@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 
-from jaxtrain.config import WEIGHTS_REQUIRED
 from jaxtrain.distributed import coordination
-from jaxtrain.errors import ConfigError, EnvironmentMismatchError, WeightsError
+from jaxtrain.errors import EnvironmentMismatchError, WeightsError
 from jaxtrain.step.train_state import TrainState
+from jaxtrain.training.pretrained_settings import require_weights
 from jaxtrain.training.setup import RunSpec
 from jaxtrain.training.weights_source import Source, open_source
 from jaxtrain.trees import path_of
@@ -58,11 +58,7 @@ def initial_weights(run: RunSpec, shapes: TrainState) -> tuple[dict[str, jax.Arr
     """
     if not run.config.model.init_from:
         return {}, {}
-    if run.config.model.init_from == WEIGHTS_REQUIRED:
-        raise ConfigError(
-            "config.model.init_from='required': this recipe goes on from pretrained weights, and never begins from scratch; "
-            "get them as safetensors, such as timm's (docs/weights.md), and name the file: --config.model.init_from=FILE."
-        )
+    require_weights(run.config)
     with open_source(run.config.model.init_from) as file:
         matched = match_weights(run, file, shapes)
         _check_sha256(file, run.config.model.init_sha256)

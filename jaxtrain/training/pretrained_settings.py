@@ -9,6 +9,7 @@ import os
 from jaxtrain.config import WEIGHTS_REQUIRED, Config
 from jaxtrain.data.base import channel_statistics
 from jaxtrain.distributed import coordination
+from jaxtrain.errors import ConfigError
 from jaxtrain.training.weights_source import open_source
 from jaxtrain.weights import matching
 
@@ -34,6 +35,15 @@ def with_weights_settings(config: Config, stored: Config | None) -> Config:
         return config
     mean, std = (stored.data.mean, stored.data.std) if stored else _normalization(path)
     return dataclasses.replace(config, data=dataclasses.replace(config.data, mean=mean, std=std))
+
+
+def require_weights(config: Config) -> None:
+    """Raises `ConfigError` for a new run of a recipe that must begin with weights, where no file is named."""
+    if config.model.init_from == WEIGHTS_REQUIRED:
+        raise ConfigError(
+            "config.model.init_from='required': this recipe goes on from pretrained weights, and never begins from scratch; "
+            "get them as safetensors, such as timm's (docs/weights.md), and name the file: --config.model.init_from=FILE."
+        )
 
 
 def _normalization(path: str) -> tuple[tuple[float, ...], tuple[float, ...]]:

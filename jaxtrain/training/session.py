@@ -40,6 +40,7 @@ from jaxtrain.training.compiled import compile_run, explain_out_of_memory
 from jaxtrain.training.jax_settings import compile_cache_note, no_implicit_transfers, set_environment, settings
 from jaxtrain.training.loop import Host, TrainLoop
 from jaxtrain.training.plan.auto import choose_layout, memory_remedies
+from jaxtrain.training.pretrained_settings import require_weights
 from jaxtrain.training.recovery import RollBack
 from jaxtrain.training.results import TrainResult
 from jaxtrain.training.setup import (
@@ -98,8 +99,7 @@ def train(
         config = _choose_layout(config, host, devices)
         resolve = functools.partial(resolve_for_machine, devices=devices)
         resume, config = resume_lib.where_to_start(directory, config, resolve)
-        require_hardware(config.train.precision, devices)
-        models.require_hardware(config.model, devices)
+        _check_before_data(resume, config, devices)
         if first:
             resume_lib.warn_of_other_products(resume, config, devices[0].platform)
         stack.enter_context(settings(config))
@@ -116,6 +116,14 @@ def train(
             except RollBack as asked:
                 dataset, resume = resume_lib.go_on_with(dataset, asked.resume, config)
     raise AssertionError("the last start rolls nothing back")
+
+
+def _check_before_data(resume: ResumePoint, config: Config, devices: list[Device]) -> None:
+    """Raises `ConfigError` where the run cannot be, before its data are prepared."""
+    if resume.start is None:
+        require_weights(config)
+    require_hardware(config.train.precision, devices)
+    models.require_hardware(config.model, devices)
 
 
 def _choose_layout(config: Config, host: Host, devices: list[Device]) -> Config:

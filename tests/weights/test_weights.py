@@ -22,7 +22,7 @@ import safetensors.numpy
 from jaxtrain import load_config
 from jaxtrain.config import Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, from_dict, nested_dicts
 from jaxtrain.data import registry
-from jaxtrain.errors import WeightsError, WorkdirError
+from jaxtrain.errors import ConfigError, WeightsError, WorkdirError
 from jaxtrain.step.train_state import create_state, state_shapes
 from jaxtrain.training.inference import load_trained
 from jaxtrain.training.initial_weights import initial_weights, weights_of
@@ -248,6 +248,10 @@ def test_a_run_records_its_weights_and_does_not_read_them_again(trained, tmp_pat
     assert manifest["position"]["weights"] == record
     with pytest.raises(WorkdirError, match=r"model\.init_from"):
         runs.here(copy, TINY, model__init_from="other.safetensors")
+    runs.here(copy, TINY, model__init_from="required", train__steps=4, optim__schedule="constant")
+    assert json.loads((copy / "config.json").read_text())["model"]["init_from"] == path
+    with pytest.raises(ConfigError, match="never begins from scratch"):  # and before the data, which are not there
+        runs.here(tmp_path / "new", TINY, model__init_from="required", data__name=f"folder:{tmp_path / 'absent'}")
 
 
 def test_the_flags_of_a_model():
