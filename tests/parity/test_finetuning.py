@@ -57,9 +57,9 @@ PAIRS = [
     parity.case("probe", "zero3", default=False),
     parity.case("middle", "interleaved-zero2", default=False),
     parity.case("middle", "tensor2-zero3", default=False),
-    parity.case("muon", "stages2-zero1", default=False),
+    pytest.param("muon", "stages2-zero1", marks=pytest.mark.slow),
     parity.case("stem", "zero1", default=False),
-    parity.case("vgg", "data2-accumulate2", default=False),
+    pytest.param("vgg", "data2-accumulate2", marks=pytest.mark.slow),
 ]
 
 
