@@ -19,6 +19,7 @@ from benchmarks.cpu import (
     calls,
     checkpoints,
     collectives,
+    compress,
     faults,
     finetune,
     inputs,
@@ -50,6 +51,7 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "efficiency": pipeline.efficiency,
     "scale": scale.measure,
     "collectives": collectives.measure,
+    "compress": compress.measure,
     "status": status.measure,
 }
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
@@ -151,6 +153,11 @@ def _rows(measured: dict[str, Any]) -> list[str]:
             name = (
                 f"ten new classes, 20 images each, {row['name']} (rate {row['rate']:g}): test accuracy of three seeds"
             )
+            lines.append(f"| {name} | {middle:.1f} % | {low:.1f} - {high:.1f} |")
+    if compressed := measured.get("compress"):
+        for row in compressed["rows"]:
+            low, middle, high = (100 * accuracy for accuracy in sorted(row["accuracies"]))
+            name = f"gradients by {row['name']}, {row['bytes_per_step'] / 1e6:.3f} MB a device and step: test accuracy"
             lines.append(f"| {name} | {middle:.1f} % | {low:.1f} - {high:.1f} |")
     for row in measured.get("bubble", []):
         name = f"bubble of {row['schedule']}, {row['stages']} stages, {row['microbatches']} microbatches"

@@ -36,7 +36,7 @@ REMATS = ("none", "full", "dots")
 PIPELINE_SCHEDULES = ("gpipe", "1f1b", "interleaved_1f1b")
 BALANCES = ("cost", "memory", "time")
 STAGE_PLACEMENTS = ("spread", "hosts")
-COMPRESSORS = ("none", "bf16", "int8")
+COMPRESSORS = ("none", "bf16", "int8", "topk", "randomk", "powersgd")
 REDUCTIONS = ("auto", "ring", "tree", "hierarchical")
 NCCL_ALGORITHMS = ("auto", "ring", "tree", "nvls", "collnetdirect", "collnetchain")
 NCCL_PROTOCOLS = ("auto", "ll", "ll128", "simple")
@@ -503,9 +503,35 @@ class OptimConfig(_Section):
     """The loss: `cross_entropy`, or your own `package.module:function`, (logits [B, C], targets [B, C]) -> [B]."""
 
     compress: Annotated[str, _one_of(COMPRESSORS)] = "none"
-    """What gradients are rounded to when devices add them up, for slow links (docs/communication.md). `none`. `bf16`: half of
-    the bytes of f32. `int8`: a quarter. The rounding is random and without bias (Alistarh 2017), so it changes the run's
-    numbers, and does so differently on another number of devices. It takes the place of `layout.reduce`."""
+    """How gradients are compressed when devices add them up, for slow links (docs/communication.md). It changes the run's
+    numbers, and does so differently on another number of devices. `none`. `bf16`, `int8`: rounded to half and to a quarter of
+    the bytes of f32, at random and without bias (Alistarh 2017). `topk`: the largest values alone. `randomk`: values drawn at
+    random, the same ones on each device (Stich 2018). `powersgd`: a product of two thin matrices (Vogels 2019). What these
+    three do not send, each device adds to its next gradients (error feedback)."""
+
+    compress_ratio: Annotated[float, _must_be("above 0 and at most 1", lambda value: 0 < value <= 1)] = 0.1
+    """The share of a leaf's values that `optim.compress=topk` and `randomk` send."""
+
+    compress_rank: Annotated[int, _at_least(1)] = 4
+    """The rank of the matrices of `optim.compress=powersgd`."""
+
+    compress_min_rate: Annotated[float, _at_least(1)] = 2.0
+    """A leaf that `optim.compress` would not shrink by at least this factor is sent whole."""
+
+    compress_warmup: Annotated[int, _at_least(0)] = 0
+    """Steps at the start of the run whose gradients `optim.compress` sends whole."""
+
+    sync_every: Annotated[int, _at_least(1)] = 1
+    """Steps between two averages of the weights (local SGD, Stich 2019): in between, each shard of the batch trains weights of
+    its own. It changes the run's numbers, and does so differently on another number of devices. 1 adds up the gradients at
+    every step."""
+
+    outer_rate: Annotated[float, _must_be("above 0", lambda value: value > 0)] = 1.0
+    """Under `optim.sync_every`, the learning rate of the outer update: what the mean change of the weights since the last sync
+    is multiplied by (DiLoCo, Douillard 2023: 0.7). 1 takes the mean of the weights."""
+
+    outer_momentum: Annotated[float, _must_be("at least 0 and below 1", lambda value: 0 <= value < 1)] = 0.0
+    """Under `optim.sync_every`, the Nesterov momentum of the outer update (DiLoCo: 0.9)."""
 
     class_weights: str = ""
     """Weights of the classes in the loss of training, for uneven data. "": all alike. `balanced`: N / (K N_k) for a class that

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,6 +13,23 @@ PyTree = Any
 def path_of(path: tuple[Any, ...]) -> str:
     """'layers_03/attn/qkv/kernel', from the keys that `jax.tree_util` gives for a leaf."""
     return jax.tree_util.keystr(path, simple=True, separator="/")
+
+
+def nested(leaves: Mapping[str, Any]) -> dict[str, Any]:
+    """The tree of dicts whose leaves have these paths; see `path_of`."""
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        *parents, name = path.split("/")
+        node = tree
+        for key in parents:
+            node = node.setdefault(key, {})
+        node[name] = leaf
+    return tree
+
+
+def by_path(tree: PyTree) -> dict[str, Any]:
+    """The leaves of `tree` by their paths."""
+    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
 
 
 def shapes_of(tree: PyTree, shardings: PyTree = None) -> PyTree:

@@ -38,11 +38,12 @@ from jaxtrain.host.backend import versions
 from jaxtrain.host.files import reading, writing
 from jaxtrain.parallel.arrays import is_everywhere, to_every_process, view
 from jaxtrain.step.train_state import TrainState
-from jaxtrain.trees import PyTree, path_of
+from jaxtrain.trees import PyTree, by_path, nested, path_of
 
 log = logging.getLogger("jaxtrain")
 FAILED_SAVES = 3  # so many in a row end the run
 _POLL_SECONDS = 0.02
+_WEIGHTS = ("step", "params", "batch_stats", "ema")
 _SPACE_SECONDS = 60.0  # in which every process must say how much room its disk has
 
 
@@ -225,13 +226,16 @@ class Checkpointer:
             template's values; a fresh EMA takes the restored weights.
 
         Returns:
-          The state, with the shardings of `template`.
+          The state, with the shardings of `template`. A `communication` that is not stored in these shapes stays the
+          template's: what depends on the number of shards is the caller's to share out.
 
         Raises:
           CheckpointError: the checkpoint cannot be read, has other trees, or is of another step.
         """
         stored = self.stored_shapes(step)
         trees, fresh = _tree(template), []
+        if "communication" in trees and _difference("communication", stored, trees["communication"]):
+            del trees["communication"]
         for name in list(trees):
             difference = _difference(name, stored, trees[name])
             if difference and (name in ("step", "params", "batch_stats") or not allow_changes):
@@ -256,7 +260,7 @@ class Checkpointer:
 
         If the checkpoint has no EMA, since the run had none by then, the EMA is that of the weights themselves.
         """
-        trees = {name: tree for name, tree in _tree(template).items() if name not in ("opt_state", "loss_scale")}
+        trees = {name: tree for name, tree in _tree(template).items() if name in _WEIGHTS}
         lacks_ema = "ema" in trees and not any(path.startswith("ema/") for path in self.stored_shapes(step))
         if lacks_ema:
             del trees["ema"]
@@ -286,6 +290,10 @@ class Checkpointer:
         _require_step(self.directory / str(step), int(restored["step"].addressable_data(0)))
         return jax.tree.map(lambda new, old: new if is_everywhere(old) else view(new, old.sharding), restored, trees)
 
+    def holds(self, step: int, name: str, tree: PyTree) -> bool:
+        """Whether the tree `name` of `step` has the leaves of `tree` (arrays or shapes), and no others."""
+        return not _difference(name, self.stored_shapes(step), tree)
+
     def stored_shapes(self, step: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """The shape and dtype of every leaf of `step`, by its path in the state."""
         try:
@@ -296,7 +304,7 @@ class Checkpointer:
 
 
 def restore_leaves(
-    checkpoints: Checkpointer, step: int, targets: Mapping[str, jax.ShapeDtypeStruct]
+    checkpoints: Checkpointer, step: int, targets: Mapping[str, jax.ShapeDtypeStruct], mesh: Any
 ) -> dict[str, jax.Array]:
     """Reads some leaves of a checkpoint.
 
@@ -304,22 +312,16 @@ def restore_leaves(
       checkpoints: the directory.
       step: of the checkpoint.
       targets: the leaves' shapes, dtypes and shardings, by their paths in the state.
+      mesh: of all devices that read them.
 
     Raises:
       CheckpointError: they cannot be read, or the checkpoint is of another step.
     """
-    mesh: Any = next(iter(targets.values())).sharding.mesh  # type: ignore[union-attr]
     everywhere = jax.sharding.NamedSharding(mesh, P())
-    trees: dict[str, Any] = {"step": jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere)}
-    for path, target in targets.items():
-        *parents, name = path.split("/")
-        node = trees
-        for key in parents:
-            node = node.setdefault(key, {})
-        node[name] = target
+    trees = nested({"step": jax.ShapeDtypeStruct((), jnp.int32, sharding=everywhere), **targets})
     restored = checkpoints._read(step, trees, mesh)
     del restored["step"]
-    return {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(restored)}
+    return by_path(restored)
 
 
 def _mesh(state: TrainState) -> Any:
@@ -441,7 +443,7 @@ def _difference(name: str, stored: dict[str, tuple[tuple[int, ...], str]], tree:
     had = {path: leaf for path, leaf in stored.items() if path == name or path.startswith(name + "/")}
     wanted = _shapes({name: tree})
     # Orbax stores tuples as lists and named tuples as dicts, so the optimizer's paths differ in form: compare its leaves.
-    if name == "opt_state":
+    if name in ("opt_state", "communication"):
         had, wanted = ({_numbered(p): leaf for p, leaf in leaves.items()} for leaves in (had, wanted))
     for path, leaf in wanted.items():
         if path not in had:

@@ -23,6 +23,7 @@ from jaxtrain.trees import PyTree
 
 _COLLECTIVE = re.compile(r"= .*? (all-reduce|all-gather|reduce-scatter|all-to-all|collective-permute)(?:-start)?\(")
 _REDUCING = ("all-reduce", "reduce-scatter")
+_EXCHANGES = {"bf16": ("all-to-all", "all-gather"), "int8": ("all-to-all", "all-gather"), "topk": ("all-gather",)}
 _UPDATE_PROGRAMS = re.compile(r"(.*: )?(update|measure|decide|finish)")  # the others compute gradients
 
 
@@ -100,12 +101,11 @@ def _check_reductions(layout: Layout, collectives: Mapping[str, collections.Coun
         raise AuditError(
             f"layout.replica={shape['replica']}, layout.data={shape['data']}: no program reduces the gradients."
         )
-    if layout.reduces_itself and layout.compress != "none":
-        if not (gradients["all-to-all"] and gradients["all-gather"]):
-            raise AuditError(
-                f"optim.compress={layout.compress} had no effect: the gradient programs exchange no parts."
-            )
-    elif layout.reduces_itself:
+    if layout.accumulates_by_device:
+        wanted = _EXCHANGES.get(layout.compress, ())
+        if missing := [kind for kind in wanted if not total[kind]]:
+            raise AuditError(f"optim.compress={layout.compress} had no effect: no program has an {missing[0]}.")
+    elif layout.by_device:
         wanted = messages(layout.config.reduce, shape["data"], shape["replica"])
         if gradients["collective-permute"] < wanted:
             raise AuditError(
@@ -132,7 +132,11 @@ def _check_zero(
     for tree in ("opt_state", "gradients", "params"):
         if layout.shards(tree) and tree not in sharded and any(math.prod(leaf.shape) > 1 for leaf in table[tree]):
             raise AuditError(f"layout.zero={zero} had no effect on {tree}: no leaf divides by data={data}.")
-    if "opt_state" in sharded and not any(counts["all-gather"] for counts in collectives.values()):
+    if (
+        "opt_state" in sharded
+        and not layout.trains_by_device
+        and not any(counts["all-gather"] for counts in collectives.values())
+    ):
         raise AuditError(f"layout.zero={zero} had no effect: no program gathers what is sharded.")
     if not sharded:
         notes.append(f"layout.zero={zero} has nothing to shard: the optimizer keeps no state and there is no average.")

@@ -80,7 +80,8 @@ class Layout:
         model's. The first match wins.
       chunks: the names of the layers ('layers_03', ...) in each chunk of the model; chunk k lives on stage k % stages.
         () without pipeline stages.
-      compress: `optim.compress`, what gradients are rounded to when they are added up.
+      compress: `optim.compress`, how gradients are compressed when they are added up.
+      sync_every: `optim.sync_every`, how many steps a shard of the batch trains its own weights.
     """
 
     mesh: Mesh
@@ -88,6 +89,7 @@ class Layout:
     rules: tuple[Rule, ...] = ()
     chunks: tuple[tuple[str, ...], ...] = ()
     compress: str = "none"
+    sync_every: int = 1
 
     # -------------------------------------------------------------------------------------------------- single leaves
 
@@ -114,8 +116,27 @@ class Layout:
             path, shape, str(dtype), P(*spec), P(*compute), size, size // self._ways(spec), self._stage(path), note
         )
 
+    def place_by_device(self, path: str, shape: tuple[int, ...], dtype: Any) -> Placement:
+        """The placement of a leaf that each of the n shards of the batch has for itself: [n, ...], as in computing.
+
+        Args:
+          path: of the leaf that it mirrors.
+          shape: of one of the n.
+          dtype: of the leaf.
+        """
+        one, ways = self.place("computing", path, shape, dtype), batch_ways(self.mesh)
+        spec = P(BATCH_AXES, *one.spec)
+        return dataclasses.replace(
+            one, shape=(ways, *shape), spec=spec, compute_spec=spec, bytes_total=one.bytes_total * ways
+        )
+
     def shards(self, tree: str) -> bool:
-        """Whether ZeRO shards the tree over the `data` axis. An axis of one device has nothing to shard."""
+        """Whether ZeRO shards the tree over the `data` axis. An axis of one device has nothing to shard.
+
+        Nor has an accumulator that each shard of the batch has for itself.
+        """
+        if tree == "gradients" and self.accumulates_by_device:
+            return False
         return self.config.zero >= ZERO_FROM.get(tree, 99) and self.mesh.shape["data"] > 1
 
     @property
@@ -128,9 +149,19 @@ class Layout:
         return self.config.zero >= ZERO_FROM["params"]
 
     @property
-    def reduces_itself(self) -> bool:
-        """Whether a device computes its own examples alone, and gradients are added up by `parallel.reduce` or compressed."""
-        return (self.config.reduce != "auto" or self.compress != "none") and batch_ways(self.mesh) > 1
+    def by_device(self) -> bool:
+        """Whether a device computes its own examples alone; its gradients are then added up by `parallel.reduce`, or later."""
+        return (self.config.reduce != "auto" and batch_ways(self.mesh) > 1) or self.accumulates_by_device
+
+    @property
+    def accumulates_by_device(self) -> bool:
+        """Whether a device adds up its own microbatches' gradients alone: they are compressed once a step, or stay there."""
+        return (self.compress != "none" or self.sync_every > 1) and batch_ways(self.mesh) > 1
+
+    @property
+    def trains_by_device(self) -> bool:
+        """Whether each shard of the batch has weights of its own between two syncs."""
+        return self.sync_every > 1 and batch_ways(self.mesh) > 1
 
     def _stage(self, path: str) -> int | None:
         """The stage of the layer that `path` belongs to; `None` for what belongs to no layer and lives on all stages."""
@@ -196,15 +227,28 @@ class Layout:
 
     def gradients(self, params: PyTree) -> list[Placement]:
         """The placements of the gradient accumulator's leaves, in the order of the leaves of `params`."""
+        place = self.place_by_device if self.accumulates_by_device else functools.partial(self.place, "gradients")
         leaves = jax.tree_util.tree_leaves_with_path(params)
-        return [self.place("gradients", path_of(path), leaf.shape, leaf.dtype) for path, leaf in leaves]
+        return [place(path_of(path), leaf.shape, leaf.dtype) for path, leaf in leaves]
 
     def _place_like(self, params: dict[str, Any], tree: str, path: str, leaf: Any) -> Placement:
         """The placement of a leaf by the parameter that it mirrors: the one whose path its own ends with."""
         keys = path.split("/")
         suffixes = ("/".join(keys[i:]) for i in range(len(keys)))
-        owner = next((s for s in suffixes if s in params and params[s].shape == leaf.shape), path)
-        return dataclasses.replace(self.place(tree, owner, leaf.shape, leaf.dtype), path=path)
+        if tree != "communication":
+            owner = next((s for s in suffixes if s in params and params[s].shape == leaf.shape), path)
+            return dataclasses.replace(self.place(tree, owner, leaf.shape, leaf.dtype), path=path)
+        owner = next((s for s in suffixes if s in params), path)
+        if keys[0] == "outer":
+            placement = self.place("opt_state", owner, leaf.shape, leaf.dtype)
+        elif keys[0] == "basis":  # [1, ...], or one for each device that the tensor axis splits the leaf over
+            spec, size = P("tensor" if leaf.shape[0] > 1 else None), math.prod(leaf.shape) * leaf.dtype.itemsize
+            placement = Placement(
+                path, leaf.shape, str(leaf.dtype), spec, spec, size, size // leaf.shape[0], self._stage(owner)
+            )
+        else:
+            placement = self.place_by_device(owner, leaf.shape[1:], leaf.dtype)
+        return dataclasses.replace(placement, path=path)
 
     def _check_rules(self, params: list[Placement]) -> None:
         """Raises `ConfigError` for a rule of the config, or for tensor parallelism, without an effect on `params`."""

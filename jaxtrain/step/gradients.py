@@ -15,15 +15,14 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.data.augment import train_inputs
 from jaxtrain.models.layers import Context
 from jaxtrain.optim.param_groups import merge
-from jaxtrain.parallel.compressors import compressed_leaves
 from jaxtrain.parallel.layout import Layout
-from jaxtrain.parallel.mesh import BATCH_AXES
+from jaxtrain.parallel.mesh import BATCH_AXES, batch_ways
 from jaxtrain.parallel.reduce import reduce_leaves
 from jaxtrain.precision import scale_factor
 from jaxtrain.step.batch import Batch, Resident, all_labels, select_microbatch
 from jaxtrain.step.layer_wrap import layer_wrapper
 from jaxtrain.step.task import Task
-from jaxtrain.step.train_state import AUGMENT, COMPRESS, DROPOUT, TrainState, role_key
+from jaxtrain.step.train_state import AUGMENT, DROPOUT, TrainState, role_key
 from jaxtrain.trees import PyTree, path_of, shapes_of
 
 
@@ -33,37 +32,50 @@ class GradientSums:
 
     Attributes:
       gradients: of the mean loss over the global batch, times the loss scale; a tree like the trained
-        parameters, in their dtypes.
-      batch_stats: the new running statistics, each microbatch's divided by the number of microbatches.
+        parameters, in their dtypes. Where `Layout.accumulates_by_device`, each [n, ...]: what each shard of the batch adds.
+      batch_stats: the new running statistics, each microbatch's divided by the number of microbatches. Where
+        `Layout.trains_by_device`, each [n, ...].
       loss: [], the mean loss over the global batch, in `Task.sums_dtype`.
       correct: [], how many examples were classified correctly, in `Task.sums_dtype`.
+      communication: `TrainState.communication` after the exchange of a step's gradients; () before.
     """
 
     gradients: PyTree
     batch_stats: PyTree
     loss: jax.Array
     correct: jax.Array
+    communication: PyTree = ()
 
 
-def zero_sums(task: Task, params: PyTree, batch_stats: PyTree) -> GradientSums:
+def zero_sums(task: Task, layout: Layout, params: PyTree, batch_stats: PyTree) -> GradientSums:
     """The sums of no microbatch.
 
     Args:
       task: says which parameters are trained.
+      layout: says what each shard of the batch adds up for itself.
       params: arrays or shapes; the gradients have their shapes and dtypes.
       batch_stats: arrays or shapes.
     """
-    zeros = functools.partial(jax.tree.map, lambda leaf: jnp.zeros(leaf.shape, leaf.dtype))
+
+    def zeros(tree: PyTree, by_device: bool) -> PyTree:
+        first = (batch_ways(layout.mesh),) * by_device
+        return jax.tree.map(lambda leaf: jnp.zeros((*first, *leaf.shape), leaf.dtype), tree)
+
+    gradients = zeros(task.groups.trained(params), layout.accumulates_by_device)
     numbers = (jnp.zeros((), task.sums_dtype) for _ in range(2))
-    return GradientSums(zeros(task.groups.trained(params)), zeros(batch_stats), *numbers)
+    return GradientSums(gradients, zeros(batch_stats, layout.trains_by_device), *numbers)
 
 
 def sums_shapes(task: Task, layout: Layout, params: PyTree, batch_stats: PyTree) -> GradientSums:
     """The shapes of `zero_sums`, with the shardings of the accumulators: the gradients' from the layout, else replicated."""
-    shapes = jax.eval_shape(functools.partial(zero_sums, task, params, batch_stats))
+    shapes = jax.eval_shape(functools.partial(zero_sums, task, layout, params, batch_stats))
     replicated = jax.tree.map(lambda _: layout.sharding(), shapes)
-    gradients = like_params(layout, "gradients", shapes.gradients)
-    return shapes_of(shapes, dataclasses.replace(replicated, gradients=gradients))
+    if layout.accumulates_by_device:
+        gradients = like_params_by_device(layout, shapes.gradients)
+    else:
+        gradients = like_params(layout, "gradients", shapes.gradients)
+    stats = like_params_by_device(layout, shapes.batch_stats) if layout.trains_by_device else replicated.batch_stats
+    return shapes_of(shapes, dataclasses.replace(replicated, gradients=gradients, batch_stats=stats))
 
 
 def add_sums(sums: GradientSums, more: GradientSums) -> GradientSums:
@@ -81,14 +93,24 @@ def like_params(layout: Layout, tree: str, params: PyTree) -> PyTree:
     return structure.unflatten([layout.sharding(placement.spec) for placement in placements])
 
 
+def like_params_by_device(layout: Layout, leaves: PyTree) -> PyTree:
+    """A tree of shardings like `leaves`, each [n, ...]: what each of the n shards of the batch has for itself."""
+    found, structure = jax.tree_util.tree_flatten_with_path(leaves)
+    placements = [layout.place_by_device(path_of(path), leaf.shape[1:], leaf.dtype) for path, leaf in found]
+    return structure.unflatten([layout.sharding(placement.spec) for placement in placements])
+
+
 def constrain_gradients(layout: Layout, gradients: PyTree) -> PyTree:
     """`gradients`, sharded as the layout says that their accumulator is.
 
     Without the constraint XLA shards them as it likes: 531 all-gathers instead of 160 for a ResNet-50 under ZeRO-1.
-    There are two constraints: first the sharding that they were computed with, then that at rest. This is all-reduce
+    What each shard of the batch adds up for itself stays where it is. Else
+    there are two constraints: first the sharding that they were computed with, then that at rest. This is all-reduce
     and slice, which XLA:GPU makes a reduce-scatter. (With the second alone XLA:CPU gathers activations: 84 all-gathers
     instead of 0 for a ResNet-18.)
     """
+    if layout.accumulates_by_device:
+        return jax.lax.with_sharding_constraint(gradients, like_params_by_device(layout, gradients))
     gradients = jax.lax.with_sharding_constraint(gradients, like_params(layout, "computing", gradients))
     return jax.lax.with_sharding_constraint(gradients, like_params(layout, "gradients", gradients))
 
@@ -112,6 +134,8 @@ def train_context(
     # A random number belongs to an example of the global batch, whichever microbatch, stage or device it is on.
     example = index * size + jnp.arange(size, dtype=jnp.int32)
     groups = max(task.bn_groups // layout.config.microbatches, 1)
+    if layout.trains_by_device:  # inside `by_device`, a shard of the batch has groups of its own
+        groups = max(groups // batch_ways(layout.mesh), 1)
     augment, dropout = (jax.random.fold_in(role_key(seed, role), step) for role in (AUGMENT, DROPOUT))
     context = Context(example=example, train=True, bn_groups=groups, frozen_stats=task.frozen_stats)
     return context, augment, dropout
@@ -167,14 +191,22 @@ def microbatch_gradients(
     whole = all_labels(batch.labels, batch.rows, resident.labels)
 
     function = functools.partial(_gradients, task, layer_wrapper(layout, state.params, task.remat))
-    if layout.reduces_itself:
-        function = reduced_over_batch(layout, function, compress_key(batch.hyperparams.seed, state.step, index))
+    weights = (state.params, state.batch_stats)
+    if layout.trains_by_device:
+        function = trained_by_device(layout, function)
+        weights = (state.communication["local"]["params"], state.communication["local"]["batch_stats"])
+    elif layout.by_device:
+        function = reduced_over_batch(layout, function)
     gradients, batch_stats, (loss, correct) = function(
-        (state.params, state.batch_stats), (inputs, targets, labels, context), (whole, dropout, state.loss_scale)
+        weights, (inputs, targets, labels, context), (whole, dropout, state.loss_scale)
     )
     gradients = constrain_gradients(layout, gradients)
     batch_stats = jax.tree.map(lambda s: s / layout.config.microbatches, batch_stats)
-    batch_stats = jax.lax.with_sharding_constraint(batch_stats, like_params(layout, "batch_stats", batch_stats))
+    if layout.trains_by_device:
+        stats = like_params_by_device(layout, batch_stats)
+    else:
+        stats = like_params(layout, "batch_stats", batch_stats)
+    batch_stats = jax.lax.with_sharding_constraint(batch_stats, stats)
     return GradientSums(gradients, batch_stats, loss, correct)
 
 
@@ -206,13 +238,12 @@ def _gradients(
     return gradients, new_stats, (loss, correct)
 
 
-def reduced_over_batch(layout: Layout, function: Callable[..., Any], key: jax.Array) -> Callable[..., Any]:
+def reduced_over_batch(layout: Layout, function: Callable[..., Any]) -> Callable[..., Any]:
     """`function`, run by each device on its own examples alone; its gradients are added up by `reduce_gradients`.
 
     Args:
       layout: of the parameters and the batch.
       function: as `_gradients` without its first two arguments.
-      key: of `compress_key`.
     """
 
     def of_device(weights: PyTree, examples: PyTree, shared: PyTree) -> tuple[PyTree, PyTree, PyTree]:
@@ -224,9 +255,27 @@ def reduced_over_batch(layout: Layout, function: Callable[..., Any], key: jax.Ar
         batch = P(BATCH_AXES)
         mapped = by_device(layout, of_device, (P(), batch, P()), (batch, P(), P()))
         gradients, *more = mapped(weights, examples, shared)
-        return reduce_gradients(layout, gradients, key), *more
+        return reduce_gradients(layout, gradients), *more
 
     return reduced
+
+
+def trained_by_device(layout: Layout, function: Callable[..., Any]) -> Callable[..., Any]:
+    """`function`, run by each device on its own examples and its own weights: no gradient and no statistic is added up.
+
+    Args:
+      layout: of the parameters and the batch.
+      function: as `_gradients` without its first two arguments.
+    """
+
+    def of_device(weights: PyTree, examples: PyTree, shared: PyTree) -> tuple[PyTree, PyTree, PyTree]:
+        own = jax.tree.map(lambda leaf: leaf[0], weights)
+        gradients, batch_stats, sums = function(own, examples, shared)
+        kept = jax.tree.map(lambda leaf: leaf[None], (gradients, batch_stats))
+        return *kept, jax.lax.psum(sums, BATCH_AXES)
+
+    batch = P(BATCH_AXES)
+    return by_device(layout, of_device, (batch, batch, P()), (batch, batch, P()))
 
 
 def by_device(layout: Layout, function: Callable[..., Any], in_specs: Any, out_specs: Any) -> Callable[..., Any]:
@@ -249,44 +298,21 @@ def add_over_batch(batch_stats: PyTree, sums: PyTree) -> tuple[PyTree, PyTree]:
     return jax.lax.pmean(batch_stats, BATCH_AXES), jax.lax.psum(sums, BATCH_AXES)
 
 
-def compress_key(seed: jax.Array, step: jax.Array, index: Any, chunk: int = 0) -> jax.Array:
-    """The random key of the rounding in `optim.compress`.
-
-    Args:
-      seed: int32 [], of the run.
-      step: int32 [], updates done so far.
-      index: int32 [] or a Python int, the microbatch.
-      chunk: of a pipeline.
-    """
-    key = jax.random.fold_in(role_key(seed, COMPRESS), step)
-    return jax.random.fold_in(jax.random.fold_in(key, index), chunk)
-
-
-def reduce_gradients(layout: Layout, gradients: PyTree, key: jax.Array) -> PyTree:
+def reduce_gradients(layout: Layout, gradients: PyTree) -> PyTree:
     """The sum of `gradients`, a tree like the parameters with a first dim for the device that computed them.
 
-    key: of `compress_key`, for the rounding where `layout.compress` rounds.
+    Where a device accumulates them for itself, they stay as they are.
     """
+    if layout.accumulates_by_device:
+        return gradients
     leaves, structure = jax.tree.flatten(gradients)
     shardings = jax.tree.leaves(like_params(layout, "computing", jax.tree.map(lambda g: g[0], gradients)))
     specs, config = [sharding.spec for sharding in shardings], layout.config
 
-    def of_device(leaves: list[jax.Array], key: jax.Array) -> list[jax.Array]:
-        mine = [leaf[0] for leaf in leaves]
-        if layout.compress == "none":
-            return reduce_leaves(mine, config.reduce, BATCH_AXES, config.bucket_bytes)
-        # What the tensor axis does not split must be rounded alike on all of its devices, so it is in buckets of its own.
-        sums = dict(enumerate(mine))
-        for split in (False, True):
-            numbers = [i for i, spec in enumerate(specs) if ("tensor" in spec) == split]
-            some = [mine[i] for i in numbers]
-            some = compressed_leaves(
-                some, layout.compress, BATCH_AXES, config.bucket_bytes, jax.random.fold_in(key, split)
-            )
-            sums |= dict(zip(numbers, some, strict=True))
-        return list(sums.values())
+    def of_device(leaves: list[jax.Array]) -> list[jax.Array]:
+        return reduce_leaves([leaf[0] for leaf in leaves], config.reduce, BATCH_AXES, config.bucket_bytes)
 
     with jax.named_scope("reduce_gradients"):
         each = [P(BATCH_AXES, *spec) for spec in specs]
-        mapped = jax.shard_map(of_device, mesh=layout.mesh, in_specs=(each, P()), out_specs=specs, check_vma=False)
-        return structure.unflatten(mapped(leaves, key))
+        mapped = jax.shard_map(of_device, mesh=layout.mesh, in_specs=(each,), out_specs=specs, check_vma=False)
+        return structure.unflatten(mapped(leaves))

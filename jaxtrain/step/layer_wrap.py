@@ -29,7 +29,7 @@ def layer_wrapper(
     Returns:
       wrap(function, name of the layer): the layer's function `(params, *args)` with this around it.
     """
-    gather = layout.gathers_params and not gathered and not layout.reduces_itself
+    gather = layout.gathers_params and not gathered and not layout.by_device
     if not gather and remat == "none":
         return None
 

@@ -31,6 +31,7 @@ class TrainState:
       opt_state: optax's, of the trained parameters of all layers.
       ema: the moving averages {'params', 'batch_stats'}, or () if `optim.ema` is off.
       loss_scale: `LossScale` for fp16, otherwise ().
+      communication: what `optim.compress` and `optim.sync_every` keep from step to step (`step.communication`), otherwise ().
     """
 
     step: jax.Array
@@ -39,6 +40,7 @@ class TrainState:
     opt_state: PyTree
     ema: PyTree
     loss_scale: PyTree
+    communication: PyTree = ()
 
 
 def role_key(seed: int | jax.Array, role: int) -> jax.Array:

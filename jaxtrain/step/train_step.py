@@ -20,8 +20,10 @@ import numpy as np
 
 from jaxtrain.host.backend import on_cpu
 from jaxtrain.parallel.layout import Layout, over_steps
-from jaxtrain.step.batch import Batch, Resident
+from jaxtrain.step.batch import Batch, Hyperparams, Resident
+from jaxtrain.step.exchange import exchange
 from jaxtrain.step.gradients import GradientSums, add_sums, like_params, microbatch_gradients, sums_shapes, zero_sums
+from jaxtrain.step.local_sgd import local_update
 from jaxtrain.step.metrics import StepMetrics
 from jaxtrain.step.task import Task
 from jaxtrain.step.train_state import TrainState
@@ -155,7 +157,7 @@ def _compile_accumulating_step(
 ) -> MeshTrainStep:
     """Several microbatches: a program that adds a microbatch's gradients to the accumulators, and one for the update."""
     update, shardings = _update_function(task, layout, state)
-    zero = functools.partial(zero_sums, task, state.params, state.batch_stats)
+    zero = functools.partial(zero_sums, task, layout, state.params, state.batch_stats)
     sums = sums_shapes(task, layout, state.params, state.batch_stats)
     sums_shardings = jax.tree.map(lambda leaf: leaf.sharding, sums)
 
@@ -179,10 +181,19 @@ def _compile_accumulating_step(
 
 
 def _update_function(task: Task, layout: Layout, state: TrainState) -> tuple[Callable[..., Any], TrainState]:
-    """`update_state` as a function (state, sums, step, hyperparams), and the shardings of the state."""
+    """The update as a function (state, sums, step, hyperparams), and the shardings of the state."""
     shardings = layout.shardings(state)
+    if layout.trains_by_device:
+        return functools.partial(local_update, task, layout), shardings
     updating = like_params(layout, "opt_state", task.groups.trained(state.params))
-    return functools.partial(update_state, task, shardings, updating), shardings
+    update = functools.partial(update_state, task, shardings, updating)
+
+    def exchanging(
+        state: TrainState, sums: GradientSums, step: jax.Array, hyperparams: Hyperparams
+    ) -> tuple[TrainState, StepMetrics]:
+        return update(state, exchange(task, layout, state, sums, hyperparams.seed), step, hyperparams)
+
+    return exchanging if layout.accumulates_by_device else update, shardings
 
 
 def stacked(batch: Batch, count: int) -> Batch:

@@ -143,6 +143,7 @@ def apply_update(
     state: TrainState,
     gradients: PyTree,
     batch_stats: PyTree,
+    communication: PyTree,
     decision: UpdateDecision,
 ) -> tuple[TrainState, tuple[jax.Array, jax.Array]]:
     """Applies `decision` to the state of the whole model, or of some of its layers.
@@ -154,6 +155,7 @@ def apply_update(
       state: before the update.
       gradients: float arrays, sharded as `updating`.
       batch_stats: the new running statistics.
+      communication: what the exchange of the gradients keeps now.
       decision: from the whole tree.
 
     Returns:
@@ -176,7 +178,7 @@ def apply_update(
         old = trained(ema["params"]), moving(ema["batch_stats"])
         averages = ema_update(old, new, task.optim.ema, state.step)
         ema = {name: merge(ema[name], part) for name, part in zip(("params", "batch_stats"), averages, strict=True)}
-    updated = TrainState(state.step, params, batch_stats, opt_state, ema, state.loss_scale)
+    updated = TrainState(state.step, params, batch_stats, opt_state, ema, state.loss_scale, communication)
     together = functools.partial(_select_together, shardings=shardings)
     after = jax.lax.platform_dependent(accepted, updated, state, cpu=_select, default=together)
     # The optimizer counts a skipped step too, so that its learning rate stays the schedule's at `step`.
@@ -225,7 +227,8 @@ def update_state(
     gradients = unscale_gradients(state.loss_scale, sums.gradients, updating)
     norm = global_norm(gradients, updating)
     decision = decide_update(state.step, state.loss_scale, step, hyperparams, sums.loss, norm, skips=task.skips)
-    after, norms = apply_update(task, shardings, updating, state, gradients, sums.batch_stats, decision)
+    new = gradients, sums.batch_stats, sums.communication
+    after, norms = apply_update(task, shardings, updating, state, *new, decision)
     return after, stack_metrics(step_metrics(state.loss_scale, decision, sums.loss, sums.correct, *norms))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import concurrent.futures
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping
@@ -12,8 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import PartitionSpec as P
 
-from jaxtrain.checkpoint.checkpointer import Checkpointer
+from jaxtrain.checkpoint.checkpointer import Checkpointer, restore_leaves
 from jaxtrain.checkpoint.resume_point import ResumePoint
 from jaxtrain.errors import DeviceMemoryError
 from jaxtrain.host.files import closing
@@ -22,7 +24,9 @@ from jaxtrain.observability.text_log import FILE_ONLY, NOT_LIVE, to_screen
 from jaxtrain.parallel.audit import audit
 from jaxtrain.step.answers import Answers, make_answer_step
 from jaxtrain.step.batch import RATES, Batch, EvalBatch
+from jaxtrain.step.communication import shared_out
 from jaxtrain.step.eval_step import EvalResult, EvalStep, make_eval_step
+from jaxtrain.step.local_sgd import averages
 from jaxtrain.step.pipeline.eval_step import PipelineEvalStep, make_pipeline_eval_step
 from jaxtrain.step.pipeline.train_step import make_pipeline_train_step
 from jaxtrain.step.train_state import TrainState, create_state, state_shapes
@@ -32,7 +36,7 @@ from jaxtrain.training.input_pipeline import InputPipeline, make_input_pipeline
 from jaxtrain.training.jax_settings import compile_cache_note
 from jaxtrain.training.setup import RunSpec
 from jaxtrain.training.startup_report import headlines, idle_stages, layout_table, one_step_a_call, summary
-from jaxtrain.trees import PyTree
+from jaxtrain.trees import PyTree, by_path
 
 log = logging.getLogger("jaxtrain")
 
@@ -59,6 +63,19 @@ class CompiledRun:
     def steps_per_call(self) -> int:
         """How many updates one call of `step` makes, of as many batches stacked."""
         return self.step.per_call
+
+    def averaged(self, state: TrainState) -> TrainState:
+        """`state` for whoever looks at its weights: under `optim.sync_every` they are made the average of the local ones."""
+        if not self.run.layout.trains_by_device:
+            return state
+        return dataclasses.replace(state, **self._averages(state))
+
+    @functools.cached_property
+    def _averages(self) -> Callable[[TrainState], dict[str, PyTree]]:
+        shardings = self.run.layout.shardings(jax.eval_shape(self.run.init, 0))
+        function = functools.partial(averages, self.run.layout)
+        trees = {name: getattr(shardings, name) for name in ("params", "batch_stats", "opt_state", "ema")}
+        return jax.jit(function, out_shardings=trees)
 
     def batches(
         self, *, first_step: int, first_example: int, steps: int, calls: Iterable[int] | None = None
@@ -125,8 +142,44 @@ def _restored(run: RunSpec, resume: ResumePoint, shapes: TrainState) -> TrainSta
     template = create_state(run.init, run.layout, run.config.seed) if changes else shapes
     with closing(Checkpointer(resume.start.directory, read_only=True)) as checkpoints:
         state = checkpoints.restore(resume.start.step, template, allow_changes=changes)
+        state = _with_communication(run, checkpoints, resume.start.step, state, shapes)
     log.info("resumed from %s", resume.start.directory / str(resume.start.step))
     return state
+
+
+def _with_communication(
+    run: RunSpec, checkpoints: Checkpointer, step: int, state: TrainState, shapes: TrainState
+) -> TrainState:
+    """`state`, restored from `step`, with what it kept for each shard of the batch, for as many shards as there are now."""
+    there = {
+        path.removeprefix("communication/"): shape
+        for path, (shape, _) in checkpoints.stored_shapes(step).items()
+        if path.startswith("communication/")
+    }
+    if checkpoints.holds(step, "communication", shapes.communication):
+        return state
+    here = by_path(shapes.communication)
+    if not here:
+        log.warning(
+            "what the shards of the batch held at step %d (optim.compress, optim.sync_every) is left out: this run keeps none",
+            step,
+        )
+        return state
+
+    def read(path: str, shape: tuple[int, ...] | None) -> jax.Array | None:
+        if path not in there or shape not in (None, there[path]):
+            return None
+        like: Any = here[path]
+        spec = P() if shape is None else like.sharding.spec
+        where = jax.sharding.NamedSharding(like.sharding.mesh, spec)
+        key = f"communication/{path}"
+        target = jax.ShapeDtypeStruct(there[path], like.dtype, sharding=where)
+        return restore_leaves(checkpoints, step, {key: target}, run.layout.mesh)[key]
+
+    if there:
+        log.info("what the shards of the batch held at step %d is shared out anew: their number has changed", step)
+    fresh = create_state(run.init, run.layout, run.config.seed).communication
+    return dataclasses.replace(state, communication=shared_out(run.task, run.layout, state, fresh, read))
 
 
 class Evaluator:

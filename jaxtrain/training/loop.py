@@ -132,6 +132,7 @@ class TrainLoop:
                         self._read(*unread.popleft(), state)
                 self.clock.step_done(self.config.data.global_batch, len(steps))
                 if pause:
+                    state = self.compiled.averaged(state)
                     self._between_steps(state)
         return self._finish(state)
 
@@ -189,7 +190,7 @@ class TrainLoop:
         kept = "the last checkpoint is as it was"
         if self.position.step:
             kept = f"the state after step {self.position.step} is kept"
-            self._save(state, last=True)
+            self._save(self.compiled.averaged(state), last=True)
             self.checkpointer.wait()
         raise recovery.not_finite(step, metrics, kept)
 

@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxtrain.config import Config, DataConfig, OptimConfig, without_effect
+from jaxtrain.config import Config, DataConfig, OptimConfig, are_listed, nearest_multiples, without_effect
 from jaxtrain.data import registry as datasets
 from jaxtrain.data.augment import check_own_augmentation, own_augmentation
 from jaxtrain.data.base import CROPPED, Dataset, Outline, count_classes, underlying
@@ -33,6 +33,7 @@ from jaxtrain.optim.schedules import make_schedule, total_steps
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import Device, batch_ways, make_mesh
 from jaxtrain.precision import precision_policy, resolve_precision
+from jaxtrain.step.communication import InitialState
 from jaxtrain.step.pipeline.partition import Partition
 from jaxtrain.step.pipeline.plan import microbatches, partition_model
 from jaxtrain.step.task import Task, make_task
@@ -218,7 +219,7 @@ def make_run_spec(
             "there is nothing to train; at least one must."
         )
     config, layout, partition = _lay_out(config, make_mesh(config.layout, devices), task, state, shape)
-    return RunSpec(config, dataset, layout, task, init, steps, partition)
+    return RunSpec(config, dataset, layout, task, InitialState(init, task, layout), steps, partition)
 
 
 def _class_weights(config: Config, dataset: Dataset, classes: int) -> tuple[float, ...]:
@@ -253,9 +254,11 @@ def _lay_out(
     has_batch_norm = bool(jax.tree.leaves(task.moving(state.batch_stats)))
     count = microbatches(config.layout, batch, ways, groups * has_batch_norm, even=task.preprocess.mixes)
     config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, microbatches=count))
-    layout = Layout(mesh, config.layout, config.layout.rules + model.tensor_rules, compress=config.optim.compress)
+    exchange = {"compress": config.optim.compress, "sync_every": config.optim.sync_every}
+    layout = Layout(mesh, config.layout, config.layout.rules + model.tensor_rules, **exchange)
     layout.check_batch(batch, groups, has_batch_norm)
-    _check_reduce(config, layout, state)
+    _check_by_device(config, layout, state)
+    _check_sync(config, layout, has_batch_norm)
     if task.preprocess.mixes and count > 1 and batch // count % 2:
         raise ConfigError(
             f"config.layout.microbatches={count}: mixup and cutmix mix neighbours, so that a microbatch needs an even number "
@@ -278,19 +281,21 @@ def _lay_out(
     return config, dataclasses.replace(layout, chunks=names), partition
 
 
-def _check_reduce(config: Config, layout: Layout, state: TrainState) -> None:
+def _check_by_device(config: Config, layout: Layout, state: TrainState) -> None:
     """Raises `ConfigError` where a device cannot compute its own examples alone, which `layout.reduce` needs. state: shapes."""
-    if not layout.reduces_itself:
+    if not layout.by_device:
         return
-    reduce, compress = layout.config.reduce, config.optim.compress
-    if compress != "none" and reduce != "auto":
+    reduce, optim = layout.config.reduce, config.optim
+    if optim.compress in ("bf16", "int8", "topk") and reduce != "auto":
         raise ConfigError(
-            f"config.optim.compress={compress!r} has an exchange of its own in place of config.layout.reduce={reduce!r}; set "
-            "one of the two."
+            f"config.optim.compress={optim.compress!r} has an exchange of its own in place of config.layout.reduce={reduce!r}: "
+            "what it sends cannot be added up on the way; set one of the two, or take randomk or powersgd."
         )
     reduce, off = f"config.layout.reduce={reduce!r}", "--config.layout.reduce=auto"
-    if compress != "none":
-        reduce, off = f"config.optim.compress={compress!r}", "--config.optim.compress=none"
+    if optim.compress != "none":
+        reduce, off = f"config.optim.compress={optim.compress!r}", "--config.optim.compress=none"
+    if optim.sync_every > 1:
+        reduce, off = f"config.optim.sync_every={optim.sync_every}", "--config.optim.sync_every=1"
     if config.model.attention == "pallas":
         raise ConfigError(
             f"{reduce} does not go with config.model.attention='pallas', whose kernel XLA must split; use "
@@ -303,6 +308,29 @@ def _check_reduce(config: Config, layout: Layout, state: TrainState) -> None:
         raise ConfigError(
             f"{reduce}: {own[0]} has statistics of the model's own, which would be those of one device's examples; take "
             f"them from jaxtrain.models.layers.BatchNorm, or use {off}."
+        )
+
+
+def _check_sync(config: Config, layout: Layout, has_batch_norm: bool) -> None:
+    """Raises `ConfigError` where the shards of the batch cannot train weights of their own."""
+    if not layout.trains_by_device:
+        return
+    optim, ways = config.optim, batch_ways(layout.mesh)
+    what = f"config.optim.sync_every={optim.sync_every}"
+    if optim.compress != "none":
+        raise ConfigError(
+            f"{what}: no gradients are sent that config.optim.compress={optim.compress!r} could compress; set one of the two."
+        )
+    if layout.stages > 1:
+        raise ConfigError(
+            f"{what} trains whole models by themselves, and config.layout.stages={layout.stages} cuts them; set one of the two "
+            "to 1."
+        )
+    groups = config.model.bn_groups // layout.config.microbatches
+    if has_batch_norm and groups > ways and groups % ways:
+        raise ConfigError(
+            f"config.model.bn_groups={config.model.bn_groups} does not divide by the {ways} shards of the batch, each of which "
+            f"trains by itself under {what}; the nearest that do {are_listed(nearest_multiples(groups, ways))}."
         )
 
 
@@ -344,17 +372,30 @@ def unused_settings(run: RunSpec) -> list[str]:
     return found
 
 
+_COMPRESS_FIELDS = ("compress_ratio", "compress_rank", "compress_min_rate", "compress_warmup")
+_OUTER_FIELDS = ("outer_rate", "outer_momentum")
+
+
 def _unused_reduction(layout: Layout, optim: OptimConfig) -> list[str]:
     """The sentences of `unused_settings` on how gradients are added up."""
     config, found = layout.config, []
     if batch_ways(layout.mesh) == 1:
         found += without_effect("layout", config, ["reduce"], "one device has the whole batch")
-        found += without_effect("optim", optim, ["compress"], "one device has the whole batch")
+        fields = ("compress", *_COMPRESS_FIELDS, "sync_every", *_OUTER_FIELDS)
+        found += without_effect("optim", optim, fields, "one device has the whole batch")
     elif config.reduce == "hierarchical" and 1 in (config.replica, layout.mesh.shape["data"]):
         why = f"layout.replica={config.replica} x layout.data={layout.mesh.shape['data']} has one level: it acts as 'ring'"
         found += without_effect("layout", config, ["reduce"], why)
-    if not layout.reduces_itself:
+    if not layout.by_device:
         found += without_effect("layout", config, ["reduce_bucket"], "XLA packs the gradients")
     if on_cpu(layout.mesh.devices.flat):
         found += without_effect("layout", config, ["nccl_algo", "nccl_protocol"], "a CPU has no NCCL")
+    if batch_ways(layout.mesh) == 1:
+        return found
+    reads = {"topk": ("compress_ratio",), "randomk": ("compress_ratio",), "powersgd": ("compress_rank",)}
+    common = ("compress_min_rate", "compress_warmup") if optim.compress != "none" else ()
+    unread = set(_COMPRESS_FIELDS).difference(reads.get(optim.compress, ()), common)
+    found += without_effect("optim", optim, sorted(unread), f"optim.compress={optim.compress!r} does not read it")
+    if optim.sync_every == 1:
+        found += without_effect("optim", optim, _OUTER_FIELDS, "optim.sync_every is 1")
     return found

@@ -104,10 +104,14 @@ def collectives(layout: Layout) -> str:
     text: str = carrier.get(platform) or platform
     if platform == "gpu" and (told := chosen()):
         text += f" ({told})"
-    if not layout.reduces_itself:
+    if not layout.by_device:
         return f"{text}; gradients by XLA's"
-    how = config.reduce if layout.compress == "none" else f"parts in {layout.compress}"
-    return f"{text}; gradients by {how}, in buckets of {config.reduce_bucket:g} MiB"
+    by = "XLA's" if config.reduce == "auto" else f"{config.reduce}, in buckets of {config.reduce_bucket:g} MiB"
+    if layout.trains_by_device:
+        return f"{text}; weights are averaged every {layout.sync_every} steps, by {by}"
+    if layout.compress == "none":
+        return f"{text}; gradients by {by}"
+    return f"{text}; gradients once a step, compressed by {layout.compress}, what is sent whole by {by}"
 
 
 def notes(table: dict[str, list[Placement]]) -> list[str]:

@@ -112,7 +112,8 @@ class _Checkpoint:
             everywhere = jax.sharding.NamedSharding(target.sharding.mesh, P())
             wanted[match.row.ours] = jax.ShapeDtypeStruct(stored.shape, target.dtype, sharding=everywhere)
         named = {f"{self.prefix}{path}": target for path, target in wanted.items()}
-        placed = restore_leaves(self.checkpoints, self.start.step, named)
+        mesh = next(iter(named.values())).sharding.mesh
+        placed = restore_leaves(self.checkpoints, self.start.step, named, mesh)
         placed = {name.removeprefix(self.prefix): leaf for name, leaf in placed.items()}
         for match in matched.of("resized"):
             placed[match.row.ours] = _resized(placed[match.row.ours], targets[match.row.ours])

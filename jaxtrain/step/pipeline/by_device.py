@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.optim.param_groups import merge
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import BATCH_AXES
-from jaxtrain.step.gradients import add_over_batch, by_device, compress_key, of_one_device, reduce_gradients
+from jaxtrain.step.gradients import add_over_batch, by_device, of_one_device, reduce_gradients
 from jaxtrain.step.pipeline.chunks import ForwardBackward, ModelChunk, apply_chunk, select_inputs
 from jaxtrain.step.task import Task
 from jaxtrain.trees import PyTree
@@ -115,5 +115,4 @@ class ForwardBackwardByDevice:
         outputs = (_BATCH, _BATCH) if self.chunk.gives_gradient else (_BATCH,)
         mapped = by_device(self.layout, of_device, (_BATCH, _BATCH, _BATCH, P(), P(), _BATCH, P()), outputs)
         gradients, *more = mapped(cotangent, saved, output, params, batch_stats, examples, shared)
-        key = compress_key(inputs["seed"], inputs["step"], inputs["index"], self.chunk.index)
-        return (reduce_gradients(self.layout, gradients, key), *more)
+        return (reduce_gradients(self.layout, gradients), *more)

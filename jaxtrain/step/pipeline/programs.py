@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtrain.optim.param_groups import merge
 from jaxtrain.optim.updates import global_norm
 from jaxtrain.parallel.layout import Layout
+from jaxtrain.step.exchange import exchange
 from jaxtrain.step.gradients import GradientSums, add_sums, constrain_gradients, like_params, sums_shapes, zero_sums
 from jaxtrain.step.pipeline.by_device import ForwardBackwardByDevice
 from jaxtrain.step.pipeline.chunks import ForwardBackward, ModelChunk, forward, weights_of
@@ -67,6 +68,8 @@ class StagePrograms:
       stage: whose programs.
       indices: which leaves of the whole state the stage has, in the order of its own leaves.
       structure: the tree structure of the stage's state.
+      exchange: (state, sums of each chunk, seed) -> the sums of all chunks together, added up over the shards of the batch;
+        `None` where the chunks' programs do that.
       measure: (state, sums of each chunk) -> float [1, 3]; see `compile_stage`.
       update: (state, sums of each chunk, decision) -> (state, float [1, 2]); it donates `state`.
     """
@@ -74,6 +77,7 @@ class StagePrograms:
     stage: int
     indices: tuple[int, ...]
     structure: Any
+    exchange: Any
     measure: Any
     update: Any
 
@@ -85,7 +89,9 @@ class StagePrograms:
     @property
     def named(self) -> dict[str, Any]:
         """The programs by name, for the audit."""
-        return {f"stage {self.stage}: measure": self.measure, f"stage {self.stage}: update": self.update}
+        names = ("exchange", "measure", "update")
+        programs = {name: getattr(self, name) for name in names}
+        return {f"stage {self.stage}: {name}": program for name, program in programs.items() if program}
 
 
 def outputs_of(program: Any, shapes: PyTree) -> PyTree:
@@ -154,7 +160,7 @@ def compile_chunk(
         passes = _trace(task, layout, chunk, params, batch_stats, x, inputs)
     arguments = (params, batch_stats, x, inputs)
     sums = sums_shapes(task, layout, stored, batch_stats)
-    zero = functools.partial(zero_sums, task, stored, batch_stats)
+    zero = functools.partial(zero_sums, task, layout, stored, batch_stats)
     lowered = {} if prepare is None else {"prepare": prepare}
     lowered["forward"], results = _lower_forward(layout, chunk, passes, arguments)
     lowered["zeros"] = jax.jit(zero, out_shardings=jax.tree.map(lambda leaf: leaf.sharding, sums)).lower()
@@ -173,7 +179,7 @@ def _trace(
 
     The input has no gradient where no chunk before is trained, as the images have none.
     """
-    if layout.reduces_itself:
+    if layout.by_device:
         return ForwardBackwardByDevice.trace(task, layout, chunk, params, batch_stats, x, inputs)
 
     def traced(params: PyTree, batch_stats: PyTree, x: Any, inputs: Any) -> tuple[Any, Any, Any]:
@@ -296,7 +302,7 @@ def compile_stage(
     decision: UpdateDecision,
     sums: tuple[GradientSums, ...],
 ) -> Compiling[StagePrograms]:
-    """Compiles the two programs of one stage's update; for `compile_together`.
+    """Compiles the programs of one stage's update; for `compile_together`.
 
     Args:
       task: what to compute.
@@ -311,35 +317,48 @@ def compile_stage(
     updating = like_params(layout, "opt_state", task.groups.trained(state.params))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
-    def merged(sums: tuple[GradientSums, ...]) -> tuple[PyTree, PyTree]:
-        """The gradients and the running statistics of all of the stage's chunks."""
+    def merged(sums: tuple[GradientSums, ...]) -> GradientSums:
+        """Those of all of the stage's chunks."""
         gradients, batch_stats = {}, {}
         for chunk_sums in sums:
             gradients |= chunk_sums.gradients
             batch_stats |= chunk_sums.batch_stats
-        return gradients, batch_stats
+        loss, correct = sum(total.loss for total in sums), sum(total.correct for total in sums)
+        return GradientSums(gradients, batch_stats, loss, correct, sums[0].communication)
+
+    def exchanged(state: TrainState, sums: tuple[GradientSums, ...], seed: jax.Array) -> tuple[GradientSums, ...]:
+        return (exchange(task, layout, state, merged(sums), seed),)
 
     def row(*numbers: Any) -> jax.Array:
         return jnp.stack([jnp.asarray(number, sums[0].loss.dtype) for number in numbers])[None]
 
     def measure(state: TrainState, sums: tuple[GradientSums, ...]) -> jax.Array:
         """float [1, 3]: what this stage adds to the loss, the correct answers, and the squared norm of the gradients."""
-        gradients = unscale_gradients(state.loss_scale, merged(sums)[0], updating)
-        loss, correct = sum(total.loss for total in sums), sum(total.correct for total in sums)
-        return row(loss, correct, jnp.square(global_norm(gradients, updating)))
+        whole = merged(sums)
+        gradients = unscale_gradients(state.loss_scale, whole.gradients, updating)
+        return row(whole.loss, whole.correct, jnp.square(global_norm(gradients, updating)))
 
     def update(
         state: TrainState, sums: tuple[GradientSums, ...], decision: UpdateDecision
     ) -> tuple[TrainState, jax.Array]:
         """The state after `decision`, and float [1, 2]: what it adds to the squared norms of the parameters and the update."""
-        gradients, batch_stats = merged(sums)
-        gradients = unscale_gradients(state.loss_scale, gradients, updating)
-        after, norms = apply_update(task, shardings, updating, state, gradients, batch_stats, decision)
+        whole = merged(sums)
+        gradients = unscale_gradients(state.loss_scale, whole.gradients, updating)
+        new = gradients, whole.batch_stats, whole.communication
+        after, norms = apply_update(task, shardings, updating, state, *new, decision)
         return after, row(*map(jnp.square, norms))
 
+    exchanger = None
+    if layout.accumulates_by_device:
+        seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.sharding())
+        shapes = jax.eval_shape(exchanged, state, sums, seed)
+        compiled = yield {"exchange": jax.jit(exchanged).lower(state, sums, seed)}
+        exchanger = compiled["exchange"]
+        sums = outputs_of(exchanger, shapes)
     updater = jax.jit(update, out_shardings=(shardings, layout.sharding()), donate_argnums=0)
     programs = yield {
         "measure": jax.jit(measure, out_shardings=layout.sharding()).lower(state, sums),
         "update": updater.lower(state, sums, decision),
     }
-    return StagePrograms(stage, tuple(indices), jax.tree.structure(state), programs["measure"], programs["update"])
+    structure = jax.tree.structure(state)
+    return StagePrograms(stage, tuple(indices), structure, exchanger, programs["measure"], programs["update"])

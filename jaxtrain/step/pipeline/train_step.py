@@ -196,6 +196,7 @@ class StepExecution:
         self._stats: dict[int, PyTree] = {}
         self._inputs: dict[int, dict[str, Any]] = {}
         self._sums: dict[int, GradientSums] = {}
+        self._sums_of_stage: dict[int, tuple[GradientSums, ...]] = {}
         self._residuals: dict[tuple[int, int], tuple[Any, ...]] = {}
         ops = [op for ops in step.schedule.ops for op in ops]
         self._made = {op: concurrent.futures.Future() for op in ops}
@@ -297,11 +298,16 @@ class StepExecution:
 
     def end(self, stage: int) -> jax.Array:
         """float [1, 3]: what the decision on the update needs to know of a stage."""
-        return self.step.stages[stage].measure(self.states[stage], self.sums_of(stage))
+        programs, chunks = self.step.stages[stage], [k for k, p in self.step.chunks.items() if p.chunk.stage == stage]
+        sums = tuple(self._sums.pop(k) for k in chunks)
+        if programs.exchange is not None:
+            sums = programs.exchange(self.states[stage], sums, self._inputs[chunks[0]]["seed"])
+        self._sums_of_stage[stage] = sums
+        return programs.measure(self.states[stage], sums)
 
     def sums_of(self, stage: int) -> tuple[GradientSums, ...]:
-        """The accumulators of a stage's chunks."""
-        return tuple(self._sums[k] for k, programs in self.step.chunks.items() if programs.chunk.stage == stage)
+        """What the update of a stage is made of: the accumulators of its chunks, or their exchange."""
+        return self._sums_of_stage[stage]
 
     def fail(self, error: BaseException) -> None:
         """Raises `error` in every thread that waits for an activation or a gradient."""

@@ -177,7 +177,9 @@ def layout_of(problem: Problem, axes: Axes, count: int) -> Layout:
         problem.asked.layout, **dataclasses.asdict(axes), microbatches=count, strategy="manual", keep=()
     )
     mesh: Any = AbstractMesh((axes.stages, axes.replica, axes.data, axes.tensor), AXES)
-    layout = Layout(mesh, config, config.rules + problem.run.task.model.tensor_rules)
+    run = problem.run
+    exchange = {"compress": run.layout.compress, "sync_every": run.layout.sync_every}
+    layout = Layout(mesh, config, config.rules + run.task.model.tensor_rules, **exchange)
     if axes.stages == 1:
         return layout
     cut = cut_of(problem, axes, count)

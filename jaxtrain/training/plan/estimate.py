@@ -263,7 +263,7 @@ class Estimator:
         """Bytes of parameters that ZeRO-3 holds gathered: a layer's, twice; those of a stage; with `layout.reduce` all."""
         if not legal.layout.shards("params"):
             return 0
-        if legal.axes.stages > 1 or legal.layout.reduces_itself:
+        if legal.axes.stages > 1 or legal.layout.by_device:
             chunks = legal.layout.chunks or ([cost.name for cost in self.problem.costs],)
             names = {name for k, chunk in enumerate(chunks) if k % legal.axes.stages == stage for name in chunk}
             return sum(c.parameter_bytes for c in self.problem.costs if c.name in names) // legal.axes.tensor
@@ -304,8 +304,8 @@ class Estimator:
         shards = axes.data if legal.layout.shards("params") else 1
         whole = params * shards
         joined = max(1.0, min(layers, whole / _COMBINED))
-        gathers = count * (1 if axes.stages > 1 or legal.layout.reduces_itself else 2)
-        if legal.layout.reduces_itself:
+        gathers = count * (1 if axes.stages > 1 or legal.layout.by_device else 2)
+        if legal.layout.by_device:
             wire["data"], seconds["data collectives"] = _own_reduction(
                 legal, count, whole, self._spread(axes.stages, axes.ways, axes.tensor)[0], self.problem.machine
             )
