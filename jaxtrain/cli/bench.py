@@ -197,8 +197,8 @@ def _check(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"{flag} is of times, and --target {arguments.target} measures none.")
     if arguments.save_fit and not arguments.save_fit.endswith(".json"):
         raise ConfigError(f"--save-fit {arguments.save_fit}: must be a file that ends with .json.")
-    if arguments.target and (arguments.devices or arguments.simulate_devices):
-        raise ConfigError("--target has its own devices; leave out --devices and --simulate-devices.")
+    if arguments.target and (arguments.devices or arguments.simulate_devices or arguments.num_processes):
+        raise ConfigError("--target has its own devices; leave out --devices, --simulate-devices and --num-processes.")
 
 
 def _halves(devices: int, hosts: int) -> tuple[int, int]:

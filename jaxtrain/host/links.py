@@ -90,8 +90,9 @@ def parse_link(text: str) -> Link:
     if all(0 < value < math.inf for value in (link.bandwidth, link.latency)):
         return link
     raise ConfigError(
-        f"--link {text}: must be one of {', '.join(LINKS)}, or GIGABYTES_PER_SECOND:MICROSECONDS, both above 0 and finite, for "
-        f"example 46:9.5, or a FILE.json of `jaxtrain bench comm --save-fit`.{did_you_mean(text.lower(), LINKS)}"
+        f"--link {text}: must be one of {', '.join(LINKS)}, a FILE.json of `jaxtrain bench comm --save-fit`, or "
+        "GIGABYTES_PER_SECOND:MICROSECONDS, both above 0 and finite, for example 46:9.5."
+        f"{did_you_mean(text.lower(), LINKS)}"
     )
 
 
