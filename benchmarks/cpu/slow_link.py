@@ -7,8 +7,8 @@ into benchmarks/results/slow_link.json, in place of those that this way had ther
 from all rows of the file.
 
 Each process is in a network namespace of its own (`ip netns`); a veth pair joins them, and `tc tbf` limits both directions. So
-it needs root. Within one run the rate is changed again and again, so that all rates see the same noise. The first rows after
-a change are left out. The bytes are those that the interface counted, with TCP's and IP's headers.
+it needs root. Within one run the rate is changed again and again, and the runs of the ways take turns, so that all see the same
+noise. The first row after a change is left out. The bytes are those that the interface counted, with TCP's and IP's headers.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
+import itertools
 import json
 import os
 import shutil
+import signal
 import statistics
 import subprocess
 import sys
@@ -32,7 +34,7 @@ from benchmarks.common import ROOT, Spread, machine
 
 WAYS = ("layout.reduce=auto", "layout.reduce=ring", "optim.compress=bf16", "optim.compress=int8")
 RATES = (0, 1000, 100, 10)  # Mbit/s; 0 is no limit
-BATCH, BLOCK = 64, 4  # examples of both processes; steps of a row of the metrics
+BATCH, BLOCK = 16, 4  # examples of both processes; steps of a row of the metrics
 RUN: dict[str, Any] = {
     "data.name": "synthetic",
     "data.examples": 2048,
@@ -48,7 +50,12 @@ RUN: dict[str, Any] = {
     "train.eval_every": 0,
     "checkpoint.every": 0,
 }
-CYCLES, LEFT_OUT, KEPT = 3, 1, 2  # through the rates; rows after a change of the rate
+ROUNDS, CYCLES, LEFT_OUT, KEPT = (
+    2,
+    2,
+    1,
+    2,
+)  # runs of each way; through the rates in a run; rows after a change of the rate
 SECONDS = 600.0  # that a row may take to come
 RESULTS = ROOT / "benchmarks" / "results" / "slow_link.json"
 _ADDRESSES, _PORT, _INTERFACE = ("10.77.0.1", "10.77.0.2"), 61440, "veth0"
@@ -67,13 +74,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ways", nargs="+", default=WAYS, metavar="WAY", help="KEY=VALUE[,KEY=VALUE...]")
     parser.add_argument("--rates", nargs="+", type=int, default=RATES, metavar="MBIT", help="a second; 0: no limit")
-    parser.add_argument("--cycles", type=int, default=CYCLES, help="how often each way goes through the rates")
+    parser.add_argument("--rounds", type=int, default=ROUNDS, help="runs of each way")
     parser.add_argument("--record", action="store_true", help="write the result file")
     parser.add_argument("--table", action="store_true", help="measure nothing, print the table of the file")
     arguments = parser.parse_args()
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the namespaces are deleted all the same
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {"rows": []}
     if not arguments.table:
-        rows = [row for way in arguments.ways for row in measure(way, arguments.rates, arguments.cycles)]
+        rows = measure(arguments.ways, arguments.rates, arguments.rounds)
         kept = [row for row in results["rows"] if row["way"] not in arguments.ways]
         results = {"machine": machine(), "run": RUN, "rows": kept + rows}
         if arguments.record:
@@ -83,32 +91,39 @@ def main() -> None:
         print(line)
 
 
-def measure(way: str, rates: Sequence[int], cycles: int) -> list[dict[str, Any]]:
-    """A row for each rate: `seconds` of a step, and the bytes that a process `sent` in one."""
-    print(f"{way} ...", file=sys.stderr, flush=True)
+def measure(ways: Sequence[str], rates: Sequence[int], rounds: int) -> list[dict[str, Any]]:
+    """A row for each way and rate: `seconds` of a step, and the bytes that a process `sent` in one."""
+    found: dict[tuple[str, int], list[Sample]] = {(way, rate): [] for way in ways for rate in rates}
+    for number, way in itertools.product(range(rounds), ways):
+        print(f"round {number + 1} of {rounds}: {way}", file=sys.stderr, flush=True)
+        for rate, sample in samples(way, rates):
+            found[way, rate].append(sample)
+    return [
+        {
+            "way": way,
+            "mbit": rate,
+            "seconds": dataclasses.asdict(Spread.of([each.seconds for each in seen])),
+            "sent": statistics.median(each.sent for each in seen),
+        }
+        for (way, rate), seen in found.items()
+    ]
+
+
+def samples(way: str, rates: Sequence[int]) -> Iterator[tuple[int, Sample]]:
+    """Of one run of a way: rates, and a sample of each row of the metrics that counts."""
     fields = RUN | dict(field.split("=", 1) for field in way.split(","))
-    samples: dict[int, list[Sample]] = {rate: [] for rate in rates}
     with throttled() as namespaces, training(namespaces, fields) as metrics:
         seen = len(_rows(metrics, 2))  # the first rows have what is compiled
-        for rate in [rate for _ in range(cycles) for rate in rates]:
+        for rate in [rate for _ in range(CYCLES) for rate in rates]:
             for namespace in namespaces:
                 limit(namespace, rate)
             seen = len(_rows(metrics, seen + LEFT_OUT))
             for _ in range(KEPT):
                 before = sent_bytes(namespaces[0])
                 rows = _rows(metrics, seen + 1)
-                step = BATCH / statistics.fmean(row["throughput"] for row in rows[seen:])
-                samples[rate].append(Sample(step, (sent_bytes(namespaces[0]) - before) / BLOCK / (len(rows) - seen)))
+                step = statistics.fmean(BATCH / row["throughput"] for row in rows[seen:])
+                yield rate, Sample(step, (sent_bytes(namespaces[0]) - before) / BLOCK / (len(rows) - seen))
                 seen = len(rows)
-    return [
-        {
-            "way": way,
-            "mbit": rate,
-            "seconds": dataclasses.asdict(Spread.of([each.seconds for each in found])),
-            "sent": statistics.median(each.sent for each in found),
-        }
-        for rate, found in samples.items()
-    ]
 
 
 # ------------------------------------------------------------------------------------------------------------- the link
