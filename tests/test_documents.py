@@ -37,7 +37,8 @@ MADE = {
     # the data directory
     "downloads/manual/",
     # what the documents' own commands and examples write
-    "my-project/job.yaml", "my_project.py", "plan.svg", "step.svg", "results/gpu.json", "pictures/", "predictions.csv",
+    "my-project/job.yaml", "my_project.py", "plan.svg", "comm.csv", "comm.svg", "links.json", "step.svg",
+    "results/gpu.json", "pictures/", "predictions.csv",
     "predictions.json", "features.npz", "report.html", "report.json", "digits.stablehlo", "digits.stablehlo.json",
     "vgg16.safetensors",
     # beside a checkout, in the CI

@@ -25,6 +25,7 @@ from benchmarks.cpu.pipeline import apart, free_port
 from jaxtrain.distributed.cluster import ProcessInfo
 from jaxtrain.distributed.initialize import initialize
 from jaxtrain.host.links import Link
+from jaxtrain.parallel.bench.fit import fit_link
 from jaxtrain.parallel.collective_cost import collective_seconds, wire_bytes
 
 KINDS = ("all-reduce", "all-gather")
@@ -69,12 +70,12 @@ def measure() -> list[dict[str, Any]]:
 def fit(kind: str, devices: int, seconds: Mapping[int, float]) -> Link:
     """The link whose modelled times are nearest to `seconds` by size, in relative terms (least squares)."""
     hop = Link("a second a hop", math.inf, 1.0)
-    times = np.array(list(seconds.values()))
-    hops = np.array([collective_seconds(kind, size, devices, 1, hop, hop) for size in seconds])
-    sent = np.array([wire_bytes(kind, size, devices) for size in seconds])
-    columns = np.stack([hops, sent], 1) / times[:, None]
-    (latency, per_byte), *_ = np.linalg.lstsq(columns, np.ones(len(times)), rcond=None)
-    return Link("fitted", 1 / float(per_byte), max(float(latency), 0.0))
+    messages = [collective_seconds(kind, size, devices, 1, hop, hop) for size in seconds]
+    sent = [wire_bytes(kind, size, devices) for size in seconds]
+    found = fit_link("fitted", messages, sent, list(seconds.values()))
+    if found is None:
+        raise RuntimeError(f"the times of {kind} do not grow with its bytes: {dict(seconds)}")
+    return found.link
 
 
 def _seconds(index: int, processes: int, port: int) -> dict[str, dict[int, float]]:

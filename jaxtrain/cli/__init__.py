@@ -19,6 +19,7 @@ from typing import NoReturn
 
 import jaxtrain
 from jaxtrain.cli import (
+    bench,
     checkpoint,
     compile,
     config,
@@ -52,9 +53,9 @@ from jaxtrain.recipes import split_override
 
 COMMANDS = {
     "train": train, "launch": launch, "evaluate": evaluate, "predict": predict, "export": export,
-    "checkpoint": checkpoint, "data": data, "config": config, "layout": layout, "compile": compile, "plan": plan, "logs": logs,
-    "goodput": goodput, "weights": weights, "demo": demo, "doctor": doctor, "init": init, "submit": submit, "queue": queue,
-    "status": status, "stop": stop, "resume": resume,
+    "checkpoint": checkpoint, "data": data, "config": config, "layout": layout, "compile": compile, "plan": plan,
+    "bench": bench, "logs": logs, "goodput": goodput, "weights": weights, "demo": demo, "doctor": doctor, "init": init,
+    "submit": submit, "queue": queue, "status": status, "stop": stop, "resume": resume,
 }  # fmt: skip
 
 _WITH_CONFIG = ("train", "evaluate", "layout", "compile", "plan", "config")

@@ -14,6 +14,8 @@ _COMMAND = package_command(
     "sys.exit(main())"
 )
 
+_LAUNCHED = ("train", "bench")  # the commands that join processes
+
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """--nproc, --gpus-per-process, --max-restarts, --grace, --hang, --min-devices; the command stands after --."""
@@ -58,7 +60,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Runs the job and returns its exit code. Raises `ConfigError` for wrong arguments."""
-    if not arguments.rest or arguments.rest[0] != "train":
+    if not arguments.rest or arguments.rest[0] not in _LAUNCHED:
         raise ConfigError("jaxtrain launch needs a command after --: jaxtrain launch --nproc 2 -- train --config FILE.")
     for name in ("nproc", "gpus_per_process", "max_restarts", "grace", "hang", "min_devices"):
         value, low = getattr(arguments, name), 1 if name == "nproc" else 0

@@ -28,7 +28,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--link", action="append", default=[], metavar="within|between=LINK",
         help="what connects the GPUs of a host (within) or hosts (between): nvlink4, pcie5, infiniband-ndr, ethernet-25, ... "
-        "or GIGABYTES_PER_SECOND:MICROSECONDS; by default what such GPUs have, and infiniband-ndr",
+        "GIGABYTES_PER_SECOND:MICROSECONDS, or FILE.json[:METHOD] of `jaxtrain bench comm --save-fit`; by default what such "
+        "GPUs have, and infiniband-ndr",
     )  # fmt: skip
     parser.add_argument(
         "--compile",

@@ -11,7 +11,7 @@ import socket
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 from rich.text import Text
@@ -30,6 +30,9 @@ from jaxtrain.observability.progress import Progress
 from jaxtrain.observability.text_log import make_console
 from jaxtrain.plugins import code_in
 from jaxtrain.recipes import Resolved, resolve
+
+if TYPE_CHECKING:
+    from jaxtrain.distributed.rendezvous import Fingerprint
 
 
 class _Printable(Console):
@@ -259,20 +262,41 @@ def start_processes(arguments: argparse.Namespace, resolved: Resolved, workdir: 
     Raises:
       EnvironmentMismatchError: another process does not come in time, or was started with other settings.
     """
+
+    def fingerprint() -> Fingerprint:
+        from jaxtrain.distributed.initialize import fingerprint_of  # noqa: PLC0415  a single process loads JAX later
+
+        config = flatten(to_dict(resolved.config))
+        if names := code_in(config).values():
+            add_working_directory()
+        modules = [name.partition(":")[0] for name in names]
+        return fingerprint_of(config, str(Path(workdir)), modules)
+
+    join_processes(arguments, fingerprint, met)
+
+
+def join_processes(
+    arguments: argparse.Namespace, fingerprint: Callable[[], Fingerprint], met: Callable[[], None]
+) -> None:
+    """Connects to the other processes of the command, if it has several.
+
+    Args:
+      arguments: of the command.
+      fingerprint: what must be the same on all; called where there are several.
+      met: called when all have met (`initialize`).
+
+    Raises:
+      EnvironmentMismatchError: another process does not come in time, or was started with something else.
+    """
     if arguments.standalone:
         return
     place = detect_process(arguments.coordinator, arguments.num_processes, arguments.process_id)
     if place is None or place.processes == 1:
         return
-    from jaxtrain.distributed.initialize import fingerprint_of, initialize  # noqa: PLC0415  a single process loads JAX later
+    from jaxtrain.distributed.initialize import initialize  # noqa: PLC0415  a single process loads JAX later
 
-    config = flatten(to_dict(resolved.config))
-    if names := code_in(config).values():
-        add_working_directory()
-    modules = [name.partition(":")[0] for name in names]
-    fingerprint = fingerprint_of(config, str(Path(workdir)), modules)
     skew = arguments.allow_version_skew
-    initialize(place, fingerprint, arguments.start_timeout, allow_version_skew=skew, met=met)
+    initialize(place, fingerprint(), arguments.start_timeout, allow_version_skew=skew, met=met)
 
 
 def default_workdir(name: str) -> Path:

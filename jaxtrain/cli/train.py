@@ -1,5 +1,7 @@
 """Train. A run whose work directory holds checkpoints resumes from them by itself."""
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import os
@@ -7,7 +9,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from jaxtrain.cli import start
 from jaxtrain.distributed import peers
@@ -20,6 +22,9 @@ from jaxtrain.observability import progress
 from jaxtrain.plugins import whose_fault
 from jaxtrain.recipes import Resolved
 from jaxtrain.workdir import named
+
+if TYPE_CHECKING:
+    from jaxtrain.distributed.interrupt import Interrupt
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -56,27 +61,37 @@ def run_resolved(arguments: argparse.Namespace, resolved: Resolved, workdir: str
     """
     start.check_devices(arguments)
     named(workdir)  # checks the text as written: `Path` folds the slashes of s3://bucket/run
-    with cuda_messages_dropped():
+    with ending_together() as interrupt:
         from jaxtrain.distributed import coordination  # noqa: PLC0415  a wrong config is refused before JAX is loaded
-        from jaxtrain.distributed.interrupt import catch_signals  # noqa: PLC0415
+        from jaxtrain.training.jax_settings import set_environment  # noqa: PLC0415
+
+        set_environment(resolved.config)  # before the processes connect
+        start.configure_devices(arguments)
+        start.start_processes(arguments, resolved, workdir, interrupt.connect)
+        start.start_backend()
+        if coordination.index() == 0:
+            start.say_what_flags_are(arguments)
+        from jaxtrain.training.session import train  # noqa: PLC0415  JAX is set up by now
+        from jaxtrain.training.smoke import smoke  # noqa: PLC0415
+
+        if arguments.smoke:
+            smoke(resolved.config, resolved.name, num_devices=arguments.devices, interrupt=interrupt)
+        else:
+            train(resolved.config, workdir, num_devices=arguments.devices, interrupt=interrupt)
+
+
+@contextlib.contextmanager
+def ending_together() -> Iterator[Interrupt]:
+    """Inside the context signals are caught, and where one process stops or fails the others end too.
+
+    An error of a single process leaves the context; with several it ends this process here.
+    """
+    with cuda_messages_dropped():
+        from jaxtrain.distributed.interrupt import catch_signals  # noqa: PLC0415  it loads JAX
 
     with catch_signals(leave) as interrupt:
         try:
-            from jaxtrain.training.jax_settings import set_environment  # noqa: PLC0415
-
-            set_environment(resolved.config)  # before the processes connect
-            start.configure_devices(arguments)
-            start.start_processes(arguments, resolved, workdir, interrupt.connect)
-            start.start_backend()
-            if coordination.index() == 0:
-                start.say_what_flags_are(arguments)
-            from jaxtrain.training.session import train  # noqa: PLC0415  JAX is set up by now
-            from jaxtrain.training.smoke import smoke  # noqa: PLC0415
-
-            if arguments.smoke:
-                smoke(resolved.config, resolved.name, num_devices=arguments.devices, interrupt=interrupt)
-            else:
-                train(resolved.config, workdir, num_devices=arguments.devices, interrupt=interrupt)
+            yield interrupt
         except BaseException as raised:
             error = interrupt.cause(raised)
             stopped = raised is error and isinstance(error, (PreemptedError, InterruptedRunError))

@@ -1,6 +1,7 @@
 """Links between devices: how fast, and how long a hop takes. For a cost model of collectives, before there are devices.
 
-Nothing here was measured by us. The sources are NCCL 2.30.7 (github.com/NVIDIA/nccl at 5067397, `src/graph`), which chooses its
+None of the figures here was measured by us; `jaxtrain bench comm --save-fit FILE` measures those of one's own links, into a
+file that `parse_link` reads. The sources are NCCL 2.30.7 (github.com/NVIDIA/nccl at 5067397, `src/graph`), which chooses its
 algorithms by these figures, and NVIDIA's data sheets:
 
 - *bandwidth*: what NCCL expects to get of a link, not the nominal rate that a comment gives beside it.
@@ -16,9 +17,14 @@ Each device is taken to have a network card of its own, as in DGX machines. Wher
 from __future__ import annotations
 
 import dataclasses
+import json
 import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
 
 from jaxtrain.errors import ConfigError
+from jaxtrain.host.files import parse_json
 from jaxtrain.host.text import did_you_mean
 
 
@@ -58,14 +64,24 @@ LINKS: dict[str, Link] = {
 }
 
 
+DEFAULT_FITTED = "auto"
+"""Which link of a file is meant where none is named: that of XLA's own reduction."""
+
+
 def parse_link(text: str) -> Link:
-    """One of `LINKS`, or one's own: GIGABYTES_PER_SECOND:MICROSECONDS, such as `46:9.5` (1e9 bytes a second; of a hop).
+    """One of `LINKS`, one's own, or one that was measured.
+
+    One's own is GIGABYTES_PER_SECOND:MICROSECONDS, such as `46:9.5` (1e9 bytes a second; of a hop). A measured one is
+    FILE.json, of `links_text`, or FILE.json:NAME for a link of the file other than `auto`.
 
     Raises:
-      ConfigError: it is neither, or a number is not above 0 and finite.
+      ConfigError: it is none of them, a number is not above 0 and finite, or the file has no such link.
     """
     if text in LINKS:
         return LINKS[text]
+    file, dot, name = text.rpartition(".json")
+    if dot and (not name or name.startswith(":")):
+        return _measured(text, Path(file + dot), name[1:] or DEFAULT_FITTED)
     bandwidth, _, latency = text.partition(":")
     try:
         link = Link(text, float(bandwidth) * 1e9, float(latency) * 1e-6)
@@ -74,6 +90,36 @@ def parse_link(text: str) -> Link:
     if all(0 < value < math.inf for value in (link.bandwidth, link.latency)):
         return link
     raise ConfigError(
-        f"--link {text}: must be one of {', '.join(LINKS)}, or GIGABYTES_PER_SECOND:MICROSECONDS, both above 0 and finite, for "
-        f"example 46:9.5.{did_you_mean(text.lower(), LINKS)}"
+        f"--link {text}: must be one of {', '.join(LINKS)}, a FILE.json of `jaxtrain bench comm --save-fit`, or "
+        "GIGABYTES_PER_SECOND:MICROSECONDS, both above 0 and finite, for example 46:9.5."
+        f"{did_you_mean(text.lower(), LINKS)}"
     )
+
+
+def links_text(links: Mapping[str, Link], about: Mapping[str, Any]) -> str:
+    """JSON that `parse_link` reads.
+
+    Args:
+      links: by name.
+      about: what else the file says, such as what was measured.
+    """
+    rows = {name: {"bandwidth": link.bandwidth, "latency": link.latency} for name, link in links.items()}
+    return json.dumps({**about, "links": rows}, indent=1) + "\n"
+
+
+def _measured(text: str, path: Path, name: str) -> Link:
+    try:
+        links = parse_json(path.read_bytes())["links"]
+        found = {key: Link(text, float(row["bandwidth"]), float(row["latency"])) for key, row in links.items()}
+    except OSError as error:
+        raise ConfigError(f"--link {text}: {path} cannot be read ({error.strerror}).") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ConfigError(
+            f"--link {text}: {path} is no file of links; `jaxtrain bench comm --save-fit FILE` writes one."
+        ) from error
+    if name not in found:
+        raise ConfigError(f"--link {text}: {path} has no link {name!r}, only {', '.join(found) or 'none'}.")
+    link = found[name]
+    if not (0 < link.bandwidth < math.inf and 0 <= link.latency < math.inf):
+        raise ConfigError(f"--link {text}: the link {name!r} of {path} has no bandwidth above 0, or a latency below 0.")
+    return link

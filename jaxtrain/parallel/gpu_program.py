@@ -279,9 +279,14 @@ def _bits(dtype: str) -> int:
 
 
 def _result_bytes(instruction: _Instruction) -> int:
-    """Bytes of a collective's result. That of `all-gather-start` is a pair: the operands, then the results."""
+    """Bytes of a collective's result.
+
+    What `all-gather-start` and `collective-permute-start` give is a pair: the operands, then the results. So it is of
+    `all-to-all-start` and `reduce-scatter-start`, whose operands are a tuple also where there is one.
+    """
     shape = instruction.shape
-    if instruction.op in ("all-gather-start", "collective-permute-start") and shape.startswith("("):
+    paired = instruction.op in ("all-gather-start", "collective-permute-start") and shape.startswith("(")
+    if paired or (instruction.op.endswith("-start") and shape.startswith("((")):
         parts = _split(shape[1:-1])
         shape = parts[1] if len(parts) > 1 else shape
     return _bytes(shape)

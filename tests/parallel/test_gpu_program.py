@@ -56,6 +56,8 @@ ENTRY %main (a: u8[1000,4], b: s32[8], c: f32[8,4], d: f32[4,2]) -> (f32[8,2], f
   %ag = (f32[4,2]{1,0}, f32[8,2]{1,0}) all-gather-start(%d), replica_groups=[4,2]<=[2,4]T(1,0), dimensions={0}
   %rs = f32[2,2]{1,0} reduce-scatter(%fusion.2), replica_groups=mesh['axis_0'=2,'axis_1'=4] {'axis_1'}, dimensions={0}
   %cp = f32[8,2]{1,0} collective-permute(%fusion.2), source_target_pairs={{0,4},{1,5}}
+  %aa = ((f32[8,2]{1,0}), f32[8,2]{1,0}) all-to-all-start(%fusion.2), replica_groups={{0,1,2,3},{4,5,6,7}}, dimensions={0}
+  %aa.done = f32[8,2]{1,0} all-to-all-done(%aa)
   ROOT %out = (f32[8,2]{1,0}, f32[4,2]{1,0}) tuple(%ar.done, %d)
 }
 """
@@ -80,6 +82,7 @@ def test_a_programs_text_is_read():
         ("all-gather", ("data",), 64),
         ("reduce-scatter", ("tensor",), 16),
         ("collective-permute", ("data",), 64),
+        ("all-to-all", ("tensor",), 64),
     ]
 
 
