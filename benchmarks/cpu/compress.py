@@ -64,7 +64,7 @@ def _sent_bytes(config: Config) -> float:
     """Bytes that a device sends in a step; under local SGD, in the mean of the steps from one sync to the next."""
     devices = select_devices(DEVICES)
     config = resolve_for_machine(config, None, devices)
-    run = make_run_spec(config, load_data(config), devices)
+    run = make_run_spec(config, load_data(config.data), devices)
     inputs = make_input_pipeline(run.dataset, run.layout, config.data.residency, config.data.workers)
     step = compile_train_step(run, inputs, state_shapes(run.init, run.layout), Path("trace.json"))
     return sent_by(step.programs["step"].as_text(), run.layout.mesh)[0] / config.optim.sync_every

@@ -134,6 +134,14 @@ class _Instruction:
     def operands(self) -> list[str]:
         return re.findall(r"%([\w.\-]+)", _until_closed(self.rest))
 
+    @property
+    def branches(self) -> list[str]:
+        """The computations of a `conditional`, whether its condition is a number or a bool."""
+        listed = self.attribute(r"branch_computations=\{([^}]*)\}") or ",".join(
+            re.findall(r"(?:true|false)_computation=(%?[\w.\-]+)", self.rest)
+        )
+        return [name.strip().removeprefix("%") for name in listed.split(",") if name]
+
     def attribute(self, pattern: str) -> str:
         match = re.search(pattern, self.rest)
         return match[1] if match else ""
@@ -200,7 +208,10 @@ def _executed(
     """The instructions that do something, how often each runs, and the shapes of its computation's values."""
     shapes = {instruction.name: instruction.shape for instruction in computations[name]}
     for instruction in computations[name]:
-        if pattern := _BODIES.get(instruction.op):
+        if instruction.op == "conditional":  # of its branches, the one that does the most
+            branches = [list(_executed(computations, name, times)) for name in instruction.branches]
+            yield from max(branches, key=lambda found: sum(_bytes(each.shape) for each, _, _ in found), default=[])
+        elif pattern := _BODIES.get(instruction.op):
             trips = instruction.attribute(r'"known_trip_count":\{"n":"(\d+)"') if instruction.op == "while" else "1"
             if (body := instruction.attribute(pattern)) in computations:
                 yield from _executed(computations, body, times * int(trips or 1))

@@ -14,7 +14,6 @@ from jax.sharding import PartitionSpec as P
 
 import jaxtrain.parallel.compressors
 from jaxtrain.config import LayoutConfig
-from jaxtrain.errors import ConfigError
 from jaxtrain.parallel.compressors import COMPRESSORS, compressed_leaves, compressed_sum
 from jaxtrain.parallel.gpu_program import read_program
 
@@ -130,8 +129,3 @@ def test_it_goes_with_other_layouts(layout):
     exact = parity.numbers(parity.run("mlp", layout, **fields))["loss"]
     found = parity.numbers(parity.run("mlp", layout, **fields, **{"optim.compress": "bf16"}))["loss"]
     np.testing.assert_allclose(found, exact, rtol=0.02)
-
-
-def test_it_takes_the_place_of_a_reduction():
-    with pytest.raises(ConfigError, match=r"optim\.compress='int8' has an exchange of its own in place of"):
-        parity.run("mlp", LayoutConfig(data=4, reduce="ring"), **{"optim.compress": "int8"})
