@@ -69,6 +69,12 @@ def speckle(images, keys):
     return jnp.clip(images + noise, 0, 255).astype(jnp.uint8)
 
 
+def bad_at_first(logits, targets):
+    """A user's loss that is not a number for the first example that it is given."""
+    losses = -jnp.sum(targets * jax.nn.log_softmax(logits), -1)
+    return losses.at[0].multiply(jnp.nan)
+
+
 class Pool(Layer):
     """[B, H, W, C] -> [B, H / 2 * W / 2 * C]; no parameters."""
 

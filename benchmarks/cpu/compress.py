@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from jaxtrain.parallel.bench.programs import sent_by
 
 from jaxtrain.config import CheckpointConfig, Config, DataConfig, ModelConfig, OptimConfig, TrainConfig
 from jaxtrain.data import registry
 from jaxtrain.data.base import Dataset, Subset
+from jaxtrain.parallel.bench.programs import sent_by
 from jaxtrain.step.train_state import state_shapes
 from jaxtrain.training.compiled import compile_train_step
 from jaxtrain.training.input_pipeline import make_input_pipeline
