@@ -290,10 +290,6 @@ class Checkpointer:
         _require_step(self.directory / str(step), int(restored["step"].addressable_data(0)))
         return jax.tree.map(lambda new, old: new if is_everywhere(old) else view(new, old.sharding), restored, trees)
 
-    def holds(self, step: int, name: str, tree: PyTree) -> bool:
-        """Whether the tree `name` of `step` has the leaves of `tree` (arrays or shapes), and no others."""
-        return not _difference(name, self.stored_shapes(step), tree)
-
     def stored_shapes(self, step: int) -> dict[str, tuple[tuple[int, ...], str]]:
         """The shape and dtype of every leaf of `step`, by its path in the state."""
         try:
@@ -322,6 +318,11 @@ def restore_leaves(
     restored = checkpoints._read(step, trees, mesh)
     del restored["step"]
     return by_path(restored)
+
+
+def holds(checkpoints: Checkpointer, step: int, name: str, tree: PyTree) -> bool:
+    """Whether the tree `name` of a checkpoint has the leaves of `tree` (arrays or shapes), and no others."""
+    return not _difference(name, checkpoints.stored_shapes(step), tree)
 
 
 def _mesh(state: TrainState) -> Any:

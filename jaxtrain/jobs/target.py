@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from jaxtrain.errors import ConfigError
+from jaxtrain.errors import ConfigError, WorkdirError
 from jaxtrain.jobs.queue import Entry, default_queue
 from jaxtrain.jobs.run_status import is_run
 
@@ -16,7 +16,7 @@ def run_or_job(name: str) -> Path | Entry:
       name: a work directory; or a job's id, number or name.
 
     Raises:
-      ConfigError: there is neither.
+      WorkdirError: there is neither.
     """
     folder = Path(name)
     if is_run(folder):
@@ -25,4 +25,4 @@ def run_or_job(name: str) -> Path | Entry:
         return default_queue().find(name)
     except ConfigError as error:
         where = f"{folder} holds no run" if folder.is_dir() else f"{folder} is no work directory"
-        raise ConfigError(f"{where}, and of jobs: {error}") from None
+        raise WorkdirError(f"{where}, and of jobs: {error}") from None

@@ -234,20 +234,13 @@ class Layout:
     def _place_like(self, params: dict[str, Any], tree: str, path: str, leaf: Any) -> Placement:
         """The placement of a leaf by the parameter that it mirrors: the one whose path its own ends with."""
         keys = path.split("/")
-        suffixes = ("/".join(keys[i:]) for i in range(len(keys)))
-        if tree != "communication":
-            owner = next((s for s in suffixes if s in params and params[s].shape == leaf.shape), path)
-            return dataclasses.replace(self.place(tree, owner, leaf.shape, leaf.dtype), path=path)
-        owner = next((s for s in suffixes if s in params), path)
-        if keys[0] == "outer":
-            placement = self.place("opt_state", owner, leaf.shape, leaf.dtype)
-        elif keys[0] == "basis":  # [1, ...], or one for each device that the tensor axis splits the leaf over
-            spec, size = P("tensor" if leaf.shape[0] > 1 else None), math.prod(leaf.shape) * leaf.dtype.itemsize
-            placement = Placement(
-                path, leaf.shape, str(leaf.dtype), spec, spec, size, size // leaf.shape[0], self._stage(owner)
-            )
+        suffixes = ["/".join(keys[i:]) for i in range(len(keys))]
+        if tree == "communication":
+            owner = next((s for s in suffixes if s in params), path)
+            placement = _place_communication(self, keys[0], owner, leaf)
         else:
-            placement = self.place_by_device(owner, leaf.shape[1:], leaf.dtype)
+            owner = next((s for s in suffixes if s in params and params[s].shape == leaf.shape), path)
+            placement = self.place(tree, owner, leaf.shape, leaf.dtype)
         return dataclasses.replace(placement, path=path)
 
     def _check_rules(self, params: list[Placement]) -> None:
@@ -317,32 +310,51 @@ class Layout:
         """Of arrays [examples, ...]: one microbatch, split over `replica` and `data`."""
         return self.sharding(P(BATCH_AXES))
 
-    # ---------------------------------------------------------------------------------------------------------- batch
 
-    def check_batch(self, global_batch: int, bn_groups: int, has_batch_norm: bool) -> None:
-        """Checks that the batch divides into microbatches, and these over the devices.
+def check_batch(layout: Layout, global_batch: int, bn_groups: int, has_batch_norm: bool) -> None:
+    """Checks that the batch divides into microbatches, and these over the devices.
 
-        Args:
-          global_batch: examples in a batch.
-          bn_groups: BatchNorm groups in a batch.
-          has_batch_norm: whether the model has BatchNorm layers. A microbatch must then hold whole groups.
+    Args:
+      layout: of the run.
+      global_batch: examples in a batch.
+      bn_groups: BatchNorm groups in a batch.
+      has_batch_norm: whether the model has BatchNorm layers. A microbatch must then hold whole groups.
 
-        Raises:
-          ConfigError: it does not divide.
-        """
-        microbatches, ways = self.config.microbatches, batch_ways(self.mesh)
-        if global_batch % (microbatches * ways):
-            raise ConfigError(
-                f"config.data.global_batch={global_batch} does not divide by layout.microbatches={microbatches} x {ways} batch "
-                f"shards (layout.replica={self.mesh.shape['replica']} x layout.data={self.mesh.shape['data']}); "
-                f"the nearest that do {are_listed(nearest_multiples(global_batch, microbatches * ways))}."
-            )
-        if has_batch_norm and bn_groups % microbatches:
-            raise ConfigError(
-                f"config.model.bn_groups={bn_groups} does not divide by config.layout.microbatches={microbatches}, so a "
-                f"microbatch would not hold whole BatchNorm groups; use --config.model.bn_groups={microbatches} (this changes "
-                "the run's numbers) or --config.layout.microbatches=1."
-            )
+    Raises:
+      ConfigError: it does not divide.
+    """
+    microbatches, ways = layout.config.microbatches, batch_ways(layout.mesh)
+    if global_batch % (microbatches * ways):
+        raise ConfigError(
+            f"config.data.global_batch={global_batch} does not divide by layout.microbatches={microbatches} x {ways} batch "
+            f"shards (layout.replica={layout.mesh.shape['replica']} x layout.data={layout.mesh.shape['data']}); "
+            f"the nearest that do {are_listed(nearest_multiples(global_batch, microbatches * ways))}."
+        )
+    if has_batch_norm and bn_groups % microbatches:
+        raise ConfigError(
+            f"config.model.bn_groups={bn_groups} does not divide by config.layout.microbatches={microbatches}, so a "
+            f"microbatch would not hold whole BatchNorm groups; use --config.model.bn_groups={microbatches} (this changes "
+            "the run's numbers) or --config.layout.microbatches=1."
+        )
+
+
+def _place_communication(layout: Layout, kind: str, owner: str, leaf: Any) -> Placement:
+    """The placement of a leaf of `TrainState.communication`.
+
+    Args:
+      layout: of the run.
+      kind: `local` and `residual`, which each shard of the batch has for itself; `basis`, which all have, [1, ...] or one for
+        each device that the tensor axis splits the owner over; `outer`, which ZeRO shards as a state of the optimizer.
+      owner: the path of the parameter that the leaf mirrors.
+      leaf: array or shape.
+    """
+    if kind == "outer":
+        return layout.place("opt_state", owner, leaf.shape, leaf.dtype)
+    if kind != "basis":
+        return layout.place_by_device(owner, leaf.shape[1:], leaf.dtype)
+    spec, size = P("tensor" if leaf.shape[0] > 1 else None), math.prod(leaf.shape) * leaf.dtype.itemsize
+    stage = layout.place("computing", owner, (), leaf.dtype).stage
+    return Placement(owner, leaf.shape, str(leaf.dtype), spec, spec, size, size // leaf.shape[0], stage)
 
 
 def over_steps(sharding: Any) -> NamedSharding:

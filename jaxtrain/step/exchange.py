@@ -133,8 +133,9 @@ class _Exchanger:
             found = jax.lax.cond(step < self.optim.compress_warmup, whole, compressing, mine, *held)
         else:
             found = compressing(mine, *held)
-        sums, residual, basis = found
-        return sums, *({path: leaf[None] for path, leaf in leaves.items()} for leaves in (residual, basis))
+        sums, *held = found
+        residual, basis = ({path: leaf[None] for path, leaf in leaves.items()} for leaves in held)
+        return sums, residual, basis
 
     def _compress(self, mine: Leaves, residual: Leaves, basis: Leaves, key: jax.Array) -> tuple[Leaves, Leaves, Leaves]:
         optim, bucket_bytes = self.optim, self.layout.config.bucket_bytes

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from jax.sharding import PartitionSpec as P
 
-from jaxtrain.checkpoint.checkpointer import Checkpointer, restore_leaves
+from jaxtrain.checkpoint.checkpointer import Checkpointer, holds, restore_leaves
 from jaxtrain.checkpoint.resume_point import ResumePoint
 from jaxtrain.errors import DeviceMemoryError
 from jaxtrain.host.files import closing
@@ -156,7 +156,7 @@ def _with_communication(
         for path, (shape, _) in checkpoints.stored_shapes(step).items()
         if path.startswith("communication/")
     }
-    if checkpoints.holds(step, "communication", shapes.communication):
+    if holds(checkpoints, step, "communication", shapes.communication):
         return state
     here = by_path(shapes.communication)
     if not here:

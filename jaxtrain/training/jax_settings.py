@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import contextlib
 import logging
 import os
@@ -131,7 +132,10 @@ def no_implicit_transfers() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _jax_config(wanted: Mapping[str, object]) -> Iterator[None]:
-    before = {name: _jax_setting(name) for name in wanted}
+    # As a new thread sees them: around this, a caller's own `jax.enable_x64(True)` is for its thread alone, and what is set
+    # here is for all of them.
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        before = dict(zip(wanted, thread.map(_jax_setting, wanted), strict=True))
     for name, value in wanted.items():
         jax.config.update(name, value)
     try:

@@ -30,7 +30,7 @@ from jaxtrain.optim.losses import balanced_weights, check_own_loss, loss_fn
 from jaxtrain.optim.optimizers import make_optimizer
 from jaxtrain.optim.param_groups import unused_rates
 from jaxtrain.optim.schedules import make_schedule, total_steps
-from jaxtrain.parallel.layout import Layout
+from jaxtrain.parallel.layout import Layout, check_batch
 from jaxtrain.parallel.mesh import Device, batch_ways, make_mesh
 from jaxtrain.precision import precision_policy, resolve_precision
 from jaxtrain.step.communication import InitialState
@@ -256,7 +256,7 @@ def _lay_out(
     config = dataclasses.replace(config, layout=dataclasses.replace(config.layout, microbatches=count))
     exchange = {"compress": config.optim.compress, "sync_every": config.optim.sync_every}
     layout = Layout(mesh, config.layout, config.layout.rules + model.tensor_rules, **exchange)
-    layout.check_batch(batch, groups, has_batch_norm)
+    check_batch(layout, batch, groups, has_batch_norm)
     _check_by_device(config, layout, state)
     _check_sync(config, layout, has_batch_norm)
     if task.preprocess.mixes and count > 1 and batch // count % 2:

@@ -16,7 +16,7 @@ from jaxtrain.data import registry
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.nccl import chosen, set_nccl
 from jaxtrain.optim.optimizers import OPTIMIZERS
-from jaxtrain.parallel.layout import LARGE_LEAF_BYTES, Layout, bytes_per_device
+from jaxtrain.parallel.layout import LARGE_LEAF_BYTES, Layout, bytes_per_device, check_batch
 from jaxtrain.parallel.mesh import AXES, batch_ways, make_mesh, mesh_shape
 from jaxtrain.training.layout_report import describe_layout
 from jaxtrain.training.setup import make_run_spec, unused_settings
@@ -381,21 +381,21 @@ def test_shardings_are_the_tables():
 )
 def test_a_batch_that_does_not_divide_over_the_devices(batch, fields, near):
     with pytest.raises(ConfigError) as caught:
-        layout(**fields).check_batch(batch, 1, False)
+        check_batch(layout(**fields), batch, 1, False)
     assert f"config.data.global_batch={batch}" in str(caught.value)
     assert f"the nearest that do {near}." in str(caught.value)
-    layout(**fields).check_batch(32, 1, False)
-    layout(tensor=2, data=2).check_batch(2, 1, False)  # tensor neighbours see the same examples
+    check_batch(layout(**fields), 32, 1, False)
+    check_batch(layout(tensor=2, data=2), 2, 1, False)  # tensor neighbours see the same examples
 
 
 def test_microbatches_must_hold_whole_batchnorm_groups():
     four = layout(data=1, microbatches=4)
     for groups in (4, 8):
-        four.check_batch(32, groups, True)
-    four.check_batch(32, 1, False)  # without BatchNorm it does not matter
+        check_batch(four, 32, groups, True)
+    check_batch(four, 32, 1, False)  # without BatchNorm it does not matter
     for groups in (1, 2, 6):
         with pytest.raises(ConfigError, match=rf"bn_groups={groups} does not .*--config\.model\.bn_groups=4"):
-            four.check_batch(48, groups, True)
+            check_batch(four, 48, groups, True)
 
 
 # ------------------------------------------------------------------------------------------------------------ reductions

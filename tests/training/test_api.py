@@ -563,6 +563,13 @@ def test_jax_and_the_process_are_left_as_they_were(tmp_path):
     assert logging.getLogger("jaxtrain").handlers == own
 
 
+def test_a_callers_own_setting_is_for_its_thread_alone(tmp_path):
+    with jax.enable_x64(True):
+        fit(tmp_path)
+        assert jax.config.jax_enable_x64
+    assert not jax.config.jax_enable_x64
+
+
 def test_quiet_prints_nothing(tmp_path, capfd):
     fit(tmp_path / "quiet")
     assert capfd.readouterr() == ("", "")

@@ -317,24 +317,15 @@ def compile_stage(
     updating = like_params(layout, "opt_state", task.groups.trained(state.params))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
-    def merged(sums: tuple[GradientSums, ...]) -> GradientSums:
-        """Those of all of the stage's chunks."""
-        gradients, batch_stats = {}, {}
-        for chunk_sums in sums:
-            gradients |= chunk_sums.gradients
-            batch_stats |= chunk_sums.batch_stats
-        loss, correct = sum(total.loss for total in sums), sum(total.correct for total in sums)
-        return GradientSums(gradients, batch_stats, loss, correct, sums[0].communication)
-
     def exchanged(state: TrainState, sums: tuple[GradientSums, ...], seed: jax.Array) -> tuple[GradientSums, ...]:
-        return (exchange(task, layout, state, merged(sums), seed),)
+        return (exchange(task, layout, state, _merged(sums), seed),)
 
     def row(*numbers: Any) -> jax.Array:
         return jnp.stack([jnp.asarray(number, sums[0].loss.dtype) for number in numbers])[None]
 
     def measure(state: TrainState, sums: tuple[GradientSums, ...]) -> jax.Array:
         """float [1, 3]: what this stage adds to the loss, the correct answers, and the squared norm of the gradients."""
-        whole = merged(sums)
+        whole = _merged(sums)
         gradients = unscale_gradients(state.loss_scale, whole.gradients, updating)
         return row(whole.loss, whole.correct, jnp.square(global_norm(gradients, updating)))
 
@@ -342,7 +333,7 @@ def compile_stage(
         state: TrainState, sums: tuple[GradientSums, ...], decision: UpdateDecision
     ) -> tuple[TrainState, jax.Array]:
         """The state after `decision`, and float [1, 2]: what it adds to the squared norms of the parameters and the update."""
-        whole = merged(sums)
+        whole = _merged(sums)
         gradients = unscale_gradients(state.loss_scale, whole.gradients, updating)
         new = gradients, whole.batch_stats, whole.communication
         after, norms = apply_update(task, shardings, updating, state, *new, decision)
@@ -362,3 +353,15 @@ def compile_stage(
     }
     structure = jax.tree.structure(state)
     return StagePrograms(stage, tuple(indices), structure, exchanger, programs["measure"], programs["update"])
+
+
+def _merged(sums: tuple[GradientSums, ...]) -> GradientSums:
+    """Those of all of a stage's chunks together."""
+    gradients, batch_stats = {}, {}
+    for chunk_sums in sums:
+        gradients |= chunk_sums.gradients
+        batch_stats |= chunk_sums.batch_stats
+    loss, correct = (
+        functools.reduce(jnp.add, numbers) for numbers in zip(*((s.loss, s.correct) for s in sums), strict=True)
+    )
+    return GradientSums(gradients, batch_stats, loss, correct, sums[0].communication)
