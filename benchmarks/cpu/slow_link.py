@@ -56,7 +56,6 @@ ROUNDS, CYCLES, LEFT_OUT, KEPT = (
     1,
     2,
 )  # runs of each way; through the rates in a run; rows after a change of the rate
-SECONDS = 600.0  # that a row may take to come
 RESULTS = ROOT / "benchmarks" / "results" / "slow_link.json"
 _ADDRESSES, _PORT, _INTERFACE = ("10.77.0.1", "10.77.0.2"), 61440, "veth0"
 
@@ -83,7 +82,8 @@ def main() -> None:
     if not arguments.table:
         rows = measure(arguments.ways, arguments.rates, arguments.rounds)
         kept = [row for row in results["rows"] if row["way"] not in arguments.ways]
-        results = {"machine": machine(), "run": RUN, "rows": kept + rows}
+        command = " ".join(["python -m benchmarks.cpu.slow_link", *sys.argv[1:]])
+        results = {"machine": machine() | {"command": command}, "run": RUN, "rows": kept + rows}
         if arguments.record:
             RESULTS.write_text(json.dumps(results, indent=1) + "\n")
     print(table(results["rows"]))
@@ -112,15 +112,15 @@ def measure(ways: Sequence[str], rates: Sequence[int], rounds: int) -> list[dict
 def samples(way: str, rates: Sequence[int]) -> Iterator[tuple[int, Sample]]:
     """Of one run of a way: rates, and a sample of each row of the metrics that counts."""
     fields = RUN | dict(field.split("=", 1) for field in way.split(","))
-    with throttled() as namespaces, training(namespaces, fields) as metrics:
-        seen = len(_rows(metrics, 2))  # the first rows have what is compiled
+    with throttled() as namespaces, Training(namespaces, fields) as run:
+        seen = len(run.rows(2))  # the first rows have what is compiled
         for rate in [rate for _ in range(CYCLES) for rate in rates]:
             for namespace in namespaces:
                 limit(namespace, rate)
-            seen = len(_rows(metrics, seen + LEFT_OUT))
+            seen = len(run.rows(seen + LEFT_OUT))
             for _ in range(KEPT):
                 before = sent_bytes(namespaces[0])
-                rows = _rows(metrics, seen + 1)
+                rows = run.rows(seen + 1)
                 step = statistics.fmean(BATCH / row["throughput"] for row in rows[seen:])
                 yield rate, Sample(step, (sent_bytes(namespaces[0]) - before) / BLOCK / (len(rows) - seen))
                 seen = len(rows)
@@ -156,15 +156,16 @@ def throttled() -> Iterator[tuple[str, str]]:
 
 
 def limit(namespace: str, mbit: int) -> None:
-    """Limits what leaves the namespace to so many Mbit/s; 0 is no limit."""
-    if not mbit:
-        subprocess.run(
-            ["tc", "-n", namespace, "qdisc", "delete", "dev", _INTERFACE, "root"], capture_output=True, check=False
-        )
-        return
-    burst = max(32_000, mbit * 1_000_000 // 8 // 250)  # bytes of a timer's tick, at least
-    tbf = ("tbf", "rate", f"{mbit}mbit", "burst", str(burst), "latency", "100ms")
-    _run("tc", "-n", namespace, "qdisc", "replace", "dev", _INTERFACE, "root", *tbf)
+    """Limits what leaves the namespace to so many Mbit/s; 0 is no limit.
+
+    The limit before is deleted, with the packets that wait there: one that is larger than the new burst would wait for ever.
+    """
+    delete = ["tc", "-n", namespace, "qdisc", "delete", "dev", _INTERFACE, "root"]
+    subprocess.run(delete, capture_output=True, check=False)  # there may be none
+    if mbit:
+        burst = max(32_000, mbit * 125)  # bytes, of a millisecond
+        tbf = ("tbf", "rate", f"{mbit}mbit", "burst", str(burst), "latency", "100ms")
+        _run("tc", "-n", namespace, "qdisc", "add", "dev", _INTERFACE, "root", *tbf)
 
 
 def sent_bytes(namespace: str) -> int:
@@ -182,13 +183,16 @@ def _run(*command: str) -> None:
 # -------------------------------------------------------------------------------------------------------------- the run
 
 
-@contextlib.contextmanager
-def training(namespaces: Sequence[str], fields: Mapping[str, Any]) -> Iterator[Path]:
-    """`jaxtrain train` in both namespaces, each process on a core; yields the file of its metrics, and stops it at the end."""
-    cores = sorted(os.sched_getaffinity(0))
-    flags = [f"--config.{name}={value}" for name, value in fields.items()]
-    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
-        (Path(folder) / "fields.yaml").write_text("{}\n")
+class Training:
+    """`jaxtrain train` in both namespaces, each process on a core. Leaving the block kills it: nothing of the run is kept."""
+
+    def __init__(self, namespaces: Sequence[str], fields: Mapping[str, Any]) -> None:
+        """fields: of the config."""
+        self._folder = tempfile.TemporaryDirectory()
+        folder, cores = self._folder.name, sorted(os.sched_getaffinity(0))
+        Path(folder, "fields.yaml").write_text("{}\n")
+        flags = [f"--config.{name}={value}" for name, value in fields.items()]
+        self._processes: list[subprocess.Popen[bytes]] = []
         for index, namespace in enumerate(namespaces):
             command = [
                 "ip", "netns", "exec", namespace, "taskset", "-c", str(cores[index % len(cores)]),
@@ -196,26 +200,27 @@ def training(namespaces: Sequence[str], fields: Mapping[str, Any]) -> Iterator[P
                 "--workdir", f"{folder}/run", "--simulate-devices", "1", "--coordinator", f"{_ADDRESSES[0]}:{_PORT}",
                 "--num-processes", "2", "--process-id", str(index),
             ]  # fmt: skip
-            log = stack.enter_context(open(f"{folder}/{index}.log", "w"))
-            process = subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log)
-            stack.callback(process.wait)
-            stack.callback(process.kill)  # at the end: nothing of the run is kept
-        try:
-            yield Path(folder) / "run" / "metrics.jsonl"
-        except TimeoutError:
-            print(Path(folder, "0.log").read_text(), file=sys.stderr)
-            raise
+            with open(f"{folder}/{index}.log", "w") as log:
+                self._processes.append(subprocess.Popen(command, cwd=ROOT, stdout=log, stderr=log))
 
+    def __enter__(self) -> Training:
+        return self
 
-def _rows(metrics: Path, count: int) -> list[dict[str, Any]]:
-    """The rows of the file once there are so many or more."""
-    deadline = time.monotonic() + SECONDS
-    while time.monotonic() < deadline:
-        lines = metrics.read_text().splitlines() if metrics.exists() else []
-        if len(lines) > count:  # the last one may be half written
-            return [json.loads(line) for line in lines[:-1]]
-        time.sleep(0.01)
-    raise TimeoutError(f"the run wrote no row {count} of its metrics in {SECONDS:.0f} s")
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes:
+            process.kill()
+            process.wait()
+        self._folder.cleanup()
+
+    def rows(self, count: int) -> list[dict[str, Any]]:
+        """The rows of the metrics once there are so many or more. Raises `RuntimeError` where the run ended before."""
+        metrics = Path(self._folder.name, "run", "metrics.jsonl")
+        while all(process.poll() is None for process in self._processes):
+            whole = metrics.read_text().rpartition("\n")[0] if metrics.exists() else ""  # a line may be half written
+            if len(lines := whole.splitlines()) >= count:
+                return [json.loads(line) for line in lines]
+            time.sleep(0.01)
+        raise RuntimeError(Path(self._folder.name, "0.log").read_text())
 
 
 # -------------------------------------------------------------------------------------------------------------- results
@@ -260,8 +265,8 @@ def crossovers(rows: Sequence[Mapping[str, Any]]) -> Iterator[str]:
         if 0 in base and 0 in found:
             slower = modelled(found, 1e12) - modelled(base, 1e12)
             saved = 8e-6 * statistics.median(base[rate]["sent"] - found[rate]["sent"] for rate in common)  # Mbit
-            rate = saved / slower if slower > 0 else float("inf")
-            line += f"; modelled: below {rate:,.0f} Mbit/s" if saved > 0 else "; modelled: it sends no less"
+            below = f"below {saved / slower:,.0f} Mbit/s" if slower > 0 else "at any rate"
+            line += f"; modelled: {below}" if saved > 0 else "; modelled: it sends no less"
         yield line
 
 

@@ -44,20 +44,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--sizes", default=_SIZES, metavar="SIZE,...", help=f"bytes of f32 to add up; default {_SIZES}")
     parser.add_argument(
         "--reduce",
-        default="auto,ring,tree,hierarchical",
+        default="",
         metavar="NAME,...",
         help="values of layout.reduce; default: all",
     )
     parser.add_argument(
         "--compress",
-        default="none,bf16,int8",
+        default="",
         metavar="NAME,...",
-        help="values of optim.compress; without none only what is rounded is measured; default none,bf16,int8",
+        help="values of optim.compress; default: all. none goes with the values of --reduce",
     )
     parser.add_argument(
         "--axes",
         default="",
-        metavar="[REPLICA x]DATA,...",
+        metavar="[REPLICAx]DATA,...",
         help="sizes of the axes, such as 2,4,2x4: the first so many devices; default: all, with hosts or halves as replicas",
     )
     parser.add_argument("--repeats", type=int, default=7, metavar="N", help="how often each is timed (default 7)")
@@ -76,7 +76,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints a row for each sum, then the fitted links. Raises `ConfigError` for wrong words."""
-    sizes = [_size(word) for word in _words(arguments.sizes, "--sizes")]
+    sizes = [_size(word) for word in arguments.sizes.split(",")]
     meshes = [_mesh(word) for word in arguments.axes.split(",")] if arguments.axes else []
     _check(arguments)
     if arguments.target:
@@ -158,13 +158,6 @@ def _report(arguments: argparse.Namespace, results: Sequence[Result], about: str
 # --------------------------------------------------------------------------------------------------------------- input
 
 
-def _words(text: str, option: str) -> list[str]:
-    words = [word for word in text.split(",") if word]
-    if not words:
-        raise ConfigError(f"{option} {text}: must name at least one.")
-    return words
-
-
 def _size(word: str) -> int:
     match = _SIZE.fullmatch(word)
     count = int(match[1]) << {"B": 0, "KiB": 10, "MiB": 20, "GiB": 30}[match[2] or "B"] if match else 0
@@ -184,8 +177,6 @@ def _mesh(word: str) -> tuple[int, int]:
 
 def _check(arguments: argparse.Namespace) -> None:
     """Raises `ConfigError` for what cannot work, before JAX is loaded."""
-    for option in ("sizes", "reduce", "compress"):
-        _words(getattr(arguments, option), f"--{option}")
     if arguments.repeats < 1:
         raise ConfigError(f"--repeats {arguments.repeats}: must be at least 1.")
     for option in _FILES:
@@ -214,18 +205,15 @@ def _cases(
     from jaxtrain.parallel.bench.methods import choose, numbers  # noqa: PLC0415
     from jaxtrain.parallel.bench.programs import Case  # noqa: PLC0415
 
-    methods = choose(_words(arguments.reduce, "--reduce"), _words(arguments.compress, "--compress"))
+    methods = choose(*(list(filter(None, text.split(","))) for text in (arguments.reduce, arguments.compress)))
     for replica, data in meshes:
-        n = replica * data
-        if n < 2 or n > devices:
-            why = f"--axes {replica}x{data} needs {n} devices and there " + (
-                f"are {devices}" if devices > 1 else "is 1"
-            )
-            raise ConfigError(
-                f"{why}." if n > 1 else "A sum needs two devices and there is 1: --simulate-devices 8 makes some."
-            )
-        if processes > 1 and n != devices:
-            raise ConfigError(f"--axes {replica}x{data}: {processes} processes take part with all {devices} devices.")
+        n, there = replica * data, f"{devices} device{'s' if devices > 1 else ''}"
+        if n < 2:
+            raise ConfigError(f"A sum needs at least two devices, not {there}: use more, or --simulate-devices 8.")
+        if n > devices:
+            raise ConfigError(f"--axes {replica}x{data} needs {n} devices, not {there}.")
+        if processes > 1 and n < devices:
+            raise ConfigError(f"--axes {replica}x{data}: with {processes} processes all {there} take part.")
     return [
         Case(method, replica, data, numbers(count, replica, data))
         for replica, data in dict.fromkeys(meshes)

@@ -28,7 +28,7 @@ _UPDATE_PROGRAMS = re.compile(r"(.*: )?(update|measure|decide|finish)")  # the o
 
 
 class AuditError(JaxtrainError):
-    """A layout setting had no effect where it should have one, or a leaf is not where the table says."""
+    """A layout setting had no effect where it should have one, a leaf is not where the table says, or other bytes are sent."""
 
 
 @dataclasses.dataclass(frozen=True)

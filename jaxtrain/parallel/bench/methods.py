@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -97,26 +97,31 @@ METHODS: dict[str, Method] = {
 """By name: that of `layout.reduce`, or of `optim.compress` where the numbers are rounded."""
 
 
-def choose(reduces: list[str], compresses: list[str]) -> list[Method]:
+def choose(reduces: Sequence[str], compresses: Sequence[str]) -> list[Method]:
     """The methods with one of these values of `layout.reduce` and no rounding, and those that round in one of these ways.
 
     A run has one or the other: what rounds has exchanges of its own. So `none` among `compresses` is what goes with `reduces`.
 
+    Args:
+      reduces: values of `layout.reduce`; empty for all.
+      compresses: values of `optim.compress`; empty for all.
+
     Raises:
-      ConfigError: a value is unknown, or nothing is left.
+      ConfigError: there is no such value.
     """
     plain = [method.reduce for method in METHODS.values() if method.compress == "none"]
-    rounding = [method.compress for method in METHODS.values() if method.compress != "none"]
-    for option, values, known in (("reduce", reduces, plain), ("compress", compresses, ["none", *rounding])):
+    compressors = ["none", *(method.compress for method in METHODS.values() if method.compress != "none")]
+    for option, values, known in (("reduce", reduces, plain), ("compress", compresses, compressors)):
         for value in values:
             if value not in known:
                 hint = did_you_mean(value, known)
                 raise ConfigError(f"--{option} {value}: must be among {', '.join(known)}.{hint}")
-    wanted = [*reduces * ("none" in compresses), *compresses]
-    found = [METHODS[name] for name in dict.fromkeys(wanted) if name != "none"]
-    if not found:
-        raise ConfigError("--reduce and --compress leave nothing to compare; name at least one of each.")
-    return found
+    return [
+        method
+        for method in METHODS.values()
+        if method.compress in (compresses or compressors)
+        and (method.compress != "none" or method.reduce in (reduces or plain))
+    ]
 
 
 def numbers(size: int, replica: int, data: int) -> int:
