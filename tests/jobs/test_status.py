@@ -91,7 +91,7 @@ def test_runs_that_are_damaged_deleted_or_being_written_stop_nobody(tmp_path, ca
     assert main(["status", "--root", str(tmp_path), "--json"]) == 0
     assert [run["state"] for run in json.loads(capsys.readouterr().out)["runs"]] == ["damaged"] * 2 + ["died"] * 5
     assert main(["status", "--root", str(tmp_path / "absent")]) == 73
-    assert main(["status", str(tmp_path / "absent")]) == 64
+    assert main(["status", str(tmp_path / "absent")]) == 73
 
 
 def test_looking_runs_no_code(tmp_path, monkeypatch):
