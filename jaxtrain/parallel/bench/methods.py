@@ -13,15 +13,18 @@ from collections.abc import Callable, Sequence
 import jax
 import jax.numpy as jnp
 
+from jaxtrain.config import OptimConfig
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.text import did_you_mean
 from jaxtrain.parallel import reduce
 from jaxtrain.parallel.collective_cost import wire_bytes
 from jaxtrain.parallel.compressors import COMPRESSORS, compressed_sum
+from jaxtrain.parallel.error_feedback import Leaves, chosen_count, powersgd, randomk, rank_of, topk
 from jaxtrain.parallel.reduce import ALGORITHMS
 
 AXES = ("replica", "data")
 _ITEM = 4  # bytes of a number, f32
+_ONE_BUCKET = 1 << 62
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,6 +85,45 @@ def _rounded_bytes(compressor: str, k: int, replica: int, data: int) -> float:
     return (n - 1) / n * payload(n) + (n - 1) * payload(1)
 
 
+def _by_share(compressor: str) -> Method:
+    """By `parallel.error_feedback`: a tenth of the numbers (the default of `optim.compress_ratio`)."""
+    ratio = OptimConfig().compress_ratio
+
+    def add_up(x: jax.Array, key: jax.Array) -> jax.Array:
+        if compressor == "topk":
+            return topk({"x": x}, ratio, AXES, _ONE_BUCKET)[0]["x"]
+        return randomk({"x": x}, ratio, key, _psum, _ONE_BUCKET)[0]["x"]
+
+    def wire(k: int, replica: int, data: int) -> float:
+        n, size = replica * data, _ITEM * chosen_count(k, ratio)
+        return 2 * (n - 1) * size if compressor == "topk" else wire_bytes("all-reduce", size, n)
+
+    return Method("auto", compressor, add_up, wire, lambda replica, data: reduce.messages("ring", data, replica))
+
+
+def _of_low_rank() -> Method:
+    """By `parallel.error_feedback.powersgd`: the numbers as a matrix that is as square as a power of two makes it."""
+    rank = OptimConfig().compress_rank
+
+    def shape(k: int) -> tuple[int, int]:
+        columns = math.gcd(k, 1 << (math.isqrt(k).bit_length() - 1))
+        return k // columns, columns
+
+    def add_up(x: jax.Array, key: jax.Array) -> jax.Array:
+        rows, columns = shape(x.size)
+        basis = jax.random.normal(key, (columns, rank_of((rows, columns), rank)))
+        return powersgd({"x": x.reshape(rows, columns)}, {"x": basis}, _psum)[0]["x"].reshape(-1)
+
+    def wire(k: int, replica: int, data: int) -> float:
+        return wire_bytes("all-reduce", _ITEM * rank_of(shape(k), rank) * sum(shape(k)), replica * data)
+
+    return Method("auto", "powersgd", add_up, wire, lambda replica, data: 2 * reduce.messages("ring", data, replica))
+
+
+def _psum(leaves: Leaves) -> Leaves:
+    return jax.lax.psum(leaves, AXES)
+
+
 # XLA's own. What the carrier really sends does not stand in the program: the bytes and messages are those of a ring.
 _AUTO = Method(
     "auto",
@@ -92,15 +134,19 @@ _AUTO = Method(
 )
 
 METHODS: dict[str, Method] = {
-    method.name: method for method in (_AUTO, *map(_own, ALGORITHMS), _rounded("bf16"), _rounded("int8"))
-}
-"""By name: that of `layout.reduce`, or of `optim.compress` where the numbers are rounded."""
+    method.name: method
+    for method in (
+        _AUTO, *map(_own, ALGORITHMS), _rounded("bf16"), _rounded("int8"), _by_share("topk"), _by_share("randomk"),
+        _of_low_rank(),
+    )
+}  # fmt: skip
+"""By name: that of `layout.reduce`, or of `optim.compress` where the numbers are compressed."""
 
 
 def choose(reduces: Sequence[str], compresses: Sequence[str]) -> list[Method]:
-    """The methods with one of these values of `layout.reduce` and no rounding, and those that round in one of these ways.
+    """The methods with one of these values of `layout.reduce` and no compression, and those that compress in one of these ways.
 
-    A run has one or the other: what rounds has exchanges of its own. So `none` among `compresses` is what goes with `reduces`.
+    What is compressed is sent by XLA's own collectives here. So `none` among `compresses` is what goes with `reduces`.
 
     Args:
       reduces: values of `layout.reduce`; empty for all.
