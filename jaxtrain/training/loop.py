@@ -31,7 +31,7 @@ from jaxtrain.step.train_state import TrainState
 from jaxtrain.training import recovery
 from jaxtrain.training.cadence import Timetable
 from jaxtrain.training.compiled import CompiledRun
-from jaxtrain.training.reporter import Reporter
+from jaxtrain.training.reporter import Measured, Reporter
 from jaxtrain.training.results import (
     TrainResult,
     best_weights,
@@ -41,6 +41,7 @@ from jaxtrain.training.results import (
 )
 from jaxtrain.training.saving import Figures, Saver
 from jaxtrain.training.setup import RunSpec
+from jaxtrain.training.telemetry import Telemetry
 from jaxtrain.workdir import Workdir
 
 log = logging.getLogger("jaxtrain")
@@ -62,6 +63,7 @@ class Host:
     progress: Progress
     lease: Lease | NoLease
     times: NullTimes
+    telemetry: Telemetry
 
 
 class _StopEvaluation(Exception):
@@ -87,7 +89,14 @@ class TrainLoop:
         self.timetable = Timetable(run.config, len(run.dataset.train), run.steps, position, validates=validates)
         resident = bool(compiled.inputs.offsets)
         self.reporter = Reporter(
-            run, self.timetable, position, host.directory, host.clock, host.progress, resident=resident
+            run,
+            self.timetable,
+            position,
+            host.directory,
+            host.clock,
+            host.progress,
+            Measured(compiled.speed, host.telemetry),
+            resident=resident,
         )
         self.anomalies = AnomalyDetector(self.config.train.nonfinite_skips, self.config.train.spike_threshold)
         self.replica_check = ReplicaCheck()
@@ -131,6 +140,7 @@ class TrainLoop:
                     while len(unread) > (0 if pause else READ_BEHIND):
                         self._read(*unread.popleft(), state)
                 self.clock.step_done(self.config.data.global_batch, len(steps))
+                self.host.telemetry.after(steps, metrics.numbers, self.clock)
                 if pause:
                     self._between_steps(state)
         return self._finish(state)

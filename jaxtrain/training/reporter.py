@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import statistics
@@ -25,11 +26,21 @@ from jaxtrain.training.cadence import Timetable
 from jaxtrain.training.results import closing_lines, done_lines
 from jaxtrain.training.run_view import RunView
 from jaxtrain.training.setup import RunSpec
+from jaxtrain.training.speed import Speed
+from jaxtrain.training.telemetry import Telemetry
 from jaxtrain.workdir import Workdir
 
 log = logging.getLogger("jaxtrain")
 
 _QUIET_SECONDS = 30.0  # without a terminal a logged step is a line only so long after the line before
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What is measured beside the numbers of a step: of the speed of the devices, and of the machine."""
+
+    speed: Speed
+    telemetry: Telemetry
 
 
 class Reporter:
@@ -48,6 +59,7 @@ class Reporter:
         directory: Workdir,
         clock: StepClock,
         progress: Progress,
+        measured: Measured,
         *,
         resident: bool,
     ):
@@ -60,9 +72,10 @@ class Reporter:
           directory: of the run.
           clock: of the run.
           progress: the line of what is done now.
+          measured: what rows have beside the numbers of their step.
           resident: whether the data set lives on the devices.
         """
-        self._resident = resident
+        self._resident, self._measured = resident, measured
         self._config, self._timetable, self._clock, self._directory = run.config, timetable, clock, directory
         self._devices, self._batch = run.layout.mesh.size, run.config.data.global_batch
         self.history: list[dict[str, Any]] = []
@@ -119,6 +132,10 @@ class Reporter:
             row |= {"throughput": throughput, "throughput_per_device": throughput / self._devices}
             row |= {"data_wait": self._data_wait}
             row |= {"process_spread": self._spread} if jax.process_count() > 1 else {}
+            row |= self._measured.speed.numbers(throughput)
+            row |= {f"time/{category}": seconds for category, seconds in self._clock.now().seconds.items()}
+            row |= self._measured.telemetry.numbers()
+            self._measured.telemetry.row(row)
             self._writer.train_step(row)
             self.history.append(row)
             self._log_step(step, shown, throughput, median)
