@@ -26,6 +26,7 @@ from jaxtrain.observability.goodput import NullTimes
 from jaxtrain.observability.progress import Progress
 from jaxtrain.parallel.replicas import ReplicaCheck
 from jaxtrain.step.eval_step import EvalResult
+from jaxtrain.step.histograms import WeightHistograms
 from jaxtrain.step.metrics import StepMetrics
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.training import recovery
@@ -99,7 +100,7 @@ class TrainLoop:
             resident=resident,
         )
         self.anomalies = AnomalyDetector(self.config.train.nonfinite_skips, self.config.train.spike_threshold)
-        self.replica_check = ReplicaCheck()
+        self.replica_check, self.histograms = ReplicaCheck(), WeightHistograms(run.layout)
         self.validated: tuple[int, dict[str, EvalResult]] = (-1, {})  # the last step that was, and its results
         self.saver = Saver(checkpointer, run.config, self.timetable, position.step, self.reporter.flush)
         self.stopping = False  # all processes stop after the step that was dispatched last
@@ -122,6 +123,8 @@ class TrainLoop:
             steps=max(self.run_spec.steps - first, 0),
             calls=(len(steps) for steps, _ in self.timetable.calls(self.compiled.steps_per_call)),
         )
+        with self.clock.charge("compile"):
+            self.reporter.first_examples()
         if self.position.owes_validation:
             self._validate_late(state)
         unread: collections.deque[tuple[range, StepMetrics]] = collections.deque()
@@ -227,6 +230,9 @@ class TrainLoop:
         self.watchdog.feed("save", step)
         if due.replica_check:
             self._compare_replicas(state)
+        if due.histograms and self.run_spec.layout.stages == 1:
+            with self.clock.charge("other"):
+                self.reporter.histograms(step, self.histograms(state.params))
         if due.epoch_end or due.last:
             self.reporter.epoch(self.timetable.epoch_of(step), self.position)
         if due.epoch_end:

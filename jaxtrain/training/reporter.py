@@ -12,6 +12,7 @@ from fractions import Fraction
 from typing import Any
 
 import jax
+import numpy as np
 
 from jaxtrain.checkpoint.resume_point import Position
 from jaxtrain.distributed import straggler
@@ -20,9 +21,11 @@ from jaxtrain.observability.clock import Span, StepClock, explain
 from jaxtrain.observability.metrics_writer import MetricsWriter, NullMetricsWriter
 from jaxtrain.observability.progress import Progress
 from jaxtrain.observability.rendering import duration
+from jaxtrain.observability.tensorboard import Histogram
 from jaxtrain.observability.text_log import FILE_ONLY, NOT_LIVE, to_screen
 from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.training.cadence import Timetable
+from jaxtrain.training.example_grid import first_examples, grid_png
 from jaxtrain.training.results import closing_lines, done_lines
 from jaxtrain.training.run_view import RunView
 from jaxtrain.training.setup import RunSpec
@@ -75,7 +78,7 @@ class Reporter:
           measured: what rows have beside the numbers of their step.
           resident: whether the data set lives on the devices.
         """
-        self._resident, self._measured = resident, measured
+        self._run, self._resident, self._measured = run, resident, measured
         self._config, self._timetable, self._clock, self._directory = run.config, timetable, clock, directory
         self._devices, self._batch = run.layout.mesh.size, run.config.data.global_batch
         self.history: list[dict[str, Any]] = []
@@ -202,6 +205,17 @@ class Reporter:
             extra, self._said_at = NOT_LIVE, now
         text = "%s  step %d/%d  %s  %.1f images/s  ETA %s"
         log.info(text, self._where(step), step, total, numbers, throughput, left, extra=extra)
+
+    def first_examples(self) -> None:
+        """Shows how the model sees the run's first examples (`telemetry.images`)."""
+        count = self._config.telemetry.images
+        if count and jax.process_index() == 0 and self._timetable.first_step == 0:
+            self._writer.picture(0, "first examples", *grid_png(first_examples(self._run, count)))
+
+    def histograms(self, step: int, rows: Mapping[str, np.ndarray]) -> None:
+        """Writes histograms of the weights after `step`. rows: as of `WeightHistograms`."""
+        tags = {f"params/{path}": Histogram(*row[:4].tolist(), counts=row[4:].tolist()) for path, row in rows.items()}
+        self._writer.histograms(step, tags)
 
     def bad_batch(self, step: int, text: str, examples: list[int]) -> None:
         """Notes which examples a step had whose numbers were not as they should be."""

@@ -2,6 +2,7 @@
 
 import collections
 import datetime
+import io
 import itertools
 import json
 import random
@@ -13,11 +14,17 @@ from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 import runs
+from PIL import Image
 from runs import SMALL, here
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from jaxtrain.config import TelemetryConfig
+from jaxtrain import load_config
+from jaxtrain.config import TelemetryConfig, from_dict, nested_dicts
+from jaxtrain.data.augment import Preprocess, train_inputs
+from jaxtrain.data.order import batch_indices
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.gpus import Gpus
 from jaxtrain.host.usage import HostUsage
@@ -28,8 +35,11 @@ from jaxtrain.observability.prometheus import PrometheusServer
 from jaxtrain.observability.sampler import Sampler
 from jaxtrain.observability.slow_device import DeviceTime, SlowDevices
 from jaxtrain.parallel.device_probe import DeviceProbe
+from jaxtrain.step.train_state import AUGMENT, role_key
 from jaxtrain.training import session
+from jaxtrain.training.setup import load_data
 from jaxtrain.training.telemetry import PROBE_SHARE, Telemetry
+from jaxtrain.trees import path_of
 
 # ------------------------------------------------------------------------------------------------------------- NVML
 
@@ -397,3 +407,52 @@ def test_without_telemetry_rows_have_none(tmp_path):
     here(tmp_path, SMALL | {"telemetry.every": 0.0})
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert not [key for row in rows for key in row if key.startswith(("host", "device"))]
+
+
+def train_events(workdir):
+    return EventAccumulator(
+        str(workdir / "tensorboard" / "train"), size_guidance={"images": 0, "histograms": 0}
+    ).Reload()
+
+
+@pytest.mark.parametrize("layout", [{}, {"layout.zero": 3, "layout.microbatches": 2}])
+def test_tensorboard_shows_the_first_examples_and_histograms_of_the_weights(tmp_path, layout):
+    fields = SMALL | layout | {
+        "data.augmentation": "light",
+        "data.mixup": 0.2,
+        "telemetry.images": 5,
+        "telemetry.histograms_every": 6,
+    }  # fmt: skip
+    result = here(tmp_path, fields, devices=2)
+    seen = train_events(tmp_path)
+    (shown,) = seen.Images("first examples")
+    picture = np.asarray(Image.open(io.BytesIO(shown.encoded_image_string)))
+    assert (shown.step, shown.width, shown.height) == (0, 24, 16)  # 3 x 2 tiles of 8 x 8
+    assert picture.shape == (16, 24, 3)
+    assert not picture[8:, 16:].any()  # the sixth
+    config = load_config(runs.RECIPE, fields)
+    data = load_data(from_dict(nested_dicts(config)).data).train
+    pixels, labels = data.read(batch_indices(len(data), 0, 0, 32))
+    key = jax.random.fold_in(role_key(0, AUGMENT), 0)
+    pre = Preprocess(image_size=8, augmentation="light", mean=(0.0,), std=(1.0,), num_classes=10, mixup=0.2)
+    wanted, _ = train_inputs(pre, pixels, labels, np.arange(32, dtype=np.int32), key)
+    tiles = picture[..., 0].reshape(2, 8, 3, 8).transpose(0, 2, 1, 3).reshape(6, 8, 8)
+    np.testing.assert_allclose(tiles[:5], 255 * wanted[:5, ..., 0], atol=1)
+    params = {path_of(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(result.state.params)}
+    assert set(seen.Tags()["histograms"]) == {f"params/{path}" for path in params}
+    for path, leaf in params.items():
+        events = seen.Histograms(f"params/{path}")
+        assert [event.step for event in events] == [6, 12]
+        last, values = events[-1].histogram_value, np.asarray(leaf)
+        assert (last.min, last.max, last.num) == (values.min(), values.max(), values.size)
+        assert last.sum == pytest.approx(values.sum(), abs=1e-4)
+        assert last.sum_squares == pytest.approx(np.square(values).sum(), rel=1e-5)
+        counts, edges = np.histogram(values, 30)
+        np.testing.assert_allclose(last.bucket_limit, edges[1:], atol=1e-6)
+        assert np.abs(np.asarray(last.bucket) - counts).sum() <= 4  # a value on an edge may be on either side of it
+
+
+def test_a_run_that_goes_on_shows_no_examples_again(tmp_path):
+    here(tmp_path, SMALL | {"telemetry.images": 2, "train.epochs": 1})
+    here(tmp_path, SMALL | {"telemetry.images": 2, "train.epochs": 2})
+    assert len(train_events(tmp_path).Images("first examples")) == 1
