@@ -26,13 +26,12 @@ from jaxtrain.observability.goodput import NullTimes
 from jaxtrain.observability.progress import Progress
 from jaxtrain.parallel.replicas import ReplicaCheck
 from jaxtrain.step.eval_step import EvalResult
-from jaxtrain.step.histograms import WeightHistograms
 from jaxtrain.step.metrics import StepMetrics
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.training import recovery
 from jaxtrain.training.cadence import Timetable
 from jaxtrain.training.compiled import CompiledRun
-from jaxtrain.training.reporter import Measured, Reporter
+from jaxtrain.training.reporter import Reporter
 from jaxtrain.training.results import (
     TrainResult,
     best_weights,
@@ -88,19 +87,10 @@ class TrainLoop:
         self.clock, self.watchdog = host.clock, host.watchdog
         validates = len(run.dataset.validation) > 0
         self.timetable = Timetable(run.config, len(run.dataset.train), run.steps, position, validates=validates)
-        resident = bool(compiled.inputs.offsets)
-        self.reporter = Reporter(
-            run,
-            self.timetable,
-            position,
-            host.directory,
-            host.clock,
-            host.progress,
-            Measured(compiled.speed, host.telemetry),
-            resident=resident,
-        )
+        parts = host.directory, host.clock, host.progress, host.telemetry
+        self.reporter = Reporter(compiled, self.timetable, position, *parts)
         self.anomalies = AnomalyDetector(self.config.train.nonfinite_skips, self.config.train.spike_threshold)
-        self.replica_check, self.histograms = ReplicaCheck(), WeightHistograms(run.layout)
+        self.replica_check = ReplicaCheck()
         self.validated: tuple[int, dict[str, EvalResult]] = (-1, {})  # the last step that was, and its results
         self.saver = Saver(checkpointer, run.config, self.timetable, position.step, self.reporter.flush)
         self.stopping = False  # all processes stop after the step that was dispatched last
@@ -123,8 +113,6 @@ class TrainLoop:
             steps=max(self.run_spec.steps - first, 0),
             calls=(len(steps) for steps, _ in self.timetable.calls(self.compiled.steps_per_call)),
         )
-        with self.clock.charge("compile"):
-            self.reporter.first_examples()
         if self.position.owes_validation:
             self._validate_late(state)
         unread: collections.deque[tuple[range, StepMetrics]] = collections.deque()
@@ -230,9 +218,7 @@ class TrainLoop:
         self.watchdog.feed("save", step)
         if due.replica_check:
             self._compare_replicas(state)
-        if due.histograms and self.run_spec.layout.stages == 1:
-            with self.clock.charge("other"):
-                self.reporter.histograms(step, self.histograms(state.params))
+        self.reporter.histograms(step, state.params)
         if due.epoch_end or due.last:
             self.reporter.epoch(self.timetable.epoch_of(step), self.position)
         if due.epoch_end:
