@@ -181,6 +181,9 @@ def _rows(measured: dict[str, Any]) -> list[str]:
         found = measured["telemetry"]
         for time, what in (("", ""), ("_processor", ", processor time")):
             lines.append(_row(f"telemetry on over off{what}", found["on_over_off" + time], 1, "x", 3))
+        lines.append(
+            _row("telemetry: a look at the host, processor time", found["sample_processor_seconds"], 1e3, "ms", 2)
+        )
         for saves, size in found["resident_bytes"].items():
             lines.append(f"| resident memory of a run after {saves} saves | {size / 2**20:.1f} MiB | |")
     if "collectives" in measured:

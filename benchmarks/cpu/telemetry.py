@@ -11,19 +11,19 @@ import json
 import subprocess
 import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, Spread
 from benchmarks.cpu.overhead import CONFIG, STEPS, Job
+from jaxtrain.host.usage import HostUsage
 from jaxtrain.recipes import change
 from jaxtrain.training.session import train
 
-TURNS, WARM = 25, 2
+TURNS, WARM, SAMPLES = 25, 2, 100
 SAVES = 100
 
-# Sampled five times as often as by default, so that each turn has some of it; the probe runs as on a GPU.
-OFTEN = {"telemetry.every": 1.0, "telemetry.probe_every": 50}
 OFF = {"telemetry.every": 0.0, "telemetry.probe_every": 0}
 
 
@@ -57,8 +57,19 @@ def measure() -> dict[str, Any]:
         "step_seconds": dataclasses.asdict(Spread.of([seconds / STEPS for seconds, _ in found["off"]])),
         "on_over_off": dataclasses.asdict(Spread.of([on[0] / off[0] for on, off in turns])),
         "on_over_off_processor": dataclasses.asdict(Spread.of([on[1] / off[1] for on, off in turns])),
+        "sample_processor_seconds": dataclasses.asdict(_sample()),
         "resident_bytes": _resident(),
     }
+
+
+def _sample() -> Spread:
+    """Processor time of one look at the host, which is taken every 5 s."""
+    usage, seconds = HostUsage(), []
+    for _ in range(SAMPLES):
+        began = time.thread_time()
+        usage()
+        seconds.append(time.thread_time() - began)
+    return Spread.of(seconds)
 
 
 def _resident() -> dict[str, float]:
@@ -76,4 +87,4 @@ if __name__ == "__main__":
         case "saves":
             saves(Path(sys.argv[2]))
         case kind:
-            steps(Path(sys.argv[2]), OFTEN if kind == "on" else OFF)
+            steps(Path(sys.argv[2]), {} if kind == "on" else OFF)

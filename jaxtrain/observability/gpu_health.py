@@ -27,9 +27,7 @@ class GpuHealth:
         self._gpus = Gpus()
         visible = self._gpus.visible()
         if not visible or max(numbers.values()) >= len(visible):
-            raise RuntimeError(
-                f"NVML shows {len(visible)} GPUs that this process may use; the package nvidia-ml-py must be installed"
-            )
+            raise RuntimeError(f"NVML shows {len(visible)} GPUs that this process may use; is nvidia-ml-py installed?")
         self._uuids = {device: visible[number].uuid for device, number in numbers.items()}
         self._xids = dict.fromkeys(numbers, 0)  # how many of them were said
 

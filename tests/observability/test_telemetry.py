@@ -121,7 +121,7 @@ def test_each_xid_is_said_once(nvml, caplog):
 
 def test_gpus_without_nvml_are_named_as_the_reason(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", None)
-    with pytest.raises(RuntimeError, match=r"NVML shows 0 GPUs.*nvidia-ml-py must be installed"):
+    with pytest.raises(RuntimeError, match=r"NVML shows 0 GPUs.*is nvidia-ml-py installed"):
         GpuHealth({0: 0})
 
 
