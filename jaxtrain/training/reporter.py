@@ -41,7 +41,7 @@ class Reporter:
     """Process 0 writes and shows; every process keeps `history`, and tells how long its own part of a step takes.
 
     Attributes:
-      history: the rows of this start.
+      history: the rows of this start, without telemetry: with many devices that is most of a row.
       view: what is shown.
     """
 
@@ -127,11 +127,11 @@ class Reporter:
             row |= {"data_wait": self._data_wait}
             row |= {"process_spread": self._spread} if jax.process_count() > 1 else {}
             row |= self._speed.numbers(throughput)
-            row |= {f"time/{category}": seconds for category, seconds in self._clock.now().seconds.items()}
+            self.history.append(row)
+            row = row | {f"time/{category}": seconds for category, seconds in self._clock.now().seconds.items()}
             row |= self._telemetry.numbers()
             self._telemetry.row(row)
             self._writer.train_step(row)
-            self.history.append(row)
             self._log_step(step, shown, throughput, median)
         if step % straggler.EVERY == 0:
             self._tell_process_time()
