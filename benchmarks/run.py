@@ -31,6 +31,7 @@ from benchmarks.cpu import (
     startup,
     status,
     steps,
+    telemetry,
 )
 
 BENCHMARKS: dict[str, Callable[[], Any]] = {
@@ -53,6 +54,7 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "collectives": collectives.measure,
     "compress": compress.measure,
     "status": status.measure,
+    "telemetry": telemetry.measure,
 }
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
@@ -182,6 +184,15 @@ def _rows(measured: dict[str, Any]) -> list[str]:
         found = measured["status"]
         for name, count in (("one", 1), ("many", found["runs"])):
             lines.append(_row(f"jaxtrain status, {count:,} runs", found["seconds"][name], 1, "s", 2))
+    if "telemetry" in measured:
+        found = measured["telemetry"]
+        for time, what in (("", ""), ("_processor", ", processor time")):
+            lines.append(_row(f"telemetry on over off{what}", found["on_over_off" + time], 1, "x", 3))
+        lines.append(
+            _row("telemetry: a look at the host, processor time", found["sample_processor_seconds"], 1e3, "ms", 2)
+        )
+        for saves, size in found["resident_bytes"].items():
+            lines.append(f"| resident memory of a run after {saves} saves | {size / 2**20:.1f} MiB | |")
     if "collectives" in measured:
         what = "Collectives (gloo), measured -> predicted by the cost model, and the error of that:"
         lines += ["", what, "", collectives.table(measured["collectives"])]

@@ -775,6 +775,31 @@ class CheckpointConfig(_Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class TelemetryConfig(_Section):
+    """What a run measures of its machine and of itself while it trains."""
+
+    _prefix = "telemetry."
+
+    every: Annotated[float, _at_least(0)] = 5.0
+    """Seconds between two looks at the GPUs and the host, beside the training in every process. 0 is off."""
+
+    probe_every: Annotated[int, _at_least(-1)] = -1
+    """Steps between two probes, in which each device alone computes a short program, so that a slow one is named. A process
+    probes less often where that would take more than half a percent of its time. 0 is off. -1 is 50, and off on a CPU, whose
+    devices share its cores."""
+
+    port: Annotated[int, _between(0, 65536)] = 0
+    """The port, on the loopback interface alone, where process 0 shows the latest numbers to Prometheus (`/metrics`). 0 is
+    none."""
+
+    images: Annotated[int, _at_least(0)] = 0
+    """How many examples a new run shows in TensorBoard as its model sees them in the first step, augmented. 0 is none."""
+
+    histograms_every: Annotated[int, _at_least(0)] = 0
+    """Steps between two histograms of each layer's weights in TensorBoard. 0 is off."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Config(_Section):
     """A whole run."""
 
@@ -788,6 +813,7 @@ class Config(_Section):
     train: TrainConfig = TrainConfig()
     layout: LayoutConfig = LayoutConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
 
     def _validate(self) -> None:
         batch, parts, groups = self.data.global_batch, self.layout.microbatches, self.model.bn_groups

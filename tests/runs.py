@@ -159,10 +159,14 @@ def draw_folder(top: Path, classes: str, first: int, last: int, side: int = 8) -
 # ------------------------------------------------------------------------------------------------------------- records
 
 
+TIMED = ("throughput", "throughput_per_device", "data_wait", "process_spread", "flops_per_second", "mfu")
+"""What a row has of the clock, beside telemetry, whose names have a slash."""
+
+
 def rows(workdir: Path, phase: str = "train") -> list[dict[str, Any]]:
     """The rows of metrics.jsonl, without what depends on the clock."""
-    timed = ("throughput", "throughput_per_device", "data_wait", "process_spread")
-    return [{k: v for k, v in row.items() if k not in timed} for row in _json_lines(workdir) if row["phase"] == phase]
+    found = [row for row in _json_lines(workdir) if row["phase"] == phase]
+    return [{k: v for k, v in row.items() if k not in TIMED and "/" not in k} for row in found]
 
 
 def _json_lines(workdir: Path) -> Iterator[dict[str, Any]]:

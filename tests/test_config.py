@@ -7,7 +7,16 @@ import math
 import pytest
 
 from jaxtrain import config as c
-from jaxtrain.config import CheckpointConfig, Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
+from jaxtrain.config import (
+    CheckpointConfig,
+    Config,
+    DataConfig,
+    LayoutConfig,
+    ModelConfig,
+    OptimConfig,
+    TelemetryConfig,
+    TrainConfig,
+)
 from jaxtrain.durations import Duration
 from jaxtrain.errors import ConfigError
 
@@ -178,6 +187,11 @@ BAD = [
     (CheckpointConfig, "milestone_every", "30 minutes", "not a duration"),
     (CheckpointConfig, "resume", "", "auto, latest, best"),
     (CheckpointConfig, "allow_changes", 0, "true or false"),
+    (TelemetryConfig, "every", -1.0, "at least 0"),
+    (TelemetryConfig, "probe_every", -2, "at least -1"),
+    (TelemetryConfig, "port", 65536, "at least 0 and below 65536"),
+    (TelemetryConfig, "images", -1, "at least 0"),
+    (TelemetryConfig, "histograms_every", -1, "at least 0"),
 ]
 
 

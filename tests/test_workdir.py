@@ -178,6 +178,8 @@ def test_every_field_has_its_kind():
         *("layout.reduce", "layout.reduce_bucket", "layout.nccl_algo", "layout.nccl_protocol"),
         *("checkpoint.every", "checkpoint.keep", "checkpoint.milestone_every", "checkpoint.resume"),
         *("checkpoint.allow_changes", "checkpoint.best"),
+        *("telemetry.every", "telemetry.probe_every", "telemetry.port", "telemetry.images"),
+        "telemetry.histograms_every",
     }
     length = {"train.epochs", "train.steps"}
     numbers = {

@@ -72,14 +72,13 @@ def trainer(workdir: Path) -> None:
 KINDS = {"cached": cached, "fed": fed, "trainer": trainer}
 
 
-class _Job:
-    """A process that runs during its turns alone."""
+class Job:
+    """A process that runs during its turns alone; it adds a line to WORKDIR/metrics.jsonl after each block."""
 
-    def __init__(self, kind: str, workdir: Path) -> None:
+    def __init__(self, module: str, kind: str, workdir: Path) -> None:
+        """Starts `python -m module kind workdir`."""
         self._rows = workdir / "metrics.jsonl"
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "benchmarks.cpu.overhead", kind, str(workdir)], cwd=ROOT
-        )
+        self._process = subprocess.Popen([sys.executable, "-m", module, kind, str(workdir)], cwd=ROOT)
 
     def turn(self) -> tuple[float, float]:
         """Runs to the end of its next block; returns the seconds that took, by the clock and of processors."""
@@ -108,9 +107,9 @@ def measure() -> dict[str, Any]:
     """Ratios of neighbouring turns: real batches over one cached block, and the trainer over the bare step."""
     found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
     with tempfile.TemporaryDirectory(prefix="jaxtrain-bench-") as folder, contextlib.ExitStack() as stack:
-        jobs: dict[str, _Job] = {}
+        jobs: dict[str, Job] = {}
         for kind in KINDS:
-            jobs[kind] = _Job(kind, Path(folder, kind))
+            jobs[kind] = Job("benchmarks.cpu.overhead", kind, Path(folder, kind))
             stack.callback(jobs[kind].kill)
             for _ in range(WARM):
                 jobs[kind].turn()

@@ -9,6 +9,7 @@ import statistics
 from collections.abc import Sequence
 
 from jaxtrain.distributed import coordination
+from jaxtrain.distributed.rounds import Rounds
 
 EVERY = 100  # steps between two exchanges, at most
 IMBALANCE = 1.3
@@ -25,32 +26,19 @@ class ProcessTime:
 
 
 class ProcessTimes:
-    """Exchanges the times through the key-value store. All processes make one and use it alike."""
+    """Exchanges the times. All processes make one and use it alike."""
 
     def __init__(self) -> None:
-        self._key = coordination.unique_key("step times") if coordination.count() > 1 else ""
-        self._rounds = 0  # that this process has stored
+        self._rounds = Rounds("step times")
 
     def exchange(self, seconds: float) -> list[ProcessTime]:
-        """Stores this process's time, in seconds a step, and reads the round before on process 0.
+        """Stores this process's time, in seconds a step.
 
-        Returns the times of all processes in that round, by process. The list is empty on other processes than 0, in the
-        first round, and where a process has not stored its time yet.
+        Returns the times of all processes in the round before, by process, on process 0; see `Rounds.exchange`.
         """
-        if not self._key:
-            return []
         mine = ProcessTime(coordination.index(), socket.gethostname(), seconds)
-        coordination.kv_set(f"{self._key}/{self._rounds}/{mine.process}", json.dumps(dataclasses.asdict(mine)))
-        self._rounds += 1
-        if mine.process or self._rounds == 1:
-            return []
-        before = f"{self._key}/{self._rounds - 2}/"
-        try:
-            times = [ProcessTime(**json.loads(text)) for text in coordination.kv_list(before).values()]
-        except RuntimeError:  # the run is ending
-            return []
-        coordination.kv_delete(before)
-        return sorted(times, key=lambda time: time.process) if len(times) == coordination.count() else []
+        texts = self._rounds.exchange(json.dumps(dataclasses.asdict(mine)))
+        return sorted((ProcessTime(**json.loads(text)) for text in texts), key=lambda time: time.process)
 
 
 def imbalanced(times: Sequence[ProcessTime]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import contextlib
 import ctypes
 import dataclasses
@@ -9,12 +10,18 @@ import functools
 import importlib
 import importlib.util
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 # Xid errors after which a GPU needs a reset or a repair (NVIDIA, Xid Errors, r570): double-bit ECC, row
 # remapping failures, NVLink, fallen off the bus, uncontained ECC, GSP time-out and error, unrecovered ECC.
 FATAL_XIDS = frozenset({48, 63, 64, 74, 79, 95, 119, 120, 140})
+
+THROTTLES = {"power cap": 0x04, "hardware slowdown": 0x08, "temperature": 0x20 | 0x40, "power brake": 0x80}
+"""What slows a GPU's clocks down, and the bits that say so (NVML API reference, nvmlClocksEventReasons)."""
+
+_SM_CLOCK, _MEMORY_CLOCK, _CELSIUS = 1, 2, 0  # NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,13 +36,35 @@ class Gpu:
     """Why it cannot be used, or ''."""
 
 
+@dataclasses.dataclass(frozen=True)
+class GpuReading:
+    """What NVML says of a GPU at one moment. None for what it does not say."""
+
+    utilization: float | None
+    """The share of the last second or less in which a kernel ran, in [0, 1]."""
+    memory_used: int | None
+    """Bytes."""
+    temperature: float | None
+    """In degrees Celsius."""
+    power: float | None
+    """Watts."""
+    clock: float | None
+    """Of the multiprocessors, MHz."""
+    memory_clock: float | None
+    """MHz."""
+    throttles: tuple[str, ...] | None
+    """What slows the clocks down: names of `THROTTLES`."""
+    xids: tuple[int, ...]
+    """All Xid errors since the `Gpus` were made, in their order."""
+
+
 class Gpus:
     """All GPUs of the host, watched for fatal errors from now on. Empty where there is no NVML."""
 
     def __init__(self) -> None:
         self._nvml: Any = None
         self._handles: dict[str, Any] = {}
-        self._xids: dict[str, int] = {}
+        self._xids: collections.defaultdict[str, list[int]] = collections.defaultdict(list)
         self._events: Any = None
         with contextlib.suppress(ImportError):
             nvml = importlib.import_module("pynvml")
@@ -83,13 +112,12 @@ class Gpus:
         with contextlib.suppress(self._nvml.NVMLError):
             while True:  # ends with NVMLError_Timeout
                 event = self._nvml.nvmlEventSetWait_v2(self._events, 0)
-                if event.eventData in FATAL_XIDS:
-                    self._xids[_text(self._nvml.nvmlDeviceGetUUID(event.device))] = event.eventData
+                self._xids[_text(self._nvml.nvmlDeviceGetUUID(event.device))].append(event.eventData)
 
     def _examine(self, uuid: str, handle: Any) -> Gpu:
         nvml = self._nvml
-        if uuid in self._xids:
-            return Gpu(uuid, "", 0, f"Xid {self._xids[uuid]}")
+        if fatal := [xid for xid in self._xids[uuid] if xid in FATAL_XIDS]:
+            return Gpu(uuid, "", 0, f"Xid {fatal[-1]}")
         try:
             gpu = Gpu(uuid, _text(nvml.nvmlDeviceGetName(handle)), nvml.nvmlDeviceGetMemoryInfo(handle).total)
         except nvml.NVMLError as error:
@@ -112,6 +140,32 @@ class Gpus:
             with contextlib.suppress(nvml.NVMLError):  # an older driver knows no second version
                 return nvml.nvmlDeviceGetMemoryInfo(handle, *version).used
         return None
+
+    def read(self, uuid: str) -> GpuReading:
+        """The readings of one GPU, now."""
+        nvml, handle = self._nvml, self._handles[uuid]
+
+        def ask(question: Callable[[], float]) -> float | None:
+            with contextlib.suppress(nvml.NVMLError):  # not every GPU and driver answers every question
+                return question()
+            return None
+
+        self._collect_xids()
+        percent = ask(lambda: nvml.nvmlDeviceGetUtilizationRates(handle).gpu)
+        milliwatts = ask(lambda: nvml.nvmlDeviceGetPowerUsage(handle))
+        reasons = ask(lambda: nvml.nvmlDeviceGetCurrentClocksThrottleReasons(handle))
+        return GpuReading(
+            utilization=None if percent is None else percent / 100,
+            memory_used=self.memory_used(uuid),
+            temperature=ask(lambda: nvml.nvmlDeviceGetTemperature(handle, _CELSIUS)),
+            power=None if milliwatts is None else milliwatts / 1000,
+            clock=ask(lambda: nvml.nvmlDeviceGetClockInfo(handle, _SM_CLOCK)),
+            memory_clock=ask(lambda: nvml.nvmlDeviceGetClockInfo(handle, _MEMORY_CLOCK)),
+            throttles=None
+            if reasons is None
+            else tuple(name for name, bits in THROTTLES.items() if int(reasons) & bits),
+            xids=tuple(self._xids[uuid]),
+        )
 
     def driver(self) -> str:
         """The driver's version, or ''."""

@@ -149,6 +149,12 @@ GPUS: dict[str, Gpu] = {
 _FILE_TERAFLOPS = (16, 8, 1)  # of a GPU that only XLA's text describes: times its f32 units, as in an A100
 
 
+def products_per_second(teraflops: tuple[float, float, float], precision: str) -> float:
+    """Operations a second of dense matrix products at most. teraflops: as of `Gpu`. precision: `train.precision`, resolved."""
+    half, tf32, single = (1e12 * rate for rate in teraflops)
+    return {"bf16": half, "fp16": half, "tf32": tf32, "f32": single, "f64": single / 2}[precision]
+
+
 @dataclasses.dataclass(frozen=True)
 class Target:
     """Devices to compile for.

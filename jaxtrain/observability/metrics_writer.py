@@ -11,7 +11,7 @@ from typing import Any
 from jaxtrain.config import flatten
 from jaxtrain.host.files import atomic_write, closing, open_to_append, write_all, writing
 from jaxtrain.observability.metrics_files import PHASES, EpochRow, MetricsCsv, MetricsJsonl, epoch_row, json_value
-from jaxtrain.observability.tensorboard import EventFile
+from jaxtrain.observability.tensorboard import EventFile, Histogram
 from jaxtrain.workdir import Workdir
 
 _NOTHING: Mapping[str, Any] = MappingProxyType({})
@@ -45,6 +45,12 @@ class NullMetricsWriter:
           step: optimizer steps done so far.
           extra: more numbers, for `metrics.jsonl` and TensorBoard.
         """
+
+    def picture(self, step: int, tag: str, png: bytes, size: tuple[int, int]) -> None:
+        """A picture for TensorBoard. png: the file's content. size: width and height, in pixels."""
+
+    def histograms(self, step: int, values: Mapping[str, Histogram]) -> None:
+        """Histograms of the weights for TensorBoard, by tag."""
 
     def bad_batch(self, values: Mapping[str, Any]) -> None:
         """A batch with a non-finite number or a spike: `step`, `text`, `examples` (their indices in the training set)."""
@@ -122,6 +128,12 @@ class MetricsWriter(NullMetricsWriter):
                 self._events[phase].drop(step)
             self._events[phase].scalars(step, _scalars(numbers))
         self._csv.append(EpochRow(epoch, phase, loss, accuracy, throughput))
+
+    def picture(self, step: int, tag: str, png: bytes, size: tuple[int, int]) -> None:
+        self._events["train"].picture(step, tag, png, size)
+
+    def histograms(self, step: int, values: Mapping[str, Histogram]) -> None:
+        self._events["train"].histograms(step, values)
 
     def bad_batch(self, values: Mapping[str, Any]) -> None:
         path = self._workdir.bad_batches

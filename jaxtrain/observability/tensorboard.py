@@ -7,17 +7,34 @@ a thread for each directory, and names files by the second, so that a quick rest
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import os
 import re
 import socket
 import struct
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jaxtrain.host.files import write_all, writing
+
+
+@dataclasses.dataclass(frozen=True)
+class Histogram:
+    """How many numbers are in each of some bins of equal width."""
+
+    least: float
+    """The smallest number, where the first bin begins."""
+    most: float
+    """The largest number, where the last bin ends."""
+    total: float
+    """The sum of the numbers."""
+    squares: float
+    """The sum of their squares."""
+    counts: Sequence[float]
+    """Of each bin."""
 
 
 class EventFile:
@@ -57,6 +74,17 @@ class EventFile:
         summaries = (_bytes(1, _bytes(1, tag.encode()) + _key(2, 5) + _float32(value)) for tag, value in values.items())
         self._write(_integer(2, step) + _bytes(5, b"".join(summaries)))
 
+    def picture(self, step: int, tag: str, png: bytes, size: tuple[int, int]) -> None:
+        """Adds a picture at `step`. png: the file's content. size: width and height, in pixels."""
+        width, height = size
+        image = _integer(1, height) + _integer(2, width) + _integer(3, _RGB) + _bytes(4, png)
+        self._write(_integer(2, step) + _bytes(5, _bytes(1, _bytes(1, tag.encode()) + _bytes(4, image))))
+
+    def histograms(self, step: int, values: Mapping[str, Histogram]) -> None:
+        """Adds `values` at `step`, by tag."""
+        summaries = (_bytes(1, _bytes(1, tag.encode()) + _bytes(5, _histogram(each))) for tag, each in values.items())
+        self._write(_integer(2, step) + _bytes(5, b"".join(summaries)))
+
     def hparams(self, step: int, values: Mapping[str, Any]) -> None:
         """Adds a run's settings at `step`: a table under TEXT, and a row under HPARAMS. values: by dotted name."""
         lines = [f"| `{name}` | `{value!r}` |".replace("\n", " ") for name, value in values.items()]
@@ -90,12 +118,24 @@ class EventFile:
 # ----------------------------------------------------------------------------------------------------------- the format
 # tensorflow/core/util/event.proto and tensorflow/core/framework/summary.proto; protobuf.dev/programming-guides/encoding.
 # Event: wall_time 1, step 2, file_version 3, summary 5, session_log 7. SessionLog: status 1. Summary: value 1, of tag 1 and
-# simple_value 2, or tensor 8 and metadata 9. SummaryMetadata: plugin_data 1, of plugin_name 1 and content 2. TensorProto: dtype
-# 1, tensor_shape 2, string_val 8. tensorboard/plugins/hparams/plugin_data.proto: HParamsPluginData: session_start_info 3, of
-# hparams 1 (a map of google.protobuf.Value: number 2, string 3, bool 4) and start_time_secs 5.
+# simple_value 2, image 4, histo 5, or tensor 8 and metadata 9. Image: height 1, width 2, colorspace 3, encoded_image_string 4.
+# HistogramProto (tsl/protobuf/histogram.proto): min 1, max 2, num 3, sum 4, sum_squares 5, bucket_limit 6, bucket 7.
+# SummaryMetadata: plugin_data 1, of plugin_name 1 and content 2. TensorProto: dtype 1, tensor_shape 2, string_val 8.
+# tensorboard/plugins/hparams/plugin_data.proto: HParamsPluginData: session_start_info 3, of hparams 1 (a map of
+# google.protobuf.Value: number 2, string 3, bool 4) and start_time_secs 5.
 
 _SESSION_START = 1
 _FLOAT, _STRING = 1, 7  # of TensorFlow's DataType
+_RGB = 3
+
+
+def _histogram(values: Histogram) -> bytes:
+    """A `HistogramProto`."""
+    bins = len(values.counts)
+    ends = [values.least + (values.most - values.least) * (k + 1) / bins for k in range(bins)]
+    numbers = values.least, values.most, sum(values.counts), values.total, values.squares
+    fields = b"".join(_key(field, 1) + struct.pack("<d", number) for field, number in enumerate(numbers, 1))
+    return fields + _bytes(6, struct.pack(f"<{bins}d", *ends)) + _bytes(7, struct.pack(f"<{bins}d", *values.counts))
 
 
 def _value(tag: str, plugin: str, content: bytes, tensor: bytes) -> bytes:

@@ -94,6 +94,12 @@ def layer_footprint(function: Callable[..., Any], params: Any, x: Any, *, first:
     return graph.footprint(weights, images, cotangents)
 
 
+def product_operations(function: Callable[..., Any], *arguments: Any) -> float:
+    """Floating point operations of the matrix products and convolutions of a function. arguments: shapes."""
+    closed = jax.make_jaxpr(function)(*arguments)
+    return sum(each.flops for each in _Graph(closed.jaxpr, "cpu").operations)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Operation:
     """A primitive of the jaxpr without the jaxprs in it. Values are numbers."""

@@ -59,6 +59,7 @@ class Due:
       save: `checkpoint.every` asks for a checkpoint.
       milestone: `checkpoint.milestone_every` asks for one that is never deleted.
       replica_check: the copies of the weights are compared.
+      histograms: those of the weights are written.
     """
 
     last: bool = False
@@ -67,6 +68,7 @@ class Due:
     save: bool = False
     milestone: bool = False
     replica_check: bool = False
+    histograms: bool = False
 
 
 class Timetable:
@@ -85,6 +87,7 @@ class Timetable:
         self.first_step, self.steps, self.train_examples = position.step, steps, train_examples
         self._batch, self._first_example, self._validates = config.data.global_batch, position.examples, validates
         self._replicas_every = config.train.check_replicas_every
+        self._histograms_every = config.telemetry.histograms_every
         save = Duration.parse(config.checkpoint.every, "config.checkpoint.every", minutes=True)
         milestone = Duration.parse(config.checkpoint.milestone_every, "config.checkpoint.milestone_every")
         evaluation = Duration.parse(config.train.eval_every, "config.train.eval_every")
@@ -141,6 +144,7 @@ class Timetable:
             save=self._is_due(self._saves, step),
             milestone=self._is_due(self._milestones, step),
             replica_check=bool(self._replicas_every) and step % self._replicas_every == 0,
+            histograms=bool(self._histograms_every) and step % self._histograms_every == 0,
         )
 
     def _is_due(self, cadence: Cadence, step: int) -> bool:
@@ -149,9 +153,10 @@ class Timetable:
 
     def next_pause(self, step: int) -> float:
         """The first step after `step` after which something is due that needs its metrics."""
-        cadences, every = (self._epoch_ends, self._evaluations, self._saves, self._milestones), self._replicas_every
+        cadences = self._epoch_ends, self._evaluations, self._saves, self._milestones
         due = [cadence.next_after(step, self.examples_at(step), self._batch) for cadence in cadences]
-        return min(self.steps, *due, (step // every + 1) * every if every else math.inf)
+        by_steps = [(step // every + 1) * every for every in (self._replicas_every, self._histograms_every) if every]
+        return min(self.steps, *due, *by_steps)
 
     def log_start(self, steps_per_call: int) -> None:
         """Says what a user should know before the first step."""

@@ -35,6 +35,7 @@ from jaxtrain.training.initial_weights import initial_weights
 from jaxtrain.training.input_pipeline import InputPipeline, make_input_pipeline
 from jaxtrain.training.jax_settings import compile_cache_note
 from jaxtrain.training.setup import RunSpec
+from jaxtrain.training.speed import Speed
 from jaxtrain.training.startup_report import headlines, idle_stages, layout_table, one_step_a_call, summary
 from jaxtrain.trees import PyTree, by_path
 
@@ -51,6 +52,7 @@ class CompiledRun:
       evaluate: weights, on a split.
       inputs: batches.
       weights: what is recorded of the weights that were not drawn (`initial_weights`); empty where a run goes on.
+      speed: tells FLOP/s.
     """
 
     run: RunSpec
@@ -58,6 +60,7 @@ class CompiledRun:
     evaluate: Evaluator
     inputs: InputPipeline
     weights: Mapping[str, Any]
+    speed: Speed
 
     @property
     def steps_per_call(self) -> int:
@@ -116,6 +119,7 @@ def compile_run(
     inputs = make_input_pipeline(run.dataset, run.layout, run.config.data.residency, run.config.data.workers)
     compiler = concurrent.futures.ThreadPoolExecutor(1, "compile")
     compiling = compiler.submit(compile_train_step, run, inputs, shapes, trace)
+    speed = Speed(run, compiler)
     if jax.process_count() > 1:
         compiling.result()  # both ask the other processes (Orbax, arrays over all devices): one after the other on each
     state = _restored(run, resume, shapes) if resume.start is not None else None
@@ -132,7 +136,7 @@ def compile_run(
     for note in audit(run.layout, table, state, step).notes:
         log.info("%s", note)
     log.info("compiled in %.1f s", time.perf_counter() - began)
-    return CompiledRun(run, step, Evaluator(run, inputs, compiler), inputs, weights), state
+    return CompiledRun(run, step, Evaluator(run, inputs, compiler), inputs, weights, speed), state
 
 
 def _restored(run: RunSpec, resume: ResumePoint, shapes: TrainState) -> TrainState:

@@ -41,6 +41,7 @@ from jaxtrain.training.results import (
 )
 from jaxtrain.training.saving import Figures, Saver
 from jaxtrain.training.setup import RunSpec
+from jaxtrain.training.telemetry import Telemetry
 from jaxtrain.workdir import Workdir
 
 log = logging.getLogger("jaxtrain")
@@ -62,6 +63,7 @@ class Host:
     progress: Progress
     lease: Lease | NoLease
     times: NullTimes
+    telemetry: Telemetry
 
 
 class _StopEvaluation(Exception):
@@ -85,10 +87,8 @@ class TrainLoop:
         self.clock, self.watchdog = host.clock, host.watchdog
         validates = len(run.dataset.validation) > 0
         self.timetable = Timetable(run.config, len(run.dataset.train), run.steps, position, validates=validates)
-        resident = bool(compiled.inputs.offsets)
-        self.reporter = Reporter(
-            run, self.timetable, position, host.directory, host.clock, host.progress, resident=resident
-        )
+        parts = host.directory, host.clock, host.progress, host.telemetry
+        self.reporter = Reporter(compiled, self.timetable, position, *parts)
         self.anomalies = AnomalyDetector(self.config.train.nonfinite_skips, self.config.train.spike_threshold)
         self.replica_check = ReplicaCheck()
         self.validated: tuple[int, dict[str, EvalResult]] = (-1, {})  # the last step that was, and its results
@@ -131,6 +131,7 @@ class TrainLoop:
                     while len(unread) > (0 if pause else READ_BEHIND):
                         self._read(*unread.popleft(), state)
                 self.clock.step_done(self.config.data.global_batch, len(steps))
+                self.host.telemetry.after(steps, metrics.numbers, self.clock)
                 if pause:
                     state = self.compiled.averaged(state)
                     self._between_steps(state)
@@ -218,6 +219,7 @@ class TrainLoop:
         self.watchdog.feed("save", step)
         if due.replica_check:
             self._compare_replicas(state)
+        self.reporter.histograms(step, state.params)
         if due.epoch_end or due.last:
             self.reporter.epoch(self.timetable.epoch_of(step), self.position)
         if due.epoch_end:

@@ -19,12 +19,17 @@ from jaxtrain.observability.clock import Span, StepClock, explain
 from jaxtrain.observability.metrics_writer import MetricsWriter, NullMetricsWriter
 from jaxtrain.observability.progress import Progress
 from jaxtrain.observability.rendering import duration
+from jaxtrain.observability.tensorboard import Histogram
 from jaxtrain.observability.text_log import FILE_ONLY, NOT_LIVE, to_screen
 from jaxtrain.step.eval_step import EvalResult
+from jaxtrain.step.histograms import WeightHistograms
 from jaxtrain.training.cadence import Timetable
+from jaxtrain.training.compiled import CompiledRun
+from jaxtrain.training.example_grid import first_examples, grid_png
 from jaxtrain.training.results import closing_lines, done_lines
 from jaxtrain.training.run_view import RunView
-from jaxtrain.training.setup import RunSpec
+from jaxtrain.training.telemetry import Telemetry
+from jaxtrain.trees import PyTree
 from jaxtrain.workdir import Workdir
 
 log = logging.getLogger("jaxtrain")
@@ -36,33 +41,34 @@ class Reporter:
     """Process 0 writes and shows; every process keeps `history`, and tells how long its own part of a step takes.
 
     Attributes:
-      history: the rows of this start.
+      history: the rows of this start, without telemetry: with many devices that is most of a row.
       view: what is shown.
     """
 
     def __init__(
         self,
-        run: RunSpec,
+        compiled: CompiledRun,
         timetable: Timetable,
         position: Position,
         directory: Workdir,
         clock: StepClock,
         progress: Progress,
-        *,
-        resident: bool,
+        telemetry: Telemetry,
     ):
         """Opens the files of metrics.
 
         Args:
-          run: what is trained.
+          compiled: the run.
           timetable: of this start.
           position: where it goes on from.
           directory: of the run.
           clock: of the run.
           progress: the line of what is done now.
-          resident: whether the data set lives on the devices.
+          telemetry: of this process.
         """
-        self._resident = resident
+        run = self._run = compiled.run
+        self._resident, self._speed = bool(compiled.inputs.offsets), compiled.speed
+        self._telemetry, self._weight_histograms = telemetry, WeightHistograms(run.layout)
         self._config, self._timetable, self._clock, self._directory = run.config, timetable, clock, directory
         self._devices, self._batch = run.layout.mesh.size, run.config.data.global_batch
         self.history: list[dict[str, Any]] = []
@@ -81,6 +87,7 @@ class Reporter:
         self._data_wait = 0.0  # of the last logged row, seconds
         self._said_at = time.monotonic()
         self._bound, self._slow = "step", False  # of the epoch before
+        self._show_first_examples()
 
     def close(self) -> None:
         """Ends the display and closes the files."""
@@ -119,8 +126,12 @@ class Reporter:
             row |= {"throughput": throughput, "throughput_per_device": throughput / self._devices}
             row |= {"data_wait": self._data_wait}
             row |= {"process_spread": self._spread} if jax.process_count() > 1 else {}
-            self._writer.train_step(row)
+            row |= self._speed.numbers(throughput)
             self.history.append(row)
+            row = row | {f"time/{category}": seconds for category, seconds in self._clock.now().seconds.items()}
+            row |= self._telemetry.numbers()
+            self._telemetry.row(row)
+            self._writer.train_step(row)
             self._log_step(step, shown, throughput, median)
         if step % straggler.EVERY == 0:
             self._tell_process_time()
@@ -185,6 +196,22 @@ class Reporter:
             extra, self._said_at = NOT_LIVE, now
         text = "%s  step %d/%d  %s  %.1f images/s  ETA %s"
         log.info(text, self._where(step), step, total, numbers, throughput, left, extra=extra)
+
+    def _show_first_examples(self) -> None:
+        """Shows how the model of a new run sees its first examples (`telemetry.images`)."""
+        count = self._config.telemetry.images
+        if count and jax.process_index() == 0 and self._timetable.first_step == 0:
+            with self._clock.charge("compile"):
+                self._writer.picture(0, "first examples", *grid_png(first_examples(self._run, count)))
+
+    def histograms(self, step: int, params: PyTree) -> None:
+        """Writes histograms of the parameters after `step`, where they are due; with pipeline stages, none."""
+        if not self._timetable.due(step).histograms or self._run.layout.stages > 1:
+            return
+        with self._clock.charge("other"):
+            rows = self._weight_histograms(params)
+        tags = {f"params/{path}": Histogram(*row[:4].tolist(), counts=row[4:].tolist()) for path, row in rows.items()}
+        self._writer.histograms(step, tags)
 
     def bad_batch(self, step: int, text: str, examples: list[int]) -> None:
         """Notes which examples a step had whose numbers were not as they should be."""

@@ -30,7 +30,7 @@ class TrainResult:
 
     Attributes:
       state: the last state, on the devices.
-      history: the rows that this start added to `metrics.jsonl`.
+      history: the rows that this start added to `metrics.jsonl`, without telemetry (the names with a slash).
       result: what `result.json` holds.
       workdir: the paths of the run's files.
     """

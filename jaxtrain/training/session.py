@@ -52,6 +52,7 @@ from jaxtrain.training.setup import (
     select_devices,
 )
 from jaxtrain.training.startup_report import warn_of_settings
+from jaxtrain.training.telemetry import Telemetry
 from jaxtrain.workdir import Workdir
 
 log = logging.getLogger("jaxtrain")
@@ -95,7 +96,8 @@ def train(
         first = jax.process_index() == 0
         times = TimesFile(directory.starts, clock, lambda: watchdog.beat().step) if first else NullTimes()
         stack.enter_context(_end_recorded(times, interrupt, watchdog))
-        host = Host(directory, interrupt, watchdog, clock, progress, lease, times)
+        telemetry = stack.enter_context(contextlib.closing(Telemetry(config.telemetry, devices)))
+        host = Host(directory, interrupt, watchdog, clock, progress, lease, times, telemetry)
         config = _choose_layout(config, host, devices)
         resolve = functools.partial(resolve_for_machine, devices=devices)
         resume, config = resume_lib.where_to_start(directory, config, resolve)

@@ -350,6 +350,8 @@ def unused_settings(run: RunSpec) -> list[str]:
     if layout.stages == 1:
         fields = ("schedule", "chunks", "balance", "stage_placement", "trace_step")
         found += without_effect("layout", layout, fields, "there is one stage")
+    else:
+        found += without_effect("telemetry", config.telemetry, ["histograms_every"], "pipeline stages make none")
     found += _unused_reduction(run.layout, optim)
     if not config.model.init_from:
         found += without_effect("model", config.model, ["init_sha256"], "config.model.init_from names no file")

@@ -36,7 +36,6 @@ from jaxtrain.errors import CheckpointError, EnvironmentMismatchError, NumericEr
 from jaxtrain.host.backend import on_cpu
 from jaxtrain.host.files import closing
 from jaxtrain.models import settings as models
-from jaxtrain.models.layers import Context
 from jaxtrain.observability.anomaly import AnomalyDetector
 from jaxtrain.observability.progress import Progress
 from jaxtrain.observability.rendering import duration
@@ -58,6 +57,7 @@ from jaxtrain.training.setup import (
     resolve_for_machine,
     select_devices,
 )
+from jaxtrain.training.speed import forward_operations
 from jaxtrain.training.startup_report import warn_of_settings
 from jaxtrain.workdir import Workdir
 
@@ -281,7 +281,8 @@ def _temporary_directory(interrupt: Interrupt) -> Iterator[Path]:
 def expectation(run: RunSpec) -> str:
     """How long two steps should take, before anything is compiled: the model's operations at this machine's rate."""
     device = run.layout.mesh.local_devices[0]
-    operations = 3 * forward_operations(run)  # the backward pass takes twice what the forward pass takes
+    # The backward pass takes twice what the forward pass takes.
+    operations = 3 * forward_operations(run) * run.config.data.global_batch
     rate = measured_rate(device, run.task.preprocess.dtype)
     # The CPU devices of a process share its cores.
     devices = jax.process_count() if on_cpu([device]) else run.layout.mesh.size
@@ -291,21 +292,6 @@ def expectation(run: RunSpec) -> str:
         f"two steps should take about {_rough(CALLS * operations / devices / rate)}, and compiling them comes first "
         f"(a guess: {operations / 1e9:,.3g} GFLOP a step, and {rate / 1e9:,.3g} GFLOP/s in a convolution here)"
     )
-
-
-def forward_operations(run: RunSpec) -> float:
-    """Floating point operations of the model's forward pass over a global batch, by XLA's count."""
-    inputs, batch = run.task.preprocess, run.config.data.global_batch
-    shape = (batch, inputs.image_size, inputs.image_size, run.dataset.train.shape[2])
-    state = jax.eval_shape(run.init, 0)
-
-    def forward(params: Any, batch_stats: Any, images: jax.Array) -> jax.Array:
-        context = Context(example=jnp.arange(batch, dtype=jnp.int32), train=False)
-        return run.task.model.apply(params, batch_stats, images, context)[0]
-
-    images = jax.ShapeDtypeStruct(shape, inputs.dtype)
-    analysis: Any = jax.jit(forward).lower(state.params, state.batch_stats, images).cost_analysis()
-    return float((analysis or {}).get("flops", 0.0))
 
 
 def measured_rate(device: Device, dtype: DTypeLike) -> float:

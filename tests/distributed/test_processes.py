@@ -75,7 +75,8 @@ def others(tmp_path_factory):
         job(path / placement, 3, layout__stages=2, layout__stage_placement=placement)
         for placement in ("spread", "hosts")
     ]
-    reduced = job(path / "hierarchical", 2, layout__reduce="hierarchical", layout__replica=2)
+    often = {"telemetry__every": 0.05, "telemetry__probe_every": 2}
+    reduced = job(path / "hierarchical", 2, layout__reduce="hierarchical", layout__replica=2, **often)
     minutes = job(path / "minutes", 0, checkpoint__every="0.000001 minutes", train__steps=3)
     slow = {"data.name": "tiny:slow_digits", "data.residency": "stream", "data.workers": 0}
     smoke = job(path / "smoke", 3, "--smoke")
@@ -108,6 +109,14 @@ def test_saved_by_two_of_two_resumed_by_two_of_one(saved, whole, zero):
 
 def test_gradients_by_messages_between_processes_change_no_number(others, whole):
     assert_same(others / "hierarchical", whole[0])
+
+
+def test_the_rows_have_the_telemetry_of_all_processes(others):
+    lines = (others / "hierarchical" / "metrics.jsonl").read_text().splitlines()
+    last = [row for row in map(json.loads, lines) if row["phase"] == "train"][-1]
+    assert last["host0/process_memory"] > 0
+    assert last["host1/process_memory"] > 0
+    assert len([key for key in last if key.endswith("/probe_seconds")]) == 4
     assert "collectives: gloo; gradients by hierarchical" in (others / "hierarchical/logs/process_0.log").read_text()
 
 

@@ -65,7 +65,7 @@ def goes_on(run: Path) -> bool:
 def tensorboard(run: Path, phase: str) -> dict[str, list[tuple[int, float]]]:
     """What TensorBoard reads of a phase, without what depends on the clock."""
     seen = EventAccumulator(str(run / "tensorboard" / phase), size_guidance={"scalars": 0}).Reload()
-    timed = ("throughput", "data_wait", "process_spread")
+    timed = (*runs.TIMED, "time/", "host0/", "device0/", "device1/")
     tags = [tag for tag in seen.Tags()["scalars"] if not any(name in tag for name in timed)]
     return {tag: [(event.step, event.value) for event in seen.Scalars(tag)] for tag in tags}
 

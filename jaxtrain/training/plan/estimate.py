@@ -14,6 +14,7 @@ import math
 from collections.abc import Mapping
 
 from jaxtrain.host.links import Link
+from jaxtrain.host.targets import products_per_second
 from jaxtrain.parallel.collective_cost import collective_seconds, reduce_seconds, wire_bytes
 from jaxtrain.parallel.reduce import messages, sent_bytes
 from jaxtrain.step.footprint import Footprint
@@ -113,9 +114,8 @@ class Estimator:
     def __init__(self, problem: Problem):
         self.problem = problem
         target, precision = problem.machine.target, problem.config.train.precision
-        half, tf32, single = (1e12 * rate for rate in target.teraflops)
-        rates = {"bf16": half, "fp16": half, "tf32": tf32, "f32": single, "f64": single / 2}
-        self._flops, self._bandwidth = rates[precision] * PRODUCT_SHARE, target.bandwidth * BANDWIDTH_SHARE
+        self._flops = products_per_second(target.teraflops, precision) * PRODUCT_SHARE
+        self._bandwidth = target.bandwidth * BANDWIDTH_SHARE
         # A CPU starts no kernels: its operations are calls.
         self._start = 0.0 if target.platform == "cpu" else KERNEL_SECONDS
         self._start_collective = 0.0 if target.platform == "cpu" else COLLECTIVE_SECONDS
