@@ -43,6 +43,7 @@ NCCL_PROTOCOLS = ("auto", "ll", "ll128", "simple")
 BEST_BY = ("val_accuracy", "val_loss", "val_top5")
 WEIGHTS_REQUIRED = "required"
 STEMS = ("auto", "cifar", "imagenet")
+CALLBACKS = ("early_stopping", "swa")
 ATTENTIONS = ("plain", "pallas")
 
 
@@ -748,6 +749,36 @@ class CheckpointConfig(_Section):
         _require_local("checkpoint.resume", self.resume, self.resume)
 
 
+def _are_callbacks(values: tuple) -> bool:
+    known = all(isinstance(value, str) and (value in CALLBACKS or ":" in value) for value in values)
+    return known and len(set(values)) == len(values)
+
+
+@dataclasses.dataclass(frozen=True)
+class CallbacksConfig(_Section):
+    """What is called while the run trains (docs/callbacks.md). It changes no number of a step."""
+
+    _prefix = "callbacks."
+
+    names: Annotated[
+        tuple,
+        _must_be(
+            f"a tuple of {', '.join(CALLBACKS)}, or of your own package.module:Class, each at most once", _are_callbacks
+        ),
+    ] = ()
+    """The callbacks, in the order in which they are called. `early_stopping`: ends the run when the validation gets no better.
+    `swa`: averages the weights of the last epochs (Izmailov 2018). Or your own `package.module:Class`, made with the config."""
+
+    patience: Annotated[int, _at_least(1)] = 5
+    """Validations in a row without a better `checkpoint.best` after which `early_stopping` ends the run."""
+
+    min_delta: Annotated[float, _at_least(0)] = 0.0
+    """By how much more than this a figure must be better than the best one, for `early_stopping`."""
+
+    swa_start: Annotated[float, _between(0.0, 1.0)] = 0.75
+    """The share of the run after which `swa` adds the weights at each end of an epoch to its average."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config(_Section):
     """A whole run."""
@@ -762,6 +793,7 @@ class Config(_Section):
     train: TrainConfig = TrainConfig()
     layout: LayoutConfig = LayoutConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    callbacks: CallbacksConfig = CallbacksConfig()
 
     def _validate(self) -> None:
         batch, parts, groups = self.data.global_batch, self.layout.microbatches, self.model.bn_groups

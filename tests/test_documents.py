@@ -482,7 +482,8 @@ def test_the_commands_do_what_they_say(document, tmp_path):
     for line, text in run_by_a_test(document):
         command = text
         if "\n" in text:
-            name = "my_project.py" if "def small_cnn" in text else "from_python.py"
+            mine = "def small_cnn" in text or text.startswith("# my_project.py")
+            name = "my_project.py" if mine else "from_python.py"
             (tmp_path / name).write_text(text)
             command = f"python {name}"
         needs_data = re.search(r"cifar\d+", command) and re.search(r"--smoke| data (prepare|verify) ", command)
