@@ -44,6 +44,7 @@ BEST_BY = ("val_accuracy", "val_loss", "val_top5")
 WEIGHTS_REQUIRED = "required"
 STEMS = ("auto", "cifar", "imagenet")
 CALLBACKS = ("early_stopping", "swa")
+SINKS = ("wandb", "mlflow", "trackio")
 ATTENTIONS = ("plain", "pallas")
 
 
@@ -779,6 +780,27 @@ class CallbacksConfig(_Section):
     """The share of the run after which `swa` adds the weights at each end of an epoch to its average."""
 
 
+def _are_sinks(values: tuple) -> bool:
+    return all(value in SINKS for value in values) and len(set(values)) == len(values)
+
+
+@dataclasses.dataclass(frozen=True)
+class SinksConfig(_Section):
+    """Where rows of metrics are sent, beside the files of the work directory (docs/sinks.md)."""
+
+    _prefix = "sinks."
+
+    names: Annotated[tuple, _must_be(f"a tuple of {', '.join(SINKS)}, each at most once", _are_sinks)] = ()
+    """The sinks: `wandb` (Weights & Biases), `mlflow`, `trackio`. Each needs the extra of jaxtrain that has its name. One that
+    fails or hangs neither stops nor slows the run."""
+
+    project: Annotated[str, _must_be("the name of a project", bool)] = "jaxtrain"
+    """The project of W&B and Trackio, and the experiment of MLflow, that the run belongs to."""
+
+    close_seconds: Annotated[float, _must_be("above 0 seconds", lambda value: value > 0)] = 10.0
+    """Seconds that all sinks together have at the end of a start to send what is left."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Config(_Section):
     """A whole run."""
@@ -794,6 +816,7 @@ class Config(_Section):
     layout: LayoutConfig = LayoutConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     callbacks: CallbacksConfig = CallbacksConfig()
+    sinks: SinksConfig = SinksConfig()
 
     def _validate(self) -> None:
         batch, parts, groups = self.data.global_batch, self.layout.microbatches, self.model.bn_groups

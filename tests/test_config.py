@@ -15,6 +15,7 @@ from jaxtrain.config import (
     LayoutConfig,
     ModelConfig,
     OptimConfig,
+    SinksConfig,
     TrainConfig,
 )
 from jaxtrain.durations import Duration
@@ -179,6 +180,9 @@ BAD = [
     (CallbacksConfig, "patience", 0, "at least 1"),
     (CallbacksConfig, "min_delta", -0.1, "at least 0"),
     (CallbacksConfig, "swa_start", 1.0, "at least 0 and below 1"),
+    (SinksConfig, "names", ("wandbb",), "a tuple of wandb, mlflow, trackio"),
+    (SinksConfig, "project", "", "the name of a project"),
+    (SinksConfig, "close_seconds", 0, "above 0 seconds"),
     (CheckpointConfig, "every", "soon", "not a duration"),
     (CheckpointConfig, "best", "loss", "one of val_accuracy, val_loss, val_top5"),
     (CheckpointConfig, "keep", 0, "at least 1"),

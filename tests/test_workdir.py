@@ -179,6 +179,7 @@ def test_every_field_has_its_kind():
         *("checkpoint.every", "checkpoint.keep", "checkpoint.milestone_every", "checkpoint.resume"),
         *("checkpoint.allow_changes", "checkpoint.best"),
         *("callbacks.names", "callbacks.patience", "callbacks.min_delta", "callbacks.swa_start"),
+        *("sinks.names", "sinks.project", "sinks.close_seconds"),
     }
     length = {"train.epochs", "train.steps"}
     numbers = {

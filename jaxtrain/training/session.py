@@ -33,6 +33,7 @@ from jaxtrain.observability import start_record
 from jaxtrain.observability.clock import StepClock
 from jaxtrain.observability.goodput import NullTimes, TimesFile
 from jaxtrain.observability.progress import Progress
+from jaxtrain.observability.sinks import require_packages
 from jaxtrain.observability.text_log import FILE_ONLY, TextLog, make_console
 from jaxtrain.parallel.mesh import Device
 from jaxtrain.precision import require_hardware
@@ -123,6 +124,7 @@ def train(
 
 def _check_before_data(resume: ResumePoint, config: Config, devices: list[Device]) -> None:
     """Raises `ConfigError` where the run cannot be, before its data are prepared."""
+    require_packages(config.sinks.names)
     if resume.start is None:
         require_weights(config)
     require_hardware(config.train.precision, devices)
