@@ -22,6 +22,9 @@ from jaxtrain.observability.sink_process import redacted
 from jaxtrain.observability.sinks import Sinks, require_packages
 from jaxtrain.workdir import Workdir
 
+# When a sink fails or hangs: one in the default suite, the others with the faults.
+MOMENTS = [pytest.param("init", marks=pytest.mark.faults), "log", pytest.param("finish", marks=pytest.mark.faults)]
+
 COMMON = """
 import json, os, socket, time
 
@@ -195,7 +198,7 @@ def test_a_sink_without_its_package_is_refused_before_the_data_are_read(tmp_path
     assert "jaxtrain[wandb]" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("at", ["init", "log", "finish"])
+@pytest.mark.parametrize("at", MOMENTS)
 def test_a_sink_that_fails_is_said_and_the_run_goes_on(tmp_path, calls, monkeypatch, at):
     monkeypatch.setenv("SINK_MODE", f"fail {at}")
     found = fit(tmp_path / "run", "wandb", "trackio", train__epochs=1)
@@ -208,7 +211,7 @@ def test_a_sink_that_fails_is_said_and_the_run_goes_on(tmp_path, calls, monkeypa
     assert everything == []
 
 
-@pytest.mark.parametrize("at", ["init", "log", "finish"])
+@pytest.mark.parametrize("at", MOMENTS)
 def test_a_sink_whose_server_never_answers_ends_with_the_run(tmp_path, calls, monkeypatch, at):
     """A real socket that accepts, and says nothing."""
     with socket.create_server(("127.0.0.1", 0)) as server:
