@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from own_callbacks import Notes
 from runs import RECIPE, SMALL, assert_same_bits, checkpoints, command_line, epochs, rows
 from runs import arguments as words_of
 from runs import main as started
@@ -15,37 +16,6 @@ from safetensors.numpy import load_file
 
 from jaxtrain import Callback, load_config, train
 from jaxtrain.errors import CallbackError, CheckpointError, ConfigError, JaxtrainError
-
-
-class Notes(Callback):
-    """Writes down what it is told, and keeps it."""
-
-    name = "notes"
-
-    def __init__(self, config=None):
-        self.calls: list[list] = []
-
-    def on_start(self, run, state):
-        self.begun_at = int(state.step)
-
-    def on_step(self, run, step, metrics):
-        self.calls.append(["step", step, metrics["loss"]])
-
-    def on_epoch(self, run, epoch, state, metrics):
-        self.calls.append(["epoch", epoch, int(state.step), metrics["loss"]])
-
-    def on_evaluation(self, run, state, results):
-        self.calls.append(["evaluation", int(state.step), results["raw"].loss])
-
-    def on_end(self, run, state):
-        return {"calls": len(self.calls), "at": int(state.step)}
-
-    def state_dict(self):
-        return {"calls": self.calls}
-
-    def load_state_dict(self, state):
-        self.calls = state["calls"]
-
 
 REST = ("on_start", "on_epoch", "on_evaluation", "on_checkpoint")
 
@@ -106,7 +76,7 @@ def test_callbacks_change_no_number_of_a_run(tmp_path):
 def test_a_config_names_a_class_and_a_run_directory_that_does_is_evaluated_without_trust(tmp_path, capsys):
     words = words_of(
         tmp_path / "run",
-        SMALL | {"callbacks.names": "('test_callbacks:Notes',)", "data.name": "digits", "train.epochs": 1},
+        SMALL | {"callbacks.names": "('own_callbacks:Notes',)", "data.name": "digits", "train.epochs": 1},
     )
     assert command_line(["train", *words]) == 0
     assert json.loads((tmp_path / "run" / "result.json").read_text())["callbacks"]["notes"]["at"] == 4
@@ -155,7 +125,7 @@ def test_a_killed_run_goes_on_as_one_that_was_not(tmp_path):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_process_that_is_really_killed_keeps_the_state_of_its_callbacks(tmp_path, number):
     fields = SMALL | {
-        "callbacks.names": "('test_callbacks:Notes','swa')",
+        "callbacks.names": "('own_callbacks:Notes','swa')",
         "callbacks.swa_start": 0.1,
         "train.epochs": 100,
     }
@@ -264,7 +234,7 @@ class NotACallback:
         (("test_callbacks:Nothing",), (), "has no 'Nothing'"),
         (("test_callbacks:Fails",), (), "making it failed with TypeError"),
         (("test_callbacks:NotACallback",), (), "is a NotACallback"),
-        (("test_callbacks:Notes",), (Notes(),), "Two callbacks are called 'notes'"),
+        (("own_callbacks:Notes",), (Notes(),), "Two callbacks are called 'notes'"),
     ],
 )
 def test_a_bad_name_is_refused_before_anything_is_trained(tmp_path, names, own, said):
