@@ -43,6 +43,8 @@ NCCL_PROTOCOLS = ("auto", "ll", "ll128", "simple")
 BEST_BY = ("val_accuracy", "val_loss", "val_top5")
 WEIGHTS_REQUIRED = "required"
 STEMS = ("auto", "cifar", "imagenet")
+CALLBACKS = ("early_stopping", "swa")
+SINKS = ("wandb", "mlflow", "trackio")
 ATTENTIONS = ("plain", "pallas")
 
 
@@ -774,6 +776,57 @@ class CheckpointConfig(_Section):
         _require_local("checkpoint.resume", self.resume, self.resume)
 
 
+def _are_callbacks(values: tuple) -> bool:
+    known = all(isinstance(value, str) and (value in CALLBACKS or ":" in value) for value in values)
+    return known and len(set(values)) == len(values)
+
+
+@dataclasses.dataclass(frozen=True)
+class CallbacksConfig(_Section):
+    """What is called while the run trains (docs/callbacks.md). It changes no number of a step."""
+
+    _prefix = "callbacks."
+
+    names: Annotated[
+        tuple,
+        _must_be(
+            f"a tuple of {', '.join(CALLBACKS)}, or of your own package.module:Class, each at most once", _are_callbacks
+        ),
+    ] = ()
+    """The callbacks, in the order in which they are called. `early_stopping`: ends the run when the validation gets no better.
+    `swa`: averages the weights of the last epochs (Izmailov 2018). Or your own `package.module:Class`, made with the config."""
+
+    patience: Annotated[int, _at_least(1)] = 5
+    """Validations in a row without a better `checkpoint.best` after which `early_stopping` ends the run."""
+
+    min_delta: Annotated[float, _at_least(0)] = 0.0
+    """By how much more than this a figure must be better than the best one, for `early_stopping`."""
+
+    swa_start: Annotated[float, _between(0.0, 1.0)] = 0.75
+    """The share of the run after which `swa` adds the weights at each end of an epoch to its average."""
+
+
+def _are_sinks(values: tuple) -> bool:
+    return all(value in SINKS for value in values) and len(set(values)) == len(values)
+
+
+@dataclasses.dataclass(frozen=True)
+class SinksConfig(_Section):
+    """Where rows of metrics are sent, beside the files of the work directory (docs/sinks.md)."""
+
+    _prefix = "sinks."
+
+    names: Annotated[tuple, _must_be(f"a tuple of {', '.join(SINKS)}, each at most once", _are_sinks)] = ()
+    """The sinks: `wandb` (Weights & Biases), `mlflow`, `trackio`. Each needs the extra of jaxtrain that has its name. One that
+    fails or hangs neither stops nor slows the run."""
+
+    project: Annotated[str, _must_be("the name of a project", bool)] = "jaxtrain"
+    """The project of W&B and Trackio, and the experiment of MLflow, that the run belongs to."""
+
+    close_seconds: Annotated[float, _must_be("above 0 seconds", lambda value: value > 0)] = 10.0
+    """Seconds that all sinks together have at the end of a start to send what is left."""
+
+
 @dataclasses.dataclass(frozen=True)
 class TelemetryConfig(_Section):
     """What a run measures of its machine and of itself while it trains."""
@@ -814,6 +867,8 @@ class Config(_Section):
     layout: LayoutConfig = LayoutConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    callbacks: CallbacksConfig = CallbacksConfig()
+    sinks: SinksConfig = SinksConfig()
 
     def _validate(self) -> None:
         batch, parts, groups = self.data.global_batch, self.layout.microbatches, self.model.bn_groups

@@ -63,6 +63,10 @@ class TakenOverError(WorkdirError):
     """Another run has taken the work directory over, or it is gone: this one may write nothing more there."""
 
 
+class CallbackError(JaxtrainError):
+    """A callback of the user's own failed; the last checkpoint is as it was."""
+
+
 class NumericError(JaxtrainError):
     """The loss or the gradient norm became NaN or infinite; the state before that update is kept."""
 

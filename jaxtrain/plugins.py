@@ -1,4 +1,4 @@
-"""A user's own model, optimizer, loss, augmentation or data set, named in the config as `package.module:attribute`."""
+"""A user's own model, optimizer, loss, augmentation, data set or callback, which a config names `package.module:attribute`."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from jaxtrain.errors import REPORT_THIS, ConfigError
 from jaxtrain.host.search_path import add_working_directory
 from jaxtrain.host.text import did_you_mean
 
-OWN_CODE = ("model.name", "data.name", "data.augmentation", "optim.name", "optim.loss")
-"""The fields that may name code."""
+OWN_CODE = ("model.name", "data.name", "data.augmentation", "optim.name", "optim.loss", "callbacks.names")
+"""The fields that may name code; the last one may have several names."""
 
 
 # Where a user's code was loaded from. Of a folder with installed packages only the package itself counts.
@@ -32,10 +32,11 @@ def is_factory(name: str) -> bool:
     return re.fullmatch(r"[^\W\d][\w.]*:[^\W\d][\w.]*", name) is not None and not name.startswith("folder:")
 
 
-def code_in(config: Mapping[str, Any]) -> dict[str, str]:
-    """The user's own code that a config names, by field. config: flat, by dotted names."""
-    names = {field: str(config.get(field, "")) for field in OWN_CODE}
-    return {f: name for f, name in names.items() if (is_factory(name) if f == "data.name" else ":" in name)}
+def code_in(config: Mapping[str, Any]) -> list[tuple[str, str]]:
+    """The user's own code that a config names, as pairs (field, name). config: flat, by dotted names."""
+    values = {field: config.get(field, "") for field in OWN_CODE}
+    pairs = [(f, str(name)) for f, v in values.items() for name in (v if isinstance(v, (tuple, list)) else [v])]
+    return [(f, name) for f, name in pairs if (is_factory(name) if f == "data.name" else ":" in name)]
 
 
 def refuse_code(config: Mapping[str, Any], source: Path) -> None:
@@ -43,7 +44,7 @@ def refuse_code(config: Mapping[str, Any], source: Path) -> None:
 
     config: flat, by dotted names. source: the file or directory that holds it.
     """
-    for field, name in code_in(config).items():
+    for field, name in code_in(config):
         raise ConfigError(
             f"config.{field}={name!r}: {source} names code to run, and code that a directory names is not run; "
             "use --trust (in Python: trust=True) if you trust whoever made it."

@@ -61,6 +61,11 @@ class Workdir:
         return self.path / "plan.json"
 
     @property
+    def sinks(self) -> Path:
+        """The run's identity at each of its sinks (`sinks.names`)."""
+        return self.path / "sinks.json"
+
+    @property
     def manifest(self) -> Path:
         """What each start ran on."""
         return self.path / "manifest.json"

@@ -8,12 +8,14 @@ import pytest
 
 from jaxtrain import config as c
 from jaxtrain.config import (
+    CallbacksConfig,
     CheckpointConfig,
     Config,
     DataConfig,
     LayoutConfig,
     ModelConfig,
     OptimConfig,
+    SinksConfig,
     TelemetryConfig,
     TrainConfig,
 )
@@ -181,6 +183,15 @@ BAD = [
     (LayoutConfig, "rules", (("(", ("tensor",)),), "not a regular expression"),
     (LayoutConfig, "rules", (("kernel", ("stage",)),), "made of 'data', 'tensor' and None"),
     (LayoutConfig, "rules", (("kernel", ("tensor", "tensor")),), "each axis at most once"),
+    (CallbacksConfig, "names", "swa", "a tuple"),
+    (CallbacksConfig, "names", ("swap",), "your own package.module:Class, each at most once"),
+    (CallbacksConfig, "names", ("swa", "swa"), "each at most once"),
+    (CallbacksConfig, "patience", 0, "at least 1"),
+    (CallbacksConfig, "min_delta", -0.1, "at least 0"),
+    (CallbacksConfig, "swa_start", 1.0, "at least 0 and below 1"),
+    (SinksConfig, "names", ("wandbb",), "a tuple of wandb, mlflow, trackio"),
+    (SinksConfig, "project", "", "the name of a project"),
+    (SinksConfig, "close_seconds", 0, "above 0 seconds"),
     (CheckpointConfig, "every", "soon", "not a duration"),
     (CheckpointConfig, "best", "loss", "one of val_accuracy, val_loss, val_top5"),
     (CheckpointConfig, "keep", 0, "at least 1"),

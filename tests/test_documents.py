@@ -33,6 +33,7 @@ SCRIPTS = [".ci/run", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / ".
 MADE = {
     # the work directory of a run
     "config.json", "dataset.json", "metrics.csv", "metrics.jsonl", "result.json", "manifest.json", "bad_batches.jsonl",
+    "sinks.json",
     "plan.json", "skipped_images.txt", "checkpoints/", "logs/", "starts/", "tensorboard/", "corrupt/", "superseded/", "runs/",
     # the data directory
     "downloads/manual/",
@@ -48,6 +49,7 @@ MADE = {
 # Options and words of other programs that no script here has, and packages whose dotted names are not looked up.
 OTHERS_OPTIONS = {"--account", "--partition", "--gpus-per-task", "--shm-size", "--file_format"}
 OTHERS_WORDS = {
+    "MLFLOW_TRACKING_URI", "TRACKIO_DIR",
     "mallopt", "tmux", "strace", "perf", "OOMKilled", "NCCL_SOCKET_IFNAME", "jax_share_binary_between_hosts",
     "xla_cpu_use_onednn", "xla_cpu_experimental_onednn_custom_call",
 }  # fmt: skip
@@ -483,7 +485,8 @@ def test_the_commands_do_what_they_say(document, tmp_path):
     for line, text in run_by_a_test(document):
         command = text
         if "\n" in text:
-            name = "my_project.py" if "def small_cnn" in text else "from_python.py"
+            mine = "def small_cnn" in text or text.startswith("# my_project.py")
+            name = "my_project.py" if mine else "from_python.py"
             (tmp_path / name).write_text(text)
             command = f"python {name}"
         needs_data = re.search(r"cifar\d+", command) and re.search(r"--smoke| data (prepare|verify) ", command)

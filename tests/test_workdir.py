@@ -180,6 +180,8 @@ def test_every_field_has_its_kind():
         *("checkpoint.allow_changes", "checkpoint.best"),
         *("telemetry.every", "telemetry.probe_every", "telemetry.port", "telemetry.images"),
         "telemetry.histograms_every",
+        *("callbacks.names", "callbacks.patience", "callbacks.min_delta", "callbacks.swa_start"),
+        *("sinks.names", "sinks.project", "sinks.close_seconds"),
     }
     length = {"train.epochs", "train.steps"}
     numbers = {

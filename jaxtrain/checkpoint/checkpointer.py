@@ -17,6 +17,7 @@ import re
 import shutil
 import threading
 import time
+import types
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -44,6 +45,8 @@ log = logging.getLogger("jaxtrain")
 FAILED_SAVES = 3  # so many in a row end the run
 _POLL_SECONDS = 0.02
 _WEIGHTS = ("step", "params", "batch_stats", "ema")
+_NOTHING: Mapping[str, PyTree] = types.MappingProxyType({})
+_CALLBACKS = "callbacks"  # the tree beside those of the state
 _SPACE_SECONDS = 60.0  # in which every process must say how much room its disk has
 
 
@@ -77,7 +80,7 @@ class Checkpointer:
         self._saving, self._last = 0, False  # the step of the last save, and whether none follows
         self._commit: threading.Thread | None = None
         self._failure: Exception | None = None  # of the last save; set by the thread that commits it
-        self._failures = 0  # in a row
+        self._failures, self.completed = 0, -1  # in a row; the step of the last save that is known to be complete
 
     # ---------------------------------------------------------------------------------------------------------- write
 
@@ -91,6 +94,7 @@ class Checkpointer:
         figures: Mapping[str, float | None] | None = None,
         milestone: bool = False,
         last: bool = False,
+        callbacks: Mapping[str, PyTree] = _NOTHING,
     ) -> None:
         """Starts writing. Returns once the state may be donated.
 
@@ -105,15 +109,17 @@ class Checkpointer:
           figures: of a validation after this step, by their names in the manifest.
           milestone: never deletes this checkpoint.
           last: no other save follows, which could try again.
+          callbacks: arrays that callbacks keep, by the callback's name.
         """
         self._finish_commit()
         self._still_owner()
         self._saving, self._last = step, last
-        if _is_short_of(self.directory, _state_bytes(state)):
+        if _is_short_of(self.directory, _state_bytes((state, callbacks))):
             self._failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._handle_failure(alone=False)
             return
-        args = ocp.args.Composite(state=ocp.args.PyTreeSave(to_every_process(_tree(state), _mesh(state))))
+        trees = _tree(state) | ({_CALLBACKS: dict(callbacks)} if callbacks else {})
+        args = ocp.args.Composite(state=ocp.args.PyTreeSave(to_every_process(trees, _mesh(state))))
         config = json.dumps(position["config"], sort_keys=True)
         fields = {
             "step": step, "position": position, "epoch": epoch, "milestone": milestone, "versions": versions(),
@@ -156,7 +162,7 @@ class Checkpointer:
         if self._failure is not None:
             self._handle_failure()
         else:
-            self._failures = 0
+            self._failures, self.completed = 0, self._saving
 
     def _handle_failure(self, *, alone: bool = True) -> None:
         """After a failed save: deletes what it wrote, and warns; the third time in a row, or where no save follows, it raises.
@@ -325,6 +331,32 @@ def holds(checkpoints: Checkpointer, step: int, name: str, tree: PyTree) -> bool
     return not _difference(name, checkpoints.stored_shapes(step), tree)
 
 
+def restore_callbacks(
+    checkpoints: Checkpointer, step: int, wanted: Mapping[str, PyTree], state: TrainState
+) -> dict[str, PyTree]:
+    """The arrays of callbacks, by the callback's name; without those of which the checkpoint has none.
+
+    Args:
+      checkpoints: the directory.
+      step: of the checkpoint.
+      wanted: arrays with the shapes, dtypes and shardings of this run.
+      state: of the run.
+
+    Raises:
+      CheckpointError: the arrays have other shapes, or cannot be read.
+    """
+    stored = checkpoints.stored_shapes(step)
+    there = {name: tree for name, tree in wanted.items() if any(p.startswith(f"{_CALLBACKS}/{name}/") for p in stored)}
+    for name, tree in there.items():
+        if difference := _difference(f"{_CALLBACKS}/{name}", stored, tree):
+            raise CheckpointError(
+                f"The arrays of the callback {name} in {checkpoints.directory / str(step)} are others: {difference}. Give the "
+                "callback another `name`, under which it begins anew."
+            )
+    trees = {"step": state.step, _CALLBACKS: there}
+    return checkpoints._read(step, trees, _mesh(state))[_CALLBACKS] if there else {}
+
+
 def _mesh(state: TrainState) -> Any:
     """The mesh of the whole run, which the step number has: every stage holds it."""
     where: Any = state.step.sharding
@@ -404,7 +436,7 @@ def _is_short_of(directory: Path, needed: int) -> bool:
     )
 
 
-def _state_bytes(state: TrainState) -> int:
+def _state_bytes(state: PyTree) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(state))
 
 

@@ -209,6 +209,7 @@ def set_aside(
             *metrics,
             directory.tensorboard,
             directory.result,
+            directory.sinks,
             *_own_starts(directory, this_start),
             directory.checkpoints,
         )

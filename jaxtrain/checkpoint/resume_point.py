@@ -174,6 +174,15 @@ class Position:
     """The jobs that brought the run this far (`cluster.job_ids`)."""
     weights: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     """What the run's first weights were taken from (`model.init_from`); empty where they were drawn."""
+    callbacks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """The state of each callback, by its name, as JSON has it."""
+    ending: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    """Where a callback has asked that the run ends: its name (`by`), the `reason`, and once it has ended, the `step`."""
+
+    @property
+    def ended(self) -> bool:
+        """Whether a callback has ended the run here."""
+        return self.ending.get("step") == self.step
 
     def after_step(self, step: int, batch: int, loss: float, correct: float, *, skipped: bool) -> Position:
         """The position once update `step` is done, with its batch in the epoch's totals.

@@ -267,7 +267,7 @@ def start_processes(arguments: argparse.Namespace, resolved: Resolved, workdir: 
         from jaxtrain.distributed.initialize import fingerprint_of  # noqa: PLC0415  a single process loads JAX later
 
         config = flatten(to_dict(resolved.config))
-        if names := code_in(config).values():
+        if names := [name for _, name in code_in(config)]:
             add_working_directory()
         modules = [name.partition(":")[0] for name in names]
         return fingerprint_of(config, str(Path(workdir)), modules)

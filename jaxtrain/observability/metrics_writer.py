@@ -11,6 +11,7 @@ from typing import Any
 from jaxtrain.config import flatten
 from jaxtrain.host.files import atomic_write, closing, open_to_append, write_all, writing
 from jaxtrain.observability.metrics_files import PHASES, EpochRow, MetricsCsv, MetricsJsonl, epoch_row, json_value
+from jaxtrain.observability.sinks import Sinks
 from jaxtrain.observability.tensorboard import EventFile, Histogram
 from jaxtrain.workdir import Workdir
 
@@ -74,7 +75,9 @@ class NullMetricsWriter:
 class MetricsWriter(NullMetricsWriter):
     """Process 0's writer. Opening drops what was recorded after the resumed step, so that no row is there twice."""
 
-    def __init__(self, workdir: Workdir, step: int = 0, epochs_done: int = 0, since: int = 0):
+    def __init__(
+        self, workdir: Workdir, step: int = 0, epochs_done: int = 0, since: int = 0, sinks: Sinks | None = None
+    ):
         """Opens the files.
 
         The rows up to `step` must have been written before the checkpoint of `step`. A kill in between would lose them:
@@ -85,8 +88,9 @@ class MetricsWriter(NullMetricsWriter):
           step: where it goes on from; 0 for a new run.
           epochs_done: whole epochs that were trained by then.
           since: the step after which the run has had its present data set; the CSV has the epochs of this data set only.
+          sinks: that get the rows too; None: there are none. They are closed with the files.
         """
-        self._workdir = workdir
+        self._workdir, self._sinks, self._complete = workdir, sinks, False
         self._jsonl = MetricsJsonl(workdir.metrics_jsonl, step)
         self._csv = MetricsCsv(workdir.metrics_csv)
         # The CSV has no steps. Evaluations of the present epoch come from metrics.jsonl: in the CSV an evaluation after
@@ -105,6 +109,7 @@ class MetricsWriter(NullMetricsWriter):
         numbers = {key: value for key, value in row.items() if key not in head}
         self._jsonl.append(head | numbers)
         self._events["train"].scalars(row["step"], _scalars(numbers))
+        self._send("train/", row["step"], numbers)
 
     def epoch(
         self,
@@ -123,10 +128,12 @@ class MetricsWriter(NullMetricsWriter):
             # Its steps are in metrics.jsonl already; a row of means would look like one more step.
             self._events[phase].scalars(step, {f"epoch/{k}": v for k, v in _scalars(numbers).items()})
             self._jsonl.flush()
+            self._send("train/epoch/", step, numbers)
         else:
             if self._jsonl.append({"step": step, "epoch": epoch, "phase": phase, **numbers}):
                 self._events[phase].drop(step)
             self._events[phase].scalars(step, _scalars(numbers))
+            self._send(f"{phase}/", step, numbers)
         self._csv.append(EpochRow(epoch, phase, loss, accuracy, throughput))
 
     def picture(self, step: int, tag: str, png: bytes, size: tuple[int, int]) -> None:
@@ -134,6 +141,9 @@ class MetricsWriter(NullMetricsWriter):
 
     def histograms(self, step: int, values: Mapping[str, Histogram]) -> None:
         self._events["train"].histograms(step, values)
+    def _send(self, prefix: str, step: int, numbers: Mapping[str, Any]) -> None:
+        if self._sinks is not None:
+            self._sinks.log(step, {prefix + name: value for name, value in _scalars(numbers).items()})
 
     def bad_batch(self, values: Mapping[str, Any]) -> None:
         path = self._workdir.bad_batches
@@ -141,6 +151,7 @@ class MetricsWriter(NullMetricsWriter):
             write_all(file, f"{json.dumps(json_value(values))}\n".encode())
 
     def result(self, values: Mapping[str, Any]) -> None:
+        self._complete = True
         atomic_write(self._workdir.result, json.dumps(json_value(values), indent=2, allow_nan=False) + "\n")
 
     def flush(self) -> None:
@@ -149,6 +160,8 @@ class MetricsWriter(NullMetricsWriter):
 
     def close(self) -> None:
         with contextlib.ExitStack() as stack:
+            if self._sinks is not None:  # last, since it may take seconds
+                stack.callback(self._sinks.close, complete=self._complete)
             for sink in (self._jsonl, *self._events.values()):
                 stack.callback(sink.close)
 

@@ -132,8 +132,8 @@ def _evaluate(
     folder = start.directory / str(start.step)
     place = registry.found_at(config.data, data) if data else config.data
     if not trust:
-        named_by_user = {"data.name": ""} if place.name != config.data.name else {}
-        refuse_code(flatten(to_dict(config)) | named_by_user, folder)
+        not_run = {"callbacks.names": ()} | ({"data.name": ""} if place.name != config.data.name else {})
+        refuse_code(flatten(to_dict(config)) | not_run, folder)
     config = dataclasses.replace(config, data=place)
     average = uses_average(workdir, config, ema)
     xla_flags.set_flags(xla_flags.for_run(config.train.precision))

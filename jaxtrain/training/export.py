@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import jax
 import numpy as np
 
+from jaxtrain.data.augment import Preprocess
 from jaxtrain.data.base import CROPPED
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.paths import require_local
@@ -44,19 +46,25 @@ def export_safetensors(model: Trained, naming: str, out: Path) -> int:
     tensors = renamed(rows, leaves)
     if naming == "torchvision":
         tensors |= position_indices(rows, leaves)
-    write_safetensors(out, tensors, config_of(model), len(inputs.mean), inputs.num_classes)
+    config = pretrained_config(kind.name, inputs, model.class_names)
+    write_safetensors(out, tensors, config, len(inputs.mean), inputs.num_classes)
     return len(tensors)
 
 
-def config_of(model: Trained) -> PretrainedConfig:
-    """How images become the model's input. A run evaluates whole images, or the centre of resized ones."""
-    inputs = model.preprocess.inputs
+def pretrained_config(architecture: str, inputs: Preprocess, class_names: Sequence[str]) -> PretrainedConfig:
+    """How images become the model's input. A run evaluates whole images, or the centre of resized ones.
+
+    Args:
+      architecture: the model's name.
+      inputs: of the run.
+      class_names: of the data set.
+    """
     return PretrainedConfig(
-        architecture=model.config.model.name,
+        architecture=architecture,
         image_size=inputs.image_size,
         mean=inputs.mean,
         std=inputs.std,
         interpolation="bilinear",
         crop_pct=inputs.crop_pct if inputs.augmentation in CROPPED else 1.0,
-        class_names=model.class_names,
+        class_names=tuple(class_names),
     )

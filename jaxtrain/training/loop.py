@@ -5,7 +5,6 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
-import json
 import logging
 import time
 from collections.abc import Mapping
@@ -16,7 +15,6 @@ from jaxtrain.checkpoint.lease import Lease, NoLease
 from jaxtrain.checkpoint.manifest import is_better
 from jaxtrain.checkpoint.resume_point import Position, how_to_go_on
 from jaxtrain.data.order import batch_indices
-from jaxtrain.distributed import coordination
 from jaxtrain.distributed.interrupt import Interrupt
 from jaxtrain.distributed.watchdog import Watchdog
 from jaxtrain.observability import diagnostics
@@ -29,7 +27,8 @@ from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.step.metrics import StepMetrics
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.training import recovery
-from jaxtrain.training.cadence import Timetable
+from jaxtrain.training.cadence import Due, Timetable
+from jaxtrain.training.callback_list import Callbacks
 from jaxtrain.training.compiled import CompiledRun
 from jaxtrain.training.reporter import Reporter
 from jaxtrain.training.results import (
@@ -41,6 +40,7 @@ from jaxtrain.training.results import (
 )
 from jaxtrain.training.saving import Figures, Saver
 from jaxtrain.training.setup import RunSpec
+from jaxtrain.training.stoppable import StopEvaluation, StoppableEvaluator
 from jaxtrain.training.telemetry import Telemetry
 from jaxtrain.workdir import Workdir
 
@@ -48,8 +48,6 @@ log = logging.getLogger("jaxtrain")
 
 # Metrics are read this many calls after theirs was dispatched, so that the devices never wait for the host.
 READ_BEHIND = 2
-
-_REPLICAS_SECONDS = 60.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,10 +62,7 @@ class Host:
     lease: Lease | NoLease
     times: NullTimes
     telemetry: Telemetry
-
-
-class _StopEvaluation(Exception):
-    """The run is told to stop before this batch."""
+    callbacks: Callbacks
 
 
 class TrainLoop:
@@ -84,15 +79,17 @@ class TrainLoop:
     ):
         self.run_spec, self.compiled, self.checkpointer, self.host = run, compiled, checkpointer, host
         self.config, self.position, self.rollbacks_left = run.config, position, rollbacks_left
-        self.clock, self.watchdog = host.clock, host.watchdog
+        self.clock, self.watchdog, self.callbacks = host.clock, host.watchdog, host.callbacks
         validates = len(run.dataset.validation) > 0
         self.timetable = Timetable(run.config, len(run.dataset.train), run.steps, position, validates=validates)
         parts = host.directory, host.clock, host.progress, host.telemetry
         self.reporter = Reporter(compiled, self.timetable, position, *parts)
+        poll = host.interrupt.poll
+        self.evaluator = StoppableEvaluator(compiled.evaluate, self.watchdog, self.clock, self.reporter.view, poll)
         self.anomalies = AnomalyDetector(self.config.train.nonfinite_skips, self.config.train.spike_threshold)
         self.replica_check = ReplicaCheck()
         self.validated: tuple[int, dict[str, EvalResult]] = (-1, {})  # the last step that was, and its results
-        self.saver = Saver(checkpointer, run.config, self.timetable, position.step, self.reporter.flush)
+        self.saver = Saver(checkpointer, run.config, self.timetable, position.step, self.reporter.flush, host.callbacks)
         self.stopping = False  # all processes stop after the step that was dispatched last
         self.time_to_save = False  # process 0's clock asks for a checkpoint
 
@@ -118,6 +115,8 @@ class TrainLoop:
         unread: collections.deque[tuple[range, StepMetrics]] = collections.deque()
         with contextlib.closing(batches):
             for steps, due in self.timetable.calls(self.compiled.steps_per_call):
+                if self.position.ended:
+                    break
                 self.watchdog.feed("input", steps[0] - 1, len(steps) * (self.clock.step_seconds or 0.0))
                 with self.clock.charge("input"):
                     batch = next(batches)
@@ -139,7 +138,7 @@ class TrainLoop:
 
     def _told_to_pause(self, steps: range) -> bool:
         """Whether a signal or the clock asks for a pause after these `steps`; the same answer on every process."""
-        self.checkpointer.check()
+        self.saver.check()
         self.stopping = self.host.interrupt.poll()
         self.time_to_save = self.saver.time_has_come(steps)
         return self.stopping or self.time_to_save
@@ -166,6 +165,7 @@ class TrainLoop:
         correct, batch = metrics.pop("correct"), self.config.data.global_batch
         self.position = self.position.after_step(step, batch, metrics["loss"], correct, skipped=skipped)
         self.reporter.step(self.position, metrics, correct)
+        self.callbacks.on_step(step, metrics | {"accuracy": correct / batch})
         if anomaly.text:
             self._handle_anomaly(anomaly, step)
 
@@ -178,7 +178,7 @@ class TrainLoop:
         response = recovery.respond(anomaly, self.rollbacks_left)
         if response == "go on":
             return
-        self.checkpointer.wait()
+        self.saver.wait()
         if response == "stop":
             raise recovery.out_of_rollbacks(anomaly)
         point = recovery.rollback_point(self.host.directory.checkpoints, anomaly, examples, self.config)
@@ -191,20 +191,19 @@ class TrainLoop:
         kept = "the last checkpoint is as it was"
         if self.position.step:
             kept = f"the state after step {self.position.step} is kept"
+            self.position = self.callbacks.noted(self.position, may_end=False)
             self._save(self.compiled.averaged(state), last=True)
-            self.checkpointer.wait()
+            self.saver.wait()
         raise recovery.not_finite(step, metrics, kept)
 
     def _compare_replicas(self, state: TrainState) -> None:
         """Rolls back or stops where the copies of a weight differ; every process hears what any has found."""
         self.watchdog.feed("compare the copies")
+        step, every = self.position.step, self.config.train.check_replicas_every
         with self.clock.charge("other"):
-            differences = self.replica_check(state.params)
-        key = coordination.unique_key("replicas")
-        told = coordination.allgather_str(key, json.dumps(differences), _REPLICAS_SECONDS)
-        if everywhere := [text for texts in told for text in json.loads(texts)]:
-            step, every = self.position.step, self.config.train.check_replicas_every
-            self._handle_anomaly(recovery.replicas_differ(step, every, everywhere[0]), step)
+            anomaly = recovery.compare_replicas(self.replica_check, state.params, step, every)
+        if anomaly.text:
+            self._handle_anomaly(anomaly, step)
 
     # --------------------------------------------------------------------------------------------------- between steps
 
@@ -223,13 +222,18 @@ class TrainLoop:
         if due.epoch_end or due.last:
             self.reporter.epoch(self.timetable.epoch_of(step), self.position)
         if due.epoch_end:
+            self.callbacks.on_epoch(self.timetable.epoch_of(step), state, *self.position.epoch_means())
             self.position = self.position.at_new_epoch()
         figures, is_best = self._validate(state) if due.validation else (None, False)
         self.reporter.view.row(step, is_best=is_best)
         self.position = dataclasses.replace(self.position, owes_validation=due.validation and figures is None)
-        if is_best or due.last or due.milestone or due.save or self.stopping or self.time_to_save:
-            self._save(state, figures, last=due.last or self.stopping)
-        if self.stopping and not due.last:
+        self.position = self.callbacks.noted(self.position, may_end=due != Due() and not due.last)
+        last = due.last or self.position.ended
+        if self.position.ended and not due.epoch_end:
+            self.reporter.epoch(self.timetable.epoch_of(step), self.position)
+        if is_best or last or due.milestone or due.save or self.stopping or self.time_to_save:
+            self._save(state, figures, last=last or self.stopping)
+        if self.stopping and not last:
             self._stop()
 
     def _validate_late(self, state: TrainState) -> None:
@@ -240,13 +244,14 @@ class TrainLoop:
         self.position = dataclasses.replace(self.position, owes_validation=figures is None)
         if figures is not None:
             self.reporter.view.row(step, is_best=is_best)
+            self.position = self.callbacks.noted(self.position, may_end=step != self.run_spec.steps)
             self.saver.annotate(self.position, figures)
-        if self.stopping and step != self.run_spec.steps:
+        if self.stopping and step != self.run_spec.steps and not self.position.ended:
             self._stop()
 
     def _stop(self) -> NoReturn:
         self.watchdog.feed("save")
-        self.checkpointer.wait()
+        self.saver.wait()
         raise self.host.interrupt.error(
             f"Stopped after step {self.position.step} and saved it; {how_to_go_on(self.config)}."
         )
@@ -261,31 +266,18 @@ class TrainLoop:
         began = time.perf_counter()
         try:
             with self.clock.charge("evaluation"):
-                results = self._evaluate(state, "validation")
-        except _StopEvaluation:
+                results = self.evaluator.of_state(state, "validation")
+        except StopEvaluation:
+            self.stopping = True
             return None, False
         self.validated = (self.position.step, results)
         self.reporter.evaluation(self.position.step, "val", results, time.perf_counter() - began)
+        self.callbacks.on_evaluation(state, results)
         figures, by = deciding_figures(results), self.config.checkpoint.best
         is_best = is_better(by, figures[by], self.position.best)
         if is_best:
             self.position = dataclasses.replace(self.position, best=figures[by], best_by=by)
         return figures, is_best
-
-    def _evaluate(self, state: TrainState, split: str) -> dict[str, EvalResult]:
-        """Results on a split by weights: `raw`, and `ema` where the run keeps an average. Raises `_StopEvaluation`."""
-        self.watchdog.feed("evaluation")  # the first one compiles
-        with self.reporter.view.evaluating(split):
-            with self.clock.charge("compile"):
-                self.compiled.evaluate.wait(state)
-            return self.compiled.evaluate.of_state(state, split, self._before_batch)
-
-    def _before_batch(self) -> None:
-        self.watchdog.feed("evaluation")
-        self.stopping = self.stopping or self.host.interrupt.poll()
-        if self.stopping:
-            raise _StopEvaluation
-        self.reporter.view.next_batch()
 
     def _save(self, state: TrainState, figures: Figures | None = None, *, last: bool = False) -> None:
         self.watchdog.feed("save")
@@ -298,26 +290,28 @@ class TrainLoop:
         """Tests the last and the best weights, and writes `result.json`."""
         self.watchdog.feed("save")
         with self.clock.charge("checkpoint"):
-            self.checkpointer.wait()
+            self.saver.wait()
         try:
             return self._test(state)
-        except _StopEvaluation:
+        except StopEvaluation:
             text = "Stopped in the final evaluation; the run is complete and saved, and the same command evaluates it."
             raise self.host.interrupt.error(text) from None
 
     def _test(self, state: TrainState) -> TrainResult:
         began, step, dataset = time.perf_counter(), self.position.step, self.run_spec.dataset
+        evaluate, (validated_at, validation) = self.evaluator.of_state, self.validated
         with self.clock.charge("evaluation"):
-            validated_at, validation = self.validated
-            last = on_both_splits(self._evaluate, state, dataset, validation if validated_at == step else None)
+            last = on_both_splits(evaluate, state, dataset, validation if validated_at == step else None)
             seconds = time.perf_counter() - began
             best_step, best = self.checkpointer.best_step(), last
             if best_step not in (None, step):
-                best = on_both_splits(self._evaluate, self.checkpointer.restore_weights(best_step, state), dataset)
+                best = on_both_splits(evaluate, self.checkpointer.restore_weights(best_step, state), dataset)
         if "test" in last:
             self.reporter.evaluation(step, "test", last["test"], seconds)
+        with self.clock.charge("evaluation"):
+            said = self.callbacks.on_end(state)
         chosen = best_weights(self.host.directory.checkpoints, best_step, self.position, self.config)
         time_so_far, goodput = self.clock.now(), self.host.times.summary()
-        result = final_result(self.run_spec, self.position, time_so_far, last, best, chosen, goodput)
+        result = final_result(self.run_spec, self.position, time_so_far, last, best, chosen, goodput, said)
         self.reporter.finish(result, time_so_far, tested="test" in last, has_best=best_step is not None)
         return TrainResult(state, self.reporter.history, result, self.host.directory)

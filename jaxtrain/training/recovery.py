@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +12,15 @@ from typing import Literal
 from jaxtrain.checkpoint.manifest import manifested_steps, read_manifest
 from jaxtrain.checkpoint.resume_point import CheckpointStep, Position, ResumePoint
 from jaxtrain.config import Config, from_dict, to_dict
+from jaxtrain.distributed import coordination
 from jaxtrain.errors import NumericError
 from jaxtrain.observability.anomaly import Anomaly
+from jaxtrain.parallel.replicas import ReplicaCheck
+from jaxtrain.trees import PyTree
 
 log = logging.getLogger("jaxtrain")
+
+_REPLICAS_SECONDS = 60.0
 
 Response = Literal["go on", "roll back", "stop"]
 
@@ -62,6 +68,21 @@ def refused_update(step: int, metrics: Mapping[str, float]) -> Anomaly:
     """The anomaly of an update that was refused, because its loss or gradient norm is not finite."""
     loss, norm = metrics["loss"], metrics["grad_norm"]
     return Anomaly(f"the update of step {step} was refused: loss {loss:g}, gradient norm {norm:g}", "stop", step)
+
+
+def compare_replicas(check: ReplicaCheck, params: PyTree, step: int, every: int) -> Anomaly:
+    """The anomaly of copies of a weight that differ on any process; one without text where all are alike.
+
+    Args:
+      check: compares the copies that are here.
+      params: the weights.
+      step: after which they are compared.
+      every: steps between two comparisons.
+    """
+    key = coordination.unique_key("replicas")
+    told = coordination.allgather_str(key, json.dumps(check(params)), _REPLICAS_SECONDS)
+    differences = [text for texts in told for text in json.loads(texts)]
+    return replicas_differ(step, every, differences[0]) if differences else Anomaly()
 
 
 def replicas_differ(step: int, every: int, difference: str) -> Anomaly:

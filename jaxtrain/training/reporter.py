@@ -19,6 +19,7 @@ from jaxtrain.observability.clock import Span, StepClock, explain
 from jaxtrain.observability.metrics_writer import MetricsWriter, NullMetricsWriter
 from jaxtrain.observability.progress import Progress
 from jaxtrain.observability.rendering import duration
+from jaxtrain.observability.sinks import Sinks
 from jaxtrain.observability.tensorboard import Histogram
 from jaxtrain.observability.text_log import FILE_ONLY, NOT_LIVE, to_screen
 from jaxtrain.step.eval_step import EvalResult
@@ -78,7 +79,8 @@ class Reporter:
             # A complete run trains nothing again, so the row of an epoch that its last step broke off stays too.
             rounded = math.floor if position.step < run.steps else math.ceil
             epochs_done = rounded(Fraction(position.examples, timetable.train_examples))
-            self._writer = MetricsWriter(directory, position.step, epochs_done, since=position.data_since)
+            sinks = Sinks(run.config, directory)
+            self._writer = MetricsWriter(directory, position.step, epochs_done, position.data_since, sinks)
         num_batches = {split: run.num_evaluation_batches(split) for split in ("validation", "test")}
         ema = run.config.optim.ema > 0
         self.view = RunView(timetable, clock, progress, self._batch, num_batches=num_batches, ema=ema)

@@ -139,6 +139,7 @@ def final_result(
     best: SplitResults,
     chosen: Best,
     goodput: Goodput | None,
+    callbacks: Mapping[str, Any],
 ) -> dict[str, Any]:
     """What `result.json` holds.
 
@@ -150,9 +151,13 @@ def final_result(
       best: results of the best weights.
       chosen: which those are.
       goodput: of all starts of the run; None where it is not known.
+      callbacks: what they have to say, by name.
     """
     tested = len(run.dataset.test) > 0
     of_all_starts = {"goodput": goodput.share, "starts": goodput.starts} if goodput else {}
+    of_callbacks: dict[str, Any] = {"callbacks": callbacks} if callbacks else {}
+    if position.ended:
+        of_callbacks["ended"] = {name: position.ending[name] for name in ("by", "reason")}
     return {
         "steps": position.step,
         "examples": position.examples,
@@ -168,6 +173,7 @@ def final_result(
         "device_kind": run.layout.mesh.devices.flat[0].device_kind,
         "precision": run.config.train.precision,
         **of_all_starts,
+        **of_callbacks,
     }
 
 
@@ -213,11 +219,17 @@ def closing_lines(
             yield f"{name}, step {result[name]['step']}{why[name]}: {', '.join(accuracies)}"
     if parts := parts_evaluated(config.train.eval_examples, result["splits"]):
         yield f"{parts}; jaxtrain evaluate takes the whole split"
+    yield from _ended(result)
     if not tested:
         yield f"nothing was tested: {config.data.name} has no test examples"
     yield explain(span, "this run")
     if result.get("starts", 1) > 1:
         yield f"goodput {result['goodput']:.1%} over {result['starts']} starts (jaxtrain goodput)"
+
+
+def _ended(result: Mapping[str, Any]) -> Iterator[str]:
+    if ended := result.get("ended"):
+        yield f"ended by {ended['by']}: {ended['reason']}"
 
 
 def done_lines(
@@ -241,6 +253,7 @@ def done_lines(
         yield f"last step {last['step']}: {accuracies}"
     if parts := parts_evaluated(config.train.eval_examples, result["splits"]):
         yield f"{parts}; jaxtrain evaluate takes the whole split"
+    yield from _ended(result)
     if "test" in last and last["test"] is None:
         yield "nothing was tested: the data set has no test examples"
     names = {"step": "steps", "checkpoint": "saves"}

@@ -14,6 +14,7 @@ from jaxtrain.distributed.coordination import broadcast_bool
 from jaxtrain.durations import Duration
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.training.cadence import Timetable
+from jaxtrain.training.callback_list import Callbacks
 
 Figures = Mapping[str, float | None]
 """Of a validation, by their names in the manifest."""
@@ -29,6 +30,7 @@ class Saver:
         timetable: Timetable,
         saved_step: int,
         flush: Callable[[], None],
+        callbacks: Callbacks,
     ):
         """Takes over a start's checkpoints.
 
@@ -38,7 +40,9 @@ class Saver:
           timetable: the start's.
           saved_step: the step that this start goes on from.
           flush: puts the rows of metrics on disk: those up to a step must survive whatever its checkpoint survives.
+          callbacks: their arrays are saved too, and they hear which checkpoints are complete.
         """
+        self._callbacks = callbacks
         self._checkpointer, self._config, self._timetable, self._flush = checkpointer, config, timetable, flush
         self._saved_step, self._saved_at = saved_step, time.monotonic()
         self._every = Duration.parse(config.checkpoint.every, "config.checkpoint.every", minutes=True)
@@ -66,8 +70,24 @@ class Saver:
         epoch = self._timetable.epoch_of(step) + 1 if due.epoch_end else -1
         self._flush()
         stored = position.to_json(to_dict(self._config))
-        self._checkpointer.save(step, state, stored, epoch=epoch, figures=figures, milestone=due.milestone, last=last)
+        kinds, arrays = {"milestone": due.milestone, "last": last}, self._callbacks.arrays
+        self._checkpointer.save(step, state, stored, epoch=epoch, figures=figures, callbacks=arrays, **kinds)
         self._saved_step, self._saved_at = step, time.monotonic()
+        self._tell()  # of the one before
+
+    def check(self) -> None:
+        """As `Checkpointer.check`; cheap."""
+        self._checkpointer.check()
+        self._tell()
+
+    def wait(self) -> None:
+        """As `Checkpointer.wait`."""
+        self._checkpointer.wait()
+        self._tell()
+
+    def _tell(self) -> None:
+        if self._checkpointer.completed >= 0:
+            self._callbacks.on_checkpoint(self._checkpointer.completed)
 
     def annotate(self, position: Position, figures: Figures) -> None:
         """Adds the figures of a validation that comes after its checkpoint."""

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,9 +33,12 @@ from jaxtrain.observability import start_record
 from jaxtrain.observability.clock import StepClock
 from jaxtrain.observability.goodput import NullTimes, TimesFile
 from jaxtrain.observability.progress import Progress
+from jaxtrain.observability.sinks import require_packages
 from jaxtrain.observability.text_log import FILE_ONLY, TextLog, make_console
 from jaxtrain.parallel.mesh import Device
 from jaxtrain.precision import require_hardware
+from jaxtrain.training.callback_list import Callbacks, make_callbacks
+from jaxtrain.training.callbacks import Callback
 from jaxtrain.training.compiled import compile_run, explain_out_of_memory
 from jaxtrain.training.jax_settings import compile_cache_note, no_implicit_transfers, set_environment, settings
 from jaxtrain.training.loop import Host, TrainLoop
@@ -65,6 +68,7 @@ def train(
     num_devices: int = 0,
     quiet: bool = False,
     interrupt: Interrupt | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> TrainResult:
     """Trains until the configured length, going on from whatever `workdir` holds, and returns the last state.
 
@@ -74,6 +78,7 @@ def train(
       num_devices: use the first so many devices of each host; 0 uses all.
       quiet: print nothing (the log file is written all the same).
       interrupt: of `catch_signals`, where the caller catches them; else they are caught here.
+      callbacks: of your own, called after those of `callbacks.names`; the same ones on every process and at every start.
 
     Raises:
       JaxtrainError: one of the types in `jaxtrain.errors`, with one clear sentence. Never exits the process.
@@ -83,7 +88,7 @@ def train(
     check_names(config)
     directory = workdir_lib.prepare(workdir)
     with contextlib.ExitStack() as stack:
-        console = make_console(quiet=quiet)
+        console, called = make_console(quiet=quiet), make_callbacks(config, callbacks)
         progress = stack.enter_context(contextlib.closing(Progress(console if jax.process_index() == 0 else None)))
         stack.enter_context(TextLog(directory.log(jax.process_index()), jax.process_index(), console))
         log.info("work directory: %s", directory.path)
@@ -97,10 +102,9 @@ def train(
         times = TimesFile(directory.starts, clock, lambda: watchdog.beat().step) if first else NullTimes()
         stack.enter_context(_end_recorded(times, interrupt, watchdog))
         telemetry = stack.enter_context(contextlib.closing(Telemetry(config.telemetry, devices)))
-        host = Host(directory, interrupt, watchdog, clock, progress, lease, times, telemetry)
+        host = Host(directory, interrupt, watchdog, clock, progress, lease, times, telemetry, called)
         config = _choose_layout(config, host, devices)
-        resolve = functools.partial(resolve_for_machine, devices=devices)
-        resume, config = resume_lib.where_to_start(directory, config, resolve)
+        resume, config = resume_lib.where_to_start(directory, config, partial(resolve_for_machine, devices=devices))
         _check_before_data(resume, config, devices)
         if first:
             resume_lib.warn_of_other_products(resume, config, devices[0].platform)
@@ -122,6 +126,7 @@ def train(
 
 def _check_before_data(resume: ResumePoint, config: Config, devices: list[Device]) -> None:
     """Raises `ConfigError` where the run cannot be, before its data are prepared."""
+    require_packages(config.sinks.names)
     if resume.start is None:
         require_weights(config)
     require_hardware(config.train.precision, devices)
@@ -147,6 +152,7 @@ def _train_from(
     check_space(
         directory.checkpoints if directory.checkpoints.exists() else directory.path, jax.eval_shape(run.init, 0)
     )
+    run, position = _as_ended(run, resume, position, host.callbacks)
     host.watchdog.feed("compile")
     compiling = f"{f'reading step {position.step}, ' if resume.start else ''}compiling the step"
     with host.clock.charge("compile"), host.progress.activity(compiling, note=compile_cache_note()):
@@ -165,7 +171,22 @@ def _train_from(
     with closing(checkpointer), no_implicit_transfers():
         loop = TrainLoop(run, compiled, checkpointer, host, position, rollbacks_left)
         with closing(loop.reporter):
+            host.callbacks.begin(resume.start, position, compiled, directory.path, state, loop.evaluator)
             return loop.run(state)
+
+
+def _as_ended(run: RunSpec, resume: ResumePoint, position: Position, callbacks: Callbacks) -> tuple[RunSpec, Position]:
+    """A run that a callback has ended is complete, unless that callback is gone or its settings are others: it goes on then."""
+    if not position.ended:
+        return run, position
+    by, reason = position.ending["by"], position.ending["reason"]
+    if by in callbacks.names and resume.stored is not None and resume.stored.callbacks == run.config.callbacks:
+        log.info("the run was ended by %s after step %d: %s", by, position.step, reason)
+        return dataclasses.replace(run, steps=position.step), position
+    log.warning(
+        "the run, which was ended by %s after step %d, goes on: its callbacks are others now", by, position.step
+    )
+    return run, dataclasses.replace(position, ending={})
 
 
 @contextlib.contextmanager

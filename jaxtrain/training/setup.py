@@ -368,6 +368,13 @@ def unused_settings(run: RunSpec) -> list[str]:
         found += without_effect("train", config.train, ["eval_every"], "there is no validation split")
     if not len(run.dataset.validation):
         found += without_effect("checkpoint", config.checkpoint, ["best"], "there is no validation split")
+    if "early_stopping" not in config.callbacks.names:
+        why = "early_stopping is not in callbacks.names"
+        found += without_effect("callbacks", config.callbacks, ["patience", "min_delta"], why)
+    if "swa" not in config.callbacks.names:
+        found += without_effect("callbacks", config.callbacks, ["swa_start"], "swa is not in callbacks.names")
+    if not config.sinks.names:
+        found += without_effect("sinks", config.sinks, ["project", "close_seconds"], "sinks.names names none")
     if not (len(run.dataset.validation) or len(run.dataset.test)):
         why = "there is neither a validation nor a test split"
         found += without_effect("train", config.train, ["eval_examples"], why)
