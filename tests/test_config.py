@@ -7,7 +7,17 @@ import math
 import pytest
 
 from jaxtrain import config as c
-from jaxtrain.config import CheckpointConfig, Config, DataConfig, LayoutConfig, ModelConfig, OptimConfig, TrainConfig
+from jaxtrain.config import (
+    CheckpointConfig,
+    Config,
+    CostConfig,
+    DataConfig,
+    LayoutConfig,
+    ModelConfig,
+    OptimConfig,
+    ProfileConfig,
+    TrainConfig,
+)
 from jaxtrain.durations import Duration
 from jaxtrain.errors import ConfigError
 
@@ -170,6 +180,11 @@ BAD = [
     (CheckpointConfig, "milestone_every", "30 minutes", "not a duration"),
     (CheckpointConfig, "resume", "", "auto, latest, best"),
     (CheckpointConfig, "allow_changes", 0, "true or false"),
+    (ProfileConfig, "steps", (100,), "two steps from 1 on"),
+    (ProfileConfig, "steps", (0, 5), "two steps from 1 on"),
+    (ProfileConfig, "steps", (6, 5), "the first and the last"),
+    (ProfileConfig, "length", 0, "at least 1"),
+    (CostConfig, "per_gpu_hour", -2.5, "at least 0"),
 ]
 
 

@@ -33,7 +33,8 @@ SCRIPTS = [".ci/run", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / ".
 MADE = {
     # the work directory of a run
     "config.json", "dataset.json", "metrics.csv", "metrics.jsonl", "result.json", "manifest.json", "bad_batches.jsonl",
-    "plan.json", "skipped_images.txt", "checkpoints/", "logs/", "starts/", "tensorboard/", "corrupt/", "superseded/", "runs/",
+    "plan.json", "skipped_images.txt", "checkpoints/", "logs/", "starts/", "tensorboard/", "corrupt/", "superseded/",
+    "profile/", "runs/",
     # the data directory
     "downloads/manual/",
     # what the documents' own commands and examples write

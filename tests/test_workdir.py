@@ -178,6 +178,7 @@ def test_every_field_has_its_kind():
         *("layout.reduce", "layout.reduce_bucket", "layout.nccl_algo", "layout.nccl_protocol"),
         *("checkpoint.every", "checkpoint.keep", "checkpoint.milestone_every", "checkpoint.resume"),
         *("checkpoint.allow_changes", "checkpoint.best"),
+        *("profile.steps", "profile.length", "cost.per_gpu_hour"),
     }
     length = {"train.epochs", "train.steps"}
     numbers = {

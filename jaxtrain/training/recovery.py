@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import logging
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,10 +12,13 @@ from typing import Literal
 from jaxtrain.checkpoint.manifest import manifested_steps, read_manifest
 from jaxtrain.checkpoint.resume_point import CheckpointStep, Position, ResumePoint
 from jaxtrain.config import Config, from_dict, to_dict
+from jaxtrain.distributed import coordination
 from jaxtrain.errors import NumericError
 from jaxtrain.observability.anomaly import Anomaly
 
 log = logging.getLogger("jaxtrain")
+
+_REPLICAS_SECONDS = 60.0
 
 Response = Literal["go on", "roll back", "stop"]
 
@@ -62,6 +66,12 @@ def refused_update(step: int, metrics: Mapping[str, float]) -> Anomaly:
     """The anomaly of an update that was refused, because its loss or gradient norm is not finite."""
     loss, norm = metrics["loss"], metrics["grad_norm"]
     return Anomaly(f"the update of step {step} was refused: loss {loss:g}, gradient norm {norm:g}", "stop", step)
+
+
+def found_anywhere(differences: list[str]) -> list[str]:
+    """What the processes have found, the same on all. differences: what this one has."""
+    told = coordination.allgather_str(coordination.unique_key("replicas"), json.dumps(differences), _REPLICAS_SECONDS)
+    return [text for texts in told for text in json.loads(texts)]
 
 
 def replicas_differ(step: int, every: int, difference: str) -> Anomaly:

@@ -41,6 +41,7 @@ from jaxtrain.training.jax_settings import compile_cache_note, no_implicit_trans
 from jaxtrain.training.loop import Host, TrainLoop
 from jaxtrain.training.plan.auto import choose_layout, memory_remedies
 from jaxtrain.training.pretrained_settings import require_weights
+from jaxtrain.training.profiling import catch_profile_signal
 from jaxtrain.training.recovery import RollBack
 from jaxtrain.training.results import TrainResult
 from jaxtrain.training.setup import (
@@ -95,7 +96,8 @@ def train(
         first = jax.process_index() == 0
         times = TimesFile(directory.starts, clock, lambda: watchdog.beat().step) if first else NullTimes()
         stack.enter_context(_end_recorded(times, interrupt, watchdog))
-        host = Host(directory, interrupt, watchdog, clock, progress, lease, times)
+        request = stack.enter_context(catch_profile_signal())
+        host = Host(directory, interrupt, watchdog, clock, progress, lease, times, request)
         config = _choose_layout(config, host, devices)
         resolve = functools.partial(resolve_for_machine, devices=devices)
         resume, config = resume_lib.where_to_start(directory, config, resolve)

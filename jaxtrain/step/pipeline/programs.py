@@ -103,6 +103,17 @@ def shapes_on_stage(tree: PyTree, layout: Layout, stage: int) -> PyTree:
     return shapes_of(tree, jax.tree.map(lambda leaf: on_stage(leaf.sharding), tree))
 
 
+def named(function: Callable[..., T], name: str) -> Callable[..., T]:
+    """`function` under another name: that of its program in a profile, where each chunk should have its own."""
+
+    @functools.wraps(function)
+    def renamed(*arguments: Any) -> T:
+        return function(*arguments)
+
+    renamed.__name__ = name
+    return renamed
+
+
 def compile_together(makers: Sequence[Compiling[T]]) -> list[T]:
     """Runs all `makers` and returns their results.
 
@@ -228,7 +239,8 @@ def _lower_forward(
     shapes = jax.eval_shape(passes.forward, *arguments)
     output = layout.sharding() if shapes[0].ndim == 0 else layout.examples
     aux = jax.tree.map(lambda _: layout.sharding(), shapes[1])
-    return jax.jit(passes.forward, out_shardings=(output, aux, None)).lower(*arguments), shapes
+    program = jax.jit(named(passes.forward, f"chunk_{chunk.index}_forward"), out_shardings=(output, aux, None))
+    return program.lower(*arguments), shapes
 
 
 def _lower_backward(
@@ -263,7 +275,7 @@ def _lower_backward(
     output, aux, residuals = results
     shardings = (jax.tree.map(lambda leaf: leaf.sharding, sums), layout.examples if chunk.gives_gradient else ())
     cotangent = () if chunk.last or not chunk.gets_gradient else output
-    program = jax.jit(backward, out_shardings=shardings, donate_argnums=0)
+    program = jax.jit(named(backward, f"chunk_{chunk.index}_backward"), out_shardings=shardings, donate_argnums=0)
     return program.lower(sums, cotangent, residuals, output, aux, *arguments)
 
 
@@ -337,7 +349,9 @@ def compile_stage(
         after, norms = apply_update(task, shardings, updating, state, gradients, batch_stats, decision)
         return after, row(*map(jnp.square, norms))
 
-    updater = jax.jit(update, out_shardings=(shardings, layout.sharding()), donate_argnums=0)
+    updater = jax.jit(
+        named(update, f"stage_{stage}_update"), out_shardings=(shardings, layout.sharding()), donate_argnums=0
+    )
     programs = yield {
         "measure": jax.jit(measure, out_shardings=layout.sharding()).lower(state, sums),
         "update": updater.lower(state, sums, decision),
