@@ -63,7 +63,7 @@ class Host:
     progress: Progress
     lease: Lease | NoLease
     times: NullTimes
-    profile_request: ProfileRequest
+    profiles: ProfileRequest
 
 
 class _StopEvaluation(Exception):
@@ -87,16 +87,12 @@ class TrainLoop:
         self.clock, self.watchdog = host.clock, host.watchdog
         validates = len(run.dataset.validation) > 0
         self.timetable = Timetable(run.config, len(run.dataset.train), run.steps, position, validates=validates)
-        resident = bool(compiled.inputs.offsets)
-        self.reporter = Reporter(
-            run, self.timetable, position, host.directory, host.clock, host.progress, resident=resident
-        )
+        resident, shown = bool(compiled.inputs.offsets), (host.directory, host.clock, host.progress)
+        self.reporter = Reporter(run, self.timetable, position, *shown, resident=resident)
         self.anomalies = AnomalyDetector(self.config.train.nonfinite_skips, self.config.train.spike_threshold)
         self.replica_check = ReplicaCheck()
         self.validated: tuple[int, dict[str, EvalResult]] = (-1, {})  # the last step that was, and its results
-        self.profiler = Profiler(
-            compiled, host.directory, host.progress, host.watchdog, host.clock, host.profile_request
-        )
+        self.profiler = Profiler(compiled, host.directory, host.progress, host.watchdog, host.clock, host.profiles)
         self.saver = Saver(checkpointer, run.config, self.timetable, position.step, self.reporter.flush)
         self.stopping = False  # all processes stop after the step that was dispatched last
         self.time_to_save = False  # process 0's clock asks for a checkpoint
