@@ -152,7 +152,10 @@ def final_result(
       goodput: of all starts of the run; None where it is not known.
     """
     tested = len(run.dataset.test) > 0
-    of_all_starts = {"goodput": goodput.share, "starts": goodput.starts} if goodput else {}
+    of_all_starts = {}
+    if goodput:
+        of_all_starts = {"goodput": goodput.share, "starts": goodput.starts}
+        of_all_starts |= {"gpu_hours": goodput.gpu_hours, "cost": goodput.cost}
     return {
         "steps": position.step,
         "examples": position.examples,

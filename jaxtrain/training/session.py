@@ -27,6 +27,7 @@ from jaxtrain.distributed.exit_report import ExitReport
 from jaxtrain.distributed.interrupt import Interrupt, catch_signals
 from jaxtrain.distributed.watchdog import Watchdog, watching
 from jaxtrain.errors import InterruptedRunError, PreemptedError
+from jaxtrain.host.backend import on_cpu
 from jaxtrain.host.files import closing, writing
 from jaxtrain.models import settings as models
 from jaxtrain.observability import start_record
@@ -154,6 +155,7 @@ def _train_from(
     position = dataclasses.replace(position, weights=compiled.weights or start.weights)
     compiled.evaluate.begin(state)
     _take_over(host, resume, config, run, position)
+    host.times.runs_on(0 if on_cpu(devices) else run.layout.mesh.size, config.cost.per_gpu_hour)
     host.times.goes_on_from(position.step, run.steps)
     checkpointer = Checkpointer(
         directory.checkpoints,
