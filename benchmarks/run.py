@@ -30,6 +30,7 @@ from benchmarks.cpu import (
     startup,
     status,
     steps,
+    submit,
 )
 
 BENCHMARKS: dict[str, Callable[[], Any]] = {
@@ -51,6 +52,7 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "scale": scale.measure,
     "collectives": collectives.measure,
     "status": status.measure,
+    "submit": submit.measure,
 }
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
@@ -175,6 +177,9 @@ def _rows(measured: dict[str, Any]) -> list[str]:
         found = measured["status"]
         for name, count in (("one", 1), ("many", found["runs"])):
             lines.append(_row(f"jaxtrain status, {count:,} runs", found["seconds"][name], 1, "s", 2))
+    for row in measured.get("submit", []):
+        name = f"from jaxtrain submit to the first step of quickstart, {row['cache']} compile cache"
+        lines.append(_row(name, row["seconds"], 1, "s"))
     if "collectives" in measured:
         what = "Collectives (gloo), measured -> predicted by the cost model, and the error of that:"
         lines += ["", what, "", collectives.table(measured["collectives"])]
