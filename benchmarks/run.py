@@ -31,6 +31,7 @@ from benchmarks.cpu import (
     startup,
     status,
     steps,
+    submit,
     telemetry,
 )
 
@@ -55,6 +56,7 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "compress": compress.measure,
     "status": status.measure,
     "telemetry": telemetry.measure,
+    "submit": submit.measure,
 }
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
@@ -193,6 +195,9 @@ def _rows(measured: dict[str, Any]) -> list[str]:
         )
         for saves, size in found["resident_bytes"].items():
             lines.append(f"| resident memory of a run after {saves} saves | {size / 2**20:.1f} MiB | |")
+    for row in measured.get("submit", []):
+        name = f"from jaxtrain submit to the first step of quickstart, {row['cache']} compile cache"
+        lines.append(_row(name, row["seconds"], 1, "s"))
     if "collectives" in measured:
         what = "Collectives (gloo), measured -> predicted by the cost model, and the error of that:"
         lines += ["", what, "", collectives.table(measured["collectives"])]

@@ -131,6 +131,10 @@ def _are_ratios(values: tuple) -> bool:
     return len(values) == 2 and all(type(v) in (int, float) for v in values) and 1 / 16 <= values[0] <= values[1] <= 16
 
 
+def _is_window(values: tuple) -> bool:
+    return not values or (len(values) == 2 and all(type(v) is int for v in values) and 1 <= values[0] <= values[1])
+
+
 def _rising_numbers(values: tuple) -> bool:
     return all(isinstance(v, int) for v in values) and list(values) == sorted(set(values))
 
@@ -853,6 +857,31 @@ class TelemetryConfig(_Section):
 
 
 @dataclasses.dataclass(frozen=True)
+class ProfileConfig(_Section):
+    """Which steps are profiled (docs/profiling.md). It changes no number of the run."""
+
+    _prefix = "profile."
+
+    steps: Annotated[tuple, _must_be("two steps from 1 on, the first and the last of the window", _is_window)] = ()
+    """The first and the last step that are profiled, such as (100, 105): a trace, and a summary of the dearest operations,
+    in `profile` of the work directory. () profiles none, unless a signal asks for it."""
+
+    length: Annotated[int, _at_least(1)] = 5
+    """How many steps the process profiles that gets the signal SIGUSR2."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CostConfig(_Section):
+    """What devices cost."""
+
+    _prefix = "cost."
+
+    per_gpu_hour: Annotated[float, _between(0, 1e9)] = 0.0
+    """The price of a GPU an hour, in any currency. The run then says what it cost: in `result.json`, `jaxtrain goodput` and
+    `jaxtrain status`. 0 is no price."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Config(_Section):
     """A whole run."""
 
@@ -869,6 +898,8 @@ class Config(_Section):
     telemetry: TelemetryConfig = TelemetryConfig()
     callbacks: CallbacksConfig = CallbacksConfig()
     sinks: SinksConfig = SinksConfig()
+    profile: ProfileConfig = ProfileConfig()
+    cost: CostConfig = CostConfig()
 
     def _validate(self) -> None:
         batch, parts, groups = self.data.global_batch, self.layout.microbatches, self.model.bn_groups

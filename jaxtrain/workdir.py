@@ -99,6 +99,10 @@ class Workdir:
         """The times of one step's operations in one process (`layout.trace_step`)."""
         return self.logs / f"pipeline_trace_{process}.json"
 
+    def profile(self, first: int, last: int, process: int) -> Path:
+        """The profile of the steps from `first` to `last` in one process: a trace, and `summary.txt`."""
+        return self.path / "profile" / f"steps_{first}_{last}" / f"process_{process}"
+
     def log(self, process: int) -> Path:
         """The text log of one process."""
         return self.logs / f"process_{process}.log"

@@ -11,10 +11,12 @@ from jaxtrain.config import (
     CallbacksConfig,
     CheckpointConfig,
     Config,
+    CostConfig,
     DataConfig,
     LayoutConfig,
     ModelConfig,
     OptimConfig,
+    ProfileConfig,
     SinksConfig,
     TelemetryConfig,
     TrainConfig,
@@ -203,6 +205,11 @@ BAD = [
     (TelemetryConfig, "port", 65536, "at least 0 and below 65536"),
     (TelemetryConfig, "images", -1, "at least 0"),
     (TelemetryConfig, "histograms_every", -1, "at least 0"),
+    (ProfileConfig, "steps", (100,), "two steps from 1 on"),
+    (ProfileConfig, "steps", (0, 5), "two steps from 1 on"),
+    (ProfileConfig, "steps", (6, 5), "the first and the last"),
+    (ProfileConfig, "length", 0, "at least 1"),
+    (CostConfig, "per_gpu_hour", -2.5, "at least 0"),
 ]
 
 

@@ -34,7 +34,8 @@ MADE = {
     # the work directory of a run
     "config.json", "dataset.json", "metrics.csv", "metrics.jsonl", "result.json", "manifest.json", "bad_batches.jsonl",
     "sinks.json",
-    "plan.json", "skipped_images.txt", "checkpoints/", "logs/", "starts/", "tensorboard/", "corrupt/", "superseded/", "runs/",
+    "plan.json", "skipped_images.txt", "checkpoints/", "logs/", "starts/", "tensorboard/", "corrupt/", "superseded/",
+    "profile/", "runs/",
     # the data directory
     "downloads/manual/",
     # what the documents' own commands and examples write
@@ -418,6 +419,26 @@ def test_commands_in_blocks_are_understood(document, monkeypatch):
     """Their files and modules exist; a `jaxtrain` command is parsed and its config made."""
     monkeypatch.chdir(ROOT)
     report(document, ((line, why) for line, text in commands(document) for why in check_line(text, document)))
+
+
+def test_each_row_of_the_migration_page_can_be_done():
+    """Its commands are parsed as a whole, with their recipes; each row names a command, a field, a file, or says why not."""
+    document = "docs/migrating.md"
+
+    def wrong() -> Iterator[tuple[int, str]]:
+        for line, text in spans(document):
+            if text.startswith("jaxtrain "):
+                yield from ((line, why) for why in check_arguments(shlex.split(text)))
+        for number, row in enumerate(read(document).split("\n"), 1):
+            cells = [cell.strip() for cell in row.strip("|").split("|")]
+            if (
+                row.startswith("| ")
+                and cells[1] != "here"
+                and not re.search(r"`|\]\(|by design|not needed|default", cells[1])
+            ):
+                yield number, f"{cells[0]}: nothing is named for it"
+
+    report(document, wrong())
 
 
 PROGRAMS = "python3? jaxtrain pip sbatch qsub docker kubectl sky aws gcloud git ruff tensorboard"

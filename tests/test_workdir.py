@@ -182,6 +182,7 @@ def test_every_field_has_its_kind():
         "telemetry.histograms_every",
         *("callbacks.names", "callbacks.patience", "callbacks.min_delta", "callbacks.swa_start"),
         *("sinks.names", "sinks.project", "sinks.close_seconds"),
+        *("profile.steps", "profile.length", "cost.per_gpu_hour"),
     }
     length = {"train.epochs", "train.steps"}
     numbers = {

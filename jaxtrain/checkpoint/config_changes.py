@@ -11,7 +11,7 @@ from typing import Any, Literal
 from jaxtrain.config import Config, flatten, to_dict, tuples_to_lists
 
 _FREE = re.compile(
-    r"layout\..*|checkpoint\..*|telemetry\..*|callbacks\..*|sinks\..*"
+    r"layout\..*|checkpoint\..*|telemetry\..*|callbacks\..*|sinks\..*|profile\..*|cost\..*"
     r"|train\.(log_every|eval_every|eval_examples|steps_per_call|remat|deterministic|hang_seconds|nonfinite_skips|rollbacks)"
     r"|train\.(spike_threshold|check_replicas_every)"
     # batch_per_device only ever set the global batch at the first start; the stored global batch is what counts

@@ -13,7 +13,7 @@ from rich.table import Table
 from jaxtrain.cli.start import console
 from jaxtrain.host.text import printable
 from jaxtrain.observability.goodput import StartTimes, goodput, read_starts
-from jaxtrain.observability.rendering import duration
+from jaxtrain.observability.rendering import cost, duration, gpu_hours
 from jaxtrain.workdir import Workdir, named
 
 
@@ -40,6 +40,8 @@ def run(arguments: argparse.Namespace) -> None:
         print(f"start {number}, {_ended(start)}")
     again = f", {found.lost_steps} done again" if found.lost_steps else ""
     count = "1 start" if found.starts == 1 else f"{found.starts} starts"
+    if found.gpu_hours:
+        print(f"GPU hours {gpu_hours(found.gpu_hours)}, cost {cost(found.cost)}")
     print(f"goodput {found.share:.1%}: {count}, {found.steps} steps{again}")
 
 

@@ -16,7 +16,7 @@ from jaxtrain.errors import ConfigError
 from jaxtrain.host.files import atomic_write
 from jaxtrain.host.paths import require_local
 from jaxtrain.host.text import printable
-from jaxtrain.observability.rendering import size
+from jaxtrain.observability.rendering import cost, gpu_hours, size
 
 _SHOWN = 12
 
@@ -175,10 +175,10 @@ def _fit(arguments: argparse.Namespace, resolved: Any, prices: Mapping[str, floa
         if not row["devices"]:
             table.add_row(row["gpu"], "-", "-", size(row["usable_bytes"]), "-", "-", "-", row["why_not"])
             continue
-        cost = "-" if row["cost"] is None else f"{row['cost']:.3g}"
         table.add_row(
             row["gpu"], str(row["devices"]), size(row["peak_bytes"]), size(row["usable_bytes"]),
-            f"{row['epoch_seconds'] / 60:.3g}", f"{row['gpu_hours']:.3g}", cost, row["flags"] or "(the config as it is)",
+            f"{row['epoch_seconds'] / 60:.3g}", gpu_hours(row["gpu_hours"]), cost(row["cost"]),
+            row["flags"] or "(the config as it is)",
         )  # fmt: skip
     console = start.console()
     console.print("the fewest of each GPU that leave 30 % to spare, by formulas; times are modelled, not measured")

@@ -14,7 +14,7 @@ from jaxtrain.jobs import run_status
 from jaxtrain.jobs.queue import Entry, JobState, default_queue
 from jaxtrain.jobs.run_status import RunStatus, age, find_runs, read_status
 from jaxtrain.jobs.target import run_or_job
-from jaxtrain.observability.rendering import loss, percent, short_duration
+from jaxtrain.observability.rendering import cost, gpu_hours, loss, percent, short_duration
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,13 +71,18 @@ def _print_jobs(jobs: Sequence[JobStatus]) -> None:
 
 
 def _print_runs(runs: Sequence[RunStatus]) -> None:
-    table = Table(
-        "run", "state", "progress", "loss", "val acc", "left", "devices", "seen", "why", box=None, pad_edge=False
-    )
+    spent = ("GPU hours", "cost") if any(run.gpu_hours for run in runs) else ()
+    columns = ("run", "state", "progress", "loss", "val acc", "left", "devices", "seen", *spent, "why")
+    table = Table(*columns, box=None, pad_edge=False)
     for run in runs:
         seen = f"{short_duration(age(run))} ago" if run.seen else ""
-        table.add_row(run.path, run.state, *_progress(run), run.devices, seen, run.reason)
+        table.add_row(run.path, run.state, *_progress(run), run.devices, seen, *_spent(run)[: len(spent)], run.reason)
     console().print(table)
+
+
+def _spent(run: RunStatus) -> tuple[str, str]:
+    """GPU hours, and what they cost."""
+    return ("", "") if run.gpu_hours is None else (gpu_hours(run.gpu_hours), cost(run.cost))
 
 
 def _progress(run: RunStatus) -> tuple[str, str, str, str]:

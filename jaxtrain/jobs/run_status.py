@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import socket
@@ -13,7 +14,7 @@ from typing import Any
 from jaxtrain.checkpoint import lease
 from jaxtrain.errors import InterruptedRunError, PreemptedError, WorkdirError
 from jaxtrain.host.files import parse_json, read_json
-from jaxtrain.observability.goodput import StartTimes, read_last_start
+from jaxtrain.observability.goodput import Goodput, StartTimes, goodput, read_last_start, read_starts
 from jaxtrain.workdir import Workdir
 
 RUNNING, DONE, STOPPED, FAILED, DIED, DAMAGED = "running", "done", "stopped", "failed", "died", "damaged"
@@ -54,6 +55,10 @@ class RunStatus:
     """When that was started (`start_ticks`)."""
     code: int | None = None
     """The exit code of the latest start."""
+    gpu_hours: float | None = None
+    """Of all its starts; None on a CPU."""
+    cost: float | None = None
+    """Of these, at `cost.per_gpu_hour`."""
 
 
 def is_run(folder: Path) -> bool:
@@ -103,6 +108,7 @@ def _read_status(path: Path) -> RunStatus:
     else:
         state, reason = _state(start, lives)
     last = start.last_step if start else 0
+    spent = _spent(workdir.starts) if start and start.gpus else None
     rows = _latest_rows(workdir.metrics_jsonl)
     training, validation = (next((row for row in rows if row["phase"] == phase), {}) for phase in ("train", "val"))
     return RunStatus(
@@ -122,7 +128,16 @@ def _read_status(path: Path) -> RunStatus:
         pid=holder.owner.pid if holder and lives else None,
         born=holder.owner.born if holder and lives else "",
         code=start.end.code if start and start.end and not lives else None,
+        gpu_hours=spent.gpu_hours if spent else None,
+        cost=spent.cost if spent else None,
     )
+
+
+def _spent(starts: Path) -> Goodput | None:
+    """What all starts took; None where the file of an earlier one is damaged."""
+    with contextlib.suppress(WorkdirError):
+        return goodput(read_starts(starts))
+    return None
 
 
 def _state(start: StartTimes, lives: bool) -> tuple[str, str]:

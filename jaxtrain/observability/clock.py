@@ -11,9 +11,9 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
 
-CATEGORIES: tuple[str, ...] = ("compile", "input", "step", "checkpoint", "evaluation", "other")
+CATEGORIES: tuple[str, ...] = ("compile", "input", "step", "checkpoint", "evaluation", "profile", "other")
 # Work between steps: part of neither a step's time nor the throughput of training.
-_BETWEEN_STEPS = ("compile", "checkpoint", "evaluation")
+_BETWEEN_STEPS = ("compile", "checkpoint", "evaluation", "profile")
 
 WARMUP_STEPS = 2
 """Steps after a start that throughput and step time leave out: caches are cold and reading ahead has just begun."""
@@ -155,6 +155,7 @@ _ADVICE = {
     "step": "more devices would help",
     "checkpoint": "save less often with config.checkpoint.every",
     "evaluation": "evaluate less often with config.train.eval_every",
+    "profile": "a run without config.profile.steps is not slowed down by it",
     "other": "the host is busy between steps; raise config.train.log_every, or leave it more CPU",
 }
 

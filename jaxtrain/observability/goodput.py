@@ -70,11 +70,20 @@ class StartTimes:
     """None while it runs, or where nobody has said how it ended."""
     last_step: int = 0
     """The step at which the run is to end; 0 where that is not known yet."""
+    gpus: int = 0
+    """That it trains on; 0 on a CPU, or where that is not known yet."""
+    price: float = 0.0
+    """Of a GPU an hour (`cost.per_gpu_hour`); 0 where none was given."""
 
     @property
     def wall(self) -> float:
         """Seconds from its beginning to the last update of its file."""
         return sum(self.seconds.values())
+
+    @property
+    def gpu_hours(self) -> float:
+        """Its wall time in hours, times its GPUs."""
+        return self.gpus * self.wall / 3600
 
 
 class NullTimes:
@@ -87,6 +96,9 @@ class NullTimes:
 
     def goes_on_from(self, step: int, last_step: int) -> None:
         """The run goes on from `step` to `last_step`: at the start, or after a roll-back."""
+
+    def runs_on(self, gpus: int, price: float) -> None:
+        """The start trains on so many GPUs, at `price` for one an hour (0: not given)."""
 
     def summary(self) -> Goodput | None:
         """The goodput over all starts; None where it is not known."""
@@ -121,6 +133,7 @@ class TimesFile(NullTimes):
         self._began = time.time() - clock.now().wall - self._before
         self._first: int | None = None
         self._last_step = 0
+        self._gpus, self._price = 0, 0.0
         self._lost = 0
         self._end: StartEnd | None = None
         self._writing = threading.Lock()
@@ -134,6 +147,9 @@ class TimesFile(NullTimes):
             self._first = step
         else:
             self._lost += max(self._step() - step, 0)
+
+    def runs_on(self, gpus: int, price: float) -> None:
+        self._gpus, self._price = gpus, price
 
     def summary(self) -> Goodput | None:
         self._write()
@@ -154,7 +170,9 @@ class TimesFile(NullTimes):
         with self._writing:
             host = socket.gethostname()
             done = max(step, first)
-            times = StartTimes(self._began, first, done, self._lost, seconds, host, self._end, self._last_step)
+            times = StartTimes(
+                self._began, first, done, self._lost, seconds, host, self._end, self._last_step, self._gpus, self._price
+            )
             _replace(self.path, times)
 
     def close(self) -> None:
@@ -182,6 +200,10 @@ class Goodput:
     """That count."""
     lost_steps: int
     """That were done again."""
+    gpu_hours: float = 0.0
+    """Of all starts, without the time between them; 0 on a CPU."""
+    cost: float | None = None
+    """`gpu_hours` times the price that the latest start was given; None where it was given none."""
 
     @property
     def wall(self) -> float:
@@ -220,7 +242,8 @@ def _files_of(folder: Path) -> list[Path]:
 def _read(path: Path) -> StartTimes:
     try:
         times = StartTimes(**parse_json(path.read_bytes()))
-        numbers = [times.began, times.first_step, times.step, times.lost_steps, *times.seconds.values()]
+        numbers = [times.began, times.first_step, times.step, times.lost_steps, times.gpus, times.price]
+        numbers += times.seconds.values()
         if "step" not in times.seconds or not all(math.isfinite(number) for number in numbers):
             raise ValueError("it does not hold the times of a start")
         return dataclasses.replace(times, end=StartEnd(**times.end)) if isinstance(times.end, dict) else times
@@ -289,4 +312,6 @@ def goodput(starts: Sequence[StartTimes]) -> Goodput:
         if number + 1 < len(starts):
             total["down"] += max(starts[number + 1].began - start.began - start.wall, 0.0)
     total["training"] = sum((last - first) * step_seconds for first, last, step_seconds in counting)
-    return Goodput(dict(total), len(starts), sum(last - first for first, last, _ in counting), lost_steps)
+    steps, gpu_hours = sum(last - first for first, last, _ in counting), sum(start.gpu_hours for start in starts)
+    price = starts[-1].price if starts else 0.0
+    return Goodput(dict(total), len(starts), steps, lost_steps, gpu_hours, gpu_hours * price if price else None)

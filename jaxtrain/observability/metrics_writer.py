@@ -141,6 +141,7 @@ class MetricsWriter(NullMetricsWriter):
 
     def histograms(self, step: int, values: Mapping[str, Histogram]) -> None:
         self._events["train"].histograms(step, values)
+
     def _send(self, prefix: str, step: int, numbers: Mapping[str, Any]) -> None:
         if self._sinks is not None:
             self._sinks.log(step, {prefix + name: value for name, value in _scalars(numbers).items()})

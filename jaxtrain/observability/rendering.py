@@ -57,6 +57,16 @@ def loss(value: float) -> str:
     return f"{value:.4f}" if not abs(value) >= 10_000 else f"{value:.3g}"
 
 
+def gpu_hours(hours: float) -> str:
+    """Three digits: `0.0123`, `1.25`, `128`; from 1,000 on without a fraction."""
+    return f"{hours:.3g}" if hours < 999.5 else f"{hours:,.0f}"
+
+
+def cost(money: float | None) -> str:
+    """As `gpu_hours`, in the currency of the price; `-` where there is no price."""
+    return "-" if money is None else gpu_hours(money)
+
+
 def learning_rate(value: float) -> str:
     """Four decimals, or two digits and an exponent where these would show less than two digits."""
     return f"{value:.4f}" if value >= 0.001 or value == 0 else f"{value:.1e}"

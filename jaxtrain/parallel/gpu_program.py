@@ -34,7 +34,7 @@ _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.\-]+) \(.*\{$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (\(.*?\)|\S+) ([\w\-]+)\((.*)$")
 _LAYER = re.compile(r"layers_\d+|\b(?:augmentation|update)\b")
 _FREE = {"parameter", "get-tuple-element", "tuple", "bitcast", "constant", "after-all", "partition-id", "replica-id"}
-_COLLECTIVES = (
+COLLECTIVES = (
     "all-reduce",
     "all-gather",
     "reduce-scatter",
@@ -161,7 +161,7 @@ def read_program(hlo: str, mesh: Mesh) -> GpuProgram:
     for instruction, times, shapes in _executed(computations, entry, 1):
         kind = instruction.op.removesuffix("-start")
         layer, operation = _origin(instruction, computations)
-        if kind in _COLLECTIVES:
+        if kind in COLLECTIVES:
             size = _result_bytes(instruction)
             collectives.append(Collective(kind, _axes(instruction.rest, mesh), times, size, layer, operation))
             continue
@@ -172,6 +172,41 @@ def read_program(hlo: str, mesh: Mesh) -> GpuProgram:
         kernels.append(Kernel(_kind(instruction, target), times, moved, layer, operation, products))
     header = hlo.partition("\n")[0]
     return GpuProgram(tuple(kernels), tuple(collectives), len(re.findall(r"(?:may|must)-alias", header)), callbacks)
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """Where an instruction of a program comes from: `kind`, `layer` and `operation` as those of a `Kernel`."""
+
+    kind: str
+    layer: str
+    operation: str
+
+
+def instruction_origins(hlo: str) -> dict[str, Origin]:
+    """The origin of each instruction by its name, as profiles have it.
+
+    XLA:CPU gives some convolutions no JAX name; they have that of what uses them.
+
+    hlo: as `read_program` takes it.
+    """
+    computations, _ = _computations(hlo)
+    origins = {}
+    for instructions in computations.values():
+        users: dict[str, tuple[str, str]] = {}
+        for instruction in reversed(instructions):  # what uses a value comes after it
+            target = instruction.attribute(r'custom_call_target="([^"]+)"')
+            layer, operation = _origin(instruction, computations)
+            if not operation:
+                layer, operation = users.get(instruction.name, ("", ""))
+            users |= dict.fromkeys(instruction.operands, (layer, operation)) if operation else {}
+            origins[instruction.name] = Origin(_kind(instruction, target), layer, operation.rstrip(")"))
+    return origins
+
+
+def module_name(hlo: str) -> str:
+    """The name of a program, as profiles have it: `jit_step`."""
+    return hlo.partition("\n")[0].removeprefix("HloModule ").partition(",")[0].strip()
 
 
 def permuted_bytes(hlo: str, counted: Callable[[int, int], bool] = lambda sender, receiver: True) -> dict[int, int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import types
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
@@ -29,6 +30,10 @@ from jaxtrain.step.task import Task
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.step.update import update_state
 from jaxtrain.trees import PyTree
+
+NO_OPTIONS: Mapping[str, str] = types.MappingProxyType({})
+NO_COMMAND_BUFFERS: Mapping[str, str] = types.MappingProxyType({"xla_gpu_enable_command_buffer": ""})
+"""For XLA's compiler: a GPU gets each kernel by itself. In a command buffer (a CUDA graph) a profile does not see them."""
 
 
 class TrainStep(Protocol):
@@ -106,7 +111,13 @@ class MeshTrainStep:
 
 
 def make_train_step(
-    task: Task, layout: Layout, state: TrainState, batch: Batch, resident: Resident, per_call: int = 1
+    task: Task,
+    layout: Layout,
+    state: TrainState,
+    batch: Batch,
+    resident: Resident,
+    per_call: int = 1,
+    options: Mapping[str, str] = NO_OPTIONS,
 ) -> MeshTrainStep:
     """Compiles the train step.
 
@@ -118,14 +129,21 @@ def make_train_step(
       resident: the data set, if it lives on the devices.
       per_call: how many updates one program should make. The result's `per_call` is 1 where that is not possible (the
         host drives the microbatches) or would be slower (`_slow_in_a_loop`).
+      options: of XLA's compiler, by their names in `XLA_FLAGS`.
     """
     if layout.config.microbatches == 1:
-        return _compile_whole_step(task, layout, state, batch, resident, per_call)
-    return _compile_accumulating_step(task, layout, state, batch, resident)
+        return _compile_whole_step(task, layout, state, batch, resident, per_call, options)
+    return _compile_accumulating_step(task, layout, state, batch, resident, options)
 
 
 def _compile_whole_step(
-    task: Task, layout: Layout, state: TrainState, batch: Batch, resident: Resident, per_call: int
+    task: Task,
+    layout: Layout,
+    state: TrainState,
+    batch: Batch,
+    resident: Resident,
+    per_call: int,
+    options: Mapping[str, str],
 ) -> MeshTrainStep:
     """One microbatch: the step is one program, and `per_call` steps are one more."""
     update, shardings = _update_function(task, layout, state)
@@ -146,14 +164,14 @@ def _compile_whole_step(
     lowered = compiling(step).lower(state, batch, resident)
     if per_call > 1 and _slow_in_a_loop(layout, lowered):
         per_call = 1
-    programs = {"step": lowered.compile()}
+    programs = {"step": lowered.compile(dict(options))}
     if per_call > 1:
-        programs["call"] = compiling(call).lower(state, stacked(batch, per_call), resident).compile()
+        programs["call"] = compiling(call).lower(state, stacked(batch, per_call), resident).compile(dict(options))
     return MeshTrainStep(programs, programs["step"].output_shardings[0], layout, per_call=per_call)
 
 
 def _compile_accumulating_step(
-    task: Task, layout: Layout, state: TrainState, batch: Batch, resident: Resident
+    task: Task, layout: Layout, state: TrainState, batch: Batch, resident: Resident, options: Mapping[str, str]
 ) -> MeshTrainStep:
     """Several microbatches: a program that adds a microbatch's gradients to the accumulators, and one for the update."""
     update, shardings = _update_function(task, layout, state)
@@ -175,7 +193,7 @@ def _compile_accumulating_step(
         "gradients": adding.lower(sums, state, batch, resident, index),
         "update": updating.lower(state, sums, batch.step, batch.hyperparams),
     }
-    programs = {name: program.compile() for name, program in lowered.items()}
+    programs = {name: program.compile(dict(options)) for name, program in lowered.items()}
     accumulator = programs["zeros"].output_shardings.gradients
     return MeshTrainStep(programs, programs["update"].output_shardings[0], layout, accumulator)
 

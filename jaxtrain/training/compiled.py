@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtrain.checkpoint.checkpointer import Checkpointer, holds, restore_leaves
 from jaxtrain.checkpoint.resume_point import ResumePoint
 from jaxtrain.errors import DeviceMemoryError
+from jaxtrain.host.backend import on_cpu
 from jaxtrain.host.files import closing
 from jaxtrain.host.limits import limits_named
 from jaxtrain.observability.text_log import FILE_ONLY, NOT_LIVE, to_screen
@@ -30,7 +31,7 @@ from jaxtrain.step.local_sgd import averages
 from jaxtrain.step.pipeline.eval_step import PipelineEvalStep, make_pipeline_eval_step
 from jaxtrain.step.pipeline.train_step import make_pipeline_train_step
 from jaxtrain.step.train_state import TrainState, create_state, state_shapes
-from jaxtrain.step.train_step import TrainStep, make_train_step
+from jaxtrain.step.train_step import NO_COMMAND_BUFFERS, NO_OPTIONS, TrainStep, make_train_step
 from jaxtrain.training.initial_weights import initial_weights
 from jaxtrain.training.input_pipeline import InputPipeline, make_input_pipeline
 from jaxtrain.training.jax_settings import compile_cache_note
@@ -72,6 +73,16 @@ class CompiledRun:
         if not self.run.layout.trains_by_device:
             return state
         return dataclasses.replace(state, **self._averages(state))
+
+    def step_for_profile(self) -> TrainStep:
+        """The step with operations that a profile can tell apart: on GPUs compiled anew, without command buffers.
+
+        The programs of pipeline stages stay as they are. With several processes all must call it.
+        """
+        if self.run.layout.stages > 1 or on_cpu(self.run.layout.mesh.devices.flat):
+            return self.step
+        state = state_shapes(self.run.init, self.run.layout)
+        return compile_train_step(self.run, self.inputs, state, options=NO_COMMAND_BUFFERS)
 
     @functools.cached_property
     def _averages(self) -> Callable[[TrainState], dict[str, PyTree]]:
@@ -287,7 +298,13 @@ def _weights(state: TrainState) -> dict[str, tuple[PyTree, PyTree]]:
     return weights
 
 
-def compile_train_step(run: RunSpec, inputs: InputPipeline, state: TrainState, trace: Path) -> TrainStep:
+def compile_train_step(
+    run: RunSpec,
+    inputs: InputPipeline,
+    state: TrainState,
+    trace: Path = Path("pipeline_trace.json"),
+    options: Mapping[str, str] = NO_OPTIONS,
+) -> TrainStep:
     """The step for the run's layout: one program over the whole mesh, or programs by pipeline stage.
 
     Args:
@@ -295,12 +312,13 @@ def compile_train_step(run: RunSpec, inputs: InputPipeline, state: TrainState, t
       inputs: whose batches it takes.
       state: shapes and shardings.
       trace: the file of `layout.trace_step`.
+      options: of XLA's compiler; not for pipeline stages.
     """
     batch, asked = inputs.train_shapes(run.config.data.global_batch), min(run.config.train.steps_per_call, RATES)
     if run.layout.stages > 1:
         step: TrainStep = make_pipeline_train_step(run.task, run.layout, state, batch, inputs.resident, trace)
     else:
-        step = make_train_step(run.task, run.layout, state, batch, inputs.resident, asked)
+        step = make_train_step(run.task, run.layout, state, batch, inputs.resident, asked, options)
     if step.per_call < asked:
         log.info("%s", one_step_a_call(run.config))
     return step

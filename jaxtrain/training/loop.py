@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import logging
 import time
 from collections.abc import Mapping
@@ -30,6 +31,7 @@ from jaxtrain.training import recovery
 from jaxtrain.training.cadence import Due, Timetable
 from jaxtrain.training.callback_list import Callbacks
 from jaxtrain.training.compiled import CompiledRun
+from jaxtrain.training.profiling import Profiler, ProfileRequest
 from jaxtrain.training.reporter import Reporter
 from jaxtrain.training.results import (
     TrainResult,
@@ -49,6 +51,9 @@ log = logging.getLogger("jaxtrain")
 # Metrics are read this many calls after theirs was dispatched, so that the devices never wait for the host.
 READ_BEHIND = 2
 
+Unread = collections.deque[tuple[range, StepMetrics]]
+"""Calls of the step and their metrics, the oldest first."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Host:
@@ -63,6 +68,7 @@ class Host:
     times: NullTimes
     telemetry: Telemetry
     callbacks: Callbacks
+    profiles: ProfileRequest
 
 
 class TrainLoop:
@@ -89,6 +95,7 @@ class TrainLoop:
         self.anomalies = AnomalyDetector(self.config.train.nonfinite_skips, self.config.train.spike_threshold)
         self.replica_check = ReplicaCheck()
         self.validated: tuple[int, dict[str, EvalResult]] = (-1, {})  # the last step that was, and its results
+        self.profiler = Profiler(compiled, host.directory, host.progress, host.watchdog, host.clock, host.profiles)
         self.saver = Saver(checkpointer, run.config, self.timetable, position.step, self.reporter.flush, host.callbacks)
         self.stopping = False  # all processes stop after the step that was dispatched last
         self.time_to_save = False  # process 0's clock asks for a checkpoint
@@ -112,26 +119,27 @@ class TrainLoop:
         )
         if self.position.owes_validation:
             self._validate_late(state)
-        unread: collections.deque[tuple[range, StepMetrics]] = collections.deque()
-        with contextlib.closing(batches):
+        unread: Unread = collections.deque()
+        with contextlib.closing(batches), contextlib.closing(self.profiler):
             for steps, due in self.timetable.calls(self.compiled.steps_per_call):
                 if self.position.ended:
                     break
+                self.profiler.begin_if_due(steps, functools.partial(self._read, unread, 0, state))
                 self.watchdog.feed("input", steps[0] - 1, len(steps) * (self.clock.step_seconds or 0.0))
                 with self.clock.charge("input"):
                     batch = next(batches)
                 self.watchdog.feed("step")
                 with self.clock.charge("step"):
-                    state, metrics = self.compiled.step(state, batch, self.compiled.inputs.resident)
+                    state, metrics = self.profiler.step(steps, state, batch)
                     metrics.numbers.copy_to_host_async()
                     unread.append((steps, metrics))
-                    pause = self._told_to_pause(steps) or due
+                    pause = self._told_to_pause(steps) or due or self.profiler.ends(steps)
                     self.watchdog.feed("wait")
-                    while len(unread) > (0 if pause else READ_BEHIND):
-                        self._read(*unread.popleft(), state)
+                    self._read(unread, 0 if pause else READ_BEHIND, state)
                 self.clock.step_done(self.config.data.global_batch, len(steps))
                 self.host.telemetry.after(steps, metrics.numbers, self.clock)
                 if pause:
+                    self.profiler.end()
                     state = self.compiled.averaged(state)
                     self._between_steps(state)
         return self._finish(state)
@@ -145,10 +153,12 @@ class TrainLoop:
 
     # ------------------------------------------------------------------------------------------------- a step's numbers
 
-    def _read(self, steps: range, metrics: StepMetrics, state: TrainState) -> None:
-        """Reads the metrics of a call, step by step. state: that after the call that was dispatched last."""
-        for step, numbers in zip(steps, metrics.rows(), strict=True):
-            self._observe(step, numbers, state)
+    def _read(self, unread: Unread, behind: int, state: TrainState) -> None:
+        """Reads the metrics of calls, step by step, until `behind` are unread. state: after the call dispatched last."""
+        while len(unread) > behind:
+            steps, metrics = unread.popleft()
+            for step, numbers in zip(steps, metrics.rows(), strict=True):
+                self._observe(step, numbers, state)
 
     def _observe(self, step: int, metrics: dict[str, float], state: TrainState) -> None:
         """Adds a step to the epoch's totals, reports it, and acts on numbers that are not as they should be."""

@@ -127,7 +127,7 @@ def _compile(
     """The programs by name, and the verdict of the audit."""
     state = state_shapes(run.init, run.layout)
     try:
-        step = compile_train_step(run, inputs, state, Path("pipeline_trace.json"))
+        step = compile_train_step(run, inputs, state)
         programs = {**step.programs, **(_compile_evaluation(run, inputs, state) if evaluation else {})}
     except jax.errors.JaxRuntimeError as error:
         raise _refusal(error) from error

@@ -154,7 +154,10 @@ def final_result(
       callbacks: what they have to say, by name.
     """
     tested = len(run.dataset.test) > 0
-    of_all_starts = {"goodput": goodput.share, "starts": goodput.starts} if goodput else {}
+    of_all_starts = {}
+    if goodput:
+        of_all_starts = {"goodput": goodput.share, "starts": goodput.starts}
+        of_all_starts |= {"gpu_hours": goodput.gpu_hours, "cost": goodput.cost}
     of_callbacks: dict[str, Any] = {"callbacks": callbacks} if callbacks else {}
     if position.ended:
         of_callbacks["ended"] = {name: position.ending[name] for name in ("by", "reason")}

@@ -27,6 +27,7 @@ from jaxtrain.distributed.exit_report import ExitReport
 from jaxtrain.distributed.interrupt import Interrupt, catch_signals
 from jaxtrain.distributed.watchdog import Watchdog, watching
 from jaxtrain.errors import InterruptedRunError, PreemptedError
+from jaxtrain.host.backend import on_cpu
 from jaxtrain.host.files import closing, writing
 from jaxtrain.models import settings as models
 from jaxtrain.observability import start_record
@@ -44,6 +45,7 @@ from jaxtrain.training.jax_settings import compile_cache_note, no_implicit_trans
 from jaxtrain.training.loop import Host, TrainLoop
 from jaxtrain.training.plan.auto import choose_layout, memory_remedies
 from jaxtrain.training.pretrained_settings import require_weights
+from jaxtrain.training.profiling import catch_profile_signal
 from jaxtrain.training.recovery import RollBack
 from jaxtrain.training.results import TrainResult
 from jaxtrain.training.setup import (
@@ -102,7 +104,8 @@ def train(
         times = TimesFile(directory.starts, clock, lambda: watchdog.beat().step) if first else NullTimes()
         stack.enter_context(_end_recorded(times, interrupt, watchdog))
         telemetry = stack.enter_context(contextlib.closing(Telemetry(config.telemetry, devices)))
-        host = Host(directory, interrupt, watchdog, clock, progress, lease, times, telemetry, called)
+        request = stack.enter_context(catch_profile_signal())
+        host = Host(directory, interrupt, watchdog, clock, progress, lease, times, telemetry, called, request)
         config = _choose_layout(config, host, devices)
         resume, config = resume_lib.where_to_start(directory, config, partial(resolve_for_machine, devices=devices))
         _check_before_data(resume, config, devices)
@@ -160,6 +163,7 @@ def _train_from(
     position = dataclasses.replace(position, weights=compiled.weights or start.weights)
     compiled.evaluate.begin(state)
     _take_over(host, resume, config, run, position)
+    host.times.runs_on(0 if on_cpu(devices) else run.layout.mesh.size, config.cost.per_gpu_hour)
     host.times.goes_on_from(position.step, run.steps)
     checkpointer = Checkpointer(
         directory.checkpoints,

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import pytest
 import runs
+import yaml
 
 pytestmark = pytest.mark.slow
 
@@ -287,6 +288,33 @@ def test_the_time_limit_saves_and_the_job_is_requeued(slurm, tmp_path):
     assert saved
     assert resumed == saved, job.output
     assert len(runs.losses(workdir)) == 700, "each step once"
+
+
+def test_a_job_that_is_submitted_trains_on_two_nodes(slurm, tmp_path):
+    """`jaxtrain submit` of a job file, whose variables reach the tasks."""
+    variables = {"JAXTRAIN_COORDINATOR": f"127.0.0.1:{runs.free_port()}", "VENV": "none", "MODULES": ""}
+    job = {
+        "name": "two-nodes", "config": "quickstart", "overrides": {"train.steps": 20}, "scheduler": "slurm", "nodes": 2,
+        "resources": {"cpu": 1}, "time_limit": "00:10:00", "environment": variables,
+    }  # fmt: skip
+    file = tmp_path / "job.yaml"
+    file.write_text(yaml.safe_dump(job))
+    done = subprocess.run(
+        [sys.executable, "-m", "jaxtrain", "submit", str(file)],
+        env=slurm.environment(environment(tmp_path)),
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    number = re.search(r"Submitted batch job (\d+)", done.stdout)
+    assert number, done.stdout
+    submitted = Job(slurm, number[1], tmp_path / f"two-nodes-{number[1]}.log")
+    assert submitted.end() == "COMPLETED 0:0", submitted.output
+    run = tmp_path / "runs" / "two-nodes"
+    assert runs.checkpoints(run)[-1] == 20
+    assert {path.name for path in (run / "logs").iterdir()} == {"process_0.log", "process_1.log"}
 
 
 # ------------------------------------------------------------------------------------------------------------- OpenMPI

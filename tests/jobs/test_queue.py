@@ -269,6 +269,27 @@ def test_two_jobs_never_share_a_gpu_and_a_busy_one_is_never_leased(desk):
     wait_for(lambda: both.state().status == "done")
 
 
+@pytest.mark.faults
+def test_submits_at_one_moment_are_all_kept_and_two_queues_share_no_gpu(desk):
+    """Eight commands at once for two queues of this user, each with a server; a job fails where its GPU is another's too."""
+    alone = "mkdir on-$CUDA_VISIBLE_DEVICES && sleep 0.3 && rmdir on-$CUDA_VISIBLE_DEVICES"
+    queues, submits, servers = [Queue(desk.folder / f"queue-{number}") for number in range(2)], [], []
+    command = [sys.executable, "-m", "jaxtrain"]
+    for number in range(8):
+        file = desk.folder / f"job-{number}.yaml"
+        values = {"name": "same", "command": ["sh", "-c", alone], "resources": {"gpu": 1, "cpu": 1}, "retries": 0}
+        file.write_text(yaml.safe_dump(values))
+        environment = os.environ | desk.environment | {"JAXTRAIN_QUEUE_DIR": str(queues[number % 2].path)}
+        submits.append(subprocess.Popen([*command, "submit", str(file)], env=environment, stdout=subprocess.DEVNULL))
+    assert [process.wait(runs.SECONDS) for process in submits] == [0] * 8
+    assert [len(set(queue.entries())) for queue in queues] == [4, 4]
+    for queue in queues:
+        environment = os.environ | desk.environment | {"JAXTRAIN_QUEUE_DIR": str(queue.path)}
+        servers.append(subprocess.Popen([*command, "queue", "serve", "--until-empty"], env=environment))
+    assert [process.wait(runs.SECONDS) for process in servers] == [0, 0]
+    assert [entry.state().status for queue in queues for entry in queue.entries()] == ["done"] * 8
+
+
 def test_a_job_that_dies_is_tried_on_another_gpu_where_nvml_blames_its_own(desk):
     dies = "echo $CUDA_VISIBLE_DEVICES >> gpus.txt; test $CUDA_VISIBLE_DEVICES = GPU-1 || { touch modules/broken-0; exit 1; }"
     job = desk.script("dies", dies, resources={"gpu": 1}, retries=1)

@@ -71,6 +71,26 @@ def test_each_way_to_be(tmp_path):
     assert read_status(live).state == "died"
 
 
+def test_what_a_run_has_cost_so_far(tmp_path, capsys):
+    """110 s on eight GPUs at 36 an hour; a run on a CPU costs nothing, and without a price there is none."""
+    make_run(tmp_path / "priced", gpus=8, price=36.0)
+    make_run(tmp_path / "unpriced", gpus=8)
+    make_run(tmp_path / "on a CPU", price=36.0)
+    priced, unpriced, on_cpu = (read_status(tmp_path / name) for name in ("priced", "unpriced", "on a CPU"))
+    assert (priced.gpu_hours, priced.cost) == pytest.approx((8 * 110 / 3600, 8 * 1.1))
+    assert (unpriced.gpu_hours, unpriced.cost) == (priced.gpu_hours, None)
+    assert (on_cpu.gpu_hours, on_cpu.cost) == (None, None)
+    assert main(["status", "--root", str(tmp_path), "--json"]) == 0
+    shown = {Path(run["path"]).name: run["cost"] for run in json.loads(capsys.readouterr().out)["runs"]}
+    assert shown == {"priced": priced.cost, "unpriced": None, "on a CPU": None}
+    assert main(["status", str(tmp_path / "priced")]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert "GPU hours cost" in said
+    assert "0.244 8.8" in said
+    (tmp_path / "priced" / "starts" / "000000.json").write_text("{")
+    assert read_status(tmp_path / "priced").state == "died", "an older start's damage hides nothing else"
+
+
 def test_runs_that_are_damaged_deleted_or_being_written_stop_nobody(tmp_path, capsys):
     make_run(tmp_path / "good")
     for name, file, text in (

@@ -1,5 +1,7 @@
 """Goodput: the wall time of a run over all its starts adds up, and steps that were done twice count once."""
 
+import contextlib
+import dataclasses
 import json
 
 import pytest
@@ -7,7 +9,8 @@ import runs
 from runs import SMALL, here
 
 from jaxtrain.errors import NumericError
-from jaxtrain.observability.goodput import StartTimes, end_start, goodput, read_starts
+from jaxtrain.observability.clock import StepClock
+from jaxtrain.observability.goodput import StartTimes, TimesFile, end_start, goodput, read_starts
 
 
 def start(began, first, last, *, lost=0, **seconds):
@@ -48,12 +51,41 @@ def test_a_real_run_adds_up(tmp_path, capsys):
     ]
     assert result["starts"] == 2
     assert json.loads((run / "result.json").read_text())["goodput"] == result["goodput"] > 0
+    assert (result["gpu_hours"], result["cost"]) == (0.0, None), "a CPU is no GPU"
     assert runs.command_line(["goodput", str(run), "--json"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["wall_seconds"] == pytest.approx(sum(said["seconds"].values()))
     assert (said["starts"], said["steps"], said["lost_steps"]) == (2, 12, 0)
     assert runs.command_line(["goodput", str(run)]) == 0
     assert "2 starts, 12 steps" in capsys.readouterr().out
+
+
+def test_gpu_hours_and_their_cost_over_all_starts(tmp_path, capsys):
+    """Two hours on eight GPUs, one on four; the time between them costs nothing, and the latest price counts."""
+    first = dataclasses.replace(start(0.0, 0, 10, step=7199.0), gpus=8, price=1.0)
+    second = dataclasses.replace(start(90000.0, 10, 20, step=3599.0), gpus=4, price=2.5)
+    found = goodput([first, second])
+    assert (found.gpu_hours, found.cost) == pytest.approx((20.0, 50.0))
+    assert goodput([first, dataclasses.replace(second, price=0.0)]).cost is None
+    (tmp_path / "starts").mkdir()
+    for number, each in enumerate((first, second), 1):
+        (tmp_path / "starts" / f"{number:06d}.json").write_text(json.dumps(dataclasses.asdict(each)))
+    assert runs.command_line(["goodput", str(tmp_path), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["cost"] == pytest.approx(50.0)
+    assert runs.command_line(["goodput", str(tmp_path)]) == 0
+    assert "GPU hours 20, cost 50\n" in capsys.readouterr().out
+
+
+def test_a_start_says_what_it_runs_on(tmp_path):
+    times = TimesFile(tmp_path / "starts", StepClock(), lambda: 0)
+    with contextlib.closing(times):
+        times.runs_on(8, 2.5)
+        found = times.summary()
+        assert found is not None
+        assert found.cost == pytest.approx(2.5 * found.gpu_hours)
+        assert found.gpu_hours > 0
+    (read,) = read_starts(tmp_path / "starts")
+    assert (read.gpus, read.price) == (8, 2.5)
 
 
 def test_every_end_is_told(tmp_path, capsys):

@@ -19,6 +19,8 @@ from jaxtrain.errors import ConfigError
 from jaxtrain.host.targets import GPUS, parse_target
 from jaxtrain.parallel import topology
 from jaxtrain.parallel.gpu_program import read_program
+from jaxtrain.step.train_step import NO_COMMAND_BUFFERS
+from jaxtrain.training.jax_settings import no_compile_cache
 
 CONFIGS = Path(__file__).parents[2] / "configs"
 
@@ -280,3 +282,17 @@ def test_a_compiler_that_does_not_fit_is_said_with_the_command(plugin, problem, 
     said = capsys.readouterr().err
     assert f"a part of JAX's CUDA plugin, {problem}" in said
     assert "It needs no GPU: pip install 'jax[cuda1" in said
+
+
+@compiles
+@pytest.mark.gpu_program
+def test_the_options_of_a_profiled_step_compile():
+    """On a GPU the window of a profile runs programs without command buffers (docs/profiling.md)."""
+    device, *_ = topology.target_devices(parse_target("h100"))
+    sharding = jax.sharding.SingleDeviceSharding(device)
+    x = jax.ShapeDtypeStruct((256, 256), np.float32, sharding=sharding)
+    with topology.lowering_for(device), no_compile_cache():
+        lowered = jax.jit(lambda x: np.float32(2) * (x @ x)).lower(x)
+        assert "ENTRY" in (lowered.compile(dict(NO_COMMAND_BUFFERS)).as_text() or "")
+        with pytest.raises(jax.errors.JaxRuntimeError, match="xla_gpu_enable_command_buffers"):
+            lowered.compile({"xla_gpu_enable_command_buffers": ""})

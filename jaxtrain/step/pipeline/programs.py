@@ -109,6 +109,17 @@ def shapes_on_stage(tree: PyTree, layout: Layout, stage: int) -> PyTree:
     return shapes_of(tree, jax.tree.map(lambda leaf: on_stage(leaf.sharding), tree))
 
 
+def named(function: Callable[..., T], name: str) -> Callable[..., T]:
+    """`function` under another name: that of its program in a profile, where each chunk should have its own."""
+
+    @functools.wraps(function)
+    def renamed(*arguments: Any) -> T:
+        return function(*arguments)
+
+    renamed.__name__ = name
+    return renamed
+
+
 def compile_together(makers: Sequence[Compiling[T]]) -> list[T]:
     """Runs all `makers` and returns their results.
 
@@ -234,7 +245,8 @@ def _lower_forward(
     shapes = jax.eval_shape(passes.forward, *arguments)
     output = layout.sharding() if shapes[0].ndim == 0 else layout.examples
     aux = jax.tree.map(lambda _: layout.sharding(), shapes[1])
-    return jax.jit(passes.forward, out_shardings=(output, aux, None)).lower(*arguments), shapes
+    program = jax.jit(named(passes.forward, f"chunk_{chunk.index}_forward"), out_shardings=(output, aux, None))
+    return program.lower(*arguments), shapes
 
 
 def _lower_backward(
@@ -269,7 +281,7 @@ def _lower_backward(
     output, aux, residuals = results
     shardings = (jax.tree.map(lambda leaf: leaf.sharding, sums), layout.examples if chunk.gives_gradient else ())
     cotangent = () if chunk.last or not chunk.gets_gradient else output
-    program = jax.jit(backward, out_shardings=shardings, donate_argnums=0)
+    program = jax.jit(named(backward, f"chunk_{chunk.index}_backward"), out_shardings=shardings, donate_argnums=0)
     return program.lower(sums, cotangent, residuals, output, aux, *arguments)
 
 
@@ -343,10 +355,12 @@ def compile_stage(
     if layout.accumulates_by_device:
         seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.sharding())
         shapes = jax.eval_shape(exchanged, state, sums, seed)
-        compiled = yield {"exchange": jax.jit(exchanged).lower(state, sums, seed)}
-        exchanger = compiled["exchange"]
+        program = jax.jit(named(exchanged, f"stage_{stage}_exchange"))
+        exchanger = (yield {"exchange": program.lower(state, sums, seed)})["exchange"]
         sums = outputs_of(exchanger, shapes)
-    updater = jax.jit(update, out_shardings=(shardings, layout.sharding()), donate_argnums=0)
+    updater = jax.jit(
+        named(update, f"stage_{stage}_update"), out_shardings=(shardings, layout.sharding()), donate_argnums=0
+    )
     programs = yield {
         "measure": jax.jit(measure, out_shardings=layout.sharding()).lower(state, sums),
         "update": updater.lower(state, sums, decision),

@@ -1,0 +1,214 @@
+"""Profiles a window of a run's steps: JAX's trace of them, and a summary of what their time went into.
+
+A profile changes no number, and nothing that goes wrong with it ends a run. Each process profiles its own devices.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import jax
+
+from jaxtrain.distributed.watchdog import Watchdog
+from jaxtrain.host.files import atomic_write
+from jaxtrain.observability.clock import StepClock
+from jaxtrain.observability.op_times import read_trace
+from jaxtrain.observability.progress import Progress
+from jaxtrain.step.batch import Batch
+from jaxtrain.step.metrics import StepMetrics
+from jaxtrain.step.train_state import TrainState
+from jaxtrain.step.train_step import TrainStep
+from jaxtrain.training.compiled import CompiledRun
+from jaxtrain.training.profile_summary import Window, origins_of, summary
+from jaxtrain.workdir import Workdir
+
+log = logging.getLogger("jaxtrain")
+
+PROFILE_SIGNAL = signal.SIGUSR2
+SUMMARY = "summary.txt"
+
+
+class ProfileRequest:
+    """Whether a signal has asked for a profile."""
+
+    def __init__(self) -> None:
+        self._asked = threading.Event()
+
+    def ask(self) -> None:
+        """Asks for one; more of them until it begins ask for the same one."""
+        self._asked.set()
+
+    def take(self) -> bool:
+        """Whether one was asked for since the last call."""
+        asked = self._asked.is_set()
+        self._asked.clear()
+        return asked
+
+
+@contextlib.contextmanager
+def catch_profile_signal() -> Iterator[ProfileRequest]:
+    """Inside, `PROFILE_SIGNAL` asks for a profile. Only the main thread can catch it."""
+    request = ProfileRequest()
+    if threading.current_thread() is not threading.main_thread():
+        yield request
+        return
+    before = signal.signal(PROFILE_SIGNAL, lambda *_: request.ask())
+    try:
+        yield request
+    finally:
+        signal.signal(PROFILE_SIGNAL, before)
+
+
+class Profiler:
+    """The windows of a start: that of `profile.steps`, and those that a signal asks for; one at a time.
+
+    A window has whole calls of the step. It ends early where something else is due, so that it holds steps alone.
+    """
+
+    def __init__(
+        self,
+        compiled: CompiledRun,
+        directory: Workdir,
+        progress: Progress,
+        watchdog: Watchdog,
+        clock: StepClock,
+        request: ProfileRequest,
+    ):
+        """Profiles nothing yet.
+
+        Args:
+          compiled: the run.
+          directory: of the run.
+          progress: the line of what is done now.
+          watchdog: is told of each window's ends.
+          clock: of the run.
+          request: of a signal.
+        """
+        self._compiled, self._directory = compiled, directory
+        self._progress, self._watchdog = progress, watchdog
+        self._clock, self._request = clock, request
+        steps = compiled.run.config.profile.steps
+        self._planned = range(steps[0], steps[1] + 1) if steps else range(0)
+        self._window = range(0)  # the steps to be profiled; () where none are
+        self._agreed = True  # every process profiles them
+        self._done = range(0)  # those that were
+        self._step: TrainStep = compiled.step
+        self._began = 0.0
+        self._tracing = False
+        self._open = contextlib.ExitStack()
+
+    def begin_if_due(self, steps: range, read_all: Callable[[], None]) -> None:
+        """Begins a window before the call that makes `steps`, where one is due. read_all: waits for the steps before."""
+        if self._begins(steps):
+            self._watchdog.feed("profile", steps[0] - 1)
+            read_all()
+            self._begin()
+
+    def _begins(self, steps: range) -> bool:
+        if self._window:
+            return False
+        if self._planned and steps[-1] >= self._planned.start:
+            window, self._planned, self._agreed = self._planned, range(0), True
+            self._window = window if steps[0] in window or window.start in steps else range(0)
+        elif self._request.take():
+            length = self._compiled.run.config.profile.length
+            self._window, self._agreed = range(steps[0], steps[0] + length), jax.process_count() == 1
+        self._done = range(steps[0], steps[0])
+        return bool(self._window)
+
+    def _begin(self) -> None:
+        """Starts the trace, after compiling a step for it where that is needed."""
+        words = f"profiling steps {self._done.start} to {self._window[-1]}"
+        self._open.enter_context(self._progress.activity(words))
+        options = jax.profiler.ProfileOptions()
+        options.python_tracer_level = 0  # it would slow down the host, and the trace would be of Python above all
+        try:
+            # One process alone would let the others wait for its compiler.
+            with self._clock.charge("compile"):
+                self._step = self._compiled.step_for_profile() if self._agreed else self._compiled.step
+            with self._clock.charge("profile"):
+                shutil.rmtree(self._folder, ignore_errors=True)  # of a start that was here before
+                self._folder.mkdir(parents=True)  # JAX fails at the end alone, and then keeps its profiler
+                jax.profiler.start_trace(str(self._folder), profiler_options=options)
+            self._tracing = True
+        except Exception as error:
+            self._give_up(error)
+        self._began = time.perf_counter()
+
+    def step(self, steps: range, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
+        """Makes the updates `steps`, as `TrainStep` does."""
+        resident = self._compiled.inputs.resident
+        if not self._window:
+            return self._compiled.step(state, batch, resident)
+        self._done = range(self._done.start, steps[-1] + 1)
+        with jax.profiler.StepTraceAnnotation("train", step_num=steps[0]):
+            return self._step(state, batch, resident)
+
+    def ends(self, steps: range) -> bool:
+        """Whether the window ends after `steps`. Then read all metrics, and call `end`."""
+        return bool(self._window) and steps[-1] >= self._window[-1]
+
+    def end(self) -> None:
+        """Ends the window, if there is one: writes its trace and its summary, and says where they are."""
+        if not self._window:
+            return
+        seconds = time.perf_counter() - self._began
+        self._watchdog.feed("profile")
+        try:
+            with self._clock.charge("profile"):
+                jax.profiler.stop_trace()
+                self._tracing = False
+                path = self._write_summary(seconds)
+        except Exception as error:
+            self._give_up(error)
+            return
+        self._window = range(0)
+        self._request.take()  # one that came meanwhile was of this window
+        self._open.close()
+        log.info("profile of steps %d to %d: %s", self._done.start, self._done[-1], path)
+
+    def close(self) -> None:
+        """Drops the window that is open, if there is one; may be called twice."""
+        if self._window:
+            self._drop()
+        self._open.close()
+
+    def _write_summary(self, seconds: float) -> Path:
+        (trace,) = self._folder.rglob("*.xplane.pb")
+        texts = [program.as_text() or "" for program in self._step.programs.values()]
+        kind = self._compiled.run.layout.mesh.devices.flat[0].device_kind
+        window = Window(self._done, seconds, jax.process_index(), kind)
+        path = self._folder / SUMMARY
+        atomic_write(path, summary(window, read_trace(trace), origins_of(texts)))
+        return path
+
+    @property
+    def _folder(self) -> Path:
+        return self._directory.profile(self._done.start, self._window[-1], jax.process_index())
+
+    def _give_up(self, error: Exception) -> None:
+        """Goes on without the profile."""
+        log.warning(
+            "no profile of steps %d to %d (%s); training goes on",
+            self._done.start,
+            self._window[-1],
+            str(error).partition("\n")[0],
+        )
+        self._drop()
+        self._open.close()
+
+    def _drop(self) -> None:
+        """Ends the window, and deletes what it has written, since the disk may be full."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+        if self._tracing:
+            with contextlib.suppress(Exception):  # where it has failed before, it now gives the profiler back
+                jax.profiler.stop_trace()
+            shutil.rmtree(self._folder, ignore_errors=True)
+        self._tracing, self._window = False, range(0)
