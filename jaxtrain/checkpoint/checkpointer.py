@@ -232,28 +232,25 @@ class Checkpointer:
             template's values; a fresh EMA takes the restored weights.
 
         Returns:
-          The state, with the shardings of `template`. A `communication` that is not stored in these shapes stays the
-          template's: what depends on the number of shards is the caller's to share out.
+          The state, with the shardings of `template`. A `communication` of another number of shards stays the template's.
 
         Raises:
           CheckpointError: the checkpoint cannot be read, has other trees, or is of another step.
         """
         stored = self.stored_shapes(step)
         trees, fresh = _tree(template), []
-        if "communication" in trees and _difference("communication", stored, trees["communication"]):
-            del trees["communication"]
         for name in list(trees):
-            difference = _difference(name, stored, trees[name])
-            if difference and (name in ("step", "params", "batch_stats") or not allow_changes):
+            if not (difference := _difference(name, stored, trees[name])):
+                continue
+            if name in ("step", "params", "batch_stats") or not (allow_changes or name == "communication"):
                 raise CheckpointError(
                     f"The checkpoint {self.directory / str(step)} does not fit this run's {name}: {difference}. It belongs to "
                     "another model, optimizer or precision; use its settings, or another --workdir."
                 )
-            if difference:
-                fresh.append(name)
-                del trees[name]
+            fresh.append(name)
+            del trees[name]
         restored = self._read(step, trees, _mesh(template))
-        for name in fresh:
+        for name in set(fresh) - {"communication"}:
             log.warning("The checkpoint has another %s; this run starts with a fresh one.", name)
         if "ema" in fresh and template.ema:
             restored["ema"] = _average_of(restored, template)

@@ -97,8 +97,9 @@ class TrainLoop:
         self.validated: tuple[int, dict[str, EvalResult]] = (-1, {})  # the last step that was, and its results
         self.profiler = Profiler(compiled, host.directory, host.progress, host.watchdog, host.clock, host.profiles)
         self.saver = Saver(checkpointer, run.config, self.timetable, position.step, self.reporter.flush, host.callbacks)
-        self.stopping = False  # all processes stop after the step that was dispatched last
-        self.time_to_save = False  # process 0's clock asks for a checkpoint
+        self.stopping = self.time_to_save = (
+            False  # all processes stop after this call; process 0's clock asks for a save
+        )
 
     # ------------------------------------------------------------------------------------------------------- the loop
 
@@ -147,8 +148,7 @@ class TrainLoop:
     def _told_to_pause(self, steps: range) -> bool:
         """Whether a signal or the clock asks for a pause after these `steps`; the same answer on every process."""
         self.saver.check()
-        self.stopping = self.host.interrupt.poll()
-        self.time_to_save = self.saver.time_has_come(steps)
+        self.stopping, self.time_to_save = self.host.interrupt.poll(), self.saver.time_has_come(steps)
         return self.stopping or self.time_to_save
 
     # ------------------------------------------------------------------------------------------------- a step's numbers
@@ -185,8 +185,7 @@ class TrainLoop:
         rows = batch_indices(self.timetable.train_examples, self.config.seed, examples - batch, batch)
         log.warning("%s; its examples are in %s", anomaly.text, self.host.directory.bad_batches)
         self.reporter.bad_batch(step, anomaly.text, rows.tolist())
-        response = recovery.respond(anomaly, self.rollbacks_left)
-        if response == "go on":
+        if (response := recovery.respond(anomaly, self.rollbacks_left)) == "go on":
             return
         self.saver.wait()
         if response == "stop":
@@ -198,13 +197,11 @@ class TrainLoop:
         """Rolls back, or stops the run, at an update that was refused; `state` is still that before it."""
         if self.rollbacks_left:
             self._handle_anomaly(recovery.refused_update(step, metrics), step)
-        kept = "the last checkpoint is as it was"
         if self.position.step:
-            kept = f"the state after step {self.position.step} is kept"
             self.position = self.callbacks.noted(self.position, may_end=False)
             self._save(self.compiled.averaged(state), last=True)
             self.saver.wait()
-        raise recovery.not_finite(step, metrics, kept)
+        raise recovery.not_finite(step, metrics, recovery.what_is_kept(self.position.step))
 
     def _compare_replicas(self, state: TrainState) -> None:
         """Rolls back or stops where the copies of a weight differ; every process hears what any has found."""
@@ -262,9 +259,8 @@ class TrainLoop:
     def _stop(self) -> NoReturn:
         self.watchdog.feed("save")
         self.saver.wait()
-        raise self.host.interrupt.error(
-            f"Stopped after step {self.position.step} and saved it; {how_to_go_on(self.config)}."
-        )
+        done = f"Stopped after step {self.position.step} and saved it"
+        raise self.host.interrupt.error(f"{done}; {how_to_go_on(self.config)}.")
 
     def _validate(self, state: TrainState) -> tuple[Figures | None, bool]:
         """Evaluates the weights, and their average where there is one.

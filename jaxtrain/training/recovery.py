@@ -99,6 +99,11 @@ def replicas_differ(step: int, every: int, difference: str) -> Anomaly:
     return Anomaly(text, "stop", max(step - every, 0) + 1)
 
 
+def what_is_kept(step: int) -> str:
+    """What of the run is there after `step`, where an update was refused that comes next."""
+    return f"the state after step {step} is kept" if step else "the last checkpoint is as it was"
+
+
 def not_finite(step: int, metrics: Mapping[str, float], kept: str) -> NumericError:
     """The error that ends a run at such an update.
 

@@ -109,8 +109,6 @@ def train(
         config = _choose_layout(config, host, devices)
         resume, config = resume_lib.where_to_start(directory, config, partial(resolve_for_machine, devices=devices))
         _check_before_data(resume, config, devices)
-        if first:
-            resume_lib.warn_of_other_products(resume, config, devices[0].platform)
         stack.enter_context(settings(config))
         watchdog.feed("prepare the data", resume.position.step)
         with clock.charge("input"), progress.activity(f"reading the data set {config.data.name}"):
@@ -128,12 +126,14 @@ def train(
 
 
 def _check_before_data(resume: ResumePoint, config: Config, devices: list[Device]) -> None:
-    """Raises `ConfigError` where the run cannot be, before its data are prepared."""
+    """Raises `ConfigError` where the run cannot be, before its data are prepared. Warns of numbers that will differ."""
     require_packages(config.sinks.names)
     if resume.start is None:
         require_weights(config)
     require_hardware(config.train.precision, devices)
     models.require_hardware(config.model, devices)
+    if jax.process_index() == 0:
+        resume_lib.warn_of_other_products(resume, config, devices[0].platform)
 
 
 def _choose_layout(config: Config, host: Host, devices: list[Device]) -> Config:

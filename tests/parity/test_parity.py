@@ -296,9 +296,16 @@ def recipe_losses(name: str, argument: str) -> list[float]:
     return losses
 
 
-# By default one argument with the cheapest recipe: the layouts themselves are above.
+def _group(recipe: str, argument: str) -> list[pytest.MarkDecorator]:
+    """By default one argument of the cheapest recipe, in `parity` all of one and two of each. The layouts are tested above."""
+    if (recipe, argument) == ("mlp_synthetic", "tensor2"):
+        return []
+    wide = recipe == "resnet18_cifar10" or argument in ("hybrid", "pipeline2")
+    return [pytest.mark.parity if wide else pytest.mark.slow]
+
+
 ARGUMENTS = [
-    parity.case(recipe, argument, default=(recipe, argument) == ("mlp_synthetic", "tensor2"))
+    pytest.param(recipe, argument, marks=_group(recipe, argument))
     for recipe in RECIPES
     for argument in LAYOUT_ARGUMENTS
 ]

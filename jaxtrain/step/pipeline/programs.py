@@ -329,9 +329,6 @@ def compile_stage(
     updating = like_params(layout, "opt_state", task.groups.trained(state.params))
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
 
-    def exchanged(state: TrainState, sums: tuple[GradientSums, ...], seed: jax.Array) -> tuple[GradientSums, ...]:
-        return (exchange(task, layout, state, _merged(sums), seed),)
-
     def row(*numbers: Any) -> jax.Array:
         return jnp.stack([jnp.asarray(number, sums[0].loss.dtype) for number in numbers])[None]
 
@@ -353,10 +350,8 @@ def compile_stage(
 
     exchanger = None
     if layout.accumulates_by_device:
-        seed = jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.sharding())
-        shapes = jax.eval_shape(exchanged, state, sums, seed)
-        program = jax.jit(named(exchanged, f"stage_{stage}_exchange"))
-        exchanger = (yield {"exchange": program.lower(state, sums, seed)})["exchange"]
+        lowered, shapes = _lower_exchange(task, layout, stage, state, sums)
+        exchanger = (yield {"exchange": lowered})["exchange"]
         sums = outputs_of(exchanger, shapes)
     updater = jax.jit(
         named(update, f"stage_{stage}_update"), out_shardings=(shardings, layout.sharding()), donate_argnums=0
@@ -367,6 +362,19 @@ def compile_stage(
     }
     structure = jax.tree.structure(state)
     return StagePrograms(stage, tuple(indices), structure, exchanger, programs["measure"], programs["update"])
+
+
+def _lower_exchange(
+    task: Task, layout: Layout, stage: int, state: TrainState, sums: tuple[GradientSums, ...]
+) -> tuple[jax.stages.Lowered, tuple[GradientSums, ...]]:
+    """The program `StagePrograms.exchange`, and the shapes of its results. The arguments are those of `compile_stage`."""
+
+    def exchanged(state: TrainState, sums: tuple[GradientSums, ...], seed: jax.Array) -> tuple[GradientSums, ...]:
+        return (exchange(task, layout, state, _merged(sums), seed),)
+
+    arguments = state, sums, jax.ShapeDtypeStruct((), jnp.int32, sharding=layout.sharding())
+    program = jax.jit(named(exchanged, f"stage_{stage}_exchange"))
+    return program.lower(*arguments), jax.eval_shape(exchanged, *arguments)
 
 
 def _merged(sums: tuple[GradientSums, ...]) -> GradientSums:
