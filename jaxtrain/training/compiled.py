@@ -54,6 +54,7 @@ class CompiledRun:
       inputs: batches.
       weights: what is recorded of the weights that were not drawn (`initial_weights`); empty where a run goes on.
       speed: tells FLOP/s.
+      averages: under `optim.sync_every`, the program of `local_sgd.averages`.
     """
 
     run: RunSpec
@@ -62,6 +63,7 @@ class CompiledRun:
     inputs: InputPipeline
     weights: Mapping[str, Any]
     speed: Speed
+    averages: Callable[[TrainState], dict[str, PyTree]] | None = None
 
     @property
     def steps_per_call(self) -> int:
@@ -70,9 +72,7 @@ class CompiledRun:
 
     def averaged(self, state: TrainState) -> TrainState:
         """`state` for whoever looks at its weights: under `optim.sync_every` they are made the average of the local ones."""
-        if not self.run.layout.trains_by_device:
-            return state
-        return dataclasses.replace(state, **self._averages(state))
+        return state if self.averages is None else dataclasses.replace(state, **self.averages(state))
 
     def step_for_profile(self) -> TrainStep:
         """The step with operations that a profile can tell apart: on GPUs compiled anew, without command buffers.
@@ -83,13 +83,6 @@ class CompiledRun:
             return self.step
         state = state_shapes(self.run.init, self.run.layout)
         return compile_train_step(self.run, self.inputs, state, options=NO_COMMAND_BUFFERS)
-
-    @functools.cached_property
-    def _averages(self) -> Callable[[TrainState], dict[str, PyTree]]:
-        shardings = self.run.layout.shardings(jax.eval_shape(self.run.init, 0))
-        function = functools.partial(averages, self.run.layout)
-        trees = {name: getattr(shardings, name) for name in ("params", "batch_stats", "opt_state", "ema")}
-        return jax.jit(function, out_shardings=trees)
 
     def batches(
         self, *, first_step: int, first_example: int, steps: int, calls: Iterable[int] | None = None
@@ -146,8 +139,16 @@ def compile_run(
     step = compiling.result()
     for note in audit(run.layout, table, state, step).notes:
         log.info("%s", note)
+    averaging = _compile_averages(run, shapes) if run.layout.trains_by_device else None
     log.info("compiled in %.1f s", time.perf_counter() - began)
-    return CompiledRun(run, step, Evaluator(run, inputs, compiler), inputs, weights, speed), state
+    return CompiledRun(run, step, Evaluator(run, inputs, compiler), inputs, weights, speed, averaging), state
+
+
+def _compile_averages(run: RunSpec, state: TrainState) -> Callable[[TrainState], dict[str, PyTree]]:
+    """The program of `local_sgd.averages`. state: shapes."""
+    trees = {name: getattr(state, name) for name in ("params", "batch_stats", "opt_state", "ema")}
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, trees)
+    return jax.jit(functools.partial(averages, run.layout), out_shardings=shardings).lower(state).compile()
 
 
 def _restored(run: RunSpec, resume: ResumePoint, shapes: TrainState) -> TrainState:
