@@ -13,7 +13,7 @@ from jaxtrain.optim.param_groups import merge
 from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.mesh import BATCH_AXES
 from jaxtrain.step.gradients import add_over_batch, by_device, of_one_device, reduce_gradients
-from jaxtrain.step.pipeline.chunks import ForwardBackward, ModelChunk, apply_chunk, select_inputs
+from jaxtrain.step.pipeline.chunks import ForwardBackward, ModelChunk, apply_chunk, linearized, select_inputs
 from jaxtrain.step.task import Task
 from jaxtrain.trees import PyTree
 
@@ -52,12 +52,7 @@ class ForwardBackwardByDevice:
                 output, (stats, metrics) = apply_chunk(task, layout, chunk, weights, (x, *others), shared)
                 return output, add_over_batch(stats, metrics)
 
-            trained = task.groups.trained(params)
-            if chunk.gives_gradient:
-                output, closure, aux = jax.vjp(function, trained, first, has_aux=True)
-            else:
-                output, closure, aux = jax.vjp(lambda trained: function(trained, first), trained, has_aux=True)
-            return output, aux, closure
+            return linearized(chunk, function, task.groups.trained(params), first)
 
         found: list[ForwardBackward] = []
 

@@ -221,6 +221,20 @@ def apply_chunk(
     return scaled, (new_stats, metrics)
 
 
+def linearized(
+    chunk: ModelChunk, function: Callable[[PyTree, Any], tuple[Any, Any]], trained: PyTree, x: Any
+) -> tuple[Any, Any, Any]:
+    """(output, aux, the function of the backward pass) of a chunk; with a gradient of `x` where a chunk before is trained.
+
+    function: (trained, x) -> (output, aux).
+    """
+    if chunk.gives_gradient:
+        output, closure, aux = jax.vjp(function, trained, x, has_aux=True)
+    else:
+        output, closure, aux = jax.vjp(lambda trained: function(trained, x), trained, has_aux=True)
+    return output, aux, closure
+
+
 @dataclasses.dataclass(frozen=True)
 class ForwardBackward:
     """The forward and the backward function of one chunk, made from one trace of `jax.vjp`.

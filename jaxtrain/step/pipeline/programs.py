@@ -18,7 +18,7 @@ from jaxtrain.parallel.layout import Layout
 from jaxtrain.step.exchange import exchange
 from jaxtrain.step.gradients import GradientSums, add_sums, constrain_gradients, like_params, sums_shapes, zero_sums
 from jaxtrain.step.pipeline.by_device import ForwardBackwardByDevice
-from jaxtrain.step.pipeline.chunks import ForwardBackward, ModelChunk, forward, weights_of
+from jaxtrain.step.pipeline.chunks import ForwardBackward, ModelChunk, forward, linearized, weights_of
 from jaxtrain.step.task import Task
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.step.update import UpdateDecision, apply_update, unscale_gradients
@@ -197,12 +197,7 @@ def _trace(
         def function(trained: PyTree, x: Any) -> tuple[Any, Any]:
             return forward(task, layout, chunk, merge(params, trained), batch_stats, x, inputs)
 
-        trained = task.groups.trained(params)
-        if chunk.gives_gradient:
-            output, closure, aux = jax.vjp(function, trained, x, has_aux=True)
-        else:
-            output, closure, aux = jax.vjp(lambda trained: function(trained, x), trained, has_aux=True)
-        return output, aux, closure
+        return linearized(chunk, function, task.groups.trained(params), x)
 
     return ForwardBackward.trace(traced, params, batch_stats, x, inputs)
 
