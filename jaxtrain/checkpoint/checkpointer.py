@@ -114,7 +114,7 @@ class Checkpointer:
         self._finish_commit()
         self._still_owner()
         self._saving, self._last = step, last
-        if _is_short_of(self.directory, _state_bytes((state, callbacks))):
+        if _is_short_of(self.directory, _state_bytes((state, dict(callbacks)))):
             self._failure = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             self._handle_failure(alone=False)
             return

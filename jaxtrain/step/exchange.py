@@ -189,5 +189,5 @@ def _is_compressed(layout: Layout, optim: OptimConfig, path: str, leaf: Any) -> 
 
 def _shape_on_device(layout: Layout, path: str, leaf: Any) -> tuple[int, ...]:
     """The shape of a device's part of a leaf in computing: a device compresses what it has."""
-    placement = layout.place("computing", path, leaf.shape, leaf.dtype)
-    return layout.sharding(placement.spec, placement.stage).shard_shape(leaf.shape)
+    spec = layout.place("computing", path, leaf.shape, leaf.dtype).spec
+    return tuple(size // (layout.mesh.shape[axis] if axis else 1) for size, axis in zip(leaf.shape, spec, strict=True))

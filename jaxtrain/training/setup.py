@@ -258,7 +258,7 @@ def _lay_out(
     layout = Layout(mesh, config.layout, config.layout.rules + model.tensor_rules, **exchange)
     check_batch(layout, batch, groups, has_batch_norm)
     _check_by_device(config, layout, state)
-    _check_sync(config, layout, has_batch_norm)
+    check_sync(config, layout, has_batch_norm)
     if task.preprocess.mixes and count > 1 and batch // count % 2:
         raise ConfigError(
             f"config.layout.microbatches={count}: mixup and cutmix mix neighbours, so that a microbatch needs an even number "
@@ -311,7 +311,7 @@ def _check_by_device(config: Config, layout: Layout, state: TrainState) -> None:
         )
 
 
-def _check_sync(config: Config, layout: Layout, has_batch_norm: bool) -> None:
+def check_sync(config: Config, layout: Layout, has_batch_norm: bool) -> None:
     """Raises `ConfigError` where the shards of the batch cannot train weights of their own."""
     if not layout.trains_by_device:
         return

@@ -93,8 +93,10 @@ def test_microbatches_in_flight_are_those_of_the_schedule(name):
         pytest.param(VARIED | {"model.bn_groups": 1, "optim.name": "adamw"}, marks=pytest.mark.parity),
         {"model.width": 36, "data.global_batch": 40, "layout.tensor": 2},
         {"model.width": 64, "layout.keep": ("zero",), "data.mixup": 0.5},
+        {"model.width": 64, "layout.keep": ("zero",), "optim.sync_every": 2, "optim.outer_momentum": 0.9},
+        {"model.width": 36, "layout.keep": ("zero",), "optim.compress": "powersgd"},
     ],
-    ids=["BatchNorm", "one group", "tensor kept", "zero kept"],
+    ids=["BatchNorm", "one group", "tensor kept", "zero kept", "local SGD", "compressed"],
 )
 def test_what_is_called_legal_a_run_takes_and_what_is_refused_it_refuses(fields):
     config = change(config_of(fields), **{"train.precision": "f32"})

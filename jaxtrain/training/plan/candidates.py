@@ -8,16 +8,19 @@ import math
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import jax
 from jax.sharding import AbstractMesh
 
 from jaxtrain.config import LayoutConfig
 from jaxtrain.errors import ConfigError
 from jaxtrain.parallel.layout import Layout, Placement, bytes_by_stage
 from jaxtrain.parallel.mesh import AXES
+from jaxtrain.step.communication import initial_communication
 from jaxtrain.step.pipeline import partition
 from jaxtrain.step.pipeline.partition import Partition
 from jaxtrain.step.pipeline.plan import microbatches
 from jaxtrain.training.plan.problem import Problem
+from jaxtrain.training.setup import check_sync
 
 _REMATS = ("none", "dots", "full")
 
@@ -144,6 +147,10 @@ def _checked(problem: Problem, axes: Axes) -> Legal | Refused:
         return Refused(axes, _no_microbatches(problem, axes))
     layout = layout_of(problem, axes, counts[0])
     try:
+        check_sync(problem.config, layout, problem.has_batch_norm)
+    except ConfigError:
+        return Refused(axes, f"not with optim.sync_every={layout.sync_every}")
+    try:
         table = _table(problem, layout)
     except ConfigError as error:
         if "splits no layer" in str(error):
@@ -156,12 +163,17 @@ def _checked(problem: Problem, axes: Axes) -> Legal | Refused:
 
 
 def _table(problem: Problem, layout: Layout) -> dict[str, list[Placement]]:
-    """Where every leaf lies. It depends neither on replicas nor on the schedule. Raises `ConfigError` as `Layout.table`."""
-    key = (layout.mesh.shape["data"], layout.mesh.shape["tensor"], layout.config.zero, layout.chunks)
+    """Where every leaf lies. It does not depend on the schedule; on replicas where each shard of the batch keeps leaves.
+
+    Raises `ConfigError` as `Layout.table`.
+    """
+    replicas = layout.mesh.shape["replica"] if layout.accumulates_by_device else 1
+    key = (replicas, layout.mesh.shape["data"], layout.mesh.shape["tensor"], layout.config.zero, layout.chunks)
     if key not in problem.tables:
-        problem.tables[key] = layout.table(problem.state) | {
-            "gradients": layout.gradients(problem.run.task.groups.trained(problem.state.params))
-        }
+        task, state = problem.run.task, dataclasses.replace(problem.state, communication=())
+        kept = jax.eval_shape(functools.partial(initial_communication, task, layout, seed=0), state)
+        gradients = layout.gradients(task.groups.trained(state.params))
+        problem.tables[key] = layout.table(dataclasses.replace(state, communication=kept)) | {"gradients": gradients}
     return problem.tables[key]
 
 
