@@ -169,7 +169,8 @@ def hint(word: str, known: Iterable[str]) -> str:
     """
     option = word.partition("=")[0]
     name = option.lstrip("-").removeprefix("config.")
-    keys = {key.rpartition(".")[2]: key for key in reversed(flat_keys()) if key.rpartition(".")[2] != "name"}
+    ambiguous = ("name", "names")  # several sections have them
+    keys = {key.rpartition(".")[2]: key for key in reversed(flat_keys()) if key.rpartition(".")[2] not in ambiguous}
     field = name.replace("-", "_")
     instead = _INSTEAD.get(name.lower().replace("_", "-")) or (field if field in flat_keys() else keys.get(field))
     if instead is None:
