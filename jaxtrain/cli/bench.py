@@ -142,7 +142,7 @@ def _report(arguments: argparse.Namespace, results: Sequence[Result], about: str
     rows, fits = [result.figures() for result in results], fit_methods(results)
     _print(f"{about}; median of {arguments.repeats}", _table(rows, _MEASURED))
     print()
-    start.console().print(_fits(fits))
+    start.console().print(_fits(fits) if fits else "No link is fitted: that takes two sizes or meshes of a way.")
     if arguments.csv:
         _write_csv(arguments.csv, rows)
     if arguments.plot:
