@@ -206,9 +206,9 @@ def test_a_devices_part_need_not_hold_whole_batch_norm_groups(batch, groups):
 
 
 def clip_by_stage(monkeypatch):
-    def own(task, shardings, updating, state, gradients, batch_stats, decision, *more):
+    def own(task, shardings, updating, state, gradients, batch_stats, communication, decision):
         decision = decision.replace(norm=global_norm(gradients))
-        return update.apply_update(task, shardings, updating, state, gradients, batch_stats, decision, *more)
+        return update.apply_update(task, shardings, updating, state, gradients, batch_stats, communication, decision)
 
     monkeypatch.setattr(programs, "apply_update", own)
 
