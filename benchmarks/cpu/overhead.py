@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -103,19 +103,25 @@ class Job:
         return self._rows.read_bytes().count(b"\n") if self._rows.exists() else 0
 
 
-def measure() -> dict[str, Any]:
-    """Ratios of neighbouring turns: real batches over one cached block, and the trainer over the bare step."""
-    found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in KINDS}
+def in_turns(module: str, kinds: Sequence[str], turns: int, warm: int) -> dict[str, list[tuple[float, float]]]:
+    """`Job.turn` of each kind, `turns` times in turns, after `warm` turns of each that do not count."""
+    found: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
     with tempfile.TemporaryDirectory(prefix="jaxtrain-bench-") as folder, contextlib.ExitStack() as stack:
         jobs: dict[str, Job] = {}
-        for kind in KINDS:
-            jobs[kind] = Job("benchmarks.cpu.overhead", kind, Path(folder, kind))
+        for kind in kinds:
+            jobs[kind] = Job(module, kind, Path(folder, kind))
             stack.callback(jobs[kind].kill)
-            for _ in range(WARM):
+            for _ in range(warm):
                 jobs[kind].turn()
-        for _ in range(TURNS):
+        for _ in range(turns):
             for kind, job in jobs.items():
                 found[kind].append(job.turn())
+    return found
+
+
+def measure() -> dict[str, Any]:
+    """Ratios of neighbouring turns: real batches over one cached block, and the trainer over the bare step."""
+    found = in_turns("benchmarks.cpu.overhead", tuple(KINDS), TURNS, WARM)
 
     def over_bare(kind: str, clock: int) -> dict[str, float]:
         turns = zip(found[kind], found["cached"], strict=True)

@@ -5,7 +5,6 @@ python -m benchmarks.cpu.telemetry on|off|saves WORKDIR    # one of them
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import subprocess
@@ -16,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.common import ROOT, Spread
-from benchmarks.cpu.overhead import CONFIG, STEPS, Job
+from benchmarks.cpu.overhead import CONFIG, STEPS, in_turns
 from jaxtrain.host.usage import HostUsage
 from jaxtrain.recipes import change
 from jaxtrain.training.session import train
@@ -40,17 +39,7 @@ def saves(workdir: Path) -> None:
 
 def measure() -> dict[str, Any]:
     """Ratios of neighbouring turns, with telemetry over without; and resident bytes after 10 and after `SAVES` saves."""
-    found: dict[str, list[tuple[float, float]]] = {"on": [], "off": []}
-    with tempfile.TemporaryDirectory(prefix="jaxtrain-bench-") as folder, contextlib.ExitStack() as stack:
-        jobs: dict[str, Job] = {}
-        for kind in found:
-            jobs[kind] = Job("benchmarks.cpu.telemetry", kind, Path(folder, kind))
-            stack.callback(jobs[kind].kill)
-            for _ in range(WARM):
-                jobs[kind].turn()
-        for _ in range(TURNS):
-            for kind, job in jobs.items():
-                found[kind].append(job.turn())
+    found = in_turns("benchmarks.cpu.telemetry", ("on", "off"), TURNS, WARM)
     turns = list(zip(found["on"], found["off"], strict=True))
     return {
         "steps": STEPS * TURNS,
