@@ -175,7 +175,9 @@ class _SinkProcess:
             said = json.loads(line)
             if "id" in said:
                 self._keep_id(self._name, said["id"])
-            self._sent, self._done = said.get("sent", self._sent), "done" in said
+            self._done = "done" in said
+            if "sent" in said:
+                self._sent = said["sent"]
             if "failed" in said:
                 self._failed = "it has failed, see above"
                 why = printable(said["failed"])
