@@ -30,7 +30,7 @@ from jaxtrain.step.gradients import GradientSums, by_device
 from jaxtrain.step.metrics import StepMetrics, stack_metrics
 from jaxtrain.step.task import Task
 from jaxtrain.step.train_state import TrainState
-from jaxtrain.step.update import UpdateDecision, decide_update, step_metrics
+from jaxtrain.step.update import UpdateDecision, decide_update, is_count, step_metrics
 from jaxtrain.trees import PyTree
 
 _TREES = ("params", "batch_stats", "opt_state", "ema")
@@ -83,9 +83,23 @@ def local_update(
     return after, stack_metrics(step_metrics(state.loss_scale, decision, sums.loss, sums.correct, *norms))
 
 
-def averages(layout: Layout, state: TrainState) -> dict[str, PyTree]:
-    """The averages of the local weights, statistics, moments and moving averages, by the state's trees."""
-    return _mean(layout, state.communication["local"])
+def averages(task: Task, layout: Layout, state: TrainState) -> dict[str, PyTree]:
+    """The averages of the local weights, statistics, moments and moving averages, by the state's trees.
+
+    What is frozen stays the state's own: a mean of equal numbers may be rounded.
+    """
+    local = state.communication["local"]
+    means = _mean(layout, {**_changing(task, local), "opt_state": local["opt_state"]})
+    return merge({name: getattr(state, name) for name in _TREES}, means)
+
+
+def _changing(task: Task, trees: PyTree) -> dict[str, PyTree]:
+    """The parts of the trees `params`, `batch_stats` and `ema` that training changes; for `merge`."""
+
+    def of(weights: PyTree) -> dict[str, PyTree]:
+        return {"params": task.groups.trained(weights["params"]), "batch_stats": task.moving(weights["batch_stats"])}
+
+    return {**of(trees), "ema": of(trees["ema"]) if task.optim.ema else ()}
 
 
 def _update_one(
@@ -106,15 +120,15 @@ def _update_one(
         merge(local["params"], optax.apply_updates(old, updates)),
         merge(local["batch_stats"], task.moving(batch_stats)),
     )
-    ema = local["ema"]
+    after = {"params": new[0], "batch_stats": new[1], "opt_state": opt_state, "ema": local["ema"]}
     if task.optim.ema:
-        averages = ema_update((ema["params"], ema["batch_stats"]), new, task.optim.ema, step)
-        ema = dict(zip(("params", "batch_stats"), averages, strict=True))
-    after = {"params": new[0], "batch_stats": new[1], "opt_state": opt_state, "ema": ema}
+        parts = _changing(task, after)
+        weights = {name: parts[name] for name in parts["ema"]}
+        after["ema"] = merge(local["ema"], ema_update(parts["ema"], weights, task.optim.ema, step))
     kept = jax.tree.map(lambda n, o: jnp.where(decision.accepted, n, o), after, local)
     # The optimizer counts a skipped step too, so that its learning rate stays the schedule's at `step`.
     kept["opt_state"] = jax.tree.map(
-        lambda n, o: jnp.where(decision.skipped, n, o) if _is_count(n) else o, opt_state, kept["opt_state"]
+        lambda n, o: jnp.where(decision.skipped, n, o) if is_count(n) else o, opt_state, kept["opt_state"]
     )
     return kept, norms
 
@@ -122,18 +136,19 @@ def _update_one(
 def _sync(task: Task, layout: Layout, communication: PyTree) -> PyTree:
     """All shards get the mean, or what the outer update makes of it. Moments stay each shard's own."""
     local, optim = communication["local"], task.optim
-    shared = {name: local[name] for name in ("params", "batch_stats", "ema")}
-    mean, found = _mean(layout, shared), dict(communication)
+    mean, found = _mean(layout, _changing(task, local)), dict(communication)
     if _has_outer_update(optim):
-        outer, trained = communication["outer"], task.groups.trained(mean["params"])
-        change = jax.tree.map(lambda new, old: (new - old).astype(at_least_f32(old.dtype)), trained, outer["params"])
+        outer = communication["outer"]
+        change = jax.tree.map(
+            lambda new, old: (new - old).astype(at_least_f32(old.dtype)), mean["params"], outer["params"]
+        )
         momentum = jax.tree.map(lambda m, c: optim.outer_momentum * m + c, outer["momentum"], change)
         update = jax.tree.map(lambda m, c: optim.outer_rate * (optim.outer_momentum * m + c), momentum, change)
         params = jax.tree.map(lambda old, u: (old + u).astype(old.dtype), outer["params"], update)
         found["outer"] = {"params": params, "momentum": momentum}
-        mean["params"] = merge(mean["params"], params)
+        mean["params"] = params
     everywhere = _each(layout, lambda _, mean: mean, (local["params"],), mean)
-    return {**found, "local": {**local, **everywhere}}
+    return {**found, "local": {**local, **merge({name: local[name] for name in mean}, everywhere)}}
 
 
 def _mean(layout: Layout, trees: PyTree) -> PyTree:
@@ -180,7 +195,3 @@ def _root_mean_square(squares: jax.Array) -> jax.Array:
 
 def _has_outer_update(optim: OptimConfig) -> bool:
     return (optim.outer_rate, optim.outer_momentum) != (1.0, 0.0)
-
-
-def _is_count(leaf: jax.Array) -> bool:
-    return leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.integer)

@@ -183,7 +183,7 @@ def apply_update(
     after = jax.lax.platform_dependent(accepted, updated, state, cpu=_select, default=together)
     # The optimizer counts a skipped step too, so that its learning rate stays the schedule's at `step`.
     counted = jax.tree.map(
-        lambda new, old: jnp.where(decision.skipped & _is_count(new), new, old), opt_state, after.opt_state
+        lambda new, old: jnp.where(decision.skipped & is_count(new), new, old), opt_state, after.opt_state
     )
     return dataclasses.replace(after, step=decision.step, loss_scale=decision.loss_scale, opt_state=counted), norms
 
@@ -291,6 +291,6 @@ def _select_together(condition: jax.Array, new: TrainState, old: TrainState, sha
     return _on_each_device(of_device, shardings, new, old, whole=(condition,))
 
 
-def _is_count(leaf: jax.Array) -> bool:
+def is_count(leaf: jax.Array) -> bool:
     """Whether a leaf of the optimizer's state is a step counter."""
     return leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.integer)

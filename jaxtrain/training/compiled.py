@@ -148,7 +148,7 @@ def _compile_averages(run: RunSpec, state: TrainState) -> Callable[[TrainState],
     """The program of `local_sgd.averages`. state: shapes."""
     trees = {name: getattr(state, name) for name in ("params", "batch_stats", "opt_state", "ema")}
     shardings = jax.tree.map(lambda leaf: leaf.sharding, trees)
-    return jax.jit(functools.partial(averages, run.layout), out_shardings=shardings).lower(state).compile()
+    return jax.jit(functools.partial(averages, run.task, run.layout), out_shardings=shardings).lower(state).compile()
 
 
 def _restored(run: RunSpec, resume: ResumePoint, shapes: TrainState) -> TrainState:

@@ -159,6 +159,20 @@ def test_a_save_between_syncs_goes_on_bit_for_bit_and_as_the_average_elsewhere(t
             assert all(np.array_equal(old[name], new[name]) for name in old)
 
 
+def test_frozen_leaves_keep_their_bits(tmp_path):
+    """The mean of three equal numbers is not always that number."""
+    fields = {"optim.freeze_layers": 1, "data.global_batch": 48, "train.precision": "f32", **DILOCO}
+    begin, end = (run(tmp_path / str(n), config(3, 2, **fields, **{"train.steps": n})).state for n in (1, 5))
+    for tree in (end.params, end.ema["params"]):
+        before, after = leaves(begin.params), leaves(tree)
+        assert {name for name in before if np.array_equal(before[name], after[name])} == {
+            name for name in before if "layers_00" in name
+        }
+    local = leaves(end.communication["local"]["params"])
+    frozen = {name: leaf for name, leaf in leaves(begin.params).items() if "layers_00" in name}
+    assert all(np.array_equal(shard, leaf) for name, leaf in frozen.items() for shard in local[name])
+
+
 def test_only_a_sync_sends_weights():
     """The step's program sends the weights once in `sync_every` steps, in a branch, and a few scalars always."""
     wanted = config(4, 8, **PLAIN, **{"train.precision": "f32"})
