@@ -108,7 +108,7 @@ def _read_status(path: Path) -> RunStatus:
     else:
         state, reason = _state(start, lives)
     last = start.last_step if start else 0
-    spent = _spent(workdir.starts) if start and start.gpus else None
+    spent = _spent(workdir.starts) if start else None
     rows = _latest_rows(workdir.metrics_jsonl)
     training, validation = (next((row for row in rows if row["phase"] == phase), {}) for phase in ("train", "val"))
     return RunStatus(
@@ -128,7 +128,7 @@ def _read_status(path: Path) -> RunStatus:
         pid=holder.owner.pid if holder and lives else None,
         born=holder.owner.born if holder and lives else "",
         code=start.end.code if start and start.end and not lives else None,
-        gpu_hours=spent.gpu_hours if spent else None,
+        gpu_hours=(spent.gpu_hours or None) if spent else None,
         cost=spent.cost if spent else None,
     )
 

@@ -313,5 +313,5 @@ def goodput(starts: Sequence[StartTimes]) -> Goodput:
             total["down"] += max(starts[number + 1].began - start.began - start.wall, 0.0)
     total["training"] = sum((last - first) * step_seconds for first, last, step_seconds in counting)
     steps, gpu_hours = sum(last - first for first, last, _ in counting), sum(start.gpu_hours for start in starts)
-    price = starts[-1].price if starts else 0.0
+    price = next((start.price for start in reversed(starts) if start.gpus), 0.0)
     return Goodput(dict(total), len(starts), steps, lost_steps, gpu_hours, gpu_hours * price if price else None)

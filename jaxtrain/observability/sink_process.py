@@ -99,7 +99,8 @@ class MlflowSink:
     def log(self, step: int, values: Mapping[str, float]) -> None:
         now = int(time.time() * 1000)
         metrics = [self._metric(key, value, now, step) for key, value in values.items()]
-        self._client.log_batch(self.run_id, metrics=metrics)
+        for first in range(0, len(metrics), 1000):  # MLflow's limit for one request
+            self._client.log_batch(self.run_id, metrics=metrics[first : first + 1000])
 
     def finish(self, *, complete: bool) -> None:
         self._client.set_terminated(self.run_id, "FINISHED" if complete else "KILLED")
@@ -124,8 +125,8 @@ class TrackioSink:
 
 SINKS: Mapping[str, Callable[[SinkRun], Sink]] = {"wandb": WandbSink, "mlflow": MlflowSink, "trackio": TrackioSink}
 
-_SECRET = re.compile("KEY|TOKEN|SECRET|PASSW|CREDENTIAL|AUTH", re.IGNORECASE)
-_LOGIN = re.compile(r"(?<=://)[^/\s@]+@")
+_SECRET = re.compile("KEY|TOKEN|SECRET|PASS|PWD|CREDENTIAL|AUTH", re.IGNORECASE)
+_LOGIN = re.compile(r"(?<=://)\S+@")
 
 
 def redacted(text: str, environment: Mapping[str, str]) -> str:

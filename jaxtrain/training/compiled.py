@@ -193,7 +193,7 @@ def _with_communication(
         return restore_leaves(checkpoints, step, {key: target}, run.layout.mesh)[key]
 
     if there:
-        log.info("what the shards of the batch held at step %d is shared out anew: their number has changed", step)
+        log.info("what the shards of the batch held at step %d is shared out anew: they differ now", step)
     fresh = create_state(run.init, run.layout, run.config.seed).communication
     return dataclasses.replace(state, communication=shared_out(run.task, run.layout, state, fresh, read))
 

@@ -234,7 +234,9 @@ class TrainLoop:
         figures, is_best = self._validate(state) if due.validation else (None, False)
         self.reporter.view.row(step, is_best=is_best)
         self.position = dataclasses.replace(self.position, owes_validation=due.validation and figures is None)
-        self.position = self.callbacks.noted(self.position, may_end=due != Due() and not due.last)
+        self.position = self.callbacks.noted(
+            self.position, may_end=(due != Due() or self.time_to_save) and not due.last
+        )
         last = due.last or self.position.ended
         if self.position.ended and not due.epoch_end:
             self.reporter.epoch(self.timetable.epoch_of(step), self.position)

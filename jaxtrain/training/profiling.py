@@ -97,7 +97,6 @@ class Profiler:
         steps = compiled.run.config.profile.steps
         self._planned = range(steps[0], steps[1] + 1) if steps else range(0)
         self._window = range(0)  # the steps to be profiled; () where none are
-        self._agreed = True  # every process profiles them
         self._done = range(0)  # those that were
         self._step: TrainStep = compiled.step
         self._began = 0.0
@@ -115,13 +114,20 @@ class Profiler:
         if self._window:
             return False
         if self._planned and steps[-1] >= self._planned.start:
-            window, self._planned, self._agreed = self._planned, range(0), True
+            window, self._planned = self._planned, range(0)
             self._window = window if steps[0] in window or window.start in steps else range(0)
-        elif self._request.take():
-            length = self._compiled.run.config.profile.length
-            self._window, self._agreed = range(steps[0], steps[0] + length), jax.process_count() == 1
+        elif self._request.take() and self._is_alone():
+            self._window = range(steps[0], steps[0] + self._compiled.run.config.profile.length)
         self._done = range(steps[0], steps[0])
         return bool(self._window)
+
+    def _is_alone(self) -> bool:
+        """Whether this is the only process. One of several that paused for a window would leave the others in a collective."""
+        if jax.process_count() > 1:
+            log.warning(
+                "a signal profiles a run of one process alone; with several, start it with config.profile.steps"
+            )
+        return jax.process_count() == 1
 
     def _begin(self) -> None:
         """Starts the trace, after compiling a step for it where that is needed."""
@@ -130,9 +136,8 @@ class Profiler:
         options = jax.profiler.ProfileOptions()
         options.python_tracer_level = 0  # it would slow down the host, and the trace would be of Python above all
         try:
-            # One process alone would let the others wait for its compiler.
             with self._clock.charge("compile"):
-                self._step = self._compiled.step_for_profile() if self._agreed else self._compiled.step
+                self._step = self._compiled.step_for_profile()
             with self._clock.charge("profile"):
                 shutil.rmtree(self._folder, ignore_errors=True)  # of a start that was here before
                 self._folder.mkdir(parents=True)  # JAX fails at the end alone, and then keeps its profiler

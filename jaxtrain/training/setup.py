@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax.sharding import Mesh
 
-from jaxtrain.config import Config, DataConfig, OptimConfig, are_listed, nearest_multiples, without_effect
+from jaxtrain.config import Config, DataConfig, OptimConfig, TrainConfig, are_listed, nearest_multiples, without_effect
 from jaxtrain.data import registry as datasets
 from jaxtrain.data.augment import check_own_augmentation, own_augmentation
 from jaxtrain.data.base import CROPPED, Dataset, Outline, count_classes, underlying
@@ -352,7 +352,7 @@ def unused_settings(run: RunSpec) -> list[str]:
         found += without_effect("layout", layout, fields, "there is one stage")
     else:
         found += without_effect("telemetry", config.telemetry, ["histograms_every"], "pipeline stages make none")
-    found += _unused_reduction(run.layout, optim)
+    found += _unused_reduction(run.layout, optim, config.train)
     if not config.model.init_from:
         found += without_effect("model", config.model, ["init_sha256"], "config.model.init_from names no file")
     state = jax.eval_shape(run.init, 0)
@@ -385,7 +385,7 @@ _COMPRESS_FIELDS = ("compress_ratio", "compress_rank", "compress_min_rate", "com
 _OUTER_FIELDS = ("outer_rate", "outer_momentum")
 
 
-def _unused_reduction(layout: Layout, optim: OptimConfig) -> list[str]:
+def _unused_reduction(layout: Layout, optim: OptimConfig, train: TrainConfig) -> list[str]:
     """The sentences of `unused_settings` on how gradients are added up."""
     config, found = layout.config, []
     if batch_ways(layout.mesh) == 1:
@@ -405,6 +405,9 @@ def _unused_reduction(layout: Layout, optim: OptimConfig) -> list[str]:
     common = ("compress_min_rate", "compress_warmup") if optim.compress != "none" else ()
     unread = set(_COMPRESS_FIELDS).difference(reads.get(optim.compress, ()), common)
     found += without_effect("optim", optim, sorted(unread), f"optim.compress={optim.compress!r} does not read it")
+    if layout.trains_by_device:
+        why = f"under optim.sync_every={optim.sync_every} the weights that are compared are an average"
+        found += without_effect("train", train, ["check_replicas_every"], why)
     if optim.sync_every == 1:
         found += without_effect("optim", optim, _OUTER_FIELDS, "optim.sync_every is 1")
     return found

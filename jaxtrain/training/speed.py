@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import functools
+import logging
 
 import jax
 import jax.numpy as jnp
@@ -16,13 +17,15 @@ from jaxtrain.step.footprint import product_operations
 from jaxtrain.training.setup import RunSpec
 from jaxtrain.trees import PyTree
 
+log = logging.getLogger("jaxtrain")
+
 
 class Speed:
     """Model FLOP/s and their utilization (MFU; Chowdhery 2022, arXiv:2204.02311, appendix B), from images per second."""
 
     def __init__(self, run: RunSpec, executor: concurrent.futures.Executor):
         """Begins to count the operations of the model of `run`. executor: where that is done, beside what comes next."""
-        self._operations = executor.submit(forward_operations, run)
+        self._operations, self._said = executor.submit(forward_operations, run), False
         self._trains_all = run.config.optim.freeze == () and run.config.optim.freeze_layers == 0
         kind, precision = run.layout.mesh.devices.flat[0].device_kind, run.config.train.precision
         peaks = [products_per_second(gpu.teraflops, precision) for gpu in GPUS.values() if gpu.name == kind]
@@ -40,6 +43,11 @@ class Speed:
           the operations are counted, and where parameters are frozen, which have no gradients to compute.
         """
         if not (self._trains_all and self._operations.done()):
+            return {}
+        if error := self._operations.exception():  # of a layer of the user's own: a run does not end for that
+            if not self._said:
+                log.warning("FLOP/s are not known: counting the model's operations failed (%s)", error)
+            self._said = True
             return {}
         flops = 3 * self._operations.result() * throughput
         return {"flops_per_second": flops} | ({"mfu": flops / self._peak} if self._peak else {})

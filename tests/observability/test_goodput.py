@@ -67,6 +67,8 @@ def test_gpu_hours_and_their_cost_over_all_starts(tmp_path, capsys):
     found = goodput([first, second])
     assert (found.gpu_hours, found.cost) == pytest.approx((20.0, 50.0))
     assert goodput([first, dataclasses.replace(second, price=0.0)]).cost is None
+    early = start(95000.0, 20, 20)  # it failed before it knew its devices
+    assert goodput([first, second, early]).cost == pytest.approx(50.0)
     (tmp_path / "starts").mkdir()
     for number, each in enumerate((first, second), 1):
         (tmp_path / "starts" / f"{number:06d}.json").write_text(json.dumps(dataclasses.asdict(each)))

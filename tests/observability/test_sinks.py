@@ -243,3 +243,6 @@ def test_secrets_are_taken_out_of_what_a_sink_says():
     environment = {"MY_TOKEN": "abcd1234", "HOME": "/home/me", "DB_PASSWORD": "hunter22", "KEY": "x"}
     text = "abcd1234 hunter22 /home/me x http://me:pw@host"
     assert redacted(text, environment) == "*** *** /home/me x http://***@host"
+    for login in ("me:p@ss", "u:a/b", "u:a@b/c@d"):
+        assert redacted(f"no https://{login}@host/x today", environment) == "no https://***@host/x today"
+    assert redacted("hunter33", {"PGPWD": "hunter33"}) == "***"

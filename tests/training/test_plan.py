@@ -109,7 +109,9 @@ def test_what_is_called_legal_a_run_takes_and_what_is_refused_it_refuses(fields)
                 layout["layout.microbatches"] = each.microbatches[-1]
                 table = table_of(change(config, **layout), dataset, devices)
                 found = {tree: [leaf.bytes_per_device for leaf in leaves] for tree, leaves in table.items()}
-                assert found.keys() == each.table.keys()
+                assert found == {
+                    tree: [leaf.bytes_per_device for leaf in leaves] for tree, leaves in each.table.items()
+                }
                 legal += 1
             elif "no leaf of" not in each.why:  # that is what the audit of the compiled run says
                 with pytest.raises(ConfigError):
@@ -117,6 +119,26 @@ def test_what_is_called_legal_a_run_takes_and_what_is_refused_it_refuses(fields)
                 refused += 1
     assert legal > 3
     assert refused > 0 or fields.get("layout.tensor") == 2
+
+
+def test_what_shards_keep_for_themselves_counts_and_what_they_send_seldom_does_not():
+    """Of four devices with the whole model each: local weights and moments, or residuals; a sync every hundredth step."""
+    kept = {
+        "layout.data": 4,
+        "layout.zero": 0,
+        "layout.keep": ("data", "zero", "tensor", "stages", "microbatches", "remat"),
+    }
+
+    def planned(**fields):
+        (row,) = plan(mlp(**kept, **fields), cpu_target(1, 4), compiled=0)["layouts"]
+        return row["memory"]["optimizer"], row["wire_bytes"]["data"]
+
+    (plain, sent), (local, seldom), (held, _) = (
+        planned(), planned(**{"optim.sync_every": 100}), planned(**{"optim.compress": "topk"})
+    )  # fmt: skip
+    assert local > 2 * plain
+    assert held > 1.4 * plain
+    assert seldom == pytest.approx(sent / 100)
 
 
 def test_kept_fields_stay_and_the_others_are_chosen():

@@ -90,12 +90,12 @@ class _Span:
         return self.products + self.memory + self.kernels
 
 
-def _own_reduction(legal: Legal, count: int, whole: float, local: int, machine: Machine) -> tuple[float, float]:
+def _own_reduction(legal: Legal, times: float, whole: float, local: int, machine: Machine) -> tuple[float, float]:
     """Bytes sent in a step, and seconds, of `layout.reduce`.
 
     Args:
       legal: the layout.
-      count: microbatches.
+      times: how often in a step.
       whole: bytes of the gradients.
       local: how many neighbours of the devices that hold the batch a host has.
       machine: gives the links.
@@ -105,7 +105,7 @@ def _own_reduction(legal: Legal, count: int, whole: float, local: int, machine: 
     each = reduce_seconds(config.reduce, whole / buckets, *shape, local, machine.within, machine.between)
     if machine.target.platform != "cpu":
         each += messages(config.reduce, *shape) * COLLECTIVE_SECONDS
-    return count * sent_bytes(config.reduce, whole, *shape)[0], count * buckets * each
+    return times * sent_bytes(config.reduce, whole, *shape)[0], times * buckets * each
 
 
 class Estimator:
@@ -251,7 +251,9 @@ class Estimator:
             parts.append(
                 {
                     "params": by_tree["params"][stage] + gathered,
-                    "optimizer": sum(by_tree[tree][stage] for tree in ("opt_state", "ema", "batch_stats")),
+                    "optimizer": sum(
+                        by_tree[tree][stage] for tree in ("opt_state", "ema", "batch_stats", "communication")
+                    ),
                     "gradients": self._gradients(legal, count, stage),
                     "activations": stored * flights[stage] + transient,
                     "data": batch if stage == 0 else 0,
@@ -279,7 +281,7 @@ class Estimator:
 
     def _update_seconds(self, legal: Legal) -> float:
         """Reading and writing the state and reading the gradients twice, for their norm and for the update."""
-        state = sum(max(legal.bytes[tree].values()) for tree in ("params", "opt_state", "ema"))
+        state = sum(max(legal.bytes[tree].values()) for tree in ("params", "opt_state", "ema", "communication"))
         gradients = max(legal.bytes["gradients"].values())
         return (2 * state + 2 * gradients) / self._bandwidth
 
@@ -305,9 +307,13 @@ class Estimator:
         whole = params * shards
         joined = max(1.0, min(layers, whole / _COMBINED))
         gathers = count * (1 if axes.stages > 1 or legal.layout.by_device else 2)
-        if legal.layout.by_device:
+        # A device compresses what it has added up once a step; weights of its own it sends at a sync.
+        times = 1 / legal.layout.sync_every if legal.layout.accumulates_by_device else count
+        if legal.layout.by_device and legal.layout.config.reduce == "auto":
+            add("data", "all-reduce", whole, axes.ways, axes.tensor, times, joined)
+        elif legal.layout.by_device:
             wire["data"], seconds["data collectives"] = _own_reduction(
-                legal, count, whole, self._spread(axes.stages, axes.ways, axes.tensor)[0], self.problem.machine
+                legal, times, whole, self._spread(axes.stages, axes.ways, axes.tensor)[0], self.problem.machine
             )
         elif axes.data > 1 and axes.zero >= 2 and (count > 1 or axes.zero == 3):
             add("data", "reduce-scatter", whole / axes.data, axes.data, axes.tensor, count, joined)
