@@ -111,11 +111,10 @@ class TrainLoop:
         to the same pauses: they depend on the step alone, or the processes agree on them (`_told_to_pause`).
         """
         self.timetable.log_start(self.compiled.steps_per_call)
-        first = self.timetable.first_step
         batches = self.compiled.batches(
-            first_step=first,
+            first_step=self.timetable.first_step,
             first_example=self.position.examples,
-            steps=max(self.run_spec.steps - first, 0),
+            steps=max(self.run_spec.steps - self.timetable.first_step, 0),
             calls=(len(steps) for steps, _ in self.timetable.calls(self.compiled.steps_per_call)),
         )
         if self.position.owes_validation:
@@ -234,9 +233,8 @@ class TrainLoop:
         figures, is_best = self._validate(state) if due.validation else (None, False)
         self.reporter.view.row(step, is_best=is_best)
         self.position = dataclasses.replace(self.position, owes_validation=due.validation and figures is None)
-        self.position = self.callbacks.noted(
-            self.position, may_end=(due != Due() or self.time_to_save) and not due.last
-        )
+        paused = due != Due() or self.time_to_save
+        self.position = self.callbacks.noted(self.position, may_end=paused and not due.last)
         last = due.last or self.position.ended
         if self.position.ended and not due.epoch_end:
             self.reporter.epoch(self.timetable.epoch_of(step), self.position)

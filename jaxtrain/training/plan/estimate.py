@@ -16,6 +16,7 @@ from collections.abc import Mapping
 from jaxtrain.host.links import Link
 from jaxtrain.host.targets import products_per_second
 from jaxtrain.parallel.collective_cost import collective_seconds, reduce_seconds, wire_bytes
+from jaxtrain.parallel.layout import Layout
 from jaxtrain.parallel.reduce import messages, sent_bytes
 from jaxtrain.step.footprint import Footprint
 from jaxtrain.training.plan.candidates import Legal, cut_of, in_flight
@@ -106,6 +107,13 @@ def _own_reduction(legal: Legal, times: float, whole: float, local: int, machine
     if machine.target.platform != "cpu":
         each += messages(config.reduce, *shape) * COLLECTIVE_SECONDS
     return times * sent_bytes(config.reduce, whole, *shape)[0], times * buckets * each
+
+
+def _reductions(layout: Layout, count: int) -> float:
+    """How often a step reduces gradients: once for each of `count` microbatches; once for what a device adds up and compresses
+    itself; and for weights of its own in one of `optim.sync_every` steps.
+    """
+    return 1 / layout.sync_every if layout.accumulates_by_device else count
 
 
 class Estimator:
@@ -302,25 +310,21 @@ class Estimator:
             wire[axis] = wire.get(axis, 0.0) + times * wire_bytes(kind, size, members)
             seconds[f"{axis} collectives"] = seconds.get(f"{axis} collectives", 0.0) + cost
 
-        params = max(legal.bytes["params"].values())
         shards = axes.data if legal.layout.shards("params") else 1
-        whole = params * shards
+        whole = max(legal.bytes["params"].values()) * shards
         joined = max(1.0, min(layers, whole / _COMBINED))
         gathers = count * (1 if axes.stages > 1 or legal.layout.by_device else 2)
-        # A device compresses what it has added up once a step; weights of its own it sends at a sync.
-        times = 1 / legal.layout.sync_every if legal.layout.accumulates_by_device else count
-        if legal.layout.by_device and legal.layout.config.reduce == "auto":
-            add("data", "all-reduce", whole, axes.ways, axes.tensor, times, joined)
-        elif legal.layout.by_device:
+        times = _reductions(legal.layout, count)
+        if legal.layout.by_device and legal.layout.config.reduce != "auto":
             wire["data"], seconds["data collectives"] = _own_reduction(
                 legal, times, whole, self._spread(axes.stages, axes.ways, axes.tensor)[0], self.problem.machine
             )
-        elif axes.data > 1 and axes.zero >= 2 and (count > 1 or axes.zero == 3):
+        elif not legal.layout.by_device and axes.data > 1 and axes.zero >= 2 and (count > 1 or axes.zero == 3):
             add("data", "reduce-scatter", whole / axes.data, axes.data, axes.tensor, count, joined)
             if axes.replica > 1:
                 add("replica", "all-reduce", whole / axes.data, axes.replica, axes.tensor * axes.data, count, joined)
         elif axes.ways > 1:
-            add("data", "all-reduce", whole, axes.ways, axes.tensor, count, joined)
+            add("data", "all-reduce", whole, axes.ways, axes.tensor, times, joined)
         if axes.data > 1 and axes.zero == 3:
             add("data", "all-gather", whole, axes.data, axes.tensor, gathers)
         elif axes.data > 1 and axes.zero in (1, 2):
