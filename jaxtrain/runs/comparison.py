@@ -80,10 +80,10 @@ class Comparison:
             return [f"No complete run has {self.by}, so nothing is compared."]
         best = ranked[0]
         spread = best.spreads[self.by]
-        said = [f"{best.label} has {number(spread, self.by)} {self.by} ({best.counted})."]
+        said = [f"{best.label} has {number(spread, self.by)} {self.by} over {best.counted}."]
         if len(ranked) > 1:
             word = "lowest" if self.less_is_better else "highest"
-            said = [f"{best.label} has the {word} {self.by}: {number(spread, self.by)} ({best.counted})."]
+            said = [f"{best.label} has the {word} {self.by}: {number(spread, self.by)} over {best.counted}."]
         return said + [self._against(group) for group in ranked[1:]]
 
     def _against(self, group: Group) -> str:
@@ -208,14 +208,16 @@ def _warnings(groups: Sequence[Group], pairs: int) -> Iterable[str]:
 
 
 def figure(value: float, name: str) -> str:
-    """A figure as it is shown: four decimals of a share or a loss, else four digits."""
-    last = name.rpartition("/")[2]
-    if last in ("accuracy", "loss", "top5", "goodput"):
+    """A figure as it is shown: four decimals of a share or a loss, else four digits; what is small has three digits."""
+    if name.rpartition("/")[2] in ("accuracy", "loss", "top5", "goodput") and (abs(value) >= 0.01 or not value):
         return f"{value:.4f}"
-    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4g}"
+    return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}" if abs(value) >= 0.01 else f"{value:.3g}"
 
 
 def number(spread: Spread, name: str) -> str:
-    """A mean and its standard deviation."""
-    deviation = "" if spread.deviation is None else f" ± {figure(spread.deviation, name)}"
-    return f"{figure(spread.mean, name)}{deviation}"
+    """A mean and its standard deviation, with as many decimals."""
+    mean = figure(spread.mean, name)
+    if spread.deviation is None:
+        return mean
+    decimals = len(mean.partition(".")[2])
+    return f"{mean} ± {figure(spread.deviation, name) if 'e' in mean else f'{spread.deviation:,.{decimals}f}'}"

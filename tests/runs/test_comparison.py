@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import time
 from pathlib import Path
@@ -11,6 +12,7 @@ import pytest
 from scipy import stats
 
 from jaxtrain import compare
+from jaxtrain.cli import main
 from jaxtrain.config import Config, to_dict
 from jaxtrain.errors import ConfigError, WorkdirError
 from jaxtrain.runs.spread import Spread, difference
@@ -182,3 +184,25 @@ def test_names_that_lead_nowhere(tmp_path):
         compare(tmp_path / "nothing")
     with pytest.raises(ConfigError, match="Did you mean 'val/accuracy'"):
         compare(tmp_path, by="val/acuracy")
+
+
+def test_the_command_prints_sentences_tables_csv_and_json(tmp_path, capsys):
+    make_sweep(tmp_path / "runs", {0.1: A, 0.2: B})
+    make_run(tmp_path / "runs/0.2-9", code=76, optim__learning_rate=0.2, seed=9)
+    assert main(["compare", str(tmp_path / "runs"), "--csv", str(tmp_path / "runs.csv")]) == 0
+    printed = capsys.readouterr().out
+    for text in (
+        "learning_rate=0.2 has the highest val/accuracy: 0.7800 ± 0.0265 over 3 of 4 runs (1 failed)",
+        "It ended.",
+    ):
+        assert text in printed
+    rows = list(csv.DictReader((tmp_path / "runs.csv").open()))
+    assert len(rows) == 8
+    first = next(row for row in rows if row["run"] == "0.1-0")
+    assert (first["group"], first["state"], float(first["val/accuracy"])) == ("learning_rate=0.1", "done", 0.71)
+    assert main(["compare", str(tmp_path / "runs"), "--by", "test/accuracy", "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert (found["by"], found["groups"][0]["complete"]) == ("test/accuracy", 3)
+    assert main(["compare", str(tmp_path / "runs"), "--csv", "-"]) == 0
+    assert capsys.readouterr().out == (tmp_path / "runs.csv").read_text()
+    assert main(["compare", str(tmp_path / "nothing")]) == 73
