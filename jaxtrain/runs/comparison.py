@@ -208,8 +208,9 @@ def _warnings(groups: Sequence[Group], pairs: int) -> Iterable[str]:
 
 
 def figure(value: float, name: str) -> str:
-    """A figure as it is shown: four decimals of a share or a loss, else four digits; what is small has three digits."""
-    if name.rpartition("/")[2] in ("accuracy", "loss", "top5", "goodput") and (abs(value) >= 0.01 or not value):
+    """A figure as it is shown: four decimals of a share or a loss, else four digits; three of what is small."""
+    last = name.rpartition("/")[2]
+    if last in ("accuracy", "top5", "goodput") or (last == "loss" and (abs(value) >= 0.01 or not value)):
         return f"{value:.4f}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}" if abs(value) >= 0.01 else f"{value:.3g}"
 
