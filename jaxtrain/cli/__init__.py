@@ -23,6 +23,7 @@ from jaxtrain.cli import (
     checkpoint,
     compile,
     config,
+    dashboard,
     data,
     demo,
     doctor,
@@ -55,7 +56,7 @@ COMMANDS = {
     "train": train, "launch": launch, "evaluate": evaluate, "predict": predict, "export": export,
     "checkpoint": checkpoint, "data": data, "config": config, "layout": layout, "compile": compile, "plan": plan,
     "bench": bench, "logs": logs, "goodput": goodput, "weights": weights, "demo": demo, "doctor": doctor, "init": init,
-    "submit": submit, "queue": queue, "status": status, "stop": stop, "resume": resume,
+    "submit": submit, "queue": queue, "status": status, "stop": stop, "resume": resume, "dashboard": dashboard,
 }  # fmt: skip
 
 _WITH_CONFIG = ("train", "evaluate", "layout", "compile", "plan", "config")
