@@ -24,6 +24,7 @@ from jaxtrain.cli import (
     compare,
     compile,
     config,
+    dashboard,
     data,
     demo,
     doctor,
@@ -57,6 +58,7 @@ COMMANDS = {
     "checkpoint": checkpoint, "data": data, "config": config, "layout": layout, "compile": compile, "plan": plan,
     "bench": bench, "logs": logs, "goodput": goodput, "compare": compare, "weights": weights, "demo": demo, "doctor": doctor,
     "init": init, "submit": submit, "queue": queue, "status": status, "stop": stop, "resume": resume,
+    "dashboard": dashboard,
 }  # fmt: skip
 
 _WITH_CONFIG = ("train", "evaluate", "layout", "compile", "plan", "config")
