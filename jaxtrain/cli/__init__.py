@@ -39,6 +39,7 @@ from jaxtrain.cli import (
     plan,
     predict,
     queue,
+    report,
     resume,
     status,
     stop,
@@ -56,8 +57,9 @@ from jaxtrain.recipes import split_override
 COMMANDS = {
     "train": train, "launch": launch, "evaluate": evaluate, "predict": predict, "export": export,
     "checkpoint": checkpoint, "data": data, "config": config, "layout": layout, "compile": compile, "plan": plan,
-    "bench": bench, "logs": logs, "goodput": goodput, "compare": compare, "weights": weights, "demo": demo, "doctor": doctor,
-    "init": init, "submit": submit, "queue": queue, "status": status, "stop": stop, "resume": resume,
+    "bench": bench, "logs": logs, "goodput": goodput, "compare": compare, "report": report,
+    "weights": weights, "demo": demo, "doctor": doctor, "init": init,
+    "submit": submit, "queue": queue, "status": status, "stop": stop, "resume": resume,
     "dashboard": dashboard,
 }  # fmt: skip
 

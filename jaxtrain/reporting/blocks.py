@@ -33,7 +33,7 @@ class Curve:
 
 @dataclasses.dataclass(frozen=True)
 class Plot:
-    """Curves over the step."""
+    """Curves over the step, or something else that grows."""
 
     title: str
     unit: str
@@ -46,6 +46,8 @@ class Plot:
     """What happened: `x`, `kind`, `label`."""
     logarithmic: bool = False
     """Whether a logarithmic axis can help."""
+    x: str = "step"
+    """What they are drawn over."""
 
 
 @dataclasses.dataclass(frozen=True)

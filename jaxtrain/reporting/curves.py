@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,8 +12,8 @@ import numpy as np
 
 from jaxtrain.reporting.blocks import Curve, Plot, Section, Sentences
 from jaxtrain.runs.comparison import Comparison
-from jaxtrain.runs.record import RunRecord, read_rows
-from jaxtrain.workdir import Workdir
+from jaxtrain.runs.record import RunRecord, read_metrics, read_rows
+from jaxtrain.runs.series import downsample
 
 _POINTS = 1000  # of a curve
 _MARKED = ("checkpoint", "roll_back", "anomaly", "slow_device", "gpu")
@@ -50,7 +51,7 @@ _Points = tuple[np.ndarray, np.ndarray]  # x and y, f64 [n]
 def curves_section(comparison: Comparison) -> Section:
     """Loss, accuracy, learning rate, gradient norm and throughput over the step."""
     runs = comparison.runs
-    read = {run.path: _columns(read_rows(Workdir(Path(run.path)).metrics_jsonl)) for run in runs}
+    read = {run.path: _columns(run) for run in runs}
     plots = _of_one_run(runs[0], read[runs[0].path]) if len(runs) == 1 else _of_several(comparison, read)
     if not plots:
         return Section("Curves", (Sentences(("No run has a row of metrics.",)),))
@@ -60,23 +61,17 @@ def curves_section(comparison: Comparison) -> Section:
     return Section("Curves", (Sentences(texts), *plots))
 
 
-def _columns(rows: Sequence[Mapping[str, Any]]) -> dict[str, _Points]:
-    """The numbers of the families by column. A step that was done again counts as it was done last."""
-    wanted = {column for family in _FAMILIES for column in family.columns}
-    points: dict[str, dict[int, float]] = {}
-    for row in rows:
-        phase, step = row.get("phase"), row.get("step")
-        if type(step) is not int:
-            continue
-        for name, value in row.items():
-            if (column := f"{phase}/{name}") in wanted:
-                number = float(value) if type(value) in (int, float) else math.nan
-                points.setdefault(column, {})[step] = number
-    arrays = {}
-    for column, found in points.items():
-        steps = sorted(found)
-        arrays[column] = (np.array(steps, np.float64), np.array([found[step] for step in steps]))
-    return arrays
+def _columns(run: RunRecord) -> dict[str, _Points]:
+    """The points of the families by column. A step that was done again counts as it was done last."""
+    metrics = read_metrics(Path(run.path))
+    if metrics is None:
+        return {}
+    found = metrics.series((column for family in _FAMILIES for column in family.columns), points=sys.maxsize)
+    points = {}
+    for column, series in found.items():
+        steps, last = np.unique(series.x[::-1], return_index=True)
+        points[column] = (steps, series.y[::-1][last])
+    return points
 
 
 def _of_one_run(run: RunRecord, read: Mapping[str, _Points]) -> list[Plot]:
@@ -136,18 +131,9 @@ def _mean(label: str, slot: int, runs: Sequence[_Points]) -> Curve:
 
 
 def _thinned(x: np.ndarray, *columns: np.ndarray) -> tuple[np.ndarray, ...]:
-    """At most `_POINTS` of the rows: of each of equal pieces those where the first column is least and greatest."""
-    if x.size <= _POINTS:
-        return x, *columns
-    kept = {0, x.size - 1}
-    for piece in np.array_split(np.arange(x.size), _POINTS // 2 - 1):
-        values = columns[0][piece]
-        finite = np.isfinite(values)
-        kept.add(int(piece[np.argmin(finite)]))  # the first that is not, so that a run that diverged is seen to
-        if finite.any():
-            kept |= {int(piece[np.nanargmin(values)]), int(piece[np.nanargmax(values)])}
-    rows = np.array(sorted(kept))
-    return x[rows], *(column[rows] for column in columns)
+    """The rows at which a curve of the first column has its points."""
+    kept = np.isin(x, downsample(x, columns[0], _POINTS)[0])
+    return x[kept], *(column[kept] for column in columns)
 
 
 def _finite(values: np.ndarray) -> list[float | None]:

@@ -70,9 +70,14 @@ def _checked(layout: Mapping[str, Any]) -> dict[str, Any]:
         **{name: int(layout[name]) for name in ("parameters", "devices", "zero", "microbatches")},
         "mesh": {str(axis): int(length) for axis, length in layout["mesh"].items()},
         "bytes_per_device": {str(tree): int(count) for tree, count in trees.items()},
-        "bytes_by_stage": {str(tree): [int(count) for count in counts] for tree, counts in stages.items()},
+        "bytes_by_stage": {str(tree): [int(count) for count in _in_order(counts)] for tree, counts in stages.items()},
         **{name: [str(each) for each in layout.get(name) or ()] for name in ("stages", "warnings")},
     }
+
+
+def _in_order(counts: Any) -> list[Any]:
+    """The counts of the stages: a list, or a mapping from a stage's number."""
+    return [counts[key] for key in sorted(counts, key=int)] if isinstance(counts, Mapping) else list(counts)
 
 
 def _stages(name: str, layout: Mapping[str, Any], folder: Path) -> list[Block]:

@@ -98,18 +98,17 @@ def _section(section: Section, numbers: Any) -> str:
     for block in section.blocks:
         is_plot = isinstance(block, Plot)
         if is_plot and not in_grid:
-            parts.append('<div class="toolbar" hidden></div><div class="plots">')
+            parts.append('<div class="plots">')
         elif in_grid and not is_plot:
             parts.append("</div>")
         in_grid = is_plot
         parts.append(f'<div class="plot" data-plot="{next(numbers)}"></div>' if is_plot else _block(block))
     parts.append("</div>" if in_grid else "")
-    noscript = (
-        "<noscript><p>The curves need JavaScript.</p></noscript>"
-        if any(isinstance(b, Plot) for b in section.blocks)
-        else ""
-    )
-    return f'<section id="{_anchor(section)}"><h2>{_text(section.title)}</h2>{noscript}{"".join(parts)}</section>'  # fmt: skip
+    has_plots = any(isinstance(block, Plot) for block in section.blocks)
+    controls = '<div class="toolbar" hidden></div>' if section.title == "Curves" else ""
+    noscript = "<noscript><p>The curves need JavaScript.</p></noscript>" if has_plots else ""
+    head = f"<h2>{_text(section.title)}</h2>{noscript}{controls}"
+    return f'<section id="{_anchor(section)}">{head}{"".join(parts)}</section>'
 
 
 def _block(block: Block) -> str:
@@ -219,5 +218,5 @@ def _plot(plot: Plot) -> dict[str, Any]:
     marks = [{"x": each["x"], "kind": each["kind"], "label": printable(each["label"])} for each in plot.marks]
     return {
         "title": plot.title, "unit": plot.unit, "curves": curves(plot.curves), "together": curves(plot.together),
-        "marks": marks, "logarithmic": plot.logarithmic,
+        "marks": marks, "logarithmic": plot.logarithmic, "x": plot.x,
     }  # fmt: skip

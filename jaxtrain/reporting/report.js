@@ -9,9 +9,9 @@
 
   const drawn = plots.map((plot, i) => {
     const element = document.querySelector(`[data-plot="${i}"]`);
-    const { title, unit, marks } = plot;
+    const { title, unit, marks, x } = plot;
     const chart = jaxtrainCharts.create(element, {
-      title, unit, marks, x: { label: "step", kind: "number" }, series: series(plot), group: "report",
+      title, unit, marks, x: { label: x, kind: "number" }, series: series(plot), group: x === "step" ? x : null,
     });
     const save = document.createElement("button");
     save.type = "button";

@@ -30,9 +30,9 @@ from jaxtrain.runs.record import RunRecord, find_folders, read_records
 _SCALING = "scaling.json"
 _ABSENT = {
     "Time and bottleneck": "Time: no run has recorded where it went.",
-    "Scaling": "Scaling: `jaxtrain scale` measures it; name its directory beside the runs.",
+    "Scaling": "Scaling: jaxtrain scale measures it; name its directory beside the runs.",
     "Layout": "Layout: the runs have not recorded it; runs of this version do.",
-    "Classes": "Classes: `jaxtrain evaluate RUN --report` keeps an evaluation in the run.",
+    "Classes": "Classes: jaxtrain evaluate RUN --report keeps an evaluation in the run.",
 }
 
 

@@ -6,9 +6,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.reporting.blocks import Block, Section, Sentences
+from jaxtrain.reporting.blocks import Block, Curve, Plot, Section, Sentences
 from jaxtrain.reporting.run_files import made_from
 from jaxtrain.reporting.table import Table
+
+_THROUGHPUT = "examples/s"
 
 
 def scaling_section(files: Sequence[Path], problems: list[str]) -> tuple[Section, list[str]]:
@@ -21,16 +23,27 @@ def scaling_section(files: Sequence[Path], problems: list[str]) -> tuple[Section
 
 def _blocks(study: Mapping[str, Any]) -> tuple[list[Block], str]:
     """The blocks of a study, and the sentence about its bottleneck."""
-    blocks: list[Block] = []
-    for table in study["tables"]:
-        blocks.append(Table.of(f"{table['kind']}: {table['caption']}", table["columns"], table["rows"]))
-    texts = [
-        str(study["title"]),
-        *_texts(study.get("fits")),
-        *_texts(study.get("bottleneck")),
-        *_texts(study.get("advice")),
-    ]
-    return [Sentences(tuple(texts)), *blocks], " ".join(_texts(study.get("bottleneck")))
+    bottleneck = _texts(study.get("bottleneck"))
+    texts = [str(study["title"]), *bottleneck]
+    texts += [text for name in ("advice", "fits", "notes") for text in _texts(study.get(name))]
+    tables = [Table.of(f"{each['kind']}: {each['caption']}", each["columns"], each["rows"]) for each in study["tables"]]
+    plots = [plot for each in study["tables"] if (plot := _plot(each))]
+    return [Sentences(tuple(texts)), *plots, *tables], " ".join(bottleneck)
+
+
+def _plot(table: Mapping[str, Any]) -> Plot | None:
+    """Throughput over the number of devices, with the ideal; None for a table without it."""
+    columns = table["columns"]
+    curves = []
+    for slot, name in enumerate((_THROUGHPUT, f"ideal {_THROUGHPUT}")):
+        if name in columns:
+            points = [(row[0], row[columns.index(name)]) for row in table["rows"]]
+            curves.append(
+                Curve(name, [float(x) for x, _ in points], [None if y is None else float(y) for _, y in points], slot)
+            )
+    if not curves:
+        return None
+    return Plot(f"{table['kind']}: {table['caption'].partition(';')[0]}", "", tuple(curves), x=str(columns[0]))
 
 
 def _texts(value: Any) -> list[str]:

@@ -78,7 +78,7 @@ def times_section(runs: list[RunRecord]) -> tuple[Section, list[str]]:
     )
     inside = (
         "How a step's own time divides into compute and communication is not in a run's files; "
-        "a profile (config.profile.steps) or `jaxtrain scale` measures it."
+        "a profile (config.profile.steps) or jaxtrain scale measures it."
     )
     limited = list(_limited(found))
     return Section("Time and bottleneck", (shares, seconds, limits, Sentences((*limited, inside)))), [
@@ -100,10 +100,11 @@ def _limited(found: Sequence[tuple[str, Goodput]]) -> Iterator[str]:
     for bound in dict.fromkeys(_bound(spent) for _, spent in found):
         having = [(run, _loop(spent)[bound]) for run, spent in found if _bound(spent) == bound]
         shares = [share for _, share in having]
-        names = ", ".join(run for run, _ in having) if len(having) <= 3 else f"{len(having)} of {len(found)} runs"
-        names = "Every run" if len(having) == len(found) > 1 else names
+        names = " and ".join(run for run, _ in having)
+        if len(having) > 3:
+            names = f"{'All' if len(having) == len(found) else f'{len(having)} of'} {len(found)} runs"
         between = percent(shares[0]) if len(having) == 1 else f"{percent(min(shares))} to {percent(max(shares))}"
-        yield f"{names} was limited by {_LIMITS[bound]} ({between} of the loop's time): {_HELP[bound]}."
+        yield f"{names} {'was' if len(having) == 1 else 'were'} limited by {_LIMITS[bound]} ({between} of the loop's time): {_HELP[bound]}."
 
 
 def _loop(spent: Goodput) -> dict[str, float]:
