@@ -88,7 +88,11 @@ def _confusions(names: Sequence[str], confusion: Sequence[Sequence[int]]) -> dic
 
 def _pictures(worst: Sequence[Mapping[str, Any]]) -> tuple[tuple[str, str], ...]:
     return tuple(
-        (f"{row['label']}, taken for {row['predicted']}; loss {_share(row['loss'])}", row["picture"])
+        (f"{row['label']}, {_answer(row)}; loss {_share(row['loss'])}", row["picture"])
         for row in worst[:_PICTURES]
         if isinstance(row.get("picture"), str) and _PICTURE.fullmatch(row["picture"])
     )
+
+
+def _answer(row: Mapping[str, Any]) -> str:
+    return "right" if row["predicted"] == row["label"] else f"taken for {row['predicted']}"

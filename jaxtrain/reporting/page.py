@@ -131,14 +131,14 @@ def _block(block: Block) -> str:
 
 def _table(table: Table) -> str:
     numbers = [all(is_number(row[i]) for row in table.rows) for i in range(len(table.columns))]
-    shown = [' class="n"' if number else "" for number in numbers]
-    top = "".join(f"<th{form}>{_text(name)}</th>" for form, name in zip(shown, table.columns, strict=True))
+    forms = [' class="n"' if number else "" for number in numbers]
+    top = "".join(f"<th{form}>{_text(name)}</th>" for form, name in zip(forms, table.columns, strict=True))
     rows = "".join(
-        f"<tr>{''.join(f'<td{_form(form, text)}>{_text(text)}</td>' for form, text in zip(shown, row, strict=True))}</tr>"
+        f"<tr>{''.join(f'<td{_form(form, text)}>{_text(text)}</td>' for form, text in zip(forms, row, strict=True))}</tr>"
         for row in table.rows
     )
-    head = f"<caption>{_text(table.caption)}</caption><thead><tr>{top}</tr></thead>"
-    return f'<div class="scroll"><table>{head}<tbody>{rows}</tbody></table></div>'
+    shown = f"<table><thead><tr>{top}</tr></thead><tbody>{rows}</tbody></table>"
+    return f'<figure class="table"><figcaption>{_text(table.caption)}</figcaption><div class="scroll">{shown}</div></figure>'
 
 
 def _form(form: str, text: str) -> str:

@@ -104,7 +104,8 @@ def _limited(found: Sequence[tuple[str, Goodput]]) -> Iterator[str]:
         if len(having) > 3:
             names = f"{'All' if len(having) == len(found) else f'{len(having)} of'} {len(found)} runs"
         between = percent(shares[0]) if len(having) == 1 else f"{percent(min(shares))} to {percent(max(shares))}"
-        yield f"{names} {'was' if len(having) == 1 else 'were'} limited by {_LIMITS[bound]} ({between} of the loop's time): {_HELP[bound]}."
+        were = "was" if len(having) == 1 else "were"
+        yield f"{names} {were} limited by {_LIMITS[bound]} ({between} of the loop's time): {_HELP[bound]}."
 
 
 def _loop(spent: Goodput) -> dict[str, float]:

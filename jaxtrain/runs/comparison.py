@@ -88,23 +88,21 @@ class Comparison:
             word = "lowest" if self.less_is_better else "highest"
             said = [f"{best.label} has the {word} {self.by}: {number(spread, self.by)} over {best.counted}."]
         others = ranked[1:]
-        if len(others) <= _MOST_SAID:
-            return said + [self._against(group) for group in others]
         verdicts = [self.differences[group.label].verdict for group in others]
-        within = verdicts.count("within") + verdicts.count("unknown")
-        return [
-            *said,
-            self._against(others[0]),
-            f"Of the {len(others)} others, {len(others) - within} are worse by more than the spread over seeds; of {within} "
-            "that cannot be said.",
-        ]
+        said += [self._against(group) for group in (others if len(others) <= _MOST_SAID else others[:1])]
+        if len(others) > _MOST_SAID:
+            counts = f"{verdicts.count('larger')} are worse by more than the spread over seeds"
+            said.append(f"Of the {len(others)} others, {counts}; {verdicts.count('within')} are within it.")
+        if "unknown" in verdicts:
+            said.append("Where a side has one complete run, nothing can be said about the spread over seeds.")
+        return said
 
     def _against(self, group: Group) -> str:
         """A sentence about the best group and another."""
         found = self.differences[group.label]
         text = f"From {group.label} ({number(group.spreads[self.by], self.by)}) it differs by {figure(found.value, self.by)}"
         if found.low is None or found.high is None:
-            return f"{text}; a side has one complete run, so nothing can be said about the spread over seeds."
+            return f"{text}."
         interval = f"{found.confidence:.1%} interval {figure(found.low, self.by)} to {figure(found.high, self.by)}"
         if found.verdict == "within":
             return f"{text} ({interval}): within the spread over seeds, so these runs do not tell the two apart."

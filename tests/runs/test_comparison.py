@@ -112,7 +112,17 @@ def test_less_loss_is_better(tmp_path):
 
 def test_one_seed_each_says_that_nothing_can_be_said(tmp_path):
     sentences = compare(make_sweep(tmp_path, {0.1: [0.5], 0.2: [0.9]})).sentences()
-    assert "nothing can be said about the spread" in sentences[1]
+    assert "nothing can be said about the spread" in sentences[2]
+
+
+def test_many_groups_are_summed_up(tmp_path):
+    sentences = compare(
+        make_sweep(tmp_path, {rate: [rate, rate + 0.01] for rate in (0.1, 0.2, 0.3, 0.4, 0.5, 0.6)})
+    ).sentences()
+    assert sentences[0].startswith("learning_rate=0.6 has the highest")
+    assert sentences[1].startswith("From learning_rate=0.5 ")
+    assert sentences[2].startswith("Of the 5 others, ")
+    assert len(sentences) == 3
 
 
 def test_what_no_figure_depends_on_does_not_part_runs(tmp_path):
