@@ -174,7 +174,7 @@ def _train_from(
     host.times.runs_on(0 if on_cpu(devices) else run.layout.mesh.size, config.cost.per_gpu_hour)
     host.times.goes_on_from(position.step, run.steps)
     said = events.event("start", position.step, also=FILE_ONLY)
-    log.info("training goes on from step %d of %d", position.step, run.steps, extra=said)
+    log.info("this start goes from step %d to step %d", position.step, run.steps, extra=said)
     checkpointer = Checkpointer(
         directory.checkpoints,
         config.checkpoint.keep,
