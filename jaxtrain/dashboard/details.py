@@ -76,7 +76,7 @@ def _latest_start(manifest: Any) -> dict[str, Any]:
 
 def _config(config: Any, latest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The fields with the origins that the latest start has recorded: a field without one has its default."""
-    origins = latest["origins"] if "origins" in latest else None
+    origins = latest.get("origins")
     return [
         {"key": key, "value": value, "origin": origins.get(key, "default") if isinstance(origins, dict) else None}
         for key, value in flatten(config or {}).items()
