@@ -64,6 +64,8 @@ def serve(root: Path, host: str, port: int, names: Sequence[str], prefix: str) -
     print(f"http://{shown}:{listening.getsockname()[1]}{prefix}/?token={token}", flush=True)
     try:
         _Server(config, dashboard).run(sockets=[listening])
+    except KeyboardInterrupt:  # as one ends it; uvicorn has closed what was open
+        return
     finally:
         index.stop()
         listening.close()
