@@ -20,6 +20,7 @@ from benchmarks.cpu import (
     checkpoints,
     collectives,
     compress,
+    dashboard,
     faults,
     finetune,
     inputs,
@@ -57,6 +58,7 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "status": status.measure,
     "telemetry": telemetry.measure,
     "submit": submit.measure,
+    "dashboard": dashboard.measure,
 }
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
@@ -198,6 +200,8 @@ def _rows(measured: dict[str, Any]) -> list[str]:
     for row in measured.get("submit", []):
         name = f"from jaxtrain submit to the first step of quickstart, {row['cache']} compile cache"
         lines.append(_row(name, row["seconds"], 1, "s"))
+    if "dashboard" in measured:
+        lines += dashboard.rows(measured["dashboard"], _row)
     if "collectives" in measured:
         what = "Collectives (gloo), measured -> predicted by the cost model, and the error of that:"
         lines += ["", what, "", collectives.table(measured["collectives"])]

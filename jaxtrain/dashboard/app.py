@@ -50,7 +50,6 @@ class Dashboard:
         run = "/api/runs/{run}"
         routes = [
             Route("/", self.page),
-            Route("/{folder}/{name}", self.file),
             Route("/api/runs", self.runs),
             Route("/api/compare", self.compare),
             Route("/api/stream", self.stream),
@@ -60,9 +59,11 @@ class Dashboard:
             Route(f"{run}/logs", self.logs),
             Route(f"{run}/schedule.svg", self.schedule),
             Route(f"{run}/evaluation/{{name}}", self.evaluation),
+            Route("/{folder}/{name}", self.file),
         ]
-        routes.append(routes.pop(1))  # the most general last
-        return Starlette(routes=routes, exception_handlers={HTTPException: _refused, WorkdirError: _damaged})
+        app = Starlette(routes=routes, exception_handlers={HTTPException: _refused, WorkdirError: _damaged})
+        app.router.redirect_slashes = False
+        return app
 
     def page(self, request: Request) -> Response:
         """The page."""

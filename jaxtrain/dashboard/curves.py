@@ -8,7 +8,7 @@ import dataclasses
 import math
 import os
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -81,9 +81,9 @@ class Axis:
             return cls("step", float(batch)) if batch else None
         return cls(name)
 
-    def values(self, x: np.ndarray) -> np.ndarray:
-        """The places of points whose column says `x`."""
-        return x if self.factor == 1.0 else x * self.factor
+    def over(self, series: Series) -> Series:
+        """A curve over the column, over the axis."""
+        return dataclasses.replace(series, x=series.x * self.factor)
 
     def place(self, value: float) -> float:
         """What the column says at a place of the axis."""
@@ -120,14 +120,14 @@ def curves(memory: Curves, folder: Folder, row: Row, question: Question) -> dict
         with_new = MetricsLog(lambda: folder.open(METRICS)).since(question.since, question.columns, axis.column)
         if with_new is not None:
             found, cursor = with_new
-            series = {column: to_json(each, axis) for column, each in found.items()}
+            series = {column: to_json(axis.over(each)) for column, each in found.items()}
             return {**answer, "missing": [], "series": series, "cursor": cursor, "size": _size(cursor)}
     log, cursor = memory.log(folder)
     first, last = axis.place(question.first), axis.place(question.last)
     found = log.series(question.columns, axis.column, first=first, last=last, points=question.points)
     return {
         **answer,
-        "series": {column: to_json(each, axis) for column, each in found.items()},
+        "series": {column: to_json(axis.over(each)) for column, each in found.items()},
         "missing": [column for column in question.columns if column not in found],
         "cursor": cursor,
         "reset": bool(question.since),
@@ -141,10 +141,10 @@ def _size(cursor: str) -> int:
     return position.offset if position else 0
 
 
-def to_json(series: Series, axis: Axis) -> dict[str, Any]:
+def to_json(series: Series) -> dict[str, Any]:
     """A curve as the page takes it; NaN and infinity are null there."""
     return {
-        "x": _numbers(axis.values(series.x)),
+        "x": _numbers(series.x),
         "y": _numbers(series.y),
         "rows": series.rows,
         "downsampled": series.downsampled,
@@ -196,18 +196,13 @@ def _ends(folder: Folder) -> list[dict[str, Any]]:
     return found
 
 
-def compared(memory: Curves, runs: Mapping[str, tuple[Folder, Row]], question: Question) -> dict[str, Series | None]:
-    """One column of several runs, by their identifiers, over the axis; None where a run does not have it."""
-    found: dict[str, Series | None] = {}
-    for identifier, (folder, row) in runs.items():
-        axis = Axis.of(question.axis, folder, row)
-        column = question.columns[0]
-        found[identifier] = None
-        with contextlib.suppress(OSError):
-            if axis and (series := _one(memory.log(folder)[0], column, axis, question)):
-                found[identifier] = dataclasses.replace(series, x=axis.values(series.x))
-    return found
-
-
-def _one(log: MetricsLog, column: str, axis: Axis, question: Question) -> Series | None:
-    return log.series([column], axis.column, points=question.points).get(column)
+def curve(memory: Curves, folder: Folder, row: Row, question: Question) -> Series | None:
+    """The first of the columns of one run, over the axis; None where the run does not have it."""
+    axis = Axis.of(question.axis, folder, row)
+    with contextlib.suppress(OSError):
+        if axis:
+            log, _ = memory.log(folder)
+            column = question.columns[0]
+            series = log.series([column], axis.column, points=question.points).get(column)
+            return axis.over(series) if series else None
+    return None

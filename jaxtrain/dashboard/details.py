@@ -20,6 +20,11 @@ MOST_EVALUATION = 64 << 20
 """Bytes of an evaluation's report: it holds pictures."""
 
 
+_ENVIRONMENT = (
+    "started", "step", "command", "python", "versions", "git", "hostname", "platform", "cpus", "devices", "environment",
+)  # fmt: skip
+
+
 def run_details(folder: Folder, row: Row, columns: Mapping[str, list[str]]) -> dict[str, Any]:
     """What the page of a run shows.
 
@@ -29,8 +34,7 @@ def run_details(folder: Folder, row: Row, columns: Mapping[str, list[str]]) -> d
       columns: of its metrics, by phase.
     """
     problems: list[str] = []
-    manifest = _read(folder, "manifest.json", problems)
-    latest = _latest_start(manifest)
+    latest = _latest_start(folder, problems)
     starts = _starts(folder, problems)
     found = folder.stats((*FILES, "schedule.svg"))
     return {
@@ -40,7 +44,7 @@ def run_details(folder: Folder, row: Row, columns: Mapping[str, list[str]]) -> d
         "goodput": goodput(starts).to_json() if starts else None,
         "layout": _read(folder, "layout.json", problems),
         "has_schedule": "schedule.svg" in found and stat.S_ISREG(found["schedule.svg"].st_mode),
-        "environment": redact_values({name: value for name, value in latest.items() if name != "origins"}) or None,
+        "environment": {name: redact_values(latest[name]) for name in _ENVIRONMENT if name in latest} or None,
         "checkpoints": _checkpoints(folder, _read(folder, "result.json", [])),
         "columns": columns,
         "evaluations": [name.removesuffix(".json") for name in folder.names("evaluation") if _is_report(name)],
@@ -67,16 +71,20 @@ def _read(folder: Folder, name: str, problems: list[str]) -> Any:
     return redact_values(value)
 
 
-def _latest_start(manifest: Any) -> dict[str, Any]:
-    with contextlib.suppress(TypeError, KeyError, IndexError):
-        latest = manifest["starts"][-1]
+def _latest_start(folder: Folder, problems: list[str]) -> dict[str, Any]:
+    try:
+        latest = folder.read_json("manifest.json")["starts"][-1]
         return latest if isinstance(latest, dict) else {}
+    except WorkdirError as error:
+        problems.append(str(error))
+    except (TypeError, KeyError, IndexError):  # none yet, or damaged
+        pass
     return {}
 
 
 def _config(config: Any, latest: Mapping[str, Any]) -> list[dict[str, Any]]:
     """The fields with the origins that the latest start has recorded: a field without one has its default."""
-    origins = latest["origins"] if "origins" in latest else None
+    origins = latest.get("origins")
     return [
         {"key": key, "value": value, "origin": origins.get(key, "default") if isinstance(origins, dict) else None}
         for key, value in flatten(config or {}).items()

@@ -132,15 +132,19 @@ def _described(folder: Folder) -> dict[str, Any]:
     found: dict[str, Any] = {}
     with contextlib.suppress(WorkdirError, TypeError, KeyError, AttributeError):
         config = folder.read_json("config.json")
-        found["seed"] = config["seed"]
+        found["seed"] = _whole(config["seed"])
         found["model"], found["dataset"] = str(config["model"]["name"]), str(config["data"]["name"])
-        found["epochs"] = None if config["train"]["steps"] else config["train"]["epochs"]
+        found["epochs"] = None if config["train"]["steps"] else _whole(config["train"]["epochs"])
     with contextlib.suppress(WorkdirError, TypeError, KeyError, AttributeError, ValueError, IndexError):
         found["recipe"] = _recipe(folder.read_json("manifest.json")["starts"][0]["command"])
-    with contextlib.suppress(WorkdirError, TypeError, KeyError, IndexError, AttributeError):
-        first = next(name for name in folder.names("starts") if name.endswith(".json"))
+    with contextlib.suppress(WorkdirError, TypeError, KeyError, ValueError, IndexError):
+        first, *_ = (name for name in folder.names("starts") if name.endswith(".json"))
         found["began"] = float(folder.read_json(f"starts/{first}")["began"])
     return found
+
+
+def _whole(value: object) -> int | None:
+    return value if type(value) is int else None
 
 
 def _recipe(command: Sequence[str]) -> str:

@@ -22,9 +22,9 @@ from jaxtrain.jobs.run_status import DAMAGED, RUNNING, find_runs
 
 log = logging.getLogger("jaxtrain")
 
-_LIVELY_SECONDS = 0.7  # between two looks at runs that live, or whose files have just changed
+_LIVELY_SECONDS = 0.5  # between two looks at runs that live, or whose files have just changed
 _LIVELY_FOR = 60.0
-_ALL_SECONDS = 1.5  # at least between two looks at everything; a look takes a fifteenth of the time at most
+_ALL_SECONDS = 1.0  # at least between two looks at everything; a look takes a fifteenth of the time at most
 _QUIET_SHARE = 15
 _MOST_LOGS = 256
 

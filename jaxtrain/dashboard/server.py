@@ -51,7 +51,7 @@ def serve(root: Path, host: str, port: int, names: Sequence[str], prefix: str) -
     token = user_token(default_folder())
     listening = _listen(host, port)
     dashboard = Dashboard(index)
-    own = [] if host in _LOOPBACK else [host, socket.gethostname(), socket.getfqdn()]
+    own = [] if host in _LOOPBACK else [host, socket.gethostname()]
     guarded = Guard(dashboard.app(), token=token, names=[*own, *names], prefix=prefix)
     config = uvicorn.Config(
         guarded, log_level=logging.WARNING, access_log=False, server_header=False, ws="none", lifespan="off",
@@ -64,6 +64,8 @@ def serve(root: Path, host: str, port: int, names: Sequence[str], prefix: str) -
     print(f"http://{shown}:{listening.getsockname()[1]}{prefix}/?token={token}", flush=True)
     try:
         _Server(config, dashboard).run(sockets=[listening])
+    except KeyboardInterrupt:  # as one ends it; uvicorn has closed what was open
+        return
     finally:
         index.stop()
         listening.close()

@@ -153,10 +153,16 @@ export class Compare {
     }
   }
 
+  /** A run's points; over time, in seconds since it began. */
+  #points({ id, series: { x, y } }) {
+    const began = this.x === "time" ? (store.rows.get(id)?.began ?? x[0]) : 0;
+    return { x: began ? x.map((time) => time - began) : x, y };
+  }
+
   #series({ runs, groups }) {
     const grouped = new Set(this.spread ? groups.flatMap((group) => group.runs) : []);
     const slot = (id) => this.ids.indexOf(id);
-    const single = runs.filter(({ id, series }) => series && !grouped.has(id)).map(({ id, name, series }) => ({ label: name, slot: slot(id), x: series.x, y: series.y }));
+    const single = runs.filter(({ id, series }) => series && !grouped.has(id)).map(({ id, name, series }) => ({ label: name, slot: slot(id), ...this.#points({ id, series }) }));
     const bands = (this.spread ? groups : []).map(({ runs: ids, settings, seeds, x, mean, low, high }) => {
       const differs = Object.entries(settings).map(([key, value]) => `${key} ${typeof value === "string" ? value : JSON.stringify(value)}`).join(", ");
       return { label: `mean of ${seeds.length} seeds${differs ? `: ${differs}` : ""}`, slot: slot(ids[0]), x, y: mean, low, high };
@@ -167,12 +173,14 @@ export class Compare {
   #tables() {
     const answers = [...this.#answers.values()];
     if (!answers.length) return this.tables.replaceChildren(empty("Choose a plot."));
-    const [{ runs, differences }] = answers;
+    const [{ runs, differences: all }] = answers;
+    const differences = all.filter(({ key }) => key !== "seed");
     const title = ({ id, name }) => h("span", { class: "run-key" }, swatch({ slot: this.ids.indexOf(id) }), h("a", { href: href(["run", id]) }, name));
     const row = (run) => store.rows.get(run.id);
     const numbers = runs.map((run) => [title(run), statePill(run.state), (row(run)?.step ?? 0).toLocaleString("en"), format(row(run)?.loss), format(row(run)?.accuracy, "share"), format(row(run)?.val_accuracy, "share"), format(row(run)?.best, "share")]);
     const text = (value) => (value === undefined || value === null ? "–" : typeof value === "string" ? value : JSON.stringify(value));
-    const settings = differences.map(({ key, values }) => [h("code", {}, key), ...runs.map(({ id }) => text(values[id]))]);
+    const seeds = new Set(runs.map(({ seed }) => seed)).size > 1 ? [[h("code", {}, "seed"), ...runs.map(({ seed }) => text(seed))]] : [];
+    const settings = [...differences.map(({ key, values }) => [h("code", {}, key), ...runs.map(({ id }) => text(values[id]))]), ...seeds];
     this.tables.replaceChildren(
       h("section", { class: "card" }, h("h2", {}, "Latest values"), table("Latest values of each run", ["Run", "State", "Step", "Loss", "Accuracy", "Validation", "Best"], numbers, "  nnnnn")),
       h("section", { class: "card" }, h("h2", {}, "Settings that differ"), settings.length ? table("Settings that differ", ["Setting", ...runs.map(title)], settings) : empty("None: these runs have the same settings.")),

@@ -52,12 +52,12 @@ function matrix(names, confusion) {
     const whole = Math.max(confusion[i].reduce((a, b) => a + b, 0), 1);
     const cells = confusion[i].map((n, j) => {
       const cell = h("td", { class: i === j ? "diagonal" : null, title: `${name}, taken for ${names[j]}: ${n.toLocaleString("en")}` }, n ? n.toLocaleString("en") : "");
-      if (n) cell.style.setProperty("--share", `${Math.max((100 * n) / whole, 4)}%`);
+      if (n) cell.style.setProperty("--share", `${Math.max((100 * n) / whole, 12)}%`);
       return cell;
     });
     return h("tr", {}, h("th", { scope: "row" }, name), cells);
   });
-  const head = h("tr", {}, h("th"), names.map((name) => h("th", { scope: "col", class: "top" }, h("span", {}, name))));
+  const head = h("tr", {}, h("th"), names.map((name) => h("th", { scope: "col", class: "column-name" }, h("span", {}, name))));
   return h("div", { class: "scroll", tabindex: 0, role: "region", "aria-label": "Confusion matrix" }, h("table", { class: "matrix" }, h("caption", { class: "hidden-text" }, "Confusion matrix"), h("thead", {}, head), h("tbody", {}, rows)));
 }
 
@@ -109,6 +109,6 @@ function figure({ label, predicted, confidence, loss, file, index, picture: sour
     "figure",
     {},
     drawable ? h("img", { src: source, alt: `An image of ${label}`, loading: "lazy" }) : null,
-    h("figcaption", {}, h("b", {}, label), ` taken for ${predicted} (${format(confidence, "share", 3)}), loss ${format(loss)}`, h("span", { class: "about" }, file || `example ${index}`)),
+    h("figcaption", {}, h("b", {}, label), ` taken for ${predicted}`, h("span", { class: "about" }, `${format(confidence, "share", 3)}, loss ${format(loss, "", 3)}`), h("span", { class: "about" }, file || `example ${index}`)),
   );
 }

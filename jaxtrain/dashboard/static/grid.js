@@ -13,7 +13,7 @@ function save(chart, name) {
  * name: of the picture's file, before the plot's title.
  */
 export function addPlot(parent, name, options) {
-  const element = h("section", { class: "card plot" });
+  const element = h("section", { class: "card plot", "data-plot": options.title });
   parent.append(element);
   const chart = jaxtrainCharts.create(element, options);
   const enlarge = h("button", { type: "button", class: "icon", title: "Enlarge", "aria-label": `Enlarge ${options.title}`, "aria-pressed": "false" }, "⤢");

@@ -25,7 +25,7 @@ export class LayoutTab {
       this.parent.replaceChildren(empty("The layout of this run is not recorded.", "Runs write it at their start; an older run has it once it is resumed. `jaxtrain layout --config RECIPE` prints it without training."));
       return;
     }
-    const trees = Object.keys(layout.bytes_per_device);
+    const trees = Object.keys(layout.bytes_per_device).filter((tree) => layout.bytes_per_device[tree] > 0);
     this.parent.replaceChildren(
       ...layout.warnings.map((text) => notice("warn", text)),
       h("section", { class: "card" }, h("h2", {}, "Mesh"), this.#about(layout), legend(trees), mesh(layout, trees)),

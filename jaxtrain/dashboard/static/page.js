@@ -11,14 +11,10 @@ import { store } from "./store.js";
 const main = document.getElementById("main");
 const connection = document.getElementById("connection");
 let view = null;
-let shown = null; // the address without its parameters
 
 function open() {
-  const { path, params } = read();
-  const address = path[0] === "compare" ? `compare ${params.get("runs")}` : path.join("/");
-  if (address === shown) return view.follow?.(params);
-  const first = shown === null;
-  shown = address;
+  const { path } = read();
+  const first = view === null;
   view?.close();
   store.watch(path[0] === "run" ? path[1] : null);
   main.className = path[0] ?? "overview";

@@ -50,11 +50,6 @@ export class RunView {
     this.#tab?.close?.();
   }
 
-  /** The address has other parameters: the tab may be another one. */
-  follow(params) {
-    if (this.built && (params.get("tab") ?? "curves") !== this.tab) this.#open(params.get("tab"));
-  }
-
   get row() {
     return store.rows.get(this.id) ?? this.info.run;
   }
