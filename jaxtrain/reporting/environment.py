@@ -42,7 +42,7 @@ def _latest(manifest: Mapping[str, Any]) -> tuple[list[tuple[str, str]], Mapping
     """The facts of the latest start, and where its settings come from, as far as it says so."""
     start = manifest["starts"][-1]
     git, devices = start.get("git"), start.get("devices")
-    facts: dict[str, Any] = {"command": shlex.join(map(str, start["command"]))} if start.get("command") else {}
+    facts: dict[str, Any] = {"command": _command(start["command"])} if start.get("command") else {}
     facts |= {key: start.get(key) for key in ("started", "hostname", "platform", "cpus", "python")}
     if isinstance(devices, dict):
         facts["devices"] = ", ".join(f"{count} x {kind}" for kind, count in devices["kinds"].items())
@@ -56,6 +56,12 @@ def _latest(manifest: Mapping[str, Any]) -> tuple[list[tuple[str, str]], Mapping
     return [(key, str(value)) for key, value in facts.items() if value is not None], (
         origins if isinstance(origins, dict) else {}
     )
+
+
+def _command(words: Sequence[str]) -> str:
+    """The command line as one types it: `python -m jaxtrain` is `jaxtrain`."""
+    first, *rest = map(str, words)
+    return shlex.join(["jaxtrain" if first.endswith(("/jaxtrain", "/jaxtrain/__main__.py")) else first, *rest])
 
 
 def _settings(runs: Sequence[RunRecord], origins: Mapping[str, Mapping[str, str]]) -> Table | None:

@@ -100,7 +100,8 @@ def _limited(found: Sequence[tuple[str, Goodput]]) -> Iterator[str]:
     for bound in dict.fromkeys(_bound(spent) for _, spent in found):
         having = [(run, _loop(spent)[bound]) for run, spent in found if _bound(spent) == bound]
         shares = [share for _, share in having]
-        names = " and ".join(run for run, _ in having)
+        *first, last = (run for run, _ in having)
+        names = f"{', '.join(first)} and {last}" if first else last
         if len(having) > 3:
             names = f"{'All' if len(having) == len(found) else f'{len(having)} of'} {len(found)} runs"
         between = percent(shares[0]) if len(having) == 1 else f"{percent(min(shares))} to {percent(max(shares))}"

@@ -83,7 +83,7 @@ class Comparison:
             return [f"No complete run has {self.by}, so nothing is compared."]
         best = ranked[0]
         spread = best.spreads[self.by]
-        said = [f"{best.label} has {number(spread, self.by)} {self.by} over {best.counted}."]
+        said = [f"{best.label}: {self.by} {number(spread, self.by)} over {best.counted}."]
         if len(ranked) > 1:
             word = "lowest" if self.less_is_better else "highest"
             said = [f"{best.label} has the {word} {self.by}: {number(spread, self.by)} over {best.counted}."]

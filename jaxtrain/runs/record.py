@@ -17,6 +17,7 @@ import numpy as np
 from jaxtrain.config import Config, flatten, to_dict, tuples_to_lists
 from jaxtrain.errors import WorkdirError
 from jaxtrain.host.files import NOT_THERE, parse_json, read_json, reading
+from jaxtrain.host.redaction import redact_values
 from jaxtrain.jobs.run_status import DAMAGED, DONE, find_runs, is_run, read_status
 from jaxtrain.observability.goodput import Goodput, goodput, read_starts
 from jaxtrain.runs.series import MetricsLog, metrics_of
@@ -56,8 +57,8 @@ class RunRecord:
     """How it ended, in a sentence."""
     step: int
     settings: Mapping[str, Any]
-    """By dotted name. Those that an older config lacks have their defaults. Empty where the config cannot be read.
-    `devices` is what it ran on, as in `8 x NVIDIA H100`: no setting, but it decides how fast a run was."""
+    """By dotted name. Those that an older config lacks have their defaults; logins in addresses are left out. Empty where
+    the config cannot be read. `devices` is what it ran on, as in `8 x NVIDIA H100`: it decides how fast a run was."""
     figures: Mapping[str, float]
     """Finite numbers by name, such as `val/accuracy`; see `read_record`."""
     stability: Stability
@@ -139,7 +140,7 @@ def read_record(folder: Path, name: str) -> RunRecord:
         state=status.state,
         reason=status.reason,
         step=status.step,
-        settings={key: tuples_to_lists(value) for key, value in settings.items()} | hardware,
+        settings=redact_values({key: tuples_to_lists(value) for key, value in settings.items()} | hardware),
         figures={key: float(value) for key, value in figures.items() if _is_finite(value)},
         stability=_stability(read_rows(workdir.bad_batches), spent),
         problems=tuple(dict.fromkeys([*problems, *([status.reason] if status.state == DAMAGED else [])])),

@@ -125,7 +125,7 @@ def test_curves_are_the_rows(folder, made):
 
 
 def test_layout_scaling_classes_and_environment(folder, made):
-    (layout,) = table(made, "Layout", "Layouts")
+    layout = next(each for each in table(made, "Layout", "Layouts") if each["runs"] == "0.1-0")
     assert (layout["mesh"], layout["ZeRO"], layout["params, a device"]) == ("stage 2 x data 2", "2", "2.0 KiB")
     assert [each["params"] for each in table(made, "Layout", "each stage")] == ["512 B", "1.5 KiB"]
     assert table(made, "Scaling", "measured: strong scaling")[1]["examples/s"] == "1,111"
