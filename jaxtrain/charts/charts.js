@@ -17,6 +17,7 @@ globalThis.jaxtrainCharts = (() => {
   const COLOURS = 8; // --chart-0 to --chart-7 of charts.css
   const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3]];
   const MARK_COLOURS = { anomaly: "bad", roll_back: "bad", slow_device: "warn", gpu: "warn", start: "good", end: "ink" };
+  const MANY_MARKS = 20; // in a plot; the lines of ordinary ones are then fainter
   const SHORT_CURVE = 40; // points that are drawn as points too
   const charts = new Set();
 
@@ -214,13 +215,15 @@ globalThis.jaxtrainCharts = (() => {
     return low === high ? [low - 1, high + 1] : [low, high];
   }
 
-  function drawMark(ctx, x, { top, height }, ratio) {
+  function drawMark(ctx, x, { top, height }, ratio, strength) {
+    ctx.globalAlpha = strength;
     ctx.lineWidth = ratio;
     ctx.setLineDash([3 * ratio, 3 * ratio]);
     ctx.beginPath();
     ctx.moveTo(x, top);
     ctx.lineTo(x, top + height);
     ctx.stroke();
+    ctx.globalAlpha = 1;
     ctx.beginPath(); // a small triangle that points at it
     ctx.moveTo(x - 3.5 * ratio, top - 5 * ratio);
     ctx.lineTo(x + 3.5 * ratio, top - 5 * ratio);
@@ -241,7 +244,7 @@ globalThis.jaxtrainCharts = (() => {
     ctx.font = `${10 * ratio}px system-ui, sans-serif`;
     for (const { at, kind } of shown.toSorted((a, b) => (b.kind in MARK_COLOURS) - (a.kind in MARK_COLOURS))) {
       ctx.strokeStyle = ctx.fillStyle = token(MARK_COLOURS[kind] ?? "mark");
-      drawMark(ctx, at, bbox, ratio);
+      drawMark(ctx, at, bbox, ratio, kind in MARK_COLOURS ? 0.9 : shown.length > MANY_MARKS ? 0.15 : 0.5);
       const name = kind.replaceAll("_", " ");
       const width = ctx.measureText(name).width;
       const left = [at + 6 * ratio, at - 6 * ratio - width].find(
@@ -382,7 +385,7 @@ globalThis.jaxtrainCharts = (() => {
         {
           width: Math.max(this.canvas.clientWidth, 120),
           height,
-          padding: [14, 10, 0, 0],
+          padding: [14, 20, 0, 0],
           legend: { show: false },
           scales: {
             x: { time: x.kind === "clock", range: xRange },
@@ -503,7 +506,9 @@ globalThis.jaxtrainCharts = (() => {
       const { x, unit, title, marks } = this.options;
       const at = index ?? data[0].length - 1;
       this.lines.forEach(({ role, series }, i) => {
-        if (role === "line") this.values.get(series.label).textContent = format(before(data[i + 1], at), unit);
+        if (role !== "line") return;
+        const raw = this.lines[i - 1]?.role === "raw" ? ` (${format(before(data[i], at), unit)})` : ""; // as in the file
+        this.values.get(series.label).textContent = format(before(data[i + 1], at), unit) + raw;
       });
       const named = index === null || index === undefined ? null : this._nearMark(marks);
       this.at.textContent = named ?? (data[0].length ? `${x.label} ${formatX(data[0][at], x.kind)}` : "");

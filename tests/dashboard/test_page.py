@@ -182,7 +182,9 @@ def test_the_overview_has_the_figures_of_the_files(visit, root):
         expect(line.locator('[data-label="Loss"]')).to_have_text(shown(last["loss"]))
         expect(line.locator('[data-label="Accuracy"]')).to_have_text(f"{shown(100 * last['accuracy'])} %")
         if validation := rows_of(root / name, "val"):
-            expect(line.locator('[data-label="Validation"]')).to_have_text(f"{shown(100 * validation[-1]['accuracy'])} %")
+            expect(line.locator('[data-label="Validation"]')).to_have_text(
+                f"{shown(100 * validation[-1]['accuracy'])} %"
+            )
     failed = one.page.locator(".row-failed", has_text="As it ended.")
     expect(failed.locator(".cell-progress")).to_contain_text("50 of 100")
     expect(failed.get_by_role("progressbar")).to_have_attribute("aria-valuenow", "50")

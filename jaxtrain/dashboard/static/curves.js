@@ -76,13 +76,23 @@ export class Curves {
     if (names.join() === this.names?.join()) return;
     this.plots = plots;
     this.names = names;
+    this.#drop(new Set(plots.map(({ key, title }) => key + title)));
     if (!plots.length) {
-      this.grid.replaceChildren();
       this.notes.replaceChildren(empty(...this.nothing));
       return;
     }
     this.notes.replaceChildren();
     this.#load();
+  }
+
+  /** Removes the plots that are not in `kept`: what they show is not in the file any more. */
+  #drop(kept) {
+    for (const [key, chart] of this.#charts) {
+      if (kept.has(key)) continue;
+      chart.destroy();
+      chart.element.remove();
+      this.#charts.delete(key);
+    }
   }
 
   async #load() {
@@ -139,9 +149,9 @@ export class Curves {
       const series = plot.lines.filter(({ column }) => source.has(column)).map((line) => ({ ...line, ...offset(source.get(line.column)) }));
       if (!series.length && !this.#charts.has(plot.key + plot.title)) continue;
       drawn++;
-      this.#plot(plot, { series, marks, log: this.log && LOGARITHMIC.has(plot.key), smoothing: this.smoothing, x: xAxis(this.x) });
+      this.#plot(plot, { series, marks, log: this.log && LOGARITHMIC.has(plot.key), smoothing: plot.key === "learning_rate" ? 0 : this.smoothing, x: xAxis(this.x) });
     }
-    const missing = !drawn && this.#series.complete;
+    const missing = !drawn && this.#series.complete && this.x !== "step";
     this.notes.replaceChildren(...(missing ? [notice("", `This run's rows have no ${this.x}: they are from before it was recorded. Choose another x.`)] : []));
   }
 

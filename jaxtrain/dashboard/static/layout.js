@@ -1,11 +1,12 @@
 // How the state lies on the devices: the mesh as a picture, bytes by tree, and the pipeline's timeline.
 
 import { runPath } from "./api.js";
-import { empty, h, notice, table } from "./dom.js";
+import { empty, h, show, table } from "./dom.js";
 
 const { format } = jaxtrainCharts;
 const AXES = ["stage", "replica", "data", "tensor"];
 const MOST_BOXES = 256;
+const LEAST_DRAWN = 0.002; // of the bytes of all trees; a smaller one is in the table alone
 const ZERO = ["everything whole on each device", "optimizer state sharded over data", "optimizer state and gradients sharded over data", "optimizer state, gradients and parameters sharded over data"];
 
 const sum = (numbers) => numbers.reduce((a, b) => a + b, 0);
@@ -25,12 +26,15 @@ export class LayoutTab {
       this.parent.replaceChildren(empty("The layout of this run is not recorded.", "Runs write it at their start; an older run has it once it is resumed. `jaxtrain layout --config RECIPE` prints it without training."));
       return;
     }
-    const trees = Object.keys(layout.bytes_per_device).filter((tree) => layout.bytes_per_device[tree] > 0);
-    this.parent.replaceChildren(
-      ...layout.warnings.map((text) => notice("warn", text)),
-      h("section", { class: "card" }, h("h2", {}, "Mesh"), this.#about(layout), legend(trees), mesh(layout, trees)),
+    const bytes = layout.bytes_per_device;
+    const trees = Object.keys(bytes).filter((tree) => bytes[tree] > 0);
+    const drawn = trees.filter((tree) => bytes[tree] >= LEAST_DRAWN * sum(Object.values(bytes)));
+    const notes = layout.stages.slice(layout.mesh.stage > 1 ? layout.mesh.stage : 0);
+    show(
+      this.parent,
+      h("section", { class: "card" }, h("h2", {}, "Mesh"), this.#about(layout), legend(drawn), mesh(layout, drawn), notes.map((text) => h("p", { class: "muted" }, text))),
       h("section", { class: "card" }, h("h2", {}, "Bytes of the state on a device"), bytesTable(layout, trees)),
-      ...(scheduled ? [this.#schedule()] : []),
+      scheduled && this.#schedule(),
     );
   }
 
@@ -56,7 +60,7 @@ const legend = (trees) => h("ul", { class: "legend" }, trees.map((tree, slot) =>
 
 /** The bytes of each tree on a device of stage `stage`. */
 function bytesOf({ bytes_by_stage: byStage, bytes_per_device: perDevice }, trees, stage) {
-  return trees.map((tree) => byStage?.[tree]?.[stage] ?? perDevice[tree]);
+  return trees.map((tree) => byStage[tree]?.[stage] ?? perDevice[tree]);
 }
 
 /** A box a device, a row a stage; in it, the bytes by tree. */
@@ -68,7 +72,7 @@ function mesh(layout, trees) {
   const rows = [];
   for (let stage = 0; stage < stages && stage * columns < boxes; stage++) {
     const devices = Array.from({ length: Math.min(columns, boxes - stage * columns) }, (_, i) => device(layout, trees, stage, i, columns, largest));
-    rows.push(h("div", { class: "mesh-row" }, h("div", { class: "mesh-label" }, stages > 1 ? [h("b", {}, `Stage ${stage}`), h("span", { class: "about" }, layout.stages[stage] ?? "")] : null), h("div", { class: "mesh-devices" }, devices)));
+    rows.push(h("div", { class: "mesh-row" }, h("div", { class: "mesh-label" }, stages > 1 ? [h("b", {}, `Stage ${stage}`), h("span", { class: "about" }, (layout.stages[stage] ?? "").replace(/^stage \d+: /, ""))] : null), h("div", { class: "mesh-devices" }, devices)));
   }
   const left = stages * columns - boxes;
   return h("div", { class: "mesh" }, rows, left > 0 ? h("p", { class: "muted" }, `and ${left} devices more, alike`) : null);
@@ -86,7 +90,7 @@ function device(layout, trees, stage, i, columns, largest) {
   });
   const stack = h("span", { class: "stack" }, parts);
   stack.style.width = `${(100 * sum(bytes)) / (largest || 1)}%`;
-  return h("div", { class: "device" }, h("span", { class: "device-name" }, `device ${stage * columns + i}`), where ? h("span", { class: "about" }, where) : null, stack, h("span", { class: "device-bytes" }, format(sum(bytes), "bytes", 3)));
+  return h("div", { class: "device" }, h("span", { class: "device-name" }, `device ${stage * columns + i}`), where ? h("span", { class: "about" }, where) : null, stack, h("span", { class: "device-bytes" }, format(sum(bytesOf(layout, Object.keys(layout.bytes_per_device), stage)), "bytes")));
 }
 
 function bytesTable(layout, trees) {

@@ -24,7 +24,7 @@ const COLUMNS = [
   { key: "val_accuracy", head: "Validation", number: true, compare: (a, b) => last(-1)(a.val_accuracy, b.val_accuracy) },
   { key: "best", head: "Best", number: true, compare: (a, b) => last(-1)(a.best, b.best) },
   { key: "devices", head: "Devices", compare: (a, b) => a.devices.localeCompare(b.devices) },
-  { key: "seen", head: "Last sign of life", number: true, compare: (a, b) => last(0)(a.seen, b.seen) },
+  { key: "seen", head: "Seen", title: "The last sign of life", number: true, compare: (a, b) => last(0)(a.seen, b.seen) },
 ];
 const DOWNWARD = new Set(["accuracy", "val_accuracy", "best", "seen", "progress"]); // the highest first
 const GROUPS = [["", "nothing"], ["recipe", "recipe"], ["group", "folder"], ["dataset", "data set"], ["model", "model"], ["state", "state"]];
@@ -224,7 +224,7 @@ export class Overview {
   #heads() {
     if (this.drawnSort === this.sort) return;
     this.drawnSort = this.sort;
-    const head = ({ key, head: text, number: right, compare }) => {
+    const head = ({ key, head: text, title, number: right, compare }) => {
       const mine = this.sort.replace("-", "") === key;
       const down = mine && this.sort.startsWith("-");
       const next = mine ? (down === DOWNWARD.has(key) ? (down ? key : `-${key}`) : "") : DOWNWARD.has(key) ? `-${key}` : key;
@@ -232,7 +232,7 @@ export class Overview {
         this.#choose({ sort: next });
         this.head.querySelector(`[data-sort="${key}"]`).focus();
       };
-      const content = compare ? h("button", { type: "button", "data-sort": key, on: { click } }, text, h("span", { "aria-hidden": "true" }, mine ? (down ? " ↓" : " ↑") : "")) : text;
+      const content = compare ? h("button", { type: "button", title, "data-sort": key, on: { click } }, text, h("span", { "aria-hidden": "true" }, mine ? (down ? " ↓" : " ↑") : "")) : text;
       return h("th", { scope: "col", class: right ? "n" : null, "aria-sort": mine ? (down ? "descending" : "ascending") : null }, content);
     };
     this.head.replaceChildren(h("th", { scope: "col" }, h("span", { class: "hidden-text" }, "Choose")), ...COLUMNS.map(head));

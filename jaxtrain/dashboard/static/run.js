@@ -109,7 +109,7 @@ export class RunView {
 
   async #loadEvents() {
     const { cursor, events, reset, recorded } = await get(`${runPath(this.id)}/events`, { since: this.events.cursor });
-    this.events = { cursor, recorded, list: reset || this.events.cursor === null ? events : this.events.list.concat(events) };
+    this.events = { cursor, recorded, list: reset || !recorded || this.events.cursor === null ? events : this.events.list.concat(events) };
   }
 
   #rowChanged() {
