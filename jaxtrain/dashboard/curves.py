@@ -175,7 +175,7 @@ def events(folder: Folder, cursor: str) -> dict[str, Any]:
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
-    with contextlib.suppress(ValueError, TypeError, KeyError):
+    with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
         event = parse_json(line)
         moment, step = float(event["time"]), event["step"]
         if math.isfinite(moment) and isinstance(event["kind"], str) and (step is None or type(step) is int):

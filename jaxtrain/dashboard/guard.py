@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
+import json
 import re
 from collections.abc import Collection
 from http.cookies import CookieError, SimpleCookie
@@ -12,7 +14,8 @@ from urllib.parse import parse_qsl, urlencode
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-COOKIE = "jaxtrain_dashboard"
+from jaxtrain.observability.metrics_files import json_value
+
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 _CONTENT = (
@@ -31,9 +34,20 @@ _HEADERS = {
 _HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
 
 
-def error(status: int, sentence: str, **headers: str) -> JSONResponse:
+class Json(JSONResponse):
+    """An answer in JSON. What files hold beside it is no error: NaN becomes null, and half of a surrogate pair is escaped."""
+
+    def render(self, content: Any) -> bytes:
+        """The text."""
+        try:
+            return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+        except ValueError:
+            return json.dumps(json_value(content), allow_nan=False, separators=(",", ":")).encode()
+
+
+def error(status: int, sentence: str, **headers: str) -> Json:
     """An answer that says what is wrong."""
-    return JSONResponse({"error": sentence}, status, headers)
+    return Json({"error": sentence}, status, headers)
 
 
 class Guard:
@@ -56,6 +70,8 @@ class Guard:
           prefix: of every path, as in `/jax`; "" for none.
         """
         self._app, self._token, self._prefix = app, token, prefix
+        # Two dashboards that are forwarded to two ports of one machine share its cookies.
+        self._cookie = f"jaxtrain_{hashlib.sha256(token.encode()).hexdigest()[:12]}"
         self._names = {*LOOPBACK, *(name.lower() for name in names)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -100,7 +116,7 @@ class Guard:
             return error(401, "The token is another one; open the address that jaxtrain dashboard printed.")
         rest = [(name, value) for name, value in _parameters(scope) if name != "token"]
         response = RedirectResponse("./" + (f"?{urlencode(rest)}" if rest else ""), 303)
-        response.set_cookie(COOKIE, self._token, httponly=True, samesite="strict", path=f"{self._prefix}/")
+        response.set_cookie(self._cookie, self._token, httponly=True, samesite="strict", path=f"{self._prefix}/")
         return response
 
     def _is_known(self, headers: dict[str, list[str]]) -> bool:
@@ -108,7 +124,7 @@ class Guard:
             scheme, _, given = text.partition(" ")
             if scheme.lower() == "bearer" and self._matches(given.strip()):
                 return True
-        return any(self._matches(given) for text in headers.get("cookie", []) for given in _cookies(text))
+        return any(self._matches(given) for text in headers.get("cookie", []) for given in _cookies(text, self._cookie))
 
     def _matches(self, given: str) -> bool:
         return hmac.compare_digest(given.encode(), self._token.encode())
@@ -136,8 +152,8 @@ def _parameter(scope: Scope, name: str) -> str | None:
     return next((value for key, value in _parameters(scope) if key == name), None)
 
 
-def _cookies(text: str) -> list[str]:
-    """Ours; a cookie of another program that is no cookie hides it from nobody."""
+def _cookies(text: str, name: str) -> list[str]:
+    """The values of those of that name; one of another program that is no cookie hides them from nobody."""
     found = []
     for part in text.split(";"):
         cookie: SimpleCookie = SimpleCookie()
@@ -145,8 +161,8 @@ def _cookies(text: str) -> list[str]:
             cookie.load(part.strip())
         except CookieError:
             continue
-        if COOKIE in cookie:
-            found.append(cookie[COOKIE].value)
+        if name in cookie:
+            found.append(cookie[name].value)
     return found
 
 

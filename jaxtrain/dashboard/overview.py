@@ -137,7 +137,7 @@ def _described(folder: Folder) -> dict[str, Any]:
         found["epochs"] = None if config["train"]["steps"] else _whole(config["train"]["epochs"])
     with contextlib.suppress(WorkdirError, TypeError, KeyError, AttributeError, ValueError, IndexError):
         found["recipe"] = _recipe(folder.read_json("manifest.json")["starts"][0]["command"])
-    with contextlib.suppress(WorkdirError, TypeError, KeyError, ValueError, IndexError):
+    with contextlib.suppress(WorkdirError, TypeError, KeyError, ValueError, OverflowError):
         first, *_ = (name for name in folder.names("starts") if name.endswith(".json"))
         found["began"] = float(folder.read_json(f"starts/{first}")["began"])
     return found

@@ -59,7 +59,7 @@ def test_only_the_token_opens_it(served):
         assert "set-cookie" not in answer.headers
     assert served.ask("/api/runs", Authorization=f"Bearer {served.token[:-1]}").status == 401
     assert served.ask("/api/runs?token=" + served.token).status == 401, "in the address of the page alone"
-    assert served.ask("/api/runs", Cookie="jaxtrain_dashboard=é; =;x").status == 401
+    assert served.ask("/api/runs", Cookie=f"jaxtrain_x=é; =;x; jaxtrain_{'0' * 12}={served.token}").status == 401
     admitted = served.ask(f"/?token={served.token}&a=b")
     assert (admitted.status, admitted.headers["location"]) == (303, "./?a=b")
     cookie = admitted.headers["set-cookie"]
@@ -459,6 +459,22 @@ def test_damaged_files_are_named_and_hide_nothing_else(served, runs):
     (run / "starts" / "000001.json").write_text("{")
     until(lambda: served.rows()["damaged"], lambda each: each["state"] == "damaged")
     assert "starts/000001.json cannot be read" in " ".join(served.json(at)["problems"])
+
+
+def test_what_json_does_not_have_breaks_no_answer(served, runs):
+    """NaN, an infinity, half of a surrogate pair, a name in another encoding, numbers of 400 digits, endless nesting."""
+    run = write_run(Path(os.fsdecode(os.fsencode(runs) + b"/caf\xe9")), [row(1), row(2, grad_norm=10**400)])
+    (run / "result.json").write_text('{"a": NaN, "b": [1e999], "c": "\\ud800"}')
+    (run / "events.jsonl").write_text(json.dumps({"time": 10**400, "step": 1, "kind": "end", "message": "x"}) + "\n")
+    deep = write_run(runs / "deep")
+    (deep / "layout.json").write_text('{"a":' * 700 + "1" + "}" * 700)
+    at = f"/api/runs/{found(served, 'deep')}"
+    assert served.get(at).status in (200, 422)
+    at = f"/api/runs/{next(each['id'] for name, each in served.rows().items() if name.startswith('caf'))}"
+    assert served.json(at)["result"] == {"a": None, "b": [None], "c": "\ud800"}
+    assert served.json(f"{at}/events")["events"] == []
+    assert served.json(f"{at}/series?columns=train/loss,train/grad_norm")["missing"] == ["train/grad_norm"]
+    assert served.get(f"{at}/logs").status == 200
 
 
 def test_runs_are_compared_and_those_of_other_seeds_averaged(served, runs):
