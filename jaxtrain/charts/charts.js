@@ -110,6 +110,12 @@ globalThis.jaxtrainCharts = (() => {
 
   const positive = (column) => column.map((value) => (value > 0 ? value : null));
 
+  /** The lower edge of a band on a logarithmic axis: what is not above zero lies at the least value of the line. */
+  function clipped(low, y) {
+    const least = Math.min(...y.filter((value) => value > 0));
+    return low.map((value) => (value > 0 || value === null ? value : least));
+  }
+
   /** The lines to draw for the series: [{series, role, columns: [x, y]}]; role: line, raw, low or high. */
   function linesOf({ series, smoothing, log }) {
     const lines = [];
@@ -120,7 +126,8 @@ globalThis.jaxtrainCharts = (() => {
       const smoothed = smoothing > 0 && y.length > 2;
       if (banded) {
         add("high", smoothed ? smooth(high, smoothing) : high);
-        add("low", smoothed ? smooth(low, smoothing) : low);
+        const edge = log ? clipped(low, y) : low;
+        add("low", smoothed ? smooth(edge, smoothing) : edge);
       } else if (smoothed) {
         add("raw", y);
       }

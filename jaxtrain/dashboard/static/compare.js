@@ -153,16 +153,10 @@ export class Compare {
     }
   }
 
-  /** A run's points; over time, in seconds since it began. */
-  #points({ id, series: { x, y } }) {
-    const began = this.x === "time" ? (store.rows.get(id)?.began ?? x[0]) : 0;
-    return { x: began ? x.map((time) => time - began) : x, y };
-  }
-
   #series({ runs, groups }) {
     const grouped = new Set(this.spread ? groups.flatMap((group) => group.runs) : []);
     const slot = (id) => this.ids.indexOf(id);
-    const single = runs.filter(({ id, series }) => series && !grouped.has(id)).map(({ id, name, series }) => ({ label: name, slot: slot(id), ...this.#points({ id, series }) }));
+    const single = runs.filter(({ id, series }) => series && !grouped.has(id)).map(({ id, name, series }) => ({ label: name, slot: slot(id), x: series.x, y: series.y }));
     const bands = (this.spread ? groups : []).map(({ runs: ids, settings, seeds, x, mean, low, high }) => {
       const differs = Object.entries(settings).map(([key, value]) => `${key} ${typeof value === "string" ? value : JSON.stringify(value)}`).join(", ");
       return { label: `mean of ${seeds.length} seeds${differs ? `: ${differs}` : ""}`, slot: slot(ids[0]), x, y: mean, low, high };

@@ -52,7 +52,7 @@ function matrix(names, confusion) {
     const whole = Math.max(confusion[i].reduce((a, b) => a + b, 0), 1);
     const cells = confusion[i].map((n, j) => {
       const cell = h("td", { class: i === j ? "diagonal" : null, title: `${name}, taken for ${names[j]}: ${n.toLocaleString("en")}` }, n ? n.toLocaleString("en") : "");
-      if (n) cell.style.setProperty("--share", `${Math.max((100 * n) / whole, 12)}%`);
+      if (n) cell.style.setProperty("--share", `${Math.min(Math.max((150 * n) / whole, 3), 100)}%`);
       return cell;
     });
     return h("tr", {}, h("th", { scope: "row" }, name), cells);
