@@ -24,8 +24,8 @@ log = logging.getLogger("jaxtrain")
 
 _LIVELY_SECONDS = 0.5  # between two looks at runs that live, or whose files have just changed
 _LIVELY_FOR = 60.0
-_ALL_SECONDS = 1.0  # at least between two looks at everything; a look takes a fifteenth of the time at most
-_QUIET_SHARE = 15
+_ALL_SECONDS = 1.0  # at least between two looks at everything, which take a tenth of the time at most
+_QUIET_SHARE = 9
 _MOST_LOGS = 256
 
 _TOPICS = {
@@ -124,9 +124,10 @@ class RunsIndex:
             began = time.monotonic()
             try:
                 if began >= quiet_until:
+                    first = not self._scanned
                     self._look_at_all()
-                    took = time.monotonic() - began
-                    quiet_until = began + took + max(_ALL_SECONDS, _QUIET_SHARE * took)
+                    now = time.monotonic()
+                    quiet_until = now + (_ALL_SECONDS if first else max(_ALL_SECONDS, _QUIET_SHARE * (now - began)))
                 else:
                     self._look_at_lively()
             except Exception:
