@@ -53,9 +53,9 @@ def error(status: int, sentence: str, **headers: str) -> Json:
 class Guard:
     """Lets through what may be answered.
 
-    *The Host header.* Its name must be one of this server, whatever the port: a page of somebody else whose name was made
-    to lead to this machine (DNS rebinding) still has that name there. A port says nothing of that, and behind
-    `ssh -L 8080:localhost:3001` it is another one than the server's.
+    *The Host header.* It must be a name of this server, or the address that the request came to, whatever the port. A page of
+    somebody else whose name was made to lead to this machine (DNS rebinding) still has that name there. A port says nothing
+    of that, and behind `ssh -L 8080:localhost:3001` it is another one than the server's.
     *The method.* GET and HEAD alone: nothing can be changed.
     *The token.* In a cookie, in `Authorization: Bearer`, or in the address of the page, which then sets the cookie.
     """
@@ -90,7 +90,7 @@ class Guard:
     def _refusal(self, scope: Scope) -> Response | None:
         """What to answer instead of the page."""
         headers = _headers(scope)
-        if not self._is_ours(headers):
+        if not self._is_ours(headers, scope["server"][0]):
             return error(
                 400, "The Host header names another machine; open the address that jaxtrain dashboard printed."
             )
@@ -106,10 +106,11 @@ class Guard:
             )
         return None
 
-    def _is_ours(self, headers: dict[str, list[str]]) -> bool:
+    def _is_ours(self, headers: dict[str, list[str]], address: str) -> bool:
+        """Whether the Host header is a name of ours, or the address that the request came to."""
         hosts = headers.get("host", [])
         match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
-        return match is not None and match["name"].lower() in self._names
+        return match is not None and (match["name"].lower() in self._names or match["name"].strip("[]") == address)
 
     def _admit(self, scope: Scope, given: str) -> Response:
         if not self._matches(given):
