@@ -249,6 +249,8 @@ globalThis.jaxtrainCharts = (() => {
     const taken = shown.map(({ at }) => [at - 4 * ratio, at + 4 * ratio]);
     ctx.save();
     ctx.font = `${10 * ratio}px system-ui, sans-serif`;
+    ctx.textAlign = "left"; // the axes have set others
+    ctx.textBaseline = "alphabetic";
     for (const { at, kind } of shown.toSorted((a, b) => (b.kind in MARK_COLOURS) - (a.kind in MARK_COLOURS))) {
       ctx.strokeStyle = ctx.fillStyle = token(MARK_COLOURS[kind] ?? "mark");
       drawMark(ctx, at, bbox, ratio, kind in MARK_COLOURS ? 0.9 : shown.length > MANY_MARKS ? 0.15 : 0.5);

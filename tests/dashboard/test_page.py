@@ -222,7 +222,7 @@ def test_every_side_of_a_run_is_there(visit, root):
     one.run("pipeline", "time")
     start = read_json(root / "pipeline" / "starts" / "000001.json")
     expect(one.page.get_by_text("The run is complete.")).to_be_visible()
-    assert f"0 – {start['step']}" in one.page.locator("#panel").inner_text()
+    assert f"0 \u2013 {start['step']}" in one.page.locator("#panel").inner_text()
     one.page.get_by_role("tab", name="Config").click()
     one.page.get_by_label("Search settings").fill("layout.stages")
     expect(one.page.locator("#panel table").first).to_contain_text("4")
@@ -323,6 +323,15 @@ def test_it_fits_a_phone(visit, theme):
     assert one.overflows() == []
     one.go(f"#/compare?runs={one.identifier('live-a')},{one.identifier('live-b')}")
     expect(one.plot("Loss, training")).to_be_visible()
+    assert one.overflows() == []
+
+
+@pytest.mark.parametrize("width", [720, 1100, 1200, 1350])
+def test_all_columns_fit_every_window(visit, width):
+    one = visit(viewport={"width": width, "height": 800})
+    assert one.overflows() == []
+    one.run("pipeline")
+    expect(one.plot("Loss")).to_be_visible()
     assert one.overflows() == []
 
 
