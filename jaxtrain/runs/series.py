@@ -24,7 +24,7 @@ WHOLE_BYTES = 8 << 20
 
 _PIECES, _PIECE_BYTES = 192, 16 << 10  # of a larger one
 _CHUNK = 4 << 20
-_SEARCH_SECONDS = 0.1  # a call, for the evaluations in a huge file
+_SEARCH_SECONDS = 0.05  # a call, for the evaluations in a huge file
 _MOST_EVALUATIONS = 100_000
 _MARK = 256  # bytes before a position, by which a file is known again
 

@@ -153,7 +153,10 @@ def test_links_pipes_and_directories_in_place_of_files_are_not_followed(served, 
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "secret.json").write_text(json.dumps({"schedule": CANARY}))
+    (outside / "process_0.log").write_text(f"2026-01-01T00:00:00.000Z INFO {CANARY}\n")
+    (outside / "test.json").write_text(json.dumps({"classes": [CANARY]}))
     write_run(outside / "run", [row(1, canary=7)])
+    (write_run(runs / "linked evaluation") / "evaluation").symlink_to(outside, target_is_directory=True)
     (runs / "link").symlink_to(outside / "run", target_is_directory=True)
     for name, place in (("layout", "layout.json"), ("schedule", "schedule.svg"), ("report", "evaluation/test.json")):
         run = write_run(runs / f"linked {name}")
@@ -506,10 +509,11 @@ def test_logs_of_all_processes_are_paged_both_ways_searched_and_followed(served,
     def line(second: int, text: str, level: str = "INFO") -> str:
         return f"2026-01-01T00:{second // 60:02d}:{second % 60:02d}.000Z {level} {text}\n"
 
+    pad = 400 * "x"  # so that a file is read in several pieces
     with open(run / "logs" / "process_0.log", "w") as zero, open(run / "logs" / "process_1.log", "w") as one:
         for second in range(0, 600, 2):
-            zero.write(line(second, f"zero {second}"))
-            one.write(line(second + 1, f"one {second + 1}", "WARNING" if second == 100 else "INFO"))
+            zero.write(line(second, f"zero {second} {pad}"))
+            one.write(line(second + 1, f"one {second + 1} {pad}", "WARNING" if second == 100 else "INFO"))
         zero.write(line(700, "first line") + "    second <b> line\n")
     at = f"/api/runs/{found(served, 'logged')}/logs?limit=100"
     page = served.json(at)
@@ -523,10 +527,11 @@ def test_logs_of_all_processes_are_paged_both_ways_searched_and_followed(served,
     seconds = [int(entry["message"].split()[1]) for entry in entries[:-1]]
     assert seconds == list(range(600)), "each once, in order"
     assert [entry["process"] for entry in entries[:4]] == [0, 1, 0, 1]
+    assert all(entry["message"].endswith(f" {pad}") for entry in entries[:-1])
     warnings = served.json(f"{at}&level=WARNING")
-    assert [entry["message"] for entry in warnings["entries"]] == ["one 101"]
+    assert [entry["message"] for entry in warnings["entries"]] == [f"one 101 {pad}"]
     searched = served.json(f"{at}&query=ZERO%2030")["entries"]
-    assert [entry["message"] for entry in searched] == ["zero 30", *(f"zero {second}" for second in range(300, 310, 2))]
+    assert [int(entry["message"].split()[1]) for entry in searched] == [30, *range(300, 310, 2)]
     newer = pages[0]["newer"]
     assert served.json(f"{at}&since={newer}")["entries"] == []
     with open(run / "logs" / "process_1.log", "a") as one:
