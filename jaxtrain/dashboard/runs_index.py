@@ -24,8 +24,8 @@ log = logging.getLogger("jaxtrain")
 
 _LIVELY_SECONDS = 0.5  # between two looks at runs that live, or whose files have just changed
 _LIVELY_FOR = 60.0
-_ALL_SECONDS = 1.0  # at least between two looks at everything, which take a tenth of the time at most
-_QUIET_SHARE = 9
+_ALL_SECONDS = 1.0  # at least between two looks at everything
+_BUSY_SHARE, _SLOW_SHARE = 9, 2  # and so many times a look's processor time, and its time by the clock
 _MOST_LOGS = 256
 
 _TOPICS = {
@@ -121,13 +121,14 @@ class RunsIndex:
     def _keep(self) -> None:
         quiet_until = 0.0
         while not self._stopped.is_set():
-            began = time.monotonic()
+            began, busy = time.monotonic(), time.thread_time()
             try:
                 if began >= quiet_until:
                     first = not self._scanned
                     self._look_at_all()
-                    now = time.monotonic()
-                    quiet_until = now + (_ALL_SECONDS if first else max(_ALL_SECONDS, _QUIET_SHARE * (now - began)))
+                    now, busy = time.monotonic(), time.thread_time() - busy
+                    pause = 0.0 if first else max(_BUSY_SHARE * busy, _SLOW_SHARE * (now - began))
+                    quiet_until = now + max(_ALL_SECONDS, pause)
                 else:
                     self._look_at_lively()
             except Exception:
