@@ -16,7 +16,14 @@
 globalThis.jaxtrainCharts = (() => {
   const COLOURS = 8; // --chart-0 to --chart-7 of charts.css
   const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3]];
-  const MARK_COLOURS = { anomaly: "bad", roll_back: "bad", slow_device: "warn", gpu: "warn", start: "good", end: "ink" };
+  const MARK_COLOURS = {
+    anomaly: "bad",
+    roll_back: "bad",
+    slow_device: "warn",
+    gpu: "warn",
+    start: "good",
+    end: "ink",
+  };
   const MANY_MARKS = 20; // in a plot; the lines of ordinary ones are then fainter
   const SHORT_CURVE = 40; // points that are drawn as points too
   const charts = new Set();
@@ -49,7 +56,11 @@ globalThis.jaxtrainCharts = (() => {
     if (size < 1) return `${sign}${digits(size * 1e3, 3)} ms`;
     if (size < 59.95) return `${sign}${digits(size, 3)} s`;
     const whole = Math.round(size);
-    const pairs = [[86400, "d", 3600, "h"], [3600, "h", 60, "min"], [60, "min", 1, "s"]];
+    const pairs = [
+      [86400, "d", 3600, "h"],
+      [3600, "h", 60, "min"],
+      [60, "min", 1, "s"],
+    ];
     const [big, bigName, small, smallName] = pairs.find(([unit]) => whole >= unit);
     const rest = Math.floor((whole % big) / small);
     return `${sign}${Math.floor(whole / big)} ${bigName}${rest ? ` ${rest} ${smallName}` : ""}`;
@@ -190,7 +201,12 @@ globalThis.jaxtrainCharts = (() => {
       font: "11px system-ui, sans-serif",
       ...side,
       ...(unit?.startsWith("bytes") ? { incrs: BINARY_STEPS } : {}),
-      ...(unit === undefined ? {} : { values: (_, splits) => splits.map((value) => (value === null ? "" : format(value, titled(unit) ? "" : unit, 3))) }),
+      ...(unit === undefined
+        ? {}
+        : {
+            values: (_, splits) =>
+              splits.map((value) => (value === null ? "" : format(value, titled(unit) ? "" : unit, 3))),
+          }),
     };
   }
 
@@ -319,8 +335,17 @@ globalThis.jaxtrainCharts = (() => {
       const { log, x } = this.options;
       Object.assign(this.options, options);
       const lines = linesOf(this.options);
-      const shape = (all) => all.map(({ series, role, columns }) => `${series.label}/${series.slot}/${role}/${columns[0].length <= SHORT_CURVE}`).join("\n");
-      const same = shape(lines) === shape(this.lines) && log === this.options.log && x.kind === this.options.x.kind && x.label === this.options.x.label;
+      const shape = (all) =>
+        all
+          .map(
+            ({ series, role, columns }) => `${series.label}/${series.slot}/${role}/${columns[0].length <= SHORT_CURVE}`,
+          )
+          .join("\n");
+      const same =
+        shape(lines) === shape(this.lines) &&
+        log === this.options.log &&
+        x.kind === this.options.x.kind &&
+        x.label === this.options.x.label;
       if (!same) {
         if (x.label !== this.options.x.label) this.zoomed = null;
         this._build();
@@ -364,7 +389,11 @@ globalThis.jaxtrainCharts = (() => {
       ctx.fillRect(0, 0, picture.width, picture.height);
       ctx.fillStyle = token("ink");
       ctx.font = `600 ${14 * ratio}px system-ui, sans-serif`;
-      ctx.fillText(titled(this.options.unit) ? `${this.options.title} (${this.options.unit})` : this.options.title, 10 * ratio, 20 * ratio);
+      ctx.fillText(
+        titled(this.options.unit) ? `${this.options.title} (${this.options.unit})` : this.options.title,
+        10 * ratio,
+        20 * ratio,
+      );
       ctx.drawImage(source, 8 * ratio, 28 * ratio);
       ctx.font = `${12 * ratio}px system-ui, sans-serif`;
       shown.forEach(({ series }, i) => {
@@ -469,7 +498,8 @@ globalThis.jaxtrainCharts = (() => {
       const width = plot.over.clientWidth;
       const left = plot.cursor.left >= 0 ? plot.cursor.left : width / 2;
       const centre = plot.posToVal(left, "x");
-      const move = (by) => plot.setCursor({ left: Math.min(Math.max(left + by, 0), width), top: plot.over.clientHeight / 2 });
+      const move = (by) =>
+        plot.setCursor({ left: Math.min(Math.max(left + by, 0), width), top: plot.over.clientHeight / 2 });
       const around = (share) => this._choose([centre - (centre - min) * share, centre + (max - centre) * share]);
       const actions = {
         ArrowLeft: () => move(-width / 50),
@@ -522,7 +552,10 @@ globalThis.jaxtrainCharts = (() => {
       const named = index === null || index === undefined ? null : this._nearMark(marks);
       this.at.textContent = named ?? (data[0].length ? `${x.label} ${formatX(data[0][at], x.kind)}` : "");
       const texts = [...this.values].map(([label, value]) => `${label} ${value.textContent}`);
-      this.canvas.setAttribute("aria-label", `${title}, ${this.at.textContent}: ${texts.join(", ") || "no values yet"}`);
+      this.canvas.setAttribute(
+        "aria-label",
+        `${title}, ${this.at.textContent}: ${texts.join(", ") || "no values yet"}`,
+      );
     }
 
     _nearMark(marks) {

@@ -33,7 +33,11 @@ const MACHINE = {
   network_received: ["Network received", "bytes/s"],
   network_sent: ["Network sent", "bytes/s"],
 };
-const PHASES = [["train", "training"], ["val", "validation"], ["test", "test"]];
+const PHASES = [
+  ["train", "training"],
+  ["val", "validation"],
+  ["test", "test"],
+];
 const PART = /^(device|host)(\d+)\/(.+)$/;
 
 /** Title and unit of a metric: "grad_norm" is "Gradient norm". */
@@ -72,7 +76,12 @@ export function curvePlots(columns) {
       const line = lineOf(`${phase}/${key}`);
       const [title, unit] = titleOf(line.metric);
       if (!plots.has(line.metric)) plots.set(line.metric, { key: line.metric, title, unit, lines: [] });
-      plots.get(line.metric).lines.push({ column: `${phase}/${key}`, label: line.label, slot: line.ema ? slot + 2 : slot, dash: line.ema ? 1 : 0 });
+      plots.get(line.metric).lines.push({
+        column: `${phase}/${key}`,
+        label: line.label,
+        slot: line.ema ? slot + 2 : slot,
+        dash: line.ema ? 1 : 0,
+      });
     }
   });
   return ordered([...plots.values()]);
