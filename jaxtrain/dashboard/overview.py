@@ -27,6 +27,7 @@ FILES = {
 }  # fmt: skip
 """What is watched of a run, and what it must be."""
 
+_SAY_THE_STATE = ("config.json", "manifest.json", "metrics.jsonl", "lock.json", "starts")
 _MOST_CSV = 4 << 20
 
 
@@ -116,15 +117,22 @@ def run_row(folder: Folder, found: Mapping[str, os.stat_result], job: Entry | No
 
 
 def unlike_a_run(folder: Folder, found: Mapping[str, os.stat_result]) -> str:
-    """Why its files are not read, in a sentence: one is a link, or a pipe; "" where all is as it should be."""
-    for name, is_kind in FILES.items():
-        if name in found and not is_kind(found[name].st_mode):
-            what = "a link, and none is followed" if stat.S_ISLNK(found[name].st_mode) else "not what a run writes"
-            return f"{name} is {what}."
+    """Why its state is not read, in a sentence: of what says it, one is a link, or a pipe. "" where all is as it should be."""
+    if strange := left_out({name: each for name, each in found.items() if name in _SAY_THE_STATE}):
+        return strange[0]
     starts = Folder(folder.root, f"{folder.name}/starts") if "starts" in found else None
     if starts and not all(stat.S_ISREG(each.st_mode) for each in starts.stats(starts.names()).values()):
         return "starts holds what is no file."
     return ""
+
+
+def left_out(found: Mapping[str, os.stat_result]) -> list[str]:
+    """Sentences about what of `FILES` is not read: logs and checkpoints may be links to another disk."""
+    return [
+        f"{name} is {'a link, and none is followed' if stat.S_ISLNK(found[name].st_mode) else 'not what a run writes'}."
+        for name, is_kind in FILES.items()
+        if name in found and not is_kind(found[name].st_mode)
+    ]
 
 
 def _described(folder: Folder) -> dict[str, Any]:
