@@ -15,7 +15,7 @@ from typing import Any
 from jaxtrain.errors import WorkdirError
 from jaxtrain.host.folder import Folder
 from jaxtrain.host.redaction import without_logins
-from jaxtrain.jobs.queue import DONE, ENDED, RUNNING, STOPPED, Entry
+from jaxtrain.jobs.queue import DONE, FAILED, STOPPED, WAITING, Entry
 from jaxtrain.jobs.run_status import DAMAGED, read_status
 from jaxtrain.observability.metrics_files import EpochRow
 
@@ -84,11 +84,11 @@ def run_id(name: str) -> str:
 
 
 def job_row(entry: Entry) -> Row | None:
-    """The row of a job; None where it runs or has done well: then its run says more."""
+    """The row of a job that has no run; None where nothing more is to be said of it."""
     state = entry.state()
-    if state.status in (RUNNING, DONE, STOPPED):
+    if state.status in (DONE, STOPPED):
         return None
-    seen = (state.ended if state.status in ENDED else state.submitted) or None
+    seen = {WAITING: state.submitted, FAILED: state.ended}.get(state.status) or None
     reason = without_logins(state.reason)
     return Row(
         run_id(f"job {entry.id}"), "job", entry.id, state.status, reason, seen=seen, code=state.code, job=entry.id

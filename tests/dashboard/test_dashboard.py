@@ -21,6 +21,8 @@ from dashboards import PATIENCE, Served, append, row, serving, until, write_run
 from jaxtrain.cli import main
 from jaxtrain.dashboard.access_token import user_token
 from jaxtrain.errors import ConfigError
+from jaxtrain.jobs.job import Job
+from jaxtrain.jobs.queue import Queue
 from jaxtrain.runs.series import metrics_of
 
 CANARY = "canary-7f3a"
@@ -302,6 +304,16 @@ def test_the_overview_says_how_each_run_is(served, runs):
     assert shown == {
         "devices": "8 x H100", "recipe": "big", "group": "sweep", "model": "mlp", "dataset": "digits", "epochs": 10
     }  # fmt: skip
+
+
+def test_a_job_that_waits_is_a_row_until_it_has_a_run(served, runs):
+    entry = Queue(served.state / "queue").submit(Job("later", str(runs), config="quickstart", workdir="jobs/later"))
+    waiting = until(lambda: served.rows().get(entry.id))
+    assert (waiting["kind"], waiting["state"], waiting["job"]) == ("job", "waiting", entry.id)
+    assert served.get(f"/api/runs/{waiting['id']}").status == 404
+    write_run(runs / "jobs" / "later", code=None)
+    rows = until(served.rows, lambda rows: entry.id not in rows and "jobs/later" in rows)
+    assert (rows["jobs/later"]["state"], rows["jobs/later"]["job"]) == ("running", entry.id)
 
 
 def test_curves_are_those_of_the_file(served, runs):
