@@ -198,6 +198,9 @@ def test_the_curves_have_the_figures_of_the_file(visit, root):
     assert f"training {shown(training[-1]['loss'])}" in one.values("Loss")
     assert f"validation {shown(validation[-1]['loss'])}" in one.values("Loss")
     assert f"training {shown(training[-1]['grad_norm'])}" in one.values("Gradient norm")
+    titles = one.page.locator(".chart-title").all_inner_texts()
+    assert titles[:3] == ["Loss", "Accuracy", "Top-5 accuracy"]
+    assert not {"step", "epoch", "time"} & set(titles)
     canvas = one.plot("Gradient norm").locator(".chart-canvas")
     canvas.focus()
     for _ in range(60):  # to the first row
@@ -279,6 +282,13 @@ def test_without_a_token_it_says_where_one_is(browser, served):
     page = browser.new_page()
     page.goto(f"http://127.0.0.1:{served.port}/")
     expect(page.locator("body")).to_contain_text("jaxtrain dashboard")
+    page.goto(served.address)
+    expect(page.locator(".runs tbody tr").first).to_be_visible()
+    page.context.clear_cookies()
+    page.get_by_role("link", name="live-a").click()
+    expect(
+        page.get_by_text("This browser has not shown the token.")
+    ).to_be_visible()  # once, in words, not as an empty page
     page.close()
 
 

@@ -11,7 +11,7 @@ const { format, swatch } = jaxtrainCharts;
 const POINTS = 1000;
 const REFRESH_MS = 2000;
 const DEFAULT_COLUMNS = ["val/accuracy", "val/loss", "train/loss", "train/accuracy"];
-const LEFT_OUT = /^(train\/(time\/|device|host)|[^/]+\/time$)/; // of a machine, not of a setting
+const LEFT_OUT = /^(train\/(time\/|device|host)|[^/]+\/(step|epoch|time)$)/; // of a machine, or an axis
 
 const plotTitle = (column) => {
   const { metric, label } = lineOf(column);
@@ -62,7 +62,7 @@ export class Compare {
     this.link = h("button", { type: "button", on: { click: () => this.#copy() } }, "Copy link");
     this.chooser = h(
       "details",
-      { class: "chooser" },
+      { class: "chooser", on: { keydown: ({ key }) => key === "Escape" && this.chooser.removeAttribute("open") } },
       h("summary", {}, "Plots"),
       h("p", { class: "loading" }, "Reading"),
     );
@@ -164,12 +164,13 @@ export class Compare {
       this.#tables();
     } catch (error) {
       if (this.closed) return;
+      if (error.status === 401) return; // the page says it above every view
       const [what, todo] = advice(error);
       this.notes.replaceChildren(
         notice("bad", h("b", {}, what), " ", prose(todo), " ", h("a", { href: href([]) }, "All runs")),
       );
       if (error.status === undefined) console.error(error);
-      if (error.status !== 404 && error.status !== 401) this.refresh();
+      if (error.status !== 404) this.refresh();
     }
   }
 

@@ -38,6 +38,7 @@ const PHASES = [
   ["val", "validation"],
   ["test", "test"],
 ];
+const AXES = new Set(["step", "epoch", "time"]); // of the plots, not in them
 const PART = /^(device|host)(\d+)\/(.+)$/;
 
 /** Title and unit of a metric: "grad_norm" is "Gradient norm". */
@@ -71,7 +72,7 @@ export function curvePlots(columns) {
   const plots = new Map();
   PHASES.forEach(([phase], slot) => {
     for (const key of columns[phase] ?? []) {
-      if (PART.test(key) || key.startsWith("time/") || key === "time") continue;
+      if (PART.test(key) || key.startsWith("time/") || AXES.has(key)) continue;
       if (key.startsWith("throughput") && phase !== "train") continue; // of an evaluation: another program
       const line = lineOf(`${phase}/${key}`);
       const [title, unit] = titleOf(line.metric);

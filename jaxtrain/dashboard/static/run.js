@@ -179,7 +179,9 @@ export class RunView {
   #failed(error) {
     const [what, todo] = advice(error);
     const shown = notice("bad", h("b", {}, what), " ", prose(todo));
-    if (this.built) this.problems.replaceChildren(shown);
+    if (error.status === 401)
+      this.main.querySelector(".loading")?.remove(); // the page says it above every view
+    else if (this.built) this.problems.replaceChildren(shown);
     else this.main.replaceChildren(shown);
   }
 
