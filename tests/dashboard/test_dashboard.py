@@ -317,7 +317,7 @@ def test_a_job_that_waits_is_a_row_until_it_has_a_run(served, runs):
 
 
 def test_curves_are_those_of_the_file(served, runs):
-    rows = [row(step, learning_rate=0.1 * step, **{"device0/utilization": 0.5}) for step in range(100)]
+    rows = [row(step, learning_rate=0.1 * step) | {"device0/utilization": 0.5} for step in range(100)]
     rows[7]["loss"] = None  # NaN
     rows += [row(99, "val", ema_accuracy=0.25, accuracy=1), row(100, odd="text", listed=[1])]
     run = write_run(runs / "curves", rows)
@@ -606,7 +606,7 @@ def test_a_stream_says_what_is_new(served, runs):
     run = write_run(runs / "streamed", code=None)
     identifier = found(served, "streamed")
     stream = Stream(served, f"/api/stream?run={identifier}")
-    assert stream.response.getheader("content-type").startswith("text/event-stream")
+    assert stream.response.headers["content-type"].startswith("text/event-stream")
     stream.next("hello")
     append(run, [row(60, loss=0.125)])
     assert "metrics" in stream.next("changed")["what"]
