@@ -63,6 +63,7 @@ def run(code: str, *paths: Path) -> None:
         "jaxtrain.host.xla_flags",
         "jaxtrain.workdir",
         "jaxtrain.cli",
+        "jaxtrain.dashboard.server",
     ],
 )
 def test_checking_a_config_loads_no_jax(modules):

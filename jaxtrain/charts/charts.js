@@ -16,7 +16,15 @@
 globalThis.jaxtrainCharts = (() => {
   const COLOURS = 8; // --chart-0 to --chart-7 of charts.css
   const DASHES = [[], [7, 4], [2, 3], [9, 3, 2, 3]];
-  const MARK_COLOURS = { anomaly: "bad", roll_back: "bad", slow_device: "warn", gpu: "warn", start: "good", end: "ink" };
+  const MARK_COLOURS = {
+    anomaly: "bad",
+    roll_back: "bad",
+    slow_device: "warn",
+    gpu: "warn",
+    start: "good",
+    end: "ink",
+  };
+  const MANY_MARKS = 20; // in a plot; the lines of ordinary ones are then fainter
   const SHORT_CURVE = 40; // points that are drawn as points too
   const charts = new Set();
 
@@ -48,7 +56,11 @@ globalThis.jaxtrainCharts = (() => {
     if (size < 1) return `${sign}${digits(size * 1e3, 3)} ms`;
     if (size < 59.95) return `${sign}${digits(size, 3)} s`;
     const whole = Math.round(size);
-    const pairs = [[86400, "d", 3600, "h"], [3600, "h", 60, "min"], [60, "min", 1, "s"]];
+    const pairs = [
+      [86400, "d", 3600, "h"],
+      [3600, "h", 60, "min"],
+      [60, "min", 1, "s"],
+    ];
     const [big, bigName, small, smallName] = pairs.find(([unit]) => whole >= unit);
     const rest = Math.floor((whole % big) / small);
     return `${sign}${Math.floor(whole / big)} ${bigName}${rest ? ` ${rest} ${smallName}` : ""}`;
@@ -109,6 +121,12 @@ globalThis.jaxtrainCharts = (() => {
 
   const positive = (column) => column.map((value) => (value > 0 ? value : null));
 
+  /** The lower edge of a band on a logarithmic axis: what is not above zero lies at the least value of the line. */
+  function clipped(low, y) {
+    const least = Math.min(...y.filter((value) => value > 0));
+    return low.map((value) => (value > 0 || value === null ? value : least));
+  }
+
   /** The lines to draw for the series: [{series, role, columns: [x, y]}]; role: line, raw, low or high. */
   function linesOf({ series, smoothing, log }) {
     const lines = [];
@@ -119,7 +137,8 @@ globalThis.jaxtrainCharts = (() => {
       const smoothed = smoothing > 0 && y.length > 2;
       if (banded) {
         add("high", smoothed ? smooth(high, smoothing) : high);
-        add("low", smoothed ? smooth(low, smoothing) : low);
+        const edge = log ? clipped(low, y) : low;
+        add("low", smoothed ? smooth(edge, smoothing) : edge);
       } else if (smoothed) {
         add("raw", y);
       }
@@ -182,7 +201,12 @@ globalThis.jaxtrainCharts = (() => {
       font: "11px system-ui, sans-serif",
       ...side,
       ...(unit?.startsWith("bytes") ? { incrs: BINARY_STEPS } : {}),
-      ...(unit === undefined ? {} : { values: (_, splits) => splits.map((value) => (value === null ? "" : format(value, titled(unit) ? "" : unit, 3))) }),
+      ...(unit === undefined
+        ? {}
+        : {
+            values: (_, splits) =>
+              splits.map((value) => (value === null ? "" : format(value, titled(unit) ? "" : unit, 3))),
+          }),
     };
   }
 
@@ -214,13 +238,15 @@ globalThis.jaxtrainCharts = (() => {
     return low === high ? [low - 1, high + 1] : [low, high];
   }
 
-  function drawMark(ctx, x, { top, height }, ratio) {
+  function drawMark(ctx, x, { top, height }, ratio, strength) {
+    ctx.globalAlpha = strength;
     ctx.lineWidth = ratio;
     ctx.setLineDash([3 * ratio, 3 * ratio]);
     ctx.beginPath();
     ctx.moveTo(x, top);
     ctx.lineTo(x, top + height);
     ctx.stroke();
+    ctx.globalAlpha = 1;
     ctx.beginPath(); // a small triangle that points at it
     ctx.moveTo(x - 3.5 * ratio, top - 5 * ratio);
     ctx.lineTo(x + 3.5 * ratio, top - 5 * ratio);
@@ -239,9 +265,11 @@ globalThis.jaxtrainCharts = (() => {
     const taken = shown.map(({ at }) => [at - 4 * ratio, at + 4 * ratio]);
     ctx.save();
     ctx.font = `${10 * ratio}px system-ui, sans-serif`;
+    ctx.textAlign = "left"; // the axes have set others
+    ctx.textBaseline = "alphabetic";
     for (const { at, kind } of shown.toSorted((a, b) => (b.kind in MARK_COLOURS) - (a.kind in MARK_COLOURS))) {
       ctx.strokeStyle = ctx.fillStyle = token(MARK_COLOURS[kind] ?? "mark");
-      drawMark(ctx, at, bbox, ratio);
+      drawMark(ctx, at, bbox, ratio, kind in MARK_COLOURS ? 0.9 : shown.length > MANY_MARKS ? 0.15 : 0.5);
       const name = kind.replaceAll("_", " ");
       const width = ctx.measureText(name).width;
       const left = [at + 6 * ratio, at - 6 * ratio - width].find(
@@ -307,8 +335,17 @@ globalThis.jaxtrainCharts = (() => {
       const { log, x } = this.options;
       Object.assign(this.options, options);
       const lines = linesOf(this.options);
-      const shape = (all) => all.map(({ series, role, columns }) => `${series.label}/${series.slot}/${role}/${columns[0].length <= SHORT_CURVE}`).join("\n");
-      const same = shape(lines) === shape(this.lines) && log === this.options.log && x.kind === this.options.x.kind && x.label === this.options.x.label;
+      const shape = (all) =>
+        all
+          .map(
+            ({ series, role, columns }) => `${series.label}/${series.slot}/${role}/${columns[0].length <= SHORT_CURVE}`,
+          )
+          .join("\n");
+      const same =
+        shape(lines) === shape(this.lines) &&
+        log === this.options.log &&
+        x.kind === this.options.x.kind &&
+        x.label === this.options.x.label;
       if (!same) {
         if (x.label !== this.options.x.label) this.zoomed = null;
         this._build();
@@ -352,7 +389,11 @@ globalThis.jaxtrainCharts = (() => {
       ctx.fillRect(0, 0, picture.width, picture.height);
       ctx.fillStyle = token("ink");
       ctx.font = `600 ${14 * ratio}px system-ui, sans-serif`;
-      ctx.fillText(titled(this.options.unit) ? `${this.options.title} (${this.options.unit})` : this.options.title, 10 * ratio, 20 * ratio);
+      ctx.fillText(
+        titled(this.options.unit) ? `${this.options.title} (${this.options.unit})` : this.options.title,
+        10 * ratio,
+        20 * ratio,
+      );
       ctx.drawImage(source, 8 * ratio, 28 * ratio);
       ctx.font = `${12 * ratio}px system-ui, sans-serif`;
       shown.forEach(({ series }, i) => {
@@ -382,7 +423,7 @@ globalThis.jaxtrainCharts = (() => {
         {
           width: Math.max(this.canvas.clientWidth, 120),
           height,
-          padding: [14, 10, 0, 0],
+          padding: [14, 20, 0, 0],
           legend: { show: false },
           scales: {
             x: { time: x.kind === "clock", range: xRange },
@@ -457,7 +498,8 @@ globalThis.jaxtrainCharts = (() => {
       const width = plot.over.clientWidth;
       const left = plot.cursor.left >= 0 ? plot.cursor.left : width / 2;
       const centre = plot.posToVal(left, "x");
-      const move = (by) => plot.setCursor({ left: Math.min(Math.max(left + by, 0), width), top: plot.over.clientHeight / 2 });
+      const move = (by) =>
+        plot.setCursor({ left: Math.min(Math.max(left + by, 0), width), top: plot.over.clientHeight / 2 });
       const around = (share) => this._choose([centre - (centre - min) * share, centre + (max - centre) * share]);
       const actions = {
         ArrowLeft: () => move(-width / 50),
@@ -503,12 +545,17 @@ globalThis.jaxtrainCharts = (() => {
       const { x, unit, title, marks } = this.options;
       const at = index ?? data[0].length - 1;
       this.lines.forEach(({ role, series }, i) => {
-        if (role === "line") this.values.get(series.label).textContent = format(before(data[i + 1], at), unit);
+        if (role !== "line") return;
+        const raw = this.lines[i - 1]?.role === "raw" ? ` (${format(before(data[i], at), unit)})` : ""; // as in the file
+        this.values.get(series.label).textContent = format(before(data[i + 1], at), unit) + raw;
       });
       const named = index === null || index === undefined ? null : this._nearMark(marks);
       this.at.textContent = named ?? (data[0].length ? `${x.label} ${formatX(data[0][at], x.kind)}` : "");
       const texts = [...this.values].map(([label, value]) => `${label} ${value.textContent}`);
-      this.canvas.setAttribute("aria-label", `${title}, ${this.at.textContent}: ${texts.join(", ") || "no values yet"}`);
+      this.canvas.setAttribute(
+        "aria-label",
+        `${title}, ${this.at.textContent}: ${texts.join(", ") || "no values yet"}`,
+      );
     }
 
     _nearMark(marks) {

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import re
 import socket
 import time
 from importlib import resources
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.responses import Response, StreamingResponse
 from starlette.routing import Route
 
 from jaxtrain.dashboard import details, logs
 from jaxtrain.dashboard.comparing import compare
 from jaxtrain.dashboard.curves import AXES, Curves, Question, curves, events
-from jaxtrain.dashboard.guard import error
+from jaxtrain.dashboard.guard import Json, error
 from jaxtrain.dashboard.overview import Row
 from jaxtrain.dashboard.runs_index import RunsIndex
 from jaxtrain.dashboard.stream import Streams
@@ -61,7 +61,13 @@ class Dashboard:
             Route(f"{run}/evaluation/{{name}}", self.evaluation),
             Route("/{folder}/{name}", self.file),
         ]
-        app = Starlette(routes=routes, exception_handlers={HTTPException: _refused, WorkdirError: _damaged})
+        handlers: dict[Any, Any] = {
+            HTTPException: _refused,
+            WorkdirError: _damaged,
+            RecursionError: _too_deep,
+            Exception: _broken,
+        }
+        app = Starlette(routes=routes, exception_handlers=handlers)
         app.router.redirect_slashes = False
         return app
 
@@ -82,10 +88,10 @@ class Dashboard:
         """The overview."""
         changes = self._index.since(-1)
         server = {"time": time.time(), "root": str(self._index.root), "host": socket.gethostname()}
-        return JSONResponse(
+        return Json(
             {
                 "server": {**server, **self._index.progress()},
-                "runs": [dataclasses.asdict(row) for row in changes.rows],
+                "runs": [vars(row) for row in changes.rows],
                 "problems": [
                     {"name": row.name, "message": row.reason} for row in changes.rows if row.state == "damaged"
                 ],
@@ -95,7 +101,7 @@ class Dashboard:
     def run(self, request: Request) -> Response:
         """One run."""
         folder, row = self._run(request.path_params["run"])
-        return JSONResponse(details.run_details(folder, row, self._curves.columns(folder)))
+        return Json(details.run_details(folder, row, self._curves.columns(folder)))
 
     def series(self, request: Request) -> Response:
         """Curves of one run."""
@@ -105,17 +111,17 @@ class Dashboard:
         first, last = _place(request, "from", -math.inf), _place(request, "to", math.inf)
         question = Question(columns, _axis(request), first, last, points, _word(request, "since"))
         try:
-            return JSONResponse(curves(self._curves, folder, row, question))
+            return Json(curves(self._curves, folder, row, question))
         except FileNotFoundError:
             missing = {"id": row.id, "x": question.axis, "missing": columns, "series": {}, "complete": 1.0}
-            return JSONResponse({**missing, "cursor": "", "reset": bool(question.since), "size": 0})
+            return Json({**missing, "cursor": "", "reset": bool(question.since), "size": 0})
         except OSError as problem:
             raise WorkdirError(f"metrics.jsonl cannot be read ({reason(problem)}).") from None
 
     def events(self, request: Request) -> Response:
         """What happened to one run."""
         folder, _ = self._run(request.path_params["run"])
-        return JSONResponse(events(folder, _word(request, "since")))
+        return Json(events(folder, _word(request, "since")))
 
     def logs(self, request: Request) -> Response:
         """A page of the logs of one run."""
@@ -130,12 +136,12 @@ class Dashboard:
         since, before = _word(request, "since"), _word(request, "before")
         try:
             if since:
-                return JSONResponse(logs.after(folder, since, limit, query, level))
+                return Json(logs.after(folder, since, limit, query, level))
             if before:
-                return JSONResponse(logs.before(folder, before, limit, query, level))
+                return Json(logs.before(folder, before, limit, query, level))
         except ValueError:
             raise HTTPException(400, "since and before take the cursor of an earlier answer.") from None
-        return JSONResponse(logs.newest(folder, limit, query, level))
+        return Json(logs.newest(folder, limit, query, level))
 
     def schedule(self, request: Request) -> Response:
         """The timeline of a run's pipeline. Nothing in the picture can run, or fetch anything."""
@@ -149,14 +155,14 @@ class Dashboard:
         report = details.evaluation(self._run(request.path_params["run"])[0], request.path_params["name"])
         if report is None:
             raise HTTPException(404, "This run has no such evaluation; jaxtrain evaluate RUN --report makes it.")
-        return JSONResponse(report)
+        return Json(report)
 
     def compare(self, request: Request) -> Response:
         """One column of several runs, and the settings in which they differ."""
         runs = {identifier: self._run(identifier) for identifier in _words(request, "runs", _MOST_COMPARED)}
         points = _number(request, "points", 600, 2, _MOST_POINTS)
         question = Question([_word(request, "column") or "val/accuracy"], _axis(request), points=points)
-        return JSONResponse(compare(self._curves, runs, question))
+        return Json(compare(self._curves, runs, question))
 
     async def stream(self, request: Request) -> Response:
         """What is new, as it comes."""
@@ -231,3 +237,12 @@ def _refused(request: Request, problem: Exception) -> Response:
 def _damaged(request: Request, problem: Exception) -> Response:
     """A file of the run cannot be read: the page shows why, and goes on."""
     return error(422, str(problem))
+
+
+def _too_deep(request: Request, problem: Exception) -> Response:
+    return error(422, "A file of this run is nested too deeply to be shown.")
+
+
+def _broken(request: Request, problem: Exception) -> Response:
+    """The server prints the traceback, and goes on."""
+    return error(500, f"This could not be shown ({type(problem).__name__}); jaxtrain dashboard has printed why.")

@@ -175,7 +175,7 @@ def events(folder: Folder, cursor: str) -> dict[str, Any]:
 
 
 def _event(line: bytes) -> dict[str, Any] | None:
-    with contextlib.suppress(ValueError, TypeError, KeyError):
+    with contextlib.suppress(ValueError, TypeError, KeyError, OverflowError):
         event = parse_json(line)
         moment, step = float(event["time"]), event["step"]
         if math.isfinite(moment) and isinstance(event["kind"], str) and (step is None or type(step) is int):
@@ -197,12 +197,17 @@ def _ends(folder: Folder) -> list[dict[str, Any]]:
 
 
 def curve(memory: Curves, folder: Folder, row: Row, question: Question) -> Series | None:
-    """The first of the columns of one run, over the axis; None where the run does not have it."""
+    """The first of the columns of one run, over the axis; None where the run does not have it.
+
+    Over time it is in seconds since the run began: runs of different days lie over each other.
+    """
     axis = Axis.of(question.axis, folder, row)
     with contextlib.suppress(OSError):
         if axis:
             log, _ = memory.log(folder)
             column = question.columns[0]
             series = log.series([column], axis.column, points=question.points).get(column)
+            if series and question.axis == "time":
+                return dataclasses.replace(series, x=series.x - (row.began or 0.0))
             return axis.over(series) if series else None
     return None

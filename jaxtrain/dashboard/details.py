@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from jaxtrain.config import flatten
-from jaxtrain.dashboard.overview import FILES, Row, unlike_a_run
+from jaxtrain.dashboard.overview import FILES, Row, left_out, unlike_a_run
 from jaxtrain.errors import WorkdirError
 from jaxtrain.host.folder import Folder, reason
 from jaxtrain.host.redaction import redact_values
@@ -33,10 +33,10 @@ def run_details(folder: Folder, row: Row, columns: Mapping[str, list[str]]) -> d
       row: of the overview.
       columns: of its metrics, by phase.
     """
-    problems: list[str] = []
+    found = folder.stats((*FILES, "schedule.svg"))
+    problems = left_out(found)
     latest = _latest_start(folder, problems)
     starts = _starts(folder, problems)
-    found = folder.stats((*FILES, "schedule.svg"))
     return {
         "run": dataclasses.asdict(row),
         "config": _config(_read(folder, "config.json", problems), latest),
@@ -50,7 +50,7 @@ def run_details(folder: Folder, row: Row, columns: Mapping[str, list[str]]) -> d
         "evaluations": [name.removesuffix(".json") for name in folder.names("evaluation") if _is_report(name)],
         "result": _read(folder, "result.json", problems),
         "commands": _commands(folder),
-        "problems": problems,
+        "problems": list(dict.fromkeys(problems)),
     }
 
 

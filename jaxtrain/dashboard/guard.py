@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import hmac
+import json
 import re
 from collections.abc import Collection
 from http.cookies import CookieError, SimpleCookie
@@ -12,7 +14,8 @@ from urllib.parse import parse_qsl, urlencode
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-COOKIE = "jaxtrain_dashboard"
+from jaxtrain.observability.metrics_files import json_value
+
 LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 
 _CONTENT = (
@@ -31,17 +34,28 @@ _HEADERS = {
 _HOST = re.compile(r"(?P<name>\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+)(?::[0-9]{1,5})?")
 
 
-def error(status: int, sentence: str, **headers: str) -> JSONResponse:
+class Json(JSONResponse):
+    """An answer in JSON. What files hold beside it is no error: NaN becomes null, and half of a surrogate pair is escaped."""
+
+    def render(self, content: Any) -> bytes:
+        """The text."""
+        try:
+            return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+        except ValueError:
+            return json.dumps(json_value(content), allow_nan=False, separators=(",", ":")).encode()
+
+
+def error(status: int, sentence: str, **headers: str) -> Json:
     """An answer that says what is wrong."""
-    return JSONResponse({"error": sentence}, status, headers)
+    return Json({"error": sentence}, status, headers)
 
 
 class Guard:
     """Lets through what may be answered.
 
-    *The Host header.* Its name must be one of this server, whatever the port: a page of somebody else whose name was made
-    to lead to this machine (DNS rebinding) still has that name there. A port says nothing of that, and behind
-    `ssh -L 8080:localhost:3001` it is another one than the server's.
+    *The Host header.* It must be a name of this server, or the address that the request came to, whatever the port. A page of
+    somebody else whose name was made to lead to this machine (DNS rebinding) still has that name there. A port says nothing
+    of that, and behind `ssh -L 8080:localhost:3001` it is another one than the server's.
     *The method.* GET and HEAD alone: nothing can be changed.
     *The token.* In a cookie, in `Authorization: Bearer`, or in the address of the page, which then sets the cookie.
     """
@@ -56,6 +70,8 @@ class Guard:
           prefix: of every path, as in `/jax`; "" for none.
         """
         self._app, self._token, self._prefix = app, token, prefix
+        # Two dashboards that are forwarded to two ports of one machine share its cookies.
+        self._cookie = f"jaxtrain_{hashlib.sha256(token.encode()).hexdigest()[:12]}"
         self._names = {*LOOPBACK, *(name.lower() for name in names)}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -74,7 +90,7 @@ class Guard:
     def _refusal(self, scope: Scope) -> Response | None:
         """What to answer instead of the page."""
         headers = _headers(scope)
-        if not self._is_ours(headers):
+        if not self._is_ours(headers, scope["server"][0]):
             return error(
                 400, "The Host header names another machine; open the address that jaxtrain dashboard printed."
             )
@@ -90,17 +106,18 @@ class Guard:
             )
         return None
 
-    def _is_ours(self, headers: dict[str, list[str]]) -> bool:
+    def _is_ours(self, headers: dict[str, list[str]], address: str) -> bool:
+        """Whether the Host header is a name of ours, or the address that the request came to."""
         hosts = headers.get("host", [])
         match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
-        return match is not None and match["name"].lower() in self._names
+        return match is not None and (match["name"].lower() in self._names or match["name"].strip("[]") == address)
 
     def _admit(self, scope: Scope, given: str) -> Response:
         if not self._matches(given):
             return error(401, "The token is another one; open the address that jaxtrain dashboard printed.")
         rest = [(name, value) for name, value in _parameters(scope) if name != "token"]
         response = RedirectResponse("./" + (f"?{urlencode(rest)}" if rest else ""), 303)
-        response.set_cookie(COOKIE, self._token, httponly=True, samesite="strict", path=f"{self._prefix}/")
+        response.set_cookie(self._cookie, self._token, httponly=True, samesite="strict", path=f"{self._prefix}/")
         return response
 
     def _is_known(self, headers: dict[str, list[str]]) -> bool:
@@ -108,7 +125,7 @@ class Guard:
             scheme, _, given = text.partition(" ")
             if scheme.lower() == "bearer" and self._matches(given.strip()):
                 return True
-        return any(self._matches(given) for text in headers.get("cookie", []) for given in _cookies(text))
+        return any(self._matches(given) for text in headers.get("cookie", []) for given in _cookies(text, self._cookie))
 
     def _matches(self, given: str) -> bool:
         return hmac.compare_digest(given.encode(), self._token.encode())
@@ -136,8 +153,8 @@ def _parameter(scope: Scope, name: str) -> str | None:
     return next((value for key, value in _parameters(scope) if key == name), None)
 
 
-def _cookies(text: str) -> list[str]:
-    """Ours; a cookie of another program that is no cookie hides it from nobody."""
+def _cookies(text: str, name: str) -> list[str]:
+    """The values of those of that name; one of another program that is no cookie hides them from nobody."""
     found = []
     for part in text.split(";"):
         cookie: SimpleCookie = SimpleCookie()
@@ -145,8 +162,8 @@ def _cookies(text: str) -> list[str]:
             cookie.load(part.strip())
         except CookieError:
             continue
-        if COOKIE in cookie:
-            found.append(cookie[COOKIE].value)
+        if name in cookie:
+            found.append(cookie[name].value)
     return found
 
 

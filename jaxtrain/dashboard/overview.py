@@ -15,7 +15,7 @@ from typing import Any
 from jaxtrain.errors import WorkdirError
 from jaxtrain.host.folder import Folder
 from jaxtrain.host.redaction import without_logins
-from jaxtrain.jobs.queue import DONE, ENDED, RUNNING, STOPPED, Entry
+from jaxtrain.jobs.queue import DONE, FAILED, STOPPED, WAITING, Entry
 from jaxtrain.jobs.run_status import DAMAGED, read_status
 from jaxtrain.observability.metrics_files import EpochRow
 
@@ -27,6 +27,7 @@ FILES = {
 }  # fmt: skip
 """What is watched of a run, and what it must be."""
 
+_SAY_THE_STATE = ("config.json", "manifest.json", "metrics.jsonl", "lock.json", "starts")
 _MOST_CSV = 4 << 20
 
 
@@ -83,11 +84,11 @@ def run_id(name: str) -> str:
 
 
 def job_row(entry: Entry) -> Row | None:
-    """The row of a job; None where it runs or has done well: then its run says more."""
+    """The row of a job that has no run; None where nothing more is to be said of it."""
     state = entry.state()
-    if state.status in (RUNNING, DONE, STOPPED):
+    if state.status in (DONE, STOPPED):
         return None
-    seen = (state.ended if state.status in ENDED else state.submitted) or None
+    seen = {WAITING: state.submitted, FAILED: state.ended}.get(state.status) or None
     reason = without_logins(state.reason)
     return Row(
         run_id(f"job {entry.id}"), "job", entry.id, state.status, reason, seen=seen, code=state.code, job=entry.id
@@ -116,15 +117,22 @@ def run_row(folder: Folder, found: Mapping[str, os.stat_result], job: Entry | No
 
 
 def unlike_a_run(folder: Folder, found: Mapping[str, os.stat_result]) -> str:
-    """Why its files are not read, in a sentence: one is a link, or a pipe; "" where all is as it should be."""
-    for name, is_kind in FILES.items():
-        if name in found and not is_kind(found[name].st_mode):
-            what = "a link, and none is followed" if stat.S_ISLNK(found[name].st_mode) else "not what a run writes"
-            return f"{name} is {what}."
+    """Why its state is not read, in a sentence: of what says it, one is a link, or a pipe. "" where all is as it should be."""
+    if strange := left_out({name: each for name, each in found.items() if name in _SAY_THE_STATE}):
+        return strange[0]
     starts = Folder(folder.root, f"{folder.name}/starts") if "starts" in found else None
     if starts and not all(stat.S_ISREG(each.st_mode) for each in starts.stats(starts.names()).values()):
         return "starts holds what is no file."
     return ""
+
+
+def left_out(found: Mapping[str, os.stat_result]) -> list[str]:
+    """Sentences about what of `FILES` is not read: logs and checkpoints may be links to another disk."""
+    return [
+        f"{name} is {'a link, and none is followed' if stat.S_ISLNK(found[name].st_mode) else 'not what a run writes'}."
+        for name, is_kind in FILES.items()
+        if name in found and not is_kind(found[name].st_mode)
+    ]
 
 
 def _described(folder: Folder) -> dict[str, Any]:
@@ -137,7 +145,7 @@ def _described(folder: Folder) -> dict[str, Any]:
         found["epochs"] = None if config["train"]["steps"] else _whole(config["train"]["epochs"])
     with contextlib.suppress(WorkdirError, TypeError, KeyError, AttributeError, ValueError, IndexError):
         found["recipe"] = _recipe(folder.read_json("manifest.json")["starts"][0]["command"])
-    with contextlib.suppress(WorkdirError, TypeError, KeyError, ValueError, IndexError):
+    with contextlib.suppress(WorkdirError, TypeError, KeyError, ValueError, OverflowError):
         first, *_ = (name for name in folder.names("starts") if name.endswith(".json"))
         found["began"] = float(folder.read_json(f"starts/{first}")["began"])
     return found

@@ -24,8 +24,8 @@ log = logging.getLogger("jaxtrain")
 
 _LIVELY_SECONDS = 0.5  # between two looks at runs that live, or whose files have just changed
 _LIVELY_FOR = 60.0
-_ALL_SECONDS = 1.0  # at least between two looks at everything; a look takes a fifteenth of the time at most
-_QUIET_SHARE = 15
+_ALL_SECONDS = 1.0  # at least between two looks at everything
+_BUSY_SHARE, _SLOW_SHARE = 9, 2  # and so many times a look's processor time, and its time by the clock
 _MOST_LOGS = 256
 
 _TOPICS = {
@@ -83,6 +83,11 @@ class RunsIndex:
         """Ends the thread, without waiting for a look that it may have begun."""
         self._stopped.set()
 
+    @property
+    def version(self) -> int:
+        """Rises with each change that was seen."""
+        return self._version
+
     def folder(self, identifier: str) -> Folder | None:
         """The work directory of a run; None where there is none of that identifier."""
         run = self._runs.get(identifier)
@@ -96,6 +101,8 @@ class RunsIndex:
     def since(self, version: int) -> Changes:
         """The rows that are new, or changed, since a version; all, since -1."""
         with self._lock:
+            if version == self._version:
+                return Changes(version, [], [], not self._scanned)
             rows = [run.row for run in self._runs.values() if run.version > version]
             rows += [row for row, since in self._jobs.values() if since > version]
             gone = [identifier for identifier, since in self._gone.items() if since > version]
@@ -114,12 +121,14 @@ class RunsIndex:
     def _keep(self) -> None:
         quiet_until = 0.0
         while not self._stopped.is_set():
-            began = time.monotonic()
+            began, busy = time.monotonic(), time.thread_time()
             try:
                 if began >= quiet_until:
+                    first = not self._scanned
                     self._look_at_all()
-                    took = time.monotonic() - began
-                    quiet_until = began + took + max(_ALL_SECONDS, _QUIET_SHARE * took)
+                    now, busy = time.monotonic(), time.thread_time() - busy
+                    pause = 0.0 if first else max(_BUSY_SHARE * busy, _SLOW_SHARE * (now - began))
+                    quiet_until = now + max(_ALL_SECONDS, pause)
                 else:
                     self._look_at_lively()
             except Exception:
@@ -140,17 +149,19 @@ class RunsIndex:
             there.add(run_id(folder.name))
             self._look_at(folder, jobs.get(folder.path))
         with self._lock:
-            self._version += 1
-            for identifier in self._runs.keys() - there:
-                del self._runs[identifier]
-                self._gone[identifier] = self._version
-            for identifier in self._jobs.keys() - rows.keys():
-                del self._jobs[identifier]
-                self._gone[identifier] = self._version
+            known: tuple[dict[str, Any], ...] = (self._runs, self._jobs)
+            for items, present in zip(known, (there, rows.keys()), strict=True):
+                for identifier in items.keys() - present:
+                    self._version += 1
+                    del items[identifier]
+                    self._gone[identifier] = self._version
             for identifier, row in rows.items():
                 if identifier not in self._jobs or self._jobs[identifier][0] != row:
+                    self._version += 1
                     self._jobs[identifier] = row, self._version
-            self._scanned = True
+            if not self._scanned:
+                self._version += 1
+                self._scanned = True
 
     def _look_at_lively(self) -> None:
         after = time.monotonic() - _LIVELY_FOR

@@ -19,6 +19,7 @@ from jaxtrain.host.text import note
 from jaxtrain.jobs.queue import default_queue
 
 _LOOPBACK = ("127.0.0.1", "localhost", "::1")
+_EVERYWHERE = ("0.0.0.0", "::")
 
 
 class _Server(uvicorn.Server):
@@ -52,6 +53,7 @@ def serve(root: Path, host: str, port: int, names: Sequence[str], prefix: str) -
     listening = _listen(host, port)
     dashboard = Dashboard(index)
     own = [] if host in _LOOPBACK else [host, socket.gethostname()]
+    shown = socket.gethostname() if host in _EVERYWHERE else f"[{host}]" if ":" in host else host
     guarded = Guard(dashboard.app(), token=token, names=[*own, *names], prefix=prefix)
     config = uvicorn.Config(
         guarded, log_level=logging.WARNING, access_log=False, server_header=False, ws="none", lifespan="off",
@@ -60,7 +62,6 @@ def serve(root: Path, host: str, port: int, names: Sequence[str], prefix: str) -
     index.start()
     if own:
         note(f"warning: --host {host} lets other machines in; whoever has the address below can read all runs.")
-    shown = f"[{host}]" if ":" in host else host
     print(f"http://{shown}:{listening.getsockname()[1]}{prefix}/?token={token}", flush=True)
     try:
         _Server(config, dashboard).run(sockets=[listening])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import json
 import time
 from collections.abc import AsyncIterator
@@ -40,7 +39,7 @@ class Streams:
         """
         self._open += 1
         try:
-            version = self._index.since(-1).version
+            version = self._index.version
             yield _event("hello", {"time": time.time()})
             said = time.monotonic()
             while not self._closing:
@@ -48,7 +47,7 @@ class Streams:
                 changes = self._index.since(version)
                 topics = self._index.topics(run, version) if run else []
                 if changes.rows or changes.gone:
-                    rows = [dataclasses.asdict(row) for row in changes.rows]
+                    rows = [vars(row) for row in changes.rows]
                     news = {"rows": rows, "gone": changes.gone, "scanning": changes.scanning, "time": time.time()}
                     yield _event("runs", news)
                 if topics:

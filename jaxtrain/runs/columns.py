@@ -13,6 +13,7 @@ import numpy as np
 from jaxtrain.host.files import parse_json
 
 PHASES = ("train", "val", "test")
+_NUMBERS = frozenset((int, float, type(None)))
 _MOST_COLUMNS = 1024  # of a phase; a run has some dozens
 
 
@@ -66,8 +67,8 @@ class Table:
         self.rows += len(rows)
 
     def _add(self, name: str, rows: np.ndarray, values: Sequence[Any]) -> None:
-        numbers = [_is_number(value) for value in values]
-        if not all(numbers):
+        if not _NUMBERS.issuperset(map(type, values)):
+            numbers = [type(value) in _NUMBERS for value in values]
             rows = rows[np.array(numbers)]
             values = [value for value, is_number in zip(values, numbers, strict=True) if is_number]
         if not values or (name not in self.columns and len(self.columns) >= _MOST_COLUMNS):
@@ -86,10 +87,6 @@ class Table:
         x_values, y_values = x_values[at][both], y_values[both]
         known = np.isfinite(x_values)
         return (x_values[known], y_values[known]) if known.any() else None
-
-
-def _is_number(value: Any) -> bool:
-    return value is None or type(value) in (int, float)
 
 
 def add_lines(tables: dict[str, Table], text: bytes, phases: Iterable[str] = PHASES) -> None:

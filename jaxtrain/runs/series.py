@@ -22,9 +22,9 @@ METRICS = "metrics.jsonl"
 WHOLE_BYTES = 8 << 20
 """A file, or the part of it that is asked for, is read whole up to this size."""
 
-_PIECES, _PIECE_BYTES = 256, 16 << 10  # of a larger one
+_PIECES, _PIECE_BYTES = 192, 16 << 10  # of a larger one
 _CHUNK = 4 << 20
-_SEARCH_SECONDS = 0.2  # a call, for the evaluations in a huge file
+_SEARCH_SECONDS = 0.05  # a call, for the evaluations in a huge file
 _MOST_EVALUATIONS = 100_000
 _MARK = 256  # bytes before a position, by which a file is known again
 
@@ -123,12 +123,8 @@ class MetricsLog:
         self._tables: dict[str, Table] = {}
         self._first_size = 0
         self._search: EvaluationSearch | None = None
-
-    @property
-    def nbytes(self) -> int:
+        self.nbytes = 0
         """What is kept in memory."""
-        searched = self._search.tables if self._search else {}
-        return sum(table.nbytes for table in [*self._tables.values(), *searched.values()])
 
     @property
     def sampled(self) -> bool:
@@ -164,6 +160,8 @@ class MetricsLog:
         self._position = Position.at(file, start + len(text))
         if self._search:
             self._search.go_on(file, self._position.offset)
+        searched = self._search.tables if self._search else {}
+        self.nbytes = sum(table.nbytes for table in [*self._tables.values(), *searched.values()])
 
     def columns(self) -> dict[str, list[str]]:
         """The names of the columns by phase, in the order in which they came; after `refresh`."""

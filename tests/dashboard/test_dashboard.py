@@ -21,6 +21,8 @@ from dashboards import PATIENCE, Served, append, row, serving, until, write_run
 from jaxtrain.cli import main
 from jaxtrain.dashboard.access_token import user_token
 from jaxtrain.errors import ConfigError
+from jaxtrain.jobs.job import Job
+from jaxtrain.jobs.queue import Queue
 from jaxtrain.runs.series import metrics_of
 
 CANARY = "canary-7f3a"
@@ -59,7 +61,7 @@ def test_only_the_token_opens_it(served):
         assert "set-cookie" not in answer.headers
     assert served.ask("/api/runs", Authorization=f"Bearer {served.token[:-1]}").status == 401
     assert served.ask("/api/runs?token=" + served.token).status == 401, "in the address of the page alone"
-    assert served.ask("/api/runs", Cookie="jaxtrain_dashboard=é; =;x").status == 401
+    assert served.ask("/api/runs", Cookie=f"jaxtrain_x=é; =;x; jaxtrain_{'0' * 12}={served.token}").status == 401
     admitted = served.ask(f"/?token={served.token}&a=b")
     assert (admitted.status, admitted.headers["location"]) == (303, "./?a=b")
     cookie = admitted.headers["set-cookie"]
@@ -153,7 +155,10 @@ def test_links_pipes_and_directories_in_place_of_files_are_not_followed(served, 
     outside = tmp_path / "outside"
     outside.mkdir()
     (outside / "secret.json").write_text(json.dumps({"schedule": CANARY}))
+    (outside / "process_0.log").write_text(f"2026-01-01T00:00:00.000Z INFO {CANARY}\n")
+    (outside / "test.json").write_text(json.dumps({"classes": [CANARY]}))
     write_run(outside / "run", [row(1, canary=7)])
+    (write_run(runs / "linked evaluation") / "evaluation").symlink_to(outside, target_is_directory=True)
     (runs / "link").symlink_to(outside / "run", target_is_directory=True)
     for name, place in (("layout", "layout.json"), ("schedule", "schedule.svg"), ("report", "evaluation/test.json")):
         run = write_run(runs / f"linked {name}")
@@ -174,7 +179,7 @@ def test_links_pipes_and_directories_in_place_of_files_are_not_followed(served, 
     found(served, "pipe events")
     rows = served.rows()
     assert "link" not in rows
-    for name in ("pipe metrics.jsonl", "pipe manifest.json", "pipe lock.json", "pipe metrics.csv", "directory"):
+    for name in ("pipe metrics.jsonl", "pipe manifest.json", "pipe lock.json", "directory"):
         assert rows[name]["state"] == "damaged", name
     for name, each in rows.items():
         at = f"/api/runs/{each['id']}"
@@ -183,8 +188,10 @@ def test_links_pipes_and_directories_in_place_of_files_are_not_followed(served, 
             answer = served.get(path)
             assert answer.status in (200, 404, 422), (name, path, answer)
             assert CANARY.encode() not in answer.body, (name, path)
-    assert rows["linked logs/run"]["reason"] == "logs is a link, and none is followed."
-    assert "it is a link" in served.json(f"/api/runs/{rows['linked layout']['id']}")["problems"][0]
+    linked = rows["linked logs/run"]
+    assert linked["state"] == "done", "logs may lie on another disk, and hide nothing else"
+    assert served.json(f"/api/runs/{linked['id']}")["problems"] == ["logs is a link, and none is followed."]
+    assert "a link" in served.json(f"/api/runs/{rows['linked layout']['id']}")["problems"][0]
     assert served.get(f"/api/runs/{rows['linked schedule']['id']}/schedule.svg").status == 422
     for name in (
         "pipe metrics.jsonl",
@@ -299,8 +306,18 @@ def test_the_overview_says_how_each_run_is(served, runs):
     }  # fmt: skip
 
 
+def test_a_job_that_waits_is_a_row_until_it_has_a_run(served, runs):
+    entry = Queue(served.state / "queue").submit(Job("later", str(runs), config="quickstart", workdir="jobs/later"))
+    waiting = until(lambda: served.rows().get(entry.id))
+    assert (waiting["kind"], waiting["state"], waiting["job"]) == ("job", "waiting", entry.id)
+    assert served.get(f"/api/runs/{waiting['id']}").status == 404
+    write_run(runs / "jobs" / "later", code=None)
+    rows = until(served.rows, lambda rows: entry.id not in rows and "jobs/later" in rows)
+    assert (rows["jobs/later"]["state"], rows["jobs/later"]["job"]) == ("running", entry.id)
+
+
 def test_curves_are_those_of_the_file(served, runs):
-    rows = [row(step, learning_rate=0.1 * step, **{"device0/utilization": 0.5}) for step in range(100)]
+    rows = [row(step, learning_rate=0.1 * step) | {"device0/utilization": 0.5} for step in range(100)]
     rows[7]["loss"] = None  # NaN
     rows += [row(99, "val", ema_accuracy=0.25, accuracy=1), row(100, odd="text", listed=[1])]
     run = write_run(runs / "curves", rows)
@@ -461,6 +478,22 @@ def test_damaged_files_are_named_and_hide_nothing_else(served, runs):
     assert "starts/000001.json cannot be read" in " ".join(served.json(at)["problems"])
 
 
+def test_what_json_does_not_have_breaks_no_answer(served, runs):
+    """NaN, an infinity, half of a surrogate pair, a name in another encoding, numbers of 400 digits, endless nesting."""
+    run = write_run(Path(os.fsdecode(os.fsencode(runs) + b"/caf\xe9")), [row(1), row(2, grad_norm=10**400)])
+    (run / "result.json").write_text('{"a": NaN, "b": [1e999], "c": "\\ud800"}')
+    (run / "events.jsonl").write_text(json.dumps({"time": 10**400, "step": 1, "kind": "end", "message": "x"}) + "\n")
+    deep = write_run(runs / "deep")
+    (deep / "layout.json").write_text('{"a":' * 700 + "1" + "}" * 700)
+    at = f"/api/runs/{found(served, 'deep')}"
+    assert served.get(at).status in (200, 422)
+    at = f"/api/runs/{next(each['id'] for name, each in served.rows().items() if name.startswith('caf'))}"
+    assert served.json(at)["result"] == {"a": None, "b": [None], "c": "\ud800"}
+    assert served.json(f"{at}/events")["events"] == []
+    assert served.json(f"{at}/series?columns=train/loss,train/grad_norm")["missing"] == ["train/grad_norm"]
+    assert served.get(f"{at}/logs").status == 200
+
+
 def test_runs_are_compared_and_those_of_other_seeds_averaged(served, runs):
     for name, seed, rate, factor in (("a", 0, 0.1, 1.0), ("b", 1, 0.1, 3.0), ("c", 0, 0.2, 5.0)):
         rows = [row(step, "val", accuracy=factor * step) for step in (10, 20, 30)]
@@ -490,10 +523,11 @@ def test_logs_of_all_processes_are_paged_both_ways_searched_and_followed(served,
     def line(second: int, text: str, level: str = "INFO") -> str:
         return f"2026-01-01T00:{second // 60:02d}:{second % 60:02d}.000Z {level} {text}\n"
 
+    pad = 400 * "x"  # so that a file is read in several pieces
     with open(run / "logs" / "process_0.log", "w") as zero, open(run / "logs" / "process_1.log", "w") as one:
         for second in range(0, 600, 2):
-            zero.write(line(second, f"zero {second}"))
-            one.write(line(second + 1, f"one {second + 1}", "WARNING" if second == 100 else "INFO"))
+            zero.write(line(second, f"zero {second} {pad}"))
+            one.write(line(second + 1, f"one {second + 1} {pad}", "WARNING" if second == 100 else "INFO"))
         zero.write(line(700, "first line") + "    second <b> line\n")
     at = f"/api/runs/{found(served, 'logged')}/logs?limit=100"
     page = served.json(at)
@@ -507,10 +541,11 @@ def test_logs_of_all_processes_are_paged_both_ways_searched_and_followed(served,
     seconds = [int(entry["message"].split()[1]) for entry in entries[:-1]]
     assert seconds == list(range(600)), "each once, in order"
     assert [entry["process"] for entry in entries[:4]] == [0, 1, 0, 1]
+    assert all(entry["message"].endswith(f" {pad}") for entry in entries[:-1])
     warnings = served.json(f"{at}&level=WARNING")
-    assert [entry["message"] for entry in warnings["entries"]] == ["one 101"]
+    assert [entry["message"] for entry in warnings["entries"]] == [f"one 101 {pad}"]
     searched = served.json(f"{at}&query=ZERO%2030")["entries"]
-    assert [entry["message"] for entry in searched] == ["zero 30", *(f"zero {second}" for second in range(300, 310, 2))]
+    assert [int(entry["message"].split()[1]) for entry in searched] == [30, *range(300, 310, 2)]
     newer = pages[0]["newer"]
     assert served.json(f"{at}&since={newer}")["entries"] == []
     with open(run / "logs" / "process_1.log", "a") as one:
@@ -571,7 +606,7 @@ def test_a_stream_says_what_is_new(served, runs):
     run = write_run(runs / "streamed", code=None)
     identifier = found(served, "streamed")
     stream = Stream(served, f"/api/stream?run={identifier}")
-    assert stream.response.getheader("content-type").startswith("text/event-stream")
+    assert stream.response.headers["content-type"].startswith("text/event-stream")
     stream.next("hello")
     append(run, [row(60, loss=0.125)])
     assert "metrics" in stream.next("changed")["what"]
@@ -628,8 +663,10 @@ def test_another_interface_only_with_a_warning(runs, tmp_path):
     runs.mkdir(exist_ok=True)
     with serving(runs, tmp_path / "state", "--host", "0.0.0.0") as served:
         assert "warning: --host 0.0.0.0 lets other machines in" in (tmp_path / "state.err").read_text()
+        assert served.address.startswith(f"http://{socket.gethostname()}:{served.port}/?token=")
         assert served.ask("/api/runs", Host=socket.gethostname()).status == 401
-        assert served.ask("/api/runs", Host="evil.example").status == 400
+        for host in ("evil.example", "192.0.2.1", "0.0.0.1"):  # of these the request did not come to any
+            assert served.ask("/api/runs", Host=host).status == 400
 
 
 def test_what_cannot_be_served_is_one_sentence(served, runs, tmp_path, capsys, monkeypatch):

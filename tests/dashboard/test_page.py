@@ -182,7 +182,9 @@ def test_the_overview_has_the_figures_of_the_files(visit, root):
         expect(line.locator('[data-label="Loss"]')).to_have_text(shown(last["loss"]))
         expect(line.locator('[data-label="Accuracy"]')).to_have_text(f"{shown(100 * last['accuracy'])} %")
         if validation := rows_of(root / name, "val"):
-            expect(line.locator('[data-label="Validation"]')).to_have_text(f"{shown(100 * validation[-1]['accuracy'])} %")
+            expect(line.locator('[data-label="Validation"]')).to_have_text(
+                f"{shown(100 * validation[-1]['accuracy'])} %"
+            )
     failed = one.page.locator(".row-failed", has_text="As it ended.")
     expect(failed.locator(".cell-progress")).to_contain_text("50 of 100")
     expect(failed.get_by_role("progressbar")).to_have_attribute("aria-valuenow", "50")
@@ -196,6 +198,9 @@ def test_the_curves_have_the_figures_of_the_file(visit, root):
     assert f"training {shown(training[-1]['loss'])}" in one.values("Loss")
     assert f"validation {shown(validation[-1]['loss'])}" in one.values("Loss")
     assert f"training {shown(training[-1]['grad_norm'])}" in one.values("Gradient norm")
+    titles = one.page.locator(".chart-title").all_inner_texts()
+    assert titles[:3] == ["Loss", "Accuracy", "Top-5 accuracy"]
+    assert not {"step", "epoch", "time"} & set(titles)
     canvas = one.plot("Gradient norm").locator(".chart-canvas")
     canvas.focus()
     for _ in range(60):  # to the first row
@@ -220,7 +225,7 @@ def test_every_side_of_a_run_is_there(visit, root):
     one.run("pipeline", "time")
     start = read_json(root / "pipeline" / "starts" / "000001.json")
     expect(one.page.get_by_text("The run is complete.")).to_be_visible()
-    assert f"0 – {start['step']}" in one.page.locator("#panel").inner_text()
+    assert f"0 \u2013 {start['step']}" in one.page.locator("#panel").inner_text()
     one.page.get_by_role("tab", name="Config").click()
     one.page.get_by_label("Search settings").fill("layout.stages")
     expect(one.page.locator("#panel table").first).to_contain_text("4")
@@ -277,6 +282,13 @@ def test_without_a_token_it_says_where_one_is(browser, served):
     page = browser.new_page()
     page.goto(f"http://127.0.0.1:{served.port}/")
     expect(page.locator("body")).to_contain_text("jaxtrain dashboard")
+    page.goto(served.address)
+    expect(page.locator(".runs tbody tr").first).to_be_visible()
+    page.context.clear_cookies()
+    page.get_by_role("link", name="live-a").click()
+    expect(
+        page.get_by_text("This browser has not shown the token.")
+    ).to_be_visible()  # once, in words, not as an empty page
     page.close()
 
 
@@ -321,6 +333,15 @@ def test_it_fits_a_phone(visit, theme):
     assert one.overflows() == []
     one.go(f"#/compare?runs={one.identifier('live-a')},{one.identifier('live-b')}")
     expect(one.plot("Loss, training")).to_be_visible()
+    assert one.overflows() == []
+
+
+@pytest.mark.parametrize("width", [720, 1100, 1200, 1350])
+def test_all_columns_fit_every_window(visit, width):
+    one = visit(viewport={"width": width, "height": 800})
+    assert one.overflows() == []
+    one.run("pipeline")
+    expect(one.plot("Loss")).to_be_visible()
     assert one.overflows() == []
 
 

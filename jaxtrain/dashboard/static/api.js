@@ -9,7 +9,8 @@ export class ApiError extends Error {
 
 export async function get(path, params = {}) {
   const query = new URLSearchParams();
-  for (const [name, value] of Object.entries(params)) if (value !== null && value !== undefined && value !== "") query.set(name, value);
+  for (const [name, value] of Object.entries(params))
+    if (value !== null && value !== undefined && value !== "") query.set(name, value);
   const text = query.toString();
   let answer;
   try {
@@ -28,9 +29,17 @@ export const runPath = (id) => `api/runs/${encodeURIComponent(id)}`;
 export function advice(error) {
   if (!(error instanceof ApiError)) return [`Something in this page broke: ${error.message}`, "Reload it."];
   if (error.status === 401) {
-    return ["This browser has not shown the token.", "Open the address that `jaxtrain dashboard` printed when it started: the token is part of it."];
+    return [
+      "This browser has not shown the token.",
+      "Open the address that `jaxtrain dashboard` printed when it started: the token is part of it.",
+    ];
   }
-  if (error.status === 404) return ["This run is not there.", "It was deleted, renamed or moved out of the directory that is watched."];
-  if (error.status === 0) return ["The server does not answer.", "Is `jaxtrain dashboard` still running, and the ssh tunnel up? This page tries again."];
+  if (error.status === 404)
+    return ["This run is not there.", "It was deleted, renamed or moved out of the directory that is watched."];
+  if (error.status === 0)
+    return [
+      "The server does not answer.",
+      "Is `jaxtrain dashboard` still running, and the ssh tunnel up? This page tries again.",
+    ];
   return [error.message, "This page tries again."];
 }

@@ -5,7 +5,15 @@ import { addPlot, X_CHOICES, xAxis } from "./grid.js";
 import { change, read } from "./link.js";
 import { Series } from "./series.js";
 
-const LOGARITHMIC = new Set(["loss", "grad_norm", "update_norm", "param_norm", "learning_rate", "throughput", "data_wait"]);
+const LOGARITHMIC = new Set([
+  "loss",
+  "grad_norm",
+  "update_norm",
+  "param_norm",
+  "learning_rate",
+  "throughput",
+  "data_wait",
+]);
 const SHOWN_AGAIN_MS = 1000; // while the server still searches a huge file
 
 export class Curves {
@@ -53,14 +61,24 @@ export class Curves {
       choice("x", X_CHOICES, this.x, (x) => this.#choose({ x }, true)),
       slider("Smoothing", this.smoothing, (smoothing) => this.#choose({ smoothing })),
       toggle("Log scale", this.log, (log) => this.#choose({ log }), "Of losses, norms, rates and times"),
-      toggle("Events", this.marks, (marks) => this.#choose({ marks }), "Checkpoints, restarts, anomalies … on the curves"),
+      toggle(
+        "Events",
+        this.marks,
+        (marks) => this.#choose({ marks }),
+        "Checkpoints, restarts, anomalies … on the curves",
+      ),
       whole,
     );
   }
 
   #choose(values, anew = false) {
     Object.assign(this, values);
-    change({ x: this.x === "step" ? null : this.x, smooth: this.smoothing || null, log: this.log ? 1 : null, marks: this.marks ? null : 0 });
+    change({
+      x: this.x === "step" ? null : this.x,
+      smooth: this.smoothing || null,
+      log: this.log ? 1 : null,
+      marks: this.marks ? null : 0,
+    });
     if (anew) {
       this.#zoom(null);
       this.#load();
@@ -76,13 +94,23 @@ export class Curves {
     if (names.join() === this.names?.join()) return;
     this.plots = plots;
     this.names = names;
+    this.#drop(new Set(plots.map(({ key, title }) => key + title)));
     if (!plots.length) {
-      this.grid.replaceChildren();
       this.notes.replaceChildren(empty(...this.nothing));
       return;
     }
     this.notes.replaceChildren();
     this.#load();
+  }
+
+  /** Removes the plots that are not in `kept`: what they show is not in the file any more. */
+  #drop(kept) {
+    for (const [key, chart] of this.#charts) {
+      if (kept.has(key)) continue;
+      chart.destroy();
+      chart.element.remove();
+      this.#charts.delete(key);
+    }
   }
 
   async #load() {
@@ -104,7 +132,10 @@ export class Curves {
     this.loading = true;
     await this.context.guarded(async () => {
       const reset = await series.more();
-      if (reset) this.context.note(`metrics.jsonl was cut or written anew at ${new Date().toLocaleTimeString()}; the curves are what it holds now.`);
+      if (reset)
+        this.context.note(
+          `metrics.jsonl was cut or written anew at ${new Date().toLocaleTimeString()}; the curves are what it holds now.`,
+        );
       if (series === this.#series && !this.closed) this.#draw();
     });
     this.loading = false;
@@ -136,25 +167,42 @@ export class Curves {
     const marks = this.marks ? this.context.marks(this.x) : [];
     let drawn = 0;
     for (const plot of this.plots) {
-      const series = plot.lines.filter(({ column }) => source.has(column)).map((line) => ({ ...line, ...offset(source.get(line.column)) }));
+      const series = plot.lines
+        .filter(({ column }) => source.has(column))
+        .map((line) => ({ ...line, ...offset(source.get(line.column)) }));
       if (!series.length && !this.#charts.has(plot.key + plot.title)) continue;
       drawn++;
-      this.#plot(plot, { series, marks, log: this.log && LOGARITHMIC.has(plot.key), smoothing: this.smoothing, x: xAxis(this.x) });
+      this.#plot(plot, {
+        series,
+        marks,
+        log: this.log && LOGARITHMIC.has(plot.key),
+        smoothing: plot.key === "learning_rate" ? 0 : this.smoothing,
+        x: xAxis(this.x),
+      });
     }
-    const missing = !drawn && this.#series.complete;
-    this.notes.replaceChildren(...(missing ? [notice("", `This run's rows have no ${this.x}: they are from before it was recorded. Choose another x.`)] : []));
+    const missing = !drawn && this.#series.complete && this.x !== "step";
+    this.notes.replaceChildren(
+      ...(missing
+        ? [notice("", `This run's rows have no ${this.x}: they are from before it was recorded. Choose another x.`)]
+        : []),
+    );
   }
 
   #plot(plot, options) {
     const key = plot.key + plot.title;
     const chart = this.#charts.get(key);
-    const zoomed = this.#range && this.x === "time" ? this.#range.map((t) => t - (this.context.row.began ?? 0)) : this.#range;
+    const zoomed =
+      this.#range && this.x === "time" ? this.#range.map((t) => t - (this.context.row.began ?? 0)) : this.#range;
     if (chart) {
       chart.set(options);
     } else {
       const made = addPlot(this.grid, this.context.row.name, {
-        title: plot.title, unit: plot.unit, group: `run-${this.context.id}`, ...options,
-        onZoom: (range) => this.#zoom(range && this.x === "time" ? range.map((t) => t + (this.context.row.began ?? 0)) : range),
+        title: plot.title,
+        unit: plot.unit,
+        group: `run-${this.context.id}`,
+        ...options,
+        onZoom: (range) =>
+          this.#zoom(range && this.x === "time" ? range.map((t) => t + (this.context.row.began ?? 0)) : range),
       });
       this.#charts.set(key, made);
     }

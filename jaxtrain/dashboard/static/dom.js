@@ -27,14 +27,16 @@ function fill(element, properties, children) {
   return element;
 }
 
-const present = (children) => children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false);
+const present = (children) =>
+  children.flat(Infinity).filter((child) => child !== null && child !== undefined && child !== false);
 
 /** Makes `children` all that `element` has. */
 export const show = (element, ...children) => element.replaceChildren(...present(children));
 
 /** A table with a caption for screen readers. A cell is a text or a node; of an alignment "n" it is a number. */
 export function table(caption, head, rows, align = "") {
-  const cell = (tag, content, i) => h(tag, { class: align[i] === "n" ? "n" : null, scope: tag === "th" ? "col" : null }, content);
+  const cell = (tag, content, i) =>
+    h(tag, { class: align[i] === "n" ? "n" : null, scope: tag === "th" ? "col" : null }, content);
   return h(
     "div",
     { class: "scroll", tabindex: 0, role: "region", "aria-label": caption },
@@ -42,8 +44,26 @@ export function table(caption, head, rows, align = "") {
       "table",
       {},
       h("caption", { class: "hidden-text" }, caption),
-      h("thead", {}, h("tr", {}, head.map((content, i) => cell("th", content, i)))),
-      h("tbody", {}, rows.map((row) => h("tr", {}, row.map((content, i) => cell("td", content, i))))),
+      h(
+        "thead",
+        {},
+        h(
+          "tr",
+          {},
+          head.map((content, i) => cell("th", content, i)),
+        ),
+      ),
+      h(
+        "tbody",
+        {},
+        rows.map((row) =>
+          h(
+            "tr",
+            {},
+            row.map((content, i) => cell("td", content, i)),
+          ),
+        ),
+      ),
     ),
   );
 }
@@ -52,18 +72,26 @@ export function table(caption, head, rows, align = "") {
 export const prose = (text) => text.split("`").map((part, i) => (i % 2 ? h("code", {}, part) : part));
 
 /** What there is when there is nothing: a sentence, and what to do. */
-export const empty = (...content) => h("div", { class: "empty" }, content.map((part) => (typeof part === "string" ? h("p", {}, prose(part)) : part)));
+export const empty = (...content) =>
+  h(
+    "div",
+    { class: "empty" },
+    content.map((part) => (typeof part === "string" ? h("p", {}, prose(part)) : part)),
+  );
 
-export const notice = (kind, ...content) => h("div", { class: `notice ${kind}`, role: kind === "bad" ? "alert" : "status" }, content);
+export const notice = (kind, ...content) =>
+  h("div", { class: `notice ${kind}`, role: kind === "bad" ? "alert" : "status" }, content);
 
 // --------------------------------------------------------------------------------------------------------------- times
 
-const exact = (seconds) => new Date(seconds * 1000).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "medium" });
+const exact = (seconds) =>
+  new Date(seconds * 1000).toLocaleString(undefined, { dateStyle: "medium", timeStyle: "medium" });
 
 function relative(seconds) {
   const ago = Date.now() / 1000 - seconds;
   if (Math.abs(ago) < 1.5) return "now";
-  const length = ago >= 60 ? jaxtrainCharts.duration(ago).split(" ").slice(0, 2).join(" ") : `${Math.round(Math.abs(ago))} s`;
+  const length =
+    ago >= 60 ? jaxtrainCharts.duration(ago).split(" ").slice(0, 2).join(" ") : `${Math.round(Math.abs(ago))} s`;
   return ago > 0 ? `${length} ago` : `in ${length}`;
 }
 
@@ -97,7 +125,11 @@ const ICONS = {
 
 /** The state of a run: an icon, a word and a colour. */
 export function statePill(state) {
-  const icon = svg("svg", { viewBox: "0 0 16 16", "aria-hidden": "true" }, svg("path", { d: ICONS[state] ?? ICONS.waiting, "fill-rule": "evenodd" }));
+  const icon = svg(
+    "svg",
+    { viewBox: "0 0 16 16", "aria-hidden": "true" },
+    svg("path", { d: ICONS[state] ?? ICONS.waiting, "fill-rule": "evenodd" }),
+  );
   return h("span", { class: `state state-${state}` }, icon, state);
 }
 
@@ -109,7 +141,15 @@ export function progress(row) {
   const label = row.last_step ? `${Math.floor(share * 100)} %` : "length not known";
   return h(
     "span",
-    { class: `bar bar-${row.state}`, role: "progressbar", "aria-label": "progress", "aria-valuenow": Math.floor(share * 100), "aria-valuemin": 0, "aria-valuemax": 100, title: label },
+    {
+      class: `bar bar-${row.state}`,
+      role: "progressbar",
+      "aria-label": "progress",
+      "aria-valuenow": Math.floor(share * 100),
+      "aria-valuemin": 0,
+      "aria-valuemax": 100,
+      title: label,
+    },
     bar,
   );
 }
@@ -157,7 +197,12 @@ export function toggle(text, checked, onChange, title) {
 export function slider(label, value, onChange) {
   const shown = h("output", {}, value.toFixed(2));
   const input = h("input", {
-    type: "range", min: 0, max: 0.99, step: 0.01, "aria-label": label, value,
+    type: "range",
+    min: 0,
+    max: 0.99,
+    step: 0.01,
+    "aria-label": label,
+    value,
     on: {
       input: () => {
         shown.textContent = Number(input.value).toFixed(2);
@@ -177,10 +222,13 @@ export function throttled(milliseconds, action) {
   let last = 0;
   return () => {
     if (timer !== null) return;
-    timer = setTimeout(() => {
-      timer = null;
-      last = Date.now();
-      action();
-    }, Math.max(last + milliseconds - Date.now(), 0));
+    timer = setTimeout(
+      () => {
+        timer = null;
+        last = Date.now();
+        action();
+      },
+      Math.max(last + milliseconds - Date.now(), 0),
+    );
   };
 }

@@ -16,22 +16,43 @@ export function addPlot(parent, name, options) {
   const element = h("section", { class: "card plot", "data-plot": options.title });
   parent.append(element);
   const chart = jaxtrainCharts.create(element, options);
-  const enlarge = h("button", { type: "button", class: "icon", title: "Enlarge", "aria-label": `Enlarge ${options.title}`, "aria-pressed": "false" }, "⤢");
+  const enlarge = h(
+    "button",
+    {
+      type: "button",
+      class: "icon",
+      title: "Enlarge",
+      "aria-label": `Enlarge ${options.title}`,
+      "aria-pressed": "false",
+    },
+    "⤢",
+  );
   enlarge.addEventListener("click", () => {
     const large = element.classList.toggle("large");
     enlarge.setAttribute("aria-pressed", String(large));
-    chart.resize(large ? 420 : options.height ?? 210);
+    chart.resize(large ? 420 : (options.height ?? 210));
   });
   const picture = h(
     "button",
-    { type: "button", class: "icon", title: "Save as PNG", "aria-label": `Save ${options.title} as PNG`, on: { click: () => save(chart, `${name}-${options.title}`) } },
+    {
+      type: "button",
+      class: "icon",
+      title: "Save as PNG",
+      "aria-label": `Save ${options.title} as PNG`,
+      on: { click: () => save(chart, `${name}-${options.title}`) },
+    },
     "⤓",
   );
   chart.head.append(h("span", { class: "plot-buttons" }, enlarge, picture));
   return chart;
 }
 
-export const X_CHOICES = [["step", "step"], ["epoch", "epoch"], ["examples", "examples"], ["time", "time"]];
+export const X_CHOICES = [
+  ["step", "step"],
+  ["epoch", "epoch"],
+  ["examples", "examples"],
+  ["time", "time"],
+];
 
 /** How x is shown: its label and kind. */
 export const xAxis = (x) => ({ label: x, kind: x === "time" ? "elapsed" : "number" });

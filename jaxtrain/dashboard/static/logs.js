@@ -5,19 +5,43 @@ import { empty, h, throttled, toggle } from "./dom.js";
 
 const PAGE = 300;
 const MOST_SHOWN = 5000;
-const LEVELS = [["", "all levels"], ["INFO", "info and worse"], ["WARNING", "warnings and worse"], ["ERROR", "errors"]];
+const LEVELS = [
+  ["", "all levels"],
+  ["INFO", "info and worse"],
+  ["WARNING", "warnings and worse"],
+  ["ERROR", "errors"],
+];
 
 export class LogsTab {
   constructor(parent, view) {
     Object.assign(this, { parent, view, query: "", level: "", follow: true, older: null, newer: null });
     const search = throttled(250, () => this.#begin());
-    this.field = h("input", { type: "search", placeholder: "Search   ( / )", "aria-label": "Search the logs", on: { input: () => ((this.query = this.field.value), search()) } });
-    const level = h("select", { "aria-label": "Level", on: { change: () => ((this.level = level.value), this.#begin()) } }, LEVELS.map(([key, text]) => h("option", { value: key }, text)));
+    this.field = h("input", {
+      type: "search",
+      placeholder: "Search   ( / )",
+      "aria-label": "Search the logs",
+      on: { input: () => ((this.query = this.field.value), search()) },
+    });
+    const level = h(
+      "select",
+      { "aria-label": "Level", on: { change: () => ((this.level = level.value), this.#begin()) } },
+      LEVELS.map(([key, text]) => h("option", { value: key }, text)),
+    );
     this.count = h("span", { class: "muted", role: "status" });
     this.before = h("div", { class: "more" });
     this.lines = h("ol", { class: "log" });
-    this.box = h("div", { class: "log-box card", tabindex: 0, role: "log", "aria-label": "Log lines", "aria-live": "off" }, this.before, this.lines);
-    const follow = toggle("Follow", this.follow, (on) => ((this.follow = on), on && this.#toEnd()), "Scrolls to what is new");
+    this.box = h(
+      "div",
+      { class: "log-box card", tabindex: 0, role: "log", "aria-label": "Log lines", "aria-live": "off" },
+      this.before,
+      this.lines,
+    );
+    const follow = toggle(
+      "Follow",
+      this.follow,
+      (on) => ((this.follow = on), on && this.#toEnd()),
+      "Scrolls to what is new",
+    );
     parent.replaceChildren(h("div", { class: "toolbar" }, this.field, level, follow, this.count), this.box);
     this.#begin();
   }
@@ -42,10 +66,17 @@ export class LogsTab {
     const asked = `${this.query}\n${this.level}`;
     this.loading = true;
     await this.view.guarded(async () => {
-      const page = await get(`${runPath(this.view.id)}/logs`, { limit: PAGE, query: this.query, level: this.level, ...cursor });
+      const page = await get(`${runPath(this.view.id)}/logs`, {
+        limit: PAGE,
+        query: this.query,
+        level: this.level,
+        ...cursor,
+      });
       if (this.closed || asked !== `${this.query}\n${this.level}`) return;
       if (page.reset) {
-        this.view.note(`A log was cut or written anew at ${new Date().toLocaleTimeString()}; below is what it holds now.`);
+        this.view.note(
+          `A log was cut or written anew at ${new Date().toLocaleTimeString()}; below is what it holds now.`,
+        );
         this.lines.replaceChildren();
       }
       this.#add(page, "before" in cursor, "since" in cursor && !page.reset);
@@ -65,9 +96,17 @@ export class LogsTab {
     while (!atTop && this.lines.children.length > MOST_SHOWN) this.lines.firstChild.remove();
     if (!atTop) this.newer = page.newer;
     if (!appended) this.older = page.older;
-    this.count.textContent = `${this.lines.children.length.toLocaleString("en")} ${this.query || this.level ? "lines that match" : "lines"} shown, of ${page.processes} ${page.processes === 1 ? "process" : "processes"}`;
-    const more = h("button", { type: "button", on: { click: () => this.#more({ before: this.older }) } }, this.query || this.level ? "Search further back" : "Show older lines");
-    const none = this.lines.children.length ? [] : [empty(this.query || this.level ? "No line is like that here." : "Nothing is logged yet.")];
+    const [shown, { processes }] = [this.lines.children.length.toLocaleString("en"), page];
+    const kind = this.query || this.level ? "lines that match" : "lines";
+    this.count.textContent = `${shown} ${kind} shown, of ${processes} ${processes === 1 ? "process" : "processes"}`;
+    const more = h(
+      "button",
+      { type: "button", on: { click: () => this.#more({ before: this.older }) } },
+      this.query || this.level ? "Search further back" : "Show older lines",
+    );
+    const none = this.lines.children.length
+      ? []
+      : [empty(this.query || this.level ? "No line is like that here." : "Nothing is logged yet.")];
     this.before.replaceChildren(...(this.older ? [more] : []), ...none);
     if (atTop) this.box.scrollTop += this.box.scrollHeight - height;
     else if (this.follow) this.#toEnd();

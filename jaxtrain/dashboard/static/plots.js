@@ -33,7 +33,12 @@ const MACHINE = {
   network_received: ["Network received", "bytes/s"],
   network_sent: ["Network sent", "bytes/s"],
 };
-const PHASES = [["train", "training"], ["val", "validation"], ["test", "test"]];
+const PHASES = [
+  ["train", "training"],
+  ["val", "validation"],
+  ["test", "test"],
+];
+const AXES = new Set(["step", "epoch", "time"]); // of the plots, not in them
 const PART = /^(device|host)(\d+)\/(.+)$/;
 
 /** Title and unit of a metric: "grad_norm" is "Gradient norm". */
@@ -67,12 +72,17 @@ export function curvePlots(columns) {
   const plots = new Map();
   PHASES.forEach(([phase], slot) => {
     for (const key of columns[phase] ?? []) {
-      if (PART.test(key) || key.startsWith("time/") || key === "time") continue;
+      if (PART.test(key) || key.startsWith("time/") || AXES.has(key)) continue;
       if (key.startsWith("throughput") && phase !== "train") continue; // of an evaluation: another program
       const line = lineOf(`${phase}/${key}`);
       const [title, unit] = titleOf(line.metric);
       if (!plots.has(line.metric)) plots.set(line.metric, { key: line.metric, title, unit, lines: [] });
-      plots.get(line.metric).lines.push({ column: `${phase}/${key}`, label: line.label, slot: line.ema ? slot + 2 : slot, dash: line.ema ? 1 : 0 });
+      plots.get(line.metric).lines.push({
+        column: `${phase}/${key}`,
+        label: line.label,
+        slot: line.ema ? slot + 2 : slot,
+        dash: line.ema ? 1 : 0,
+      });
     }
   });
   return ordered([...plots.values()]);

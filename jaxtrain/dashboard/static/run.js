@@ -9,16 +9,25 @@ import { EvaluationTab } from "./evaluation.js";
 import { LayoutTab } from "./layout.js";
 import { change, href, read } from "./link.js";
 import { LogsTab } from "./logs.js";
-import { progressText } from "./overview.js";
 import { curvePlots, machinePlots } from "./plots.js";
+import { progressText, silent } from "./run_row.js";
 import { store } from "./store.js";
 import { TimeTab } from "./time.js";
 
 const { format, duration } = jaxtrainCharts;
 const REFRESH_MS = 1000;
+const SILENT_LOOK_MS = 5000;
 const TABS = [
   ["curves", "Curves", (parent, view) => new CurvesTab(parent, view)],
-  ["machine", "Devices and host", (parent, view) => new Curves(parent, view, machinePlots, ["No measurements of devices or hosts yet.", "They are in the rows of training: the first one comes after `train.log_every` steps."])],
+  [
+    "machine",
+    "Devices and host",
+    (parent, view) =>
+      new Curves(parent, view, machinePlots, [
+        "No measurements of devices or hosts yet.",
+        "They are in the rows of training: the first one comes after `train.log_every` steps.",
+      ]),
+  ],
   ["time", "Time", (parent, view) => new TimeTab(parent, view)],
   ["layout", "Layout", (parent, view) => new LayoutTab(parent, view)],
   ["logs", "Logs", (parent, view) => new LogsTab(parent, view)],
@@ -40,12 +49,17 @@ export class RunView {
       changed: ({ detail }) => detail.id === id && this.#changed(detail.what),
     };
     for (const [name, listener] of Object.entries(this.listeners)) store.addEventListener(name, listener);
+    this.timer = setInterval(
+      () => this.built && Boolean(silent(this.row)) !== this.silent && this.#head(),
+      SILENT_LOOK_MS,
+    );
     main.replaceChildren(h("p", { class: "loading" }, "Reading the run"));
     this.load();
   }
 
   close() {
     this.closed = true;
+    clearInterval(this.timer);
     for (const [name, listener] of Object.entries(this.listeners)) store.removeEventListener(name, listener);
     this.#tab?.close?.();
   }
@@ -102,14 +116,22 @@ export class RunView {
       examples: ({ step }) => (batch ? step * batch : null),
     }[x];
     return this.events.list
-      .map((event) => ({ x: place(event), kind: event.kind, label: `${event.kind.replaceAll("_", " ")} at step ${event.step}${event.message ? `: ${event.message}` : ""}` }))
+      .map((event) => ({
+        x: place(event),
+        kind: event.kind,
+        label: `${event.kind.replaceAll("_", " ")} at step ${event.step}${event.message ? `: ${event.message}` : ""}`,
+      }))
       .filter((mark) => Number.isFinite(mark.x) && mark.x !== null)
       .sort((a, b) => a.x - b.x);
   }
 
   async #loadEvents() {
     const { cursor, events, reset, recorded } = await get(`${runPath(this.id)}/events`, { since: this.events.cursor });
-    this.events = { cursor, recorded, list: reset || this.events.cursor === null ? events : this.events.list.concat(events) };
+    this.events = {
+      cursor,
+      recorded,
+      list: reset || !recorded || this.events.cursor === null ? events : this.events.list.concat(events),
+    };
   }
 
   #rowChanged() {
@@ -128,9 +150,19 @@ export class RunView {
   #gone() {
     if (this.missing) return;
     this.missing = Date.now() / 1000;
-    const text = [h("b", {}, `This run's directory is gone since ${clock(this.missing)}.`), " It was deleted, renamed or moved. ", h("a", { href: href([]) }, "All runs")];
+    const text = [
+      h("b", {}, `This run's directory is gone since ${clock(this.missing)}.`),
+      " It was deleted, renamed or moved. ",
+      h("a", { href: href([]) }, "All runs"),
+    ];
     if (!this.built) {
-      this.main.replaceChildren(empty("This run is not there.", "It was deleted, renamed or moved out of the directory that is watched.", h("a", { class: "button", href: href([]) }, "All runs")));
+      this.main.replaceChildren(
+        empty(
+          "This run is not there.",
+          "It was deleted, renamed or moved out of the directory that is watched.",
+          h("a", { class: "button", href: href([]) }, "All runs"),
+        ),
+      );
       return;
     }
     this.missingNotice = notice("bad", text, " What was read before is below.");
@@ -147,7 +179,9 @@ export class RunView {
   #failed(error) {
     const [what, todo] = advice(error);
     const shown = notice("bad", h("b", {}, what), " ", prose(todo));
-    if (this.built) this.problems.replaceChildren(shown);
+    if (error.status === 401)
+      this.main.querySelector(".loading")?.remove(); // the page says it above every view
+    else if (this.built) this.problems.replaceChildren(shown);
     else this.main.replaceChildren(shown);
   }
 
@@ -157,8 +191,28 @@ export class RunView {
     this.notes = h("div");
     this.problems = h("div");
     this.panel = h("div", { role: "tabpanel", id: "panel", tabindex: -1 });
-    this.tabs = h("div", { class: "tabs", role: "tablist", "aria-label": "Sides of the run", on: { keydown: (event) => this.#tabKey(event) } },
-      TABS.map(([key, text]) => h("button", { type: "button", role: "tab", id: `tab-${key}`, "aria-controls": "panel", on: { click: () => this.#open(key) } }, text)));
+    this.tabs = h(
+      "div",
+      {
+        class: "tabs",
+        role: "tablist",
+        "aria-label": "Sides of the run",
+        on: { keydown: (event) => this.#tabKey(event) },
+      },
+      TABS.map(([key, text]) =>
+        h(
+          "button",
+          {
+            type: "button",
+            role: "tab",
+            id: `tab-${key}`,
+            "aria-controls": "panel",
+            on: { click: () => this.#open(key) },
+          },
+          text,
+        ),
+      ),
+    );
     this.main.replaceChildren(this.header, this.notes, this.problems, this.tabs, this.panel);
     this.#head();
     this.#open(read().params.get("tab"));
@@ -198,14 +252,26 @@ export class RunView {
   #head() {
     const { row } = this;
     document.title = `${row.last_step ? `${Math.floor((row.step / row.last_step) * 100)} % ` : ""}${row.name} · jaxtrain`;
-    const silent = row.state === "running" && row.seen && Date.now() / 1000 - row.seen > 15;
+    this.silent = Boolean(silent(row));
     const fact = (name, content) => h("div", { class: "fact" }, h("dt", {}, name), h("dd", {}, content));
     const focused = document.activeElement?.id === "back";
     show(
       this.header,
-      h("div", { class: "run-title" }, h("a", { href: href([]), id: "back", class: "back" }, "All runs"), h("h1", {}, row.name), statePill(row.state)),
+      h(
+        "div",
+        { class: "run-title" },
+        h("a", { href: href([]), id: "back", class: "back" }, "All runs"),
+        h("h1", {}, row.name),
+        statePill(row.state),
+      ),
       row.reason ? h("p", { class: `reason reason-${row.state}` }, row.reason) : null,
-      silent ? h("p", { class: "reason warn" }, "It has given no sign of life for a while: it may hang, or its host may be gone. The logs say what it did last.") : null,
+      this.silent
+        ? h(
+            "p",
+            { class: "reason warn" },
+            "It has given no sign of life for a while: it may hang, or its host may be gone. The logs say what it did last.",
+          )
+        : null,
       h("div", { class: "run-progress" }, progress(row), h("span", {}, progressText(row))),
       h(
         "dl",
@@ -214,7 +280,9 @@ export class RunView {
         fact("Accuracy", format(row.accuracy, "share")),
         fact("Validation", format(row.val_accuracy, "share")),
         fact("Best validation", format(row.best, "share")),
-        row.state === "running" ? fact("Time left", row.seconds_left === null ? "–" : duration(row.seconds_left)) : null,
+        row.state === "running"
+          ? fact("Time left", row.seconds_left === null ? "–" : duration(row.seconds_left))
+          : null,
         fact("Recipe", row.recipe || "–"),
         fact("Devices", [row.devices || "–", row.host ? ` on ${row.host}` : ""]),
         fact("Began", when(row.began)),
@@ -234,7 +302,10 @@ class CurvesTab {
     const curves = h("div");
     this.events = h("div");
     parent.replaceChildren(curves, this.events);
-    this.curves = new Curves(curves, view, curvePlots, ["No row of metrics yet.", "The first one comes after `train.log_every` steps; it comes up here by itself."]);
+    this.curves = new Curves(curves, view, curvePlots, [
+      "No row of metrics yet.",
+      "The first one comes after `train.log_every` steps; it comes up here by itself.",
+    ]);
     this.#table();
   }
 
@@ -256,11 +327,30 @@ class CurvesTab {
     const { list, recorded } = this.view.events;
     if (list.length === this.drawn) return;
     this.drawn = list.length;
-    const rows = list.toReversed().slice(0, 200).map(({ time, step, kind, message }) => [when(time), step.toLocaleString("en"), h("span", { class: `kind kind-${kind}` }, kind.replaceAll("_", " ")), message]);
+    const rows = list
+      .toReversed()
+      .slice(0, 200)
+      .map(({ time, step, kind, message }) => [
+        when(time),
+        step.toLocaleString("en"),
+        h("span", { class: `kind kind-${kind}` }, kind.replaceAll("_", " ")),
+        message,
+      ]);
     show(
       this.events,
-      rows.length > 0 && h("section", { class: "card" }, h("h2", {}, "What happened"), table("What happened, the latest first", ["When", "Step", "What", ""], rows, " n")),
-      !recorded && h("p", { class: "muted" }, "This run is from before checkpoints and anomalies were recorded as events: its starts and ends alone are known."),
+      rows.length > 0 &&
+        h(
+          "section",
+          { class: "card" },
+          h("h2", {}, "What happened"),
+          table("What happened, the latest first", ["When", "Step", "What", ""], rows, " n"),
+        ),
+      !recorded &&
+        h(
+          "p",
+          { class: "muted" },
+          "This run is from before checkpoints and anomalies were recorded as events: its starts and ends alone are known.",
+        ),
     );
   }
 }

@@ -14,7 +14,8 @@ export class Series {
     this.x = x;
     this.points = new Map(); // column -> {x, y}
     this.complete = true;
-    for (let i = 0; i < columns.length; i += MOST_COLUMNS) this.#parts.push({ columns: columns.slice(i, i + MOST_COLUMNS), cursor: null });
+    for (let i = 0; i < columns.length; i += MOST_COLUMNS)
+      this.#parts.push({ columns: columns.slice(i, i + MOST_COLUMNS), cursor: null });
   }
 
   /** Everything, at the resolution of a plot. */
@@ -44,7 +45,12 @@ export class Series {
   }
 
   #ask(part, params) {
-    return get(`${runPath(this.run)}/series`, { columns: part.columns.join(","), x: this.x, points: POINTS, ...params });
+    return get(`${runPath(this.run)}/series`, {
+      columns: part.columns.join(","),
+      x: this.x,
+      points: POINTS,
+      ...params,
+    });
   }
 
   #replace(part, { series, cursor }) {

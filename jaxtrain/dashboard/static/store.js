@@ -83,7 +83,10 @@ class Store extends EventTarget {
       this.rows.set(row.id, row);
     }
     for (const id of gone) this.rows.delete(id);
-    this.#tell("rows", rows.map(({ id }) => id));
+    this.#tell(
+      "rows",
+      rows.map(({ id }) => id),
+    );
     if (gone.length) this.#tell("gone", gone);
   }
 
