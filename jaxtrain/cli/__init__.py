@@ -41,6 +41,7 @@ from jaxtrain.cli import (
     status,
     stop,
     submit,
+    sweep,
     train,
     weights,
 )  # fmt: skip
@@ -55,10 +56,10 @@ COMMANDS = {
     "train": train, "launch": launch, "evaluate": evaluate, "predict": predict, "export": export,
     "checkpoint": checkpoint, "data": data, "config": config, "layout": layout, "compile": compile, "plan": plan,
     "bench": bench, "logs": logs, "goodput": goodput, "weights": weights, "demo": demo, "doctor": doctor, "init": init,
-    "submit": submit, "queue": queue, "status": status, "stop": stop, "resume": resume,
+    "submit": submit, "queue": queue, "status": status, "stop": stop, "resume": resume, "sweep": sweep,
 }  # fmt: skip
 
-_WITH_CONFIG = ("train", "evaluate", "layout", "compile", "plan", "config")
+_WITH_CONFIG = ("train", "evaluate", "layout", "compile", "plan", "config", "sweep")
 
 
 class _Parser(argparse.ArgumentParser):
