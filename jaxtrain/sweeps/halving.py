@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from jaxtrain.host.files import parse_json, reading
+from jaxtrain.jobs.run_status import is_run
 from jaxtrain.observability.goodput import read_starts
 from jaxtrain.sweeps.spec import Halving
 from jaxtrain.sweeps.store import Decision
@@ -37,8 +38,10 @@ def figure_at(folder: Path, share: float, metric: str) -> float | None:
       None where the run has not come so far; NaN where the figure is not finite.
     """
     workdir = Workdir(folder)
-    steps = max((start.last_step for start in read_starts(workdir.starts)), default=0)
-    if not steps or not workdir.metrics_jsonl.exists():
+    if not is_run(folder) or not workdir.metrics_jsonl.exists():
+        return None
+    steps = max(start.last_step for start in read_starts(workdir.starts))
+    if not steps:  # none of its starts came so far as to know it
         return None
     step, name = rung_step(share, steps), metric.removeprefix("val_")
     with reading(workdir.metrics_jsonl):

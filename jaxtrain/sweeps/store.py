@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from jaxtrain.config import tuples_to_lists
 from jaxtrain.errors import ConfigError, WorkdirError
 from jaxtrain.host.files import ELSEWHERE, atomic_write, read_json
 from jaxtrain.sweeps.plan import Plan
@@ -75,14 +74,15 @@ def describe(plan: Plan) -> dict[str, Any]:
         key: {each.kind: list(each.values)} if isinstance(each, Range) else list(each)
         for key, each in sweep.over.items()
     }
-    return {
-        "base": tuples_to_lists(dict(plan.base)),
+    values = {
+        "base": dict(plan.base),
         "over": over,
         "random": {"n": sweep.draws, "seed": sweep.draw_seed} if sweep.draws else None,
         "seeds": list(sweep.seeds),
         "halving": dataclasses.asdict(plan.halving) if plan.halving else None,
-        "runs": [{"name": run.name, **tuples_to_lists({"settings": dict(run.settings)})} for run in plan.runs],
+        "runs": [{"name": run.name, "settings": dict(run.settings)} for run in plan.runs],
     }
+    return json.loads(json.dumps(values))  # which has lists in place of tuples
 
 
 def refuse_changes(stored: Stored, plan: Plan, workdir: Path) -> None:
