@@ -11,6 +11,7 @@ import importlib  # nothing else: `python -m jaxtrain` has the current directory
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from jaxtrain.recipes import load_config
+    from jaxtrain.runs.comparison import compare
     from jaxtrain.sweeps.session import sweep
     from jaxtrain.training.callbacks import Callback
     from jaxtrain.training.evaluate import evaluate
@@ -18,11 +19,12 @@ if TYPE_CHECKING:
     from jaxtrain.training.plan.search import plan
     from jaxtrain.training.session import train
 
-__all__ = ["Callback", "__version__", "evaluate", "load_config", "load_model", "plan", "sweep", "train"]
+__all__ = ["Callback", "__version__", "compare", "evaluate", "load_config", "load_model", "plan", "sweep", "train"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "Callback": "jaxtrain.training.callbacks",
+    "compare": "jaxtrain.runs.comparison",
     "evaluate": "jaxtrain.training.evaluate",
     "load_config": "jaxtrain.recipes",
     "load_model": "jaxtrain.training.inference",

@@ -21,6 +21,7 @@ import jaxtrain
 from jaxtrain.cli import (
     bench,
     checkpoint,
+    compare,
     compile,
     config,
     data,
@@ -55,8 +56,9 @@ from jaxtrain.recipes import split_override
 COMMANDS = {
     "train": train, "launch": launch, "evaluate": evaluate, "predict": predict, "export": export,
     "checkpoint": checkpoint, "data": data, "config": config, "layout": layout, "compile": compile, "plan": plan,
-    "bench": bench, "logs": logs, "goodput": goodput, "weights": weights, "demo": demo, "doctor": doctor, "init": init,
-    "submit": submit, "queue": queue, "status": status, "stop": stop, "resume": resume, "sweep": sweep,
+    "bench": bench, "logs": logs, "goodput": goodput, "compare": compare, "weights": weights, "demo": demo, "doctor": doctor,
+    "init": init, "submit": submit, "queue": queue, "status": status, "stop": stop, "resume": resume,
+    "sweep": sweep,
 }  # fmt: skip
 
 _WITH_CONFIG = ("train", "evaluate", "layout", "compile", "plan", "config", "sweep")

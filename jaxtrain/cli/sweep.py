@@ -9,6 +9,9 @@ from rich.table import Table
 
 from jaxtrain.cli import flags, start
 from jaxtrain.errors import ConfigError, SweepError
+from jaxtrain.jobs.run_status import is_run
+from jaxtrain.runs.comparison import compare, number
+from jaxtrain.runs.settings import short_names, shown
 from jaxtrain.sweeps import session
 from jaxtrain.sweeps.crew import Crew
 from jaxtrain.sweeps.plan import Plan, make_plan
@@ -95,7 +98,7 @@ def _asked(arguments: argparse.Namespace) -> Sweep:
 def _list(plan: Plan) -> None:
     """Checks the runs of a plan, and prints them."""
     with Crew([Share()], None, []) as crew:
-        session.check(plan, crew)
+        session.check(plan.runs, crew)
     keys = list(plan.runs[0].settings)
     table = Table("run", *keys, box=None, pad_edge=False)
     for run in plan.runs:
@@ -106,9 +109,25 @@ def _list(plan: Plan) -> None:
 
 
 def _summarize(found: SweepResult) -> None:
+    """Prints the table, the best first. Raises `SweepError` where runs failed."""
+    comparison = compare([run.workdir.path for run in found.runs if is_run(run.workdir.path)])
+    names = short_names(comparison.differing)
+    figures = [
+        name
+        for name in dict.fromkeys((comparison.by, "val/accuracy", "test/accuracy"))
+        if any(name in group.spreads for group in comparison.groups)
+    ]
+    table = Table(*names.values(), *figures, "runs", "spikes", "skipped updates", "starts", box=None, pad_edge=False)
+    for group in comparison.groups:
+        spreads = (number(group.spreads[name], name) if name in group.spreads else "" for name in figures)
+        stability = group.stability
+        counts = (stability.spikes, stability.skipped_updates, stability.starts)
+        values = (shown(group.settings[key]) for key in names)
+        table.add_row(*values, *spreads, group.counted, *map(str, counts))
+    start.console().print(table)
     if failed := found.in_state(FAILED):
-        sentences = "; ".join(f"{run.name}: {run.reason}" for run in failed)
+        sentences = " ".join(f"{run.name}: {run.reason}" for run in failed)
         raise SweepError(
-            f"{len(failed)} of {len(found.runs)} runs failed ({sentences}); the others are done, and --retry-failed tries "
-            "these again."
+            f"{len(failed)} of {len(found.runs)} runs failed; the others are done, and --retry-failed tries these again. "
+            f"{sentences}"
         )

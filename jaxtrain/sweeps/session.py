@@ -112,15 +112,15 @@ def sweep(
         decisions = _read_stored(directory.path, plan)
         with view.waiting("starting, and checking the configs"):
             crew = stack.enter_context(Crew(parts, directory.logs, signals))
-            check(plan, crew)
+            check([run for run in plan.runs if not Workdir(directory.path / run.name).result.is_file()], crew)
         store.write(directory.path, plan, decisions)
         going = _Going(plan, directory.path, crew, view, signals, num_devices, retry_failed)
         return going.to_the_end(decisions)
 
 
-def check(plan: Plan, crew: Crew) -> None:
+def check(runs: Sequence[PlannedRun], crew: Crew) -> None:
     """Raises `ConfigError` where a config names something that there is not."""
-    for run, problem in zip(plan.runs, crew.check([run.config for run in plan.runs]), strict=True):
+    for run, problem in zip(runs, crew.check([run.config for run in runs]), strict=True):
         if problem:
             raise ConfigError(f"The run {run.name}: {problem}")
 
