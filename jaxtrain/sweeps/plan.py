@@ -14,7 +14,7 @@ from typing import Any
 
 from jaxtrain.config import Config, flatten, to_dict
 from jaxtrain.errors import ConfigError
-from jaxtrain.recipes import resolve
+from jaxtrain.recipes import keeping, resolve, with_overrides
 from jaxtrain.sweeps.spec import SEED, Halving, Range, Sweep
 
 _MOST_RUNS = 10_000
@@ -69,7 +69,7 @@ def make_plan(sweep: Sweep) -> Plan:
     fields, labels = [*sweep.over, *([SEED] if sweep.seeds else [])], _labels(sweep.over)
     runs: list[PlannedRun] = []
     for pairs in combinations:
-        config = resolve(sweep.config, [*sweep.overrides.items(), *pairs.items()]).config
+        config = keeping(with_overrides(base, pairs.items()), list(pairs))
         values = flatten(to_dict(config))
         settings = {key: values[key] for key in fields}
         parts = [f"{labels[key]}={_UNSAFE.sub('-', str(settings[key])).strip('-')}" for key in sweep.over]
