@@ -11,6 +11,7 @@ import importlib  # nothing else: `python -m jaxtrain` has the current directory
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from jaxtrain.recipes import load_config
+    from jaxtrain.reporting.report import report
     from jaxtrain.runs.comparison import compare
     from jaxtrain.sweeps.session import sweep
     from jaxtrain.training.callbacks import Callback
@@ -19,7 +20,18 @@ if TYPE_CHECKING:
     from jaxtrain.training.plan.search import plan
     from jaxtrain.training.session import train
 
-__all__ = ["Callback", "__version__", "compare", "evaluate", "load_config", "load_model", "plan", "sweep", "train"]
+__all__ = [
+    "Callback",
+    "__version__",
+    "compare",
+    "evaluate",
+    "load_config",
+    "load_model",
+    "plan",
+    "report",
+    "sweep",
+    "train",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -29,6 +41,7 @@ _HOMES = {
     "load_config": "jaxtrain.recipes",
     "load_model": "jaxtrain.training.inference",
     "plan": "jaxtrain.training.plan.search",
+    "report": "jaxtrain.reporting.report",
     "sweep": "jaxtrain.sweeps.session",
     "train": "jaxtrain.training.session",
 }

@@ -11,7 +11,7 @@
 //     group: "run",                                             // charts of a group share cursor and zoom
 //     onZoom: (range) => {},                                    // [from, to] of x, or null for all of it
 //   });
-//   chart.set({ series });  chart.png();  chart.destroy();
+//   chart.set({ series });  chart.resize(420);  chart.png();  chart.destroy();
 
 globalThis.jaxtrainCharts = (() => {
   const COLOURS = 8; // --chart-0 to --chart-7 of charts.css
@@ -70,6 +70,9 @@ globalThis.jaxtrainCharts = (() => {
     }
     return unit ? `${digits(value, significant)} ${unit}` : digits(value, significant);
   }
+
+  /** Whether the numbers of an axis need no unit, since the title has it. */
+  const titled = (unit) => Boolean(unit) && !["share", "seconds"].includes(unit) && !unit.startsWith("bytes");
 
   /** A value of x: a step, a length of time, or a moment. */
   function formatX(value, kind) {
@@ -179,7 +182,7 @@ globalThis.jaxtrainCharts = (() => {
       font: "11px system-ui, sans-serif",
       ...side,
       ...(unit?.startsWith("bytes") ? { incrs: BINARY_STEPS } : {}),
-      ...(unit === undefined ? {} : { values: (_, splits) => splits.map((value) => (value === null ? "" : format(value, unit, 3))) }),
+      ...(unit === undefined ? {} : { values: (_, splits) => splits.map((value) => (value === null ? "" : format(value, titled(unit) ? "" : unit, 3))) }),
     };
   }
 
@@ -283,7 +286,10 @@ globalThis.jaxtrainCharts = (() => {
       element.classList.add("chart");
       this.head = node("div", "chart-head");
       this.at = node("span", "chart-at");
-      this.head.append(node("h3", "chart-title", this.options.title), this.at);
+      const { title, unit } = this.options;
+      const heading = node("h3", "chart-title", title);
+      if (titled(unit)) heading.append(node("span", "chart-unit", unit));
+      this.head.append(heading, this.at);
       this.canvas = node("div", "chart-canvas");
       this.canvas.tabIndex = 0;
       this.canvas.setAttribute("role", "img");
@@ -320,6 +326,12 @@ globalThis.jaxtrainCharts = (() => {
       this._scale();
     }
 
+    /** Draws it so many pixels high. */
+    resize(height) {
+      this.options.height = height;
+      this.plot.setSize({ width: this.canvas.clientWidth, height });
+    }
+
     destroy() {
       charts.delete(this);
       this.sizes.disconnect();
@@ -340,7 +352,7 @@ globalThis.jaxtrainCharts = (() => {
       ctx.fillRect(0, 0, picture.width, picture.height);
       ctx.fillStyle = token("ink");
       ctx.font = `600 ${14 * ratio}px system-ui, sans-serif`;
-      ctx.fillText(this.options.title, 10 * ratio, 20 * ratio);
+      ctx.fillText(titled(this.options.unit) ? `${this.options.title} (${this.options.unit})` : this.options.title, 10 * ratio, 20 * ratio);
       ctx.drawImage(source, 8 * ratio, 28 * ratio);
       ctx.font = `${12 * ratio}px system-ui, sans-serif`;
       shown.forEach(({ series }, i) => {

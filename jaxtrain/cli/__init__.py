@@ -24,6 +24,7 @@ from jaxtrain.cli import (
     compare,
     compile,
     config,
+    dashboard,
     data,
     demo,
     doctor,
@@ -38,6 +39,7 @@ from jaxtrain.cli import (
     plan,
     predict,
     queue,
+    report,
     resume,
     status,
     stop,
@@ -56,9 +58,10 @@ from jaxtrain.recipes import split_override
 COMMANDS = {
     "train": train, "launch": launch, "evaluate": evaluate, "predict": predict, "export": export,
     "checkpoint": checkpoint, "data": data, "config": config, "layout": layout, "compile": compile, "plan": plan,
-    "bench": bench, "logs": logs, "goodput": goodput, "compare": compare, "weights": weights, "demo": demo, "doctor": doctor,
-    "init": init, "submit": submit, "queue": queue, "status": status, "stop": stop, "resume": resume,
-    "sweep": sweep,
+    "bench": bench, "logs": logs, "goodput": goodput, "compare": compare, "report": report,
+    "weights": weights, "demo": demo, "doctor": doctor, "init": init,
+    "submit": submit, "queue": queue, "status": status, "stop": stop, "resume": resume,
+    "dashboard": dashboard, "sweep": sweep,
 }  # fmt: skip
 
 _WITH_CONFIG = ("train", "evaluate", "layout", "compile", "plan", "config", "sweep")

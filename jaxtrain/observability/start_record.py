@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import platform
-import re
 import socket
 import subprocess
 import sys
@@ -23,12 +22,9 @@ from jaxtrain.errors import WorkdirError
 from jaxtrain.host.backend import versions
 from jaxtrain.host.cpus import usable_cpus
 from jaxtrain.host.files import atomic_write, read_json
+from jaxtrain.host.redaction import HIDDEN, is_secret, redact, without_logins
 
 log = logging.getLogger("jaxtrain")
-
-_SECRET = re.compile(r"token|secret|passw|key|credential", re.IGNORECASE)
-_URL_USER = re.compile(r"(?<=://)[^/@\s]+(?=@)")
-_HIDDEN = "[redacted]"
 
 
 def append_start(path: Path, entry: Mapping[str, Any]) -> None:
@@ -78,28 +74,11 @@ def environment(step: int, argv: Sequence[str] | None = None, env: Mapping[str, 
             "processes": jax.process_count(),
         },
         "environment": {
-            name: _HIDDEN if _SECRET.search(name) else _URL_USER.sub(_HIDDEN, value)
+            name: HIDDEN if is_secret(name) else without_logins(value)
             for name, value in sorted(env.items())
             if name == "XLA_FLAGS" or name.startswith("JAX_")
         },
     }
-
-
-def redact(argv: Sequence[str]) -> list[str]:
-    """The command line without values whose name looks secret: `--api_key=x`, `--token x`, `user:x@host`."""
-    shown: list[str] = []
-    hide_next = False
-    for argument in argv:
-        name, equals, _ = argument.partition("=")
-        flag = argument.startswith("-")
-        if hide_next and not flag:
-            shown.append(_HIDDEN)
-        elif equals and _SECRET.search(name):
-            shown.append(f"{name}={_HIDDEN}")
-        else:
-            shown.append(_URL_USER.sub(_HIDDEN, argument))
-        hide_next = flag and not equals and bool(_SECRET.search(name))
-    return shown
 
 
 def git_state(source: Path) -> dict[str, Any] | None:

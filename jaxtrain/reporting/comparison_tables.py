@@ -82,7 +82,7 @@ def _differences(comparison: Comparison) -> Table:
             interval = f"{figure(found.low, by)} to {figure(found.high, by)}"
         rows.append([label, figure(found.value, by), interval, f"{found.confidence:.1%}", _VERDICTS[found.verdict]])
     caption = f"{by} of {best.label}, less that of each other (Welch's interval)"
-    return Table.of(caption, ["other", "difference", "interval", "of", "against the spread over seeds"], rows)
+    return Table.of(caption, ["other", "difference", "interval", "confidence", "against the spread over seeds"], rows)
 
 
 def runs_table(comparison: Comparison) -> Table:

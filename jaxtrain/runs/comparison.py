@@ -21,6 +21,7 @@ _BY = (
 )  # what decides where nobody says: never the test, if there is another
 _LESS_IS_BETTER = ("loss", "wall_seconds", "gpu_hours", "cost")
 _MOST_IN_LABEL = 3
+_MOST_SAID = 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,7 +29,7 @@ class Group:
     """Runs that are equal but for the seed."""
 
     label: str
-    """Its values of the settings that differ, such as `learning_rate=0.05`."""
+    """Its values of the settings that differ, such as `learning_rate=0.05`; the run's name or a number where that is long."""
     settings: Mapping[str, Any]
     """Those values, by dotted name."""
     runs: tuple[RunRecord, ...]
@@ -47,7 +48,9 @@ class Group:
         """Of how many runs the means are: `2 of 3 runs (1 failed)`."""
         states = [run.state for run in self.runs if not run.complete]
         others = ", ".join(f"{states.count(state)} {state}" for state in dict.fromkeys(states))
-        return f"{self.complete} of {len(self.runs)} runs{f' ({others})' if others else ''}"
+        if not others:
+            return "1 run" if self.complete == 1 else f"{self.complete} runs"
+        return f"{self.complete} of {len(self.runs)} runs ({others})"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +87,17 @@ class Comparison:
         if len(ranked) > 1:
             word = "lowest" if self.less_is_better else "highest"
             said = [f"{best.label} has the {word} {self.by}: {number(spread, self.by)} over {best.counted}."]
-        return said + [self._against(group) for group in ranked[1:]]
+        others = ranked[1:]
+        if len(others) <= _MOST_SAID:
+            return said + [self._against(group) for group in others]
+        verdicts = [self.differences[group.label].verdict for group in others]
+        within = verdicts.count("within") + verdicts.count("unknown")
+        return [
+            *said,
+            self._against(others[0]),
+            f"Of the {len(others)} others, {len(others) - within} are worse by more than the spread over seeds; of {within} "
+            "that cannot be said.",
+        ]
 
     def _against(self, group: Group) -> str:
         """A sentence about the best group and another."""
@@ -177,7 +190,9 @@ def _groups(records: Sequence[RunRecord], keys: Sequence[str]) -> list[Group]:
     groups = []
     for place, (values, runs) in enumerate(members.items(), 1):
         pairs = [f"{short[key]}={value}" for key, value in zip(keys, values, strict=True)]
-        label = ", ".join(pairs) if len(pairs) <= _MOST_IN_LABEL else f"settings {place}"
+        label = ", ".join(pairs)
+        if len(pairs) > _MOST_IN_LABEL:
+            label = runs[0].name if len(runs) == 1 else f"settings {place}"
         complete = [run for run in runs if run.complete]
         names = dict.fromkeys(name for run in complete for name in run.figures)
         values_of = {name: [run.figures[name] for run in complete if name in run.figures] for name in names}
@@ -208,8 +223,9 @@ def _warnings(groups: Sequence[Group], pairs: int) -> Iterable[str]:
 
 
 def figure(value: float, name: str) -> str:
-    """A figure as it is shown: four decimals of a share or a loss, else four digits; what is small has three digits."""
-    if name.rpartition("/")[2] in ("accuracy", "loss", "top5", "goodput") and (abs(value) >= 0.01 or not value):
+    """A figure as it is shown: four decimals of a share or a loss, else four digits; three of what is small."""
+    last = name.rpartition("/")[2]
+    if last in ("accuracy", "top5", "goodput") or (last == "loss" and (abs(value) >= 0.01 or not value)):
         return f"{value:.4f}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:#.4g}" if abs(value) >= 0.01 else f"{value:.3g}"
 

@@ -7,16 +7,19 @@ import glob
 import json
 import math
 import os
-import statistics
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from jaxtrain.config import Config, flatten, to_dict, tuples_to_lists
 from jaxtrain.errors import WorkdirError
 from jaxtrain.host.files import NOT_THERE, parse_json, read_json, reading
 from jaxtrain.jobs.run_status import DAMAGED, DONE, find_runs, is_run, read_status
 from jaxtrain.observability.goodput import Goodput, goodput, read_starts
+from jaxtrain.runs.series import MetricsLog, metrics_of
 from jaxtrain.workdir import Workdir
 
 _SPLITS = {"val": "validation", "test": "test"}  # as a figure's name has them, and as result.json does
@@ -121,14 +124,14 @@ def read_record(folder: Path, name: str) -> RunRecord:
 
     stored = read(workdir.config)
     settings = flatten(to_dict(Config())) | flatten(stored) if stored else {}
-    result, rows, spent = read(workdir.result), read_rows(workdir.metrics_jsonl), None
+    result, metrics, spent = read(workdir.result), read_metrics(folder), None
     try:
         spent = goodput(read_starts(workdir.starts))
     except WorkdirError as error:
         problems.append(str(error))
-    if not rows:
+    if metrics is None or not metrics.columns():
         problems.append(f"{workdir.metrics_jsonl} has no metrics.")
-    figures = _figures(result, rows, spent)
+    figures = _figures(result, metrics, spent)
     hardware = {"devices": status.devices} if settings and status.devices else {}
     return RunRecord(
         path=str(folder),
@@ -141,6 +144,18 @@ def read_record(folder: Path, name: str) -> RunRecord:
         stability=_stability(read_rows(workdir.bad_batches), spent),
         problems=tuple(dict.fromkeys([*problems, *([status.reason] if status.state == DAMAGED else [])])),
     )
+
+
+def read_metrics(folder: Path) -> MetricsLog | None:
+    """The metrics of a run, with all evaluations; None where its file cannot be read. Of a huge one, some training rows."""
+    metrics = metrics_of(folder)
+    try:
+        metrics.refresh()
+        while metrics.complete < 1:
+            metrics.refresh()
+    except OSError:
+        return None
+    return metrics
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:
@@ -165,29 +180,36 @@ def _is_finite(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
-def _figures(result: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], spent: Goodput | None) -> dict[str, Any]:
-    figures = _of_evaluations(rows)
+def _figures(result: Mapping[str, Any], metrics: MetricsLog | None, spent: Goodput | None) -> dict[str, Any]:
+    figures = _of_rows(metrics) if metrics else {}
     if isinstance(best := result.get("best"), dict) and isinstance(last := result.get("last"), dict):
         ending = "_ema" if best.get("weights") == "ema" else ""
         for front, weights in (("", best), ("last/", last)):
             for phase, split in _SPLITS.items():
                 of = weights.get(split + ending)
                 figures |= {f"{front}{phase}/{name}": of.get(name) for name in _NUMBERS} if isinstance(of, dict) else {}
-    training = [row for row in rows if row.get("phase") == "train"]
-    figures |= {f"train/{name}": training[-1].get(name) for name in ("loss", "accuracy")} if training else {}
-    rates = [row["throughput"] for row in training if _is_finite(row.get("throughput"))]
-    figures["throughput"] = result.get("throughput") or (statistics.median(rates) if rates else None)
+    if result.get("throughput"):
+        figures["throughput"] = result["throughput"]
     if spent:
         figures |= {"goodput": spent.share, "wall_seconds": spent.wall}
         figures |= {"gpu_hours": spent.gpu_hours or None, "cost": spent.cost}
     return figures
 
 
-def _of_evaluations(rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """The validation with the highest accuracy so far, for a run that has no result yet."""
-    evaluations = [row for row in rows if row.get("phase") == "val" and _is_finite(row.get("accuracy"))]
-    best = max(evaluations, key=lambda row: row["accuracy"], default={})
-    return {f"val/{name}": best.get(name) for name in _NUMBERS}
+def _of_rows(metrics: MetricsLog) -> dict[str, Any]:
+    """The last training step, the median throughput, and the validation with the highest accuracy so far."""
+    columns = ("train/loss", "train/accuracy", "train/throughput", *(f"val/{name}" for name in _NUMBERS))
+    found = metrics.series(columns, points=sys.maxsize)
+    figures = {name: series.y[-1] for name, series in found.items() if name.startswith("train/")}
+    if figures.pop("train/throughput", None) is not None:
+        rates = found["train/throughput"].y
+        figures["throughput"] = float(np.median(rates[np.isfinite(rates)])) if np.isfinite(rates).any() else math.nan
+    accuracies = found.get("val/accuracy")
+    if accuracies is not None and np.isfinite(accuracies.y).any():
+        step = accuracies.x[np.nanargmax(accuracies.y)]
+        evaluations = ((name, found[name]) for name in found if name.startswith("val/"))
+        figures |= {name: series.y[series.x == step][-1] for name, series in evaluations if step in series.x}
+    return figures
 
 
 def _stability(bad: Sequence[Mapping[str, Any]], spent: Goodput | None) -> Stability:
