@@ -9,8 +9,10 @@ from rich.table import Table
 
 from jaxtrain.cli import flags, start
 from jaxtrain.errors import ConfigError, SweepError
+from jaxtrain.host.text import printable
 from jaxtrain.jobs.run_status import is_run
-from jaxtrain.runs.comparison import compare, number
+from jaxtrain.reporting.report import report
+from jaxtrain.runs.comparison import Comparison, number
 from jaxtrain.runs.settings import short_names, shown
 from jaxtrain.sweeps import session
 from jaxtrain.sweeps.crew import Crew
@@ -109,8 +111,22 @@ def _list(plan: Plan) -> None:
 
 
 def _summarize(found: SweepResult) -> None:
-    """Prints the table, the best first. Raises `SweepError` where runs failed."""
-    comparison = compare([run.workdir.path for run in found.runs if is_run(run.workdir.path)])
+    """Writes the report and prints the table, the best first. Raises `SweepError` where runs failed."""
+    folders = [run.workdir.path for run in found.runs if is_run(run.workdir.path)]
+    if folders:
+        made = report(folders, found.path / "report", title=f"Sweep {found.path.name}")
+        start.console().print(_table(made.comparison))
+        print(printable(made.html))
+    if failed := found.in_state(FAILED):
+        sentences = " ".join(f"{run.name}: {run.reason}" for run in failed)
+        raise SweepError(
+            f"{len(failed)} of {len(found.runs)} runs failed; the others are done, and --retry-failed tries these again. "
+            f"{sentences}"
+        )
+
+
+def _table(comparison: Comparison) -> Table:
+    """A row for each setting: mean and spread over its seeds, and how steadily they trained."""
     names = short_names(comparison.differing)
     figures = [
         name
@@ -119,15 +135,9 @@ def _summarize(found: SweepResult) -> None:
     ]
     table = Table(*names.values(), *figures, "runs", "spikes", "skipped updates", "starts", box=None, pad_edge=False)
     for group in comparison.groups:
+        values = (shown(group.settings[key]) for key in names)
         spreads = (number(group.spreads[name], name) if name in group.spreads else "" for name in figures)
         stability = group.stability
         counts = (stability.spikes, stability.skipped_updates, stability.starts)
-        values = (shown(group.settings[key]) for key in names)
         table.add_row(*values, *spreads, group.counted, *map(str, counts))
-    start.console().print(table)
-    if failed := found.in_state(FAILED):
-        sentences = " ".join(f"{run.name}: {run.reason}" for run in failed)
-        raise SweepError(
-            f"{len(failed)} of {len(found.runs)} runs failed; the others are done, and --retry-failed tries these again. "
-            f"{sentences}"
-        )
+    return table

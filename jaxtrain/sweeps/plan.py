@@ -33,6 +33,8 @@ class PlannedRun:
     settings: Mapping[str, Any]
     """The fields that vary, by dotted name, and this run's values."""
     config: Config
+    origins: Mapping[str, str]
+    """Where each of its values comes from, as `recipes.Resolved` has it; those that vary from a `flag`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,7 +62,8 @@ def make_plan(sweep: Sweep) -> Plan:
     Raises:
       ConfigError: one of them is wrong, two are the same, or there are too many.
     """
-    base = resolve(sweep.config, sweep.overrides.items()).config
+    resolved = resolve(sweep.config, sweep.overrides.items())
+    base = resolved.config
     combinations = [
         {**setting, **seed}
         for setting in (_draws(sweep) if sweep.draws else _grid(sweep))
@@ -75,7 +78,8 @@ def make_plan(sweep: Sweep) -> Plan:
         parts = [f"{labels[key]}={_UNSAFE.sub('-', str(settings[key])).strip('-')}" for key in sweep.over]
         setting = _short(",".join(parts), {key: settings[key] for key in sweep.over})
         name = ",".join(filter(None, [setting, f"{SEED}={settings[SEED]}" if sweep.seeds else ""]))
-        runs.append(PlannedRun(name, setting, settings, config))
+        origins = {**resolved.origins, **dict.fromkeys(pairs, "flag")}
+        runs.append(PlannedRun(name, setting, settings, config, origins))
     runs = _distinct(runs)
     base_values = flatten(to_dict(base))
     return Plan(sweep, base_values, tuple(runs), _resolved(sweep.halving, base, runs))

@@ -12,6 +12,7 @@ import os
 import signal
 import sys
 import traceback
+from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,8 @@ class Task:
 
     name: str
     config: Config
+    origins: Mapping[str, str]
+    """Where each value of the config comes from."""
     folder: Path
     num_devices: int = 0
     pause_at: float = 1.0
@@ -130,6 +133,7 @@ def _run(task: Task, pipe: Connection) -> Outcome:
                 quiet=True,
                 interrupt=interrupt,
                 callbacks=[watch],
+                origins=task.origins,
             )
         outcome = Outcome(DONE)
     except Exception as error:
