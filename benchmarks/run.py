@@ -32,6 +32,7 @@ from benchmarks.cpu import (
     status,
     steps,
     submit,
+    sweep,
     telemetry,
 )
 
@@ -57,6 +58,7 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "status": status.measure,
     "telemetry": telemetry.measure,
     "submit": submit.measure,
+    "sweep": sweep.measure,
 }
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
@@ -198,9 +200,23 @@ def _rows(measured: dict[str, Any]) -> list[str]:
     for row in measured.get("submit", []):
         name = f"from jaxtrain submit to the first step of quickstart, {row['cache']} compile cache"
         lines.append(_row(name, row["seconds"], 1, "s"))
+    lines += _sweep_rows(measured)
     if "collectives" in measured:
         what = "Collectives (gloo), measured -> predicted by the cost model, and the error of that:"
         lines += ["", what, "", collectives.table(measured["collectives"])]
+    return lines
+
+
+def _sweep_rows(measured: dict[str, Any]) -> list[str]:
+    lines = []
+    for row in measured.get("sweep", []):
+        counts = ", ".join(map(str, row["compiled"]))
+        what = (
+            f"{row['runs']} quickstarts of {row['epochs']} epochs that differ in the learning rate, empty compile cache"
+        )
+        lines.append(_row(f"{what}: jaxtrain sweep (programs compiled by each run: {counts})", row["sweep"], 1, "s"))
+        lines.append(_row(f"{what}: {row['runs']} jaxtrain train", row["commands"], 1, "s"))
+        lines.append(_row(f"{what}: commands over sweep", row["commands_over_sweep"], 1, "x", 2))
     return lines
 
 
