@@ -262,6 +262,7 @@ def test_a_sweep_has_its_directory_for_itself(tmp_path):
 # ------------------------------------------------------------------------------------------------------ stopped, killed
 
 
+@pytest.mark.faults
 def test_ctrl_c_saves_the_run_and_the_same_command_goes_on(tmp_path):
     folder, two = tmp_path / "sweep", LONG | {"grid": {"optim.learning_rate": [0.05, 0.1]}, "seeds": [0]}
     with started(tmp_path / "out.txt", two, folder) as process:
