@@ -33,6 +33,7 @@ from benchmarks.cpu import (
     status,
     steps,
     submit,
+    sweep,
     telemetry,
 )
 
@@ -59,6 +60,7 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "telemetry": telemetry.measure,
     "submit": submit.measure,
     "dashboard": dashboard.measure,
+    "sweep": sweep.measure,
 }
 BEGIN, END = "<!-- measured: begin -->", "<!-- measured: end -->"
 
@@ -202,9 +204,23 @@ def _rows(measured: dict[str, Any]) -> list[str]:
         lines.append(_row(name, row["seconds"], 1, "s"))
     if "dashboard" in measured:
         lines += dashboard.rows(measured["dashboard"], _row)
+    lines += _sweep_rows(measured)
     if "collectives" in measured:
         what = "Collectives (gloo), measured -> predicted by the cost model, and the error of that:"
         lines += ["", what, "", collectives.table(measured["collectives"])]
+    return lines
+
+
+def _sweep_rows(measured: dict[str, Any]) -> list[str]:
+    lines = []
+    for row in measured.get("sweep", []):
+        counts = ", ".join(map(str, row["compiled"]))
+        what = (
+            f"{row['runs']} quickstarts of {row['epochs']} epochs that differ in the learning rate, empty compile cache"
+        )
+        lines.append(_row(f"{what}: jaxtrain sweep (programs compiled by each run: {counts})", row["sweep"], 1, "s"))
+        lines.append(_row(f"{what}: {row['runs']} jaxtrain train", row["commands"], 1, "s"))
+        lines.append(_row(f"{what}: commands over sweep", row["commands_over_sweep"], 1, "x", 2))
     return lines
 
 

@@ -13,13 +13,25 @@ if TYPE_CHECKING:
     from jaxtrain.recipes import load_config
     from jaxtrain.reporting.report import report
     from jaxtrain.runs.comparison import compare
+    from jaxtrain.sweeps.session import sweep
     from jaxtrain.training.callbacks import Callback
     from jaxtrain.training.evaluate import evaluate
     from jaxtrain.training.inference import load_model
     from jaxtrain.training.plan.search import plan
     from jaxtrain.training.session import train
 
-__all__ = ["Callback", "__version__", "compare", "evaluate", "load_config", "load_model", "plan", "report", "train"]
+__all__ = [
+    "Callback",
+    "__version__",
+    "compare",
+    "evaluate",
+    "load_config",
+    "load_model",
+    "plan",
+    "report",
+    "sweep",
+    "train",
+]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -30,6 +42,7 @@ _HOMES = {
     "load_model": "jaxtrain.training.inference",
     "plan": "jaxtrain.training.plan.search",
     "report": "jaxtrain.reporting.report",
+    "sweep": "jaxtrain.sweeps.session",
     "train": "jaxtrain.training.session",
 }
 

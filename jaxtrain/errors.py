@@ -93,6 +93,10 @@ class HangError(JaxtrainError):
     retry = True
 
 
+class SweepError(JaxtrainError):
+    """Some runs of a sweep failed; the others are done."""
+
+
 class InterruptedRunError(JaxtrainError):
     """Ctrl-C: the run saved a checkpoint and stopped."""
 

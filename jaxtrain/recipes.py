@@ -154,15 +154,19 @@ def resolve(spec: str, overrides: Iterable[tuple[str, str]] = (), settings: Iter
         else "default"
         for key in final
     }  # fmt: skip
-    return Resolved(_keeping(config, origins), origins, file.stem)
+    given = [key for key, origin in origins.items() if origin in ("flag", "file", "argument")]
+    return Resolved(keeping(config, given), origins, file.stem)
 
 
-def _keeping(config: Config, origins: Mapping[str, str]) -> Config:
-    """`config` with `layout.keep` naming what a flag, a file or an argument of the recipe has set, also to its default."""
+def keeping(config: Config, fields: Sequence[str]) -> Config:
+    """`config` with `layout.keep` naming what `layout.strategy=auto` may not choose.
+
+    fields: dotted names of what a flag, a file or an argument of the recipe has set, also to its default.
+    """
     if config.layout.strategy != "auto":
         return config
     names = {"train.remat" if name == "remat" else f"layout.{name}": name for name in CHOSEN_FIELDS}
-    given = [name for key, name in names.items() if origins[key] in ("flag", "file", "argument")]
+    given = [name for key, name in names.items() if key in fields]
     return change(config, **{"layout.keep": tuple(dict.fromkeys([*config.layout.keep, *given]))})
 
 

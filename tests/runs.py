@@ -104,6 +104,10 @@ class Started:
         """Sends a signal."""
         self._process.send_signal(number)
 
+    def ended(self) -> bool:
+        """Whether it has ended by itself."""
+        return self._process.poll() is not None
+
     def end(self) -> int:
         """Waits for its end; returns the exit code, -9 when SIGKILL ended it."""
         try:

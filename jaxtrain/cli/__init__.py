@@ -44,6 +44,7 @@ from jaxtrain.cli import (
     status,
     stop,
     submit,
+    sweep,
     train,
     weights,
 )  # fmt: skip
@@ -60,10 +61,10 @@ COMMANDS = {
     "bench": bench, "logs": logs, "goodput": goodput, "compare": compare, "report": report,
     "weights": weights, "demo": demo, "doctor": doctor, "init": init,
     "submit": submit, "queue": queue, "status": status, "stop": stop, "resume": resume,
-    "dashboard": dashboard,
+    "dashboard": dashboard, "sweep": sweep,
 }  # fmt: skip
 
-_WITH_CONFIG = ("train", "evaluate", "layout", "compile", "plan", "config")
+_WITH_CONFIG = ("train", "evaluate", "layout", "compile", "plan", "config", "sweep")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -143,7 +143,7 @@ class Supervisor:
         """Starts, watches, restarts. Raises `EnvironmentMismatchError` when too few GPUs are left."""
         failures, same = 0, 0  # since the last progress
         idle = 0  # starts in a row that made no step
-        with _caught(self._signals):
+        with caught(self._signals):
             while True:
                 with Gang(self._command, self._assign_gpus(), self._options, self._job) as gang:
                     ended = gang.watch(self._signals)
@@ -422,8 +422,8 @@ def root_cause(ended: Sequence[Ended]) -> Ended | None:
 
 
 @contextlib.contextmanager
-def _caught(signals: list[int]) -> Iterator[None]:
-    """Collects Ctrl-C and the `STOPPING` signals, which would end the supervisor; not a SIGHUP that is ignored (nohup)."""
+def caught(signals: list[int]) -> Iterator[None]:
+    """Collects Ctrl-C and the `STOPPING` signals, which would end the process; not a SIGHUP that is ignored (nohup)."""
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, *STOPPING)}
     if before[signal.SIGHUP] is signal.SIG_IGN:
         del before[signal.SIGHUP]

@@ -9,13 +9,9 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from jaxtrain.config import flatten
 from jaxtrain.errors import ConfigError
-from jaxtrain.host.files import patiently
-from jaxtrain.host.paths import require_local
-from jaxtrain.host.text import did_you_mean
+from jaxtrain.jobs.yaml_file import Fields, read_yaml_file
 
 SCHEDULERS = ("local", "slurm", "pbs", "kubernetes", "skypilot")
 
@@ -24,7 +20,6 @@ _MEMORY = re.compile(r"(\d+(?:\.\d+)?)(Ki|Mi|Gi|Ti|K|M|G|T)?")
 _UNITS = {"": 1, "K": 10**3, "M": 10**6, "G": 10**9, "T": 10**12, "Ki": 2**10, "Mi": 2**20, "Gi": 2**30, "Ti": 2**40}
 _TIME = re.compile(r"(\d+):([0-5]\d):([0-5]\d)")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
-_MOST_BYTES = 1 << 20  # of a file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,36 +82,7 @@ class Job:
 
 def read_job(path: str | Path) -> Job:
     """The job that a file describes. Raises `ConfigError`."""
-    require_local(path, f"The job {path}", ConfigError)
-    path = Path(path)
-    try:
-        text = patiently(path.read_bytes)
-        if len(text) > _MOST_BYTES:
-            raise ConfigError(f"{path}: has {len(text):,} bytes, and is no job.")
-        values = yaml.load(text.decode(), _UniqueKeys)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read ({error.strerror}); jaxtrain init NAME writes a job.") from None
-    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path}: is no YAML ({_what_is_wrong(error)}).") from None
-    return parse_job(values, path)
-
-
-def _what_is_wrong(error: Exception) -> str:
-    """Without the line itself, which PyYAML would quote: it may hold a secret."""
-    if isinstance(error, yaml.MarkedYAMLError) and error.problem_mark:
-        return f"line {error.problem_mark.line + 1}: {error.problem}"
-    return str(error) if isinstance(error, yaml.YAMLError) else "it is not text in UTF-8, or is nested too deeply"
-
-
-class _UniqueKeys(yaml.SafeLoader):
-    """PyYAML takes the last of two equal keys; one of them is a mistake."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        for key in keys:
-            if isinstance(key, str) and keys.count(key) > 1:
-                raise yaml.YAMLError(f"the key {key!r} is there twice")
-        return super().construct_mapping(node, deep)
+    return parse_job(read_yaml_file(path, "The job", "jaxtrain init NAME writes a job"), Path(path))
 
 
 def parse_job(values: Any, path: Path) -> Job:
@@ -129,9 +95,11 @@ def parse_job(values: Any, path: Path) -> Job:
     Raises:
       ConfigError: a key is unknown or missing, or a value is not of its kind.
     """
-    fields = _Fields(values, str(path))
+    fields = Fields(values, str(path), "`name: my-job`", secret="environment")
     fields.refuse_unknown(_JOB_KEYS)
-    resources = _Fields(({"resources": {}} | fields.values)["resources"], f"{path}: resources")
+    if "name" not in fields.values:
+        raise ConfigError(f"{path}: the job has no name; give it one, as in `name: my-job`.")
+    resources = Fields({"resources": {}, **fields.values}["resources"], f"{path}: resources", "`gpu: 1`")
     resources.refuse_unknown(_RESOURCE_KEYS)
     job = Job(
         directory=str(path.absolute().parent),
@@ -146,38 +114,6 @@ def parse_job(values: Any, path: Path) -> Job:
     if job.scheduler == "local" and job.nodes > 1:
         raise ConfigError(f"{path}: nodes={job.nodes}: the local queue has one; take another scheduler.")
     return job
-
-
-class _Fields:
-    """A mapping of the file, whose values are checked one by one."""
-
-    def __init__(self, values: Any, where: str):
-        if not isinstance(values, dict) or not all(isinstance(key, str) for key in values):
-            raise ConfigError(f"{where}: must hold keys and values, such as `name: my-job`.")
-        self.values, self._where = values, where
-
-    def refuse_unknown(self, known: Mapping[str, Any]) -> None:
-        """Raises `ConfigError` for a key that there is not."""
-        for key in self.values:
-            if key not in known:
-                raise ConfigError(
-                    f"{self._where}: there is no key {key!r}; the keys are {', '.join(known)}.{did_you_mean(key, known)}"
-                )
-
-    def take(self, kinds: Mapping[str, Callable[[Any], Any] | None]) -> dict[str, Any]:
-        """The values that are given, each made by its kind. None in `kinds`: read elsewhere."""
-        taken = {}
-        for key, kind in kinds.items():
-            if kind is None or key not in self.values:
-                continue
-            try:
-                taken[key] = kind(self.values[key])
-            except ValueError as error:
-                shown = "its value" if key == "environment" else repr(self.values[key])  # it may hold a secret
-                raise ConfigError(f"{self._where}: {key}: {shown} must be {error}.") from None
-        if "name" in kinds and "name" not in taken:
-            raise ConfigError(f"{self._where}: the job has no name; give it one, as in `name: my-job`.")
-        return taken
 
 
 # Each kind makes a value, or raises `ValueError` with what the value must be.

@@ -86,6 +86,9 @@ class Callbacks:
         self._run: RunHandle | None = None
         self._told = -1  # the step of the last `on_checkpoint`
         self._calling, self._asked = "", {}  # who is called now; who has asked that the run ends
+        self._asked_to_pause = ""
+        self.pause = ""
+        """Why all processes save and stop where `noted` was called last; "": they go on."""
 
     def __len__(self) -> int:
         return len(self._all)
@@ -119,9 +122,9 @@ class Callbacks:
         Raises:
           CheckpointError: the stored state does not fit a callback.
         """
-        self._run = RunHandle(compiled, workdir, evaluator, self._stop)
+        self._run = RunHandle(compiled, workdir, evaluator, self._stop, self._pause)
         self._run.step = position.step
-        self._told = -1
+        self._told, self._asked_to_pause, self.pause = -1, "", ""
         self._asked = {key: text for key, text in position.ending.items() if key != "step"}
         stored = position.callbacks
         for name, callback in self._here.items():
@@ -191,11 +194,15 @@ class Callbacks:
 
         Every process calls it, and hears the same: process 0 decides, by figures that are those of the whole run.
 
-        may_end: whether the run may end here.
+        may_end: whether the run may end or pause here.
         """
         if not self._all:
             return position
-        asked = json.loads(broadcast_str("ending", json.dumps(self._asked), _SECONDS)) if may_end else self._asked
+        asked = self._asked
+        if may_end:
+            said = json.dumps((asked, self._asked_to_pause))
+            asked, pause = json.loads(broadcast_str("ending", said, _SECONDS))
+            self.pause = "" if asked else pause
         ending = asked | ({"step": position.step} if asked and may_end else {})
         return dataclasses.replace(position, callbacks=self.state(), ending=ending)
 
@@ -211,6 +218,9 @@ class Callbacks:
 
     def _stop(self, reason: str) -> None:
         self._asked = self._asked or {"by": self._calling, "reason": str(reason)}
+
+    def _pause(self, reason: str) -> None:
+        self._asked_to_pause = self._asked_to_pause or str(reason)
 
 
 @contextlib.contextmanager

@@ -25,10 +25,15 @@ class RunHandle:
     """
 
     def __init__(
-        self, compiled: CompiledRun, workdir: Path, evaluator: StoppableEvaluator, stop: Callable[[str], None]
+        self,
+        compiled: CompiledRun,
+        workdir: Path,
+        evaluator: StoppableEvaluator,
+        stop: Callable[[str], None],
+        pause: Callable[[str], None],
     ):
         self.config, self.workdir, self.steps, self.step = compiled.run.config, workdir, compiled.run.steps, 0
-        self.compiled, self._evaluator, self._stop = compiled, evaluator, stop
+        self.compiled, self._evaluator, self._stop, self._pause = compiled, evaluator, stop, pause
 
     def stop(self, reason: str) -> None:
         """Ends the run where the next epoch or validation ends, or after the next save: complete, with `result.json`.
@@ -36,6 +41,13 @@ class RunHandle:
         In `on_epoch` and `on_evaluation` that is at once. What process 0 asks for counts. reason: for `result.json`.
         """
         self._stop(reason)
+
+    def pause(self, reason: str) -> None:
+        """Saves the run and stops it, where `stop` would end it: with `PreemptedError`, and the next start goes on from there.
+
+        What process 0 asks for counts. reason: for that error.
+        """
+        self._pause(reason)
 
     def evaluate(self, split: str, params: PyTree, batch_stats: PyTree) -> EvalResult:
         """Evaluates weights with the shapes and shardings of the run's own. Every process must call it.

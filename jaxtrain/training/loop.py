@@ -235,12 +235,12 @@ class TrainLoop:
         self.position = dataclasses.replace(self.position, owes_validation=due.validation and figures is None)
         paused = due != Due() or self.time_to_save
         self.position = self.callbacks.noted(self.position, may_end=paused and not due.last)
-        last = due.last or self.position.ended
+        last, stopping = due.last or self.position.ended, self.stopping or bool(self.callbacks.pause)
         if self.position.ended and not due.epoch_end:
             self.reporter.epoch(self.timetable.epoch_of(step), self.position)
-        if is_best or last or due.milestone or due.save or self.stopping or self.time_to_save:
-            self._save(state, figures, last=last or self.stopping)
-        if self.stopping and not last:
+        if is_best or last or due.milestone or due.save or stopping or self.time_to_save:
+            self._save(state, figures, last=last or stopping)
+        if stopping and not last:
             self._stop()
 
     def _validate_late(self, state: TrainState) -> None:
@@ -253,13 +253,13 @@ class TrainLoop:
             self.reporter.view.row(step, is_best=is_best)
             self.position = self.callbacks.noted(self.position, may_end=step != self.run_spec.steps)
             self.saver.annotate(self.position, figures)
-        if self.stopping and step != self.run_spec.steps and not self.position.ended:
+        if (self.stopping or self.callbacks.pause) and step != self.run_spec.steps and not self.position.ended:
             self._stop()
 
     def _stop(self) -> NoReturn:
         self.watchdog.feed("save")
         self.saver.wait()
-        done = f"Stopped after step {self.position.step} and saved it"
+        done = f"Stopped after step {self.position.step} and saved it{self.callbacks.pause and f' ({self.callbacks.pause})'}"
         raise self.host.interrupt.error(f"{done}; {how_to_go_on(self.config)}.")
 
     def _validate(self, state: TrainState) -> tuple[Figures | None, bool]:

@@ -15,7 +15,7 @@ from runs import main as started
 from safetensors.numpy import load_file
 
 from jaxtrain import Callback, load_config, train
-from jaxtrain.errors import CallbackError, CheckpointError, ConfigError, JaxtrainError
+from jaxtrain.errors import CallbackError, CheckpointError, ConfigError, JaxtrainError, PreemptedError
 
 REST = ("on_start", "on_epoch", "on_evaluation", "on_checkpoint")
 
@@ -65,6 +65,25 @@ def test_hooks_are_called_in_order_with_the_numbers_of_the_run(tmp_path):
     assert json.loads((tmp_path / "result.json").read_text())["callbacks"] == found.result["callbacks"]
     assert [step for step, _ in told.told] == checkpoints(tmp_path)
     assert all(complete for _, complete in told.told)
+
+
+class Pauses(Callback):
+    """Pauses the run at its second epoch."""
+
+    def on_epoch(self, run, epoch, state, metrics):
+        if epoch == 1:
+            run.pause("to think")
+
+
+def test_a_callback_pauses_a_run_which_goes_on_as_one_that_was_not(tmp_path):
+    with pytest.raises(
+        PreemptedError, match=r"Stopped after step 8 and saved it \(to think\); the same command goes on"
+    ):
+        fit(tmp_path / "paused", Pauses())
+    assert max(checkpoints(tmp_path / "paused")) == 8
+    assert not (tmp_path / "paused/result.json").exists()
+    assert_same_bits(fit(tmp_path / "paused"), fit(tmp_path / "plain"))
+    assert rows(tmp_path / "paused", "val") == rows(tmp_path / "plain", "val")
 
 
 def test_callbacks_change_no_number_of_a_run(tmp_path):
