@@ -11,13 +11,14 @@ import importlib  # nothing else: `python -m jaxtrain` has the current directory
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from jaxtrain.recipes import load_config
+    from jaxtrain.scaling.scale import scale
     from jaxtrain.training.callbacks import Callback
     from jaxtrain.training.evaluate import evaluate
     from jaxtrain.training.inference import load_model
     from jaxtrain.training.plan.search import plan
     from jaxtrain.training.session import train
 
-__all__ = ["Callback", "__version__", "evaluate", "load_config", "load_model", "plan", "train"]
+__all__ = ["Callback", "__version__", "evaluate", "load_config", "load_model", "plan", "scale", "train"]
 __version__ = "0.1.0"
 
 _HOMES = {
@@ -26,6 +27,7 @@ _HOMES = {
     "load_config": "jaxtrain.recipes",
     "load_model": "jaxtrain.training.inference",
     "plan": "jaxtrain.training.plan.search",
+    "scale": "jaxtrain.scaling.scale",
     "train": "jaxtrain.training.session",
 }
 

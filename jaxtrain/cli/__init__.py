@@ -38,6 +38,7 @@ from jaxtrain.cli import (
     predict,
     queue,
     resume,
+    scale,
     status,
     stop,
     submit,
@@ -54,11 +55,12 @@ from jaxtrain.recipes import split_override
 COMMANDS = {
     "train": train, "launch": launch, "evaluate": evaluate, "predict": predict, "export": export,
     "checkpoint": checkpoint, "data": data, "config": config, "layout": layout, "compile": compile, "plan": plan,
-    "bench": bench, "logs": logs, "goodput": goodput, "weights": weights, "demo": demo, "doctor": doctor, "init": init,
+    "scale": scale, "bench": bench, "logs": logs, "goodput": goodput, "weights": weights, "demo": demo, "doctor": doctor,
+    "init": init,
     "submit": submit, "queue": queue, "status": status, "stop": stop, "resume": resume,
 }  # fmt: skip
 
-_WITH_CONFIG = ("train", "evaluate", "layout", "compile", "plan", "config")
+_WITH_CONFIG = ("train", "evaluate", "layout", "compile", "plan", "scale", "config")
 
 
 class _Parser(argparse.ArgumentParser):

@@ -64,7 +64,9 @@ class Crew:
 def started(jobs: Sequence[Job]) -> Iterator[Crew]:
     """Processes that work at `jobs`; `Crew.wait` waits for them. At the end of the context they are killed."""
     with contextlib.ExitStack() as stack:
-        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxtrain-scale-", ignore_cleanup_errors=True)))
+        folder = Path(
+            stack.enter_context(tempfile.TemporaryDirectory(prefix="jaxtrain-scale-", ignore_cleanup_errors=True))
+        )
         pipes, logs = [], []
         for number, job in enumerate(jobs):
             logs.append(folder / f"stderr_{number}.txt")

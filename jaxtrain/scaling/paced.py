@@ -25,7 +25,9 @@ from jaxtrain.training.loop import READ_BEHIND
 SETTLE = READ_BEHIND + 2
 """Steps of a block that are not counted: those that were under way during the wait before it, and two."""
 
-_SIZES = tuple(1 << power for power in range(12, 25, 2))  # bytes of the sums that the link is fitted to: 4 KiB to 16 MiB
+_SIZES = tuple(
+    1 << power for power in range(12, 25, 2)
+)  # bytes of the sums that the link is fitted to: 4 KiB to 16 MiB
 _REPEATS = 5
 
 
@@ -54,6 +56,7 @@ class Paced(Callback):
         ready = Ready(
             train_examples=len(run.compiled.run.dataset.train),
             collectives=sum(each.times for each in self._traffic) if known else None,
+            messages=sum(each.messages(layout.mesh) for each in self._traffic) if known else None,
             sent_bytes=sum(each.sent(layout.mesh) for each in self._traffic) if known else None,
             imbalance=max(weights) / statistics.mean(weights),
             microbatches=layout.config.microbatches,

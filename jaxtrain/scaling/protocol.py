@@ -45,6 +45,7 @@ class Ready:
     Attributes:
       train_examples: of the data set.
       collectives: how many a step has; None where they are not known (pipeline stages).
+      messages: one after the other, in rings. On a CPU gloo adds the arrays of a collective in turns.
       sent_bytes: that a device sends in a step, in rings; None where they are not known.
       imbalance: the most expensive stage over the mean, as the cut estimated it; 1 without stages.
       microbatches: of a step.
@@ -54,6 +55,7 @@ class Ready:
 
     train_examples: int
     collectives: int | None
+    messages: int | None
     sent_bytes: float | None
     imbalance: float
     microbatches: int

@@ -43,6 +43,12 @@ class Traffic:
         members = math.prod(mesh.shape[axis] for axis in self.axes)
         return self.times * wire_bytes(self.kind, sum(self.arrays), members)
 
+    def messages(self, mesh: Mesh) -> int:
+        """One after the other in a step for it, in rings; on a CPU those of one array after those of another."""
+        hops = math.prod(mesh.shape[axis] for axis in self.axes) - 1
+        arrays = len(self.arrays) if on_cpu(mesh.devices.flat) else 1
+        return self.times * arrays * hops * (2 if self.kind == "all-reduce" else 1)
+
 
 def traffic_of(compiled: CompiledRun) -> list[Traffic]:
     """The collectives of one step without pipeline stages, as the compiled programs have them, in their order."""
@@ -129,6 +135,3 @@ def _call(traffic: Traffic, members: int, rows: list[jax.Array]) -> Iterator[jax
             yield jax.lax.all_to_all(row, axes, 0, 0, tiled=True)
         else:  # collective-permute, collective-broadcast: each device to its neighbour
             yield jax.lax.ppermute(row, axes, [(i, (i + 1) % members) for i in range(members)])
-
-
-

@@ -98,7 +98,7 @@ class Study:
         if count % model:
             axes = f"layout.stages={layout.stages} x layout.replica={layout.replica} x layout.tensor={layout.tensor}"
             raise ConfigError(
-                f"--devices {count}: config.{axes} needs a multiple of {model} devices; the nearest are "
+                f"--devices {count}: config.{axes} needs a multiple of {model} devices; the nearest "
                 f"{are_listed(nearest_multiples(count, model))}."
             )
         unit = self.ways(count) * max(layout.microbatches, 1)
@@ -106,7 +106,7 @@ class Study:
             parts = f"{self.ways(count)} shards of the batch"
             parts += f" x layout.microbatches={layout.microbatches}" if layout.microbatches > 1 else ""
             raise ConfigError(
-                f"--devices {count}: config.data.global_batch={batch} does not divide by {parts}; the nearest that do are "
+                f"--devices {count}: config.data.global_batch={batch} does not divide by {parts}; the nearest that do "
                 f"{are_listed(nearest_multiples(batch, unit))}."
             )
         Config.check_batch(batch, layout.microbatches, self.config.model.bn_groups)

@@ -60,4 +60,3 @@ def _run(pipe: Connection, job: Job) -> None:
     elif job.cores:
         set_threads()  # as `initialize` does, so that joining adds nothing but communication
     train(job.config, job.workdir, num_devices=job.devices, quiet=True, callbacks=[Paced(pipe)])
-

@@ -14,7 +14,6 @@ from typing import Any
 
 import jax
 
-import jaxtrain
 from jaxtrain.config import Config, to_dict
 from jaxtrain.host.cpus import usable_cpus
 from jaxtrain.host.files import atomic_write
@@ -78,7 +77,7 @@ def _cached(config: Config, target: Target) -> Path:
 @functools.cache
 def _source() -> str:
     """A hash of jaxtrain's own code."""
-    digest, folder = hashlib.sha256(), Path(jaxtrain.__file__).parent
+    digest, folder = hashlib.sha256(), Path(__file__).parents[2]
     for path in sorted(folder.rglob("*.py")):
         digest.update(path.read_bytes())
     return digest.hexdigest()
