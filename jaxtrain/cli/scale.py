@@ -139,14 +139,14 @@ def _print(scaled: Mapping[str, Any]) -> None:
     console.print(scaled["title"])
     for table in scaled["tables"]:
         console.print()
-        console.print(table["caption"])
+        console.print(f"{table['kind']}: {table['caption']}")
         shown = Table(*(Column(name, justify="right") for name in table["columns"]), box=None, pad_edge=False)
         for row in table["rows"]:
             shown.add_row(*(formatted(name, value) for name, value in zip(table["columns"], row, strict=True)))
         console.print(shown)
     console.print()
     for fit in scaled["fits"]:
-        console.print(f"{fit['kind']}, {fit['scaling']}: {fit['text']}")
+        console.print(fit)
     console.print(f"bottleneck: {scaled['bottleneck']}")
     console.print(f"what helps: {scaled['advice']}")
     for note in scaled["notes"]:

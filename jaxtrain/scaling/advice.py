@@ -98,7 +98,8 @@ def _advice(name: str, point: Point, base: Point, config: Config, link: LinkFit 
         share = point.batch / point.devices
         return (
             f"A device has {share:g} examples of {base.batch / base.devices:g} at the base; a larger "
-            "config.data.global_batch keeps it busier. Processes on one host also share its memory's bandwidth, which no setting changes."
+            "config.data.global_batch keeps it busier. Processes on one host also share its memory's bandwidth, which "
+            "no setting changes."
         )
     waits = 1e3 * (point.parts["input"] or 0.0)
     return {
@@ -128,7 +129,8 @@ def _less_communication(point: Point, link: LinkFit | None) -> str:
         return (
             f"{text} By the fitted link most of it is latency ({messages} messages of {1e6 * link.latency:.0f} us make "
             f"{1e3 * waits:.1f} ms, the bytes {1e3 * moves:.1f} ms): fewer messages help "
-            f"(config.model.bn_groups={point.devices}, where the model has BatchNorm; config.optim.sync_every), compression does not."
+            f"(config.model.bn_groups={point.devices}, where the model has BatchNorm; config.optim.sync_every), "
+            "compression does not."
         )
     return (
         f"{text} By the fitted link most of it is bandwidth ({1e3 * moves:.1f} ms at {link.bandwidth / 1e9:.2f} GB/s, "

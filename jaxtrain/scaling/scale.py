@@ -63,7 +63,8 @@ def scale(
 
     Returns:
       Plain values: `title`; `tables`, each with `kind` (measured, simulated, compiled or modelled), `scaling`, `caption`,
-      `columns` and `rows`; `fits`; `bottleneck` and `advice`, sentences; `notes`; `environment`.
+      `columns` and `rows`; `fits`, sentences, and `fitted`, their numbers; `bottleneck` and `advice`, sentences; `notes`;
+      `environment`.
 
     Raises:
       ConfigError: the run cannot be on one of these numbers, or there are not so many.
@@ -132,7 +133,7 @@ def _here(
     verdict = advice.of_points(first.kind, first.mode, first.points[0], first.points[-1], config, first.link)
     return {
         "tables": [tables.of_points(each.mode, each.points, config, each.kind, each.what) for each in series],
-        "fits": [fit for each in series for fit in _fits(each)],
+        **_with_texts([fit for each in series for fit in _fits(each)]),
         "bottleneck": verdict.text,
         "advice": verdict.advice,
         "notes": [f"medians of {repeats} blocks of each run, in turns; {first.points[-1].steps} steps a block"],
@@ -176,6 +177,11 @@ def _fits(series: _Series) -> list[dict[str, Any]]:
     if series.link is not None:
         found.append(_link_fit(series.points[-1], series.link, series.mode))
     return found
+
+
+def _with_texts(fits: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """`fits`, the sentences, and `fitted`, their numbers."""
+    return {"fits": [f"{fit['kind']}, {fit['scaling']}: {fit.pop('text')}" for fit in fits], "fitted": list(fits)}
 
 
 def _serial_fit(kind: str, mode: str, points: Sequence[tuple[float, float]]) -> list[dict[str, Any]]:
@@ -266,4 +272,5 @@ def _on_target(
     else:
         made += [tables.of_programs(mode, targets.compile_points(study, mode, target, said)) for mode in modes]
     assert first is not None
-    return {"tables": made, "fits": fits, "bottleneck": first.text, "advice": first.advice, "notes": notes}
+    verdict = {"bottleneck": first.text, "advice": first.advice, "notes": notes}
+    return {"tables": made, **_with_texts(fits), **verdict}

@@ -78,11 +78,10 @@ def of_programs(mode: str, points: Sequence[CompiledPoint]) -> dict[str, Any]:
 
 
 def _table(kind: str, mode: str, columns: list[str], rows: list[list[Any]]) -> dict[str, Any]:
-    caption = (
-        f"{mode} scaling ({'the global batch stays' if mode == STRONG else 'the batch of a device stays'}), {kind}"
-    )
+    stays = "the global batch" if mode == STRONG else "the batch of a device"
+    caption = f"{mode} scaling ({stays} stays); {_MEANING[kind]}"
     plain = [[_rounded(value) if isinstance(value, float) else value for value in row] for row in rows]
-    return {"kind": kind, "scaling": mode, "caption": f"{caption}: {_MEANING[kind]}", "columns": columns, "rows": plain}
+    return {"kind": kind, "scaling": mode, "caption": caption, "columns": columns, "rows": plain}
 
 
 _MEANING: Mapping[str, str] = {
