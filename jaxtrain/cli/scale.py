@@ -7,12 +7,14 @@ modelled and compiled for GPUs that need not be there. Each kind has tables of i
 from __future__ import annotations
 
 import argparse
+import contextlib
 import csv
 import io
 import json
 import shlex
 import signal
 import sys
+import threading
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -72,15 +74,11 @@ def run(arguments: argparse.Namespace) -> None:
     how = "processes" if arguments.processes else "simulated" if arguments.simulate else "auto"
     both = arguments.strong == arguments.weak
     modes = [mode for mode, asked in ((STRONG, arguments.strong), (WEAK, arguments.weak)) if asked or both]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the processes that are measured end with this one
-    try:
-        with start.progress().activity("scaling") as activity:
-            scaled = scale(
-                resolved.config, counts, how=how, modes=modes, target=arguments.target, links=arguments.link,
-                steps=arguments.steps, repeats=arguments.repeats, said=activity.say,
-            )  # fmt: skip
-    except KeyboardInterrupt:
-        raise InterruptedRunError("Stopped; nothing was written, and no process is left.") from None
+    with _ended_with_a_sentence(), start.progress().activity("scaling") as activity:
+        scaled = scale(
+            resolved.config, counts, how=how, modes=modes, target=arguments.target, links=arguments.link,
+            steps=arguments.steps, repeats=arguments.repeats, said=activity.say,
+        )  # fmt: skip
     scaled["command"] = shlex.join(["jaxtrain", *sys.argv[1:]])
     if arguments.output:
         _write(Path(arguments.output), scaled)
@@ -92,6 +90,20 @@ def run(arguments: argparse.Namespace) -> None:
         _print(scaled)
         if arguments.output:
             print(printable(f"{arguments.output}/{JSON_FILE}"))
+
+
+@contextlib.contextmanager
+def _ended_with_a_sentence() -> Iterator[None]:
+    """Inside, Ctrl-C and SIGTERM raise `InterruptedRunError`; the processes that are measured are killed on the way."""
+    caught = threading.current_thread() is threading.main_thread()
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler) if caught else None
+    try:
+        yield
+    except KeyboardInterrupt:
+        raise InterruptedRunError("Stopped; nothing was written, and no process is left.") from None
+    finally:
+        if caught:
+            signal.signal(signal.SIGTERM, before)
 
 
 def _check(arguments: argparse.Namespace) -> None:
