@@ -1,6 +1,6 @@
 """How often to save, and what failures cost, at many GPUs: formulas alone, so that everything here is *modelled*.
 
-    python -m benchmarks.cpu.failures              # the table of docs/scaling.md
+python -m benchmarks.cpu.failures              # the table of docs/scaling.md
 """
 
 from __future__ import annotations

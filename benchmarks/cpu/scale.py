@@ -20,7 +20,7 @@ MODELS = {
     "resnet18 of width 16": (ModelConfig("resnet18", width=16), 64),
     "resnet18 of width 16, BatchNorm of a process": (ModelConfig("resnet18", width=16, bn_groups=2), 64),
 }
-REPEATS = 7
+REPEATS = 5
 
 
 def measure() -> list[dict[str, Any]]:
