@@ -41,8 +41,8 @@ MADE = {
     # what the documents' own commands and examples write
     "my-project/job.yaml", "my_project.py", "plan.svg", "comm.csv", "comm.svg", "links.json", "step.svg",
     "results/gpu.json", "pictures/", "predictions.csv",
-    "predictions.json", "features.npz", "report.html", "report.json", "scaling.json", "scaling.csv", "digits.stablehlo", "digits.stablehlo.json",
-    "vgg16.safetensors",
+    "predictions.json", "features.npz", "report.html", "report.json", "digits.stablehlo", "digits.stablehlo.json",
+    "vgg16.safetensors", "scaling.json", "scaling.csv",
     # beside a checkout, in the CI
     "../shared/data", "../shared/data/unpack.py", "unpack.py",
 }  # fmt: skip
