@@ -56,6 +56,25 @@ class Workdir:
         return self.path / "bad_batches.jsonl"
 
     @property
+    def events(self) -> Path:
+        """One object a checkpoint, anomaly, roll-back and the like (`observability.events`)."""
+        return self.path / "events.jsonl"
+
+    @property
+    def layout(self) -> Path:
+        """What each device of the latest start stores (`training.layout_report.overview`)."""
+        return self.path / "layout.json"
+
+    @property
+    def schedule(self) -> Path:
+        """A picture of its pipeline's planned step; only with several stages."""
+        return self.path / "schedule.svg"
+
+    def evaluation(self, split: str) -> Path:
+        """What `jaxtrain evaluate --report` found on `train`, `val` or `test`; a page with it lies beside."""
+        return self.path / "evaluation" / f"{split}.json"
+
+    @property
     def plan(self) -> Path:
         """The layout that `layout.strategy=auto` chose, with its plan."""
         return self.path / "plan.json"
@@ -110,8 +129,16 @@ class Workdir:
     def refuse_what_is_in_the_way(self) -> None:
         """Raises `WorkdirError` where a file has the name of a directory of the run, or a directory that of a file."""
         folders = [self.checkpoints, self.tensorboard, self.starts, self.path / "superseded", self.path / "corrupt"]
-        files = [self.config, self.dataset, self.metrics_csv, self.metrics_jsonl, self.bad_batches, self.manifest]
-        for path in (*folders, *files, self.result, self.skipped_images):
+        files = [
+            self.config,
+            self.dataset,
+            self.metrics_csv,
+            self.metrics_jsonl,
+            self.bad_batches,
+            self.manifest,
+            self.events,
+        ]
+        for path in (*folders, *files, self.result, self.skipped_images, self.layout, self.schedule):
             wanted, is_wanted = ("directory", path.is_dir()) if path in folders else ("file", path.is_file())
             if os.path.lexists(path) and not is_wanted and (path in folders or path.exists()):
                 raise WorkdirError(f"{path} is no {wanted}; move it away, or choose another --workdir.")
@@ -129,17 +156,26 @@ class Workdir:
         """Stores the resolved config (`config.to_dict`)."""
         atomic_write(self.config, json.dumps(values, indent=2, allow_nan=False) + "\n")
 
+    def write_layout(self, layout: Mapping[str, Any], schedule: str) -> None:
+        """Stores what each device stores, and the picture of the pipeline's step; '' where there is no pipeline."""
+        atomic_write(self.layout, json.dumps(layout, indent=2, allow_nan=False) + "\n")
+        self._write_or_remove(self.schedule, schedule)
+
     def write_dataset(self, record: Mapping[str, Any]) -> None:
         """Stores the record of the data set (`data.record`)."""
         atomic_write(self.dataset, json.dumps(record, indent=2, allow_nan=False) + "\n")
 
     def write_skipped_images(self, sentences: Sequence[str]) -> None:
         """Stores what was left out; removes the file where nothing was."""
-        if sentences:
-            atomic_write(self.skipped_images, "".join(f"{printable(sentence)}\n" for sentence in sentences))
+        self._write_or_remove(self.skipped_images, "".join(f"{printable(sentence)}\n" for sentence in sentences))
+
+    @staticmethod
+    def _write_or_remove(path: Path, text: str) -> None:
+        if text:
+            atomic_write(path, text)
         else:
-            with writing(self.skipped_images):
-                self.skipped_images.unlink(missing_ok=True)
+            with writing(path):
+                path.unlink(missing_ok=True)
 
 
 def named(path: str | Path) -> Path:

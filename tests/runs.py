@@ -159,7 +159,7 @@ def draw_folder(top: Path, classes: str, first: int, last: int, side: int = 8) -
 # ------------------------------------------------------------------------------------------------------------- records
 
 
-TIMED = ("throughput", "throughput_per_device", "data_wait", "process_spread", "flops_per_second", "mfu")
+TIMED = ("time", "throughput", "throughput_per_device", "data_wait", "process_spread", "flops_per_second", "mfu")
 """What a row has of the clock, beside telemetry, whose names have a slash."""
 
 

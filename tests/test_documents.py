@@ -33,7 +33,7 @@ SCRIPTS = [".ci/run", *sorted(str(path.relative_to(ROOT)) for path in (ROOT / ".
 MADE = {
     # the work directory of a run
     "config.json", "dataset.json", "metrics.csv", "metrics.jsonl", "result.json", "manifest.json", "bad_batches.jsonl",
-    "sinks.json",
+    "sinks.json", "events.jsonl", "layout.json", "schedule.svg", "evaluation/",
     "plan.json", "skipped_images.txt", "checkpoints/", "logs/", "starts/", "tensorboard/", "corrupt/", "superseded/",
     "profile/", "runs/",
     # the data directory

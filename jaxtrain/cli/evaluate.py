@@ -13,9 +13,10 @@ from rich.table import Table
 
 from jaxtrain.cli import start
 from jaxtrain.errors import ConfigError
-from jaxtrain.host.files import atomic_write
+from jaxtrain.host.files import atomic_write, writing
 from jaxtrain.host.paths import require_local
 from jaxtrain.observability.evaluation_page import evaluation_page
+from jaxtrain.workdir import Workdir, named
 
 if TYPE_CHECKING:
     from jaxtrain.training.evaluate import Evaluated
@@ -55,9 +56,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--report",
         action="append",
+        nargs="?",
+        const="",
         default=[],
         metavar="FILE",
-        help="also write the confusion matrix, the calibration and the worst examples: FILE.html or FILE.json; may come twice",
+        help="also write the confusion matrix, the calibration and the worst examples: FILE.html or FILE.json; may come twice. "
+        "Without FILE both are kept in RUN/evaluation, where the dashboard and `jaxtrain report` find them",
     )
     start.add_weights_arguments(parser)
     start.add_device_arguments(parser)
@@ -65,12 +69,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints the loss, the accuracies, and a row for each class, the worst first."""
-    _check_reports(arguments.report)
+    _check_reports([name for name in arguments.report if name])
+    reports = _report_files(arguments)
     found = _evaluated(arguments)
     from jaxtrain.training.trained import output_names  # noqa: PLC0415
 
-    for name in arguments.report:
-        _write_report(Path(name), arguments, found)
+    for path in reports:
+        _write_report(path, arguments, found)
     result = found.result
     names = output_names(found.class_names, len(result.per_class))
     if arguments.json:
@@ -122,6 +127,21 @@ def _evaluated(arguments: argparse.Namespace) -> Evaluated:
         return evaluate(arguments.workdir, num_devices=arguments.devices, **of_run, **asked)
 
 
+def _report_files(arguments: argparse.Namespace) -> list[Path]:
+    """The files of --report; without a name those in the run's directory, where there is a folder for them then."""
+    paths = [Path(name) for name in arguments.report if name]
+    if len(paths) == len(arguments.report):
+        return paths
+    if not arguments.workdir:
+        raise ConfigError("--report needs a FILE, since no run is evaluated.")
+    workdir = Workdir(named(arguments.workdir))
+    kept = workdir.evaluation(arguments.split)
+    if workdir.config.is_file():
+        with writing(kept.parent):
+            kept.parent.mkdir(exist_ok=True)
+    return [*paths, kept, kept.with_suffix(".html")]
+
+
 def _check_reports(names: Sequence[str]) -> None:
     """Raises `ConfigError` for a file that cannot be written in the end."""
     for name in names:
@@ -139,7 +159,7 @@ def _write_report(path: Path, arguments: argparse.Namespace, found: Evaluated) -
         "split": found.split, "tta": arguments.tta or "none",
     }  # fmt: skip
     if path.suffix == ".json":
-        atomic_write(path, json.dumps({**about, **found.report.to_json()}) + "\n")
+        atomic_write(path, json.dumps({**about, **found.report.to_json(pictures=True)}) + "\n")
         return
     title = f"Evaluation of {about['run']}"
     atomic_write(path, evaluation_page(title, about, found.report.to_json(pictures=True)))

@@ -77,7 +77,8 @@ def run_resolved(arguments: argparse.Namespace, resolved: Resolved, workdir: str
         if arguments.smoke:
             smoke(resolved.config, resolved.name, num_devices=arguments.devices, interrupt=interrupt)
         else:
-            train(resolved.config, workdir, num_devices=arguments.devices, interrupt=interrupt)
+            origins = resolved.origins
+            train(resolved.config, workdir, num_devices=arguments.devices, interrupt=interrupt, origins=origins)
 
 
 @contextlib.contextmanager

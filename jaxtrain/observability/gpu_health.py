@@ -6,6 +6,7 @@ import logging
 from collections.abc import Mapping
 
 from jaxtrain.host.gpus import THROTTLES, GpuReading, Gpus
+from jaxtrain.observability.events import event
 
 log = logging.getLogger("jaxtrain")
 
@@ -49,9 +50,8 @@ class GpuHealth:
 
     def _say_xids(self, device: int, reading: GpuReading) -> None:
         for xid in reading.xids[self._xids[device] :]:
-            log.warning(
-                "device %d (%s) reports Xid %d; see NVIDIA's list of Xid errors.", device, self._uuids[device], xid
-            )
+            text = "device %d (%s) reports Xid %d; see NVIDIA's list of Xid errors."
+            log.warning(text, device, self._uuids[device], xid, extra=event("gpu"))
         self._xids[device] = len(reading.xids)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import time
 from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any
@@ -107,7 +108,7 @@ class MetricsWriter(NullMetricsWriter):
     def train_step(self, row: Mapping[str, Any]) -> None:
         head = {"step": row["step"], "epoch": row["epoch"], "phase": "train"}
         numbers = {key: value for key, value in row.items() if key not in head}
-        self._jsonl.append(head | numbers)
+        self._jsonl.append(head | {"time": _now()} | numbers)
         self._events["train"].scalars(row["step"], _scalars(numbers))
         self._send("train/", row["step"], numbers)
 
@@ -130,7 +131,7 @@ class MetricsWriter(NullMetricsWriter):
             self._jsonl.flush()
             self._send("train/epoch/", step, numbers)
         else:
-            if self._jsonl.append({"step": step, "epoch": epoch, "phase": phase, **numbers}):
+            if self._jsonl.append({"step": step, "epoch": epoch, "phase": phase, "time": _now(), **numbers}):
                 self._events[phase].drop(step)
             self._events[phase].scalars(step, _scalars(numbers))
             self._send(f"{phase}/", step, numbers)
@@ -165,6 +166,11 @@ class MetricsWriter(NullMetricsWriter):
                 stack.callback(self._sinks.close, complete=self._complete)
             for sink in (self._jsonl, *self._events.values()):
                 stack.callback(sink.close)
+
+
+def _now() -> float:
+    """Of a row of `metrics.jsonl`: seconds since 1970."""
+    return round(time.time(), 3)
 
 
 def _scalars(numbers: Mapping[str, Any]) -> dict[str, float]:

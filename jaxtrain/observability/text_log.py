@@ -71,7 +71,7 @@ class TextLog:
             descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_NOFOLLOW, 0o600)
         with contextlib.suppress(OSError):  # an older file that belongs to another user
             os.fchmod(descriptor, 0o600)
-        file = _FileHandler(descriptor)
+        file = FileHandler(descriptor)
         stamped = _Formatter("%(asctime)s.%(msecs)03dZ %(levelname)s %(message)s", "%Y-%m-%dT%H:%M:%S")
         stamped.converter = time.gmtime  # the logs of several hosts can be merged by sorting
         file.setFormatter(stamped)
@@ -109,7 +109,7 @@ class _Formatter(logging.Formatter):
         return indented(super().format(record))
 
 
-class _FileHandler(logging.Handler):
+class FileHandler(logging.Handler):
     """Writes each entry at once. A disk that takes none is no reason to end a run, and is said once."""
 
     def __init__(self, descriptor: int):

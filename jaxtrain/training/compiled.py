@@ -23,6 +23,7 @@ from jaxtrain.host.files import closing
 from jaxtrain.host.limits import limits_named
 from jaxtrain.observability.text_log import FILE_ONLY, NOT_LIVE, to_screen
 from jaxtrain.parallel.audit import audit
+from jaxtrain.parallel.layout import Placement
 from jaxtrain.step.answers import Answers, make_answer_step
 from jaxtrain.step.batch import RATES, Batch, EvalBatch
 from jaxtrain.step.communication import shared_out
@@ -54,6 +55,7 @@ class CompiledRun:
       inputs: batches.
       weights: what is recorded of the weights that were not drawn (`initial_weights`); empty where a run goes on.
       speed: tells FLOP/s.
+      table: where each leaf of the state lies (`layout_table`).
       averages: under `optim.sync_every`, the program of `local_sgd.averages`.
     """
 
@@ -63,6 +65,7 @@ class CompiledRun:
     inputs: InputPipeline
     weights: Mapping[str, Any]
     speed: Speed
+    table: Mapping[str, list[Placement]]
     averages: Callable[[TrainState], dict[str, PyTree]] | None = None
 
     @property
@@ -141,7 +144,7 @@ def compile_run(
         log.info("%s", note)
     averaging = _compile_averages(run, shapes) if run.layout.trains_by_device else None
     log.info("compiled in %.1f s", time.perf_counter() - began)
-    return CompiledRun(run, step, Evaluator(run, inputs, compiler), inputs, weights, speed, averaging), state
+    return CompiledRun(run, step, Evaluator(run, inputs, compiler), inputs, weights, speed, table, averaging), state
 
 
 def _compile_averages(run: RunSpec, state: TrainState) -> Callable[[TrainState], dict[str, PyTree]]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import collections
 import math
 import statistics
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,11 @@ def describe_layout(config: Config, devices: list[Device]) -> dict[str, Any]:
       devices: of all hosts; they need not be there (`parallel.topology.target_devices`).
 
     Returns:
-      `parameters` (their number), `mesh` (size of each axis), `bytes_per_device` (by tree), and `leaves`: for each `tree`,
-      `path` (with the tree in front), `shape`, `dtype`, `spec` (axis or None for each dim; a list where a dim has several),
-      `stage`, `bytes_per_device`, `note`, and for a trained parameter `rate`, what the learning rate is multiplied by (0 for
-      all else). With pipeline stages also `bytes_by_stage` (by tree, then stage), `stages`
-      (a line about each); `microbatches` is their number. `warnings`: what a user should know, among it settings that have no
-      effect.
+      `parameters` (their number), `devices`, `mesh` (size of each axis), `zero`, `bytes_per_device` (by tree), and `leaves`:
+      for each `tree`, `path` (with the tree in front), `shape`, `dtype`, `spec` (axis or None for each dim; a list where a
+      dim has several), `stage`, `bytes_per_device`, `note`, and for a trained parameter `rate`, what the learning rate is
+      multiplied by (0 for all else). With pipeline stages also `bytes_by_stage` (by tree, then stage), `stages` (a line about
+      each); `microbatches` is their number. `warnings`: what a user should know, among it settings that have no effect.
     """
     return describe(*_planned(config, devices))
 
@@ -73,7 +73,22 @@ def _trace(run: RunSpec, state: TrainState) -> None:
     jax.eval_shape(forward, state.params, state.batch_stats, images, jax.ShapeDtypeStruct((size,), jnp.int32))
 
 
-def describe(run: RunSpec, table: dict[str, list[Placement]]) -> dict[str, Any]:
+def overview(run: RunSpec, table: Mapping[str, list[Placement]]) -> dict[str, Any]:
+    """The sums of `describe_layout`, `zero` and the number of `devices`: what a run records of its layout."""
+    layout, stages = run.layout.config, run.layout.stages
+    return {
+        "parameters": sum(math.prod(leaf.shape) for leaf in table["params"]),
+        "devices": run.layout.mesh.size,
+        "mesh": dict(run.layout.mesh.shape),
+        "zero": layout.zero,
+        "bytes_per_device": {tree: bytes_per_device(placements) for tree, placements in table.items()},
+        "bytes_by_stage": {tree: bytes_by_stage(placements, stages) for tree, placements in table.items()},
+        "microbatches": layout.microbatches,
+        "stages": run.partition.describe() if run.partition else [],
+    }
+
+
+def describe(run: RunSpec, table: Mapping[str, list[Placement]]) -> dict[str, Any]:
     """What `describe_layout` returns."""
     groups = run.task.groups
     leaves = [
@@ -91,14 +106,7 @@ def describe(run: RunSpec, table: dict[str, list[Placement]]) -> dict[str, Any]:
         for tree, placements in table.items()
         for leaf in placements
     ]
-    stages = run.layout.stages
-    return {
-        "parameters": sum(math.prod(leaf.shape) for leaf in table["params"]),
-        "mesh": dict(run.layout.mesh.shape),
-        "bytes_per_device": {tree: bytes_per_device(placements) for tree, placements in table.items()},
-        "bytes_by_stage": {tree: bytes_by_stage(placements, stages) for tree, placements in table.items()},
-        "microbatches": run.layout.config.microbatches,
-        "stages": run.partition.describe() if run.partition else [],
+    return overview(run, table) | {
         "warnings": [
             *filter(None, [idle_stages(run, jax.eval_shape(run.init, 0))]),
             *run.dataset.notes,
@@ -131,13 +139,9 @@ def draw_schedule(config: Config, devices: list[Device], traced: str | Path = ""
     run, _ = _planned(config, devices)
     if run.partition is None:
         raise ConfigError("config.layout.stages=1: there is no schedule to draw; use --config.layout.stages=2 or more.")
-    layout = run.config.layout
-    schedule = schedules.make_pipeline_schedule(layout.schedule, layout.stages, layout.microbatches, layout.chunks)
-    title = f"{layout.schedule}, {layout.stages} stages, {layout.microbatches} microbatches"
-    costs = [sum(run.partition.costs[i].cost for i in layers) / _NOMINAL_FLOPS for layers in run.partition.chunks]
-    forward, backward = [c / 3 for c in costs], [2 * c / 3 for c in costs]
     if not traced:
-        return svg([(f"planned: {title}", simulate(schedule, forward, backward))])
+        return planned_svg(run)
+    title, schedule = _titled_schedule(run)
     measured = read_trace(traced)
     found = collections.defaultdict(list)
     for event in measured.events:
@@ -150,6 +154,21 @@ def draw_schedule(config: Config, devices: list[Device], traced: str | Path = ""
     forward, backward = ([statistics.median(found[kind, k]) for k in chunks] for kind in "FB")
     planned = simulate(schedule, forward, backward)
     return svg([(f"planned from the measured costs: {title}", planned), (f"measured: {traced}", measured)])
+
+
+def planned_svg(run: RunSpec) -> str:
+    """An SVG of the pipeline's planned step, by the layers' operations; '' where there are no stages."""
+    if run.partition is None:
+        return ""
+    title, schedule = _titled_schedule(run)
+    costs = [sum(run.partition.costs[i].cost for i in layers) / _NOMINAL_FLOPS for layers in run.partition.chunks]
+    return svg([(f"planned: {title}", simulate(schedule, [c / 3 for c in costs], [2 * c / 3 for c in costs]))])
+
+
+def _titled_schedule(run: RunSpec) -> tuple[str, schedules.PipelineSchedule]:
+    layout = run.config.layout
+    schedule = schedules.make_pipeline_schedule(layout.schedule, layout.stages, layout.microbatches, layout.chunks)
+    return f"{layout.schedule}, {layout.stages} stages, {layout.microbatches} microbatches", schedule
 
 
 def read_trace(workdir: str | Path) -> Timeline:

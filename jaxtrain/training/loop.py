@@ -69,6 +69,7 @@ class Host:
     telemetry: Telemetry
     callbacks: Callbacks
     profiles: ProfileRequest
+    origins: Mapping[str, str]
 
 
 class TrainLoop:
@@ -182,7 +183,6 @@ class TrainLoop:
         """Warns and notes the batch's examples. Raises `RollBack` or `NumericError` where the run may not just go on."""
         examples, batch = self.timetable.examples_at(step), self.config.data.global_batch
         rows = batch_indices(self.timetable.train_examples, self.config.seed, examples - batch, batch)
-        log.warning("%s; its examples are in %s", anomaly.text, self.host.directory.bad_batches)
         self.reporter.bad_batch(step, anomaly.text, rows.tolist())
         if (response := recovery.respond(anomaly, self.rollbacks_left)) == "go on":
             return

@@ -19,6 +19,7 @@ import jax
 from jaxtrain.distributed.watchdog import Watchdog
 from jaxtrain.host.files import atomic_write
 from jaxtrain.observability.clock import StepClock
+from jaxtrain.observability.events import event
 from jaxtrain.observability.op_times import read_trace
 from jaxtrain.observability.progress import Progress
 from jaxtrain.step.batch import Batch
@@ -177,7 +178,8 @@ class Profiler:
         self._window = range(0)
         self._request.take()  # one that came meanwhile was of this window
         self._open.close()
-        log.info("profile of steps %d to %d: %s", self._done.start, self._done[-1], path)
+        first, last = self._done[0], self._done[-1]
+        log.info("profile of steps %d to %d: %s", first, last, path, extra=event("profile", last))
 
     def close(self) -> None:
         """Drops the window that is open, if there is one; may be called twice."""

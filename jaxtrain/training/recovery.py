@@ -15,6 +15,7 @@ from jaxtrain.config import Config, from_dict, to_dict
 from jaxtrain.distributed import coordination
 from jaxtrain.errors import NumericError
 from jaxtrain.observability.anomaly import Anomaly
+from jaxtrain.observability.events import event
 from jaxtrain.parallel.replicas import ReplicaCheck
 from jaxtrain.trees import PyTree
 
@@ -60,7 +61,7 @@ def rollback_point(checkpoints: Path, anomaly: Anomaly, examples: int, config: C
     values = read_manifest(checkpoints / str(older[-1])).position if older else Position().to_json(to_dict(config))
     stored = Position.from_json(values)
     text = "rolled back to step %d; the %d examples since are passed over"
-    log.warning(text, stored.step, examples - stored.examples)
+    log.warning(text, stored.step, examples - stored.examples, extra=event("roll_back", stored.step))
     return ResumePoint(start, dataclasses.replace(stored, examples=examples), from_dict(values["config"]))
 
 

@@ -16,6 +16,7 @@ from jaxtrain.checkpoint.resume_point import Position
 from jaxtrain.distributed import straggler
 from jaxtrain.observability import diagnostics
 from jaxtrain.observability.clock import Span, StepClock, explain
+from jaxtrain.observability.events import event
 from jaxtrain.observability.metrics_writer import MetricsWriter, NullMetricsWriter
 from jaxtrain.observability.progress import Progress
 from jaxtrain.observability.rendering import duration
@@ -216,7 +217,9 @@ class Reporter:
         self._writer.histograms(step, tags)
 
     def bad_batch(self, step: int, text: str, examples: list[int]) -> None:
-        """Notes which examples a step had whose numbers were not as they should be."""
+        """Warns of a step whose numbers were not as they should be, and notes which examples it had."""
+        path = self._directory.bad_batches
+        log.warning("%s; its examples are in %s", text, path, extra=event("anomaly", step))
         self._writer.bad_batch({"step": step, "text": text, "examples": examples})
 
     def finish(self, result: Mapping[str, Any], span: Span, *, tested: bool, has_best: bool) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping
 
@@ -12,9 +13,13 @@ from jaxtrain.checkpoint.resume_point import Position
 from jaxtrain.config import Config, to_dict
 from jaxtrain.distributed.coordination import broadcast_bool
 from jaxtrain.durations import Duration
+from jaxtrain.observability.events import event
+from jaxtrain.observability.text_log import FILE_ONLY
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.training.cadence import Timetable
 from jaxtrain.training.callback_list import Callbacks
+
+log = logging.getLogger("jaxtrain")
 
 Figures = Mapping[str, float | None]
 """Of a validation, by their names in the manifest."""
@@ -45,6 +50,7 @@ class Saver:
         self._callbacks = callbacks
         self._checkpointer, self._config, self._timetable, self._flush = checkpointer, config, timetable, flush
         self._saved_step, self._saved_at = saved_step, time.monotonic()
+        self._told_step = -1
         self._every = Duration.parse(config.checkpoint.every, "config.checkpoint.every", minutes=True)
 
     def save(
@@ -86,8 +92,12 @@ class Saver:
         self._tell()
 
     def _tell(self) -> None:
-        if self._checkpointer.completed >= 0:
-            self._callbacks.on_checkpoint(self._checkpointer.completed)
+        step = self._checkpointer.completed
+        if step not in (-1, self._told_step):
+            log.info("the checkpoint of step %d is complete", step, extra=event("checkpoint", step, also=FILE_ONLY))
+            self._told_step = step
+        if step >= 0:
+            self._callbacks.on_checkpoint(step)
 
     def annotate(self, position: Position, figures: Figures) -> None:
         """Adds the figures of a validation that comes after its checkpoint."""

@@ -8,6 +8,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -30,7 +31,7 @@ from jaxtrain.errors import InterruptedRunError, PreemptedError
 from jaxtrain.host.backend import on_cpu
 from jaxtrain.host.files import closing, writing
 from jaxtrain.models import settings as models
-from jaxtrain.observability import start_record
+from jaxtrain.observability import events, start_record
 from jaxtrain.observability.clock import StepClock
 from jaxtrain.observability.goodput import NullTimes, TimesFile
 from jaxtrain.observability.progress import Progress
@@ -40,8 +41,9 @@ from jaxtrain.parallel.mesh import Device
 from jaxtrain.precision import require_hardware
 from jaxtrain.training.callback_list import Callbacks, make_callbacks
 from jaxtrain.training.callbacks import Callback
-from jaxtrain.training.compiled import compile_run, explain_out_of_memory
+from jaxtrain.training.compiled import CompiledRun, compile_run, explain_out_of_memory
 from jaxtrain.training.jax_settings import compile_cache_note, no_implicit_transfers, set_environment, settings
+from jaxtrain.training.layout_report import overview, planned_svg
 from jaxtrain.training.loop import Host, TrainLoop
 from jaxtrain.training.plan.auto import choose_layout, memory_remedies
 from jaxtrain.training.pretrained_settings import require_weights
@@ -71,6 +73,7 @@ def train(
     quiet: bool = False,
     interrupt: Interrupt | None = None,
     callbacks: Sequence[Callback] = (),
+    origins: Mapping[str, str] = MappingProxyType({}),
 ) -> TrainResult:
     """Trains until the configured length, going on from whatever `workdir` holds, and returns the last state.
 
@@ -81,6 +84,7 @@ def train(
       quiet: print nothing (the log file is written all the same).
       interrupt: of `catch_signals`, where the caller catches them; else they are caught here.
       callbacks: of your own, called after those of `callbacks.names`; the same ones on every process and at every start.
+      origins: where each value of the config came from (`recipes.Resolved.origins`), for the record.
 
     Raises:
       JaxtrainError: one of the types in `jaxtrain.errors`, with one clear sentence. Never exits the process.
@@ -101,18 +105,16 @@ def train(
         stack.enter_context(watching(watchdog, interrupt.leave, directory.log(jax.process_index())))
         lease = _take_lease(directory, stack)
         first = jax.process_index() == 0
-        times = TimesFile(directory.starts, clock, lambda: watchdog.beat().step) if first else NullTimes()
+        times = _recorded(directory, clock, watchdog, stack) if first else NullTimes()
         stack.enter_context(_end_recorded(times, interrupt, watchdog))
         telemetry = stack.enter_context(contextlib.closing(Telemetry(config.telemetry, devices)))
         request = stack.enter_context(catch_profile_signal())
-        host = Host(directory, interrupt, watchdog, clock, progress, lease, times, telemetry, called, request)
+        host = Host(directory, interrupt, watchdog, clock, progress, lease, times, telemetry, called, request, origins)
         config = _choose_layout(config, host, devices)
         resume, config = resume_lib.where_to_start(directory, config, partial(resolve_for_machine, devices=devices))
         _check_before_data(resume, config, devices)
         stack.enter_context(settings(config))
-        watchdog.feed("prepare the data", resume.position.step)
-        with clock.charge("input"), progress.activity(f"reading the data set {config.data.name}"):
-            dataset = load_data(config.data)
+        dataset = _read_data(config, host, resume.position.step)
         dataset, resume = resume_lib.may_go_on(directory, resume, config, dataset)
         if first:
             registry.record_contents(config.data, dataset)
@@ -134,6 +136,12 @@ def _check_before_data(resume: ResumePoint, config: Config, devices: list[Device
     models.require_hardware(config.model, devices)
     if jax.process_index() == 0:
         resume_lib.warn_of_other_products(resume, config, devices[0].platform)
+
+
+def _read_data(config: Config, host: Host, step: int) -> Dataset:
+    host.watchdog.feed("prepare the data", step)
+    with host.clock.charge("input"), host.progress.activity(f"reading the data set {config.data.name}"):
+        return load_data(config.data)
 
 
 def _choose_layout(config: Config, host: Host, devices: list[Device]) -> Config:
@@ -162,9 +170,11 @@ def _train_from(
         compiled, state = compile_run(run, resume, directory.trace(jax.process_index()))
     position = dataclasses.replace(position, weights=compiled.weights or start.weights)
     compiled.evaluate.begin(state)
-    _take_over(host, resume, config, run, position)
+    _take_over(host, resume, config, position, compiled)
     host.times.runs_on(0 if on_cpu(devices) else run.layout.mesh.size, config.cost.per_gpu_hour)
     host.times.goes_on_from(position.step, run.steps)
+    said = events.event("start", position.step, also=FILE_ONLY)
+    log.info("this start goes from step %d to step %d", position.step, run.steps, extra=said)
     checkpointer = Checkpointer(
         directory.checkpoints,
         config.checkpoint.keep,
@@ -194,6 +204,16 @@ def _as_ended(run: RunSpec, resume: ResumePoint, position: Position, callbacks: 
     return run, dataclasses.replace(position, ending={})
 
 
+def _recorded(directory: Workdir, clock: StepClock, watchdog: Watchdog, stack: contextlib.ExitStack) -> TimesFile:
+    """Process 0 records the events and the times of this start, until the end of `stack`."""
+
+    def step() -> int:
+        return watchdog.beat().step
+
+    stack.enter_context(events.recording(directory.events, step))
+    return TimesFile(directory.starts, clock, step)
+
+
 @contextlib.contextmanager
 def _end_recorded(times: NullTimes, interrupt: Interrupt, watchdog: Watchdog) -> Iterator[None]:
     """Records how this start ends: at the end of the block, or wherever `interrupt` ends it.
@@ -208,8 +228,8 @@ def _end_recorded(times: NullTimes, interrupt: Interrupt, watchdog: Watchdog) ->
         report = ExitReport.of(error, coordination.index())
         times.ends(report.code, report.sentence)
         level = logging.INFO if isinstance(error, (PreemptedError, InterruptedRunError)) else logging.ERROR
-        trace = report.trace and f"\n{report.trace}"
-        log.log(level, "exit code %d: %s%s", report.code, report.sentence, trace, extra=FILE_ONLY)
+        said, trace = events.event("end", also=FILE_ONLY), error if report.trace else None
+        log.log(level, "exit code %d: %s", report.code, report.sentence, extra=said, exc_info=trace)
 
     interrupt.last_words, watchdog.start_file = record, str(times.path or "")
     with closing(times):
@@ -219,6 +239,7 @@ def _end_recorded(times: NullTimes, interrupt: Interrupt, watchdog: Watchdog) ->
             record(interrupt.cause(raised))
             raise
         times.ends(0, "The run is complete.")
+        log.info("the run is complete", extra=events.event("end", also=FILE_ONLY))
 
 
 def _take_lease(directory: Workdir, stack: contextlib.ExitStack) -> Lease | NoLease:
@@ -236,9 +257,9 @@ def _take_lease(directory: Workdir, stack: contextlib.ExitStack) -> Lease | NoLe
     return lease
 
 
-def _take_over(host: Host, resume: ResumePoint, config: Config, run: RunSpec, position: Position) -> None:
+def _take_over(host: Host, resume: ResumePoint, config: Config, position: Position, compiled: CompiledRun) -> None:
     """Process 0 makes the work directory this run's: sets aside what lies after its start, stores config, data, manifest."""
-    directory = host.directory
+    directory, run = host.directory, compiled.run
     if jax.process_index() == 0:
         step = resume.position.step
         resume_lib.set_aside(directory, resume, config, run.steps, host.times.path)
@@ -248,6 +269,8 @@ def _take_over(host: Host, resume: ResumePoint, config: Config, run: RunSpec, po
         directory.write_config(config_lib.to_dict(config))
         directory.write_dataset(dataclasses.asdict(run.data_record))
         directory.write_skipped_images(run.dataset.skipped)
-        weights = {"weights": position.weights} if position.weights else {}
-        start_record.append_start(directory.manifest, start_record.environment(step) | weights)
+        directory.write_layout(overview(run, compiled.table), planned_svg(run))
+        also = {"weights": position.weights} if position.weights else {}
+        also |= {"origins": {key: origin for key, origin in host.origins.items() if origin != "default"}}
+        start_record.append_start(directory.manifest, start_record.environment(step) | also)
     barrier("the work directory is this run's")

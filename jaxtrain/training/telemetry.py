@@ -19,6 +19,7 @@ from jaxtrain.host.backend import on_cpu
 from jaxtrain.host.usage import HostUsage
 from jaxtrain.observability import slow_device
 from jaxtrain.observability.clock import StepClock
+from jaxtrain.observability.events import event
 from jaxtrain.observability.gpu_health import GpuHealth, describe
 from jaxtrain.observability.prometheus import PrometheusServer
 from jaxtrain.observability.sampler import Sampler, Source
@@ -150,7 +151,7 @@ class Telemetry:
             self._others = {key: value for each in everywhere for key, value in each["numbers"].items()}
             times = [DeviceTime(**each) for one in everywhere for each in one["times"]]
         for text in self._slow.observe(times):
-            log.warning("%s", text)
+            log.warning("%s", text, extra=event("slow_device"))
 
 
 def _sources(devices: Sequence[Device]) -> dict[str, Callable[[], Source]]:

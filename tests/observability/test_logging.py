@@ -33,7 +33,7 @@ from jaxtrain.errors import WorkdirError
 from jaxtrain.host import files
 from jaxtrain.host.backend import PACKAGES
 from jaxtrain.observability import clock as clocks
-from jaxtrain.observability import diagnostics, start_record
+from jaxtrain.observability import diagnostics, metrics_writer, start_record
 from jaxtrain.observability.goodput import TimesFile
 from jaxtrain.observability.merged_logs import Follower
 from jaxtrain.observability.metrics_files import EpochRow, MetricsCsv, MetricsJsonl
@@ -42,6 +42,12 @@ from jaxtrain.observability.tensorboard import EventFile
 from jaxtrain.observability.text_log import TextLog
 
 STEPS_AN_EPOCH = 4
+
+
+@pytest.fixture(autouse=True)
+def _stopped_clock(monkeypatch):
+    """Rows of `metrics.jsonl` are compared byte for byte, and have the time."""
+    monkeypatch.setattr(metrics_writer, "_now", lambda: 1.5)
 
 
 @pytest.fixture
@@ -141,8 +147,9 @@ def test_jsonl_keeps_full_precision_and_stays_json(run):
     assert "NaN" not in text
     assert "Infinity" not in text
     first, second = json_rows(run)
-    assert list(first) == ["step", "epoch", "phase", "loss", "grad_norm", "learning_rate"]
-    assert first == {"step": 1, "epoch": 0, "phase": "train", "loss": third, "grad_norm": None, "learning_rate": tiny}
+    assert list(first) == ["step", "epoch", "phase", "time", "loss", "grad_norm", "learning_rate"]
+    head = {"step": 1, "epoch": 0, "phase": "train", "time": 1.5}
+    assert first == head | {"loss": third, "grad_norm": None, "learning_rate": tiny}
     assert second["loss"] == float(np.float32(third))
     assert second["data_wait"] is None
 

@@ -340,6 +340,12 @@ def test_the_report_is_one_page_in_which_nothing_is_mark_up(made, tmp_path, caps
     assert report["worst"][0]["loss"] == pytest.approx(losses(logits, made.labels).max(), rel=1e-4)
     assert cli.main(["evaluate", str(made.run), "--report", "x.pdf"]) == 64
     assert "must end with .html or .json" in capsys.readouterr().err
+    assert cli.main(["evaluate", str(made.run), "--devices", "3", "--report"]) == 0
+    kept = made.run / "evaluation"
+    assert json.loads((kept / "test.json").read_text()) == report
+    assert (kept / "test.html").read_text() == text
+    assert cli.main(["evaluate", "--config", "quickstart", "--report"]) == 64
+    assert "--report needs a FILE" in capsys.readouterr().err
 
 
 def answers(made: Made, flip: bool = False) -> np.ndarray:
