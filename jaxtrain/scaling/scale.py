@@ -195,9 +195,8 @@ def _serial_fit(kind: str, mode: str, points: Sequence[tuple[float, float]]) -> 
         share += f" (fitted {100 * fit.fitted:.1f} %: more devices gained more than there are of them)"
     elif fit.fitted > 1:
         share += f" (fitted {100 * fit.fitted:.0f} %: more devices made it slower, which the law does not have)"
-    limit = (
-        f", so that no number of devices is over {fit.limit:.1f} times as fast" if mode == STRONG and fit.share else ""
-    )
+    bounded = mode == STRONG and 0 < fit.fitted <= 1
+    limit = f", so that no number of devices is over {fit.limit:.1f} times as fast" if bounded else ""
     error = (
         f"; the law is within {100 * fit.error:.1f} % of the {'point' if fit.points == 1 else f'{fit.points} points'}"
     )
