@@ -31,6 +31,9 @@ class Verdict:
     advice: str
 
 
+_ONE_NUMBER = Verdict("none", "one number of devices alone shows no scaling", "Give --devices several numbers.")
+
+
 def of_points(kind: str, mode: str, base: Point, point: Point, config: Config, link: LinkFit | None) -> Verdict:
     """The verdict on a measured point.
 
@@ -45,7 +48,9 @@ def of_points(kind: str, mode: str, base: Point, point: Point, config: Config, l
     times = 1.0 if kind == SIMULATED else point.devices / base.devices
     efficiency = point.speedup / times
     where = f"{kind}, {mode} scaling, {point.devices} devices: efficiency {100 * efficiency:.0f} %"
-    if point is base or efficiency >= GOOD:
+    if point is base:
+        return _ONE_NUMBER
+    if efficiency >= GOOD:
         return Verdict("none", f"{where}; nothing but the devices' own work takes long", "More devices help.")
     # What a step of the base's would take if its parts shrank and grew as they ideally do.
     scale = point.batch / base.batch / times
@@ -65,7 +70,9 @@ def of_model(base: ModelledPoint, point: ModelledPoint, mode: str, config: Confi
     """The verdict on a modelled point."""
     efficiency = point.batch / point.seconds / point.devices * base.devices * base.seconds / base.batch
     where = f"modelled, {mode} scaling, {point.devices:,} GPUs: efficiency {100 * efficiency:.0f} %"
-    if point is base or efficiency >= GOOD:
+    if point is base:
+        return _ONE_NUMBER
+    if efficiency >= GOOD:
         return Verdict("none", f"{where}; nothing but the GPUs' own work takes long", "More GPUs help.")
     scale = point.batch / base.batch / point.devices * base.devices
     lost = {name: value - scale * base.parts[name] for name, value in point.parts.items()}
@@ -116,7 +123,8 @@ def _less_communication(point: Point, link: LinkFit | None) -> str:
     """What would make communication a smaller part."""
     spent = point.parts["communication"] or 0.0
     share = spent / point.step.median
-    doubled = spent / (2 * point.step.median - spent)
+    rest = sum(value for name, value in _known(point).items() if name != "communication")
+    doubled = spent / (spent + 2 * rest)  # what it takes does not grow with the examples
     sent, messages = point.traffic.sent_bytes or 0.0, point.traffic.messages or 0
     text = (
         f"It is {100 * share:.0f} % of a step, in which a device sends {sent / 1e6:.1f} MB in {point.traffic.collectives} "
