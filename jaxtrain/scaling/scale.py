@@ -197,9 +197,9 @@ def _serial_fit(kind: str, mode: str, points: Sequence[tuple[float, float]]) -> 
         share += f" (fitted {100 * fit.fitted:.0f} %: more devices made it slower, which the law does not have)"
     bounded = mode == STRONG and 0 < fit.fitted <= 1
     limit = f", so that no number of devices is over {fit.limit:.1f} times as fast" if bounded else ""
-    holds = 0 <= fit.fitted <= 1
-    which = "point" if fit.points == 1 else f"{fit.points} points"
-    error = f"; the law is within {100 * fit.error:.1f} % of the {which}" if holds else ""
+    error = f"; the law is within {100 * fit.error:.1f} % of the {fit.points} points"
+    if fit.points == 1:
+        error = "; it is fitted to one point, which says nothing of others"
     return [
         {
             "name": law,
