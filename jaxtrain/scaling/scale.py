@@ -15,7 +15,7 @@ from jaxtrain import config as config_lib
 from jaxtrain.config import Config
 from jaxtrain.errors import ConfigError
 from jaxtrain.host.backend import versions
-from jaxtrain.host.cpus import usable_cpus
+from jaxtrain.host.cpus import cpu_name, usable_cpus
 from jaxtrain.host.gpus import visible_gpus
 from jaxtrain.host.targets import Target, parse_target
 from jaxtrain.observability.start_record import git_state
@@ -89,7 +89,7 @@ def scale(
 
 def _environment() -> dict[str, Any]:
     return {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": cpu_name(),
         "cores": usable_cpus(),
         "gpus": _gpus(),
         "load": round(os.getloadavg()[0], 2),
