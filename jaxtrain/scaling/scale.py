@@ -18,17 +18,19 @@ from jaxtrain.host.backend import versions
 from jaxtrain.host.cpus import cpu_name, usable_cpus
 from jaxtrain.host.gpus import visible_gpus
 from jaxtrain.host.targets import Target, parse_target
+from jaxtrain.host.text import did_you_mean
 from jaxtrain.observability.start_record import git_state
 from jaxtrain.parallel.topology import compiler_problem
 from jaxtrain.scaling import advice, formulas, measuring, tables, targets
 from jaxtrain.scaling.measuring import MEASURED, SIMULATED, Machine, Point
 from jaxtrain.scaling.protocol import LinkFit
-from jaxtrain.scaling.study import STRONG, WEAK, Study, check_there, powers_up_to
+from jaxtrain.scaling.study import STRONG, WEAK, Study, check_there, counts_of, powers_up_to
 from jaxtrain.training.setup import check_names
 
 REPEATS = 5
 """Blocks of steps of each run, in turns."""
 
+_HOW = ("auto", "processes", "simulated")
 _MOST_SIMULATED = 8  # devices, where nobody asks for more
 _MOST_REPEATS, _MOST_STEPS = 1000, 100_000
 
@@ -72,11 +74,14 @@ def scale(
     """
     config = config if isinstance(config, Config) else config_lib.from_dict(config_lib.nested_dicts(config))
     check_names(config)
+    for name, value, known in (("how", how, _HOW), *(("modes", mode, (STRONG, WEAK)) for mode in modes)):
+        if value not in known:
+            raise ConfigError(f"{name}={value!r}: must be one of {', '.join(known)}.{did_you_mean(value, known)}")
+    counts = counts_of(",".join(map(str, devices))) if devices else ()
     if not 1 <= repeats <= _MOST_REPEATS:
         raise ConfigError(f"--repeats {repeats}: must be from 1 to {_MOST_REPEATS:,}.")
     if not 0 <= steps <= _MOST_STEPS:
         raise ConfigError(f"--steps {steps}: must be from 0 to {_MOST_STEPS:,}; 0 chooses.")
-    counts = tuple(sorted(devices))
     if target:
         scaled = _on_target(config, counts, parse_target(target), modes, links, said)
     elif links:

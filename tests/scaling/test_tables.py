@@ -148,3 +148,17 @@ def test_a_link_is_of_a_target():
 
 def test_a_spread_is_of_repeats():
     assert dataclasses.astuple(Spread.of([3.0, 1.0, 2.0])) == (2.0, 1.0, 3.0)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ({"how": "simulate"}, "how='simulate': must be one of auto, processes, simulated"),
+        ({"modes": ("week",)}, "modes='week': must be one of strong, weak"),
+        ({"devices": (0, 2)}, "0 is no number of devices"),
+        ({"devices": (2, 2)}, "2 stands there twice"),
+    ],
+)
+def test_wrong_words_from_python_are_refused(words, said):
+    with pytest.raises(ConfigError, match=said):
+        scale(CONFIG, **words)
