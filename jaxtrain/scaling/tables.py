@@ -120,7 +120,7 @@ _FORMS: Mapping[str, Callable[[float], str]] = {
     "examples/s": lambda value: f"{value:,.0f}" if value >= 10 else f"{value:.2f}",
     "speed-up": lambda value: f"{value:.2f}",
     " s": lambda value: f"{value:.1f}" if value < 100 else f"{value:,.0f}",
-    "GiB": lambda value: f"{value:.1f}",
-    "MB": lambda value: f"{value:,.1f}",
-    "moved": lambda value: f"{value:,.1f}",
+    "GiB": lambda value: f"{value:.3g}",
+    "MB": lambda value: f"{value:,.3g}" if value < 100 else f"{value:,.0f}",
+    "moved": lambda value: f"{value:,.3g}" if value < 100 else f"{value:,.0f}",
 }
