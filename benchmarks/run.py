@@ -178,14 +178,7 @@ def _rows(measured: dict[str, Any]) -> list[str]:
     for row in measured.get("efficiency", []):
         name = f"two stages on two cores over twice one core, {row['name']}, {row['microbatches']} microbatches"
         lines.append(_row(f"{name}: bound {row['bound']:.3f}", row["efficiency"], 1, "x", 3))
-    if scaled := measured.get("scale"):
-        lines.append(
-            f"| all-reduce of two processes (gloo): latency {1e6 * scaled['latency']:.0f} us "
-            f"| {scaled['bandwidth'] / 1e9:.2f} GB/s | |"
-        )
-        for row in scaled["steps"]:
-            name = f"two processes, {row['name']}, batch {row['batch']}"
-            lines.append(_row(f"{name}: predicted {1e3 * row['predicted']:.1f} ms", row["measured"], 1e3, "ms"))
+    lines += scale.table(measured.get("scale", []))
     if "status" in measured:
         found = measured["status"]
         for name, count in (("one", 1), ("many", found["runs"])):

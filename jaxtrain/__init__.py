@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from jaxtrain.recipes import load_config
     from jaxtrain.reporting.report import report
     from jaxtrain.runs.comparison import compare
+    from jaxtrain.scaling.scale import scale
     from jaxtrain.sweeps.session import sweep
     from jaxtrain.training.callbacks import Callback
     from jaxtrain.training.evaluate import evaluate
@@ -29,6 +30,7 @@ __all__ = [
     "load_model",
     "plan",
     "report",
+    "scale",
     "sweep",
     "train",
 ]
@@ -42,6 +44,7 @@ _HOMES = {
     "load_model": "jaxtrain.training.inference",
     "plan": "jaxtrain.training.plan.search",
     "report": "jaxtrain.reporting.report",
+    "scale": "jaxtrain.scaling.scale",
     "sweep": "jaxtrain.sweeps.session",
     "train": "jaxtrain.training.session",
 }

@@ -30,7 +30,7 @@ jax.devices()  # from here on XLA's flags are fixed: those of a run would slow d
 FAULTS = ("faults", "distributed", "checkpoint", "test_start", "test_workdir")
 WORDS = (
     "cli", "doctor", "host", "observability", "test_api", "test_benchmarks", "test_config", "test_deploy", "test_documents",
-    "test_layers", "test_order", "test_recipes", "test_scale",
+    "test_layers", "test_order", "test_recipes", "scaling",
 )  # fmt: skip
 DEAREST = ("test_parity", "test_pipeline")  # begun first, so that no worker waits for them at the end
 

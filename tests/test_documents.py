@@ -41,9 +41,8 @@ MADE = {
     # what the documents' own commands and examples write
     "my-project/job.yaml", "my_project.py", "plan.svg", "comm.csv", "comm.svg", "links.json", "step.svg",
     "results/gpu.json", "pictures/", "predictions.csv",
-    "predictions.json", "features.npz", "report.html", "report.json", "reports/", "runs.csv", "scaling.json",
-    "digits.stablehlo", "digits.stablehlo.json",
-    "vgg16.safetensors",
+    "predictions.json", "features.npz", "report.html", "report.json", "reports/", "runs.csv", "scaling.json", "scaling.csv",
+    "digits.stablehlo", "digits.stablehlo.json", "vgg16.safetensors",
     # beside a checkout, in the CI
     "../shared/data", "../shared/data/unpack.py", "unpack.py",
 }  # fmt: skip
@@ -52,7 +51,7 @@ MADE = {
 OTHERS_OPTIONS = {"--account", "--partition", "--gpus-per-task", "--shm-size", "--file_format"}
 OTHERS_WORDS = {
     "MLFLOW_TRACKING_URI", "TRACKIO_DIR",
-    "mallopt", "tmux", "strace", "perf", "OOMKilled", "NCCL_SOCKET_IFNAME", "jax_share_binary_between_hosts",
+    "mallopt", "tmux", "perf", "OOMKilled", "NCCL_SOCKET_IFNAME", "jax_share_binary_between_hosts",
     "xla_cpu_use_onednn", "xla_cpu_experimental_onednn_custom_call",
 }  # fmt: skip
 OTHERS_MODULES = {"jax", "lax", "optax", "torch", "cudnn", "package", "clu"}

@@ -41,6 +41,7 @@ from jaxtrain.cli import (
     queue,
     report,
     resume,
+    scale,
     status,
     stop,
     submit,
@@ -58,13 +59,13 @@ from jaxtrain.recipes import split_override
 COMMANDS = {
     "train": train, "launch": launch, "evaluate": evaluate, "predict": predict, "export": export,
     "checkpoint": checkpoint, "data": data, "config": config, "layout": layout, "compile": compile, "plan": plan,
-    "bench": bench, "logs": logs, "goodput": goodput, "compare": compare, "report": report,
+    "scale": scale, "bench": bench, "logs": logs, "goodput": goodput, "compare": compare, "report": report,
     "weights": weights, "demo": demo, "doctor": doctor, "init": init,
     "submit": submit, "queue": queue, "status": status, "stop": stop, "resume": resume,
     "dashboard": dashboard, "sweep": sweep,
 }  # fmt: skip
 
-_WITH_CONFIG = ("train", "evaluate", "layout", "compile", "plan", "config", "sweep")
+_WITH_CONFIG = ("train", "evaluate", "layout", "compile", "plan", "scale", "config", "sweep")
 
 
 class _Parser(argparse.ArgumentParser):

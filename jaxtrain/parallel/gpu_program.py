@@ -78,6 +78,7 @@ class Collective:
       bytes: of its result, in one run.
       layer: as of a kernel.
       operation: as of a kernel.
+      arrays: bytes of each array of the result; XLA joins collectives into one of several arrays.
     """
 
     kind: str
@@ -86,6 +87,7 @@ class Collective:
     bytes: int
     layer: str
     operation: str
+    arrays: tuple[int, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,8 +164,8 @@ def read_program(hlo: str, mesh: Mesh) -> GpuProgram:
         kind = instruction.op.removesuffix("-start")
         layer, operation = _origin(instruction, computations)
         if kind in COLLECTIVES:
-            size = _result_bytes(instruction)
-            collectives.append(Collective(kind, _axes(instruction.rest, mesh), times, size, layer, operation))
+            arrays, axes = _result_arrays(instruction), _axes(instruction.rest, mesh)
+            collectives.append(Collective(kind, axes, times, sum(arrays), layer, operation, arrays))
             continue
         target = instruction.attribute(r'custom_call_target="([^"]+)"')
         callbacks += "callback" in target
@@ -220,7 +222,7 @@ def permuted_bytes(hlo: str, counted: Callable[[int, int], bool] = lambda sender
     for instruction, times, _ in _executed(*_computations(hlo), 1):
         if instruction.op.removesuffix("-start") == "collective-permute":
             for sender, receiver in _groups(instruction.rest, 0):
-                sent[sender] += times * _result_bytes(instruction) * counted(sender, receiver)
+                sent[sender] += times * sum(_result_arrays(instruction)) * counted(sender, receiver)
     return dict(sent)
 
 
@@ -314,7 +316,12 @@ def _dtype(shape: str) -> str:
 
 
 def _bytes(shape: str) -> int:
-    return sum(
+    return sum(_arrays(shape))
+
+
+def _arrays(shape: str) -> tuple[int, ...]:
+    """Bytes of each array of a shape, which may be a tuple."""
+    return tuple(
         math.prod(map(int, filter(None, dims.split(",")))) * _bits(dtype) // 8 for dtype, dims in _SHAPE.findall(shape)
     )
 
@@ -324,8 +331,8 @@ def _bits(dtype: str) -> int:
     return _BITS.get(dtype) or int(digits[0] if digits else 8)
 
 
-def _result_bytes(instruction: _Instruction) -> int:
-    """Bytes of a collective's result.
+def _result_arrays(instruction: _Instruction) -> tuple[int, ...]:
+    """Bytes of each array of a collective's result.
 
     What `all-gather-start` and `collective-permute-start` give is a pair: the operands, then the results. So it is of
     `all-to-all-start` and `reduce-scatter-start`, whose operands are a tuple also where there is one.
@@ -335,7 +342,7 @@ def _result_bytes(instruction: _Instruction) -> int:
     if paired or (instruction.op.endswith("-start") and shape.startswith("((")):
         parts = _split(shape[1:-1])
         shape = parts[1] if len(parts) > 1 else shape
-    return _bytes(shape)
+    return _arrays(shape)
 
 
 def _split(text: str) -> list[str]:

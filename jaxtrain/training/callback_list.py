@@ -19,6 +19,7 @@ from jaxtrain.config import Config
 from jaxtrain.distributed.coordination import broadcast_str
 from jaxtrain.errors import CallbackError, CheckpointError, ConfigError, JaxtrainError
 from jaxtrain.host.files import closing
+from jaxtrain.observability.clock import Span
 from jaxtrain.observability.text_log import FILE_ONLY
 from jaxtrain.plugins import load_callable, place_in_own_code
 from jaxtrain.step.eval_step import EvalResult
@@ -108,6 +109,7 @@ class Callbacks:
         workdir: Path,
         state: TrainState,
         evaluator: StoppableEvaluator,
+        spent: Callable[[], Span],
     ) -> None:
         """Gives each callback its state, and calls `on_start`.
 
@@ -118,11 +120,12 @@ class Callbacks:
           workdir: the run's.
           state: that it goes on with.
           evaluator: of the run.
+          spent: gives what this start's time went into.
 
         Raises:
           CheckpointError: the stored state does not fit a callback.
         """
-        self._run = RunHandle(compiled, workdir, evaluator, self._stop, self._pause)
+        self._run = RunHandle(compiled, workdir, evaluator, self._stop, self._pause, spent)
         self._run.step = position.step
         self._told, self._asked_to_pause, self.pause = -1, "", ""
         self._asked = {key: text for key, text in position.ending.items() if key != "step"}

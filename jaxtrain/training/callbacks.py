@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from jaxtrain.observability.clock import Span
 from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.training.compiled import CompiledRun
@@ -22,6 +23,7 @@ class RunHandle:
       steps: the run's last step.
       step: the last step whose numbers are known.
       compiled: the run on its devices: its programs, batches and data set. This may change between versions.
+      spent: gives what this start's time went into so far, by category.
     """
 
     def __init__(
@@ -31,9 +33,10 @@ class RunHandle:
         evaluator: StoppableEvaluator,
         stop: Callable[[str], None],
         pause: Callable[[str], None],
+        spent: Callable[[], Span],
     ):
         self.config, self.workdir, self.steps, self.step = compiled.run.config, workdir, compiled.run.steps, 0
-        self.compiled, self._evaluator, self._stop, self._pause = compiled, evaluator, stop, pause
+        self.compiled, self.spent, self._evaluator, self._stop, self._pause = compiled, spent, evaluator, stop, pause
 
     def stop(self, reason: str) -> None:
         """Ends the run where the next epoch or validation ends, or after the next save: complete, with `result.json`.

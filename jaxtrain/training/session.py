@@ -185,7 +185,8 @@ def _train_from(
     with closing(checkpointer), no_implicit_transfers():
         loop = TrainLoop(run, compiled, checkpointer, host, position, rollbacks_left)
         with closing(loop.reporter):
-            host.callbacks.begin(resume.start, position, compiled, directory.path, state, loop.evaluator)
+            evaluator, spent = loop.evaluator, host.clock.now
+            host.callbacks.begin(resume.start, position, compiled, directory.path, state, evaluator, spent)
             return loop.run(state)
 
 

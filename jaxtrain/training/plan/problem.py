@@ -133,6 +133,13 @@ class Problem:
         other.machine = machine
         return other
 
+    def with_batch(self, batch: int) -> Problem:
+        """The same run with another global batch; what its layers cost is not computed again."""
+        other = copy.copy(self)
+        other.config, other.asked = (change(each, **{"data.global_batch": batch}) for each in (self.config, self.asked))
+        other.cuts = {}  # they are of microbatches
+        return other
+
     @property
     def batch(self) -> int:
         """Examples in a global batch."""
