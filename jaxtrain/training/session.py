@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from jaxtrain import config as config_lib
 from jaxtrain import workdir as workdir_lib
@@ -64,7 +65,7 @@ log = logging.getLogger("jaxtrain")
 
 
 def train(
-    config: Config | Mapping[str, Any],
+    config: Config | ConfigDict | Mapping[str, Any],
     workdir: str | Path,
     *,
     num_devices: int = 0,
