@@ -274,7 +274,7 @@ for at, (name, colour) in enumerate((("weights", BLUE), ("gradients", ORANGE), (
     height = np.array([row[at] for row in rows])
     axes.bar([f"ZeRO-{stage}" for stage in zero], height, bottom=bottom, color=colour, label=name)
     bottom += height
-axes.set(ylabel="copies of the weights", title="what each of 8 devices keeps between steps")
+axes.set(ylabel="copies of the weights", title="what each of 8 devices keeps")
 axes.legend()
 plt.show()
 
@@ -337,14 +337,15 @@ plt.show()
 # %% [markdown]
 # ## 6. Pipeline stages
 #
-# The third way to split: **by layers**. Device 0 has the first layers, device 1 the next. It sends only activations from one
-# stage to the next. But stage 1 must wait for stage 0. So the batch is cut into M **microbatches** that follow one another
-# through S stages. What is left of the waiting is the **bubble**: (S - 1) / (M + S - 1) of the time.
+# The third way to split: **by layers**. Device 0 has the first layers, device 1 the next. Only activations go from a
+# stage to the next, and their gradients back. But stage 1 must wait for stage 0. So the batch is cut into M
+# **microbatches** that follow one another through S stages. What is left of the waiting is the **bubble**: (S - 1) / (M
+# + S - 1) of the time.
 #
 # - *GPipe*, all forwards, then all backwards
 #   (Huang 2019, *GPipe: Efficient Training of Giant Neural Networks using Pipeline Parallelism*, https://arxiv.org/abs/1811.06965).
 # - *1F1B*, a forward and a backward in turn: the same bubble, but stage s keeps the activations of only S - s microbatches.
-#   *Interleaved*, each stage has C chunks of layers: a bubble C times smaller
+#   *Interleaved*, each stage has C chunks of layers: (S - 1) / (C M + S - 1)
 #   (Narayanan 2021, *Efficient Large-Scale Language Model Training on GPU Clusters Using Megatron-LM*,
 #   https://arxiv.org/abs/2104.04473).
 # - *Zero bubble* cuts the backward pass in two and fills the gaps with one half
@@ -447,8 +448,11 @@ assert found["auto"][1] < found["bf16"][1] < found["int8"][1] < found["topk"][1]
 figure, axes = plt.subplots()
 for name, (sent, error) in found.items():
     axes.loglog(sent / full, error, "o", color=BLUE)
-    axes.annotate(name, (sent / full, error), xytext=(6, 4), textcoords="offset points")
-axes.set(xlabel="bytes sent / bytes without compression", ylabel="relative error of one sum", xlim=(0.01, 2))
+    at, side = ((-6, 4), "right") if name == "powersgd" else ((6, 4), "left")
+    axes.annotate(name, (sent / full, error), xytext=at, ha=side, textcoords="offset points")
+axes.set(
+    xlabel="bytes sent / bytes without compression", ylabel="relative error of one sum", xlim=(0.01, 2), ylim=(1e-8, 20)
+)
 plt.show()
 
 # %% [markdown]
@@ -607,7 +611,7 @@ s = float(np.sum((1 / speedup - per_device) * (1 - per_device)) / np.sum((1 - pe
 assert 0 < s < 1
 assert np.all(speedup <= np.array(devices) * (1 + 1e-9))
 assert np.allclose(1 / (s + (1 - s) * per_device), speedup, rtol=0.1)  # the law fits the model within 10 %
-print(f"serial share {s:.1%}: no number of GPUs is more than {1 / s:.0f} times as fast, at this batch")
+print(f"serial share {s:.1%}: no number of GPUs is more than {1 / s:.1f} times as fast, at this batch")
 
 figure, axes = plt.subplots()
 many = np.arange(1, 33)
@@ -626,6 +630,13 @@ plt.show()
 # changes within k steps, so for small rates. Halve the rate, and the two ways are about four times closer:
 
 # %%
+from jaxtrain.optim.schedules import peak_learning_rate
+
+rates = from_dict(nested_dicts(load_config("quickstart"))).optim
+assert peak_learning_rate(rates, 256) == 4 * peak_learning_rate(
+    rates, 64
+)  # what jaxtrain makes of `optim.learning_rate`
+
 gaps = []
 for rate in (0.4, 0.2, 0.1, 0.05):
     small_steps = weights

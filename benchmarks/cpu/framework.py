@@ -42,9 +42,9 @@ WAYS: dict[str, dict[str, Any]] = {
 def measure() -> dict[str, Any]:
     """Plain values: `rows`, one for each of `WAYS`, and `not_compiled`, why none of them was compiled, or ""."""
     problem = compiler_problem()
-    configs = [_config(COMPILED_BATCH, fields, "bf16") for fields in WAYS.values()]
+    configs = [run_config(COMPILED_BATCH, fields, "bf16") for fields in WAYS.values()]
     compiled = [None] * len(WAYS) if problem else compile_layouts(configs, parse_target(TARGET), print)
-    simulated = _simulated([_config(BATCH, fields, "f32") for fields in WAYS.values()])
+    simulated = _simulated([run_config(BATCH, fields, "f32") for fields in WAYS.values()])
     rows = [
         {"name": name, "settings": fields} | found | {"compiled_peak_bytes": gpu and gpu["peak_bytes"]}
         for (name, fields), found, gpu in zip(WAYS.items(), simulated, compiled, strict=True)
@@ -61,7 +61,7 @@ def measure() -> dict[str, Any]:
     }
 
 
-def _config(batch: int, fields: dict[str, Any], precision: str) -> Config:
+def run_config(batch: int, fields: dict[str, Any], precision: str) -> Config:
     """Four groups of BatchNorm, so that the pipeline's four microbatches normalize as the other ways do."""
     config = resolve(str(ROOT / "configs" / "vgg19_cifar10.py"), []).config
     common = {"data.global_batch": batch, "model.bn_groups": 4, "data.residency": "stream"}
@@ -121,4 +121,4 @@ def table(measured: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-__all__ = ["WAYS", "measure", "table"]
+__all__ = ["WAYS", "measure", "run_config", "table"]
