@@ -1,4 +1,4 @@
-"""The GPU suite without a GPU: its arithmetic, traces, result files and processes; tables. (Figures are measured, not tested.)"""
+"""The GPU suite without a GPU: its arithmetic, traces, files and processes; tables. (Its figures are measured, not tested.)"""
 
 import dataclasses
 import gzip
