@@ -204,7 +204,7 @@ def _rows(measured: dict[str, Any]) -> list[str]:
         what = "Collectives (gloo), measured -> predicted by the cost model, and the error of that:"
         lines += ["", what, "", collectives.table(measured["collectives"])]
     if "framework" in measured:
-        what = "VGG-19 with BatchNorm on images of 32 px, 4 devices, in the ways of a framework (simulated in f32, compiled in bf16):"
+        what = "VGG-19 with BatchNorm at 32 px, 4 devices, in the ways of a framework (simulated in f32, compiled in bf16):"
         lines += ["", what, "", framework.table(measured["framework"])]
     return lines
 
