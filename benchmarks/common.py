@@ -10,7 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import Any
 
@@ -110,7 +110,7 @@ def block_seconds(run: RunSpec, engine: CompiledRun, state: TrainState, steps: i
     return seconds[1:]
 
 
-def batches(run: RunSpec, engine: CompiledRun, first_step: int, steps: int) -> Iterator[Batch]:
+def batches(run: RunSpec, engine: CompiledRun, first_step: int, steps: int) -> Generator[Batch]:
     """The training batches of `steps` updates."""
     batch = run.config.data.global_batch
     return engine.batches(first_step=first_step, first_example=first_step * batch, steps=steps)

@@ -23,6 +23,7 @@ from benchmarks.cpu import (
     dashboard,
     faults,
     finetune,
+    framework,
     inputs,
     overhead,
     peers,
@@ -56,6 +57,7 @@ BENCHMARKS: dict[str, Callable[[], Any]] = {
     "scale": scale.measure,
     "collectives": collectives.measure,
     "compress": compress.measure,
+    "framework": framework.measure,
     "status": status.measure,
     "telemetry": telemetry.measure,
     "submit": submit.measure,
@@ -201,6 +203,9 @@ def _rows(measured: dict[str, Any]) -> list[str]:
     if "collectives" in measured:
         what = "Collectives (gloo), measured -> predicted by the cost model, and the error of that:"
         lines += ["", what, "", collectives.table(measured["collectives"])]
+    if "framework" in measured:
+        what = "VGG-19 with BatchNorm at 32 px, 4 devices, in the ways of a framework (simulated in f32, compiled in bf16):"
+        lines += ["", what, "", framework.table(measured["framework"])]
     return lines
 
 

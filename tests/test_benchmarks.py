@@ -1,4 +1,4 @@
-"""The GPU suite without a GPU: its arithmetic, traces, result files and processes. (Its figures are measured, not tested.)"""
+"""The GPU suite without a GPU: its arithmetic, traces, files and processes; tables. (Its figures are measured, not tested.)"""
 
 import dataclasses
 import gzip
@@ -16,9 +16,11 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu_runs
+from benchmarks.cpu import framework
 from benchmarks.gpu import ours, parts, quickstart, suite
 from benchmarks.gpu.child import Child, ChildError
 from benchmarks.gpu.parts import CASES, EAGER, OWN_GRAPH, PLAIN, Budget, Session
+from jaxtrain.config import flatten, to_dict
 
 
 def named(kind, pid, name, tid=0):
@@ -166,6 +168,29 @@ def test_a_whole_run_is_read_from_what_it_left(tmp_path):
     assert [row[key] for key in ("total_seconds", "train_seconds", "start_seconds")] == [35, 20.5, 10]
     assert [row[key] for key in ("curve", "gpu_utilization", "test_accuracy")] == [[[1, 11.0, 0.8403]], 95, 0.961]
     assert row["mfu_of_datasheet"] == pytest.approx(6 * 1.298e9 * 30000 / 989e12)
+
+
+def test_the_frameworks_table_says_of_which_kind_each_figure_is():
+    """Its ways are legal trainings; a column is simulated or compiled, and what was not compiled has no figure."""
+    for fields in framework.WAYS.values():
+        found = flatten(to_dict(framework.run_config(32, fields, "f32")))
+        plain = flatten(to_dict(framework.run_config(32, {}, "f32")))
+        assert {key for key in found if found[key] != plain[key]} == set(fields)
+    spread = {"median": 0.5, "least": 0.25, "most": 1.0}
+    row = {
+        "name": "ZeRO-2",
+        "settings": {"layout.zero": 2},
+        "seconds": spread,
+        "over_vanilla": spread,
+        "peak_bytes": 2e6,
+    }
+    measured = {"batch": 32, "compiled_batch": 1024, "target": "4xh100", "not_compiled": ""}
+    heading, _, line = framework.table(measured | {"rows": [row | {"compiled_peak_bytes": 3e9}]}).split("\n")
+    assert all(cell.strip().startswith(("simulated", "compiled for 4xh100")) for cell in heading.split("|")[3:-1])
+    assert line == "| ZeRO-2 | `layout.zero=2` | 64.0 (32.0 - 128.0) | 0.50 x (0.25 - 1.00) | 2 | 3.00 |"
+    without = framework.table(measured | {"not_compiled": "no compiler", "rows": [row | {"compiled_peak_bytes": None}]})
+    assert without.split("\n")[2].endswith("| 2 | not compiled |")
+    assert without.endswith("\nNot compiled: no compiler")
 
 
 # ------------------------------------------------------------------------------------------------- comparing, with stand-ins

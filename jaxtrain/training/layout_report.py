@@ -45,7 +45,9 @@ def describe_layout(config: Config, devices: list[Device]) -> dict[str, Any]:
       multiplied by (0 for all else). With pipeline stages also `bytes_by_stage` (by tree, then stage), `stages` (a line about
       each); `microbatches` is their number. `warnings`: what a user should know, among it settings that have no effect.
     """
-    return describe(*_planned(config, devices))
+    run, table = _planned(config, devices)
+    with settings(run.config):
+        return describe(run, table)
 
 
 def _planned(config: Config, devices: list[Device]) -> tuple[RunSpec, dict[str, list[Placement]]]:

@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import jax
+from ml_collections import ConfigDict
 
 from jaxtrain import config as config_lib
 from jaxtrain import workdir as workdir_lib
@@ -66,7 +67,7 @@ log = logging.getLogger("jaxtrain")
 
 
 def train(
-    config: Config | Mapping[str, Any],
+    config: Config | ConfigDict | Mapping[str, Any],
     workdir: str | Path,
     *,
     num_devices: int = 0,

@@ -7,6 +7,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from jaxtrain import config as config_lib
 from jaxtrain.config import Config
 from jaxtrain.errors import ConfigError
@@ -49,7 +51,7 @@ class _Row:
 
 
 def plan(
-    config: Config | Mapping[str, Any],
+    config: Config | ConfigDict | Mapping[str, Any],
     target: str | Target,
     *,
     links: Sequence[str] = (),
