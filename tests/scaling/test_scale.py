@@ -76,7 +76,7 @@ def test_simulated_devices_from_end_to_end(tmp_path, capsys):
     assert "simulated: strong scaling" in printed
     assert "shows what the layout costs" in printed
     written = json.loads((tmp_path / "scaling.json").read_text())
-    assert written["command"].startswith("jaxtrain ")
+    assert written["command"].startswith("jaxtrain")
     (table,) = written["tables"]
     assert (table["kind"], table["scaling"]) == ("simulated", "strong")
     assert [row[:2] for row in table["rows"]] == [[1, 64], [2, 64]]

@@ -92,6 +92,7 @@ export class Curves {
     const plots = this.makePlots(columns);
     const names = plots.flatMap(({ lines }) => lines.map(({ column }) => column));
     if (names.join() === this.names?.join()) return;
+    if (!plots.length && this.#charts.size) return; // the file is gone: what was read of it stays
     this.plots = plots;
     this.names = names;
     this.#drop(new Set(plots.map(({ key, title }) => key + title)));
