@@ -168,6 +168,7 @@ def test_halving_keeps_the_best_by_the_mean_of_their_seeds():
     assert decide(Halving(3, 1, "val_accuracy"), 1, {"a": [None], "b": [None]}).kept == ("a",)
 
 
+@pytest.mark.faults
 def test_halving_pauses_runs_and_the_survivor_is_as_one_that_was_not_paused(tmp_path):
     fixed = FIXED | {"train.epochs": 4, "optim.schedule": "cosine"}
     source = {
