@@ -35,6 +35,8 @@ class PlannedRun:
     config: Config
     origins: Mapping[str, str]
     """Where each of its values comes from, as `recipes.Resolved` has it; those that vary from a `flag`."""
+    command: tuple[str, ...]
+    """That trains the same run by itself, but for its work directory."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +81,9 @@ def make_plan(sweep: Sweep) -> Plan:
         setting = _short(",".join(parts), {key: settings[key] for key in sweep.over})
         name = ",".join(filter(None, [setting, f"{SEED}={settings[SEED]}" if sweep.seeds else ""]))
         origins = {**resolved.origins, **dict.fromkeys(pairs, "flag")}
-        runs.append(PlannedRun(name, setting, settings, config, origins))
+        flags = [f"--config.{key}={value}" for key, value in {**sweep.overrides, **pairs}.items()]
+        command = ("jaxtrain", "train", "--config", sweep.config, *flags)
+        runs.append(PlannedRun(name, setting, settings, config, origins, command))
     runs = _distinct(runs)
     base_values = flatten(to_dict(base))
     return Plan(sweep, base_values, tuple(runs), _resolved(sweep.halving, base, runs))

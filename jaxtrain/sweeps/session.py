@@ -174,7 +174,7 @@ class _Going:
     def _train(self, what: str, runs: Sequence[PlannedRun], pause_at: float) -> None:
         """Trains what has not come to `pause_at`. Raises where the sweep is told to stop, or cannot write."""
         tasks = [
-            Task(run.name, run.config, run.origins, self._folder / run.name, self._num_devices, pause_at)
+            Task(run.name, run.config, run.origins, run.command, self._folder / run.name, self._num_devices, pause_at)
             for run in runs
             if self._is_open(run, pause_at)
         ]

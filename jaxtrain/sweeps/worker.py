@@ -43,6 +43,8 @@ class Task:
     config: Config
     origins: Mapping[str, str]
     """Where each value of the config comes from."""
+    command: tuple[str, ...]
+    """That would train the same run by itself; the run's manifest has it."""
     folder: Path
     num_devices: int = 0
     pause_at: float = 1.0
@@ -122,6 +124,7 @@ def _run(task: Task, pipe: Connection) -> Outcome:
         if "cache_misses" in event:
             compiled.append(event)
 
+    sys.argv = [*task.command, "--workdir", str(task.folder)]
     watch = Watch(task.pause_at, lambda: pipe.send(Compiled()))
     jax.monitoring.register_event_listener(count)
     try:

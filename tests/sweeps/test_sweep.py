@@ -14,6 +14,8 @@ from runs import RECIPE, ROOT, SMALL, Started, here, rows
 
 from jaxtrain import sweep
 from jaxtrain.checkpoint import lease
+from jaxtrain.cli import parse
+from jaxtrain.cli import start as start_lib
 from jaxtrain.errors import ConfigError, WorkdirError
 from jaxtrain.sweeps.halving import decide
 from jaxtrain.sweeps.plan import make_plan
@@ -211,6 +213,11 @@ def test_the_second_to_the_sixth_run_compile_nothing_and_the_same_command_does_n
     assert len([line for line in table if "  2 runs " in line]) == 3
     before = everything(tmp_path / "sweep")
     assert len(before) == 6
+    last = tmp_path / "sweep" / "learning_rate=0.2,seed=1"
+    (start,) = json.loads((last / "manifest.json").read_text())["starts"]
+    alone = start_lib.resolved(parse(start["command"][1:])).config
+    assert alone == make_plan(read_sweep(SIX)).runs[-1].config, "the command of the run by itself"
+    assert start["command"][-2:] == ["--workdir", str(last)]
     again = sweep(SIX, tmp_path / "sweep", quiet=True)
     assert all(starts(run.workdir.path) == ["000001.json"] for run in again.runs)
     more = sweep(SIX | {"seeds": 3}, tmp_path / "sweep", quiet=True)
