@@ -166,6 +166,8 @@ class Dashboard:
 
     async def stream(self, request: Request) -> Response:
         """What is new, as it comes."""
+        if request.method == "HEAD":  # it would never end
+            return Response(media_type="text/event-stream")
         if self.streams.full:
             return error(503, "Too many pages are open; close some, or reload this one to see what is new.")
         run = _word(request, "run")
