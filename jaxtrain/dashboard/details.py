@@ -23,6 +23,7 @@ MOST_EVALUATION = 64 << 20
 _ENVIRONMENT = (
     "started", "step", "command", "python", "versions", "git", "hostname", "platform", "cpus", "devices", "environment",
 )  # fmt: skip
+_LAYOUT = {"mesh": dict, "bytes_per_device": dict, "bytes_by_stage": dict, "stages": list}  # what is drawn of it
 
 
 def run_details(folder: Folder, row: Row, columns: Mapping[str, list[str]]) -> dict[str, Any]:
@@ -42,7 +43,7 @@ def run_details(folder: Folder, row: Row, columns: Mapping[str, list[str]]) -> d
         "config": _config(_read(folder, "config.json", problems), latest),
         "starts": [{"number": number, **dataclasses.asdict(start)} for number, start in enumerate(starts, 1)],
         "goodput": goodput(starts).to_json() if starts else None,
-        "layout": _read(folder, "layout.json", problems),
+        "layout": _layout(folder, problems),
         "has_schedule": "schedule.svg" in found and stat.S_ISREG(found["schedule.svg"].st_mode),
         "environment": {name: redact_values(latest[name]) for name in _ENVIRONMENT if name in latest} or None,
         "checkpoints": _checkpoints(folder, _read(folder, "result.json", [])),
@@ -69,6 +70,14 @@ def _read(folder: Folder, name: str, problems: list[str]) -> Any:
         problems.append(f"{name} is damaged (it holds no JSON object).")
         return None
     return redact_values(value)
+
+
+def _layout(folder: Folder, problems: list[str]) -> Any:
+    layout = _read(folder, "layout.json", problems)
+    if layout is None or all(isinstance(layout.get(name), kind) for name, kind in _LAYOUT.items()):
+        return layout
+    problems.append("layout.json is damaged (it describes no layout).")
+    return None
 
 
 def _latest_start(folder: Folder, problems: list[str]) -> dict[str, Any]:

@@ -105,6 +105,9 @@ def test_it_is_read_only_and_says_so(served):
         assert (answer.status, answer.headers["allow"]) == (405, "GET, HEAD"), method
     head = served.ask("/api/runs", "HEAD", Authorization=f"Bearer {served.token}")
     assert (head.status, head.body) == (200, b"")
+    head = served.ask("/api/stream", "HEAD", Authorization=f"Bearer {served.token}")
+    assert (head.status, head.headers["content-type"].partition(";")[0]) == (200, "text/event-stream")
+    assert head.headers["content-length"] == "0", "it ends"
 
 
 def test_every_answer_has_the_headers_that_keep_a_page_apart(served):
@@ -472,6 +475,10 @@ def test_damaged_files_are_named_and_hide_nothing_else(served, runs):
     assert answer["config"]
     assert served.json(f"{at}/events")["events"] == [{"time": 1.0, "step": 2, "kind": "end", "message": "x"}]
     assert served.json(f"{at}/series?columns=train/loss")["series"]["train/loss"]["rows"] == 10
+    (run / "layout.json").write_text('{"mesh": {"data": 1}, "bytes_per_device": {}, "bytes_by_stage": {}, "stages": 4}')
+    answer = served.json(at)
+    assert answer["layout"] is None
+    assert "layout.json is damaged (it describes no layout)." in answer["problems"]
     (run / "config.json").write_text("{")
     (run / "starts" / "000001.json").write_text("{")
     until(lambda: served.rows()["damaged"], lambda each: each["state"] == "damaged")

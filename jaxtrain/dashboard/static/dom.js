@@ -98,8 +98,9 @@ function relative(seconds) {
 /** A moment, relative to now; the exact one on hover. It goes on by itself. */
 export function when(seconds) {
   if (seconds === null || seconds === undefined) return h("span", {}, "–");
-  const iso = new Date(seconds * 1000).toISOString();
-  return h("time", { datetime: iso, title: exact(seconds), "data-at": seconds }, relative(seconds));
+  const moment = new Date(seconds * 1000);
+  if (Number.isNaN(moment.getTime())) return h("span", {}, "–"); // beyond what a date can be: a damaged file
+  return h("time", { datetime: moment.toISOString(), title: exact(seconds), "data-at": seconds }, relative(seconds));
 }
 
 setInterval(() => {

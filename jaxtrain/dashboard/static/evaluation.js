@@ -1,7 +1,7 @@
 // What `jaxtrain evaluate --report` found: confusions, classes, calibration, the worst images.
 
 import { get, runPath } from "./api.js";
-import { choice, command, empty, h, table } from "./dom.js";
+import { choice, command, empty, h, notice, table } from "./dom.js";
 
 const { format } = jaxtrainCharts;
 const MOST_NUMBERED = 25; // classes of a matrix with its numbers in it; a larger one is a picture
@@ -46,6 +46,10 @@ export class EvaluationTab {
   #load(name) {
     return this.view.guarded(async () => {
       const report = await get(`${runPath(this.view.id)}/evaluation/${encodeURIComponent(name)}`);
+      if (![report.classes, report.confusion, report.worst].every(Array.isArray)) {
+        this.result.replaceChildren(notice("warn", `evaluation/${name}.json is damaged (it is no evaluation's report).`));
+        return;
+      }
       const names = report.classes.map((each) => each.class);
       this.result.replaceChildren(
         headline(report),
