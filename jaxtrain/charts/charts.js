@@ -149,9 +149,10 @@ globalThis.jaxtrainCharts = (() => {
 
   const joined = (lines) => (lines.length ? uPlot.join(lines.map(({ columns }) => columns)) : [[], []]);
 
+  /** The value at a place, or the one before it where the line has no point there; null where that is no number. */
   function before(column, index) {
     for (let i = Math.min(index, column.length - 1); i >= 0; i--) {
-      if (column[i] !== undefined && column[i] !== null) return column[i];
+      if (column[i] !== undefined) return column[i];
     }
     return null;
   }

@@ -239,6 +239,30 @@ def test_every_side_of_a_run_is_there(visit, root):
     expect(one.page.get_by_text("No line is like that here.")).to_be_visible()
 
 
+def test_a_number_that_is_none_is_not_hidden_behind_an_older_one(visit, root):
+    """And what curves are drawn over is no curve."""
+    write_run(root / "diverged", [row(5, loss=0.25), row(10, loss=None)])
+    one = visit()
+    one.run("diverged")
+    expect(one.plot("Loss").locator(".chart-canvas")).to_have_attribute(
+        "aria-label", re.compile("step 10: training \u2013")
+    )
+    assert one.page.locator("[data-plot]").evaluate_all("plots => plots.map(plot => plot.dataset.plot)") == ["Loss"]
+
+
+def test_files_of_another_shape_are_named_as_damaged(visit, root):
+    path = write_run(root / "odd")
+    event = {"time": 1e99, "step": 5, "kind": "anomaly", "message": "of no time"}
+    (path / "events.jsonl").write_text(json.dumps(event) + "\n")
+    (path / "evaluation").mkdir()
+    (path / "evaluation" / "test.json").write_text("[]")
+    one = visit()
+    one.run("odd")
+    expect(one.page.get_by_role("row").filter(has_text="of no time")).to_contain_text("\u2013")
+    one.page.get_by_role("tab", name="Evaluation").click()
+    expect(one.page.get_by_text("evaluation/test.json is damaged")).to_be_visible()
+
+
 # -------------------------------------------------------------------------------------------------------------- alive
 
 
@@ -323,6 +347,8 @@ def test_markup_from_a_run_is_text(visit, tab):
 def test_it_fits_a_phone(visit, theme):
     one = visit(viewport={"width": 390, "height": 800}, color_scheme=theme)
     assert one.page.evaluate("document.documentElement.dataset.theme") == theme
+    cells = one.page.get_by_role("row").filter(has_text="As it ended.").first.locator(".cell-devices, .cell-seen")
+    assert len(set(cells.evaluate_all("all => all.map(each => each.getBoundingClientRect().top)"))) == 1, "on one line"
     assert one.overflows() == []
     for tab in ("curves", "machine", "time", "layout", "logs", "config", "commands"):
         one.run("pipeline", tab)
