@@ -28,6 +28,11 @@ def run(arguments: argparse.Namespace) -> None:
     prefix = arguments.prefix.rstrip("/")
     if prefix and not re.fullmatch(r"(/[A-Za-z0-9._~-]+)+", prefix):
         raise ConfigError(f"--prefix {arguments.prefix}: must be a path such as /jax.")
+    for name in arguments.allow_host:
+        if not re.fullmatch(r"[A-Za-z0-9._-]+|\[[0-9A-Fa-f:.]+\]", name):
+            raise ConfigError(
+                f"--allow-host {name}: must be a name alone, such as gpu.example, without https:// or a port."
+            )
     if not all(importlib.util.find_spec(name) for name in ("starlette", "uvicorn")):
         raise ConfigError(
             "jaxtrain dashboard needs starlette and uvicorn; pip install 'jaxtrain[dashboard]' brings them."

@@ -36,7 +36,7 @@ def runs(tmp_path_factory) -> Path:
 @pytest.fixture(scope="module")
 def served(runs) -> Iterator[Served]:
     """A dashboard that the tests of this file share; each makes runs of its own in it."""
-    runs.mkdir()
+    runs.mkdir(exist_ok=True)
     with serving(runs, runs.parent / "state") as served:
         yield served
     text = (runs.parent / "state.err").read_text()
@@ -687,6 +687,11 @@ def test_what_cannot_be_served_is_one_sentence(served, runs, tmp_path, capsys, m
         (["--root", str(tmp_path / "none")], 73, "none is no directory; choose another --root."),
         (["--port", "70000"], 64, "--port 70000: must be from 0 to 65535"),
         (["--prefix", "jax"], 64, "--prefix jax: must be a path such as /jax"),
+        (
+            ["--root", str(tmp_path / "none"), "--allow-host", "gpu.example:80"],
+            64,
+            "--allow-host gpu.example:80: must be",
+        ),
         (
             ["--root", str(runs), "--host", "no.such.host.invalid"],
             64,
