@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 _SECRET = re.compile(r"token|secret|passw|key|credential", re.IGNORECASE)
-_URL_USER = re.compile(r"(?<=://)[^/@\s]+(?=@)")
+_URL_USER = re.compile(r"(?<=://)[^/\s]+(?=@)")  # up to the last @: a password may hold one
 HIDDEN = "[redacted]"
 
 

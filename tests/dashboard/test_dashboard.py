@@ -218,7 +218,7 @@ def test_secrets_are_left_out(served, runs):
     (run / "manifest.json").write_text(json.dumps({"starts": [entry]}))
     (run / "layout.json").write_text(json.dumps({"warnings": [f"s3://a:{CANARY}@b"]}))
     (run / "result.json").write_text(json.dumps({"password": CANARY}))
-    event = {"time": 1.0, "step": 1, "kind": "end", "message": f"http://a:{CANARY}@b"}
+    event = {"time": 1.0, "step": 1, "kind": "end", "message": f"http://a:p@{CANARY}@b"}
     (run / "events.jsonl").write_text(json.dumps(event) + "\n")
     (run / "logs" / "process_0.log").write_text(f"2026-01-01T00:00:00.000Z INFO to https://u:{CANARY}@h\n")
     at = f"/api/runs/{found(served, 'secrets')}"
