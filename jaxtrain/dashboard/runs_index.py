@@ -18,7 +18,7 @@ from jaxtrain.dashboard.overview import FILES, Row, job_row, run_id, run_row
 from jaxtrain.errors import WorkdirError
 from jaxtrain.host.folder import Folder
 from jaxtrain.jobs.queue import Entry, Queue
-from jaxtrain.jobs.run_status import DAMAGED, RUNNING, find_runs
+from jaxtrain.jobs.run_status import DAMAGED, RUNNING, find_runs, is_run
 
 log = logging.getLogger("jaxtrain")
 
@@ -194,6 +194,8 @@ class RunsIndex:
         except Exception as error:  # of a file that nobody has thought of: the others are shown all the same
             log.exception("%s could not be read", folder.path)
             row = Row(identifier, "run", folder.name, DAMAGED, f"It could not be read ({type(error).__name__}).")
+        if known and not is_run(folder.path):  # taken away meanwhile: the next look at all lets go of it
+            return
         if known and row.job is None:
             row = dataclasses.replace(row, job=known.row.job)
         self._note(identifier, folder, signatures, row)

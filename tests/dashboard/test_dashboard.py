@@ -630,6 +630,22 @@ def test_a_stream_says_what_is_new(served, runs):
     stream.close()
 
 
+def test_a_run_that_is_taken_away_is_gone_and_not_said_to_have_died(served, runs):
+    kept = [write_run(runs / f"taken {number}", code=None) for number in range(4)]
+    names = {found(served, run.name): run for run in kept}
+    stream = Stream(served, "/api/stream")
+    stream.next("hello")
+    for run in kept:
+        run.rename(run.with_name(f".{run.name}"))
+        time.sleep(0.3)  # so that looks of all kinds come between
+    gone: set[str] = set()
+    while not names.keys() <= gone:
+        news = stream.next("runs")
+        gone.update(news["gone"])
+        assert {each["state"] for each in news["rows"] if each["id"] in names} <= {"running"}
+    stream.close()
+
+
 def test_streams_are_few_and_end_with_their_clients(served):
     streams = []
     while (stream := Stream(served, "/api/stream")).response.status == 200:
