@@ -26,6 +26,7 @@ from jaxtrain.jobs.queue import Queue
 from jaxtrain.runs.series import metrics_of
 
 CANARY = "canary-7f3a"
+LAYOUT = {"mesh": {"data": 4}, "zero": 3, "bytes_per_device": {}, "bytes_by_stage": {}, "stages": []}
 
 
 @pytest.fixture(scope="module")
@@ -216,7 +217,7 @@ def test_secrets_are_left_out(served, runs):
         "origins": {"sinks.api_key": "flag"},
     }
     (run / "manifest.json").write_text(json.dumps({"starts": [entry]}))
-    (run / "layout.json").write_text(json.dumps({"warnings": [f"s3://a:{CANARY}@b"]}))
+    (run / "layout.json").write_text(json.dumps(LAYOUT | {"warnings": [f"s3://a:{CANARY}@b"]}))
     (run / "result.json").write_text(json.dumps({"password": CANARY}))
     event = {"time": 1.0, "step": 1, "kind": "end", "message": f"http://a:p@{CANARY}@b"}
     (run / "events.jsonl").write_text(json.dumps(event) + "\n")
@@ -445,7 +446,7 @@ def test_a_run_shows_its_starts_config_checkpoints_and_commands(served, runs):
         )
     (run / "checkpoints" / "110").mkdir()  # being written
     (run / "result.json").write_text(json.dumps({"best": {"step": 20}}))
-    (run / "layout.json").write_text(json.dumps({"mesh": {"data": 4}, "zero": 3}))
+    (run / "layout.json").write_text(json.dumps(LAYOUT))
     answer = served.json(f"/api/runs/{found(served, 'with a space')}")
     origins = {each["key"]: each["origin"] for each in answer["config"]}
     assert (origins["seed"], origins["model.name"]) == ("flag", "default")
@@ -453,7 +454,7 @@ def test_a_run_shows_its_starts_config_checkpoints_and_commands(served, runs):
         (20, 12, True),
         (100, 12, False),
     ]
-    assert answer["layout"] == {"mesh": {"data": 4}, "zero": 3}
+    assert answer["layout"] == LAYOUT
     assert answer["environment"] == {"command": ["jaxtrain"], "python": "3.11"}
     assert answer["starts"][0]["seconds"] == {"start": 3.0, "compile": 7.0, "step": 90.0}
     assert answer["starts"][0]["end"]["code"] == 75
@@ -475,7 +476,7 @@ def test_damaged_files_are_named_and_hide_nothing_else(served, runs):
     assert answer["config"]
     assert served.json(f"{at}/events")["events"] == [{"time": 1.0, "step": 2, "kind": "end", "message": "x"}]
     assert served.json(f"{at}/series?columns=train/loss")["series"]["train/loss"]["rows"] == 10
-    (run / "layout.json").write_text('{"mesh": {"data": 1}, "bytes_per_device": {}, "bytes_by_stage": {}, "stages": 4}')
+    (run / "layout.json").write_text(json.dumps(LAYOUT | {"stages": 4}))
     answer = served.json(at)
     assert answer["layout"] is None
     assert "layout.json is damaged (it describes no layout)." in answer["problems"]
