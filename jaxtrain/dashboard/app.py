@@ -92,9 +92,6 @@ class Dashboard:
             {
                 "server": {**server, **self._index.progress()},
                 "runs": [vars(row) for row in changes.rows],
-                "problems": [
-                    {"name": row.name, "message": row.reason} for row in changes.rows if row.state == "damaged"
-                ],
             }
         )
 

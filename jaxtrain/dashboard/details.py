@@ -141,7 +141,7 @@ def _commands(folder: Folder) -> dict[str, str]:
     return {
         "resume": shlex.join(["jaxtrain", "resume", run]),
         "evaluate": shlex.join(["jaxtrain", "evaluate", run, "--report"]),
-        "export": shlex.join(["jaxtrain", "export", run, "--out", f"{folder.path.name}.safetensors"]),
+        "export": shlex.join(["jaxtrain", "export", run, "--out", f"./{folder.path.name}.safetensors"]),
         "logs": shlex.join(["jaxtrain", "logs", run, "--follow"]),
     }
 

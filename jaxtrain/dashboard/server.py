@@ -56,7 +56,7 @@ def serve(root: Path, host: str, port: int, names: Sequence[str], prefix: str) -
     shown = socket.gethostname() if host in _EVERYWHERE else f"[{host}]" if ":" in host else host
     guarded = Guard(dashboard.app(), token=token, names=[*own, *names], prefix=prefix)
     config = uvicorn.Config(
-        guarded, log_level=logging.WARNING, access_log=False, server_header=False, ws="none", lifespan="off",
+        guarded, log_level=logging.ERROR, access_log=False, server_header=False, ws="none", lifespan="off",
         http="h11", proxy_headers=False, timeout_graceful_shutdown=1,
     )  # fmt: skip
     index.start()

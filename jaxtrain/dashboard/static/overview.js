@@ -301,10 +301,9 @@ export class Overview {
   }
 
   #notes() {
-    const { server, problems } = store;
+    const { server } = store;
     const scanning = server?.scanning ? [notice("", `Looking for runs: ${server.read} of ${server.found} read.`)] : [];
-    const broken = problems.map(({ name, message }) => notice("warn", h("b", {}, name), ` ${message}`));
-    this.notes.replaceChildren(...scanning, ...broken);
+    this.notes.replaceChildren(...scanning);
   }
 
   #nothing() {

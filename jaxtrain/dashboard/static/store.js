@@ -13,7 +13,6 @@ const RETRY_SECONDS = 3;
 class Store extends EventTarget {
   rows = new Map();
   server = null;
-  problems = [];
   error = null;
   since = null;
   loaded = false;
@@ -36,9 +35,9 @@ class Store extends EventTarget {
 
   async load() {
     try {
-      const { server, runs, problems } = await get("api/runs");
+      const { server, runs } = await get("api/runs");
       this.#alive();
-      Object.assign(this, { server, problems, error: null, loaded: true });
+      Object.assign(this, { server, error: null, loaded: true });
       this.rows = new Map(runs.map((row) => [row.id, row]));
       this.#tell("rows", null);
       if (server.scanning) setTimeout(() => this.load(), 1000);
