@@ -90,7 +90,7 @@ def from_words(config: str, over: Sequence[Sequence[str]], draws: int = 0) -> Sw
     if not values:
         raise ConfigError("A sweep needs a FILE, or --config FILE and --over FIELD VALUE VALUE ...")
     seeds = {"seeds": values.pop(SEED)} if SEED in values else {}
-    axes = {"random": {"n": draws, "ranges": values}} if draws else {"grid": values}
+    axes = {"random": {"n": draws, "ranges": values}} if draws else {"grid": values} if values else {}
     return _parse({"config": config, **axes, **seeds}, "--over")
 
 

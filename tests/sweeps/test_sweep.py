@@ -77,6 +77,12 @@ def test_flags_describe_the_same_plan_as_a_file():
     assert [run.name for run in found.runs] == [run.name for run in make_plan(read_sweep(SIX)).runs]
 
 
+def test_the_seed_alone_may_vary():
+    found = make_plan(from_words(str(RECIPE), [["config.seed", "0", "1", "2"]]))
+    assert [run.name for run in found.runs] == ["seed=0", "seed=1", "seed=2"]
+    assert len(found.settings()) == 1
+
+
 def test_names_are_safe_and_short_and_apart():
     grid = {"optim.learning_rate": [0.123456789, 0.2], "checkpoint.resume": ["/a/b:c d", "x%y", "z" * 200, "z" * 201]}
     names = [run.name for run in make_plan(read_sweep({"config": "quickstart", "grid": grid, "seeds": [3]})).runs]
