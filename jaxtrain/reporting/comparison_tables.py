@@ -9,6 +9,7 @@ from jaxtrain.observability.rendering import short_duration
 from jaxtrain.reporting.table import Table
 from jaxtrain.runs.comparison import Comparison, Group, figure, number
 from jaxtrain.runs.settings import short_names, shown
+from jaxtrain.runs.spread import shown_confidence
 
 _FIGURES = ("val/accuracy", "val/loss", "test/accuracy", "test/loss", "train/loss")
 _SPEED = ("throughput", "goodput", "wall_seconds", "gpu_hours", "cost")
@@ -80,7 +81,9 @@ def _differences(comparison: Comparison) -> Table:
         interval = ""
         if found.low is not None and found.high is not None:
             interval = f"{figure(found.low, by)} to {figure(found.high, by)}"
-        rows.append([label, figure(found.value, by), interval, f"{found.confidence:.1%}", _VERDICTS[found.verdict]])
+        rows.append(
+            [label, figure(found.value, by), interval, shown_confidence(found.confidence), _VERDICTS[found.verdict]]
+        )
     caption = f"{by} of {best.label}, less that of each other (Welch's interval)"
     return Table.of(caption, ["other", "difference", "interval", "confidence", "against the spread over seeds"], rows)
 

@@ -12,7 +12,7 @@ from jaxtrain.errors import ConfigError
 from jaxtrain.host.text import did_you_mean
 from jaxtrain.runs.record import RunRecord, Stability, find_folders, read_records
 from jaxtrain.runs.settings import differing, short_names, shown
-from jaxtrain.runs.spread import Difference, Spread, difference
+from jaxtrain.runs.spread import Difference, Spread, difference, shown_confidence
 
 _BY = (
     "val/accuracy",
@@ -103,7 +103,8 @@ class Comparison:
         text = f"From {group.label} ({number(group.spreads[self.by], self.by)}) it differs by {figure(found.value, self.by)}"
         if found.low is None or found.high is None:
             return f"{text}."
-        interval = f"{found.confidence:.1%} interval {figure(found.low, self.by)} to {figure(found.high, self.by)}"
+        confidence = shown_confidence(found.confidence)
+        interval = f"{confidence} interval {figure(found.low, self.by)} to {figure(found.high, self.by)}"
         if found.verdict == "within":
             return f"{text} ({interval}): within the spread over seeds, so these runs do not tell the two apart."
         return f"{text} ({interval}): larger than the spread over seeds."
@@ -213,8 +214,8 @@ def _warnings(groups: Sequence[Group], pairs: int) -> Iterable[str]:
             yield f"{group.label}: some runs have the same seed, so the spread is not that over seeds alone."
     if pairs > 1:
         yield (
-            f"{pairs} pairs of settings can be looked at, so each interval is of {1 - 0.05 / pairs:.1%} (Bonferroni): "
-            "together they hold with 95 %."
+            f"{pairs} pairs of settings can be looked at, so each interval is of {shown_confidence(1 - 0.05 / pairs)} "
+            "(Bonferroni): together they hold with 95 %."
         )
     if any(0 < group.complete < len(group.runs) for group in groups):
         yield "Means leave out runs that are not complete; where those fail that would do badly, a mean is too good."

@@ -47,6 +47,12 @@ class Difference:
     """`larger` than the spread over seeds: the interval does not hold 0. `within` it. `unknown`: a side has one seed."""
 
 
+def shown_confidence(confidence: float) -> str:
+    """Such as `95.0%`; with as many digits as tell it from 100 %."""
+    digits = max(math.ceil(-math.log10(100 * (1 - confidence))), 1)
+    return f"{confidence:.{digits}%}"
+
+
 def difference(a: Spread, b: Spread, *, pairs: int = 1) -> Difference:
     """Welch's interval for the difference of two means whose variances may differ.
 

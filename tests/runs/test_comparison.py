@@ -15,6 +15,7 @@ from jaxtrain import compare
 from jaxtrain.cli import main
 from jaxtrain.config import Config, to_dict
 from jaxtrain.errors import ConfigError, WorkdirError
+from jaxtrain.reporting.comparison_tables import tables
 from jaxtrain.runs.spread import Spread, difference
 
 
@@ -80,6 +81,14 @@ def test_the_interval_by_hand():
     found = difference(Spread.of([4.0, 6.0]), Spread.of([1.0, 3.0]))
     assert (found.low, found.high) == pytest.approx((3 - 4.302653 * 2**0.5, 3 + 4.302653 * 2**0.5), rel=1e-6)
     assert found.verdict == "within"
+
+
+def test_no_interval_claims_to_be_certain(tmp_path):
+    """Of 20 settings there are 190 pairs: 1 - 0.05 / 190 is not 100 %."""
+    found = compare(make_sweep(tmp_path, dict.fromkeys(range(1, 21), A)))
+    said = [*found.sentences(), *found.warnings, *(row[3] for row in tables(found)[2].rows)]
+    assert sum("99.97%" in text for text in said) == 21
+    assert not any("100.0%" in text for text in said)
 
 
 def test_seeds_that_agree_to_the_bit_and_single_ones():
