@@ -16,6 +16,9 @@ from jaxtrain.host.files import ELSEWHERE, atomic_write, read_json, write_synced
 from jaxtrain.host.paths import require_local
 from jaxtrain.host.text import printable
 
+SWEEP_FILE = "sweep.json"
+"""In the directory of a sweep, whose runs are in directories below it."""
+
 _CONTROL = re.compile(r"[\x00-\x1f\x7f]")
 
 
@@ -125,6 +128,11 @@ class Workdir:
     def log(self, process: int) -> Path:
         """The text log of one process."""
         return self.logs / f"process_{process}.log"
+
+    def refuse_sweep(self) -> None:
+        """Raises `WorkdirError` where the directory is that of a sweep, which would not go on beside a run's files."""
+        if (self.path / SWEEP_FILE).exists():
+            raise WorkdirError(f"{self.path} is the directory of a sweep; choose another --workdir for the run.")
 
     def refuse_what_is_in_the_way(self) -> None:
         """Raises `WorkdirError` where a file has the name of a directory of the run, or a directory that of a file."""

@@ -119,9 +119,9 @@ def _summarize(found: SweepResult) -> None:
         print(printable(made.html))
     if failed := found.in_state(FAILED):
         sentences = " ".join(f"{run.name}: {run.reason}" for run in failed)
+        which = "those whose setting halving has kept" if found.decisions else "them"
         raise SweepError(
-            f"{len(failed)} of {len(found.runs)} runs failed; the others are done, and --retry-failed tries these again. "
-            f"{sentences}"
+            f"{len(failed)} of {len(found.runs)} runs failed; --retry-failed tries {which} again. {sentences}"
         )
 
 

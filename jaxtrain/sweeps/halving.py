@@ -34,6 +34,8 @@ def rung_step(share: float, steps: int) -> int:
 def figure_at(folder: Path, share: float, metric: str) -> float | None:
     """The figure of the validation that decides, of the average of the weights where the run keeps one.
 
+    It is the first validation from the rung on; of a run that is complete and did not come so far, the last.
+
     Returns:
       None where the run has not come so far; NaN where the figure is not finite.
     """
@@ -46,12 +48,14 @@ def figure_at(folder: Path, share: float, metric: str) -> float | None:
     step, name = rung_step(share, steps), metric.removeprefix("val_")
     with reading(workdir.metrics_jsonl):
         lines = workdir.metrics_jsonl.read_bytes().split(b"\n")
-    for line in lines:
-        row = _row(line)
-        if row is not None and row["phase"] == "val" and row["step"] >= step:
-            value = row[f"ema_{name}"] if f"ema_{name}" in row else row[name]
-            return float(value) if value is not None else math.nan
-    return None
+    validations = [row for row in map(_row, lines) if row is not None and row["phase"] == "val"]
+    reached = [row for row in validations if row["step"] >= step]
+    if not reached and workdir.result.is_file():  # `early_stopping` has ended it before
+        reached = validations[-1:]
+    if not reached:
+        return None
+    value = reached[0][f"ema_{name}"] if f"ema_{name}" in reached[0] else reached[0][name]
+    return float(value) if value is not None else math.nan
 
 
 def _row(line: bytes) -> dict[str, Any] | None:

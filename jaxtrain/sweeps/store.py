@@ -12,6 +12,7 @@ from jaxtrain.errors import ConfigError, WorkdirError
 from jaxtrain.host.files import ELSEWHERE, atomic_write, read_json
 from jaxtrain.sweeps.plan import Plan
 from jaxtrain.sweeps.spec import Range
+from jaxtrain.workdir import SWEEP_FILE
 
 _VERSION = 1
 
@@ -40,7 +41,7 @@ class Stored:
 
 def path_in(workdir: Path) -> Path:
     """Where the file is."""
-    return workdir / "sweep.json"
+    return workdir / SWEEP_FILE
 
 
 def read(workdir: Path) -> Stored | None:
@@ -87,8 +88,13 @@ def describe(plan: Plan) -> dict[str, Any]:
 
 def refuse_changes(stored: Stored, plan: Plan, workdir: Path) -> None:
     """Raises `ConfigError` where a plan differs from the stored one in more than values, seeds or draws that were added."""
-    differences = list(_differences(stored.plan, describe(plan)))
-    added = {run.name for run in plan.runs} - {run["name"] for run in stored.plan["runs"]}
+    now, added = describe(plan), {run.name for run in plan.runs} - {run["name"] for run in stored.plan["runs"]}
+    halving = plan.sweep.halving
+    if added and halving and not halving.rungs and stored.plan["halving"]:
+        now["halving"]["rungs"] = stored.plan["halving"][
+            "rungs"
+        ]  # more settings have more rungs: nobody has changed that
+    differences = list(_differences(stored.plan, now))
     if stored.decisions and added and not differences:
         differences = [f"{len(added)} runs are new, and halving has already decided which of the others go on"]
     if differences:

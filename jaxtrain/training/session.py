@@ -245,6 +245,7 @@ def _end_recorded(times: NullTimes, interrupt: Interrupt, watchdog: Watchdog) ->
 
 def _take_lease(directory: Workdir, stack: contextlib.ExitStack) -> Lease | NoLease:
     """Process 0 holds the directory's lock until the end of `stack`, and the others see it there."""
+    directory.refuse_sweep()
     found: list[Lease] = []
     first_on_process_zero(
         "lock the work directory",

@@ -17,6 +17,7 @@ from jaxtrain.checkpoint import lease
 from jaxtrain.cli import parse
 from jaxtrain.cli import start as start_lib
 from jaxtrain.errors import ConfigError, WorkdirError
+from jaxtrain.sweeps import store
 from jaxtrain.sweeps.halving import decide
 from jaxtrain.sweeps.plan import make_plan
 from jaxtrain.sweeps.spec import Halving, from_words, read_sweep
@@ -201,8 +202,34 @@ def test_halving_pauses_runs_and_the_survivor_is_as_one_that_was_not_paused(tmp_
     assert {run.name: starts(run.workdir.path) for run in again.runs}["learning_rate=0.1"] == [
         f"{number:06d}.json" for number in (1, 2, 3)
     ]
-    with pytest.raises(ConfigError, match="1 runs are new, and halving has already decided"):
-        sweep(source | {"grid": {"optim.learning_rate": [1e-5, 0.1, 1e-6, 0.01, 0.2]}}, tmp_path / "sweep", quiet=True)
+    for more in ([0.2], [0.2, 0.3, 0.4, 0.5]):  # eight settings would have another rung
+        grid = {"optim.learning_rate": [1e-5, 0.1, 1e-6, 0.01, *more]}
+        with pytest.raises(ConfigError, match=f"one: {len(more)} runs are new, and halving has already decided"):
+            sweep(source | {"grid": grid}, tmp_path / "sweep", quiet=True)
+
+
+def test_a_run_that_has_ended_early_counts_with_its_last_validation(tmp_path):
+    early = {"callbacks.names": ["early_stopping"], "callbacks.patience": 1, "callbacks.min_delta": 1.0}
+    fixed = FIXED | {"train.epochs": 8, "train.eval_every": 1} | early
+    source = {"config": str(RECIPE), "overrides": fixed, "grid": {"optim.learning_rate": [1e-6, 0.1]}, "halving": {}}
+    found = sweep(source, tmp_path / "sweep", quiet=True)
+    assert [run.state for run in found.runs] == ["done", "done"]
+    last = {run.name: rows(run.workdir.path, "val")[-1] for run in found.runs}
+    assert all(0 < row["step"] < 16 for row in last.values())
+    assert found.decisions[0].figures == {name: row["accuracy"] for name, row in last.items()}
+
+
+def test_before_halving_has_decided_settings_may_be_added(tmp_path):
+    few, many = (
+        make_plan(read_sweep(BASE | {"grid": {"model.width": list(range(8, 8 + n))}, "halving": {}})) for n in (2, 4)
+    )
+    store.write(tmp_path, few, [])
+    stored = store.read(tmp_path)
+    assert stored is not None
+    store.refuse_changes(stored, many, tmp_path)
+    fixed = make_plan(read_sweep(BASE | {"grid": {"model.width": [8, 9, 10, 11]}, "halving": {"rungs": 2}}))
+    with pytest.raises(ConfigError, match="halving is"):
+        store.refuse_changes(stored, fixed, tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------- runs of a sweep
@@ -244,7 +271,7 @@ def test_a_run_that_fails_does_not_end_the_sweep_and_is_tried_again_only_where_a
     source = SIX | {"grid": {"optim.learning_rate": [1e30, 0.1]}, "seeds": [0]}
     with started(tmp_path / "out.txt", source, tmp_path / "sweep") as process:
         assert process.end() == 70, process.output
-    assert "1 of 2 runs failed" in process.output.splitlines()[-1]
+    assert "1 of 2 runs failed; --retry-failed tries them again." in process.output.splitlines()[-1]
     failed, done = tmp_path / "sweep/learning_rate=1e+30,seed=0", tmp_path / "sweep/learning_rate=0.1,seed=0"
     found = sweep(source, tmp_path / "sweep", quiet=True)
     assert [run.state for run in found.runs] == ["failed", "done"]
@@ -262,6 +289,10 @@ def test_what_a_config_names_and_is_not_there_is_found_before_the_first_run(tmp_
 
 
 def test_a_sweep_has_its_directory_for_itself(tmp_path):
+    (tmp_path / "other").mkdir()
+    store.write(tmp_path / "other", make_plan(read_sweep(SIX)), [])
+    with pytest.raises(WorkdirError, match="is the directory of a sweep"):
+        here(tmp_path / "other", SMALL, train__steps=1)
     (tmp_path / "file").touch()
     with pytest.raises(WorkdirError, match="a file is in its way"):
         sweep(SIX, tmp_path / "file", quiet=True)
