@@ -80,15 +80,15 @@ def run(arguments: argparse.Namespace) -> None:
             steps=arguments.steps, repeats=arguments.repeats, said=activity.say,
         )  # fmt: skip
     scaled["command"] = shlex.join(["jaxtrain", *sys.argv[1:]])
-    if arguments.output:
-        _write(Path(arguments.output), scaled)
     if arguments.json:
         print(json.dumps(scaled, indent=2))
     elif arguments.csv:
         print(_csv(scaled), end="")
     else:
         _print(scaled)
-        if arguments.output:
+    if arguments.output:  # after they are shown: where they cannot be written, they are not lost
+        _write(Path(arguments.output), scaled)
+        if not (arguments.json or arguments.csv):
             print(printable(f"{arguments.output}/{JSON_FILE}"))
 
 

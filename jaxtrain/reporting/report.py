@@ -84,6 +84,8 @@ def report(
     names = [runs] if isinstance(runs, str | os.PathLike) else list(runs)
     studies = [file for name in names for file in _study(Path(name))]
     others = [name for name in names if not _study(Path(name)) or _has_runs(name)]
+    if not names:
+        raise WorkdirError("No run was named; name work directories of runs.")
     records = read_records(find_folders(others))
     comparison = compare_records(records, by=by)
     title = title or _title(records, studies)

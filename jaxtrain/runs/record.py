@@ -88,7 +88,7 @@ def find_folders(names: str | os.PathLike[str] | Iterable[str | os.PathLike[str]
     found: dict[Path, None] = {}
     for name in [names] if isinstance(names, str | os.PathLike) else names:
         text = os.fspath(name)
-        here = [Path(text)] if Path(text).exists() else [Path(path) for path in sorted(glob.glob(text))]
+        here = [Path(text)] if text and Path(text).exists() else [Path(path) for path in sorted(glob.glob(text))]
         runs = [run for path in here if path.is_dir() for run in ([path] if is_run(path) else find_runs(path))]
         if not runs:
             raise WorkdirError(f"{text!r} is no run, and there is none in it; name work directories of runs.")

@@ -18,6 +18,7 @@ import runs
 
 from jaxtrain import report
 from jaxtrain.cli import main
+from jaxtrain.errors import WorkdirError
 from jaxtrain.observability.goodput import goodput, read_starts
 
 EVIL = "</script><script>alert(1)</script><!-- \u2028 & \"'"
@@ -229,3 +230,11 @@ def test_a_browser_draws_every_plot_and_asks_for_nothing(folder, made):
     assert min(ink) > 20, ink  # colours, with those of the smoothed edges of lines and letters
     assert said == []
     assert [url for url in asked if not re.match("file:|data:", url)] == []
+
+
+def test_a_report_of_nothing_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for names, said in (([], "No run was named"), ("", "'' is no run")):  # and not the current directory
+        with pytest.raises(WorkdirError, match=said):
+            report(names, tmp_path / "out")
+    assert not (tmp_path / "out").exists()

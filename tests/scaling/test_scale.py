@@ -69,6 +69,15 @@ def test_bad_input_is_refused_before_anything_starts(words, said, capsys, monkey
     assert said in line
 
 
+def test_what_was_measured_is_shown_where_it_cannot_be_written(tmp_path, capsys):
+    (tmp_path / "file").touch()
+    words = ["--target", "2xh100", "--devices", "1,2", "--strong", "--json", "--output", str(tmp_path / "file/below")]
+    assert command_line([*SCALE, *words]) == 73
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["tables"]
+    assert "cannot be written" in printed.err
+
+
 def test_simulated_devices_from_end_to_end(tmp_path, capsys):
     words = ["--simulate", "--devices", "1,2", "--strong", "--steps", "3", "--repeats", "1", "--output", str(tmp_path)]
     assert command_line([*SCALE, *TINY, *words]) == 0
