@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.metadata
 import os
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -20,6 +18,7 @@ from jaxtrain.checkpoint.resume_point import Position, ResumePoint
 from jaxtrain.config import Config
 from jaxtrain.host import xla_flags
 from jaxtrain.recipes import change
+from jaxtrain.scaling.measuring import Spread
 from jaxtrain.step.batch import Batch
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.training.compiled import CompiledRun, compile_run
@@ -55,20 +54,6 @@ def machine() -> dict[str, Any]:
 
 def _lines(path: str) -> list[str]:
     return Path(path).read_text().splitlines() if Path(path).exists() else []
-
-
-@dataclasses.dataclass(frozen=True)
-class Spread:
-    """Median, minimum and maximum of repeats."""
-
-    median: float
-    least: float
-    most: float
-
-    @classmethod
-    def of(cls, values: list[float]) -> Spread:
-        """From the repeats themselves."""
-        return cls(statistics.median(values), min(values), max(values))
 
 
 def timed(function: Callable[[], Any], repeats: int) -> Spread:

@@ -11,7 +11,7 @@ from typing import Any
 
 from jaxtrain.config import flatten
 from jaxtrain.errors import ConfigError
-from jaxtrain.jobs.yaml_file import Fields, read_yaml_file
+from jaxtrain.jobs.yaml_file import Fields, read_yaml_file, whole_number
 
 SCHEDULERS = ("local", "slurm", "pbs", "kubernetes", "skypilot")
 
@@ -131,15 +131,6 @@ def _name(value: Any) -> str:
     return value
 
 
-def _count(least: int) -> Callable[[Any], int]:
-    def count(value: Any) -> int:
-        if type(value) is not int or not least <= value <= 10**6:
-            raise ValueError(f"a whole number of at least {least}")
-        return value
-
-    return count
-
-
 def _memory(value: Any) -> int:
     match = _MEMORY.fullmatch(str(value))
     if isinstance(value, bool) or not match:
@@ -195,10 +186,10 @@ def _time(value: Any) -> str:
 
 
 _RESOURCE_KEYS: dict[str, Callable[[Any], Any] | None] = {
-    "gpu": _count(0), "cpu": _count(1), "memory": _memory, "accelerator": _text,
+    "gpu": whole_number(0), "cpu": whole_number(1), "memory": _memory, "accelerator": _text,
 }  # fmt: skip
 _JOB_KEYS: dict[str, Callable[[Any], Any] | None] = {
     "name": _name, "description": _text, "config": _text, "overrides": _overrides, "workdir": _text, "command": _command,
-    "requirements": _requirements, "image": _text, "resources": None, "nodes": _count(1), "environment": _environment,
-    "scheduler": _scheduler, "queue": _text, "time_limit": _time, "retries": _count(0),
+    "requirements": _requirements, "image": _text, "resources": None, "nodes": whole_number(1), "environment": _environment,
+    "scheduler": _scheduler, "queue": _text, "time_limit": _time, "retries": whole_number(0),
 }  # fmt: skip

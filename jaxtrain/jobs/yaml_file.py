@@ -57,6 +57,17 @@ class _UniqueKeys(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+def whole_number(least: int) -> Callable[[Any], int]:
+    """A kind for `Fields.take`: whole numbers from `least` to a million."""
+
+    def check(value: Any) -> int:
+        if type(value) is not int or not least <= value <= 10**6:
+            raise ValueError(f"a whole number of at least {least}")
+        return value
+
+    return check
+
+
 class Fields:
     """A mapping of a file, whose values are checked one by one."""
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from jaxtrain.config import SECTIONS, flat_keys
 from jaxtrain.errors import ConfigError
-from jaxtrain.jobs.yaml_file import Fields, read_yaml_file
+from jaxtrain.jobs.yaml_file import Fields, read_yaml_file, whole_number
 from jaxtrain.recipes import unknown_field
 
 METRICS = ("val_accuracy", "val_loss", "val_top5")
@@ -149,15 +149,6 @@ def _text(value: Any) -> str:
     return value
 
 
-def _count(least: int) -> Callable[[Any], int]:
-    def count(value: Any) -> int:
-        if type(value) is not int or not least <= value <= 10**6:
-            raise ValueError(f"a whole number of at least {least}")
-        return value
-
-    return count
-
-
 def _value(value: Any) -> str:
     """One value of a field, as text that an override takes."""
     if value is None or isinstance(value, Mapping):
@@ -251,7 +242,7 @@ def _metric(value: Any) -> str:
 
 _KEYS: dict[str, Callable[[Any], Any] | None] = {
     "config": _text, "overrides": _overrides, "grid": _grid, "random": None, "seeds": _seeds, "halving": None,
-    "jobs": _count(1), "workdir": _text,
+    "jobs": whole_number(1), "workdir": _text,
 }  # fmt: skip
-_RANDOM_KEYS: dict[str, Callable[[Any], Any] | None] = {"n": _count(1), "seed": _count(0), "ranges": _ranges}
-_HALVING_KEYS: dict[str, Callable[[Any], Any] | None] = {"eta": _count(2), "rungs": _count(1), "metric": _metric}
+_RANDOM_KEYS: dict[str, Callable[[Any], Any] | None] = {"n": whole_number(1), "seed": whole_number(0), "ranges": _ranges}
+_HALVING_KEYS: dict[str, Callable[[Any], Any] | None] = {"eta": whole_number(2), "rungs": whole_number(1), "metric": _metric}
