@@ -244,5 +244,13 @@ _KEYS: dict[str, Callable[[Any], Any] | None] = {
     "config": _text, "overrides": _overrides, "grid": _grid, "random": None, "seeds": _seeds, "halving": None,
     "jobs": whole_number(1), "workdir": _text,
 }  # fmt: skip
-_RANDOM_KEYS: dict[str, Callable[[Any], Any] | None] = {"n": whole_number(1), "seed": whole_number(0), "ranges": _ranges}
-_HALVING_KEYS: dict[str, Callable[[Any], Any] | None] = {"eta": whole_number(2), "rungs": whole_number(1), "metric": _metric}
+_RANDOM_KEYS: dict[str, Callable[[Any], Any] | None] = {
+    "n": whole_number(1),
+    "seed": whole_number(0),
+    "ranges": _ranges,
+}
+_HALVING_KEYS: dict[str, Callable[[Any], Any] | None] = {
+    "eta": whole_number(2),
+    "rungs": whole_number(1),
+    "metric": _metric,
+}

@@ -156,7 +156,8 @@ def test_a_complete_run_started_again_only_writes_its_result_again(copy, complet
     assert runs.epochs(copy) == runs.epochs(complete[0])
     changed = [path for path in copy.rglob("*") if path.is_file() and path.read_bytes() != before.get(path)]
     written = {path.relative_to(copy).parts[0] for path in changed}
-    assert written == {"logs", "manifest.json", "metrics.csv", "metrics.jsonl", "result.json", "starts", "tensorboard"}
+    rows = {"metrics.csv", "metrics.jsonl", "tensorboard"}
+    assert written == rows | {"events.jsonl", "logs", "manifest.json", "result.json", "starts"}
     runs.assert_same_bits(result, complete[1])
     old, new = (json.loads((path / "result.json").read_text()) for path in (complete[0], copy))
     for key in ("steps", "examples", "epochs", "last", "best", "devices"):

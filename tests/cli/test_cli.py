@@ -499,8 +499,10 @@ def test_layout_as_json(capsys):
     assert cli.main(["layout", *words]) == 0
     found = json.loads(capsys.readouterr().out)
     assert set(found) == {
-        "parameters", "mesh", "microbatches", "bytes_per_device", "bytes_by_stage", "stages", "warnings", "leaves"
+        "parameters", "devices", "mesh", "zero", "microbatches", "bytes_per_device", "bytes_by_stage", "stages", "warnings",
+        "leaves",
     }  # fmt: skip
+    assert (found["devices"], found["zero"]) == (8, 3)
     assert (found["microbatches"], found["warnings"]) == (1, [])
     assert found["parameters"] == 784 * 16 + 16 + 16 * 8 + 8 + 8 * 10 + 10
     assert found["mesh"] == {"stage": 1, "replica": 1, "data": 4, "tensor": 2}

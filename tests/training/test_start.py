@@ -51,6 +51,7 @@ def test_a_start_says_what_it_is_and_that_it_compiles_before_it_has_compiled(tmp
         "data: tiny:digits",
         "compiling the step",
         "compiled",
+        "this start goes from step 0 to step 1",
     )
     places = [next(i for i, line in enumerate(lines) if line.startswith(words)) for words in beginnings]
     assert places == sorted(places)
