@@ -150,6 +150,8 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
             hints = {
                 " What is meant for the run comes after --: jaxtrain launch --nproc 2 -- train --config FILE.": None
             }
+        if "--root" in known and os.path.isdir(unknown[0]):
+            hints = {f" Did you mean --root {unknown[0]}?": None}
         raise ConfigError(f"jaxtrain {arguments.command} does not know {' '.join(unknown)}.{''.join(hints)}")
     if overrides and not hasattr(arguments, "config"):
         raise ConfigError(f"--config.{overrides[0][0]}: jaxtrain {arguments.command} takes no config.")

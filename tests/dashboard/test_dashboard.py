@@ -731,3 +731,8 @@ def test_ss_shows_the_loopback_interface_alone(served):
     lines = subprocess.run(["ss", "-ltnH"], capture_output=True, text=True, check=True).stdout.splitlines()
     own = [line.split()[3] for line in lines if line.split()[3].endswith(f":{served.port}")]
     assert own == [f"127.0.0.1:{served.port}"]
+
+
+def test_a_directory_without_root_is_answered_with_how_to_name_it(tmp_path, capsys):
+    assert main(["dashboard", str(tmp_path)]) == 64
+    assert f"Did you mean --root {tmp_path}?" in capsys.readouterr().err
