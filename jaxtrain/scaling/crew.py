@@ -90,7 +90,8 @@ def _process(job: Job, log: Path) -> Iterator[Connection]:
                 start_new_session=True,  # Ctrl-C is for this process alone, which kills it
             )
         try:
-            ours.send(job)
+            with contextlib.suppress(OSError):  # it is gone: `Crew` says why
+                ours.send(job)
             yield ours
         finally:
             process.kill()  # not terminate: a run would save first
