@@ -11,6 +11,7 @@ from http.cookies import CookieError, SimpleCookie
 from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse, RedirectResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -89,7 +90,7 @@ class Guard:
 
     def _refusal(self, scope: Scope) -> Response | None:
         """What to answer instead of the page."""
-        headers = _headers(scope)
+        headers = Headers(scope=scope)
         if not self._is_ours(headers, scope["server"][0]):
             return error(
                 400, "The Host header names another machine; open the address that jaxtrain dashboard printed."
@@ -106,9 +107,9 @@ class Guard:
             )
         return None
 
-    def _is_ours(self, headers: dict[str, list[str]], address: str) -> bool:
+    def _is_ours(self, headers: Headers, address: str) -> bool:
         """Whether the Host header is a name of ours, or the address that the request came to."""
-        hosts = headers.get("host", [])
+        hosts = headers.getlist("host")
         match = _HOST.fullmatch(hosts[0]) if len(hosts) == 1 else None
         return match is not None and (match["name"].lower() in self._names or match["name"].strip("[]") == address)
 
@@ -120,22 +121,15 @@ class Guard:
         response.set_cookie(self._cookie, self._token, httponly=True, samesite="strict", path=f"{self._prefix}/")
         return response
 
-    def _is_known(self, headers: dict[str, list[str]]) -> bool:
-        for text in headers.get("authorization", []):
+    def _is_known(self, headers: Headers) -> bool:
+        for text in headers.getlist("authorization"):
             scheme, _, given = text.partition(" ")
             if scheme.lower() == "bearer" and self._matches(given.strip()):
                 return True
-        return any(self._matches(given) for text in headers.get("cookie", []) for given in _cookies(text, self._cookie))
+        return any(self._matches(given) for text in headers.getlist("cookie") for given in _cookies(text, self._cookie))
 
     def _matches(self, given: str) -> bool:
         return hmac.compare_digest(given.encode(), self._token.encode())
-
-
-def _headers(scope: Scope) -> dict[str, list[str]]:
-    headers: dict[str, list[str]] = {}
-    for name, value in scope["headers"]:
-        headers.setdefault(name.decode("latin-1").lower(), []).append(value.decode("latin-1"))
-    return headers
 
 
 def _query(scope: Scope) -> str:
