@@ -7,7 +7,7 @@ import datetime
 import heapq
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, BinaryIO
 
 from jaxtrain.host.folder import Folder
@@ -145,12 +145,8 @@ def after(folder: Folder, cursor: str, limit: int, query: str = "", level: str =
             return {**_page_before(folder, None, limit, query, level), "reset": True}
         merged = heapq.merge(*(log.after(places.get(log.process, 0), log.size) for log in logs), key=_by_time)
         entries = []
-        for entry in merged:
+        for entry in _as_much_as_a_page(merged, entries, logs, limit, query, level):
             places[entry.process] = entry.end
-            if entry.fits(query, level):
-                entries.append(entry)
-            if len(entries) == limit or sum(log.searched for log in logs) > _MOST_SEARCHED:
-                break
         return _page(logs, entries, None, places)
     finally:
         _close(logs)
@@ -164,12 +160,8 @@ def _page_before(folder: Folder, places: dict[int, int] | None, limit: int, quer
         at = ends if places is None or reset else {process: places.get(process, 0) for process in ends}
         older, entries = dict(at), []
         merged = heapq.merge(*(log.before(at[log.process]) for log in logs), key=_by_time, reverse=True)
-        for entry in merged:
+        for entry in _as_much_as_a_page(merged, entries, logs, limit, query, level):
             older[entry.process] = entry.first
-            if entry.fits(query, level):
-                entries.append(entry)
-            if len(entries) == limit or sum(log.searched for log in logs) > _MOST_SEARCHED:
-                break
         page = _page(logs, entries[::-1], older if any(older.values()) else None, ends)
         return {**page, "reset": reset}
     finally:
@@ -187,6 +179,18 @@ def _page(
         "searched_bytes": sum(log.searched for log in logs),
         "processes": len(logs),
     }
+
+
+def _as_much_as_a_page(
+    merged: Iterable[Entry], fitting: list[Entry], logs: list[_Log], limit: int, query: str, level: str
+) -> Iterator[Entry]:
+    """The entries, until so many of them fit, which are added to `fitting`, or enough was searched."""
+    for entry in merged:
+        if entry.fits(query, level):
+            fitting.append(entry)
+        yield entry
+        if len(fitting) == limit or sum(log.searched for log in logs) > _MOST_SEARCHED:
+            return
 
 
 def _by_time(entry: Entry) -> tuple[float, int]:
