@@ -1,4 +1,4 @@
-"""One and two processes with a core each: do the parts of a step, each measured by itself, add up to the step?
+"""One and two processes with a core each: where a step goes, and whether the parts add up to it.
 
     python -m benchmarks.run NAME scale
     python -m benchmarks.cpu.scale                 # prints the tables alone
@@ -48,7 +48,7 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     return lines
 
 
-PARTS = ("compute", "communication", "input", "host", "unexplained")
+PARTS = ("compute", "overlap", "communication", "input", "host", "unexplained")
 
 if __name__ == "__main__":
     print("\n".join(table(measure())))

@@ -1,4 +1,4 @@
-"""Reads a profile that JAX has written: when each operation of a compiled program ran, and on which device."""
+"""Reads a profile that JAX has written: when each operation ran, on which device, and when steps were done."""
 
 from __future__ import annotations
 
@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from jax.profiler import ProfileData
+
+READ = "read metrics"
+"""What a profile calls the host's wait for the numbers of a call of the step."""
 
 _CONTAINERS = ("while", "call", "conditional")  # what they run has events of its own
 
@@ -27,14 +30,33 @@ class OpRun:
     busy: float
     """Nanoseconds without those of the operations that ran inside this one."""
 
+    @property
+    def contains_others(self) -> bool:
+        """Whether it is no work of its own: a loop, a call, a branch, whose operations are runs themselves."""
+        return self.name.startswith(_CONTAINERS)
 
-def read_trace(path: Path) -> list[OpRun]:
+
+@dataclasses.dataclass(frozen=True)
+class Trace:
+    """What a profile has. Times are in nanoseconds of its own clock.
+
+    Attributes:
+      runs: of operations.
+      known: when the host knew the numbers of each call of the step, in their order.
+    """
+
+    runs: list[OpRun]
+    known: list[float]
+
+
+def read_trace(path: Path) -> Trace:
     """All runs of operations in a file `*.xplane.pb`, of a GPU or of a CPU.
 
     On a CPU an operation may be handed to other threads; the event of its end, in whichever of them, then says when it was
     done.
     """
     runs: list[OpRun] = []
+    known: list[float] = []
     for plane in ProfileData.from_file(str(path)).planes:
         on_gpu = plane.name.startswith("/device:")
         threads: list[list[Any]] = []
@@ -49,10 +71,12 @@ def read_trace(path: Path) -> list[OpRun]:
                     events.append((event.start_ns, event.duration_ns, event.name, stats))
                 elif event.name.startswith("end: "):
                     ends[stats["_c"]] = event.start_ns + event.duration_ns
+                elif event.name == READ:
+                    known.append(event.start_ns + event.duration_ns)
             threads.append(events)
         for events in threads:
             runs += _of_thread(events, ends, plane.name if on_gpu else "")
-    return runs
+    return Trace(runs, sorted(known))
 
 
 def _of_thread(events: list[Any], ends: dict[Any, float], plane: str) -> Iterator[OpRun]:
@@ -70,10 +94,9 @@ def _of_thread(events: list[Any], ends: dict[Any, float], plane: str) -> Iterato
         name = str(stats["hlo_op"])
         end, busy = begin + duration, duration - within
         done = ends[stats["_p"]] if stats.get("_p") in ends else end
-        if done > end and not name.startswith(_CONTAINERS):
-            end, busy = done, done - begin
         device = plane or f"CPU {stats.get('device_ordinal', 0)}"
-        yield OpRun(device, str(stats.get("hlo_module", "")), name, begin, end, max(busy, 0.0))
+        run = OpRun(device, str(stats.get("hlo_module", "")), name, begin, end, max(busy, 0.0))
+        yield dataclasses.replace(run, end=done, busy=done - begin) if done > end and not run.contains_others else run
 
 
 Interval = tuple[float, float]

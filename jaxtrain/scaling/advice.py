@@ -55,15 +55,32 @@ def of_points(kind: str, mode: str, base: Point, point: Point, config: Config, l
     # What a step of the base's would take if its parts shrank and grew as they ideally do.
     scale = point.batch / base.batch / times
     ideal = base.step.median * scale
-    lost = {name: value - scale * (base.parts[name] or 0.0) for name, value in _known(point).items()}
-    if point.unexplained is not None:
-        lost["unexplained"] = point.unexplained
+    lost = _lost(point, base, scale)
+    if not lost:
+        return Verdict("unknown", f"{where}; without a profile nothing is known of its parts", "See the log for why.")
     name = max(lost, key=lambda part: lost[part])
     text = (
         f"{where}; a step takes {1e3 * point.step.median:.1f} ms and would ideally take {1e3 * ideal:.1f} ms, and most of the "
         f"difference is {_WORDS[name]}: {1e3 * lost[name]:.1f} ms"
     )
     return Verdict(name, text, _advice(name, point, base, config, link))
+
+
+def _lost(point: Point, base: Point, scale: float) -> dict[str, float]:
+    """Seconds of a step by part beyond `scale` times those of the base's; {} where the parts are not known.
+
+    What computing takes longer where communication runs beside it is communication's.
+    """
+    parts, ideal = _known(point), _known(base)
+    if not parts or not ideal:
+        return {}
+    beside, ideal_beside = parts.pop("overlap"), ideal.pop("overlap")
+    lost = {name: value - scale * ideal.get(name, 0.0) for name, value in parts.items()}
+    lost["compute"] += beside - scale * ideal_beside
+    slowed = min(max(lost["compute"], 0.0), beside)
+    lost["compute"] -= slowed
+    lost["communication"] += slowed
+    return lost | {"unexplained": point.unexplained or 0.0}
 
 
 def of_model(base: ModelledPoint, point: ModelledPoint, mode: str, config: Config) -> Verdict:
@@ -88,7 +105,7 @@ _WORDS: Mapping[str, str] = {
     "input": "waiting for batches",
     "bubble": "the pipeline's idle stages",
     "host": "the host between steps",
-    "unexplained": "in none of the parts that were measured",
+    "unexplained": "in none of the parts, which steps of a profile have",
 }
 
 
@@ -114,21 +131,20 @@ def _advice(name: str, point: Point, base: Point, config: Config, link: LinkFit 
         "with config.data.residency=device.",
         "host": "Raise config.train.log_every; where the model is tiny, config.train.steps_per_call makes several steps one "
         "program.",
-        "unexplained": "Measure it again on a quieter machine with more --repeats; what stays is what communication and "
-        "computing cost each other on the same cores.",
+        "unexplained": "Measure it again on a quieter machine with more --repeats.",
     }[name]
 
 
 def _less_communication(point: Point, link: LinkFit | None) -> str:
     """What would make communication a smaller part."""
-    spent = point.parts["communication"] or 0.0
-    share = spent / point.step.median
-    rest = sum(value for name, value in _known(point).items() if name != "communication")
-    doubled = spent / (spent + 2 * rest)  # what it takes does not grow with the examples
+    known = _known(point)
+    alone, spent = known["communication"], known["communication"] + known["overlap"]
+    doubled = spent / (2 * point.step.median - spent)  # what it takes does not grow with the examples
     sent, messages = point.traffic.sent_bytes or 0.0, point.traffic.messages or 0
     text = (
-        f"It is {100 * share:.0f} % of a step, in which a device sends {sent / 1e6:.1f} MB in {point.traffic.collectives} "
-        f"collectives; with twice the examples a device it would be {100 * doubled:.0f} %."
+        f"Collectives run for {100 * spent / point.step.median:.0f} % of a step, {100 * alone / point.step.median:.0f} % of it "
+        f"with nothing beside; a device sends {sent / 1e6:.1f} MB in {point.traffic.collectives} of them. With twice the "
+        f"examples a device they would run for {100 * doubled:.0f} %."
     )
     if link is None:
         return f"{text} config.optim.compress=bf16 sends half of the bytes."

@@ -16,7 +16,7 @@ from typing import Any
 from jaxtrain import errors
 from jaxtrain.errors import EnvironmentMismatchError, JaxtrainError
 from jaxtrain.host.processes import package_command
-from jaxtrain.scaling.protocol import Failure, Job, Ready
+from jaxtrain.scaling.protocol import Failure, Job, Profile, Ready
 
 _ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false"}  # several runs wait on the same GPU
 _LINES = 3  # of a process's standard error, where it died without a word
@@ -33,7 +33,7 @@ class Crew:
         """Returns when each is about to make its first step. Raises the error of one that cannot."""
         self.ready = self._answers()
 
-    def tell(self, command: int | str) -> list[Any]:
+    def tell(self, command: int | str | Profile) -> list[Any]:
         """What the processes answer, in their order, once all have. Raises the error of one that fails meanwhile."""
         for pipe in self._pipes:
             with contextlib.suppress(OSError):  # it is gone: reading says why

@@ -1,8 +1,8 @@
-"""Measures a study: real steps of several runs in turns, and the parts of a step each by itself.
+"""Measures a study: real steps of two runs in turns, and the parts of a step in profiles of such steps.
 
-At each number of devices there are three runs: the `base` (the smallest number), the `whole`, and the `alone` ones, in which
-each device does its part of the work and sends nothing. They make their steps in turns, so that what else the machine does
-hits all of them alike. The parts of a step are measured apart, and what they do not explain is said (docs/scaling.md).
+At each number of devices there are two runs, the `base` (the smallest number) and the `whole`. They make their steps in turns,
+so that what else the machine does hits both alike. The steps of a profile take a little longer than those without; by how much
+is said, as what the parts do not explain (docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from collections.abc import Callable, Mapping, Sequence
 from jaxtrain.config import Config
 from jaxtrain.host.ports import free_port
 from jaxtrain.scaling.crew import Crew, started
-from jaxtrain.scaling.protocol import COLLECTIVES, LINK, Block, Job, LinkFit, Ready
+from jaxtrain.scaling.protocol import LINK, Block, Job, LinkFit, Profile, Ready
 from jaxtrain.scaling.study import Study
-from jaxtrain.step.pipeline.timeline import ideal_bubble
+from jaxtrain.training.profile_summary import Breakdown
 
 MEASURED, SIMULATED = "measured", "simulated"
-PARTS = ("compute", "communication", "input", "bubble", "host")
+PARTS = ("compute", "overlap", "communication", "input", "bubble", "host")
 
 _WARM_UP = 2  # steps before anything is measured, beside those that settle a block
 _BLOCK_SECONDS = 1.5
@@ -54,7 +54,7 @@ class Point:
       batch: examples of the global batch.
       step: seconds.
       speedup: examples a second over those of the base, which made its steps in turns with these.
-      parts: seconds of a step by `PARTS`; None where one is not known.
+      parts: seconds of a step by `PARTS`; None where one is not known. {} where no profile could be taken.
       steps: of a block.
       traffic: what the run said of itself.
     """
@@ -74,10 +74,10 @@ class Point:
 
     @property
     def unexplained(self) -> float | None:
-        """Seconds of a step that the parts do not explain; below 0 where they are more. None where one is not known."""
-        if any(value is None for value in self.parts.values()):
+        """Seconds of a step that the parts do not explain; below 0 where they are more. None without parts."""
+        if not self.parts:
             return None
-        return self.step.median - math.fsum(value for value in self.parts.values() if value is not None)
+        return self.step.median - math.fsum(value or 0.0 for value in self.parts.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -99,21 +99,13 @@ class Machine:
         port = free_port() if count > 1 else 0
         return [Job(config, f"{folder}/whole_{count}", i, count, port, cores=self.cores[i]) for i in range(count)]
 
-    def alone(self, config: Config, count: int, folder: str) -> list[Job]:
-        """Processes that do at the same time what each of `count` devices does, and send nothing; of GPUs one."""
-        if not self.cores:
-            return [Job(config, f"{folder}/alone", simulated=self.kind == SIMULATED)]
-        return [Job(config, f"{folder}/alone_{i}", cores=self.cores[i]) for i in range(count)]
-
 
 @dataclasses.dataclass
 class _Turns:
-    """What the runs of one number of devices said, by round: seconds of the step, and of its parts."""
+    """What a run said, by round, of each of its processes."""
 
-    base: list[list[Block]] = dataclasses.field(default_factory=list)
-    whole: list[list[Block]] = dataclasses.field(default_factory=list)
-    alone: list[list[Block]] = dataclasses.field(default_factory=list)
-    collectives: list[float] = dataclasses.field(default_factory=list)
+    blocks: list[list[Block]] = dataclasses.field(default_factory=list)
+    profiles: list[list[Breakdown | None]] = dataclasses.field(default_factory=list)
 
 
 def measure(
@@ -163,79 +155,73 @@ def _measure_at(
         jobs = {"whole": machine.whole(study.measured(mode, count), count, folder)}
         if count != study.base:
             jobs["base"] = machine.whole(study.measured(mode, study.base), study.base, folder)
-        if count > 1:
-            examples = batch if machine.kind == SIMULATED else batch // study.ways(count)
-            jobs["alone"] = machine.alone(study.alone(mode, count, examples), count, folder)
         crews = {name: stack.enter_context(started(each)) for name, each in jobs.items()}
         for crew in crews.values():
             crew.wait()
         for crew in crews.values():
             slowest = max(block.seconds for block in crew.tell(_WARM_UP))
+            crew.tell(Profile(_WARM_UP))  # the first of a process is slower
         block = steps or min(max(math.ceil(_BLOCK_SECONDS / slowest), _LEAST_STEPS), _MOST_STEPS)
         turns = _take_turns(crews, repeats, block, lambda text: said(f"{what}: {text}"))
         link = crews["whole"].tell(LINK)[0] if count > 1 and machine.kind == MEASURED else None
-        ready = crews["whole"].ready[0]
-        base_ready = crews["base"].ready[0] if "base" in crews else ready
-    whole, base = _seconds(turns.whole), _seconds(turns.base or turns.whole)
-    speedup = statistics.median(b / base_batch * batch / w for w, b in zip(whole, base, strict=True))
-    parts = _parts(study, machine, count, turns, ready)
-    point = Point(count, batch, Spread.of(whole), speedup, parts, block, ready)
-    own = _clock_parts(turns.base or turns.whole)
-    return point, Point(study.base, base_batch, Spread.of(base), 1.0, own, block, base_ready), link
+    named = {name: (turns[name], crew.ready[0]) for name, crew in crews.items()}
+    whole, ready = named["whole"]
+    base, base_ready = named.get("base", named["whole"])
+    seconds, base_seconds = _seconds(whole), _seconds(base)
+    speedup = statistics.median(b / base_batch * batch / w for w, b in zip(seconds, base_seconds, strict=True))
+    stages = study.config.layout.stages
+    point = Point(count, batch, Spread.of(seconds), speedup, _parts(whole, stages, machine.kind), block, ready)
+    parts = _parts(base, stages, machine.kind)
+    return point, Point(study.base, base_batch, Spread.of(base_seconds), 1.0, parts, block, base_ready), link
 
 
-def _take_turns(crews: Mapping[str, Crew], repeats: int, steps: int, said: Said) -> _Turns:
-    turns = _Turns()
+def _take_turns(crews: Mapping[str, Crew], repeats: int, steps: int, said: Said) -> dict[str, _Turns]:
+    turns = {name: _Turns() for name in crews}
     for repeat in range(repeats):
         said(f"repeat {repeat + 1} of {repeats}")
         for name, crew in crews.items():
-            getattr(turns, name).append(crew.tell(steps))
-        if "alone" in crews and crews["whole"].ready[0].collectives is not None:
-            turns.collectives.append(max(crews["whole"].tell(COLLECTIVES)))
+            turns[name].blocks.append(crew.tell(steps))
+        for name, crew in crews.items():
+            turns[name].profiles.append(crew.tell(Profile(steps)))
     return turns
 
 
-def _seconds(rounds: Sequence[Sequence[Block]]) -> list[float]:
+def _seconds(turns: _Turns) -> list[float]:
     """Of a step, by round: of the slowest process."""
-    return [max(block.seconds for block in blocks) for blocks in rounds]
+    return [max(block.seconds for block in blocks) for blocks in turns.blocks]
 
 
-def _clock_parts(rounds: Sequence[Sequence[Block]]) -> dict[str, float | None]:
-    """The parts of a step of one device: by the run's clock alone."""
-    host, waits = _median(rounds, "host"), _median(rounds, "input")
-    seconds = statistics.median(_seconds(rounds))
-    return {"compute": seconds - waits - host, "communication": 0.0, "input": waits, "bubble": 0.0, "host": host}
-
-
-def _median(rounds: Sequence[Sequence[Block]], name: str) -> float:
-    """The median over the rounds, each of the slowest process."""
-    return statistics.median(max(getattr(block, name) for block in blocks) for blocks in rounds)
-
-
-def _parts(study: Study, machine: Machine, count: int, turns: _Turns, ready: Ready) -> dict[str, float | None]:
-    """Seconds of a step by part, each measured by itself."""
-    if not turns.alone:
-        return _clock_parts(turns.whole)
-    layout = study.config.layout
-    compute = statistics.median(_slowest_of_each(blocks) for blocks in turns.alone)
+def _parts(turns: _Turns, stages: int, kind: str) -> dict[str, float | None]:
+    """Seconds of a step by part, mean over the processes; {} where no profile could be taken."""
+    profile = _typical(turns)
+    if profile is None:
+        return {}
+    waits, host = (
+        statistics.median(statistics.fmean(getattr(block, name) for block in blocks) for blocks in turns.blocks)
+        for name in ("input", "host")
+    )
+    waits = min(waits, profile.idle)  # what is longer went on while the devices worked
+    idle = profile.idle - waits
     bubble: float | None = 0.0
-    if machine.kind == SIMULATED:  # all devices' work was done on the same cores, by one
-        bubble = None if layout.stages > 1 else 0.0
-    else:
-        compute *= ready.imbalance / (layout.stages * layout.tensor)
-    if layout.stages > 1 and machine.kind == MEASURED:
-        idle = ideal_bubble(layout.schedule, layout.stages, ready.microbatches, layout.chunks)
-        bubble = compute * idle / (1 - idle)
+    if stages > 1 and kind == SIMULATED:
+        bubble = None  # the cores of a stage that waits compute another one
+    elif stages > 1:
+        bubble = max(idle - host, 0.0)
     return {
-        "compute": compute,
-        "communication": statistics.median(turns.collectives) if turns.collectives else None,
-        "input": _median(turns.whole, "input"),
+        "compute": profile.compute,
+        "overlap": profile.overlap,
+        "communication": profile.communication,
+        "input": waits,
         "bubble": bubble,
-        "host": _median(turns.whole, "host"),
+        "host": idle - (bubble or 0.0),
     }
 
 
-def _slowest_of_each(blocks: Sequence[Block]) -> float:
-    """Seconds of a step without its input and host: the mean over steps of the slowest process, which the others wait for."""
-    rows = [[seconds - block.input - block.host for seconds in block.steps] for block in blocks]
-    return max(statistics.mean(max(row) for row in zip(*rows, strict=True)), 0.0)
+def _typical(turns: _Turns) -> Breakdown | None:
+    """Of the profiles that whose steps took most nearly as long as those without one, the mean over its processes.
+
+    To profile a step may slow it down, sometimes by much: on a CPU it changes which thread waits for which.
+    """
+    step = statistics.median(_seconds(turns))
+    means = [Breakdown.mean([each for each in of_round if each]) for of_round in turns.profiles if any(of_round)]
+    return min(means, key=lambda mean: abs(mean.step - step), default=None)

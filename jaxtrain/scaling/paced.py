@@ -3,27 +3,27 @@
 from __future__ import annotations
 
 import os
-import statistics
+import shutil
 import time
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 
 import jax
 
+from jaxtrain.host.backend import on_cpu
 from jaxtrain.host.links import Link
 from jaxtrain.observability.clock import Span
+from jaxtrain.observability.op_times import read_trace
 from jaxtrain.parallel.bench.fit import fit_methods
 from jaxtrain.parallel.bench.measure import measure
 from jaxtrain.parallel.bench.methods import METHODS, numbers
 from jaxtrain.parallel.bench.programs import Case
-from jaxtrain.scaling.protocol import COLLECTIVES, LINK, Block, LinkFit, Ready
-from jaxtrain.scaling.replay import Replay, Traffic, traffic_of
+from jaxtrain.scaling.protocol import LINK, Block, LinkFit, Profile, Ready
+from jaxtrain.scaling.traffic import traffic_of
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.training.callbacks import Callback, RunHandle
 from jaxtrain.training.loop import READ_BEHIND
-
-SETTLE = READ_BEHIND + 2
-"""Steps of a block that are not counted: those that were under way during the wait before it, and two."""
+from jaxtrain.training.profile_summary import SETTLE, Breakdown, breakdown
 
 _SIZES = tuple(
     1 << power for power in range(12, 25, 2)
@@ -42,23 +42,20 @@ class Paced(Callback):
         self._count = 0
         self._times: list[float] = []  # when the numbers of each step of the block were known
         self._spent: Span | None = None  # at the first step that counts
-        self._replay: Replay | None = None
-        self._traffic: list[Traffic] = []
+        self._profiled = False  # whether the block is one
 
     def on_start(self, run: RunHandle, state: TrainState) -> None:
         """Says that all is compiled."""
-        layout, partition = run.compiled.run.layout, run.compiled.run.partition
+        layout = run.compiled.run.layout
         if jax.process_count() == 1 and layout.stages == 1:
             run.compiled.evaluate.wait(state)  # it is compiled beside the first steps
         known = layout.stages == 1
-        self._traffic = traffic_of(run.compiled) if known else []
-        weights = partition.weights if partition else (1.0,)
+        traffic = traffic_of(run.compiled) if known else []
         ready = Ready(
             train_examples=len(run.compiled.run.dataset.train),
-            collectives=sum(each.times for each in self._traffic) if known else None,
-            messages=sum(each.messages(layout.mesh) for each in self._traffic) if known else None,
-            sent_bytes=sum(each.sent(layout.mesh) for each in self._traffic) if known else None,
-            imbalance=max(weights) / statistics.mean(weights),
+            collectives=sum(each.times for each in traffic) if known else None,
+            messages=sum(each.messages(layout.mesh) for each in traffic) if known else None,
+            sent_bytes=sum(each.sent(layout.mesh) for each in traffic) if known else None,
             microbatches=layout.config.microbatches,
             devices=jax.local_devices()[0].device_kind,
             jax=jax.__version__,
@@ -69,6 +66,10 @@ class Paced(Callback):
         """Ends the block after its last step."""
         self._times.append(time.perf_counter())
         made = len(self._times) - SETTLE
+        if self._profiled:  # it began after the steps that were under way, and is written by the step after its last
+            if made > self._count + READ_BEHIND:
+                self._answer(run, _breakdown(run, SETTLE + self._count))
+            return
         if made == 0:
             self._spent = run.spent()
         if made == self._count:
@@ -79,26 +80,33 @@ class Paced(Callback):
             self._answer(run, Block(tuple(steps), spent.seconds["input"] / made, host / made))
 
     def _answer(self, run: RunHandle, message: object) -> None:
-        """Sends a message, and does what it is told until that is to make steps."""
+        """Sends a message once nothing is under way, and does what it is told until that is to make steps."""
+        jax.block_until_ready([each for each in jax.live_arrays() if not each.is_deleted()])
         try:
             self._pipe.send(message)
-            while not isinstance(command := self._pipe.recv(), int):
+            while (command := self._pipe.recv()) == LINK:
                 with jax.transfer_guard("allow"):  # the run's own steps may transfer nothing that they do not name
-                    self._pipe.send(self._collectives(run) if command == COLLECTIVES else _link(command))
+                    self._pipe.send(_link())
         except (EOFError, OSError):  # `scale` is gone
             os._exit(0)
-        self._count, self._times = command, []
-
-    def _collectives(self, run: RunHandle) -> float:
-        """Seconds of a step's collectives alone; the median of some."""
-        if self._replay is None:
-            self._replay = Replay(self._traffic, run.compiled.run.layout.mesh)
-        return statistics.median(self._replay.seconds() for _ in range(_REPEATS))
+        self._profiled = isinstance(command, Profile)
+        self._count, self._times = command.steps if self._profiled else command, []
+        if self._profiled:
+            run.profile(SETTLE + self._count)
 
 
-def _link(command: str) -> LinkFit | None:
+def _breakdown(run: RunHandle, steps: int) -> Breakdown | None:
+    """Of the profile of `steps` steps, which is deleted; None where it failed, or has nothing of the devices."""
+    found = None
+    for folder in (run.workdir / "profile").glob(f"*/process_{jax.process_index()}"):
+        for path in folder.rglob("*.xplane.pb"):
+            found = breakdown(read_trace(path), steps, one_device=on_cpu(run.compiled.run.layout.mesh.devices.flat))
+        shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def _link() -> LinkFit | None:
     """The link of XLA's own sums over all devices; None where the times do not grow with the bytes."""
-    assert command == LINK
     devices = jax.devices()
     cases = [Case(METHODS["auto"], 1, len(devices), numbers(size, 1, len(devices))) for size in _SIZES]
     results = list(measure(cases, devices, _REPEATS))

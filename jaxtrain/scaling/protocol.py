@@ -1,7 +1,7 @@
 """What `scale` and the processes that it measures say to each other. Imports no JAX.
 
 A process says `Ready` when it is about to make its first step. Then it waits for a command, and answers each: a count of steps
-with a `Block`, `COLLECTIVES` with seconds, `LINK` with a `LinkFit`. At the end it is killed.
+with a `Block`, `Profile` with a `Breakdown` of such steps, `LINK` with a `LinkFit`. At the end it is killed.
 """
 
 from __future__ import annotations
@@ -10,7 +10,14 @@ import dataclasses
 
 from jaxtrain.config import Config
 
-COLLECTIVES, LINK = "collectives", "link"
+LINK = "link"
+
+
+@dataclasses.dataclass(frozen=True)
+class Profile:
+    """A command: a profile of so many steps."""
+
+    steps: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,7 +54,6 @@ class Ready:
       collectives: how many a step has; None where they are not known (pipeline stages).
       messages: one after the other, in rings. On a CPU gloo adds the arrays of a collective in turns.
       sent_bytes: that a device sends in a step, in rings; None where they are not known.
-      imbalance: the most expensive stage over the mean, as the cut estimated it; 1 without stages.
       microbatches: of a step.
       devices: as JAX names their kind.
       jax: its version.
@@ -57,7 +63,6 @@ class Ready:
     collectives: int | None
     messages: int | None
     sent_bytes: float | None
-    imbalance: float
     microbatches: int
     devices: str
     jax: str

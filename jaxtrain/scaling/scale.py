@@ -230,12 +230,10 @@ def _link_fit(point: Point, link: LinkFit, mode: str) -> dict[str, Any]:
     modelled = None
     if told.messages is not None and told.sent_bytes is not None:
         modelled = told.messages * link.latency + told.sent_bytes / link.bandwidth
-        alone = point.parts["communication"]
-        assert alone is not None
-        text += (
-            f"; a step's {told.messages} messages and {told.sent_bytes / 1e6:.2f} MB take {1e3 * modelled:.2f} ms by that, and "
-            f"took {1e3 * alone:.2f} ms alone"
-        )
+        text += f"; a step's {told.messages} messages and {told.sent_bytes / 1e6:.2f} MB take {1e3 * modelled:.2f} ms by that"
+        if point.parts:
+            alone, beside = point.parts["communication"] or 0.0, point.parts["overlap"] or 0.0
+            text += f", and ran for {1e3 * (alone + beside):.2f} ms, {1e3 * alone:.2f} of them with nothing beside"
     return {
         "name": "alpha-beta",
         "kind": MEASURED,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 
-from jaxtrain.config import CHOSEN_FIELDS, Config, LayoutConfig, are_listed, nearest_multiples
+from jaxtrain.config import CHOSEN_FIELDS, Config, are_listed, nearest_multiples
 from jaxtrain.errors import ConfigError
 from jaxtrain.recipes import change
 
@@ -31,8 +31,6 @@ _STILL = {
     "profile.steps": (),
     "data.batch_per_device": 0,
 }
-_EXCHANGE = ("compress", "compress_ratio", "compress_rank", "compress_min_rate", "compress_warmup")
-_SYNC = ("sync_every", "outer_rate", "outer_momentum")
 
 
 def counts_of(text: str) -> tuple[int, ...]:
@@ -133,19 +131,6 @@ class Study:
     def measured(self, mode: str, count: int) -> Config:
         """The run on so many devices, without an end, and without what is not part of a step."""
         return change(self.at(mode, count), **_STILL)
-
-    def alone(self, mode: str, count: int, examples: int) -> Config:
-        """One device's part of the work as a run of one device, which sends nothing. examples: of its batch."""
-        plain, optim = LayoutConfig(), type(self.config.optim)()
-        kept = {"microbatches": self.config.layout.microbatches, "memory_limit": self.config.layout.memory_limit}
-        fields = {f"layout.{field.name}": getattr(plain, field.name) for field in dataclasses.fields(plain)}
-        fields |= {f"layout.{name}": value for name, value in kept.items()}
-        fields |= {f"optim.{name}": getattr(optim, name) for name in (*_EXCHANGE, *_SYNC)}
-        groups = max(self.config.model.bn_groups * examples // self.batch(mode, count), 1)
-        groups = groups if examples % groups == 0 else 1
-        return change(
-            self.measured(mode, count), **fields, **{"data.global_batch": examples, "model.bn_groups": groups}
-        )
 
     def planned(self, mode: str, count: int) -> Config:
         """The run on so many devices for the planner, which chooses only what the config leaves open."""

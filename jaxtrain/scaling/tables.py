@@ -38,9 +38,8 @@ def of_points(mode: str, points: Sequence[Point], config: Config, kind: str, wha
         epoch = point.traffic.train_examples
         speed = _speed(point.throughput, base.throughput * times, point.speedup, times, epoch, config, base.batch)
         step = point.step
-        shares = [_share(part, step.median) for part in (*point.parts.values(), point.unexplained)]
-        if point.devices == 1:
-            shares[-1] = None  # the clock alone says its parts, which add up by themselves
+        parts = {**dict.fromkeys(PARTS), **point.parts, "unexplained": point.unexplained}
+        shares = [_share(part, step.median) for part in parts.values()]
         rows.append([point.devices, point.batch, 1e3 * step.median, 1e3 * step.least, 1e3 * step.most, *speed, *shares])
     columns = [what, "global batch", "step ms", "least ms", "most ms", *_SPEED, *(f"{name} %" for name in _SHARES)]
     return _table(kind, mode, columns, rows)

@@ -110,6 +110,7 @@ class Callbacks:
         state: TrainState,
         evaluator: StoppableEvaluator,
         spent: Callable[[], Span],
+        profile: Callable[[int], None],
     ) -> None:
         """Gives each callback its state, and calls `on_start`.
 
@@ -121,11 +122,12 @@ class Callbacks:
           state: that it goes on with.
           evaluator: of the run.
           spent: gives what this start's time went into.
+          profile: asks for a profile of the next steps.
 
         Raises:
           CheckpointError: the stored state does not fit a callback.
         """
-        self._run = RunHandle(compiled, workdir, evaluator, self._stop, self._pause, spent)
+        self._run = RunHandle(compiled, workdir, evaluator, self._stop, self._pause, spent, profile)
         self._run.step = position.step
         self._told, self._asked_to_pause, self.pause = -1, "", ""
         self._asked = {key: text for key, text in position.ending.items() if key != "step"}

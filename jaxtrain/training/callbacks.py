@@ -24,6 +24,8 @@ class RunHandle:
       step: the last step whose numbers are known.
       compiled: the run on its devices: its programs, batches and data set. This may change between versions.
       spent: gives what this start's time went into so far, by category.
+      profile: asks for a profile of so many steps from the next call on (docs/profiling.md). Every process must ask for the
+        same after the same step.
     """
 
     def __init__(
@@ -34,9 +36,11 @@ class RunHandle:
         stop: Callable[[str], None],
         pause: Callable[[str], None],
         spent: Callable[[], Span],
+        profile: Callable[[int], None],
     ):
         self.config, self.workdir, self.steps, self.step = compiled.run.config, workdir, compiled.run.steps, 0
-        self.compiled, self.spent, self._evaluator, self._stop, self._pause = compiled, spent, evaluator, stop, pause
+        self.compiled, self.spent, self.profile = compiled, spent, profile
+        self._evaluator, self._stop, self._pause = evaluator, stop, pause
 
     def stop(self, reason: str) -> None:
         """Ends the run where the next epoch or validation ends, or after the next save: complete, with `result.json`.

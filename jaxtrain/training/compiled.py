@@ -77,6 +77,7 @@ class CompiledRun:
         """`state` for whoever looks at its weights: under `optim.sync_every` they are made the average of the local ones."""
         return state if self.averages is None else dataclasses.replace(state, **self.averages(state))
 
+    @functools.cached_property
     def step_for_profile(self) -> TrainStep:
         """The step with operations that a profile can tell apart: on GPUs compiled anew, without command buffers.
 

@@ -140,7 +140,7 @@ class TrainLoop:
                 self.clock.step_done(self.config.data.global_batch, len(steps))
                 self.host.telemetry.after(steps, metrics.numbers, self.clock)
                 if pause:
-                    self.profiler.end()
+                    self.profiler.pause(steps)
                     state = self.compiled.averaged(state)
                     self._between_steps(state)
         return self._finish(state)

@@ -8,12 +8,15 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TypeVar
 
-from jaxtrain.observability.op_times import OpRun, length, overlap, union
+from jaxtrain.observability.op_times import OpRun, Trace, length, overlap, union
 from jaxtrain.observability.rendering import percent
 from jaxtrain.parallel.gpu_program import COLLECTIVES, Origin, instruction_origins, module_name
 
 Origins = Mapping[tuple[str, str], Origin]
 """By the program's and the instruction's name."""
+
+SETTLE = 4
+"""Calls of the step that a breakdown leaves out: those dispatched at once, while nothing was under way, and one more."""
 
 _DEAREST = 10
 _Key = TypeVar("_Key")
@@ -21,21 +24,45 @@ _Key = TypeVar("_Key")
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """The steps that were profiled, how long they took, in which process, and on which kind of device."""
+    """The steps that were profiled, in which process, and on which kind of device."""
 
     steps: range
-    seconds: float
     process: int
     device_kind: str
 
 
 @dataclasses.dataclass(frozen=True)
-class CollectiveTime:
-    """Seconds of a step on a device in which a collective ran, mean over the devices. It waits for the others too."""
+class Breakdown:
+    """What a device did in a step, in seconds, mean over steps and devices. The parts are the step.
 
-    seconds: float
-    alone: float
-    """Of these, those in which the device computed nothing."""
+    Attributes:
+      step: all of it.
+      compute: it computed, and no collective ran.
+      overlap: a collective ran, and it computed beside.
+      communication: a collective ran and nothing else; it waits for the other devices too.
+      idle: neither.
+    """
+
+    step: float
+    compute: float
+    overlap: float
+    communication: float
+    idle: float
+
+    @classmethod
+    def mean(cls, of: Sequence[Breakdown]) -> Breakdown:
+        """Of several processes' devices."""
+        return cls(*map(statistics.fmean, zip(*map(dataclasses.astuple, of), strict=True)))
+
+    @property
+    def collectives(self) -> float:
+        """Collectives, with and without something beside them."""
+        return self.overlap + self.communication
+
+    @property
+    def busy(self) -> float:
+        """All operations."""
+        return self.compute + self.collectives
 
 
 def origins_of(programs: Iterable[str]) -> Origins:
@@ -53,50 +80,73 @@ def origins_of(programs: Iterable[str]) -> Origins:
     return found
 
 
-def collective_time(runs: Sequence[OpRun], steps: int) -> CollectiveTime:
-    """How long collectives took. steps: that the runs are of."""
-    times = []
-    for of_device in _by_device(runs):
-        split: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-        for run in of_device:
-            split[_is_collective(run.name)].append((run.begin, run.end))
-        collectives, others = union(split[True]), union(split[False])
-        times.append((length(collectives), length(collectives) - overlap(collectives, others)))
-    if not times:
-        return CollectiveTime(0.0, 0.0)
-    whole, alone = (statistics.fmean(column) / steps / 1e9 for column in zip(*times, strict=True))
-    return CollectiveTime(whole, alone)
+def breakdown(trace: Trace, steps: int, *, one_device: bool = False) -> Breakdown | None:
+    """Where the time of a step went.
+
+    The first steps, which begin with nothing under way, do not count (`SETTLE`) where others are left.
+
+    Args:
+      trace: of the window.
+      steps: that it is of.
+      one_device: whether all devices count as one, which computes where any of them does: they share a CPU's cores.
+
+    Returns:
+      The parts; None where the trace has no operations.
+    """
+    if not trace.runs:
+        return None
+    steps, begin, end = _steady(trace, steps)
+    devices = [trace.runs] if one_device else _by_device(trace.runs)
+    parts = [_parts_within(of_device, begin, end) for of_device in devices]
+    compute, both, communication = (statistics.fmean(column) / steps / 1e9 for column in zip(*parts, strict=True))
+    step = (end - begin) / steps / 1e9
+    return Breakdown(step, compute, both, communication, step - compute - both - communication)
 
 
-def summary(window: Window, runs: Sequence[OpRun], origins: Origins) -> str:
+def _steady(trace: Trace, steps: int) -> tuple[int, float, float]:
+    """How many of the steps count, and the times of the trace between which they were."""
+    calls = len(trace.known)
+    if calls > SETTLE:
+        return (calls - SETTLE) * steps // calls, trace.known[SETTLE - 1], trace.known[-1]
+    return steps, min(run.begin for run in trace.runs), max([run.end for run in trace.runs] + trace.known)
+
+
+def _parts_within(runs: Iterable[OpRun], begin: float, end: float) -> tuple[float, float, float]:
+    """Nanoseconds of (computing alone, both, collectives alone) between two times."""
+    split: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for run in runs:
+        if run.end > begin and run.begin < end and not run.contains_others:
+            split[_is_collective(run.name)].append((max(run.begin, begin), min(run.end, end)))
+    collectives, others = union(split[True]), union(split[False])
+    both = overlap(collectives, others)
+    return length(others) - both, both, length(collectives) - both
+
+
+def summary(window: Window, trace: Trace, origins: Origins) -> str:
     """The text of `summary.txt`.
 
     Args:
       window: the steps.
-      runs: the operations of the trace.
+      trace: of them.
       origins: of the operations of the step's programs.
     """
-    steps, devices = len(window.steps), _by_device(runs)
-    step = window.seconds / steps
+    what = f"steps {window.steps[0]} to {window.steps[-1]} of process {window.process}"
+    steps, devices, parts = len(window.steps), len(_by_device(trace.runs)), breakdown(trace, len(window.steps))
+    if not parts:
+        return f"{what}: the trace has no operations of {window.device_kind} devices.\n"
+    step = parts.step
     lines = [
-        f"steps {window.steps[0]} to {window.steps[-1]} of process {window.process}, on {len(devices)} x {window.device_kind}: "
-        f"{1e3 * step:.3f} ms a step while profiled",
-    ]
-    if not devices:
-        return "\n".join([*lines, "The trace has no operations of these devices.", ""])
-    collectives = collective_time(runs, steps)
-    busy = statistics.fmean(length(union((run.begin, run.end) for run in of)) for of in devices) / 1e9 / steps
-    lines += [
-        f"a device ran operations for {1e3 * busy:.3f} ms of a step ({percent(busy / step)})",
-        f"and collectives for {1e3 * collectives.seconds:.3f} ms ({percent(collectives.seconds / step)}), for "
-        f"{1e3 * collectives.alone:.3f} ms of them nothing else",
+        f"{what}, on {devices} x {window.device_kind}: {1e3 * step:.3f} ms a step while profiled",
+        f"a device ran operations for {1e3 * parts.busy:.3f} ms of a step ({percent(parts.busy / step)})",
+        f"and collectives for {1e3 * parts.collectives:.3f} ms ({percent(parts.collectives / step)}), for "
+        f"{1e3 * parts.communication:.3f} ms of them nothing else",
         "",
         f"The {_DEAREST} dearest operations, and below the layers. Times are of a step on a device, mean over the devices.",
         "",
     ]
     seconds: collections.defaultdict[tuple[str, str], float] = collections.defaultdict(float)
-    for run in runs:
-        seconds[run.module, run.name] += run.busy / 1e9 / steps / len(devices)
+    for run in trace.runs:
+        seconds[run.module, run.name] += run.busy / 1e9 / steps / devices
     rows = []
     by_layer: collections.defaultdict[str, float] = collections.defaultdict(float)
     for (module, name), each in _largest_first(seconds):

@@ -10,7 +10,6 @@ import logging
 import shutil
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -37,20 +36,30 @@ SUMMARY = "summary.txt"
 
 
 class ProfileRequest:
-    """Whether a signal has asked for a profile."""
+    """What has asked for a profile: a signal, or a callback."""
 
     def __init__(self) -> None:
-        self._asked = threading.Event()
+        self._signalled = threading.Event()
+        self._steps = 0
 
-    def ask(self) -> None:
-        """Asks for one; more of them until it begins ask for the same one."""
-        self._asked.set()
+    def signal(self) -> None:
+        """Asks for one of the next steps; more of them until it begins ask for the same one."""
+        self._signalled.set()
 
-    def take(self) -> bool:
-        """Whether one was asked for since the last call."""
-        asked = self._asked.is_set()
-        self._asked.clear()
-        return asked
+    def callback(self, steps: int) -> None:
+        """Asks for one of the next `steps`, on every process alike."""
+        self._steps = steps
+
+    def take_signal(self) -> bool:
+        """Whether a signal has come since the last call."""
+        signalled = self._signalled.is_set()
+        self._signalled.clear()
+        return signalled
+
+    def take_callback(self) -> int:
+        """How many steps a callback has asked for since the last call; 0: none did."""
+        steps, self._steps = self._steps, 0
+        return steps
 
 
 @contextlib.contextmanager
@@ -60,7 +69,7 @@ def catch_profile_signal() -> Iterator[ProfileRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = signal.signal(PROFILE_SIGNAL, lambda *_: request.ask())
+    before = signal.signal(PROFILE_SIGNAL, lambda *_: request.signal())
     try:
         yield request
     finally:
@@ -68,9 +77,10 @@ def catch_profile_signal() -> Iterator[ProfileRequest]:
 
 
 class Profiler:
-    """The windows of a start: that of `profile.steps`, and those that a signal asks for; one at a time.
+    """The windows of a start: that of `profile.steps`, and those that a signal or a callback asks for; one at a time.
 
-    A window has whole calls of the step. It ends early where something else is due, so that it holds steps alone.
+    A window has whole calls of the step. It ends early where something else is due, so that it holds steps alone. That of a
+    callback has as many steps as it asked for, whatever comes between them.
     """
 
     def __init__(
@@ -90,7 +100,7 @@ class Profiler:
           progress: the line of what is done now.
           watchdog: is told of each window's ends.
           clock: of the run.
-          request: of a signal.
+          request: of a signal or a callback.
         """
         self._compiled, self._directory = compiled, directory
         self._progress, self._watchdog = progress, watchdog
@@ -98,9 +108,9 @@ class Profiler:
         steps = compiled.run.config.profile.steps
         self._planned = range(steps[0], steps[1] + 1) if steps else range(0)
         self._window = range(0)  # the steps to be profiled; () where none are
+        self._over_pauses = False
         self._done = range(0)  # those that were
         self._step: TrainStep = compiled.step
-        self._began = 0.0
         self._tracing = False
         self._open = contextlib.ExitStack()
 
@@ -114,10 +124,14 @@ class Profiler:
     def _begins(self, steps: range) -> bool:
         if self._window:
             return False
-        if self._planned and steps[-1] >= self._planned.start:
+        asked = self._request.take_callback()
+        self._over_pauses = asked > 0
+        if asked:
+            self._window = range(steps[0], steps[0] + asked)
+        elif self._planned and steps[-1] >= self._planned.start:
             window, self._planned = self._planned, range(0)
             self._window = window if steps[0] in window or window.start in steps else range(0)
-        elif self._request.take() and self._is_alone():
+        elif self._request.take_signal() and self._is_alone():
             self._window = range(steps[0], steps[0] + self._compiled.run.config.profile.length)
         self._done = range(steps[0], steps[0])
         return bool(self._window)
@@ -138,7 +152,7 @@ class Profiler:
         options.python_tracer_level = 0  # it would slow down the host, and the trace would be of Python above all
         try:
             with self._clock.charge("compile"):
-                self._step = self._compiled.step_for_profile()
+                self._step = self._compiled.step_for_profile
             with self._clock.charge("profile"):
                 shutil.rmtree(self._folder, ignore_errors=True)  # of a start that was here before
                 self._folder.mkdir(parents=True)  # JAX fails at the end alone, and then keeps its profiler
@@ -146,7 +160,6 @@ class Profiler:
             self._tracing = True
         except Exception as error:
             self._give_up(error)
-        self._began = time.perf_counter()
 
     def step(self, steps: range, state: TrainState, batch: Batch) -> tuple[TrainState, StepMetrics]:
         """Makes the updates `steps`, as `TrainStep` does."""
@@ -158,25 +171,24 @@ class Profiler:
             return self._step(state, batch, resident)
 
     def ends(self, steps: range) -> bool:
-        """Whether the window ends after `steps`. Then read all metrics, and call `end`."""
+        """Whether the window ends after `steps`. Then read all metrics, and call `pause`."""
         return bool(self._window) and steps[-1] >= self._window[-1]
 
-    def end(self) -> None:
-        """Ends the window, if there is one: writes its trace and its summary, and says where they are."""
-        if not self._window:
+    def pause(self, steps: range) -> None:
+        """Ends the window, if there is one, before what follows `steps`: writes its trace and summary, and says where."""
+        if not self._window or (self._over_pauses and not self.ends(steps)):
             return
-        seconds = time.perf_counter() - self._began
         self._watchdog.feed("profile")
         try:
             with self._clock.charge("profile"):
                 jax.profiler.stop_trace()
                 self._tracing = False
-                path = self._write_summary(seconds)
+                path = self._write_summary()
         except Exception as error:
             self._give_up(error)
             return
         self._window = range(0)
-        self._request.take()  # one that came meanwhile was of this window
+        self._request.take_signal()  # one that came meanwhile was of this window
         self._open.close()
         first, last = self._done[0], self._done[-1]
         log.info("profile of steps %d to %d: %s", first, last, path, extra=event("profile", last))
@@ -187,11 +199,11 @@ class Profiler:
             self._drop()
         self._open.close()
 
-    def _write_summary(self, seconds: float) -> Path:
+    def _write_summary(self) -> Path:
         (trace,) = self._folder.rglob("*.xplane.pb")
         texts = [program.as_text() or "" for program in self._step.programs.values()]
         kind = self._compiled.run.layout.mesh.devices.flat[0].device_kind
-        window = Window(self._done, seconds, jax.process_index(), kind)
+        window = Window(self._done, jax.process_index(), kind)
         path = self._folder / SUMMARY
         atomic_write(path, summary(window, read_trace(trace), origins_of(texts)))
         return path

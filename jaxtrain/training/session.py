@@ -186,8 +186,8 @@ def _train_from(
     with closing(checkpointer), no_implicit_transfers():
         loop = TrainLoop(run, compiled, checkpointer, host, position, rollbacks_left)
         with closing(loop.reporter):
-            evaluator, spent = loop.evaluator, host.clock.now
-            host.callbacks.begin(resume.start, position, compiled, directory.path, state, evaluator, spent)
+            asks = loop.evaluator, host.clock.now, host.profiles.callback
+            host.callbacks.begin(resume.start, position, compiled, directory.path, state, *asks)
             return loop.run(state)
 
 

@@ -10,8 +10,9 @@ from jaxtrain.config import Config
 from jaxtrain.recipes import change
 from jaxtrain.scaling import measuring
 from jaxtrain.scaling.measuring import MEASURED, SIMULATED, Machine, measure
-from jaxtrain.scaling.protocol import COLLECTIVES, Block, LinkFit, Ready
+from jaxtrain.scaling.protocol import Block, LinkFit, Profile, Ready
 from jaxtrain.scaling.study import STRONG, WEAK, Study
+from jaxtrain.training.profile_summary import Breakdown
 
 CONFIG = change(Config(), **{"data.global_batch": 64, "model.name": "mlp"})
 LINK = LinkFit(1e-3, 1e9, 0.0, ())
@@ -19,13 +20,13 @@ PINNED = Machine(MEASURED, ((0,), (1,), (2,), (3,)))
 
 
 class Told:
-    """Processes whose steps take what `seconds` says for (run, process): of a run on its own core, or of the whole."""
+    """Processes whose steps, and their profiles, are what is said for (run, process)."""
 
-    def __init__(self, jobs, seconds, ready):
+    def __init__(self, jobs, seconds, profiles, ready):
         self.name = jobs[0].workdir.rpartition("/")[2].partition("_")[0]
         if self.name == "whole" and len(jobs) * jobs[0].devices == 1:
             self.name = "base"
-        self.jobs, self.ready, self.seconds = jobs, [ready], seconds
+        self.jobs, self.ready, self.seconds, self.profiles = jobs, [ready], seconds, profiles
         self.commands = []
 
     def wait(self):
@@ -33,25 +34,37 @@ class Told:
 
     def tell(self, command):
         self.commands.append(command)
-        if command == COLLECTIVES:
-            return [0.004] * len(self.jobs)
+        if isinstance(command, Profile):
+            return self.profiles[self.name][: len(self.jobs)]
         if not isinstance(command, int):
             return [LINK] * len(self.jobs)
         return [Block(tuple(self.seconds[self.name][i]), 0.001, 0.002) for i in range(len(self.jobs))]
+
+
+SECONDS = {"base": [(0.050, 0.050)], "whole": [(0.040, 0.040), (0.039, 0.039), *[(0.038, 0.038)] * 2]}
+PROFILES = {
+    "base": [Breakdown(0.051, 0.048, 0.0, 0.0, 0.003)],
+    "whole": [
+        Breakdown(0.041, 0.020, 0.006, 0.008, 0.007),
+        Breakdown(0.041, 0.022, 0.006, 0.008, 0.005),
+        Breakdown(0.041, 0.021, 0.006, 0.008, 0.006),
+        Breakdown(0.041, 0.021, 0.006, 0.008, 0.006),
+    ],
+}
 
 
 @pytest.fixture
 def told(monkeypatch):
     """Makes `measure` talk to `Told`; returns what it makes of them."""
 
-    def of(seconds, *, config=CONFIG, counts=(1, 2), machine=PINNED, mode=STRONG, **ready):
-        facts = {"collectives": 1, "messages": 2, "sent_bytes": 10.0, "imbalance": 1.0, "microbatches": 1}
+    def of(seconds=SECONDS, profiles=PROFILES, *, config=CONFIG, counts=(1, 2), machine=PINNED, mode=STRONG, **ready):
+        facts = {"collectives": 1, "messages": 2, "sent_bytes": 10.0, "microbatches": 1}
         known = Ready(train_examples=640, **{**facts, **ready}, devices="cpu", jax="0")
         crews = []
 
         @contextlib.contextmanager
         def started(jobs):
-            crews.append(Told(jobs, seconds, known))
+            crews.append(Told(jobs, seconds, profiles, known))
             yield crews[-1]
 
         monkeypatch.setattr(measuring, "started", started)
@@ -61,73 +74,81 @@ def told(monkeypatch):
     return of
 
 
-SECONDS = {
-    "base": [(0.050, 0.050)],
-    "whole": [(0.040, 0.040), (0.040, 0.040)],
-    "alone": [(0.020, 0.034), (0.030, 0.024)],  # in each step another one is the slower: 30 and 34 ms
-}
-
-
-def test_each_part_is_what_was_measured_of_it(told):
-    (base, two), link, _ = told(SECONDS)
+def test_the_parts_are_those_of_the_profiles(told):
+    (base, two), link, _ = told()
+    idle = 0.006  # the mean of both processes
     assert two.parts == pytest.approx(
-        {"compute": 0.032 - 0.003, "communication": 0.004, "input": 0.001, "bubble": 0.0, "host": 0.002}
+        {
+            "compute": 0.021,
+            "overlap": 0.006,
+            "communication": 0.008,
+            "input": 0.001,
+            "bubble": 0.0,
+            "host": idle - 0.001,
+        }
     )
-    assert two.unexplained == pytest.approx(0.040 - 0.036)
+    assert two.unexplained == pytest.approx(0.040 - 0.041)
     assert two.speedup == pytest.approx(50 / 40)
     assert (base.devices, base.batch, base.speedup) == (1, 64, 1.0)
-    assert base.parts["compute"] == pytest.approx(0.047)
+    assert base.parts["compute"] == pytest.approx(0.048)
+    assert base.unexplained == pytest.approx(-0.001)
     assert link is LINK
 
 
+def test_a_wait_for_input_counts_where_the_devices_did_nothing_meanwhile(told):
+    hidden = {name: [Breakdown(0.04, 0.0396, 0.0, 0.0, 0.0004)] * 2 for name in PROFILES}
+    (_, two), _, _ = told(profiles=hidden)
+    assert (two.parts["input"], two.parts["host"]) == pytest.approx((0.0004, 0.0))
+
+
+def test_the_profile_counts_that_is_most_like_the_steps(told):
+    rounds = iter([*[Breakdown(0.09, 0.09, 0, 0, 0)] * 2, *[Breakdown(0.041, 0.03, 0, 0.01, 0.001)] * 2] * 4)
+
+    class InTurns(list):
+        def __getitem__(self, _):
+            return [next(rounds), next(rounds)]
+
+    (_, two), _, _ = told(profiles=PROFILES | {"whole": InTurns()})
+    assert (two.parts["compute"], two.parts["communication"]) == (0.03, 0.01)
+
+
+def test_without_a_profile_the_parts_are_not_known(told):
+    (_, two), _, _ = told(profiles=PROFILES | {"whole": [None, None]})
+    assert (two.parts, two.unexplained, two.speedup) == ({}, None, pytest.approx(50 / 40))
+
+
 def test_weak_scaling_counts_the_work_that_grows(told):
-    (base, two), _, _ = told(SECONDS, mode=WEAK)
+    (base, two), _, _ = told(mode=WEAK)
     assert (base.batch, two.batch) == (64, 128)
     assert two.speedup == pytest.approx(2 * 50 / 40)
 
 
 def test_runs_make_their_blocks_in_turns(told):
-    _, _, crews = told(SECONDS)
-    assert {crew.name: crew.commands for crew in crews} == {
-        "whole": [2, *[2, COLLECTIVES] * 3, "link"],  # first to warm up
-        "base": [2, 2, 2, 2],
-        "alone": [2, 2, 2, 2],
-    }
-    alone = next(crew for crew in crews if crew.name == "alone")
-    assert [job.config.data.global_batch for job in alone.jobs] == [32, 32]
-    assert [job.cores for job in alone.jobs] == [(0,), (1,)]
+    _, _, crews = told()
+    turns = [2, Profile(2), *[2, Profile(2)] * 3]  # the first pair to warm up
+    assert {crew.name: crew.commands for crew in crews} == {"whole": [*turns, "link"], "base": turns}
 
 
-def test_stages_idle_by_the_schedule_and_the_slowest_one_counts(told):
+def test_a_stage_that_does_nothing_waits_for_the_others(told):
     config = change(CONFIG, **{"layout.stages": 2, "layout.schedule": "gpipe"})
-    seconds = SECONDS | {"whole": [(0.040, 0.040)] * 2, "alone": [(0.043, 0.043)] * 2}
-    (two,), _, _ = told(
-        seconds,
-        config=config,
-        counts=(2,),
-        collectives=None,
-        messages=None,
-        sent_bytes=None,
-        imbalance=1.1,
-        microbatches=4,
-    )
-    compute = 0.040 * 1.1 / 2
-    assert two.parts["compute"] == pytest.approx(compute)
-    assert two.parts["bubble"] == pytest.approx(compute / 4)  # (S - 1) / M of the busy time
-    assert two.parts["communication"] is two.unexplained is None
-
-
-def test_simulated_devices_do_all_work_on_the_same_cores(told):
-    (_, two), link, crews = told(
-        SECONDS | {"whole": [(0.060, 0.060)], "alone": [(0.043, 0.043)]}, machine=Machine(SIMULATED)
-    )
-    (alone,) = (job for crew in crews if crew.name == "alone" for job in crew.jobs)
-    assert (alone.config.data.global_batch, alone.devices) == (64, 1)
-    assert two.parts["compute"] == pytest.approx(0.040)
+    facts = {
+        "config": config,
+        "counts": (2,),
+        "collectives": None,
+        "messages": None,
+        "sent_bytes": None,
+        "microbatches": 4,
+    }
+    (two,), _, _ = told(**facts)
+    assert (two.parts["input"], two.parts["host"], two.parts["bubble"]) == pytest.approx((0.001, 0.002, 0.003))
+    (shared,), link, _ = told(**facts, machine=Machine(SIMULATED))
+    assert shared.parts["bubble"] is None, "the idle stage's cores compute another one"
+    assert shared.parts["host"] == pytest.approx(0.007 - 0.001)
+    assert shared.unexplained == pytest.approx(-0.001)
     assert link is None
 
 
 def test_a_base_of_several_devices_is_measured_like_the_others(told):
-    (two, four), _, _ = told(SECONDS | {"whole": [(0.040, 0.040)] * 4, "alone": [(0.020, 0.020)] * 4}, counts=(2, 4))
+    (two, four), _, _ = told(counts=(2, 4))
     assert (two.devices, four.devices) == (2, 4)
-    assert two.parts["communication"] == pytest.approx(0.004)
+    assert two.parts["communication"] == pytest.approx(0.008)

@@ -15,10 +15,11 @@ import runs
 from jax.profiler import ProfileData
 from runs import EXACT, SMALL, here
 
+from jaxtrain import Callback, load_config, train
 from jaxtrain.errors import DataError
-from jaxtrain.observability.op_times import OpRun, read_trace
+from jaxtrain.observability.op_times import OpRun, Trace, read_trace
 from jaxtrain.parallel.gpu_program import Origin
-from jaxtrain.training.profile_summary import Window, collective_time, origins_of, summary
+from jaxtrain.training.profile_summary import Window, breakdown, origins_of, summary
 
 # Twelve steps in epochs of four, and nothing due within one.
 NET = EXACT | {"train.precision": "f32", "checkpoint.every": "0"}
@@ -58,7 +59,9 @@ def test_a_window_leaves_a_trace_and_a_summary_and_changes_no_bit(tmp_path, plai
     assert "layers_01 backward" in text
     assert "all-reduce" in text
     assert 0 < share(text, "and collectives") < share(text, "a device ran operations") <= 100
-    operations = read_trace(trace)
+    found = read_trace(trace)
+    operations = found.runs
+    assert len(found.known) == 2, "of both steps their numbers were read"
     assert {run.device for run in operations} == {"CPU 0", "CPU 1"}
     assert {run.module for run in operations} == {"jit_step"}  # the metrics of the steps before are read already
     reduces = [run for run in operations if run.device == "CPU 1" and run.name.startswith("all-reduce")]
@@ -70,6 +73,26 @@ def test_a_window_ends_where_an_evaluation_comes_next(tmp_path, plain):
     runs.assert_same_bits(here(tmp_path, NET, devices=2, profile__steps=(3, 6)), plain)
     assert "profile of steps 3 to 4: " in log(tmp_path)
     assert "steps 3 to 4 of process 0" in (tmp_path / "profile" / "steps_3_6" / "process_0" / "summary.txt").read_text()
+
+
+class Asks(Callback):
+    """Asks for a profile of four steps once step 2 is known."""
+
+    def on_step(self, run, step, metrics):
+        if step == 2:
+            run.profile(4)
+
+
+def test_a_callback_asks_for_a_window_that_goes_on_over_what_comes_between(tmp_path, plain):
+    found = train(load_config(runs.RECIPE, NET), tmp_path, num_devices=2, quiet=True, callbacks=[Asks()])
+    runs.assert_same_bits(found, plain)
+    (folder,) = (tmp_path / "profile").iterdir()  # two more steps were under way; the epoch ends after step 4
+    text = (folder / "process_0" / "summary.txt").read_text()
+    first, last = map(int, re.findall(r"\d+", folder.name))
+    assert (first <= 5, last - first) == (True, 3)
+    assert text.startswith(f"steps {first} to {last} of process 0")
+    (trace,) = folder.rglob("*.xplane.pb")
+    assert len(read_trace(trace).known) == 4
 
 
 def test_the_layers_of_each_stage_are_told_apart(tmp_path):
@@ -201,7 +224,7 @@ STATS = ["hlo_op", "hlo_module", "_p", "_c"]
 TABLES = "".join(f' stat_metadata {{ key: {n} value {{ id: {n} name: "{name}" }} }}' for n, name in enumerate(STATS, 1))
 NAMES = "".join(
     f' event_metadata {{ key: {n} value {{ id: {n} name: "{name}" }} }}'
-    for n, name in enumerate(["kernel", "end: dot.4"], 1)
+    for n, name in enumerate(["kernel", "end: dot.4", "read metrics"], 1)
 )
 FUSION = event(1, 0, 4000, hlo_op="fusion.1", hlo_module="jit_step")
 TRACE = f"""
@@ -212,20 +235,22 @@ planes {{ id: 1 name: "/device:GPU:0" {TABLES} {NAMES}
 }}
 planes {{ id: 2 name: "/host:CPU" {TABLES} {NAMES}
   lines {{ id: 1 name: "thread" {event(1, 0, 9000, hlo_op="while.3")} {event(1, 1000, 2000, hlo_op="dot.4", _p=77)} }}
+  lines {{ id: 3 name: "python" {event(3, 8500, 250)} {event(3, 100, 200)} }}
   lines {{ id: 2 name: "another thread" {event(2, 6500, 500, _c=77)} }}
 }}
 """
 
 
 @pytest.fixture
-def operations(tmp_path) -> list[OpRun]:
+def trace(tmp_path) -> Trace:
     path = tmp_path / "host.xplane.pb"
     path.write_bytes(ProfileData.text_proto_to_serialized_xspace(TRACE))
     return read_trace(path)
 
 
-def test_operations_of_a_trace(operations):
-    found = [(run.device, run.name, run.begin, run.end, run.busy) for run in operations]
+def test_operations_of_a_trace(trace):
+    assert trace.known == [300, 8750]
+    found = [(run.device, run.name, run.begin, run.end, run.busy) for run in trace.runs]
     assert found == [
         ("/device:GPU:0", "fusion.1", 0, 4000, 4000),
         ("/device:GPU:0", "fusion.1", 6000, 8000, 2000),
@@ -235,26 +260,52 @@ def test_operations_of_a_trace(operations):
     ]
 
 
-def test_collectives_are_told_from_what_hides_them(operations):
-    on_gpu = [run for run in operations if "GPU" in run.device]
-    time = collective_time(on_gpu, steps=2)
-    assert (time.seconds, time.alone) == pytest.approx((1e-6, 0.5e-6))
-    assert collective_time([], steps=2).seconds == 0
+def runs_of(device: str, *named: tuple[str, float, float]) -> list[OpRun]:
+    return [OpRun(device, "jit_step", name, begin, end, end - begin) for name, begin, end in named]
 
 
-def test_the_dearest_come_first_with_their_layers(operations):
+def test_the_parts_of_a_step_are_told_apart(trace):
+    on_gpu = Trace([run for run in trace.runs if "GPU" in run.device], [])
+    found = breakdown(on_gpu, 2)  # from the first operation to the last: 4 us a step
+    assert dataclasses.astuple(found) == pytest.approx((4e-6, 2.5e-6, 0.5e-6, 0.5e-6, 0.5e-6))
+    assert breakdown(Trace([], []), 2) is None
+
+
+def test_a_loop_is_no_work_beside_the_collective_in_it():
+    found = breakdown(Trace(runs_of("CPU 0", ("while.1", 0, 10), ("all-reduce.2", 4, 9), ("dot.3", 0, 4)), []), 1)
+    assert (found.compute, found.overlap, found.communication, found.idle) == pytest.approx((4e-9, 0, 5e-9, 1e-9))
+
+
+def test_steps_that_begin_with_nothing_under_way_do_not_count():
+    """Six calls; of the fifth and sixth the operations are cut off where the fourth was known."""
+    slow = [("dot.1", 100 * call, 100 * call + 90) for call in range(4)]
+    fast = [("dot.1", 390, 430), ("all-reduce-start.2", 430, 450), ("dot.1", 450, 490)]
+    found = breakdown(Trace(runs_of("CPU 0", *slow, *fast), [100, 200, 300, 400, 450, 500]), 6)
+    assert dataclasses.astuple(found) == pytest.approx((50e-9, 35e-9, 0, 10e-9, 5e-9))
+
+
+def test_devices_that_share_cores_count_as_one():
+    both = runs_of("CPU 0", ("dot.1", 0, 6), ("all-reduce.2", 6, 12)) + runs_of(
+        "CPU 1", ("dot.1", 4, 10), ("all-reduce.2", 10, 12)
+    )
+    apart, shared = breakdown(Trace(both, []), 1), breakdown(Trace(both, []), 1, one_device=True)
+    assert (apart.compute, apart.overlap, apart.communication) == pytest.approx((6e-9, 0, 4e-9))
+    assert (shared.compute, shared.overlap, shared.communication) == pytest.approx((6e-9, 4e-9, 2e-9))
+
+
+def test_the_dearest_come_first_with_their_layers(trace):
     origins = {("jit_step", "fusion.1"): Origin("fusion: loop", "layers_03 backward", "conv_general_dilated")}
-    on_gpu = [dataclasses.replace(run) for run in operations if "GPU" in run.device]
-    lines = summary(Window(range(5, 7), 20e-6, 0, "H100"), on_gpu, origins).splitlines()
-    assert lines[0] == "steps 5 to 6 of process 0, on 1 x H100: 0.010 ms a step while profiled"
-    assert lines[1] == "a device ran operations for 0.004 ms of a step (35.0 %)"
-    assert lines[2] == "and collectives for 0.001 ms (10.0 %), for 0.001 ms of them nothing else"
+    on_gpu = Trace([run for run in trace.runs if "GPU" in run.device], [])
+    lines = summary(Window(range(5, 7), 0, "H100"), on_gpu, origins).splitlines()
+    assert lines[0] == "steps 5 to 6 of process 0, on 1 x H100: 0.004 ms a step while profiled"
+    assert lines[1] == "a device ran operations for 0.004 ms of a step (87.5 %)"
+    assert lines[2] == "and collectives for 0.001 ms (25.0 %), for 0.001 ms of them nothing else"
     rows = [line.split("  ") for line in lines[6:9]]
     assert [re.split(r"\s{2,}", line.strip())[:4] for line in lines[7:8]] == [
-        ["0.003", "30.0 %", "layers_03 backward", "conv_general_dilated"]
+        ["0.003", "75.0 %", "layers_03 backward", "conv_general_dilated"]
     ]
     assert rows[2][-1].endswith("jit_step/all-reduce-start.2")
-    assert "The trace has no operations" in summary(Window(range(1, 2), 1.0, 0, "cpu"), [], {})
+    assert "the trace has no operations" in summary(Window(range(1, 2), 0, "cpu"), Trace([], []), {})
 
 
 def test_an_instruction_without_a_name_has_that_of_what_uses_it():
