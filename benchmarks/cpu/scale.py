@@ -1,4 +1,4 @@
-"""One and two processes with a core each: where a step goes, and whether the parts add up to it.
+"""One and two processes with a core each: where a step goes.
 
     python -m benchmarks.run NAME scale
     python -m benchmarks.cpu.scale                 # prints the tables alone
@@ -41,14 +41,15 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         for each in row["tables"]:
             two = dict(zip(each["columns"], each["rows"][-1], strict=True))
-            parts = ", ".join(f"{name} {two[f'{name} %']:.1f} %" for name in PARTS if two[f"{name} %"] is not None)
+            parts = ", ".join(f"{name} {two[f'{name} %']:.1f} %" for name in PARTS)
+            parts += f"; profiling adds {two['profiling adds %']:.1f} %"
             name = f"two processes, {row['name']}, {each['scaling']} scaling, batch {two['global batch']}"
             name += f", speed-up {two['speed-up']:.2f}: {parts}"
             lines.append(f"| {name} | {two['step ms']:.1f} ms | {two['least ms']:.1f} - {two['most ms']:.1f} |")
     return lines
 
 
-PARTS = ("compute", "overlap", "communication", "input", "host", "unexplained")
+PARTS = ("compute", "overlap", "communication", "input", "host")
 
 if __name__ == "__main__":
     print("\n".join(table(measure())))

@@ -12,6 +12,7 @@ from rich.table import Table
 
 from jaxtrain.cli.start import console
 from jaxtrain.host.text import printable
+from jaxtrain.jobs.target import refuse_many
 from jaxtrain.observability.goodput import StartTimes, goodput, read_starts
 from jaxtrain.observability.rendering import cost, duration, gpu_hours
 from jaxtrain.workdir import Workdir, named
@@ -25,7 +26,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints a row for each category. Raises `WorkdirError` if no run was started there."""
-    starts = read_starts(Workdir(named(arguments.workdir)).starts)
+    folder = named(arguments.workdir)
+    refuse_many(folder)
+    starts = read_starts(Workdir(folder).starts)
     found = goodput(starts)
     if arguments.json:
         ends = [start.end and dataclasses.asdict(start.end) for start in starts]

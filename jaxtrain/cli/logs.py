@@ -13,7 +13,7 @@ from jaxtrain.host.files import reading
 from jaxtrain.host.text import indented, printable
 from jaxtrain.jobs.queue import ENDED, Entry
 from jaxtrain.jobs.run_status import RUNNING, read_status
-from jaxtrain.jobs.target import run_or_job
+from jaxtrain.jobs.target import refuse_many, run_or_job
 from jaxtrain.observability import merged_logs
 
 _LOOK_SECONDS = 1.0
@@ -35,6 +35,7 @@ def run(arguments: argparse.Namespace) -> None:
             sys.stdout.write(printable(text, lines=True))
             sys.stdout.flush()
         return
+    refuse_many(found)
     for entry in _of_run(found, follow=arguments.follow):
         if arguments.json:
             print(json.dumps(dataclasses.asdict(entry)), flush=arguments.follow)

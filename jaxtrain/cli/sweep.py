@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from collections.abc import Sequence
 
 from rich.table import Table
 
@@ -11,6 +12,7 @@ from jaxtrain.cli import flags, start
 from jaxtrain.errors import ConfigError, SweepError
 from jaxtrain.host.text import printable
 from jaxtrain.jobs.run_status import is_run
+from jaxtrain.observability.rendering import percent
 from jaxtrain.reporting.report import report
 from jaxtrain.runs.comparison import Comparison, number
 from jaxtrain.runs.settings import short_names, shown
@@ -20,6 +22,7 @@ from jaxtrain.sweeps.plan import Plan, make_plan
 from jaxtrain.sweeps.session import SweepResult
 from jaxtrain.sweeps.share import Share
 from jaxtrain.sweeps.spec import Halving, Sweep, from_words, read_sweep
+from jaxtrain.sweeps.store import Decision
 from jaxtrain.sweeps.worker import FAILED
 
 
@@ -116,6 +119,8 @@ def _summarize(found: SweepResult) -> None:
     if folders:
         made = report(folders, found.path / "report", title=f"Sweep {found.path.name}")
         start.console().print(_table(made.comparison))
+        if found.decisions:
+            start.console().print(_rungs(found.decisions))
         print(printable(made.html))
     if failed := found.in_state(FAILED):
         sentences = " ".join(f"{run.name}: {run.reason}" for run in failed)
@@ -123,6 +128,20 @@ def _summarize(found: SweepResult) -> None:
         raise SweepError(
             f"{len(failed)} of {len(found.runs)} runs failed; --retry-failed tries {which} again. {sentences}"
         )
+
+
+def _rungs(decisions: Sequence[Decision]) -> Table:
+    """The figure that decided, by setting and rung; those that came farthest first."""
+    table = Table("halving", *(f"at {percent(decision.share)}" for decision in decisions), box=None, pad_edge=False)
+    names = dict.fromkeys(name for each in reversed(decisions) for name in (*each.kept, *each.figures))
+    for name in names:
+        figures = [(each.figures.get(name), name in each.figures, name in each.kept) for each in decisions]
+        cells = [
+            ("-" if figure is None else f"{figure:.4g}") + " goes on" * kept if there else ""
+            for figure, there, kept in figures
+        ]
+        table.add_row(name, *cells)
+    return table
 
 
 def _table(comparison: Comparison) -> Table:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jaxtrain.errors import ConfigError, WorkdirError
 from jaxtrain.jobs.queue import Entry, default_queue
-from jaxtrain.jobs.run_status import is_run
+from jaxtrain.jobs.run_status import find_runs, is_run
 
 
 def run_or_job(name: str) -> Path | Entry:
@@ -24,5 +24,14 @@ def run_or_job(name: str) -> Path | Entry:
     try:
         return default_queue().find(name)
     except ConfigError as error:
+        refuse_many(folder)
         where = f"{folder} holds no run" if folder.is_dir() else f"{folder} is no work directory"
         raise WorkdirError(f"{where}, and of jobs: {error}") from None
+
+
+def refuse_many(folder: Path) -> None:
+    """Raises `WorkdirError` where a directory is no run itself, such as that of a sweep, and has runs in it."""
+    if folder.is_dir() and (first := next(find_runs(folder), folder)) != folder:
+        raise WorkdirError(
+            f"{folder} is no run, but has some, such as {first}; jaxtrain status --root {folder} lists them."
+        )

@@ -80,7 +80,7 @@ def _lost(point: Point, base: Point, scale: float) -> dict[str, float]:
     slowed = min(max(lost["compute"], 0.0), beside)
     lost["compute"] -= slowed
     lost["communication"] += slowed
-    return lost | {"unexplained": point.unexplained or 0.0}
+    return lost
 
 
 def of_model(base: ModelledPoint, point: ModelledPoint, mode: str, config: Config) -> Verdict:
@@ -105,7 +105,6 @@ _WORDS: Mapping[str, str] = {
     "input": "waiting for batches",
     "bubble": "the pipeline's idle stages",
     "host": "the host between steps",
-    "unexplained": "in none of the parts, which steps of a profile have",
 }
 
 
@@ -119,11 +118,13 @@ def _advice(name: str, point: Point, base: Point, config: Config, link: LinkFit 
     if name == "bubble":
         return _more_microbatches(config, point.traffic.microbatches)
     if name == "compute":
-        share = point.batch / point.devices
+        share, base_share = point.batch / point.devices, base.batch / base.devices
+        shared = "processes on one host share its memory's bandwidth, which no setting changes."
+        if share >= base_share:
+            return f"A device has as many examples as at the base; {shared}"
         return (
-            f"A device has {share:g} examples of {base.batch / base.devices:g} at the base; a larger "
-            "config.data.global_batch keeps it busier. Processes on one host also share its memory's bandwidth, which "
-            "no setting changes."
+            f"A device has {share:g} examples of {base_share:g} at the base: a larger config.data.global_batch keeps it "
+            f"busier. And {shared}"
         )
     waits = 1e3 * (point.parts["input"] or 0.0)
     return {
@@ -131,7 +132,6 @@ def _advice(name: str, point: Point, base: Point, config: Config, link: LinkFit 
         "with config.data.residency=device.",
         "host": "Raise config.train.log_every; where the model is tiny, config.train.steps_per_call makes several steps one "
         "program.",
-        "unexplained": "Measure it again on a quieter machine with more --repeats.",
     }[name]
 
 
@@ -140,13 +140,13 @@ def _less_communication(point: Point, link: LinkFit | None) -> str:
     known = _known(point)
     alone, spent = known["communication"], known["communication"] + known["overlap"]
     doubled = spent / (2 * point.step.median - spent)  # what it takes does not grow with the examples
-    sent, messages = point.traffic.sent_bytes or 0.0, point.traffic.messages or 0
+    sent, messages = point.traffic.sent_bytes, point.traffic.messages
+    size = "" if sent is None else f"; a device sends {sent / 1e6:.1f} MB in {point.traffic.collectives} of them"
     text = (
         f"Collectives run for {100 * spent / point.step.median:.0f} % of a step, {100 * alone / point.step.median:.0f} % of it "
-        f"with nothing beside; a device sends {sent / 1e6:.1f} MB in {point.traffic.collectives} of them. With twice the "
-        f"examples a device they would run for {100 * doubled:.0f} %."
+        f"with nothing beside{size}. With twice the examples a device they would run for {100 * doubled:.0f} %."
     )
-    if link is None:
+    if link is None or messages is None or sent is None:
         return f"{text} config.optim.compress=bf16 sends half of the bytes."
     waits, moves = messages * link.latency, sent / link.bandwidth
     if waits > moves:

@@ -1,8 +1,8 @@
 """Measures a study: real steps of two runs in turns, and the parts of a step in profiles of such steps.
 
 At each number of devices there are two runs, the `base` (the smallest number) and the `whole`. They make their steps in turns,
-so that what else the machine does hits both alike. The steps of a profile take a little longer than those without; by how much
-is said, as what the parts do not explain (docs/scaling.md).
+so that what else the machine does hits both alike. The shares in a profile are taken for those of a step without one; how much
+longer a profiled step takes is said (docs/scaling.md).
 """
 
 from __future__ import annotations
@@ -55,6 +55,7 @@ class Point:
       step: seconds.
       speedup: examples a second over those of the base, which made its steps in turns with these.
       parts: seconds of a step by `PARTS`; None where one is not known. {} where no profile could be taken.
+      profiling: what to profile a step adds to its time, relative; None without a profile.
       steps: of a block.
       traffic: what the run said of itself.
     """
@@ -64,6 +65,7 @@ class Point:
     step: Spread
     speedup: float
     parts: Mapping[str, float | None]
+    profiling: float | None
     steps: int
     traffic: Ready
 
@@ -71,13 +73,6 @@ class Point:
     def throughput(self) -> float:
         """Examples a second."""
         return self.batch / self.step.median
-
-    @property
-    def unexplained(self) -> float | None:
-        """Seconds of a step that the parts do not explain; below 0 where they are more. None without parts."""
-        if not self.parts:
-            return None
-        return self.step.median - math.fsum(value or 0.0 for value in self.parts.values())
 
 
 @dataclasses.dataclass(frozen=True)
@@ -170,9 +165,9 @@ def _measure_at(
     seconds, base_seconds = _seconds(whole), _seconds(base)
     speedup = statistics.median(b / base_batch * batch / w for w, b in zip(seconds, base_seconds, strict=True))
     stages = study.config.layout.stages
-    point = Point(count, batch, Spread.of(seconds), speedup, _parts(whole, stages, machine.kind), block, ready)
-    parts = _parts(base, stages, machine.kind)
-    return point, Point(study.base, base_batch, Spread.of(base_seconds), 1.0, parts, block, base_ready), link
+    parts, base_parts = (_parts(turns, stages, machine.kind) for turns in (whole, base))
+    point = Point(count, batch, Spread.of(seconds), speedup, *parts, block, ready)
+    return point, Point(study.base, base_batch, Spread.of(base_seconds), 1.0, *base_parts, block, base_ready), link
 
 
 def _take_turns(crews: Mapping[str, Crew], repeats: int, steps: int, said: Said) -> dict[str, _Turns]:
@@ -191,11 +186,13 @@ def _seconds(turns: _Turns) -> list[float]:
     return [max(block.seconds for block in blocks) for blocks in turns.blocks]
 
 
-def _parts(turns: _Turns, stages: int, kind: str) -> dict[str, float | None]:
-    """Seconds of a step by part, mean over the processes; {} where no profile could be taken."""
-    profile = _typical(turns)
-    if profile is None:
-        return {}
+def _parts(turns: _Turns, stages: int, kind: str) -> tuple[dict[str, float | None], float | None]:
+    """Seconds of a step by part, mean over the processes, and what profiling adds to a step; ({}, None) without a profile."""
+    step = statistics.median(_seconds(turns))
+    found = _typical(turns, step)
+    if found is None:
+        return {}, None
+    profile = found.scaled(step / found.step)
     waits, host = (
         statistics.median(statistics.fmean(getattr(block, name) for block in blocks) for blocks in turns.blocks)
         for name in ("input", "host")
@@ -207,21 +204,24 @@ def _parts(turns: _Turns, stages: int, kind: str) -> dict[str, float | None]:
         bubble = None  # the cores of a stage that waits compute another one
     elif stages > 1:
         bubble = max(idle - host, 0.0)
-    return {
-        "compute": profile.compute,
-        "overlap": profile.overlap,
+    beside = (
+        0.0 if kind == SIMULATED else profile.overlap
+    )  # there one that computes keeps others waiting in a collective
+    parts = {
+        "compute": profile.compute + profile.overlap - beside,
+        "overlap": beside,
         "communication": profile.communication,
         "input": waits,
         "bubble": bubble,
         "host": idle - (bubble or 0.0),
     }
+    return parts, found.step / step - 1
 
 
-def _typical(turns: _Turns) -> Breakdown | None:
+def _typical(turns: _Turns, step: float) -> Breakdown | None:
     """Of the profiles that whose steps took most nearly as long as those without one, the mean over its processes.
 
     To profile a step may slow it down, sometimes by much: on a CPU it changes which thread waits for which.
     """
-    step = statistics.median(_seconds(turns))
     means = [Breakdown.mean([each for each in of_round if each]) for of_round in turns.profiles if any(of_round)]
     return min(means, key=lambda mean: abs(mean.step - step), default=None)

@@ -14,7 +14,7 @@ from jaxtrain.scaling.targets import CompiledPoint, ModelledPoint
 MODELLED, COMPILED = "modelled", "compiled"
 
 _DIGITS = 6  # significant, of a figure in a table
-_SHARES = (*PARTS, "unexplained")
+_SHARES = (*(f"{name} %" for name in PARTS), "profiling adds %")
 _SPEED = ("examples/s", "ideal examples/s", "speed-up", "efficiency %", "epoch s", "whole run s")
 
 
@@ -38,10 +38,10 @@ def of_points(mode: str, points: Sequence[Point], config: Config, kind: str, wha
         epoch = point.traffic.train_examples
         speed = _speed(point.throughput, base.throughput * times, point.speedup, times, epoch, config, base.batch)
         step = point.step
-        parts = {**dict.fromkeys(PARTS), **point.parts, "unexplained": point.unexplained}
-        shares = [_share(part, step.median) for part in parts.values()]
+        parts = {**dict.fromkeys(PARTS), **point.parts}
+        shares = [_share(part, step.median) for part in parts.values()] + [_share(point.profiling, 1.0)]
         rows.append([point.devices, point.batch, 1e3 * step.median, 1e3 * step.least, 1e3 * step.most, *speed, *shares])
-    columns = [what, "global batch", "step ms", "least ms", "most ms", *_SPEED, *(f"{name} %" for name in _SHARES)]
+    columns = [what, "global batch", "step ms", "least ms", "most ms", *_SPEED, *_SHARES]
     return _table(kind, mode, columns, rows)
 
 

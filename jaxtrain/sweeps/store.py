@@ -14,7 +14,7 @@ from jaxtrain.sweeps.plan import Plan
 from jaxtrain.sweeps.spec import Range
 from jaxtrain.workdir import SWEEP_FILE
 
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,9 @@ class Stored:
     """A sweep's file."""
 
     plan: Mapping[str, Any]
-    decisions: tuple[Decision, ...] = ()
+    decisions: tuple[Decision, ...]
+    cores: int
+    """That each run had when the sweep was started last: on a CPU sums are rounded otherwise on another number."""
 
 
 def path_in(workdir: Path) -> Path:
@@ -56,14 +58,15 @@ def read(workdir: Path) -> Stored | None:
                 f"{path} is of version {values['version']}, and this jaxtrain knows {_VERSION}; {ELSEWHERE}."
             )
         decisions = tuple(Decision(**{**each, "kept": tuple(each["kept"])}) for each in values["decisions"])
-        return Stored({key: values[key] for key in ("base", "over", "random", "seeds", "halving", "runs")}, decisions)
+        plan = {key: values[key] for key in ("base", "over", "random", "seeds", "halving", "runs")}
+        return Stored(plan, decisions, values["cores"])
     except (TypeError, KeyError) as error:
         raise WorkdirError(f"{path} is damaged ({error!r}); {ELSEWHERE}.") from None
 
 
-def write(workdir: Path, plan: Plan, decisions: Sequence[Decision]) -> None:
+def write(workdir: Path, plan: Plan, decisions: Sequence[Decision], cores: int) -> None:
     """Replaces the file. Raises `WorkdirError` where it cannot be written."""
-    values = {"version": _VERSION, "config": plan.sweep.config, **describe(plan)}
+    values = {"version": _VERSION, "config": plan.sweep.config, **describe(plan), "cores": cores}
     values |= {"decisions": [dataclasses.asdict(each) for each in decisions]}
     atomic_write(path_in(workdir), json.dumps(values, indent=1) + "\n")
 
@@ -115,8 +118,8 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str
             yield f"config.{key} {'varies now' if before is None else 'varies no more'}"
         elif before != now and (new["random"] or isinstance(now, dict)):
             yield f"config.{key} is drawn from {now}, and was from {before}"
-        elif isinstance(now, list) and (gone := [each for each in before if each not in now]):
-            yield f"config.{key} has no {', '.join(gone)} any more"
+        elif gone := _values(old, key) - _values(new, key):
+            yield f"config.{key} has no {', '.join(sorted(gone))} any more"
     if gone := [str(seed) for seed in old["seeds"] if seed not in new["seeds"]]:
         yield f"the seeds have no {', '.join(gone)} any more"
     elif new["seeds"] and not old["seeds"]:
@@ -129,3 +132,8 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str
             yield f"random is {now}, and was {before}"
         elif not fixed and before != now:
             yield f"halving is {now}, and was {before}"
+
+
+def _values(plan: Mapping[str, Any], key: str) -> set[str]:
+    """What a field has in the runs, whichever way it was written: 0.10 is 0.1."""
+    return {str(run["settings"][key]) for run in plan["runs"]}

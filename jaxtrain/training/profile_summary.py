@@ -54,6 +54,10 @@ class Breakdown:
         """Of several processes' devices."""
         return cls(*map(statistics.fmean, zip(*map(dataclasses.astuple, of), strict=True)))
 
+    def scaled(self, by: float) -> Breakdown:
+        """The same shares of a step that takes `by` times as long."""
+        return Breakdown(*(by * each for each in dataclasses.astuple(self)))
+
     @property
     def collectives(self) -> float:
         """Collectives, with and without something beside them."""

@@ -114,6 +114,15 @@ def test_runs_that_are_damaged_deleted_or_being_written_stop_nobody(tmp_path, ca
     assert main(["status", str(tmp_path / "absent")]) == 73
 
 
+@pytest.mark.parametrize("command", ["status", "goodput", "logs", "resume", "stop"])
+def test_where_a_directory_has_several_runs_it_is_said_how_to_see_them(command, tmp_path, capsys):
+    make_run(tmp_path / "rates" / "one")
+    assert main([command, str(tmp_path / "rates")]) == 73
+    assert (
+        f"such as {tmp_path}/rates/one; jaxtrain status --root {tmp_path}/rates lists them" in capsys.readouterr().err
+    )
+
+
 def test_looking_runs_no_code(tmp_path, monkeypatch):
     run = make_run(tmp_path / "run")
     (tmp_path / "evil.py").write_text(f"open({str(tmp_path / 'was-run')!r}, 'w')")

@@ -9,7 +9,7 @@ from jaxtrain.config import Config
 from jaxtrain.errors import ConfigError
 from jaxtrain.recipes import change
 from jaxtrain.scaling import advice, tables
-from jaxtrain.scaling.measuring import MEASURED, SIMULATED, Machine, Point, Spread
+from jaxtrain.scaling.measuring import MEASURED, PARTS, SIMULATED, Machine, Point, Spread
 from jaxtrain.scaling.protocol import LinkFit, Ready
 from jaxtrain.scaling.study import STRONG, WEAK, Study
 
@@ -20,7 +20,7 @@ SMALL = {"data.name": "synthetic", "data.examples": 640, "train.precision": "f32
 
 
 def point(devices, seconds, parts, *, batch=64, speedup=1.0):
-    return Point(devices, batch, Spread(seconds, seconds, seconds), speedup, parts, 4, TOLD)
+    return Point(devices, batch, Spread(seconds, seconds, seconds), speedup, parts, 0.05 if parts else None, 4, TOLD)
 
 
 def row(table, index=-1):
@@ -31,22 +31,20 @@ NOTHING = dict.fromkeys(ALL, 0.0)
 BASE = point(1, 80e-3, NOTHING | {"compute": 78e-3, "input": 1e-3, "host": 1e-3})
 
 
-def test_what_the_parts_do_not_explain_is_said_and_all_shares_add_up():
-    two = point(2, 80e-3, ALL, speedup=1.0)
+def test_the_shares_add_up_and_what_profiling_adds_is_said():
+    two = point(2, 80e-3, ALL | {"host": 5e-3}, speedup=1.0)
     table = tables.of_points(STRONG, [BASE, two], CONFIG, MEASURED, "processes")
     found = row(table)
-    assert found["unexplained %"] == pytest.approx(100 * 4 / 80)
-    shares = [value for name, value in found.items() if name.endswith(" %") and name != "efficiency %"]
-    assert sum(shares) == pytest.approx(100)
+    assert found["profiling adds %"] == pytest.approx(5)
+    assert found["communication %"] == pytest.approx(100 * 30 / 80)
+    assert sum(found[f"{name} %"] for name in PARTS) == pytest.approx(100)
     assert (found["ideal examples/s"], found["speed-up"], found["efficiency %"]) == (2 * 800, 1.0, 50.0)
     assert (found["epoch s"], found["whole run s"]) == (1.25, 3.75)
 
 
-def test_more_than_the_step_is_unexplained_below_zero():
-    assert point(2, 70e-3, ALL).unexplained == pytest.approx(-6e-3)
-    assert point(2, 70e-3, ALL | {"bubble": None}).unexplained == pytest.approx(-6e-3)
+def test_without_a_profile_the_parts_are_not_known_and_nothing_is_blamed():
     without = row(tables.of_points(STRONG, [BASE, point(2, 70e-3, {})], CONFIG, MEASURED, "processes"))
-    assert (without["compute %"], without["unexplained %"], without["step ms"]) == (None, None, 70)
+    assert (without["compute %"], without["profiling adds %"], without["step ms"]) == (None, None, 70)
     assert advice.of_points(MEASURED, STRONG, BASE, point(2, 70e-3, {}), CONFIG, None).name == "unknown"
 
 

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from runs import RECIPE, ROOT, SMALL, Started, here, rows
+from runs import RECIPE, ROOT, SMALL, Started, command_line, here, rows
 
 from jaxtrain import sweep
 from jaxtrain.checkpoint import lease
@@ -178,7 +178,7 @@ def test_halving_keeps_the_best_by_the_mean_of_their_seeds():
 
 
 @pytest.mark.faults
-def test_halving_pauses_runs_and_the_survivor_is_as_one_that_was_not_paused(tmp_path):
+def test_halving_pauses_runs_and_the_survivor_is_as_one_that_was_not_paused(tmp_path, capsys):
     fixed = FIXED | {"train.epochs": 4, "optim.schedule": "cosine"}
     source = {
         "config": str(RECIPE),
@@ -202,6 +202,15 @@ def test_halving_pauses_runs_and_the_survivor_is_as_one_that_was_not_paused(tmp_
     assert {run.name: starts(run.workdir.path) for run in again.runs}["learning_rate=0.1"] == [
         f"{number:06d}.json" for number in (1, 2, 3)
     ]
+    (tmp_path / "source.yaml").write_text(json.dumps(source))
+    capsys.readouterr()
+    assert command_line(["sweep", str(tmp_path / "source.yaml"), "--workdir", str(tmp_path / "sweep")]) == 0
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()]
+    first = printed.index(["halving", "at", "25.0", "%", "at", "50.0", "%"])
+    assert printed[first + 1][0] == "learning_rate=0.1"
+    shown = f"{found.decisions[0].figures['learning_rate=0.1']:.4g}"
+    assert printed[first + 1][1:4] == [shown, "goes", "on"]
+    assert [len(line) for line in printed[first + 1 : first + 5]] == [7, 5, 2, 2]
     for more in ([0.2], [0.2, 0.3, 0.4, 0.5]):  # eight settings would have another rung
         grid = {"optim.learning_rate": [1e-5, 0.1, 1e-6, 0.01, *more]}
         with pytest.raises(ConfigError, match=f"one: {len(more)} runs are new, and halving has already decided"):
@@ -223,13 +232,25 @@ def test_before_halving_has_decided_settings_may_be_added(tmp_path):
     few, many = (
         make_plan(read_sweep(BASE | {"grid": {"model.width": list(range(8, 8 + n))}, "halving": {}})) for n in (2, 4)
     )
-    store.write(tmp_path, few, [])
+    store.write(tmp_path, few, [], 1)
     stored = store.read(tmp_path)
     assert stored is not None
     store.refuse_changes(stored, many, tmp_path)
     fixed = make_plan(read_sweep(BASE | {"grid": {"model.width": [8, 9, 10, 11]}, "halving": {"rungs": 2}}))
     with pytest.raises(ConfigError, match="halving is"):
         store.refuse_changes(stored, fixed, tmp_path)
+
+
+def test_a_value_that_is_written_another_way_is_the_same(tmp_path):
+    def plan(*values):
+        return make_plan(read_sweep(BASE | {"grid": {"optim.learning_rate": list(values)}}))
+
+    store.write(tmp_path, plan("0.1", "0.05"), [], 1)
+    stored = store.read(tmp_path)
+    assert stored is not None
+    store.refuse_changes(stored, plan("5e-2", "0.10", "0.2"), tmp_path)
+    with pytest.raises(ConfigError, match=r"learning_rate has no 0\.05 any more"):
+        store.refuse_changes(stored, plan("0.10", "0.2"), tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------- runs of a sweep
@@ -267,13 +288,17 @@ def test_the_second_to_the_sixth_run_compile_nothing_and_the_same_command_does_n
             sweep(SIX | {"seeds": 3} | changed, tmp_path / "sweep", quiet=True)
 
 
-def test_a_run_that_fails_does_not_end_the_sweep_and_is_tried_again_only_where_asked(tmp_path):
+def test_a_run_that_fails_does_not_end_the_sweep_and_is_tried_again_only_where_asked(tmp_path, capsys):
     source = SIX | {"grid": {"optim.learning_rate": [1e30, 0.1]}, "seeds": [0]}
     with started(tmp_path / "out.txt", source, tmp_path / "sweep") as process:
         assert process.end() == 70, process.output
     assert "1 of 2 runs failed; --retry-failed tries them again." in process.output.splitlines()[-1]
     failed, done = tmp_path / "sweep/learning_rate=1e+30,seed=0", tmp_path / "sweep/learning_rate=0.1,seed=0"
-    found = sweep(source, tmp_path / "sweep", quiet=True)
+    stored = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
+    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps(stored | {"cores": 1000}))
+    found = sweep(source, tmp_path / "sweep")
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"a run has {stored['cores']} cores now, and had 1000" in said
     assert [run.state for run in found.runs] == ["failed", "done"]
     assert "not finite" in found.runs[0].reason
     assert (starts(failed), starts(done)) == (["000001.json"], ["000001.json"])
@@ -290,7 +315,7 @@ def test_what_a_config_names_and_is_not_there_is_found_before_the_first_run(tmp_
 
 def test_a_sweep_has_its_directory_for_itself(tmp_path):
     (tmp_path / "other").mkdir()
-    store.write(tmp_path / "other", make_plan(read_sweep(SIX)), [])
+    store.write(tmp_path / "other", make_plan(read_sweep(SIX)), [], 1)
     with pytest.raises(WorkdirError, match="is the directory of a sweep"):
         here(tmp_path / "other", SMALL, train__steps=1)
     (tmp_path / "file").touch()
