@@ -623,6 +623,33 @@ axes.legend()
 plt.show()
 
 # %% [markdown]
+# **Where a step goes.** `jaxtrain scale` trains on several numbers of devices in turns, and profiles the steps. With real
+# GPUs, or processes on cores of their own, that is *measured*. Here it is *simulated*: the devices share your cores, so
+# eight of them gain nothing, and what a step takes longer is what the layout costs.
+
+# %%
+from jaxtrain import scale
+
+(table,) = scale(load_config("quickstart"), [1, 8], how="simulated", modes=["strong"], repeats=1, steps=10)["tables"]
+one, on_eight = (dict(zip(table["columns"], row, strict=True)) for row in table["rows"])
+parts = ("compute %", "communication %", "input %", "host %")
+assert table["kind"] == "simulated"
+assert one["communication %"] == 0 < on_eight["communication %"]
+for found in (one, on_eight):
+    assert np.isclose(sum(found[name] for name in parts), 100)
+
+figure, axes = plt.subplots()
+for row, found in enumerate((one, on_eight)):
+    left = 0.0
+    for name, colour in zip(parts, (BLUE, ORANGE, GREEN, "0.6"), strict=True):
+        width = found[name] / 100 * found["step ms"]
+        axes.barh(row, width, left=left, color=colour, label=name.removesuffix(" %") if row == 0 else None)
+        left += width
+axes.set(yticks=[0, 1], yticklabels=["1 device", "8 devices"], xlabel="ms", title="simulated: the parts of a step")
+axes.legend()
+plt.show()
+
+# %% [markdown]
 # **Larger batches.** The way out is to give each device more to do: a batch of k n images. Then there are k times fewer
 # steps, so each must go k times as far: the **linear scaling rule** (Goyal 2017, *Accurate, Large Minibatch SGD:
 # Training ImageNet in 1 Hour*, https://arxiv.org/abs/1706.02677). jaxtrain applies it by itself:

@@ -41,8 +41,8 @@ def table(rows: list[dict[str, Any]]) -> list[str]:
     for row in rows:
         for each in row["tables"]:
             two = dict(zip(each["columns"], each["rows"][-1], strict=True))
-            parts = ", ".join(f"{name} {two[f'{name} %']:.1f} %" for name in PARTS)
-            parts += f"; profiling adds {two['profiling adds %']:.1f} %"
+            shares = {name: two[f"{name} %"] for name in (*PARTS, "profile off")}
+            parts = ", ".join(f"{name} {share:.1f} %" for name, share in shares.items() if share is not None)
             name = f"two processes, {row['name']}, {each['scaling']} scaling, batch {two['global batch']}"
             name += f", speed-up {two['speed-up']:.2f}: {parts}"
             lines.append(f"| {name} | {two['step ms']:.1f} ms | {two['least ms']:.1f} - {two['most ms']:.1f} |")

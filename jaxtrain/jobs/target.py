@@ -6,7 +6,7 @@ from pathlib import Path
 
 from jaxtrain.errors import ConfigError, WorkdirError
 from jaxtrain.jobs.queue import Entry, default_queue
-from jaxtrain.jobs.run_status import find_runs, is_run
+from jaxtrain.jobs.run_status import is_run
 
 
 def run_or_job(name: str) -> Path | Entry:
@@ -31,7 +31,8 @@ def run_or_job(name: str) -> Path | Entry:
 
 def refuse_many(folder: Path) -> None:
     """Raises `WorkdirError` where a directory is no run itself, such as that of a sweep, and has runs in it."""
-    if folder.is_dir() and (first := next(find_runs(folder), folder)) != folder:
+    first = None if is_run(folder) else next(filter(is_run, sorted(folder.glob("*"))), None)
+    if first is not None:
         raise WorkdirError(
             f"{folder} is no run, but has some, such as {first}; jaxtrain status --root {folder} lists them."
         )

@@ -37,16 +37,25 @@ class OpRun:
 
 
 @dataclasses.dataclass(frozen=True)
+class Known:
+    """The moment at which the host knew the numbers of a call of the step."""
+
+    time: float
+    steps: int
+    """That the call has made."""
+
+
+@dataclasses.dataclass(frozen=True)
 class Trace:
     """What a profile has. Times are in nanoseconds of its own clock.
 
     Attributes:
       runs: of operations.
-      known: when the host knew the numbers of each call of the step, in their order.
+      known: of each call of the step, in their order.
     """
 
     runs: list[OpRun]
-    known: list[float]
+    known: list[Known]
 
 
 def read_trace(path: Path) -> Trace:
@@ -56,7 +65,7 @@ def read_trace(path: Path) -> Trace:
     done.
     """
     runs: list[OpRun] = []
-    known: list[float] = []
+    known: list[Known] = []
     for plane in ProfileData.from_file(str(path)).planes:
         on_gpu = plane.name.startswith("/device:")
         threads: list[list[Any]] = []
@@ -72,11 +81,11 @@ def read_trace(path: Path) -> Trace:
                 elif event.name.startswith("end: "):
                     ends[stats["_c"]] = event.start_ns + event.duration_ns
                 elif event.name == READ:
-                    known.append(event.start_ns + event.duration_ns)
+                    known.append(Known(event.start_ns + event.duration_ns, int(stats["steps"])))
             threads.append(events)
         for events in threads:
             runs += _of_thread(events, ends, plane.name if on_gpu else "")
-    return Trace(runs, sorted(known))
+    return Trace(runs, sorted(known, key=lambda each: each.time))
 
 
 def _of_thread(events: list[Any], ends: dict[Any, float], plane: str) -> Iterator[OpRun]:

@@ -21,7 +21,7 @@ class Verdict:
     """What limits a run.
 
     Attributes:
-      name: of the part, or `none`.
+      name: of the part; `none`, `unknown`.
       text: how much of the step it costs.
       advice: what would help.
     """
@@ -57,7 +57,11 @@ def of_points(kind: str, mode: str, base: Point, point: Point, config: Config, l
     ideal = base.step.median * scale
     lost = _lost(point, base, scale)
     if not lost:
-        return Verdict("unknown", f"{where}; without a profile nothing is known of its parts", "See the log for why.")
+        return Verdict(
+            "unknown",
+            f"{where}; without a profile nothing is known of its parts",
+            "jaxtrain train --config.profile.steps=... of the same config says why there is none.",
+        )
     name = max(lost, key=lambda part: lost[part])
     text = (
         f"{where}; a step takes {1e3 * point.step.median:.1f} ms and would ideally take {1e3 * ideal:.1f} ms, and most of the "
@@ -119,12 +123,13 @@ def _advice(name: str, point: Point, base: Point, config: Config, link: LinkFit 
         return _more_microbatches(config, point.traffic.microbatches)
     if name == "compute":
         share, base_share = point.batch / point.devices, base.batch / base.devices
-        shared = "processes on one host share its memory's bandwidth, which no setting changes."
-        if share >= base_share:
-            return f"A device has as many examples as at the base; {shared}"
+        text = f"A device has {share:g} examples, and {base_share:g} at the base"
+        text += "." if share >= base_share else ": a larger config.data.global_batch keeps it busier."
+        on_cpu = point.traffic.devices == "cpu"
         return (
-            f"A device has {share:g} examples of {base_share:g} at the base: a larger config.data.global_batch keeps it "
-            f"busier. And {shared}"
+            f"{text} Devices of one CPU also share its memory's bandwidth, which no setting changes."
+            if on_cpu
+            else text
         )
     waits = 1e3 * (point.parts["input"] or 0.0)
     return {
@@ -139,7 +144,7 @@ def _less_communication(point: Point, link: LinkFit | None) -> str:
     """What would make communication a smaller part."""
     known = _known(point)
     alone, spent = known["communication"], known["communication"] + known["overlap"]
-    doubled = spent / (2 * point.step.median - spent)  # what it takes does not grow with the examples
+    doubled = spent / (2 * point.step.median - alone)  # what collectives take does not grow with the examples
     sent, messages = point.traffic.sent_bytes, point.traffic.messages
     size = "" if sent is None else f"; a device sends {sent / 1e6:.1f} MB in {point.traffic.collectives} of them"
     text = (

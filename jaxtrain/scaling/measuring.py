@@ -27,6 +27,7 @@ PARTS = ("compute", "overlap", "communication", "input", "bubble", "host")
 _WARM_UP = 2  # steps before anything is measured, beside those that settle a block
 _BLOCK_SECONDS = 1.5
 _LEAST_STEPS, _MOST_STEPS = 4, 40
+_MOST_PROFILED = 100  # steps; each of their operations is an event
 
 Said = Callable[[str], None]
 
@@ -55,7 +56,7 @@ class Point:
       step: seconds.
       speedup: examples a second over those of the base, which made its steps in turns with these.
       parts: seconds of a step by `PARTS`; None where one is not known. {} where no profile could be taken.
-      profiling: what to profile a step adds to its time, relative; None without a profile.
+      profile_off: how much longer the profiled steps took that the parts are of, relative; None without a profile.
       steps: of a block.
       traffic: what the run said of itself.
     """
@@ -65,7 +66,7 @@ class Point:
     step: Spread
     speedup: float
     parts: Mapping[str, float | None]
-    profiling: float | None
+    profile_off: float | None
     steps: int
     traffic: Ready
 
@@ -153,11 +154,10 @@ def _measure_at(
         crews = {name: stack.enter_context(started(each)) for name, each in jobs.items()}
         for crew in crews.values():
             crew.wait()
+        blocks = {name: _block_of(crew, steps) for name, crew in crews.items()}
         for crew in crews.values():
-            slowest = max(block.seconds for block in crew.tell(_WARM_UP))
             crew.tell(Profile(_WARM_UP))  # the first of a process is slower
-        block = steps or min(max(math.ceil(_BLOCK_SECONDS / slowest), _LEAST_STEPS), _MOST_STEPS)
-        turns = _take_turns(crews, repeats, block, lambda text: said(f"{what}: {text}"))
+        turns = _take_turns(crews, repeats, blocks, lambda text: said(f"{what}: {text}"))
         link = crews["whole"].tell(LINK)[0] if count > 1 and machine.kind == MEASURED else None
     named = {name: (turns[name], crew.ready[0]) for name, crew in crews.items()}
     whole, ready = named["whole"]
@@ -166,18 +166,25 @@ def _measure_at(
     speedup = statistics.median(b / base_batch * batch / w for w, b in zip(seconds, base_seconds, strict=True))
     stages = study.config.layout.stages
     parts, base_parts = (_parts(turns, stages, machine.kind) for turns in (whole, base))
-    point = Point(count, batch, Spread.of(seconds), speedup, *parts, block, ready)
-    return point, Point(study.base, base_batch, Spread.of(base_seconds), 1.0, *base_parts, block, base_ready), link
+    point = Point(count, batch, Spread.of(seconds), speedup, *parts, blocks["whole"], ready)
+    base_steps = blocks.get("base", blocks["whole"])
+    return point, Point(study.base, base_batch, Spread.of(base_seconds), 1.0, *base_parts, base_steps, base_ready), link
 
 
-def _take_turns(crews: Mapping[str, Crew], repeats: int, steps: int, said: Said) -> dict[str, _Turns]:
+def _block_of(crew: Crew, steps: int) -> int:
+    """How many steps a run makes in a block, once it has made its first ones. steps: 0 chooses."""
+    slowest = max(block.seconds for block in crew.tell(_WARM_UP))
+    return steps or min(max(math.ceil(_BLOCK_SECONDS / slowest), _LEAST_STEPS), _MOST_STEPS)
+
+
+def _take_turns(crews: Mapping[str, Crew], repeats: int, steps: Mapping[str, int], said: Said) -> dict[str, _Turns]:
     turns = {name: _Turns() for name in crews}
     for repeat in range(repeats):
         said(f"repeat {repeat + 1} of {repeats}")
         for name, crew in crews.items():
-            turns[name].blocks.append(crew.tell(steps))
+            turns[name].blocks.append(crew.tell(steps[name]))
         for name, crew in crews.items():
-            turns[name].profiles.append(crew.tell(Profile(steps)))
+            turns[name].profiles.append(crew.tell(Profile(min(steps[name], _MOST_PROFILED))))
     return turns
 
 
@@ -187,7 +194,7 @@ def _seconds(turns: _Turns) -> list[float]:
 
 
 def _parts(turns: _Turns, stages: int, kind: str) -> tuple[dict[str, float | None], float | None]:
-    """Seconds of a step by part, mean over the processes, and what profiling adds to a step; ({}, None) without a profile."""
+    """Seconds of a step by part, mean over the processes, and how far the profile is off; ({}, None) without one."""
     step = statistics.median(_seconds(turns))
     found = _typical(turns, step)
     if found is None:

@@ -13,16 +13,17 @@ import jax
 from jaxtrain.host.backend import on_cpu
 from jaxtrain.host.links import Link
 from jaxtrain.observability.clock import Span
-from jaxtrain.observability.op_times import read_trace
+from jaxtrain.observability.op_times import Trace, read_trace
 from jaxtrain.parallel.bench.fit import fit_methods
 from jaxtrain.parallel.bench.measure import measure
 from jaxtrain.parallel.bench.methods import METHODS, numbers
 from jaxtrain.parallel.bench.programs import Case
 from jaxtrain.scaling.protocol import LINK, Block, LinkFit, Profile, Ready
 from jaxtrain.scaling.traffic import traffic_of
+from jaxtrain.step.pipeline.transfer import TRANSFER_MODULE
 from jaxtrain.step.train_state import TrainState
+from jaxtrain.training.cadence import READ_BEHIND
 from jaxtrain.training.callbacks import Callback, RunHandle
-from jaxtrain.training.loop import READ_BEHIND
 from jaxtrain.training.profile_summary import SETTLE, Breakdown, breakdown
 
 _SIZES = tuple(
@@ -67,8 +68,8 @@ class Paced(Callback):
         self._times.append(time.perf_counter())
         made = len(self._times) - SETTLE
         if self._profiled:  # it began after the steps that were under way, and is written by the step after its last
-            if made > self._count + READ_BEHIND:
-                self._answer(run, _breakdown(run, SETTLE + self._count))
+            if made > self._count + 2 * READ_BEHIND:
+                self._answer(run, _breakdown(run))
             return
         if made == 0:
             self._spent = run.spent()
@@ -92,15 +93,20 @@ class Paced(Callback):
         self._profiled = isinstance(command, Profile)
         self._count, self._times = command.steps if self._profiled else command, []
         if self._profiled:
-            run.profile(SETTLE + self._count)
+            run.profile(SETTLE + self._count + READ_BEHIND)
 
 
-def _breakdown(run: RunHandle, steps: int) -> Breakdown | None:
-    """Of the profile of `steps` steps, which is deleted; None where it failed, or has nothing of the devices."""
-    found = None
+def _breakdown(run: RunHandle) -> Breakdown | None:
+    """Of the profile, which is deleted; None where it failed, or has nothing of the devices.
+
+    A transfer between stages is no communication here: in it a stage waits for another one, as where nothing runs.
+    """
+    found, one_device = None, on_cpu(run.compiled.run.layout.mesh.devices.flat)
     for folder in (run.workdir / "profile").glob(f"*/process_{jax.process_index()}"):
         for path in folder.rglob("*.xplane.pb"):
-            found = breakdown(read_trace(path), steps, one_device=on_cpu(run.compiled.run.layout.mesh.devices.flat))
+            trace = read_trace(path)
+            runs = [each for each in trace.runs if each.module != TRANSFER_MODULE]
+            found = breakdown(Trace(runs, trace.known), len(trace.known), one_device=one_device)
         shutil.rmtree(folder, ignore_errors=True)
     return found
 

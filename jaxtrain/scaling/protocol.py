@@ -1,7 +1,7 @@
 """What `scale` and the processes that it measures say to each other. Imports no JAX.
 
 A process says `Ready` when it is about to make its first step. Then it waits for a command, and answers each: a count of steps
-with a `Block`, `Profile` with a `Breakdown` of such steps, `LINK` with a `LinkFit`. At the end it is killed.
+with a `Block`, `Profile` with a `Breakdown` of such steps or None, `LINK` with a `LinkFit`. At the end it is killed.
 """
 
 from __future__ import annotations

@@ -11,6 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from ml_collections import ConfigDict
+
 from jaxtrain import config as config_lib
 from jaxtrain.config import Config
 from jaxtrain.errors import ConfigError
@@ -38,7 +40,7 @@ Said = Callable[[str], None]
 
 
 def scale(
-    config: Config | Mapping[str, Any],
+    config: Config | ConfigDict | Mapping[str, Any],
     devices: Sequence[int] = (),
     *,
     how: str = "auto",

@@ -14,7 +14,7 @@ from jaxtrain.scaling.targets import CompiledPoint, ModelledPoint
 MODELLED, COMPILED = "modelled", "compiled"
 
 _DIGITS = 6  # significant, of a figure in a table
-_SHARES = (*(f"{name} %" for name in PARTS), "profiling adds %")
+_SHARES = (*(f"{name} %" for name in PARTS), "profile off %")
 _SPEED = ("examples/s", "ideal examples/s", "speed-up", "efficiency %", "epoch s", "whole run s")
 
 
@@ -39,7 +39,7 @@ def of_points(mode: str, points: Sequence[Point], config: Config, kind: str, wha
         speed = _speed(point.throughput, base.throughput * times, point.speedup, times, epoch, config, base.batch)
         step = point.step
         parts = {**dict.fromkeys(PARTS), **point.parts}
-        shares = [_share(part, step.median) for part in parts.values()] + [_share(point.profiling, 1.0)]
+        shares = [_share(part, step.median) for part in parts.values()] + [_share(point.profile_off, 1.0)]
         rows.append([point.devices, point.batch, 1e3 * step.median, 1e3 * step.least, 1e3 * step.most, *speed, *shares])
     columns = [what, "global batch", "step ms", "least ms", "most ms", *_SPEED, *_SHARES]
     return _table(kind, mode, columns, rows)

@@ -10,8 +10,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxtrain.observability.op_times import READ
-
 
 @flax.struct.dataclass
 class StepMetrics:
@@ -30,10 +28,8 @@ class StepMetrics:
         return self.numbers[..., self.names.index(name)]
 
     def rows(self) -> list[dict[str, float]]:
-        """A dict of metrics for each step, as Python floats. Waits for the device; a profile shows until when (`READ`)."""
-        with jax.profiler.TraceAnnotation(READ):
-            numbers = jax.device_get(self.numbers)
-        return [dict(zip(self.names, row, strict=True)) for row in np.atleast_2d(numbers).tolist()]
+        """A dict of metrics for each step, as Python floats. Waits for the device."""
+        return [dict(zip(self.names, row, strict=True)) for row in np.atleast_2d(jax.device_get(self.numbers)).tolist()]
 
 
 def stack_metrics(values: Mapping[str, Any]) -> StepMetrics:

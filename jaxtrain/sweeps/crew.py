@@ -160,7 +160,7 @@ class Crew:
                 assert task is not None
                 self._settle(worker, answer)
                 if self._signals and answer.unsound:  # a signal has ended it before it could say so
-                    answer = dataclasses.replace(answer, state=STOPPED, message="It had nothing to save yet.")
+                    answer = dataclasses.replace(answer, state=STOPPED)
                 if answer.state == FAILED and answer.retry and self._goes_again(task):
                     waiting.appendleft(task)
                     continue

@@ -15,7 +15,6 @@ from jaxtrain import workdir as workdir_lib
 from jaxtrain.checkpoint import lease
 from jaxtrain.distributed.supervisor import caught
 from jaxtrain.errors import ConfigError, InterruptedRunError, JaxtrainError, PreemptedError, WorkdirError
-from jaxtrain.host.cpus import usable_cpus
 from jaxtrain.host.files import read_json
 from jaxtrain.jobs import run_status
 from jaxtrain.jobs.run_status import is_run, read_status
@@ -24,7 +23,7 @@ from jaxtrain.sweeps.crew import Crew
 from jaxtrain.sweeps.plan import Plan, PlannedRun, make_plan
 from jaxtrain.sweeps.share import shares
 from jaxtrain.sweeps.spec import Sweep, read_sweep
-from jaxtrain.sweeps.store import Decision, Stored
+from jaxtrain.sweeps.store import Decision
 from jaxtrain.sweeps.view import View
 from jaxtrain.sweeps.worker import DONE, FAILED, Task
 from jaxtrain.workdir import Workdir
@@ -105,24 +104,17 @@ def sweep(
     if is_run(workdir_lib.named(place)):
         raise WorkdirError(f"{place} is the work directory of a run; choose another --workdir for the sweep.")
     _read_stored(Path(place).expanduser().absolute(), plan)
-    cores = min(len(part.cpus) or usable_cpus() for part in parts)
     directory, view, signals = workdir_lib.prepare(place), View(quiet=quiet), []
     with contextlib.ExitStack() as stack:
         if threading.current_thread() is threading.main_thread():
             stack.enter_context(caught(signals))
         stack.enter_context(lease.held(directory.path))
-        stored = _read_stored(directory.path, plan)
-        if stored and stored.cores != cores and not any(part.gpus for part in parts):
-            view.say(
-                f"a run has {cores} cores now, and had {stored.cores}: on a CPU sums are rounded otherwise, so what is trained "
-                "from here on is not equal to the bit"
-            )
+        decisions = _read_stored(directory.path, plan)
         with view.waiting("starting, and checking the configs"):
             crew = stack.enter_context(Crew(parts, directory.logs, signals))
             check([run for run in plan.runs if not Workdir(directory.path / run.name).result.is_file()], crew)
-        decisions = list(stored.decisions) if stored else []
-        store.write(directory.path, plan, decisions, cores)
-        going = _Going(plan, directory.path, crew, view, signals, num_devices, retry_failed, cores)
+        store.write(directory.path, plan, decisions)
+        going = _Going(plan, directory.path, crew, view, signals, num_devices, retry_failed)
         return going.to_the_end(decisions)
 
 
@@ -133,12 +125,13 @@ def check(runs: Sequence[PlannedRun], crew: Crew) -> None:
             raise ConfigError(f"The run {run.name}: {problem}")
 
 
-def _read_stored(folder: Path, plan: Plan) -> Stored | None:
-    """What an earlier start of the same sweep has written. Raises `ConfigError` where it was another sweep."""
+def _read_stored(folder: Path, plan: Plan) -> list[Decision]:
+    """What an earlier start of the same sweep has decided. Raises `ConfigError` where it was another sweep."""
     stored = store.read(folder)
-    if stored is not None:
-        store.refuse_changes(stored, plan, folder)
-    return stored
+    if stored is None:
+        return []
+    store.refuse_changes(stored, plan, folder)
+    return list(stored.decisions)
 
 
 class _Going:
@@ -153,10 +146,9 @@ class _Going:
         signals: Sequence[int],
         num_devices: int,
         retry_failed: bool,
-        cores: int,
     ):
         self._plan, self._folder, self._crew, self._view, self._signals = plan, folder, crew, view, signals
-        self._num_devices, self._retry_failed, self._cores = num_devices, retry_failed, cores
+        self._num_devices, self._retry_failed = num_devices, retry_failed
         self._failed: dict[str, str] = {}  # in this start, and why
 
     def to_the_end(self, decisions: list[Decision]) -> SweepResult:
@@ -173,7 +165,7 @@ class _Going:
                 for each in alive
             }
             decisions.append(halving.decide(plan.halving, rung, figures))
-            store.write(self._folder, plan, decisions, self._cores)
+            store.write(self._folder, plan, decisions)
             self._view.say(f"rung {rung} of {count}: {', '.join(decisions[-1].kept)} of {len(alive)} settings go on")
         alive = decisions[-1].kept if decisions else tuple(settings)
         self._train("sweep", [run for run in plan.runs if run.setting in alive], 1.0)

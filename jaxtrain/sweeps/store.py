@@ -14,7 +14,7 @@ from jaxtrain.sweeps.plan import Plan
 from jaxtrain.sweeps.spec import Range
 from jaxtrain.workdir import SWEEP_FILE
 
-_VERSION = 2
+_VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,9 +36,7 @@ class Stored:
     """A sweep's file."""
 
     plan: Mapping[str, Any]
-    decisions: tuple[Decision, ...]
-    cores: int
-    """That each run had when the sweep was started last: on a CPU sums are rounded otherwise on another number."""
+    decisions: tuple[Decision, ...] = ()
 
 
 def path_in(workdir: Path) -> Path:
@@ -58,15 +56,14 @@ def read(workdir: Path) -> Stored | None:
                 f"{path} is of version {values['version']}, and this jaxtrain knows {_VERSION}; {ELSEWHERE}."
             )
         decisions = tuple(Decision(**{**each, "kept": tuple(each["kept"])}) for each in values["decisions"])
-        plan = {key: values[key] for key in ("base", "over", "random", "seeds", "halving", "runs")}
-        return Stored(plan, decisions, values["cores"])
+        return Stored({key: values[key] for key in ("base", "over", "random", "seeds", "halving", "runs")}, decisions)
     except (TypeError, KeyError) as error:
         raise WorkdirError(f"{path} is damaged ({error!r}); {ELSEWHERE}.") from None
 
 
-def write(workdir: Path, plan: Plan, decisions: Sequence[Decision], cores: int) -> None:
+def write(workdir: Path, plan: Plan, decisions: Sequence[Decision]) -> None:
     """Replaces the file. Raises `WorkdirError` where it cannot be written."""
-    values = {"version": _VERSION, "config": plan.sweep.config, **describe(plan), "cores": cores}
+    values = {"version": _VERSION, "config": plan.sweep.config, **describe(plan)}
     values |= {"decisions": [dataclasses.asdict(each) for each in decisions]}
     atomic_write(path_in(workdir), json.dumps(values, indent=1) + "\n")
 
@@ -118,7 +115,7 @@ def _differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[str
             yield f"config.{key} {'varies now' if before is None else 'varies no more'}"
         elif before != now and (new["random"] or isinstance(now, dict)):
             yield f"config.{key} is drawn from {now}, and was from {before}"
-        elif gone := _values(old, key) - _values(new, key):
+        elif not new["random"] and (gone := _values(old, key) - _values(new, key)):
             yield f"config.{key} has no {', '.join(sorted(gone))} any more"
     if gone := [str(seed) for seed in old["seeds"] if seed not in new["seeds"]]:
         yield f"the seeds have no {', '.join(gone)} any more"

@@ -14,6 +14,9 @@ from jaxtrain.durations import Duration
 
 log = logging.getLogger("jaxtrain")
 
+READ_BEHIND = 2
+"""Metrics are read this many calls after theirs was dispatched, so that the devices never wait for the host."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Cadence:

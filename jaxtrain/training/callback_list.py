@@ -88,6 +88,7 @@ class Callbacks:
         self._told = -1  # the step of the last `on_checkpoint`
         self._calling, self._asked = "", {}  # who is called now; who has asked that the run ends
         self._asked_to_pause = ""
+        self._ask_for_profile: Callable[[int], None] = lambda _: None  # until `begin`
         self.pause = ""
         """Why all processes save and stop where `noted` was called last; "": they go on."""
 
@@ -127,7 +128,8 @@ class Callbacks:
         Raises:
           CheckpointError: the stored state does not fit a callback.
         """
-        self._run = RunHandle(compiled, workdir, evaluator, self._stop, self._pause, spent, profile)
+        self._ask_for_profile = profile
+        self._run = RunHandle(compiled, workdir, evaluator, self._stop, self._pause, spent, self._profile)
         self._run.step = position.step
         self._told, self._asked_to_pause, self.pause = -1, "", ""
         self._asked = {key: text for key, text in position.ending.items() if key != "step"}
@@ -223,6 +225,15 @@ class Callbacks:
 
     def _stop(self, reason: str) -> None:
         self._asked = self._asked or {"by": self._calling, "reason": str(reason)}
+
+    def _profile(self, steps: int) -> None:
+        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+            raise ValueError(f"run.profile({steps!r}): must be a whole number of steps from 1 on")
+        if jax.process_count() > 1 and not self._all[self._calling].every_process:
+            raise ValueError(
+                "run.profile of one process of several; set every_process, and ask on all after the same step"
+            )
+        self._ask_for_profile(steps)
 
     def _pause(self, reason: str) -> None:
         self._asked_to_pause = self._asked_to_pause or str(reason)

@@ -24,8 +24,6 @@ class RunHandle:
       step: the last step whose numbers are known.
       compiled: the run on its devices: its programs, batches and data set. This may change between versions.
       spent: gives what this start's time went into so far, by category.
-      profile: asks for a profile of so many steps from the next call on (docs/profiling.md). Every process must ask for the
-        same after the same step.
     """
 
     def __init__(
@@ -39,8 +37,8 @@ class RunHandle:
         profile: Callable[[int], None],
     ):
         self.config, self.workdir, self.steps, self.step = compiled.run.config, workdir, compiled.run.steps, 0
-        self.compiled, self.spent, self.profile = compiled, spent, profile
-        self._evaluator, self._stop, self._pause = evaluator, stop, pause
+        self.compiled, self.spent, self._evaluator = compiled, spent, evaluator
+        self._stop, self._pause, self._profile = stop, pause, profile
 
     def stop(self, reason: str) -> None:
         """Ends the run where the next epoch or validation ends, or after the next save: complete, with `result.json`.
@@ -55,6 +53,17 @@ class RunHandle:
         What process 0 asks for counts. reason: for that error.
         """
         self._pause(reason)
+
+    def profile(self, steps: int) -> None:
+        """Asks for a profile of at least so many steps from the next call of the step on (docs/profiling.md).
+
+        It goes on over whatever comes between, until the run ends. What is asked for while one is taken is forgotten. On
+        several processes each must ask for the same after the same step, so it needs `every_process`.
+
+        Raises:
+          ValueError: `steps` is no whole number from 1 on, or the callback is not called on all processes.
+        """
+        self._profile(steps)
 
     def evaluate(self, split: str, params: PyTree, batch_stats: PyTree) -> EvalResult:
         """Evaluates weights with the shapes and shardings of the run's own. Every process must call it.

@@ -28,10 +28,10 @@ from jaxtrain.step.eval_step import EvalResult
 from jaxtrain.step.metrics import StepMetrics
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.training import recovery
-from jaxtrain.training.cadence import Due, Timetable
+from jaxtrain.training.cadence import READ_BEHIND, Due, Timetable
 from jaxtrain.training.callback_list import Callbacks
 from jaxtrain.training.compiled import CompiledRun
-from jaxtrain.training.profiling import Profiler, ProfileRequest
+from jaxtrain.training.profiling import Profiler, ProfileRequest, read
 from jaxtrain.training.reporter import Reporter
 from jaxtrain.training.results import (
     TrainResult,
@@ -47,9 +47,6 @@ from jaxtrain.training.telemetry import Telemetry
 from jaxtrain.workdir import Workdir
 
 log = logging.getLogger("jaxtrain")
-
-# Metrics are read this many calls after theirs was dispatched, so that the devices never wait for the host.
-READ_BEHIND = 2
 
 Unread = collections.deque[tuple[range, StepMetrics]]
 """Calls of the step and their metrics, the oldest first."""
@@ -134,13 +131,13 @@ class TrainLoop:
                     state, metrics = self.profiler.step(steps, state, batch)
                     metrics.numbers.copy_to_host_async()
                     unread.append((steps, metrics))
-                    pause = self._told_to_pause(steps) or due or self.profiler.ends(steps)
+                    pause = self._told_to_pause(steps) or due
                     self.watchdog.feed("wait")
-                    self._read(unread, 0 if pause else READ_BEHIND, state)
+                    self._read(unread, 0 if pause or self.profiler.ends(steps) else READ_BEHIND, state)
                 self.clock.step_done(self.config.data.global_batch, len(steps))
                 self.host.telemetry.after(steps, metrics.numbers, self.clock)
+                self.profiler.end_if_due(steps, pauses=pause, stops=self.stopping or steps[-1] == self.run_spec.steps)
                 if pause:
-                    self.profiler.pause(steps)
                     state = self.compiled.averaged(state)
                     self._between_steps(state)
         return self._finish(state)
@@ -157,7 +154,7 @@ class TrainLoop:
         """Reads the metrics of calls, step by step, until `behind` are unread. state: after the call dispatched last."""
         while len(unread) > behind:
             steps, metrics = unread.popleft()
-            for step, numbers in zip(steps, metrics.rows(), strict=True):
+            for step, numbers in zip(steps, read(metrics, steps), strict=True):
                 self._observe(step, numbers, state)
 
     def _observe(self, step: int, metrics: dict[str, float], state: TrainState) -> None:

@@ -11,11 +11,12 @@ from typing import TypeVar
 from jaxtrain.observability.op_times import OpRun, Trace, length, overlap, union
 from jaxtrain.observability.rendering import percent
 from jaxtrain.parallel.gpu_program import COLLECTIVES, Origin, instruction_origins, module_name
+from jaxtrain.training.cadence import READ_BEHIND
 
 Origins = Mapping[tuple[str, str], Origin]
 """By the program's and the instruction's name."""
 
-SETTLE = 4
+SETTLE = READ_BEHIND + 2
 """Calls of the step that a breakdown leaves out: those dispatched at once, while nothing was under way, and one more."""
 
 _DEAREST = 10
@@ -87,7 +88,7 @@ def origins_of(programs: Iterable[str]) -> Origins:
 def breakdown(trace: Trace, steps: int, *, one_device: bool = False) -> Breakdown | None:
     """Where the time of a step went.
 
-    The first steps, which begin with nothing under way, do not count (`SETTLE`) where others are left.
+    Steps in full flow count (`steady`).
 
     Args:
       trace: of the window.
@@ -99,28 +100,46 @@ def breakdown(trace: Trace, steps: int, *, one_device: bool = False) -> Breakdow
     """
     if not trace.runs:
         return None
-    steps, begin, end = _steady(trace, steps)
+    span = steady(trace, steps)
     devices = [trace.runs] if one_device else _by_device(trace.runs)
-    parts = [_parts_within(of_device, begin, end) for of_device in devices]
-    compute, both, communication = (statistics.fmean(column) / steps / 1e9 for column in zip(*parts, strict=True))
-    step = (end - begin) / steps / 1e9
+    parts = [_parts_within(of_device, span) for of_device in devices]
+    compute, both, communication = (statistics.fmean(column) / span.steps / 1e9 for column in zip(*parts, strict=True))
+    step = (span.end - span.begin) / span.steps / 1e9
     return Breakdown(step, compute, both, communication, step - compute - both - communication)
 
 
-def _steady(trace: Trace, steps: int) -> tuple[int, float, float]:
-    """How many of the steps count, and the times of the trace between which they were."""
-    calls = len(trace.known)
-    if calls > SETTLE:
-        return (calls - SETTLE) * steps // calls, trace.known[SETTLE - 1], trace.known[-1]
-    return steps, min(run.begin for run in trace.runs), max([run.end for run in trace.runs] + trace.known)
+@dataclasses.dataclass(frozen=True)
+class Span:
+    """The steps of a trace that count, and the times between which they were."""
+
+    steps: int
+    begin: float
+    end: float
 
 
-def _parts_within(runs: Iterable[OpRun], begin: float, end: float) -> tuple[float, float, float]:
-    """Nanoseconds of (computing alone, both, collectives alone) between two times."""
+def steady(trace: Trace, steps: int) -> Span:
+    """The steps in full flow; all of them where there are none.
+
+    The first calls of a window begin with nothing under way (`SETTLE`). After the last ones nothing more is dispatched, so
+    that the host waits for nothing but them.
+
+    Args:
+      trace: with runs of operations.
+      steps: that it is of.
+    """
+    full = trace.known[SETTLE - 1 : len(trace.known) - READ_BEHIND]
+    if len(full) > 1:
+        return Span(sum(each.steps for each in full[1:]), full[0].time, full[-1].time)
+    ends = [run.end for run in trace.runs] + [each.time for each in trace.known]
+    return Span(steps, min(run.begin for run in trace.runs), max(ends))
+
+
+def _parts_within(runs: Iterable[OpRun], span: Span) -> tuple[float, float, float]:
+    """Nanoseconds of (computing alone, both, collectives alone)."""
     split: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for run in runs:
-        if run.end > begin and run.begin < end and not run.contains_others:
-            split[_is_collective(run.name)].append((max(run.begin, begin), min(run.end, end)))
+        if run.end > span.begin and run.begin < span.end and not run.contains_others:
+            split[_is_collective(run.name)].append((max(run.begin, span.begin), min(run.end, span.end)))
     collectives, others = union(split[True]), union(split[False])
     both = overlap(collectives, others)
     return length(others) - both, both, length(collectives) - both
@@ -135,10 +154,10 @@ def summary(window: Window, trace: Trace, origins: Origins) -> str:
       origins: of the operations of the step's programs.
     """
     what = f"steps {window.steps[0]} to {window.steps[-1]} of process {window.process}"
-    steps, devices, parts = len(window.steps), len(_by_device(trace.runs)), breakdown(trace, len(window.steps))
+    devices, parts = len(_by_device(trace.runs)), breakdown(trace, len(window.steps))
     if not parts:
         return f"{what}: the trace has no operations of {window.device_kind} devices.\n"
-    step = parts.step
+    span, step = steady(trace, len(window.steps)), parts.step
     lines = [
         f"{what}, on {devices} x {window.device_kind}: {1e3 * step:.3f} ms a step while profiled",
         f"a device ran operations for {1e3 * parts.busy:.3f} ms of a step ({percent(parts.busy / step)})",
@@ -150,7 +169,8 @@ def summary(window: Window, trace: Trace, origins: Origins) -> str:
     ]
     seconds: collections.defaultdict[tuple[str, str], float] = collections.defaultdict(float)
     for run in trace.runs:
-        seconds[run.module, run.name] += run.busy / 1e9 / steps / devices
+        if span.begin <= run.begin < span.end:
+            seconds[run.module, run.name] += run.busy / 1e9 / span.steps / devices
     rows = []
     by_layer: collections.defaultdict[str, float] = collections.defaultdict(float)
     for (module, name), each in _largest_first(seconds):

@@ -19,7 +19,7 @@ from jaxtrain.distributed.watchdog import Watchdog
 from jaxtrain.host.files import atomic_write
 from jaxtrain.observability.clock import StepClock
 from jaxtrain.observability.events import event
-from jaxtrain.observability.op_times import read_trace
+from jaxtrain.observability.op_times import READ, read_trace
 from jaxtrain.observability.progress import Progress
 from jaxtrain.step.batch import Batch
 from jaxtrain.step.metrics import StepMetrics
@@ -35,6 +35,12 @@ PROFILE_SIGNAL = signal.SIGUSR2
 SUMMARY = "summary.txt"
 
 
+def read(metrics: StepMetrics, steps: range) -> list[dict[str, float]]:
+    """The metrics of each of `steps`, which one call has made. A profile shows when they were known."""
+    with jax.profiler.TraceAnnotation(READ, steps=len(steps)):
+        return metrics.rows()
+
+
 class ProfileRequest:
     """What has asked for a profile: a signal, or a callback."""
 
@@ -42,11 +48,11 @@ class ProfileRequest:
         self._signalled = threading.Event()
         self._steps = 0
 
-    def signal(self) -> None:
+    def ask_by_signal(self) -> None:
         """Asks for one of the next steps; more of them until it begins ask for the same one."""
         self._signalled.set()
 
-    def callback(self, steps: int) -> None:
+    def ask(self, steps: int) -> None:
         """Asks for one of the next `steps`, on every process alike."""
         self._steps = steps
 
@@ -56,8 +62,8 @@ class ProfileRequest:
         self._signalled.clear()
         return signalled
 
-    def take_callback(self) -> int:
-        """How many steps a callback has asked for since the last call; 0: none did."""
+    def take(self) -> int:
+        """How many steps were asked for (`ask`) since the last call; 0: none were."""
         steps, self._steps = self._steps, 0
         return steps
 
@@ -69,7 +75,7 @@ def catch_profile_signal() -> Iterator[ProfileRequest]:
     if threading.current_thread() is not threading.main_thread():
         yield request
         return
-    before = signal.signal(PROFILE_SIGNAL, lambda *_: request.signal())
+    before = signal.signal(PROFILE_SIGNAL, lambda *_: request.ask_by_signal())
     try:
         yield request
     finally:
@@ -80,7 +86,7 @@ class Profiler:
     """The windows of a start: that of `profile.steps`, and those that a signal or a callback asks for; one at a time.
 
     A window has whole calls of the step. It ends early where something else is due, so that it holds steps alone. That of a
-    callback has as many steps as it asked for, whatever comes between them.
+    callback goes on until it has the steps that were asked for, or the run ends.
     """
 
     def __init__(
@@ -124,7 +130,7 @@ class Profiler:
     def _begins(self, steps: range) -> bool:
         if self._window:
             return False
-        asked = self._request.take_callback()
+        asked = self._request.take()
         self._over_pauses = asked > 0
         if asked:
             self._window = range(steps[0], steps[0] + asked)
@@ -171,12 +177,19 @@ class Profiler:
             return self._step(state, batch, resident)
 
     def ends(self, steps: range) -> bool:
-        """Whether the window ends after `steps`. Then read all metrics, and call `pause`."""
+        """Whether the window ends with `steps`. Then all metrics must be read before `end_if_due`."""
         return bool(self._window) and steps[-1] >= self._window[-1]
 
-    def pause(self, steps: range) -> None:
-        """Ends the window, if there is one, before what follows `steps`: writes its trace and summary, and says where."""
-        if not self._window or (self._over_pauses and not self.ends(steps)):
+    def end_if_due(self, steps: range, *, pauses: bool, stops: bool) -> None:
+        """Ends the window where it is due: writes its trace and its summary, and says where they are.
+
+        Args:
+          steps: made last.
+          pauses: whether something else comes next.
+          stops: whether no step does.
+        """
+        early = stops or (pauses and not self._over_pauses)
+        if not self._window or not (early or self.ends(steps)):
             return
         self._watchdog.feed("profile")
         try:
@@ -188,7 +201,8 @@ class Profiler:
             self._give_up(error)
             return
         self._window = range(0)
-        self._request.take_signal()  # one that came meanwhile was of this window
+        self._request.take_signal()  # what was asked for meanwhile was of this window
+        self._request.take()
         self._open.close()
         first, last = self._done[0], self._done[-1]
         log.info("profile of steps %d to %d: %s", first, last, path, extra=event("profile", last))

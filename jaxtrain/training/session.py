@@ -186,7 +186,7 @@ def _train_from(
     with closing(checkpointer), no_implicit_transfers():
         loop = TrainLoop(run, compiled, checkpointer, host, position, rollbacks_left)
         with closing(loop.reporter):
-            asks = loop.evaluator, host.clock.now, host.profiles.callback
+            asks = loop.evaluator, host.clock.now, host.profiles.ask
             host.callbacks.begin(resume.start, position, compiled, directory.path, state, *asks)
             return loop.run(state)
 

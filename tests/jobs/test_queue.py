@@ -17,10 +17,12 @@ import pytest
 import runs
 import yaml
 
+from jaxtrain.checkpoint import lease
 from jaxtrain.cli import main
 from jaxtrain.errors import ConfigError
 from jaxtrain.jobs.job import read_job
 from jaxtrain.jobs.queue import Entry, Queue
+from jaxtrain.jobs.run_status import is_run, read_status
 from jaxtrain.jobs.schedulers import submission
 
 # Two GPUs. A file memory-N beside the module has the bytes in use on GPU N, whatever processes NVML may list.
@@ -159,6 +161,37 @@ def test_a_run_from_init_to_its_end(desk, capsys, monkeypatch):
     )
     assert [Path(line).name for line in told.stdout.split()] == ["job.json"]
     assert desk.queue.find("walk").path.joinpath("job.json").stat().st_mode & 0o077 == 0
+
+
+@pytest.mark.faults
+def test_a_sweep_is_one_job(desk, capsys):
+    """It is killed and tried again, stopped and resumed, and does nothing twice."""
+    (desk.modules / "slow.py").write_text(SLOW)
+    slow = {"data.name": "slow:digits", "data.residency": "stream", "data.workers": 0, "train.epochs": 6}
+    source = {"config": str(runs.RECIPE), "overrides": runs.SMALL | slow, "grid": {"optim.learning_rate": [0.05, 0.1]}}
+    (desk.folder / "rates.sweep.yaml").write_text(yaml.safe_dump(source | {"workdir": "rates"}))
+    job = desk.submit("rates", command=[sys.executable, "-m", "jaxtrain", "sweep", "rates.sweep.yaml"])
+    server, folder = desk.serve(), desk.folder / "rates"
+    first = folder / "learning_rate=0.05"
+    wait_for(lambda: is_run(first) and read_status(first).step > 2)
+    holder = lease.look(folder)
+    assert holder is not None
+    os.kill(holder.owner.pid, signal.SIGKILL)
+    wait_for(lambda: (now := lease.look(folder)) is not None and now.lives and now.owner != holder.owner)
+    wait_for(lambda: read_status(first).state == "running" and len(list((first / "starts").glob("*.json"))) == 2)
+    assert main(["stop", "rates"]) == 0
+    assert (job.state().status, read_status(first).state) == ("stopped", "stopped")
+    (desk.modules / "fast").touch()
+    assert main(["resume", "rates"]) == 0
+    wait_for(lambda: job.state().status in ("done", "failed"))
+    assert job.state().status == "done", job.log.read_text()
+    for run in (first, folder / "learning_rate=0.1"):
+        assert [row["step"] for row in runs.rows(run, "train")] == list(range(1, 25))
+    capsys.readouterr()
+    assert main(["logs", "rates"]) == 0
+    assert "learning_rate=0.1 done at step 24" in capsys.readouterr().out
+    server.terminate()
+    assert server.wait(runs.SECONDS) == 0
 
 
 # The digits, a tenth of a second a batch until there is a file `fast`.

@@ -76,7 +76,7 @@ def told(monkeypatch):
 
 def test_the_parts_are_those_of_the_profiles(told):
     (base, two), link, _ = told()
-    assert two.profiling == pytest.approx(41 / 40 - 1)
+    assert two.profile_off == pytest.approx(41 / 40 - 1)
     shares = {"compute": 21, "overlap": 6, "communication": 8, "bubble": 0}  # of 41, means of both processes
     wanted = {name: 0.040 * share / 41 for name, share in shares.items()}
     wanted |= {"input": 0.001, "host": 0.040 * 6 / 41 - 0.001}
@@ -107,7 +107,7 @@ def test_the_profile_counts_that_is_most_like_the_steps(told):
 
 def test_without_a_profile_the_parts_are_not_known(told):
     (_, two), _, _ = told(profiles=PROFILES | {"whole": [None, None]})
-    assert (two.parts, two.profiling, two.speedup) == ({}, None, pytest.approx(50 / 40))
+    assert (two.parts, two.profile_off, two.speedup) == ({}, None, pytest.approx(50 / 40))
 
 
 def test_weak_scaling_counts_the_work_that_grows(told):

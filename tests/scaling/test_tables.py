@@ -35,7 +35,7 @@ def test_the_shares_add_up_and_what_profiling_adds_is_said():
     two = point(2, 80e-3, ALL | {"host": 5e-3}, speedup=1.0)
     table = tables.of_points(STRONG, [BASE, two], CONFIG, MEASURED, "processes")
     found = row(table)
-    assert found["profiling adds %"] == pytest.approx(5)
+    assert found["profile off %"] == pytest.approx(5)
     assert found["communication %"] == pytest.approx(100 * 30 / 80)
     assert sum(found[f"{name} %"] for name in PARTS) == pytest.approx(100)
     assert (found["ideal examples/s"], found["speed-up"], found["efficiency %"]) == (2 * 800, 1.0, 50.0)
@@ -44,7 +44,7 @@ def test_the_shares_add_up_and_what_profiling_adds_is_said():
 
 def test_without_a_profile_the_parts_are_not_known_and_nothing_is_blamed():
     without = row(tables.of_points(STRONG, [BASE, point(2, 70e-3, {})], CONFIG, MEASURED, "processes"))
-    assert (without["compute %"], without["profiling adds %"], without["step ms"]) == (None, None, 70)
+    assert (without["compute %"], without["profile off %"], without["step ms"]) == (None, None, 70)
     assert advice.of_points(MEASURED, STRONG, BASE, point(2, 70e-3, {}), CONFIG, None).name == "unknown"
 
 

@@ -232,7 +232,7 @@ def test_before_halving_has_decided_settings_may_be_added(tmp_path):
     few, many = (
         make_plan(read_sweep(BASE | {"grid": {"model.width": list(range(8, 8 + n))}, "halving": {}})) for n in (2, 4)
     )
-    store.write(tmp_path, few, [], 1)
+    store.write(tmp_path, few, [])
     stored = store.read(tmp_path)
     assert stored is not None
     store.refuse_changes(stored, many, tmp_path)
@@ -245,12 +245,22 @@ def test_a_value_that_is_written_another_way_is_the_same(tmp_path):
     def plan(*values):
         return make_plan(read_sweep(BASE | {"grid": {"optim.learning_rate": list(values)}}))
 
-    store.write(tmp_path, plan("0.1", "0.05"), [], 1)
+    store.write(tmp_path, plan("0.1", "0.05"), [])
     stored = store.read(tmp_path)
     assert stored is not None
     store.refuse_changes(stored, plan("5e-2", "0.10", "0.2"), tmp_path)
     with pytest.raises(ConfigError, match=r"learning_rate has no 0\.05 any more"):
         store.refuse_changes(stored, plan("0.10", "0.2"), tmp_path)
+
+
+def test_fewer_draws_are_named_as_such(tmp_path):
+    ranges = {"optim.learning_rate": {"uniform": [0.1, 0.2]}}
+    five, four = (make_plan(read_sweep(BASE | {"random": {"n": n, "ranges": ranges}})) for n in (5, 4))
+    store.write(tmp_path, five, [])
+    stored = store.read(tmp_path)
+    assert stored is not None
+    with pytest.raises(ConfigError, match=r"another one: random is \{'n': 4.*, and was \{'n': 5"):
+        store.refuse_changes(stored, four, tmp_path)
 
 
 # ----------------------------------------------------------------------------------------------------- runs of a sweep
@@ -288,17 +298,13 @@ def test_the_second_to_the_sixth_run_compile_nothing_and_the_same_command_does_n
             sweep(SIX | {"seeds": 3} | changed, tmp_path / "sweep", quiet=True)
 
 
-def test_a_run_that_fails_does_not_end_the_sweep_and_is_tried_again_only_where_asked(tmp_path, capsys):
+def test_a_run_that_fails_does_not_end_the_sweep_and_is_tried_again_only_where_asked(tmp_path):
     source = SIX | {"grid": {"optim.learning_rate": [1e30, 0.1]}, "seeds": [0]}
     with started(tmp_path / "out.txt", source, tmp_path / "sweep") as process:
         assert process.end() == 70, process.output
     assert "1 of 2 runs failed; --retry-failed tries them again." in process.output.splitlines()[-1]
     failed, done = tmp_path / "sweep/learning_rate=1e+30,seed=0", tmp_path / "sweep/learning_rate=0.1,seed=0"
-    stored = json.loads((tmp_path / "sweep" / "sweep.json").read_text())
-    (tmp_path / "sweep" / "sweep.json").write_text(json.dumps(stored | {"cores": 1000}))
-    found = sweep(source, tmp_path / "sweep")
-    said = " ".join(capsys.readouterr().err.split())
-    assert f"a run has {stored['cores']} cores now, and had 1000" in said
+    found = sweep(source, tmp_path / "sweep", quiet=True)
     assert [run.state for run in found.runs] == ["failed", "done"]
     assert "not finite" in found.runs[0].reason
     assert (starts(failed), starts(done)) == (["000001.json"], ["000001.json"])
@@ -315,7 +321,7 @@ def test_what_a_config_names_and_is_not_there_is_found_before_the_first_run(tmp_
 
 def test_a_sweep_has_its_directory_for_itself(tmp_path):
     (tmp_path / "other").mkdir()
-    store.write(tmp_path / "other", make_plan(read_sweep(SIX)), [], 1)
+    store.write(tmp_path / "other", make_plan(read_sweep(SIX)), [])
     with pytest.raises(WorkdirError, match="is the directory of a sweep"):
         here(tmp_path / "other", SMALL, train__steps=1)
     (tmp_path / "file").touch()

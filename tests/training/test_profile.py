@@ -16,8 +16,8 @@ from jax.profiler import ProfileData
 from runs import EXACT, SMALL, here
 
 from jaxtrain import Callback, load_config, train
-from jaxtrain.errors import DataError
-from jaxtrain.observability.op_times import OpRun, Trace, read_trace
+from jaxtrain.errors import CallbackError, DataError
+from jaxtrain.observability.op_times import Known, OpRun, Trace, read_trace
 from jaxtrain.parallel.gpu_program import Origin
 from jaxtrain.training.profile_summary import Window, breakdown, origins_of, summary
 
@@ -93,6 +93,13 @@ def test_a_callback_asks_for_a_window_that_goes_on_over_what_comes_between(tmp_p
     assert text.startswith(f"steps {first} to {last} of process 0")
     (trace,) = folder.rglob("*.xplane.pb")
     assert len(read_trace(trace).known) == 4
+
+
+def test_a_window_that_ends_between_two_syncs_of_local_sgd_changes_no_bit(tmp_path):
+    local = NET | {"optim.sync_every": 4}
+    plain = here(tmp_path / "plain", local, devices=2)
+    runs.assert_same_bits(here(tmp_path / "profiled", local, devices=2, profile__steps=(1, 2)), plain)
+    assert "profile of steps 1 to 2: " in log(tmp_path / "profiled")
 
 
 def test_the_layers_of_each_stage_are_told_apart(tmp_path):
@@ -195,6 +202,39 @@ def wait():
     assert "steps 18 to 32 " in (folder / "summary.txt").read_text()
 
 
+@pytest.mark.parametrize("steps", [0, -1, True, 2.5, "3"])
+def test_a_callback_that_asks_for_no_number_of_steps_is_blamed(steps, tmp_path):
+    class Wrong(Asks):
+        def on_step(self, run, step, metrics):
+            run.profile(steps)
+
+    with pytest.raises(
+        CallbackError, match=r"callback Wrong failed in on_step .*must be a whole number of steps from 1 on"
+    ):
+        train(load_config(runs.RECIPE, NET), tmp_path, num_devices=1, quiet=True, callbacks=[Wrong()])
+
+
+def test_a_window_of_a_callback_ends_with_the_run(tmp_path):
+    class Late(Asks):
+        def on_step(self, run, step, metrics):
+            if step == 6:
+                run.profile(1000)
+
+    train(load_config(runs.RECIPE, NET), tmp_path, num_devices=1, quiet=True, callbacks=[Late()])
+    assert re.search(r"profile of steps [789] to 12: ", log(tmp_path))
+
+
+@pytest.mark.faults
+def test_a_profile_that_one_of_two_processes_cannot_write_keeps_none_waiting(tmp_path):
+    """Under local SGD, where what comes after a pause is a collective."""
+    fields = NET | {"optim.sync_every": "4", "profile.steps": "(5,6)"}
+    (tmp_path / "run" / "profile" / "steps_5_6").mkdir(parents=True)
+    (tmp_path / "run" / "profile" / "steps_5_6" / "process_1").write_text("in the way")
+    runs.train_in_turn(tmp_path, 2, 1, runs.arguments(tmp_path / "run", fields))
+    assert "profile of steps 5 to 6: " in log(tmp_path / "run")
+    assert "no profile of steps 5 to 6" in (tmp_path / "run" / "logs" / "process_1.log").read_text()
+
+
 @pytest.mark.faults
 def test_every_process_profiles_its_own_devices(tmp_path):
     fields = NET | {"profile.steps": "(6,7)"}
@@ -220,7 +260,7 @@ def event(name: int, begin: int, duration: int, **stats: str | int) -> str:
     return f"events {{ metadata_id: {name} offset_ps: {begin}000 duration_ps: {duration}000{shown} }}"
 
 
-STATS = ["hlo_op", "hlo_module", "_p", "_c"]
+STATS = ["hlo_op", "hlo_module", "_p", "_c", "steps"]
 TABLES = "".join(f' stat_metadata {{ key: {n} value {{ id: {n} name: "{name}" }} }}' for n, name in enumerate(STATS, 1))
 NAMES = "".join(
     f' event_metadata {{ key: {n} value {{ id: {n} name: "{name}" }} }}'
@@ -235,7 +275,7 @@ planes {{ id: 1 name: "/device:GPU:0" {TABLES} {NAMES}
 }}
 planes {{ id: 2 name: "/host:CPU" {TABLES} {NAMES}
   lines {{ id: 1 name: "thread" {event(1, 0, 9000, hlo_op="while.3")} {event(1, 1000, 2000, hlo_op="dot.4", _p=77)} }}
-  lines {{ id: 3 name: "python" {event(3, 8500, 250)} {event(3, 100, 200)} }}
+  lines {{ id: 3 name: "python" {event(3, 8500, 250, steps=2)} {event(3, 100, 200, steps=1)} }}
   lines {{ id: 2 name: "another thread" {event(2, 6500, 500, _c=77)} }}
 }}
 """
@@ -249,7 +289,7 @@ def trace(tmp_path) -> Trace:
 
 
 def test_operations_of_a_trace(trace):
-    assert trace.known == [300, 8750]
+    assert trace.known == [Known(300, 1), Known(8750, 2)]
     found = [(run.device, run.name, run.begin, run.end, run.busy) for run in trace.runs]
     assert found == [
         ("/device:GPU:0", "fusion.1", 0, 4000, 4000),
@@ -276,12 +316,28 @@ def test_a_loop_is_no_work_beside_the_collective_in_it():
     assert (found.compute, found.overlap, found.communication, found.idle) == pytest.approx((4e-9, 0, 5e-9, 1e-9))
 
 
-def test_steps_that_begin_with_nothing_under_way_do_not_count():
-    """Six calls; of the fifth and sixth the operations are cut off where the fourth was known."""
-    slow = [("dot.1", 100 * call, 100 * call + 90) for call in range(4)]
-    fast = [("dot.1", 390, 430), ("all-reduce-start.2", 430, 450), ("dot.1", 450, 490)]
-    found = breakdown(Trace(runs_of("CPU 0", *slow, *fast), [100, 200, 300, 400, 450, 500]), 6)
-    assert dataclasses.astuple(found) == pytest.approx((50e-9, 35e-9, 0, 10e-9, 5e-9))
+# Ten calls. The first four begin with nothing under way, and after the eighth nothing more is dispatched.
+SLOW = [("dot.1", 100 * call, 100 * call + 90) for call in range(4)]
+FAST = [("dot.1", 390, 430), ("all-reduce-start.2", 430, 450), ("dot.3", 450, 590)]
+DRAIN = [("dot.1", 600, 1000)]
+TIMES = [100, 200, 300, 400, 450, 500, 550, 600, 700, 1000]
+
+
+def test_steps_in_full_flow_count_alone():
+    runs_there = runs_of("CPU 0", *SLOW, *FAST, *DRAIN)
+    found = breakdown(Trace(runs_there, [Known(time, 1) for time in TIMES]), 10)  # four steps from 400 to 600
+    assert dataclasses.astuple(found) == pytest.approx((50e-9, (30 + 140) / 4 * 1e-9, 0, 5e-9, 2.5e-9))
+    text = summary(Window(range(1, 11), 0, "cpu"), Trace(runs_there, [Known(time, 1) for time in TIMES]), {})
+    assert re.findall(r"([\d.]+) %.*jit_step/(\S+)", text) == [("70.0", "dot.3"), ("10.0", "all-reduce-start.2")]
+    few = breakdown(Trace(runs_there, [Known(time, 1) for time in (*TIMES[:5], 1000)]), 6)
+    assert few.step == pytest.approx(1000e-9 / 6), "without two calls in full flow all count"
+
+
+def test_calls_of_several_steps_count_as_many():
+    """The last calls before a pause make one step each."""
+    known = [Known(time, steps) for time, steps in zip(TIMES, [10] * 6 + [1] * 4, strict=True)]
+    found = breakdown(Trace(runs_of("CPU 0", *SLOW, *FAST, *DRAIN), known), 64)
+    assert found.step == pytest.approx(200e-9 / (10 + 10 + 1 + 1))
 
 
 def test_devices_that_share_cores_count_as_one():

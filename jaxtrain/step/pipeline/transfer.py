@@ -17,6 +17,9 @@ from jaxtrain.parallel.mesh import BATCH_AXES
 from jaxtrain.step.pipeline.chunks import ModelChunk
 from jaxtrain.step.pipeline.schedule import Op
 
+TRANSFER_MODULE = "jit_transfer"
+"""What a profile calls the program of a `StageTransfer` between processes."""
+
 
 class StageTransfer:
     """Moves arrays from one stage's devices to another's.
@@ -52,12 +55,12 @@ class StageTransfer:
         halves = NamedSharding(pair, P(("stage", *BATCH_AXES)))
 
         @functools.partial(jax.shard_map, mesh=pair, in_specs=halves.spec, out_specs=halves.spec, check_vma=False)
-        def shift(x: jax.Array) -> jax.Array:
+        def transfer(x: jax.Array) -> jax.Array:
             return jax.lax.ppermute(x, "stage", [(0, 1)])
 
         self._both = (2 * shape.shape[0], *shape.shape[1:])
         both = jax.ShapeDtypeStruct(self._both, shape.dtype, sharding=halves)
-        self._halves, self._program = halves, jax.jit(shift, out_shardings=halves).lower(both).compile()
+        self._halves, self._program = halves, jax.jit(transfer, out_shardings=halves).lower(both).compile()
         self._dtype, self._local_targets = shape.dtype, [d for d in targets if d.process_index == jax.process_index()]
 
     @functools.cached_property
