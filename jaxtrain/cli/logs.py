@@ -15,6 +15,7 @@ from jaxtrain.jobs.queue import ENDED, Entry
 from jaxtrain.jobs.run_status import RUNNING, read_status
 from jaxtrain.jobs.target import refuse_many, run_or_job
 from jaxtrain.observability import merged_logs
+from jaxtrain.workdir import SWEEP_FILE
 
 _LOOK_SECONDS = 1.0
 
@@ -28,8 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> None:
     """Prints every entry, in the order of time. Raises `JaxtrainError`."""
-    is_path = os.sep in arguments.name or (Path(arguments.name) / "logs").is_dir()
-    found = Path(arguments.name) if is_path else run_or_job(arguments.name)
+    folder = Path(arguments.name)
+    is_path = os.sep in arguments.name or ((folder / "logs").is_dir() and not (folder / SWEEP_FILE).exists())
+    found = folder if is_path else run_or_job(arguments.name)
     if isinstance(found, Entry):
         for text in _of_job(found, follow=arguments.follow):
             sys.stdout.write(printable(text, lines=True))

@@ -118,7 +118,7 @@ def _known(point: Point) -> dict[str, float]:
 
 def _advice(name: str, point: Point, base: Point, config: Config, link: LinkFit | None) -> str:
     if name == "communication":
-        return _less_communication(point, link)
+        return _less_communication(point, config, link)
     if name == "bubble":
         return _more_microbatches(config, point.traffic.microbatches)
     if name == "compute":
@@ -140,7 +140,7 @@ def _advice(name: str, point: Point, base: Point, config: Config, link: LinkFit 
     }[name]
 
 
-def _less_communication(point: Point, link: LinkFit | None) -> str:
+def _less_communication(point: Point, config: Config, link: LinkFit | None) -> str:
     """What would make communication a smaller part."""
     known = _known(point)
     alone, spent = known["communication"], known["communication"] + known["overlap"]
@@ -151,6 +151,8 @@ def _less_communication(point: Point, link: LinkFit | None) -> str:
         f"Collectives run for {100 * spent / point.step.median:.0f} % of a step, {100 * alone / point.step.median:.0f} % of it "
         f"with nothing beside{size}. With twice the examples a device they would run for {100 * doubled:.0f} %."
     )
+    if point.devices == config.layout.stages * config.layout.tensor:
+        return f"{text} They are the layout's own: no gradients are sent, which could be compressed."
     if link is None or messages is None or sent is None:
         return f"{text} config.optim.compress=bf16 sends half of the bytes."
     waits, moves = messages * link.latency, sent / link.bandwidth

@@ -211,9 +211,9 @@ def _parts(turns: _Turns, stages: int, kind: str) -> tuple[dict[str, float | Non
         bubble = None  # the cores of a stage that waits compute another one
     elif stages > 1:
         bubble = max(idle - host, 0.0)
-    beside = (
-        0.0 if kind == SIMULATED else profile.overlap
-    )  # there one that computes keeps others waiting in a collective
+    beside = profile.overlap
+    if kind == SIMULATED:
+        beside = 0.0  # one that computes keeps others waiting in a collective
     parts = {
         "compute": profile.compute + profile.overlap - beside,
         "overlap": beside,

@@ -143,8 +143,15 @@ def _here(
         **_with_texts([fit for each in series for fit in _fits(each)]),
         "bottleneck": verdict.text,
         "advice": verdict.advice,
-        "notes": [f"medians of {repeats} blocks of each run, in turns; {first.points[-1].steps} steps a block"],
+        "notes": [_note(repeats, [point for each in series for point in each.points])],
     }
+
+
+def _note(repeats: int, points: Sequence[Point]) -> str:
+    """How the times came about."""
+    least, most = (choose(point.steps for point in points) for choose in (min, max))
+    steps = f"{least} steps" if least == most else f"{least} to {most} steps, about as long in time"
+    return f"medians of {repeats} blocks of each run, in turns; a block has {steps}"
 
 
 def _planned(counts: tuple[int, ...], how: str) -> list[tuple[Machine, tuple[int, ...], str]]:

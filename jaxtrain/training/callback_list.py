@@ -7,6 +7,7 @@ import copy
 import dataclasses
 import json
 import logging
+import numbers
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -227,13 +228,13 @@ class Callbacks:
         self._asked = self._asked or {"by": self._calling, "reason": str(reason)}
 
     def _profile(self, steps: int) -> None:
-        if not isinstance(steps, int) or isinstance(steps, bool) or steps < 1:
+        if not isinstance(steps, numbers.Integral) or isinstance(steps, bool) or steps < 1:
             raise ValueError(f"run.profile({steps!r}): must be a whole number of steps from 1 on")
         if jax.process_count() > 1 and not self._all[self._calling].every_process:
             raise ValueError(
                 "run.profile of one process of several; set every_process, and ask on all after the same step"
             )
-        self._ask_for_profile(steps)
+        self._ask_for_profile(int(steps))
 
     def _pause(self, reason: str) -> None:
         self._asked_to_pause = self._asked_to_pause or str(reason)

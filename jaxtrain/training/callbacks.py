@@ -57,8 +57,9 @@ class RunHandle:
     def profile(self, steps: int) -> None:
         """Asks for a profile of at least so many steps from the next call of the step on (docs/profiling.md).
 
-        It goes on over whatever comes between, until the run ends. What is asked for while one is taken is forgotten. On
-        several processes each must ask for the same after the same step, so it needs `every_process`.
+        It goes on over whatever comes between, which is in its figures too, and ends with the run at the latest. What is
+        asked for while one is taken is forgotten. On several processes each must ask for the same after the same step, so it
+        needs `every_process`.
 
         Raises:
           ValueError: `steps` is no whole number from 1 on, or the callback is not called on all processes.

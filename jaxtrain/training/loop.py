@@ -6,6 +6,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import itertools
 import logging
 import time
 from collections.abc import Mapping
@@ -105,8 +106,8 @@ class TrainLoop:
         """Steps, and what is due between them, until the last step; then the test, and `result.json`.
 
         The host stays ahead of the devices: a call's metrics are read `READ_BEHIND` calls later. Only where something is due
-        (or a signal or the clock asks for it) are all of them read first, since what is due needs them. Every process comes
-        to the same pauses: they depend on the step alone, or the processes agree on them (`_told_to_pause`).
+        (or a signal, the clock or a profile asks for it) are all of them read first, since what is due needs them. Every
+        process comes to the same pauses: they depend on the step alone, or the processes agree on them (`_told_to_pause`).
         """
         self.timetable.log_start(self.compiled.steps_per_call)
         batches = self.compiled.batches(
@@ -119,9 +120,8 @@ class TrainLoop:
             self._validate_late(state)
         unread: Unread = collections.deque()
         with contextlib.closing(batches), contextlib.closing(self.profiler):
-            for steps, due in self.timetable.calls(self.compiled.steps_per_call):
-                if self.position.ended:
-                    break
+            calls = self.timetable.calls(self.compiled.steps_per_call)
+            for steps, due in itertools.takewhile(lambda _: not self.position.ended, calls):
                 self.profiler.begin_if_due(steps, functools.partial(self._read, unread, 0, state))
                 self.watchdog.feed("input", steps[0] - 1, len(steps) * (self.clock.step_seconds or 0.0))
                 with self.clock.charge("input"):
@@ -136,10 +136,11 @@ class TrainLoop:
                     self._read(unread, 0 if pause or self.profiler.ends(steps) else READ_BEHIND, state)
                 self.clock.step_done(self.config.data.global_batch, len(steps))
                 self.host.telemetry.after(steps, metrics.numbers, self.clock)
-                self.profiler.end_if_due(steps, pauses=pause, stops=self.stopping or steps[-1] == self.run_spec.steps)
+                self.profiler.end_if_due(steps, pauses=pause)
                 if pause:
                     state = self.compiled.averaged(state)
                     self._between_steps(state)
+            self.profiler.end()
         return self._finish(state)
 
     def _told_to_pause(self, steps: range) -> bool:
@@ -254,6 +255,7 @@ class TrainLoop:
             self._stop()
 
     def _stop(self) -> NoReturn:
+        self.profiler.end()
         self.watchdog.feed("save")
         self.saver.wait()
         done = f"Stopped after step {self.position.step} and saved it{self.callbacks.pause and f' ({self.callbacks.pause})'}"

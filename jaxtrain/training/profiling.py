@@ -54,7 +54,7 @@ class ProfileRequest:
 
     def ask(self, steps: int) -> None:
         """Asks for one of the next `steps`, on every process alike."""
-        self._steps = steps
+        self._steps = max(self._steps, steps)
 
     def take_signal(self) -> bool:
         """Whether a signal has come since the last call."""
@@ -143,7 +143,7 @@ class Profiler:
         return bool(self._window)
 
     def _is_alone(self) -> bool:
-        """Whether this is the only process. One of several that paused for a window would leave the others in a collective."""
+        """Whether this is the only process. Of several, all must compile the step that is profiled."""
         if jax.process_count() > 1:
             log.warning(
                 "a signal profiles a run of one process alone; with several, start it with config.profile.steps"
@@ -180,16 +180,14 @@ class Profiler:
         """Whether the window ends with `steps`. Then all metrics must be read before `end_if_due`."""
         return bool(self._window) and steps[-1] >= self._window[-1]
 
-    def end_if_due(self, steps: range, *, pauses: bool, stops: bool) -> None:
-        """Ends the window where it is due: writes its trace and its summary, and says where they are.
+    def end_if_due(self, steps: range, *, pauses: bool) -> None:
+        """Ends the window where it is due after `steps`. pauses: whether something else comes next."""
+        if self.ends(steps) or (pauses and not self._over_pauses):
+            self.end()
 
-        Args:
-          steps: made last.
-          pauses: whether something else comes next.
-          stops: whether no step does.
-        """
-        early = stops or (pauses and not self._over_pauses)
-        if not self._window or not (early or self.ends(steps)):
+    def end(self) -> None:
+        """Ends the window, if there is one: writes its trace and its summary, and says where they are."""
+        if not self._window:
             return
         self._watchdog.feed("profile")
         try:
@@ -201,11 +199,15 @@ class Profiler:
             self._give_up(error)
             return
         self._window = range(0)
-        self._request.take_signal()  # what was asked for meanwhile was of this window
-        self._request.take()
-        self._open.close()
+        self._over()
         first, last = self._done[0], self._done[-1]
         log.info("profile of steps %d to %d: %s", first, last, path, extra=event("profile", last))
+
+    def _over(self) -> None:
+        """What was asked for meanwhile was of this window."""
+        self._request.take_signal()
+        self._request.take()
+        self._open.close()
 
     def close(self) -> None:
         """Drops the window that is open, if there is one; may be called twice."""
@@ -235,7 +237,7 @@ class Profiler:
             str(error).partition("\n")[0],
         )
         self._drop()
-        self._open.close()
+        self._over()
 
     def _drop(self) -> None:
         """Ends the window, and deletes what it has written, since the disk may be full."""

@@ -164,8 +164,9 @@ def test_a_run_from_init_to_its_end(desk, capsys, monkeypatch):
 
 
 @pytest.mark.faults
-def test_a_sweep_is_one_job(desk, capsys):
-    """It is killed and tried again, stopped and resumed, and does nothing twice."""
+def test_a_sweep_is_one_job(desk, capsys, monkeypatch):
+    """It is killed and tried again, stopped and resumed, and does nothing twice. Its directory is called as the job."""
+    monkeypatch.chdir(desk.folder)
     (desk.modules / "slow.py").write_text(SLOW)
     slow = {"data.name": "slow:digits", "data.residency": "stream", "data.workers": 0, "train.epochs": 6}
     source = {"config": str(runs.RECIPE), "overrides": runs.SMALL | slow, "grid": {"optim.learning_rate": [0.05, 0.1]}}

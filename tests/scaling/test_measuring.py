@@ -57,7 +57,17 @@ PROFILES = {
 def told(monkeypatch):
     """Makes `measure` talk to `Told`; returns what it makes of them."""
 
-    def of(seconds=SECONDS, profiles=PROFILES, *, config=CONFIG, counts=(1, 2), machine=PINNED, mode=STRONG, **ready):
+    def of(
+        seconds=SECONDS,
+        profiles=PROFILES,
+        *,
+        config=CONFIG,
+        counts=(1, 2),
+        machine=PINNED,
+        mode=STRONG,
+        steps=2,
+        **ready,
+    ):
         facts = {"collectives": 1, "messages": 2, "sent_bytes": 10.0, "microbatches": 1}
         known = Ready(train_examples=640, **{**facts, **ready}, devices="cpu", jax="0")
         crews = []
@@ -68,7 +78,7 @@ def told(monkeypatch):
             yield crews[-1]
 
         monkeypatch.setattr(measuring, "started", started)
-        points, link = measure(Study(config, counts, (mode,)), mode, machine, 3, 2, lambda _: None)
+        points, link = measure(Study(config, counts, (mode,)), mode, machine, 3, steps, lambda _: None)
         return points, link, crews
 
     return of
@@ -120,6 +130,14 @@ def test_runs_make_their_blocks_in_turns(told):
     _, _, crews = told()
     turns = [2, Profile(2), *[2, Profile(2)] * 3]  # the first pair to warm up
     assert {crew.name: crew.commands for crew in crews} == {"whole": [*turns, "link"], "base": turns}
+
+
+def test_each_run_chooses_the_length_of_its_blocks(told):
+    fast, slow = [(0.050, 0.050)], [(0.5, 0.5), (0.4, 0.4)]
+    points, _, crews = told({"base": fast, "whole": slow}, steps=0)
+    assert [point.steps for point in points] == [30, 4]  # of about 1.5 s, and at least four
+    commands = {crew.name: [each for each in crew.commands if isinstance(each, int)] for crew in crews}
+    assert commands == {"base": [2, 30, 30, 30], "whole": [2, 4, 4, 4]}
 
 
 def test_a_stage_that_does_nothing_waits_for_the_others(told):

@@ -84,6 +84,13 @@ def test_communication_is_told_apart_by_the_fitted_link():
     assert "compress=bf16" in said["bandwidth"]
 
 
+def test_where_no_gradients_are_sent_nothing_is_said_of_compressing_them():
+    two = point(2, 76e-3, ALL, speedup=80 / 76)
+    said = advice.of_points(MEASURED, STRONG, BASE, two, change(CONFIG, **{"layout.tensor": 2}), None)
+    assert said.name == "communication"
+    assert "no gradients are sent" in said.advice
+
+
 def test_nothing_limits_what_scales():
     two = point(2, 41e-3, ALL, speedup=80 / 41)
     assert advice.of_points(MEASURED, STRONG, BASE, two, CONFIG, None).name == "none"

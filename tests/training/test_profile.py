@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import re
 import signal
@@ -10,15 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 import pytest
 import runs
 from jax.profiler import ProfileData
 from runs import EXACT, SMALL, here
 
 from jaxtrain import Callback, load_config, train
-from jaxtrain.errors import CallbackError, DataError
+from jaxtrain.errors import CallbackError, DataError, PreemptedError
 from jaxtrain.observability.op_times import Known, OpRun, Trace, read_trace
 from jaxtrain.parallel.gpu_program import Origin
+from jaxtrain.training.callback_list import Callbacks
 from jaxtrain.training.profile_summary import Window, breakdown, origins_of, summary
 
 # Twelve steps in epochs of four, and nothing due within one.
@@ -76,11 +79,14 @@ def test_a_window_ends_where_an_evaluation_comes_next(tmp_path, plain):
 
 
 class Asks(Callback):
-    """Asks for a profile of four steps once step 2 is known."""
+    """Asks for a profile of four steps once step 1 is known, and for others meanwhile."""
 
     def on_step(self, run, step, metrics):
-        if step == 2:
-            run.profile(4)
+        if step == 1:
+            run.profile(np.int64(4))
+            run.profile(2)
+        if step == 5:
+            run.profile(3)
 
 
 def test_a_callback_asks_for_a_window_that_goes_on_over_what_comes_between(tmp_path, plain):
@@ -88,9 +94,8 @@ def test_a_callback_asks_for_a_window_that_goes_on_over_what_comes_between(tmp_p
     runs.assert_same_bits(found, plain)
     (folder,) = (tmp_path / "profile").iterdir()  # two more steps were under way; the epoch ends after step 4
     text = (folder / "process_0" / "summary.txt").read_text()
-    first, last = map(int, re.findall(r"\d+", folder.name))
-    assert (first <= 5, last - first) == (True, 3)
-    assert text.startswith(f"steps {first} to {last} of process 0")
+    assert folder.name == "steps_4_7"
+    assert text.startswith("steps 4 to 7 of process 0")
     (trace,) = folder.rglob("*.xplane.pb")
     assert len(read_trace(trace).known) == 4
 
@@ -214,14 +219,32 @@ def test_a_callback_that_asks_for_no_number_of_steps_is_blamed(steps, tmp_path):
         train(load_config(runs.RECIPE, NET), tmp_path, num_devices=1, quiet=True, callbacks=[Wrong()])
 
 
-def test_a_window_of_a_callback_ends_with_the_run(tmp_path):
+def test_of_several_processes_one_alone_asks_for_no_profile(monkeypatch):
+    class Everywhere(Asks):
+        every_process = True
+
+    made = Callbacks([Asks(), Everywhere()])
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    made._calling = "Everywhere"
+    made._profile(3)
+    made._calling = "Asks"
+    with pytest.raises(ValueError, match="set every_process, and ask on all"):
+        made._profile(3)
+
+
+@pytest.mark.parametrize(("how", "last"), [("", 12), ("stop", 8), ("pause", 8)])
+def test_a_window_of_a_callback_ends_with_the_run(how, last, tmp_path):
     class Late(Asks):
         def on_step(self, run, step, metrics):
-            if step == 6:
+            if step == 3:
                 run.profile(1000)
+            if step == 6 and how:
+                getattr(run, how)("enough")
 
-    train(load_config(runs.RECIPE, NET), tmp_path, num_devices=1, quiet=True, callbacks=[Late()])
-    assert re.search(r"profile of steps [789] to 12: ", log(tmp_path))
+    expected = pytest.raises(PreemptedError) if how == "pause" else contextlib.nullcontext()
+    with expected:
+        train(load_config(runs.RECIPE, NET), tmp_path, num_devices=1, quiet=True, callbacks=[Late()])
+    assert re.search(rf"profile of steps [56] to {last}: ", log(tmp_path))
 
 
 @pytest.mark.faults
@@ -329,8 +352,9 @@ def test_steps_in_full_flow_count_alone():
     assert dataclasses.astuple(found) == pytest.approx((50e-9, (30 + 140) / 4 * 1e-9, 0, 5e-9, 2.5e-9))
     text = summary(Window(range(1, 11), 0, "cpu"), Trace(runs_there, [Known(time, 1) for time in TIMES]), {})
     assert re.findall(r"([\d.]+) %.*jit_step/(\S+)", text) == [("70.0", "dot.3"), ("10.0", "all-reduce-start.2")]
-    few = breakdown(Trace(runs_there, [Known(time, 1) for time in (*TIMES[:5], 1000)]), 6)
-    assert few.step == pytest.approx(1000e-9 / 6), "without two calls in full flow all count"
+    for times, step in (((*TIMES[:5], 1000), 1000 / 6), ((*TIMES[:6], 1000), 50)):
+        few = breakdown(Trace(runs_there, [Known(time, 1) for time in times]), len(times))
+        assert few.step == pytest.approx(step * 1e-9), "where no call is in full flow all count"
 
 
 def test_calls_of_several_steps_count_as_many():
