@@ -24,7 +24,7 @@ from jaxtrain.step.pipeline.transfer import TRANSFER_MODULE
 from jaxtrain.step.train_state import TrainState
 from jaxtrain.training.cadence import READ_BEHIND
 from jaxtrain.training.callbacks import Callback, RunHandle
-from jaxtrain.training.profile_summary import SETTLE, Breakdown, breakdown
+from jaxtrain.training.profile_summary import SETTLE, Breakdown, Origins, breakdown, origins_of
 
 _SIZES = tuple(
     1 << power for power in range(12, 25, 2)
@@ -44,6 +44,7 @@ class Paced(Callback):
         self._times: list[float] = []  # when the numbers of each step of the block were known
         self._spent: Span | None = None  # at the first step that counts
         self._profiled = False  # whether the block is one
+        self._origins: Origins = {}
 
     def on_start(self, run: RunHandle, state: TrainState) -> None:
         """Says that all is compiled."""
@@ -61,6 +62,8 @@ class Paced(Callback):
             devices=jax.local_devices()[0].device_kind,
             jax=jax.__version__,
         )
+        step = run.compiled.step_for_profile
+        self._origins = origins_of(program.as_text() or "" for program in step.programs.values())
         self._answer(run, ready)
 
     def on_step(self, run: RunHandle, step: int, metrics: Mapping[str, float]) -> None:
@@ -69,7 +72,7 @@ class Paced(Callback):
         made = len(self._times) - SETTLE
         if self._profiled:  # it began after the steps that were under way, and is written by the step after its last
             if made > self._count + 2 * READ_BEHIND:
-                self._answer(run, _breakdown(run))
+                self._answer(run, _breakdown(run, self._origins))
             return
         if made == 0:
             self._spent = run.spent()
@@ -96,7 +99,7 @@ class Paced(Callback):
             run.profile(SETTLE + self._count + READ_BEHIND)
 
 
-def _breakdown(run: RunHandle) -> Breakdown | None:
+def _breakdown(run: RunHandle, origins: Origins) -> Breakdown | None:
     """Of the profile, which is deleted; None where it failed, or has nothing of the devices.
 
     A transfer between stages is no communication here: in it a stage waits for another one, as where nothing runs.
@@ -106,7 +109,7 @@ def _breakdown(run: RunHandle) -> Breakdown | None:
         for path in folder.rglob("*.xplane.pb"):
             trace = read_trace(path)
             runs = [each for each in trace.runs if each.module != TRANSFER_MODULE]
-            found = breakdown(Trace(runs, trace.known), len(trace.known), one_device=one_device)
+            found = breakdown(Trace(runs, trace.known), len(trace.known), origins, one_device=one_device)
         shutil.rmtree(folder, ignore_errors=True)
     return found
 

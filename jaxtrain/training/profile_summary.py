@@ -85,7 +85,7 @@ def origins_of(programs: Iterable[str]) -> Origins:
     return found
 
 
-def breakdown(trace: Trace, steps: int, *, one_device: bool = False) -> Breakdown | None:
+def breakdown(trace: Trace, steps: int, origins: Origins, *, one_device: bool = False) -> Breakdown | None:
     """Where the time of a step went.
 
     Steps in full flow count (`steady`).
@@ -93,6 +93,7 @@ def breakdown(trace: Trace, steps: int, *, one_device: bool = False) -> Breakdow
     Args:
       trace: of the window.
       steps: that it is of.
+      origins: of the operations of the step's programs; what is not in them is told by its name.
       one_device: whether all devices count as one, which computes where any of them does: they share a CPU's cores.
 
     Returns:
@@ -102,7 +103,7 @@ def breakdown(trace: Trace, steps: int, *, one_device: bool = False) -> Breakdow
         return None
     span = steady(trace, steps)
     devices = [trace.runs] if one_device else _by_device(trace.runs)
-    parts = [_parts_within(of_device, span) for of_device in devices]
+    parts = [_parts_within(of_device, span, origins) for of_device in devices]
     compute, both, communication = (statistics.fmean(column) / span.steps / 1e9 for column in zip(*parts, strict=True))
     step = (span.end - span.begin) / span.steps / 1e9
     return Breakdown(step, compute, both, communication, step - compute - both - communication)
@@ -134,12 +135,14 @@ def steady(trace: Trace, steps: int) -> Span:
     return Span(steps, min(run.begin for run in trace.runs), max(ends))
 
 
-def _parts_within(runs: Iterable[OpRun], span: Span) -> tuple[float, float, float]:
+def _parts_within(runs: Iterable[OpRun], span: Span, origins: Origins) -> tuple[float, float, float]:
     """Nanoseconds of (computing alone, both, collectives alone)."""
     split: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
     for run in runs:
         if run.end > span.begin and run.begin < span.end and not run.contains_others:
-            split[_is_collective(run.name)].append((max(run.begin, span.begin), min(run.end, span.end)))
+            split[_origin(run.module, run.name, origins).kind in COLLECTIVES].append(
+                (max(run.begin, span.begin), min(run.end, span.end))
+            )
     collectives, others = union(split[True]), union(split[False])
     both = overlap(collectives, others)
     return length(others) - both, both, length(collectives) - both
@@ -154,7 +157,7 @@ def summary(window: Window, trace: Trace, origins: Origins) -> str:
       origins: of the operations of the step's programs.
     """
     what = f"steps {window.steps[0]} to {window.steps[-1]} of process {window.process}"
-    devices, parts = len(_by_device(trace.runs)), breakdown(trace, len(window.steps))
+    devices, parts = len(_by_device(trace.runs)), breakdown(trace, len(window.steps), origins)
     if not parts:
         return f"{what}: the trace has no operations of {window.device_kind} devices.\n"
     span, step = steady(trace, len(window.steps)), parts.step
@@ -174,7 +177,7 @@ def summary(window: Window, trace: Trace, origins: Origins) -> str:
     rows = []
     by_layer: collections.defaultdict[str, float] = collections.defaultdict(float)
     for (module, name), each in _largest_first(seconds):
-        origin = origins.get((module, name), Origin(_kind(name), "", ""))
+        origin = _origin(module, name, origins)
         by_layer[origin.layer] += each
         rows.append((*_cells(each, step), origin.layer, origin.operation, origin.kind, f"{module}/{name}"))
     lines += _table(("ms", "share", "layer", "operation", "kind", "name in the trace"), rows[:_DEAREST])
@@ -193,13 +196,13 @@ def _by_device(runs: Iterable[OpRun]) -> list[list[OpRun]]:
     return list(found.values())
 
 
-def _kind(name: str) -> str:
-    """What an instruction does, as its name says it: `all-reduce.12` is an all-reduce."""
-    return name.partition(".")[0]
+def _origin(module: str, name: str, origins: Origins) -> Origin:
+    """The origin of an operation; its name says its kind where nothing else does: `all-reduce-start.12` is an all-reduce.
 
-
-def _is_collective(name: str) -> bool:
-    return _kind(name).removesuffix("-start").removesuffix("-done") in COLLECTIVES
+    What a program calls by itself has JAX's name: `ppermute.3` is a collective-permute.
+    """
+    found = origins.get((module, name), Origin(name.partition(".")[0], "", ""))
+    return dataclasses.replace(found, kind=found.kind.removesuffix("-start").removesuffix("-done"))
 
 
 def _cells(seconds: float, step: float) -> tuple[str, str]:

@@ -152,10 +152,10 @@ def test_in_a_transfer_between_stages_a_device_waits_and_its_profile_is_deleted(
     run = SimpleNamespace(
         workdir=tmp_path, compiled=SimpleNamespace(run=SimpleNamespace(layout=SimpleNamespace(mesh=mesh)))
     )
-    found = paced._breakdown(run)  # pyright: ignore[reportArgumentType]
+    found = paced._breakdown(run, {})  # pyright: ignore[reportArgumentType]
     assert (found.compute, found.communication, found.idle) == pytest.approx((6e-9, 1e-9, 3e-9))
     assert not list((tmp_path / "profile").rglob("*.pb"))
-    assert paced._breakdown(run) is None  # pyright: ignore[reportArgumentType]
+    assert paced._breakdown(run, {}) is None  # pyright: ignore[reportArgumentType]
 
 
 # ------------------------------------------------------------------------------------------------------- real processes

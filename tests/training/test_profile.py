@@ -329,14 +329,33 @@ def runs_of(device: str, *named: tuple[str, float, float]) -> list[OpRun]:
 
 def test_the_parts_of_a_step_are_told_apart(trace):
     on_gpu = Trace([run for run in trace.runs if "GPU" in run.device], [])
-    found = breakdown(on_gpu, 2)  # from the first operation to the last: 4 us a step
+    found = breakdown(on_gpu, 2, {})  # from the first operation to the last: 4 us a step
     assert dataclasses.astuple(found) == pytest.approx((4e-6, 2.5e-6, 0.5e-6, 0.5e-6, 0.5e-6))
-    assert breakdown(Trace([], []), 2) is None
+    assert breakdown(Trace([], []), 2, {}) is None
 
 
 def test_a_loop_is_no_work_beside_the_collective_in_it():
-    found = breakdown(Trace(runs_of("CPU 0", ("while.1", 0, 10), ("all-reduce.2", 4, 9), ("dot.3", 0, 4)), []), 1)
+    found = breakdown(Trace(runs_of("CPU 0", ("while.1", 0, 10), ("all-reduce.2", 4, 9), ("dot.3", 0, 4)), []), 1, {})
     assert (found.compute, found.overlap, found.communication, found.idle) == pytest.approx((4e-9, 0, 5e-9, 1e-9))
+
+
+def test_a_collective_is_told_by_its_program_and_not_by_its_name():
+    """`jax.lax.ppermute` makes an operation of that name, and a fusion may be called after what it holds."""
+    made = Trace(runs_of("CPU 0", ("ppermute.3", 0, 4), ("all-reduce-scatter_fusion", 4, 10)), [])
+    origins = {
+        ("jit_step", "ppermute.3"): Origin("collective-permute", "", "ppermute"),
+        ("jit_step", "all-reduce-scatter_fusion"): Origin("fusion: loop", "", "add"),
+    }
+    found = breakdown(made, 1, origins)
+    assert (found.compute, found.communication) == pytest.approx((6e-9, 4e-9))
+    assert "for 0.000 ms (40.0 %)" in summary(Window(range(1, 2), 0, "cpu"), made, origins)
+
+
+def test_a_ring_of_jaxtrains_own_is_communication(tmp_path):
+    here(tmp_path, NET, devices=2, profile__steps=(6, 7), layout__reduce="ring")
+    text = (tmp_path / "profile" / "steps_6_7" / "process_0" / "summary.txt").read_text()
+    assert "collective-permute" in text
+    assert share(text, "and collectives") > 0
 
 
 # Ten calls. The first four begin with nothing under way, and after the eighth nothing more is dispatched.
@@ -348,19 +367,19 @@ TIMES = [100, 200, 300, 400, 450, 500, 550, 600, 700, 1000]
 
 def test_steps_in_full_flow_count_alone():
     runs_there = runs_of("CPU 0", *SLOW, *FAST, *DRAIN)
-    found = breakdown(Trace(runs_there, [Known(time, 1) for time in TIMES]), 10)  # four steps from 400 to 600
+    found = breakdown(Trace(runs_there, [Known(time, 1) for time in TIMES]), 10, {})  # four steps from 400 to 600
     assert dataclasses.astuple(found) == pytest.approx((50e-9, (30 + 140) / 4 * 1e-9, 0, 5e-9, 2.5e-9))
     text = summary(Window(range(1, 11), 0, "cpu"), Trace(runs_there, [Known(time, 1) for time in TIMES]), {})
     assert re.findall(r"([\d.]+) %.*jit_step/(\S+)", text) == [("70.0", "dot.3"), ("10.0", "all-reduce-start.2")]
     for times, step in (((*TIMES[:5], 1000), 1000 / 6), ((*TIMES[:6], 1000), 50)):
-        few = breakdown(Trace(runs_there, [Known(time, 1) for time in times]), len(times))
+        few = breakdown(Trace(runs_there, [Known(time, 1) for time in times]), len(times), {})
         assert few.step == pytest.approx(step * 1e-9), "where no call is in full flow all count"
 
 
 def test_calls_of_several_steps_count_as_many():
     """The last calls before a pause make one step each."""
     known = [Known(time, steps) for time, steps in zip(TIMES, [10] * 6 + [1] * 4, strict=True)]
-    found = breakdown(Trace(runs_of("CPU 0", *SLOW, *FAST, *DRAIN), known), 64)
+    found = breakdown(Trace(runs_of("CPU 0", *SLOW, *FAST, *DRAIN), known), 64, {})
     assert found.step == pytest.approx(200e-9 / (10 + 10 + 1 + 1))
 
 
@@ -368,7 +387,7 @@ def test_devices_that_share_cores_count_as_one():
     both = runs_of("CPU 0", ("dot.1", 0, 6), ("all-reduce.2", 6, 12)) + runs_of(
         "CPU 1", ("dot.1", 4, 10), ("all-reduce.2", 10, 12)
     )
-    apart, shared = breakdown(Trace(both, []), 1), breakdown(Trace(both, []), 1, one_device=True)
+    apart, shared = breakdown(Trace(both, []), 1, {}), breakdown(Trace(both, []), 1, {}, one_device=True)
     assert (apart.compute, apart.overlap, apart.communication) == pytest.approx((6e-9, 0, 4e-9))
     assert (shared.compute, shared.overlap, shared.communication) == pytest.approx((6e-9, 4e-9, 2e-9))
 
