@@ -101,9 +101,11 @@ def writing(path: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        # From `no_link`; the system's own text is "Too many levels of symbolic links".
-        linked = error.errno == errno.ELOOP
-        reason = "it is a link, and is not written through; remove it" if linked else error.strerror or error
+        reason = error.strerror or error
+        if error.errno == errno.ELOOP:  # from `no_link`; the system's own text is "Too many levels of symbolic links"
+            reason = "it is a link, and is not written through; remove it"
+        elif isinstance(error, NOT_THERE) and not path.parent.is_dir():
+            reason = "its directory is not there"
         raise WorkdirError(f"{path} cannot be written ({reason}).") from error
 
 

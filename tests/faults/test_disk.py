@@ -206,7 +206,7 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused_at_the_start(disk: Pa
         ("full", 73, "(No space left on device)"),
         ("read_only", 73, "was not written (Read-only file system); 3 in a row."),
         pytest.param("limited", 73, "(File too large)", marks=pytest.mark.faults),
-        pytest.param("gone", 73, "is not there any more", marks=pytest.mark.faults),
+        pytest.param("gone", 73, "is not there", marks=pytest.mark.faults),
         pytest.param("no_more_files", 73, "(Too many open files)", marks=pytest.mark.faults),
         pytest.param("own", 65, "(ValueError: a fault of one's own, at ", marks=pytest.mark.faults),
     ],
