@@ -200,13 +200,17 @@ def test_a_disk_without_room_for_one_checkpoint_is_refused_at_the_start(disk: Pa
         here(disk / "run", FIELDS | {"data.name": "digits"})
 
 
+# Whether the lock is missed first, or a file of the run cannot be written, is chance.
+GONE = "is not there any more or cannot be written (its directory is not there)."
+
+
 @pytest.mark.parametrize(
     ("happens", "code", "said"),
     [
         ("full", 73, "(No space left on device)"),
         ("read_only", 73, "was not written (Read-only file system); 3 in a row."),
         pytest.param("limited", 73, "(File too large)", marks=pytest.mark.faults),
-        pytest.param("gone", 73, "is not there", marks=pytest.mark.faults),
+        pytest.param("gone", 73, GONE, marks=pytest.mark.faults),
         pytest.param("no_more_files", 73, "(Too many open files)", marks=pytest.mark.faults),
         pytest.param("own", 65, "(ValueError: a fault of one's own, at ", marks=pytest.mark.faults),
     ],
@@ -222,4 +226,4 @@ def test_what_happens_in_the_middle_of_a_run_ends_it_with_one_sentence(disk: Pat
         assert run.end() == code, run.output
         assert "Traceback" not in run.output
         assert run.output.splitlines()[-1].startswith("jaxtrain: ")
-        assert said in run.output.splitlines()[-1]
+        assert any(each in run.output.splitlines()[-1] for each in said.split(" or "))
